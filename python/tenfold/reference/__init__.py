@@ -1,0 +1,27 @@
+"""The definitions of all ops in readable PyTorch: the oracle of the tests, and the teaching text.
+
+``tenfold.reference.f`` has the signature of ``tenfold.ops.f``. Nothing here is meant to be fast.
+"""
+
+from tenfold.reference.kv_eviction import (
+    kv_compact_,
+    kv_gather,
+    nacl_evict,
+    nacl_select,
+    proxy_scores,
+    ragged_decode,
+)
+from tenfold.reference.random import gumbel, philox4x32_10
+from tenfold.reference.template import template_scale
+
+__all__ = [
+    "gumbel",
+    "kv_compact_",
+    "kv_gather",
+    "nacl_evict",
+    "nacl_select",
+    "philox4x32_10",
+    "proxy_scores",
+    "ragged_decode",
+    "template_scale",
+]
