@@ -14,13 +14,13 @@ namespace tenfold {
 // Separately rounded scalar operations.
 struct DetScalarOps {
   using F = float;
-  static TENFOLD_HD float set1(float x) { return x; }
+  TENFOLD_HD float set1(float x) { return x; }
 #if defined(__CUDA_ARCH__)
-  static TENFOLD_HD float mul(float a, float b) { return __fmul_rn(a, b); }
-  static TENFOLD_HD float add(float a, float b) { return __fadd_rn(a, b); }
+  TENFOLD_HD float mul(float a, float b) { return __fmul_rn(a, b); }
+  TENFOLD_HD float add(float a, float b) { return __fadd_rn(a, b); }
 #else
-  static TENFOLD_HD float mul(float a, float b) { return a * b; }
-  static TENFOLD_HD float add(float a, float b) { return a + b; }
+  TENFOLD_HD float mul(float a, float b) { return a * b; }
+  TENFOLD_HD float add(float a, float b) { return a + b; }
 #endif
 };
 

@@ -1,0 +1,32 @@
+// CPU instruction sets: found once at load, forced by TENFOLD_CPU_CAPABILITY or at run time.
+// Every ISA kernel source is compiled once for each of them (see CMakeLists.txt) into
+// namespace tenfold::<isa>; TENFOLD_ISA_DECLARE declares all copies, TENFOLD_ISA_CALL picks one.
+#pragma once
+
+namespace tenfold {
+
+enum class Isa : int { scalar = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
+constexpr int kNumIsa = 4;
+
+const char* isa_name(Isa isa);
+bool isa_supported(Isa isa);  // by this CPU, its OS and this build
+Isa active_isa();
+
+}  // namespace tenfold
+
+#if defined(TENFOLD_X86)
+#define TENFOLD_ISA_DECLARE(...)             \
+  namespace scalar { __VA_ARGS__; }          \
+  namespace avx2 { __VA_ARGS__; }            \
+  namespace avx512 { __VA_ARGS__; }          \
+  namespace avx512_bf16 { __VA_ARGS__; }
+#define TENFOLD_ISA_CALL(function, ...)                                             \
+  (::tenfold::active_isa() == ::tenfold::Isa::scalar   ? scalar::function(__VA_ARGS__) \
+   : ::tenfold::active_isa() == ::tenfold::Isa::avx2   ? avx2::function(__VA_ARGS__)   \
+   : ::tenfold::active_isa() == ::tenfold::Isa::avx512 ? avx512::function(__VA_ARGS__) \
+                                                       : avx512_bf16::function(__VA_ARGS__))
+#else
+#define TENFOLD_ISA_DECLARE(...) \
+  namespace scalar { __VA_ARGS__; }
+#define TENFOLD_ISA_CALL(function, ...) scalar::function(__VA_ARGS__)
+#endif

@@ -1,0 +1,90 @@
+// Vector functions made of vec.h: exp2, the bit-exact logarithm and Gumbel noise of det_math.h, Philox.
+#pragma once
+
+#include "core/cpu/vec.h"
+#include "core/det_math.h"
+#include "core/philox.h"
+
+namespace tenfold::TENFOLD_ISA {
+namespace {
+
+constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+
+// 2^x, about 1 ulp; -inf and everything below -150 give 0; NaN stays NaN.
+inline VF exp2(VF x) {
+  x = vmax(set1(-151.0f), x);  // the NaN operand is the second, so it survives
+  const VF n = rint(x);
+  const VF r = x - n;
+  VF p = set1(1.5353362e-4f);
+  p = fma(p, r, set1(1.3398874e-3f));
+  p = fma(p, r, set1(9.6184373e-3f));
+  p = fma(p, r, set1(5.5503324e-2f));
+  p = fma(p, r, set1(2.4022648e-1f));
+  p = fma(p, r, set1(6.9314720e-1f));
+  p = fma(p, r, set1(1.0f));
+  return ldexp(p, n);
+}
+
+struct DetVecOps {
+  using F = VF;
+  static inline VF set1(float x) { return TENFOLD_ISA::set1(x); }
+  static inline VF mul(VF a, VF b) { return a * b; }
+  static inline VF add(VF a, VF b) { return a + b; }
+};
+
+// Lane-wise det_log_normal of det_math.h, bit for bit.
+inline VF det_log_normal(VF x) {
+  const VI b = bits(x);
+  VI mantissa = (b & seti(0x007FFFFFu)) | seti(0x3F000000u);
+  VI exponent = shr<23>(b) - seti(126);
+  const VM low = lt(mantissa, seti(kSqrtHalfBits));
+  mantissa = select(low, mantissa + seti(0x00800000u), mantissa);
+  exponent = select(low, exponent - seti(1), exponent);
+  return det_log_tail<DetVecOps>(from_bits(mantissa) + set1(-1.0f), to_float(exponent));
+}
+
+// Lane-wise det_log: 0 -> -inf, negative or NaN -> NaN, +inf -> +inf, subnormals scaled.
+inline VF det_log(VF x) {
+  const VM subnormal = lt(x, set1(1.17549435e-38f));
+  const VF scaled = select(subnormal, x * set1(16777216.0f), x);
+  VF y = det_log_normal(scaled);
+  y = select(subnormal, y + set1(-16.635532333f), y);
+  y = select(eq(x, set1(0.0f)), from_bits(seti(0xFF800000u)), y);
+  y = select(eq(x, from_bits(seti(0x7F800000u))), x, y);
+  const VF nan = from_bits(seti(0x7FC00000u));
+  return select(unordered(x), nan, select(lt(x, set1(0.0f)), nan, y));
+}
+
+// First Philox word of counters (c0, c1, c2, c3), lane-wise in c2.
+inline VI philox_word0(uint32_t c0, uint32_t c1, VI c2, uint32_t c3, uint32_t k0, uint32_t k1) {
+  VI x0 = seti(c0), x1 = seti(c1), x2 = c2, x3 = seti(c3);
+  for (int round = 0; round < 10; ++round) {
+    VI hi0, lo0, hi1, lo1;
+    mulhilo(x0, kPhiloxMul0, &hi0, &lo0);
+    mulhilo(x2, kPhiloxMul1, &hi1, &lo1);
+    x0 = hi1 ^ x1 ^ seti(k0);
+    x1 = lo1;
+    x2 = hi0 ^ x3 ^ seti(k1);
+    x3 = lo0;
+    k0 += kPhiloxWeyl0;
+    k1 += kPhiloxWeyl1;
+  }
+  return x0;
+}
+
+inline VF gumbel(VI word) {
+  const VF u = (to_float(shr<9>(word)) + set1(0.5f)) * set1(1.1920928955078125e-7f);
+  const VF zero = set1(0.0f);
+  return zero - det_log_normal(zero - det_log_normal(u));
+}
+
+inline VI sortable_key(VF x) {
+  x = select(unordered(x), from_bits(seti(0xFF800000u)), x);
+  x = select(eq(x, set1(0.0f)), set1(0.0f), x);
+  const VI b = bits(x);
+  const VI sign = shr_signed<31>(b);  // all ones if negative
+  return b ^ (sign | seti(0x80000000u));
+}
+
+}  // namespace
+}  // namespace tenfold::TENFOLD_ISA

@@ -1,0 +1,163 @@
+// AVX2 + FMA + F16C: 8 lanes. See vec.h for the vocabulary.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "core/types.h"
+
+namespace tenfold::TENFOLD_ISA {
+namespace {
+
+constexpr int kWidth = 8;
+
+struct VF {
+  __m256 v;
+};
+struct VI {
+  __m256i v;
+};
+struct VM {
+  __m256 v;
+};
+
+inline VF set1(float x) { return {_mm256_set1_ps(x)}; }
+inline VI seti(uint32_t x) { return {_mm256_set1_epi32(static_cast<int>(x))}; }
+inline VI iota() { return {_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)}; }
+inline __m256i first_n(int n) { return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), iota().v); }
+
+inline VF load(const float* p) { return {_mm256_loadu_ps(p)}; }
+inline VF load_n(const float* p, int n) { return {_mm256_maskload_ps(p, first_n(n))}; }
+inline void store(float* p, VF a) { _mm256_storeu_ps(p, a.v); }
+inline void store_n(float* p, VF a, int n) { _mm256_maskstore_ps(p, first_n(n), a.v); }
+inline VI load(const uint32_t* p) {
+  return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))};
+}
+inline VI load_n(const uint32_t* p, int n) {
+  return {_mm256_maskload_epi32(reinterpret_cast<const int*>(p), first_n(n))};
+}
+inline void store(uint32_t* p, VI a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.v); }
+inline void store_n(uint32_t* p, VI a, int n) {
+  _mm256_maskstore_epi32(reinterpret_cast<int*>(p), first_n(n), a.v);
+}
+
+// Partial 16-bit vectors go through a small buffer: AVX2 has no 16-bit masked moves.
+inline __m128i load_halves(const void* p, int n) {
+  uint16_t buffer[8] = {};
+  const auto* from = static_cast<const uint16_t*>(p);
+  for (int i = 0; i < n; ++i) buffer[i] = from[i];
+  return _mm_loadu_si128(reinterpret_cast<const __m128i*>(buffer));
+}
+inline void store_halves(void* p, __m128i h, int n) {
+  uint16_t buffer[8];
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(buffer), h);
+  auto* to = static_cast<uint16_t*>(p);
+  for (int i = 0; i < n; ++i) to[i] = buffer[i];
+}
+
+inline VF from_bf16(__m128i h) {
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16))};
+}
+inline VF load(const bf16_t* p) {
+  return from_bf16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline VF load_n(const bf16_t* p, int n) { return from_bf16(load_halves(p, n)); }
+inline VF load(const fp16_t* p) {
+  return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+inline VF load_n(const fp16_t* p, int n) { return {_mm256_cvtph_ps(load_halves(p, n))}; }
+
+inline __m128i to_bf16(VF a) {
+  const __m256i x = _mm256_castps_si256(a.v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(x, 16), _mm256_set1_epi32(1));
+  const __m256i up = _mm256_add_epi32(x, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
+  const __m256i quiet = _mm256_or_si256(x, _mm256_set1_epi32(0x400000));
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q));
+  const __m256i r = _mm256_srli_epi32(_mm256_blendv_epi8(up, quiet, nan), 16);
+  return _mm_packus_epi32(_mm256_castsi256_si128(r), _mm256_extracti128_si256(r, 1));
+}
+inline void store(bf16_t* p, VF a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), to_bf16(a)); }
+inline void store_n(bf16_t* p, VF a, int n) { store_halves(p, to_bf16(a), n); }
+inline void store(fp16_t* p, VF a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a.v, 0));
+}
+inline void store_n(fp16_t* p, VF a, int n) { store_halves(p, _mm256_cvtps_ph(a.v, 0), n); }
+
+inline VF operator+(VF a, VF b) { return {_mm256_add_ps(a.v, b.v)}; }
+inline VF operator-(VF a, VF b) { return {_mm256_sub_ps(a.v, b.v)}; }
+inline VF operator*(VF a, VF b) { return {_mm256_mul_ps(a.v, b.v)}; }
+inline VF operator/(VF a, VF b) { return {_mm256_div_ps(a.v, b.v)}; }
+inline VF fma(VF a, VF b, VF c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+inline VF vmax(VF a, VF b) { return {_mm256_max_ps(a.v, b.v)}; }
+inline VF vmin(VF a, VF b) { return {_mm256_min_ps(a.v, b.v)}; }
+inline VF rint(VF a) { return {_mm256_round_ps(a.v, 8)}; }
+
+inline VM lt(VF a, VF b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)}; }
+inline VM gt(VF a, VF b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ)}; }
+inline VM unordered(VF a) { return {_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q)}; }
+inline VM eq(VF a, VF b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ)}; }
+inline VM lt(VI a, VI b) { return {_mm256_castsi256_ps(_mm256_cmpgt_epi32(b.v, a.v))}; }
+inline VM both(VM a, VM b) { return {_mm256_and_ps(a.v, b.v)}; }
+inline bool any(VM m) { return _mm256_movemask_ps(m.v) != 0; }
+inline VF select(VM m, VF yes, VF no) { return {_mm256_blendv_ps(no.v, yes.v, m.v)}; }
+inline VI select(VM m, VI yes, VI no) {
+  return {_mm256_blendv_epi8(no.v, yes.v, _mm256_castps_si256(m.v))};
+}
+
+// a * 2^n for integral n in [-126, 127]; below, 0.
+inline VF ldexp(VF a, VF n) {
+  const VM small = lt(n, set1(-126.0f));
+  const __m256i e = _mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127));
+  const VF r = {_mm256_mul_ps(a.v, _mm256_castsi256_ps(_mm256_slli_epi32(e, 23)))};
+  return {_mm256_andnot_ps(small.v, r.v)};
+}
+
+inline VI operator+(VI a, VI b) { return {_mm256_add_epi32(a.v, b.v)}; }
+inline VI operator-(VI a, VI b) { return {_mm256_sub_epi32(a.v, b.v)}; }
+inline VI operator^(VI a, VI b) { return {_mm256_xor_si256(a.v, b.v)}; }
+inline VI operator&(VI a, VI b) { return {_mm256_and_si256(a.v, b.v)}; }
+inline VI operator|(VI a, VI b) { return {_mm256_or_si256(a.v, b.v)}; }
+template <int N>
+inline VI shr(VI a) {
+  return {_mm256_srli_epi32(a.v, N)};
+}
+template <int N>
+inline VI shr_signed(VI a) {
+  return {_mm256_srai_epi32(a.v, N)};
+}
+// 64-bit products of the lanes with one constant: high and low halves.
+inline void mulhilo(VI a, uint32_t m, VI* hi, VI* lo) {
+  const __m256i c = _mm256_set1_epi64x(m);
+  const __m256i even = _mm256_mul_epu32(a.v, c);
+  const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64(a.v, 32), c);
+  hi->v = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA);
+  lo->v = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA);
+}
+inline VI bits(VF a) { return {_mm256_castps_si256(a.v)}; }
+inline VF from_bits(VI a) { return {_mm256_castsi256_ps(a.v)}; }
+inline VF to_float(VI a) { return {_mm256_cvtepi32_ps(a.v)}; }  // signed
+
+inline float hsum128(__m128 s) {
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+inline float hsum(VF a) {
+  return hsum128(_mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1)));
+}
+inline float hmax(VF a) {
+  __m128 s = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
+}
+
+// out[i] = sum of the lanes of a_i
+inline void hsum4(VF a, VF b, VF c, VF d, float* out) {
+  const __m256 ab = _mm256_add_ps(_mm256_unpacklo_ps(a.v, b.v), _mm256_unpackhi_ps(a.v, b.v));
+  const __m256 cd = _mm256_add_ps(_mm256_unpacklo_ps(c.v, d.v), _mm256_unpackhi_ps(c.v, d.v));
+  const __m256 s = _mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xEE));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
+}
+
+}  // namespace
+}  // namespace tenfold::TENFOLD_ISA

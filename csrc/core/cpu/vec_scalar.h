@@ -1,0 +1,240 @@
+// Baseline CPUs: 4 lanes as plain loops, which the compiler may turn into SSE2. See vec.h.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "core/types.h"
+
+namespace tenfold::TENFOLD_ISA {
+namespace {
+
+constexpr int kWidth = 4;
+
+struct VF {
+  float v[4];
+};
+struct VI {
+  uint32_t v[4];
+};
+struct VM {
+  bool v[4];
+};
+
+#define TENFOLD_LANES for (int i = 0; i < 4; ++i)
+
+inline float half_to_float(uint16_t h) {
+  const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16;
+  const uint32_t exponent = (h >> 10) & 0x1Fu, mantissa = h & 0x3FFu;
+  uint32_t x;
+  if (exponent == 31) {
+    x = sign | 0x7F800000u | (mantissa << 13);
+  } else if (exponent != 0) {
+    x = sign | ((exponent + 112) << 23) | (mantissa << 13);
+  } else {  // subnormal or zero: mantissa * 2^-24 is exact in float32
+    const float f = static_cast<float>(mantissa) * 5.9604644775390625e-8f;
+    memcpy(&x, &f, 4);
+    x |= sign;
+  }
+  float f;
+  memcpy(&f, &x, 4);
+  return f;
+}
+
+inline uint16_t float_to_half(float f) {
+  uint32_t x;
+  memcpy(&x, &f, 4);
+  const auto sign = static_cast<uint16_t>((x >> 16) & 0x8000u);
+  x &= 0x7FFFFFFFu;
+  if (x > 0x7F800000u) return sign | 0x7E00u | ((x >> 13) & 0x3FFu);
+  if (x >= 0x47800000u) return sign | 0x7C00u;  // 65536 and more
+  if (x < 0x38800000u) {                        // below the smallest normal half, 2^-14
+    float a, magic = 0.5f;                      // adding 0.5 rounds at 2^-24, to nearest even
+    memcpy(&a, &x, 4);
+    a += magic;
+    memcpy(&x, &a, 4);
+    return sign | static_cast<uint16_t>(x - 0x3F000000u);
+  }
+  const uint32_t odd = (x >> 13) & 1u;
+  return sign | static_cast<uint16_t>((x - 0x38000000u + 0xFFFu + odd) >> 13);
+}
+
+inline float bf16_to_float(uint16_t h) {
+  const uint32_t x = static_cast<uint32_t>(h) << 16;
+  float f;
+  memcpy(&f, &x, 4);
+  return f;
+}
+
+inline uint16_t float_to_bf16(float f) {
+  uint32_t x;
+  memcpy(&x, &f, 4);
+  if ((x & 0x7FFFFFFFu) > 0x7F800000u) return static_cast<uint16_t>((x | 0x400000u) >> 16);
+  return static_cast<uint16_t>((x + 0x7FFFu + ((x >> 16) & 1u)) >> 16);
+}
+
+inline VF set1(float x) { return {{x, x, x, x}}; }
+inline VI seti(uint32_t x) { return {{x, x, x, x}}; }
+inline VI iota() { return {{0, 1, 2, 3}}; }
+
+inline float element(const float* p) { return *p; }
+inline float element(const bf16_t* p) { return bf16_to_float(p->bits); }
+inline float element(const fp16_t* p) { return half_to_float(p->bits); }
+inline void put(float* p, float x) { *p = x; }
+inline void put(bf16_t* p, float x) { p->bits = float_to_bf16(x); }
+inline void put(fp16_t* p, float x) { p->bits = float_to_half(x); }
+
+template <class T>
+inline VF load_n(const T* p, int n) {
+  VF r = set1(0.0f);
+  TENFOLD_LANES if (i < n) r.v[i] = element(p + i);
+  return r;
+}
+template <class T>
+inline VF load(const T* p) {
+  return {{element(p), element(p + 1), element(p + 2), element(p + 3)}};
+}
+template <class T>
+inline void store_n(T* p, VF a, int n) {
+  TENFOLD_LANES if (i < n) put(p + i, a.v[i]);
+}
+template <class T>
+inline void store(T* p, VF a) {
+  TENFOLD_LANES put(p + i, a.v[i]);
+}
+inline VI load(const uint32_t* p) { return {{p[0], p[1], p[2], p[3]}}; }
+inline VI load_n(const uint32_t* p, int n) {
+  VI r = seti(0);
+  TENFOLD_LANES if (i < n) r.v[i] = p[i];
+  return r;
+}
+inline void store(uint32_t* p, VI a) { TENFOLD_LANES p[i] = a.v[i]; }
+inline void store_n(uint32_t* p, VI a, int n) {
+  TENFOLD_LANES if (i < n) p[i] = a.v[i];
+}
+
+#define TENFOLD_BINARY(name, type, expr)   \
+  inline type name(type a, type b) {       \
+    type r;                                \
+    TENFOLD_LANES r.v[i] = (expr);         \
+    return r;                              \
+  }
+TENFOLD_BINARY(operator+, VF, a.v[i] + b.v[i])
+TENFOLD_BINARY(operator-, VF, a.v[i] - b.v[i])
+TENFOLD_BINARY(operator*, VF, a.v[i] * b.v[i])
+TENFOLD_BINARY(operator/, VF, a.v[i] / b.v[i])
+TENFOLD_BINARY(vmax, VF, a.v[i] > b.v[i] ? a.v[i] : b.v[i])
+TENFOLD_BINARY(vmin, VF, a.v[i] < b.v[i] ? a.v[i] : b.v[i])
+TENFOLD_BINARY(operator+, VI, a.v[i] + b.v[i])
+TENFOLD_BINARY(operator-, VI, a.v[i] - b.v[i])
+TENFOLD_BINARY(operator^, VI, a.v[i] ^ b.v[i])
+TENFOLD_BINARY(operator&, VI, a.v[i] & b.v[i])
+TENFOLD_BINARY(operator|, VI, a.v[i] | b.v[i])
+#undef TENFOLD_BINARY
+
+// Not fused here: a libm call per lane would cost more than the rounding is worth.
+inline VF fma(VF a, VF b, VF c) {
+  VF r;
+  TENFOLD_LANES r.v[i] = a.v[i] * b.v[i] + c.v[i];
+  return r;
+}
+inline VF rint(VF a) {  // adding 1.5 * 2^23 rounds to nearest even for |a| < 2^22
+  VF r;
+  TENFOLD_LANES r.v[i] = (a.v[i] + 12582912.0f) - 12582912.0f;
+  return r;
+}
+// a * 2^n for integral n in [-126, 127]; below, 0.
+inline VF ldexp(VF a, VF n) {
+  VF r;
+  TENFOLD_LANES {
+    const float e = n.v[i] >= -126.0f ? n.v[i] : -127.0f;
+    const uint32_t x = static_cast<uint32_t>(static_cast<int>(e) + 127) << 23;
+    float f;
+    memcpy(&f, &x, 4);
+    r.v[i] = n.v[i] != n.v[i] ? n.v[i] : a.v[i] * f;
+  }
+  return r;
+}
+
+#define TENFOLD_COMPARE(name, type, expr) \
+  inline VM name(type a, type b) {        \
+    VM r;                                 \
+    TENFOLD_LANES r.v[i] = (expr);        \
+    return r;                             \
+  }
+TENFOLD_COMPARE(lt, VF, a.v[i] < b.v[i])
+TENFOLD_COMPARE(gt, VF, a.v[i] > b.v[i])
+TENFOLD_COMPARE(eq, VF, a.v[i] == b.v[i])
+TENFOLD_COMPARE(lt, VI, static_cast<int32_t>(a.v[i]) < static_cast<int32_t>(b.v[i]))
+TENFOLD_COMPARE(both, VM, a.v[i] && b.v[i])
+#undef TENFOLD_COMPARE
+inline VM unordered(VF a) {
+  VM r;
+  TENFOLD_LANES r.v[i] = a.v[i] != a.v[i];
+  return r;
+}
+inline bool any(VM m) { return m.v[0] || m.v[1] || m.v[2] || m.v[3]; }
+inline VF select(VM m, VF yes, VF no) {
+  VF r;
+  TENFOLD_LANES r.v[i] = m.v[i] ? yes.v[i] : no.v[i];
+  return r;
+}
+inline VI select(VM m, VI yes, VI no) {
+  VI r;
+  TENFOLD_LANES r.v[i] = m.v[i] ? yes.v[i] : no.v[i];
+  return r;
+}
+
+template <int N>
+inline VI shr(VI a) {
+  TENFOLD_LANES a.v[i] >>= N;
+  return a;
+}
+template <int N>
+inline VI shr_signed(VI a) {
+  TENFOLD_LANES a.v[i] = static_cast<uint32_t>(static_cast<int32_t>(a.v[i]) >> N);
+  return a;
+}
+// 64-bit products of the lanes with one constant: high and low halves.
+inline void mulhilo(VI a, uint32_t m, VI* hi, VI* lo) {
+  TENFOLD_LANES {
+    const uint64_t p = static_cast<uint64_t>(m) * a.v[i];
+    hi->v[i] = static_cast<uint32_t>(p >> 32);
+    lo->v[i] = static_cast<uint32_t>(p);
+  }
+}
+inline VI bits(VF a) {
+  VI r;
+  memcpy(&r, &a, sizeof r);
+  return r;
+}
+inline VF from_bits(VI a) {
+  VF r;
+  memcpy(&r, &a, sizeof r);
+  return r;
+}
+inline VF to_float(VI a) {  // signed
+  VF r;
+  TENFOLD_LANES r.v[i] = static_cast<float>(static_cast<int32_t>(a.v[i]));
+  return r;
+}
+
+inline float hsum(VF a) { return (a.v[0] + a.v[1]) + (a.v[2] + a.v[3]); }
+inline float hmax(VF a) {
+  float m = a.v[0];
+  TENFOLD_LANES m = a.v[i] > m ? a.v[i] : m;
+  return m;
+}
+// out[i] = sum of the lanes of a_i
+inline void hsum4(VF a, VF b, VF c, VF d, float* out) {
+  out[0] = hsum(a);
+  out[1] = hsum(b);
+  out[2] = hsum(c);
+  out[3] = hsum(d);
+}
+
+#undef TENFOLD_LANES
+
+}  // namespace
+}  // namespace tenfold::TENFOLD_ISA

@@ -1,0 +1,68 @@
+#include "core/tensor.h"
+
+#include <sys/mman.h>
+
+namespace tenfold {
+namespace {
+
+constexpr int64_t kHugePageFrom = int64_t{4} << 20;
+constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
+
+void advise_huge_pages(void* data, int64_t bytes) {
+  const auto begin = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) & ~(kHugePage - 1);
+  const auto end = (reinterpret_cast<uintptr_t>(data) + bytes) & ~(kHugePage - 1);
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+}
+
+int64_t element_size(ScalarType t) {
+  switch (t) {
+    case ScalarType::Long:
+    case ScalarType::Double: return 8;
+    case ScalarType::Half:
+    case ScalarType::BFloat16:
+    case ScalarType::Short: return 2;
+    case ScalarType::Byte:
+    case ScalarType::Char:
+    case ScalarType::Bool: return 1;
+    default: return 4;
+  }
+}
+
+}  // namespace
+
+Tensor new_output(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  Tensor out = torch::stable::new_empty(like, sizes, dtype);
+  const int64_t bytes = out.numel() * element_size(dtype);
+  if (out.is_cpu() && bytes >= kHugePageFrom) advise_huge_pages(out.data_ptr(), bytes);
+  return out;
+}
+
+Tensor with_contiguous_rows(const Tensor& t) {
+  const int64_t last = t.dim() - 1;
+  if (t.numel() == 0 || t.sizes()[last] == 1 || t.strides()[last] == 1) return t;
+  return torch::stable::contiguous(t);
+}
+
+template <class Int>
+std::vector<Int> read_ints(const Tensor& t) {
+  int64_t size[3] = {1, 1, 1}, stride[3] = {0, 0, 0};
+  for (int64_t i = 0; i < t.dim(); ++i) {
+    size[3 - t.dim() + i] = t.sizes()[i];
+    stride[3 - t.dim() + i] = t.strides()[i];
+  }
+  std::vector<Int> out;
+  out.reserve(t.numel());
+  const bool wide = t.scalar_type() == ScalarType::Long;
+  for (int64_t a = 0; a < size[0]; ++a)
+    for (int64_t b = 0; b < size[1]; ++b)
+      for (int64_t c = 0; c < size[2]; ++c) {
+        const int64_t at = a * stride[0] + b * stride[1] + c * stride[2];
+        out.push_back(static_cast<Int>(wide ? data_as<int64_t>(t)[at] : data_as<int32_t>(t)[at]));
+      }
+  return out;
+}
+
+template std::vector<int32_t> read_ints(const Tensor&);
+template std::vector<int64_t> read_ints(const Tensor&);
+
+}  // namespace tenfold

@@ -1,0 +1,210 @@
+// CPU kv_gather and kv_compact_: checks of the index values, then one row mover for both.
+#include "kv_eviction/kv_gather.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "core/dispatch.h"
+#include "core/parallel.h"
+#include "core/tensor.h"
+#include "kv_eviction/cpu/impl.h"
+
+namespace tenfold::cpu {
+namespace {
+
+// Slots of one (batch, index head): which source token goes where.
+struct Slots {
+  std::vector<int64_t> idx;   // [B * Hi, C]
+  std::vector<int64_t> used;  // [B * Hi]: slots before this one may hold tokens
+  int64_t heads, width;
+  bool holes;  // some used slot has idx < 0
+
+  const int64_t* row(int64_t b, int64_t h) const {
+    return idx.data() + (b * heads + (heads == 1 ? 0 : h)) * width;
+  }
+  int64_t count(int64_t b, int64_t h) const { return used[b * heads + (heads == 1 ? 0 : h)]; }
+};
+
+Slots read_slots(const char* op, const Tensor& idx, const OptTensor& new_lens, int64_t length) {
+  Slots s{read_ints<int64_t>(idx), {}, idx.sizes()[1], idx.sizes()[2], false};
+  const int64_t rows = idx.sizes()[0] * s.heads;
+  s.used.assign(rows, s.width);
+  if (new_lens) {
+    const auto lens = read_ints<int64_t>(*new_lens);
+    for (int64_t r = 0; r < rows; ++r) {
+      s.used[r] = lens[new_lens->dim() == 2 ? r : r / s.heads];
+      TENFOLD_CHECK_VALUE(s.used[r] >= 0 && s.used[r] <= s.width, "tenfold::", op,
+                          ": new_lens must be in [0, C = ", s.width, "], got ", s.used[r]);
+    }
+  }
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < s.used[r]; ++c) {
+      const int64_t at = s.idx[r * s.width + c];
+      TENFOLD_CHECK_INDEX(at < length, "tenfold::", op, ": idx must be < L = ", length, ", got ", at,
+                          " at slot ", c);
+      s.holes |= at < 0;
+    }
+  return s;
+}
+
+// Compaction needs strictly increasing slots; unused ones (idx < 0) only at the end.
+void check_increasing(const char* op, Slots& s) {
+  const auto rows = static_cast<int64_t>(s.used.size());
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t* at = s.idx.data() + r * s.width;
+    while (s.used[r] > 0 && at[s.used[r] - 1] < 0) --s.used[r];
+    for (int64_t c = 0; c < s.used[r]; ++c)
+      TENFOLD_CHECK_VALUE(at[c] >= 0 && (c == 0 || at[c] > at[c - 1]), "tenfold::", op,
+                          ": idx must be strictly increasing over the used slots, got ",
+                          c == 0 ? -1 : at[c - 1], " then ", at[c], " at slot ", c);
+  }
+  s.holes = false;
+}
+
+struct Rotation {
+  std::vector<float> coarse, fine;
+  std::vector<int64_t> start;  // [B]
+  RotaryTable table{};
+  bool on = false;
+};
+
+void fill_table(std::vector<float>& table, int64_t entries, int64_t step, const float* freq,
+                int64_t half) {
+  table.resize(entries * 2 * half);
+  for (int64_t e = 0; e < entries; ++e)
+    for (int64_t i = 0; i < half; ++i) {
+      const double angle = static_cast<double>(e * step) * static_cast<double>(freq[i]);
+      table[e * 2 * half + i] = static_cast<float>(std::cos(angle));
+      table[e * 2 * half + half + i] = static_cast<float>(std::sin(angle));
+    }
+}
+
+Rotation make_rotation(const OptTensor& inv_freq, const OptTensor& kv_start, int64_t batch,
+                       int64_t length, int64_t width) {
+  Rotation r;
+  if (!inv_freq) return r;
+  r.on = true;
+  r.start = kv_start ? read_ints<int64_t>(*kv_start) : std::vector<int64_t>(batch, 0);
+  const Tensor freq = torch::stable::contiguous(*inv_freq);
+  int64_t reach = std::max(length, width);  // |slot - (token - start)| stays below this
+  for (const int64_t s : r.start) reach = std::max(reach, std::max(length, width) + std::abs(s));
+  r.table.half = freq.numel();
+  fill_table(r.coarse, reach / RotaryTable::kFine + 1, RotaryTable::kFine, data_as<float>(freq),
+             r.table.half);
+  fill_table(r.fine, RotaryTable::kFine, 1, data_as<float>(freq), r.table.half);
+  r.table.coarse = r.coarse.data();
+  r.table.fine = r.fine.data();
+  return r;
+}
+
+// One of k and v: where its rows come from and go to.
+struct Side {
+  const Tensor* from;
+  const Tensor* to;
+  bool is_key;
+};
+
+void move_head(const Side& side, const Slots& slots, const Rotation& rot, bool zero_rest,
+               int64_t b, int64_t h) {
+  const Tensor &from = *side.from, &to = *side.to;
+  const Dtype dtype = to_dtype(from.scalar_type());
+  const int64_t size = dtype_size(dtype), d = from.sizes()[3];
+  const auto at = [&](const Tensor& t) {
+    return static_cast<char*>(t.data_ptr()) + (b * t.strides()[0] + h * t.strides()[1]) * size;
+  };
+  const KvMove m{at(from), at(to), from.strides()[2] * size, to.strides()[2] * size, d * size};
+  const int64_t* idx = slots.row(b, h);
+  const int64_t used = slots.count(b, h);
+  if (!slots.holes) {
+    TENFOLD_ISA_CALL(move_rows, m, idx, used);
+  } else {
+    for (int64_t c = 0; c < used; ++c)
+      if (idx[c] >= 0) {
+        std::memcpy(m.to + c * m.to_stride, m.from + idx[c] * m.from_stride, m.row_bytes);
+      } else {
+        std::memset(m.to + c * m.to_stride, 0, m.row_bytes);
+      }
+  }
+  if (rot.on && side.is_key)
+    for (int64_t c = 0; c < used; ++c)
+      if (idx[c] >= 0)
+        TENFOLD_ISA_CALL(rotate_row, m.to + c * m.to_stride, dtype, rot.table,
+                         c - (idx[c] - rot.start[b]));
+  if (zero_rest)
+    for (int64_t c = used; c < slots.width; ++c)
+      std::memset(m.to + c * m.to_stride, 0, m.row_bytes);
+}
+
+// Tasks are (batch, head) of k and of v: rows of one head move in ascending order.
+void move_all(const Side& key, const Side& value, const Slots& slots, const Rotation& rot,
+              bool zero_rest) {
+  const int64_t batch = key.from->sizes()[0];
+  const int64_t hk = key.from->sizes()[1], hv = value.from->sizes()[1];
+  const double micros = static_cast<double>(slots.width) * key.from->sizes()[3] * 4e-4;
+  parallel_for(batch * (hk + hv), micros, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t b = i / (hk + hv), h = i % (hk + hv);
+      if (h < hk) {
+        move_head(key, slots, rot, zero_rest, b, h);
+      } else {
+        move_head(value, slots, rot, zero_rest, b, h - hk);
+      }
+    }
+  });
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> kv_gather(const char* op, const Tensor& k_in, const Tensor& v_in,
+                                     const Tensor& idx, const OptTensor& new_lens,
+                                     const OptTensor& inv_freq, const OptTensor& kv_start) {
+  check_kv_gather(op, k_in, v_in, idx, new_lens, inv_freq, kv_start);
+  const int64_t length = k_in.sizes()[2], width = idx.sizes()[2];
+  const Slots slots = read_slots(op, idx, new_lens, length);
+  const Tensor k = with_contiguous_rows(k_in), v = with_contiguous_rows(v_in);
+  const auto rot = make_rotation(inv_freq, kv_start, k.sizes()[0], length, width);
+  const Tensor k_out =
+      new_output(k, {k.sizes()[0], k.sizes()[1], width, k.sizes()[3]}, k.scalar_type());
+  const Tensor v_out =
+      new_output(v, {v.sizes()[0], v.sizes()[1], width, v.sizes()[3]}, v.scalar_type());
+  move_all({&k, &k_out, true}, {&v, &v_out, false}, slots, rot, true);
+  return {k_out, v_out};
+}
+
+namespace {
+
+std::tuple<Tensor, Tensor> kv_gather_op(Tensor k, Tensor v, Tensor idx, OptTensor new_lens,
+                                        OptTensor inv_freq, OptTensor kv_start) {
+  return kv_gather("kv_gather", k, v, idx, new_lens, inv_freq, kv_start);
+}
+
+void check_row_contiguous(const char* op, const char* arg, const Tensor& t) {
+  TENFOLD_CHECK_VALUE(t.numel() == 0 || t.sizes()[3] == 1 || t.strides()[3] == 1, "tenfold::", op,
+                      ": the last dimension of ", arg,
+                      " must be contiguous to be written in place, got stride ", t.strides()[3]);
+}
+
+void kv_compact_op(Tensor k, Tensor v, Tensor idx, OptTensor new_lens, OptTensor inv_freq,
+                   OptTensor kv_start) {
+  constexpr auto op = "kv_compact_";
+  check_kv_gather(op, k, v, idx, new_lens, inv_freq, kv_start);
+  check_in_place(op, k, v, idx);
+  check_row_contiguous(op, "k", k);
+  check_row_contiguous(op, "v", v);
+  Slots slots = read_slots(op, idx, new_lens, k.sizes()[2]);
+  check_increasing(op, slots);
+  const auto rot = make_rotation(inv_freq, kv_start, k.sizes()[0], k.sizes()[2], idx.sizes()[2]);
+  move_all({&k, &k, true}, {&v, &v, false}, slots, rot, false);
+}
+
+}  // namespace
+}  // namespace tenfold::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(tenfold, CPU, m) {
+  m.impl("kv_gather", TORCH_BOX(&tenfold::cpu::kv_gather_op));
+  m.impl("kv_compact_", TORCH_BOX(&tenfold::cpu::kv_compact_op));
+}

@@ -1,0 +1,71 @@
+// Row movement and key re-rotation of kv_gather / kv_compact_.
+#include "core/cpu/math.h"
+#include "kv_eviction/kv_gather.h"
+
+TENFOLD_ISA_BEGIN
+namespace {
+
+constexpr int64_t kVecBytes = kWidth * 4;
+// Rows ahead that are prefetched: about 100 ns of copying at the size of a usual row (256 bytes).
+constexpr int64_t kAhead = 16;
+
+// Ascending copy of `bytes` bytes; from >= to where they overlap, so it is also a move down.
+inline void copy_up(char* to, const char* from, int64_t bytes) {
+  int64_t i = 0;
+  for (; i + 4 * kVecBytes <= bytes; i += 4 * kVecBytes) {
+    const VF a = load(reinterpret_cast<const float*>(from + i));
+    const VF b = load(reinterpret_cast<const float*>(from + i + kVecBytes));
+    const VF c = load(reinterpret_cast<const float*>(from + i + 2 * kVecBytes));
+    const VF d = load(reinterpret_cast<const float*>(from + i + 3 * kVecBytes));
+    store(reinterpret_cast<float*>(to + i), a);
+    store(reinterpret_cast<float*>(to + i + kVecBytes), b);
+    store(reinterpret_cast<float*>(to + i + 2 * kVecBytes), c);
+    store(reinterpret_cast<float*>(to + i + 3 * kVecBytes), d);
+  }
+  for (; i + kVecBytes <= bytes; i += kVecBytes)
+    store(reinterpret_cast<float*>(to + i), load(reinterpret_cast<const float*>(from + i)));
+  for (; i + 2 <= bytes; i += 2)
+    *reinterpret_cast<uint16_t*>(to + i) = *reinterpret_cast<const uint16_t*>(from + i);
+}
+
+template <class T>
+void rotate(T* row, const RotaryTable& t, int64_t shift) {
+  const int64_t size = shift < 0 ? -shift : shift;
+  const float* coarse = t.coarse + size / RotaryTable::kFine * 2 * t.half;
+  const float* fine = t.fine + size % RotaryTable::kFine * 2 * t.half;
+  const VF sign = set1(shift < 0 ? -1.0f : 1.0f);
+  for (int64_t i = 0; i < t.half; i += kWidth) {
+    const int n = static_cast<int>(t.half - i < kWidth ? t.half - i : kWidth);
+    const VF ca = load_n(coarse + i, n), sa = load_n(coarse + t.half + i, n);
+    const VF cb = load_n(fine + i, n), sb = load_n(fine + t.half + i, n);
+    const VF c = ca * cb - sa * sb, s = (sa * cb + ca * sb) * sign;
+    const VF x1 = load_n(row + i, n), x2 = load_n(row + t.half + i, n);
+    store_n(row + i, x1 * c - x2 * s, n);
+    store_n(row + t.half + i, x2 * c + x1 * s, n);
+  }
+}
+
+}  // namespace
+
+void move_rows(const KvMove& m, const int64_t* idx, int64_t n) {
+  const bool dense = m.from_stride == m.row_bytes && m.to_stride == m.row_bytes;
+  for (int64_t c = 0; c < n;) {
+    int64_t run = 1;
+    while (dense && c + run < n && idx[c + run] == idx[c] + run) ++run;
+    const int64_t ahead = c + run + kAhead < n ? idx[c + run + kAhead] : idx[n - 1];
+    for (int64_t line = 0; line < m.row_bytes; line += 64)
+      __builtin_prefetch(m.from + ahead * m.from_stride + line);
+    const char* from = m.from + idx[c] * m.from_stride;
+    char* to = m.to + c * m.to_stride;
+    if (from != to) copy_up(to, from, run * m.row_bytes);
+    c += run;
+  }
+}
+
+void rotate_row(void* row, Dtype dtype, const RotaryTable& table, int64_t shift) {
+  if (dtype == Dtype::f32) rotate(static_cast<float*>(row), table, shift);
+  if (dtype == Dtype::bf16) rotate(static_cast<bf16_t*>(row), table, shift);
+  if (dtype == Dtype::f16) rotate(static_cast<fp16_t*>(row), table, shift);
+}
+
+TENFOLD_ISA_END

@@ -1,0 +1,216 @@
+// CPU nacl_select: per (sequence, head) two radix selections over sortable keys, then one ordered pass.
+#include "kv_eviction/nacl_select.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <vector>
+
+#include "core/parallel.h"
+#include "core/tensor.h"
+#include "kv_eviction/cpu/impl.h"
+
+namespace tenfold::cpu {
+namespace {
+
+// A threshold that splits keys into exactly `wanted` chosen ones: all above `key`, and the first
+// `ties` of those equal to it.
+struct Cut {
+  uint32_t key;
+  int64_t ties;
+};
+
+// Largest-first radix selection: 11 + 11 + 10 bits. After the first digit only the keys of the
+// boundary bin are looked at again, so the cost is one counting pass over `keys`. Keys of 0 are not
+// candidates. Precondition: 0 < wanted <= number of nonzero keys.
+Cut radix_cut(const uint32_t* keys, int64_t n, int64_t wanted, std::vector<uint32_t>& boundary) {
+  constexpr int kShift[3] = {21, 10, 0};
+  constexpr uint32_t kBins[3] = {2048, 2048, 1024};
+  std::array<std::array<uint32_t, 2048>, 2> bins{};  // two counters hide repeated-bin latency
+  int64_t i = 0;
+  for (; i + 2 <= n; i += 2) {
+    ++bins[0][keys[i] >> 21];
+    ++bins[1][keys[i + 1] >> 21];
+  }
+  if (i < n) ++bins[0][keys[i] >> 21];
+  for (uint32_t bin = 0; bin < 2048; ++bin) bins[0][bin] += bins[1][bin];
+  uint32_t prefix = 0;
+  for (int digit = 0; digit < 3; ++digit) {
+    uint32_t bin = kBins[digit] - 1;
+    while (bins[0][bin] < static_cast<uint64_t>(wanted)) wanted -= bins[0][bin--];
+    prefix |= bin << kShift[digit];
+    if (digit == 2) break;
+    if (digit == 0) {
+      boundary.clear();
+      for (int64_t j = 0; j < n; ++j)
+        if (keys[j] >> 21 == bin) boundary.push_back(keys[j]);
+    } else {
+      std::erase_if(boundary, [&](uint32_t key) { return key >> 10 != prefix >> 10; });
+    }
+    bins[0].fill(0);
+    const int shift = kShift[digit + 1];
+    const uint32_t mask = kBins[digit + 1] - 1;
+    for (const uint32_t key : boundary) ++bins[0][(key >> shift) & mask];
+  }
+  return {prefix, wanted};
+}
+
+// out[i] = max or mean of the kernel-wide window around i, over [0, n) only.
+void pool_scores(const float* scores, int64_t n, int32_t kernel, bool use_max, float* out) {
+  const int64_t half = kernel / 2;
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t lo = std::max<int64_t>(i - half, 0), hi = std::min(i + half + 1, n);
+    float r = scores[lo];
+    for (int64_t j = lo + 1; j < hi; ++j)
+      r = use_max ? (scores[j] > r || scores[j] != scores[j] ? scores[j] : r) : r + scores[j];
+    out[i] = use_max ? r : r / static_cast<float>(kernel);
+  }
+}
+
+struct RowArgs {
+  const float* scores;  // [L], contiguous
+  int64_t begin, end;   // valid slots
+  NaclCounts counts;
+  uint32_t head, row_id;
+  int64_t* idx;  // [C]
+};
+
+struct Buffers {
+  std::vector<uint32_t> keys, draw, boundary;
+  std::vector<float> pooled;
+};
+
+// Marks every key that the cut chooses by setting it to 0; returns nothing else.
+void take(uint32_t* keys, int64_t n, Cut cut) {
+  for (int64_t i = 0; i < n; ++i) {
+    if (keys[i] < cut.key) continue;
+    if (keys[i] == cut.key && cut.ties-- <= 0) continue;
+    keys[i] = 0;
+  }
+}
+
+int64_t select_row(const NaclSelectParams& p, const RowArgs& a, Buffers& buf) {
+  const int64_t n = a.end - a.begin;
+  const int64_t total = int64_t{a.counts.sink} + a.counts.recent + a.counts.topk + a.counts.random;
+  int64_t* out = a.idx;
+  if (n <= total) {
+    for (int64_t j = a.begin; j < a.end; ++j) *out++ = j;
+    return n;
+  }
+  const int64_t first = a.begin + a.counts.sink, m = n - a.counts.sink - a.counts.recent;
+  const float* scores = a.scores + first;
+  if (p.pool_kernel > 1) {
+    buf.pooled.resize(m);
+    pool_scores(scores, m, p.pool_kernel, p.pool_max, buf.pooled.data());
+    scores = buf.pooled.data();
+  }
+  buf.keys.resize(m);
+  uint32_t* keys = buf.keys.data();
+  TENFOLD_ISA_CALL(nacl_topk_keys, scores, m, keys);
+  if (a.counts.topk > 0) take(keys, m, radix_cut(keys, m, a.counts.topk, buf.boundary));
+  if (a.counts.random > 0) {
+    buf.draw.resize(m);
+    uint32_t* draw = buf.draw.data();
+    TENFOLD_ISA_CALL(nacl_draw_keys, p, scores, m, static_cast<uint32_t>(a.counts.sink), a.head,
+                     a.row_id, draw);
+    for (int64_t i = 0; i < m; ++i) draw[i] = keys[i] == 0 ? 0 : draw[i];
+    const Cut cut = radix_cut(draw, m, a.counts.random, buf.boundary);
+    int64_t ties = cut.ties;
+    for (int64_t i = 0; i < m; ++i)
+      if (draw[i] > cut.key || (draw[i] == cut.key && ties-- > 0)) keys[i] = 0;
+  }
+  for (int64_t j = a.begin; j < first; ++j) *out++ = j;
+  for (int64_t i = 0; i < m; ++i) {
+    *out = first + i;  // always written, kept only if chosen: no unpredictable branch
+    out += keys[i] == 0;
+  }
+  for (int64_t j = a.end - a.counts.recent; j < a.end; ++j) *out++ = j;
+  return total;
+}
+
+// Counts of every (sequence, head), checked against the width.
+std::vector<NaclCounts> read_counts(const char* op, const NaclSelectParams& p,
+                                    const NaclSelectArgs& a) {
+  std::vector<NaclCounts> all(p.batch * p.heads, p.counts);
+  if (!a.counts) return all;
+  const auto given = read_ints<int64_t>(*a.counts);
+  for (int64_t row = 0; row < p.batch * p.heads; ++row) {
+    const int64_t* c = given.data() + (p.counts_per_head ? row : row / p.heads) * 4;
+    int64_t sum = 0;
+    for (int i = 0; i < 4; ++i) {
+      TENFOLD_CHECK_VALUE(c[i] >= 0 && c[i] <= p.width, "tenfold::", op, ": counts must be in [0, C = ",
+                          p.width, "] (C = n_sink + n_recent + n_topk + n_random), got ", c[i]);
+      sum += c[i];
+    }
+    TENFOLD_CHECK_VALUE(sum <= p.width, "tenfold::", op, ": each row of counts must sum to at most "
+                        "C = n_sink + n_recent + n_topk + n_random = ", p.width, ", got ", sum);
+    all[row] = {static_cast<int32_t>(c[0]), static_cast<int32_t>(c[1]), static_cast<int32_t>(c[2]),
+                static_cast<int32_t>(c[3])};
+  }
+  return all;
+}
+
+void check_no_nan(const char* op, const Tensor& scores) {
+  const float* data = data_as<float>(scores);
+  for (int64_t i = 0; i < scores.numel(); ++i)
+    TENFOLD_CHECK_VALUE(!std::isnan(data[i]), "tenfold::", op,
+                        ": scores contain NaN (check_nan=True), first at flat index ", i);
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> nacl_select(const char* op, const Tensor& scores_in,
+                                       const NaclSelectArgs& a) {
+  const NaclSelectParams p = check_nacl_select(op, scores_in, a);
+  const auto range = read_kv_range(op, a.kv_start, a.kv_lens, p.batch, p.length);
+  const auto counts = read_counts(op, p, a);
+  const auto row_ids = a.row_id ? read_ints<int64_t>(*a.row_id) : std::vector<int64_t>(p.batch, 0);
+  const Tensor scores = torch::stable::contiguous(scores_in);
+  if (a.check_nan) check_no_nan(op, scores);
+  const Tensor idx = new_output(scores, {p.batch, p.heads, p.width}, ScalarType::Long);
+  const Tensor new_lens = p.counts_per_head
+                              ? new_output(scores, {p.batch, p.heads}, ScalarType::Int)
+                              : new_output(scores, {p.batch}, ScalarType::Int);
+  auto* lens = data_as<int32_t>(new_lens);
+  if (p.heads == 0) std::fill(lens, lens + new_lens.numel(), 0);
+  const double micros = static_cast<double>(p.length) * 4e-3;
+  parallel_for(p.batch * p.heads, micros, [&](int64_t begin, int64_t end) {
+    Buffers buffers;
+    // One slot of slack: the ordered pass writes before it knows whether the slot is used.
+    std::vector<int64_t> kept(p.width + 1);
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t b = row / p.heads, h = row % p.heads;
+      const RowArgs args{data_as<float>(scores) + row * p.length, range.begin[b], range.end[b],
+                         counts[row], static_cast<uint32_t>(h), static_cast<uint32_t>(row_ids[b]),
+                         kept.data()};
+      const int64_t n = select_row(p, args, buffers);
+      int64_t* out = data_as<int64_t>(idx) + row * p.width;
+      std::copy(kept.begin(), kept.begin() + n, out);
+      std::fill(out + n, out + p.width, int64_t{-1});
+      if (p.counts_per_head || h == 0) lens[p.counts_per_head ? row : b] = static_cast<int32_t>(n);
+    }
+  });
+  return {idx, new_lens};
+}
+
+namespace {
+
+std::tuple<Tensor, Tensor> nacl_select_op(Tensor scores, int64_t n_sink, int64_t n_recent,
+                                          int64_t n_topk, int64_t n_random, double tau,
+                                          std::string_view logits, int64_t seed, int64_t layer,
+                                          OptTensor kv_start, OptTensor kv_lens, OptTensor row_id,
+                                          OptTensor counts, int64_t pool_kernel,
+                                          std::string_view pool, bool check_nan) {
+  return nacl_select("nacl_select", scores,
+                     {n_sink, n_recent, n_topk, n_random, tau, logits, seed, layer, kv_start, kv_lens,
+                      row_id, counts, pool_kernel, pool, check_nan});
+}
+
+}  // namespace
+}  // namespace tenfold::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(tenfold, CPU, m) {
+  m.impl("nacl_select", TORCH_BOX(&tenfold::cpu::nacl_select_op));
+}

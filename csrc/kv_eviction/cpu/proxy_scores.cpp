@@ -1,0 +1,210 @@
+// CPU registration of proxy_scores: tensors -> parameters, tasks over threads, final reduction.
+#include "kv_eviction/proxy_scores.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "core/dispatch.h"
+#include "core/parallel.h"
+#include "core/tensor.h"
+#include "kv_eviction/cpu/impl.h"
+
+namespace tenfold::cpu {
+
+KvRange read_kv_range(const char* op, const OptTensor& kv_start, const OptTensor& kv_lens,
+                      int64_t batch, int64_t length) {
+  KvRange r;
+  const auto start = kv_start ? read_ints<int64_t>(*kv_start) : std::vector<int64_t>(batch, 0);
+  const auto lens = kv_lens ? read_ints<int64_t>(*kv_lens) : std::vector<int64_t>();
+  for (int64_t b = 0; b < batch; ++b) {
+    const int64_t n = kv_lens ? lens[b] : length - start[b];
+    TENFOLD_CHECK_VALUE(start[b] >= 0 && start[b] <= length, "tenfold::", op, ": kv_start[", b,
+                        "] must be in [0, L = ", length, "], got ", start[b]);
+    TENFOLD_CHECK_VALUE(n >= 0 && start[b] + n <= length, "tenfold::", op, ": kv_lens[", b,
+                        "] must be in [0, L - kv_start = ", length - start[b], "], got ", n);
+    r.begin.push_back(static_cast<int32_t>(start[b]));
+    r.end.push_back(static_cast<int32_t>(start[b] + n));
+  }
+  return r;
+}
+
+namespace {
+
+// Slot of every proxy; anything outside the valid range is inactive and becomes -1.
+std::vector<int32_t> proxy_slots(const ProxyScoresArgs& a, int64_t batch, int64_t w,
+                                 int64_t length) {
+  std::vector<int64_t> given;
+  if (a.q_positions) given = read_ints<int64_t>(*a.q_positions);
+  const bool per_row = a.q_positions && a.q_positions->dim() == 2;
+  const int64_t first = a.q_offset == -1 ? length - w : a.q_offset;
+  std::vector<int32_t> slots(batch * w);
+  for (int64_t b = 0; b < batch; ++b)
+    for (int64_t i = 0; i < w; ++i) {
+      const int64_t at = given.empty() ? first + i : given[per_row ? b * w + i : i];
+      slots[b * w + i] = at < 0 || at >= length ? -1 : static_cast<int32_t>(at);
+    }
+  return slots;
+}
+
+struct HeadGroups {
+  std::vector<int32_t> list, begin;
+};
+
+HeadGroups group_heads(const char* op, const OptTensor& kmap, int64_t hq, int64_t hkv) {
+  std::vector<int64_t> of(hq);
+  if (kmap) {
+    of = read_ints<int64_t>(*kmap);
+    for (int64_t h = 0; h < hq; ++h)
+      TENFOLD_CHECK_INDEX(of[h] >= 0 && of[h] < hkv, "tenfold::", op, ": kmap[", h,
+                          "] must be a key head in [0, ", hkv, "), got ", of[h]);
+  } else {
+    for (int64_t h = 0; h < hq; ++h) of[h] = h / (hq / hkv);
+  }
+  HeadGroups g;
+  for (int64_t key = 0; key < hkv; ++key) {
+    g.begin.push_back(static_cast<int32_t>(g.list.size()));
+    for (int64_t h = 0; h < hq; ++h)
+      if (of[h] == key) g.list.push_back(static_cast<int32_t>(h));
+  }
+  g.begin.push_back(static_cast<int32_t>(g.list.size()));
+  return g;
+}
+
+// Work is cut into tasks by shape alone, so results do not depend on the number of threads. With
+// `max` a task is one query head (its column sums must be complete before the maximum).
+constexpr int64_t kWantedTasks = 16;
+
+std::vector<ProxyScoresTask> make_tasks(const ProxyScoresParams& p, const HeadGroups& g) {
+  std::vector<ProxyScoresTask> tasks;
+  const int64_t pairs = p.batch * p.kv_heads;
+  const int64_t tile = TENFOLD_ISA_CALL(proxy_scores_tile_rows);
+  for (int64_t pair = 0; pair < pairs; ++pair) {
+    const int64_t h = pair % p.kv_heads;
+    const int64_t rows = (g.begin[h + 1] - g.begin[h]) * p.num_proxies;
+    const int64_t tiles = (rows + tile - 1) / tile;
+    const int64_t parts = std::clamp((kWantedTasks + pairs - 1) / pairs, int64_t{1},
+                                     std::max<int64_t>(tiles, 1));
+    const int64_t step =
+        p.reduce == ScoreReduce::max ? p.num_proxies : (tiles + parts - 1) / parts * tile;
+    for (int64_t row = 0; row < rows; row += step)
+      tasks.push_back({pair / p.kv_heads, h, row, std::min(row + step, rows), nullptr, nullptr});
+  }
+  return tasks;
+}
+
+// scores of one key head from the column sums of its tasks, added in a fixed order.
+void reduce_tasks(const ProxyScoresParams& p, const ProxyScoresTask* tasks, int64_t n,
+                  int64_t num_heads, float* out) {
+  if (n == 0) {
+    std::fill(out, out + p.length, 0.0f);
+    return;
+  }
+  std::copy(tasks[0].partial, tasks[0].partial + p.length, out);
+  for (int64_t i = 1; i < n; ++i) {
+    const float* from = tasks[i].partial;
+    if (p.reduce == ScoreReduce::max) {
+      for (int64_t j = 0; j < p.length; ++j)
+        out[j] = from[j] > out[j] || from[j] != from[j] ? from[j] : out[j];
+    } else {
+      for (int64_t j = 0; j < p.length; ++j) out[j] += from[j];
+    }
+  }
+  if (p.reduce != ScoreReduce::mean) return;
+  const auto heads = static_cast<float>(num_heads);
+  for (int64_t j = 0; j < p.length; ++j) out[j] /= heads;
+}
+
+// 64-byte aligned bytes from a tensor, so that big scratch comes from torch's allocator.
+struct Scratch {
+  Scratch(const Tensor& like, int64_t bytes)
+      : owner(new_output(like, {bytes + 64}, ScalarType::Byte)),
+        data(reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(owner.data_ptr()) + 63) & ~63ull)) {}
+  Tensor owner;
+  char* data;
+};
+
+void run(ProxyScoresParams& p, const HeadGroups& groups, const Tensor& like) {
+  auto tasks = make_tasks(p, groups);
+  const auto num_tasks = static_cast<int64_t>(tasks.size());
+  const Scratch partials(like, num_tasks * p.length * 4);
+  for (int64_t i = 0; i < num_tasks; ++i)
+    tasks[i].partial = reinterpret_cast<float*>(partials.data) + i * p.length;
+  const int64_t scratch_bytes = TENFOLD_ISA_CALL(proxy_scores_scratch, p);
+  const double rows = static_cast<double>(p.q_heads * p.num_proxies * p.batch);
+  const double micros = rows * p.length * p.head_dim * 2e-5 / std::max<int64_t>(num_tasks, 1);
+  parallel_for(num_tasks, micros, [&](int64_t begin, int64_t end) {
+    const Scratch scratch(like, scratch_bytes);
+    for (int64_t i = begin; i < end; ++i) {
+      std::memset(tasks[i].partial, 0, p.length * 4);
+      tasks[i].scratch = scratch.data;
+      TENFOLD_ISA_CALL(proxy_scores_task, p, tasks[i]);
+    }
+  });
+  int64_t at = 0;
+  for (int64_t pair = 0; pair < p.batch * p.kv_heads; ++pair) {
+    const int64_t b = pair / p.kv_heads, h = pair % p.kv_heads, first = at;
+    while (at < num_tasks && tasks[at].b == b && tasks[at].h == h) ++at;
+    reduce_tasks(p, tasks.data() + first, at - first, groups.begin[h + 1] - groups.begin[h],
+                 p.scores + pair * p.length);
+  }
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> proxy_scores(const char* op, const Tensor& q_in, const Tensor& k_in,
+                                        const ProxyScoresArgs& a) {
+  const ScoreReduce reduce = check_proxy_scores(op, q_in, k_in, a);
+  const int64_t b = q_in.sizes()[0], hq = q_in.sizes()[1], w = q_in.sizes()[2];
+  const int64_t hkv = k_in.sizes()[1], length = k_in.sizes()[2];
+  const auto range = read_kv_range(op, a.kv_start, a.kv_lens, b, length);
+  const auto groups = group_heads(op, a.kmap, hq, hkv);
+  const auto slots = proxy_slots(a, b, w, length);
+  const Tensor q = with_contiguous_rows(q_in), k = with_contiguous_rows(k_in);
+  const Tensor scores = new_output(q, {b, hkv, length}, ScalarType::Float);
+  const Tensor lse_in = a.lse ? torch::stable::contiguous(*a.lse) : Tensor();
+  const Tensor lse = new_output(q, {b, hq, w}, ScalarType::Float);
+  ProxyScoresParams p{};
+  p.q = q.data_ptr();
+  p.k = k.data_ptr();
+  p.lse_in = a.lse ? data_as<float>(lse_in) : nullptr;
+  p.scores = data_as<float>(scores);
+  p.lse_out = data_as<float>(lse);
+  p.dtype = to_dtype(q.scalar_type());
+  p.batch = b, p.q_heads = hq, p.kv_heads = hkv, p.num_proxies = w, p.length = length;
+  p.head_dim = q.sizes()[3];
+  for (int i = 0; i < 3; ++i) p.q_stride[i] = q.strides()[i], p.k_stride[i] = k.strides()[i];
+  p.positions = slots.data();
+  p.kv_begin = range.begin.data();
+  p.kv_end = range.end.data();
+  p.head_list = groups.list.data();
+  p.head_begin = groups.begin.data();
+  p.scale = static_cast<float>(a.scale);
+  p.causal = a.causal;
+  p.window = static_cast<int32_t>(std::min<int64_t>(a.window, length));
+  p.reduce = reduce;
+  if (a.lse && lse.numel() > 0)
+    std::memcpy(lse.data_ptr(), lse_in.data_ptr(), static_cast<size_t>(lse.numel()) * 4);
+  run(p, groups, q);
+  return {scores, lse};
+}
+
+namespace {
+
+std::tuple<Tensor, Tensor> proxy_scores_op(Tensor q, Tensor k, OptTensor lse, double scale,
+                                           bool causal, int64_t q_offset, OptTensor q_positions,
+                                           OptTensor kv_start, OptTensor kv_lens, int64_t window,
+                                           std::string_view reduce, OptTensor kmap) {
+  return proxy_scores("proxy_scores", q, k,
+                      {lse, scale, causal, q_offset, q_positions, kv_start, kv_lens, window, reduce,
+                       kmap});
+}
+
+}  // namespace
+}  // namespace tenfold::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(tenfold, CPU, m) {
+  m.impl("proxy_scores", TORCH_BOX(&tenfold::cpu::proxy_scores_op));
+}

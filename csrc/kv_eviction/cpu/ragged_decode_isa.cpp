@@ -1,0 +1,136 @@
+// Inner kernel of decode attention: all query rows of a key head against one chunk of its keys.
+// Blocks of kDecodeKeyBlock keys: logits (4 keys x 4 rows in registers, lanes along D), running
+// softmax, then values (4 rows x 4 vectors in registers, lanes along DV).
+#include "core/cpu/math.h"
+#include "kv_eviction/ragged_decode.h"
+
+TENFOLD_ISA_BEGIN
+namespace {
+
+constexpr int kRows = 4, kKeys = 4;
+constexpr float kNothing = -1e30f;
+
+template <class T>
+inline VF load_part(const T* p, int64_t left) {
+  return left >= kWidth ? load(p) : load_n(p, static_cast<int>(left));
+}
+
+// logits[r][j] of up to 4 rows and 4 keys; missing ones repeat the last.
+template <class T>
+void logits_4x4(const DecodeChunk& c, const T* k, int64_t r0, int64_t j0, int64_t num_keys,
+                float* logits) {
+  const float* q[kRows];
+  const T* key[kKeys];
+  const int64_t pitch = decode_pitch(c.head_dim);
+  for (int r = 0; r < kRows; ++r) q[r] = c.q + (r0 + r < c.rows ? r0 + r : c.rows - 1) * pitch;
+  for (int j = 0; j < kKeys; ++j)
+    key[j] = k + (j0 + j < num_keys ? j0 + j : num_keys - 1) * c.k_stride;
+  VF acc[kRows][kKeys];
+  for (auto& row : acc)
+    for (auto& a : row) a = set1(0.0f);
+  for (int64_t i = 0; i < c.head_dim; i += kWidth) {
+    VF x[kKeys];
+    for (int j = 0; j < kKeys; ++j) x[j] = load_part(key[j] + i, c.head_dim - i);
+    for (int r = 0; r < kRows; ++r) {
+      const VF y = load(q[r] + i);
+      for (int j = 0; j < kKeys; ++j) acc[r][j] = fma(x[j], y, acc[r][j]);
+    }
+  }
+  for (int r = 0; r < kRows && r0 + r < c.rows; ++r)
+    hsum4(acc[r][0], acc[r][1], acc[r][2], acc[r][3], logits + (r0 + r) * kDecodeKeyBlock + j0);
+}
+
+// Turns a row of logits into weights relative to the running maximum; rescales what was summed.
+void softmax_row(const DecodeChunk& c, int64_t r, int64_t visible, float* logits) {
+  const int64_t n = visible < 0 ? 0 : visible < kDecodeKeyBlock ? visible : kDecodeKeyBlock;
+  const VF hidden = from_bits(seti(0xFF800000u));
+  VF top = set1(c.max[r]);
+  for (int64_t j = 0; j < kDecodeKeyBlock; j += kWidth) {
+    VF x = load(logits + j);
+    if (j + kWidth > n) {
+      const VM seen = lt(seti(static_cast<uint32_t>(j)) + iota(), seti(static_cast<uint32_t>(n)));
+      x = select(seen, x, hidden);
+      store(logits + j, x);
+    }
+    top = vmax(top, x);
+  }
+  const float old = c.max[r], now = hmax(top) > old ? hmax(top) : old;
+  VF sum = set1(0.0f);
+  for (int64_t j = 0; j < kDecodeKeyBlock; j += kWidth) {
+    const VF e = exp2(load(logits + j) - set1(now));
+    store(logits + j, e);
+    sum = sum + e;
+  }
+  if (now != old) {
+    float factor[kWidth];
+    store(factor, exp2(set1(old - now)));
+    c.sum[r] *= factor[0];
+    float* out = c.out + r * decode_pitch(c.value_dim);
+    for (int64_t i = 0; i < decode_pitch(c.value_dim); i += kWidth)
+      store(out + i, load(out + i) * set1(factor[0]));
+    c.max[r] = now;
+  }
+  c.sum[r] += hsum(sum);
+}
+
+// out[r0 .. r0+4)[i0 .. i0 + 4 vectors) += weights * v over the block's keys.
+template <class T, int kVectors>
+void values_block(const DecodeChunk& c, const T* v, int64_t r0, int64_t i0, int64_t num_keys,
+                  const float* weights) {
+  const int64_t pitch = decode_pitch(c.value_dim);
+  float* out[kRows];
+  const float* w[kRows];
+  const int n = static_cast<int>(c.rows - r0 < kRows ? c.rows - r0 : kRows);
+  for (int r = 0; r < kRows; ++r) {
+    const int64_t row = r < n ? r0 + r : r0 + n - 1;
+    out[r] = c.out + row * pitch + i0;
+    w[r] = weights + row * kDecodeKeyBlock;
+  }
+  VF acc[kRows][kVectors];
+  for (int r = 0; r < kRows; ++r)
+    for (int x = 0; x < kVectors; ++x) acc[r][x] = load(out[r] + x * kWidth);
+  for (int64_t j = 0; j < num_keys; ++j) {
+    VF value[kVectors];
+    for (int x = 0; x < kVectors; ++x)
+      value[x] = load_part(v + j * c.v_stride + i0 + x * kWidth, c.value_dim - i0 - x * kWidth);
+    for (int r = 0; r < kRows; ++r) {
+      const VF weight = set1(w[r][j]);
+      for (int x = 0; x < kVectors; ++x) acc[r][x] = fma(weight, value[x], acc[r][x]);
+    }
+  }
+  for (int r = 0; r < n; ++r)
+    for (int x = 0; x < kVectors; ++x) store(out[r] + x * kWidth, acc[r][x]);
+}
+
+template <class T>
+void run(const DecodeChunk& c) {
+  constexpr int kVectors = kWidth == 4 ? 1 : kWidth == 8 ? 2 : 4;
+  const int64_t width = decode_pitch(c.value_dim);
+  for (int64_t r = 0; r < c.rows; ++r) c.max[r] = kNothing, c.sum[r] = 0.0f;
+  for (int64_t i = 0; i < c.rows * width; ++i) c.out[i] = 0.0f;
+  for (int64_t j0 = 0; j0 < c.num_keys; j0 += kDecodeKeyBlock) {
+    const int64_t n = c.num_keys - j0 < kDecodeKeyBlock ? c.num_keys - j0 : kDecodeKeyBlock;
+    const T* k = static_cast<const T*>(c.k) + j0 * c.k_stride;
+    const T* v = static_cast<const T*>(c.v) + j0 * c.v_stride;
+    for (int64_t j = 0; j < n; j += kKeys)
+      for (int64_t r = 0; r < c.rows; r += kRows) logits_4x4(c, k, r, j, n, c.scratch);
+    for (int64_t r = 0; r < c.rows; ++r)
+      softmax_row(c, r, c.visible[r] - j0 < n ? c.visible[r] - j0 : n, c.scratch + r * kDecodeKeyBlock);
+    for (int64_t r = 0; r < c.rows; r += kRows) {
+      int64_t i = 0;
+      for (; i + kVectors * kWidth <= width; i += kVectors * kWidth)
+        values_block<T, kVectors>(c, v, r, i, n, c.scratch);
+      for (; i < width; i += kWidth) values_block<T, 1>(c, v, r, i, n, c.scratch);
+    }
+  }
+}
+
+}  // namespace
+
+void decode_chunk(const DecodeChunk& c) {
+  if (c.dtype == Dtype::f32) return run<float>(c);
+  if (c.dtype == Dtype::bf16) return run<bf16_t>(c);
+  run<fp16_t>(c);
+}
+
+TENFOLD_ISA_END

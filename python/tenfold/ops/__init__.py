@@ -1,0 +1,25 @@
+"""Typed faces of ``torch.ops.tenfold.*``: shapes, dtypes, errors and sources are in the docstrings.
+
+They raise ValueError, IndexError or TypeError where ``torch.ops.tenfold.f`` raises RuntimeError
+with the same text.
+"""
+
+from tenfold.ops.kv_eviction import (
+    kv_compact_,
+    kv_gather,
+    nacl_evict,
+    nacl_select,
+    proxy_scores,
+    ragged_decode,
+)
+from tenfold.ops.template import template_scale
+
+__all__ = [
+    "kv_compact_",
+    "kv_gather",
+    "nacl_evict",
+    "nacl_select",
+    "proxy_scores",
+    "ragged_decode",
+    "template_scale",
+]
