@@ -21,6 +21,12 @@ struct KvMove {
   char* to;          // destination rows; may be the same memory (compaction)
   int64_t from_stride, to_stride;  // bytes
   int64_t row_bytes;
+  bool stream;  // write past the caches: rows and destination are 64-byte aligned, output is large
+};
+
+struct IndexFacts {
+  int64_t min, max;
+  bool increasing;
 };
 
 // Rotations by whole slots from two small tables (the angle of |shift| is the sum of a coarse and a
@@ -35,6 +41,7 @@ struct RotaryTable {
 // Rotates one key row in place by `shift` slots.
 TENFOLD_ISA_DECLARE(void rotate_row(void* row, Dtype dtype, const RotaryTable& table,
                                     int64_t shift))
+TENFOLD_ISA_DECLARE(IndexFacts index_facts(const int64_t* idx, int64_t n))
 // Moves rows idx[0 .. n) (all >= 0) to slots 0 .. n; runs of neighbours move as one block.
 TENFOLD_ISA_DECLARE(void move_rows(const KvMove& m, const int64_t* idx, int64_t n))
 

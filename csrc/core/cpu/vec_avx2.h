@@ -31,6 +31,9 @@ inline VF load(const float* p) { return {_mm256_loadu_ps(p)}; }
 inline VF load_n(const float* p, int n) { return {_mm256_maskload_ps(p, first_n(n))}; }
 inline void store(float* p, VF a) { _mm256_storeu_ps(p, a.v); }
 inline void store_n(float* p, VF a, int n) { _mm256_maskstore_ps(p, first_n(n), a.v); }
+// Store past the caches; p must be aligned to the vector. Order with stream_fence().
+inline void stream(float* p, VF a) { _mm256_stream_ps(p, a.v); }
+inline void stream_fence() { _mm_sfence(); }
 inline VI load(const uint32_t* p) {
   return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))};
 }

@@ -32,6 +32,9 @@ inline VF load(const float* p) { return {_mm512_loadu_ps(p)}; }
 inline VF load_n(const float* p, int n) { return {_mm512_maskz_loadu_ps(first_n(n), p)}; }
 inline void store(float* p, VF a) { _mm512_storeu_ps(p, a.v); }
 inline void store_n(float* p, VF a, int n) { _mm512_mask_storeu_ps(p, first_n(n), a.v); }
+// Store past the caches; p must be aligned to the vector. Order with stream_fence().
+inline void stream(float* p, VF a) { _mm512_stream_ps(p, a.v); }
+inline void stream_fence() { _mm_sfence(); }
 inline VI load(const uint32_t* p) { return {_mm512_loadu_si512(p)}; }
 inline VI load_n(const uint32_t* p, int n) { return {_mm512_maskz_loadu_epi32(first_n(n), p)}; }
 inline void store(uint32_t* p, VI a) { _mm512_storeu_si512(p, a.v); }

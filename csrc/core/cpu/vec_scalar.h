@@ -103,6 +103,8 @@ template <class T>
 inline void store(T* p, VF a) {
   TENFOLD_LANES put(p + i, a.v[i]);
 }
+inline void stream(float* p, VF a) { TENFOLD_LANES p[i] = a.v[i]; }
+inline void stream_fence() {}
 inline VI load(const uint32_t* p) { return {{p[0], p[1], p[2], p[3]}}; }
 inline VI load_n(const uint32_t* p, int n) {
   VI r = seti(0);

@@ -16,21 +16,28 @@
 namespace tenfold::cpu {
 namespace {
 
-// Slots of one (batch, index head): which source token goes where.
+// Which source token goes to each slot, per (batch, index head).
 struct Slots {
-  std::vector<int64_t> idx;   // [B * Hi, C]
+  std::vector<int64_t> copy;  // holds the indices where the tensor cannot be read as it is
+  const int64_t* idx;         // [B * Hi, C]
   std::vector<int64_t> used;  // [B * Hi]: slots before this one may hold tokens
   int64_t heads, width;
   bool holes;  // some used slot has idx < 0
 
   const int64_t* row(int64_t b, int64_t h) const {
-    return idx.data() + (b * heads + (heads == 1 ? 0 : h)) * width;
+    return idx + (b * heads + (heads == 1 ? 0 : h)) * width;
   }
   int64_t count(int64_t b, int64_t h) const { return used[b * heads + (heads == 1 ? 0 : h)]; }
 };
 
 Slots read_slots(const char* op, const Tensor& idx, const OptTensor& new_lens, int64_t length) {
-  Slots s{read_ints<int64_t>(idx), {}, idx.sizes()[1], idx.sizes()[2], false};
+  Slots s{{}, nullptr, {}, idx.sizes()[1], idx.sizes()[2], false};
+  if (idx.scalar_type() == ScalarType::Long && idx.is_contiguous()) {
+    s.idx = data_as<int64_t>(idx);
+  } else {
+    s.copy = read_ints<int64_t>(idx);
+    s.idx = s.copy.data();
+  }
   const int64_t rows = idx.sizes()[0] * s.heads;
   s.used.assign(rows, s.width);
   if (new_lens) {
@@ -41,13 +48,12 @@ Slots read_slots(const char* op, const Tensor& idx, const OptTensor& new_lens, i
                           ": new_lens must be in [0, C = ", s.width, "], got ", s.used[r]);
     }
   }
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t c = 0; c < s.used[r]; ++c) {
-      const int64_t at = s.idx[r * s.width + c];
-      TENFOLD_CHECK_INDEX(at < length, "tenfold::", op, ": idx must be < L = ", length, ", got ", at,
-                          " at slot ", c);
-      s.holes |= at < 0;
-    }
+  for (int64_t r = 0; r < rows; ++r) {
+    const auto facts = TENFOLD_ISA_CALL(index_facts, s.idx + r * s.width, s.used[r]);
+    TENFOLD_CHECK_INDEX(facts.max < length || s.used[r] == 0, "tenfold::", op,
+                        ": idx must be < L = ", length, ", got ", facts.max);
+    s.holes |= facts.min < 0;
+  }
   return s;
 }
 
@@ -55,12 +61,12 @@ Slots read_slots(const char* op, const Tensor& idx, const OptTensor& new_lens, i
 void check_increasing(const char* op, Slots& s) {
   const auto rows = static_cast<int64_t>(s.used.size());
   for (int64_t r = 0; r < rows; ++r) {
-    const int64_t* at = s.idx.data() + r * s.width;
+    const int64_t* at = s.idx + r * s.width;
     while (s.used[r] > 0 && at[s.used[r] - 1] < 0) --s.used[r];
-    for (int64_t c = 0; c < s.used[r]; ++c)
-      TENFOLD_CHECK_VALUE(at[c] >= 0 && (c == 0 || at[c] > at[c - 1]), "tenfold::", op,
-                          ": idx must be strictly increasing over the used slots, got ",
-                          c == 0 ? -1 : at[c - 1], " then ", at[c], " at slot ", c);
+    const auto facts = TENFOLD_ISA_CALL(index_facts, at, s.used[r]);
+    TENFOLD_CHECK_VALUE(s.used[r] == 0 || (facts.increasing && facts.min >= 0), "tenfold::", op,
+                        ": idx must be strictly increasing and >= 0 over the used slots; it is not "
+                        "in (batch, head) ", r / s.heads, ", ", r % s.heads);
   }
   s.holes = false;
 }
@@ -101,6 +107,16 @@ Rotation make_rotation(const OptTensor& inv_freq, const OptTensor& kv_start, int
   return r;
 }
 
+// Outputs from this size on are written past the caches: they would not stay there, and a streamed
+// line is not read first (27 MB gathered: 1.5 ms instead of 2.3).
+constexpr int64_t kStreamFrom = int64_t{8} << 20;
+
+bool can_stream(const KvMove& m, int64_t total_bytes) {
+  const auto aligned = [](int64_t x) { return x % 64 == 0; };
+  return total_bytes >= kStreamFrom && aligned(m.row_bytes) && aligned(m.to_stride) &&
+         aligned(static_cast<int64_t>(reinterpret_cast<uintptr_t>(m.to)));
+}
+
 // One of k and v: where its rows come from and go to.
 struct Side {
   const Tensor* from;
@@ -116,7 +132,8 @@ void move_head(const Side& side, const Slots& slots, const Rotation& rot, bool z
   const auto at = [&](const Tensor& t) {
     return static_cast<char*>(t.data_ptr()) + (b * t.strides()[0] + h * t.strides()[1]) * size;
   };
-  const KvMove m{at(from), at(to), from.strides()[2] * size, to.strides()[2] * size, d * size};
+  KvMove m{at(from), at(to), from.strides()[2] * size, to.strides()[2] * size, d * size, false};
+  m.stream = can_stream(m, from.sizes()[0] * from.sizes()[1] * slots.width * m.row_bytes);
   const int64_t* idx = slots.row(b, h);
   const int64_t used = slots.count(b, h);
   if (!slots.holes) {

@@ -10,22 +10,44 @@ constexpr int64_t kVecBytes = kWidth * 4;
 constexpr int64_t kAhead = 16;
 
 // Ascending copy of `bytes` bytes; from >= to where they overlap, so it is also a move down.
+template <bool kStream>
 inline void copy_up(char* to, const char* from, int64_t bytes) {
+  const auto put = [](char* at, VF x) {
+    if constexpr (kStream) {
+      stream(reinterpret_cast<float*>(at), x);
+    } else {
+      store(reinterpret_cast<float*>(at), x);
+    }
+  };
+  const auto get = [](const char* at) { return load(reinterpret_cast<const float*>(at)); };
   int64_t i = 0;
   for (; i + 4 * kVecBytes <= bytes; i += 4 * kVecBytes) {
-    const VF a = load(reinterpret_cast<const float*>(from + i));
-    const VF b = load(reinterpret_cast<const float*>(from + i + kVecBytes));
-    const VF c = load(reinterpret_cast<const float*>(from + i + 2 * kVecBytes));
-    const VF d = load(reinterpret_cast<const float*>(from + i + 3 * kVecBytes));
-    store(reinterpret_cast<float*>(to + i), a);
-    store(reinterpret_cast<float*>(to + i + kVecBytes), b);
-    store(reinterpret_cast<float*>(to + i + 2 * kVecBytes), c);
-    store(reinterpret_cast<float*>(to + i + 3 * kVecBytes), d);
+    const VF a = get(from + i), b = get(from + i + kVecBytes);
+    const VF c = get(from + i + 2 * kVecBytes), d = get(from + i + 3 * kVecBytes);
+    put(to + i, a);
+    put(to + i + kVecBytes, b);
+    put(to + i + 2 * kVecBytes, c);
+    put(to + i + 3 * kVecBytes, d);
   }
-  for (; i + kVecBytes <= bytes; i += kVecBytes)
-    store(reinterpret_cast<float*>(to + i), load(reinterpret_cast<const float*>(from + i)));
+  for (; i + kVecBytes <= bytes; i += kVecBytes) put(to + i, get(from + i));
   for (; i + 2 <= bytes; i += 2)
     *reinterpret_cast<uint16_t*>(to + i) = *reinterpret_cast<const uint16_t*>(from + i);
+}
+
+template <bool kStream>
+void move(const KvMove& m, const int64_t* idx, int64_t n) {
+  const bool dense = m.from_stride == m.row_bytes && m.to_stride == m.row_bytes;
+  for (int64_t c = 0; c < n;) {
+    int64_t run = 1;
+    while (dense && c + run < n && idx[c + run] == idx[c] + run) ++run;
+    const char* ahead = m.from + idx[c + run + kAhead < n ? c + run + kAhead : n - 1] * m.from_stride;
+    for (int64_t line = 0; line < m.row_bytes; line += 64) __builtin_prefetch(ahead + line);
+    const char* from = m.from + idx[c] * m.from_stride;
+    char* to = m.to + c * m.to_stride;
+    if (from != to) copy_up<kStream>(to, from, run * m.row_bytes);
+    c += run;
+  }
+  if constexpr (kStream) stream_fence();
 }
 
 template <class T>
@@ -48,18 +70,22 @@ void rotate(T* row, const RotaryTable& t, int64_t shift) {
 }  // namespace
 
 void move_rows(const KvMove& m, const int64_t* idx, int64_t n) {
-  const bool dense = m.from_stride == m.row_bytes && m.to_stride == m.row_bytes;
-  for (int64_t c = 0; c < n;) {
-    int64_t run = 1;
-    while (dense && c + run < n && idx[c + run] == idx[c] + run) ++run;
-    const int64_t ahead = c + run + kAhead < n ? idx[c + run + kAhead] : idx[n - 1];
-    for (int64_t line = 0; line < m.row_bytes; line += 64)
-      __builtin_prefetch(m.from + ahead * m.from_stride + line);
-    const char* from = m.from + idx[c] * m.from_stride;
-    char* to = m.to + c * m.to_stride;
-    if (from != to) copy_up(to, from, run * m.row_bytes);
-    c += run;
+  if (m.stream) {
+    move<true>(m, idx, n);
+  } else {
+    move<false>(m, idx, n);
   }
+}
+
+IndexFacts index_facts(const int64_t* idx, int64_t n) {
+  int64_t lowest = n > 0 ? idx[0] : 0, highest = lowest;
+  for (int64_t i = 0; i < n; ++i) {
+    lowest = idx[i] < lowest ? idx[i] : lowest;
+    highest = idx[i] > highest ? idx[i] : highest;
+  }
+  int falls = 0;
+  for (int64_t i = 1; i < n; ++i) falls |= idx[i] <= idx[i - 1];
+  return {lowest, highest, falls == 0};
 }
 
 void rotate_row(void* row, Dtype dtype, const RotaryTable& table, int64_t shift) {
