@@ -1,0 +1,1 @@
+"""Adapters to host frameworks: lazy imports, version-gated, nothing patched globally."""
