@@ -1,7 +1,7 @@
 """Real input that needs no network: a pretrained model and long documents.
 
-``python -m tenfold.data prepare`` does the one-time set-up (``make demo`` and ``make test`` call it).
-Importing this package, and its functions after the set-up, never download anything.
+``python -m tenfold.data prepare`` does the one-time set-up; ``make demo`` and ``make test``
+call it. Importing this package, and its functions after the set-up, never download anything.
 """
 
 from __future__ import annotations

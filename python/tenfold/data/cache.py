@@ -1,4 +1,4 @@
-"""The cache folder, and building something in it once: atomic, and locked against other processes."""
+"""The cache folder, and building something in it once: atomic, and locked."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Long real texts that are on the machine already, in an order that does not change between runs.
 
 Python's own reference topics, documentation strings and sources are on every machine
-(``PORTABLE_KINDS``); packaged licences, RFCs (Debian ``doc-rfc-*``) and manual pages are added where
-they are found. Nothing is downloaded, imported or executed: sources are parsed, not run.
+(``PORTABLE_KINDS``); packaged licences, RFCs (Debian ``doc-rfc-*``) and manual pages are added
+where they are found. Nothing is downloaded, imported or executed: sources are parsed, not run.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def plain_manual(roff: str) -> str:
     lines = []
     body = re.sub(r"^\.(?:de1?|am|ig)\b.*?^\.\.$", "", roff, flags=re.MULTILINE | re.DOTALL)
     for line in body.splitlines():
-        if line.startswith((".\\\"", "'\\\"")):
+        if line.startswith(('.\\"', "'\\\"", '\\"', "\\{")):
             continue
         heading = re.match(r"^\.(?:SH|SS|Sh|Ss) +\"?(.*?)\"?$", line)
         words = _ROFF_WORDS.match(line)

