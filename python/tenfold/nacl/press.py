@@ -46,6 +46,35 @@ class _Rows:
         return bool((self.start != 0).any()) or bool((self.lens != self.lens[0]).any())
 
 
+@dataclass
+class Prefill:
+    """A prompt's full cache and the post-RoPE queries of every layer, to be evicted by any press."""
+
+    cache: Any
+    queries: dict[int, Tensor]  # layer -> [B, Hq, L, D]
+    logits: Tensor  # [B, V] of the last prompt token
+    mask: Tensor | None = None
+
+    @classmethod
+    @torch.no_grad()
+    def run(cls, model: nn.Module, input_ids: Tensor, mask: Tensor | None = None) -> Prefill:
+        """Runs a prompt once."""
+        found: dict[int, Tensor] = {}
+
+        def keep(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+            hidden = hf.hidden_states(args, kwargs)
+            found[module.layer_idx] = hf.queries(module, hidden, kwargs, hidden.shape[1])
+
+        layers = hf.attention_layers(model)
+        hooks = [m.register_forward_hook(keep, with_kwargs=True) for m in layers]
+        try:
+            out = model(input_ids, attention_mask=mask, use_cache=True, logits_to_keep=1)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return cls(hf.get_cache(dict(out)), found, out.logits[:, -1], mask)
+
+
 class Press:
     """Base of all eviction methods; subclasses say how many tokens of each kind to keep.
 
@@ -220,6 +249,37 @@ class Press:
             self._evict(module, layer, self._queries.pop(module.layer_idx, None),
                         again=layer.evicted)  # fmt: skip
 
+    @torch.no_grad()
+    def evict_prefilled(self, model: nn.Module, prefill: Prefill) -> NaclCache:
+        """Evicts a finished prefill without touching it: many rules can share one prompt run.
+
+        Continue with the returned cache inside ``with press(model):``. Needs head_budget="uniform" or
+        "adaptive" as usual; statistics and ``kept`` are those of this eviction.
+        """
+        self.stats, self.kept, self._model, self._mask = Stats(), {}, model, prefill.mask
+        cache = self.new_cache(model)
+        adaptive = self.config.head_budget == "adaptive"
+        for module in hf.attention_layers(model):
+            source = prefill.cache.layers[module.layer_idx]
+            layer = hf.own_layer(
+                cache, module.layer_idx, RaggedCacheLayer if adaptive else NaclCacheLayer
+            )
+            layer.lazy_initialization(source.keys, source.values)
+            layer.keys, layer.values = source.keys, source.values
+            layer.seen = source.keys.shape[-2]
+            self._evict(module, layer, self._cut(layer, prefill.queries[module.layer_idx]))
+        self._cache = cache
+        return cache
+
+    def _cut(self, layer: NaclCacheLayer, queries: Tensor) -> Tensor | None:
+        """The newest of all prompt queries, as many as can be proxies."""
+        rows = self._rows(layer, queries.shape[0])
+        plan = self.plan(int(rows.lens.max())) if self.needs_scores else None
+        if plan is None:
+            return None
+        all_of_them = rows.padded or self.config.proxy_span is not None
+        return queries if all_of_them else queries[:, :, -plan.num_proxies :]
+
     # -- queries ---------------------------------------------------------------------------------
 
     def _rows(self, layer: NaclCacheLayer, batch: int) -> _Rows:
@@ -239,12 +299,12 @@ class Press:
         """Post-RoPE queries of the newest tokens that can be proxies, [B, Hq, n, D]."""
         if not self.needs_scores:
             return None
-        longest = int(self._rows(layer, hidden.shape[0]).lens.max())
-        plan = self.plan(longest)
+        rows = self._rows(layer, hidden.shape[0])
+        plan = self._row_plan(int(rows.lens.max()), layer.evicted)
         if plan is None:
             return None
         want = plan.num_proxies
-        if self._rows(layer, hidden.shape[0]).padded or self.config.proxy_span is not None:
+        if rows.padded or self.config.proxy_span is not None:
             want = hidden.shape[1]  # rows end at different slots: take them all, select below
         want = min(want, hidden.shape[1])
         return hf.queries(module, hidden[:, -want:], kwargs, want)
