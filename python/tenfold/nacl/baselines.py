@@ -17,7 +17,10 @@ class FullPress(Press):
 
 
 class _BudgetPress(Press):
-    """Rules that only need the number of kept tokens."""
+    """Rules that only need the number of kept tokens; no pooling unless they ask for it."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**({"pool_kernel": 1} | kwargs))
 
     def counts(self, keep: int, length: int) -> tuple[int, int, int, int, int]:
         """(sink, recent, topk, random, proxies)."""

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-MAX_PROXY = 1024
+MAX_PROXY = 1024  # of the presets; the default uses far fewer
 
 
 @dataclass(frozen=True)
@@ -76,14 +76,14 @@ class NaclConfig:
     sink_tokens: int = 64
     random_ratio: float = 0.0
     proxy_ratio: float = 0.10
-    max_proxy: int = MAX_PROXY
+    max_proxy: int = 32
     proxy_span: tuple[int, int] | None = None
     causal: bool = True
     reduce: str = "mean"
     protect: str = "ends"
     re_temperature: float = 1.0
     re_logits: str = "score"
-    pool_kernel: int = 1
+    pool_kernel: int = 15
     pool: str = "max"
     min_length: int = 256
     rerotate: bool = False
@@ -135,11 +135,11 @@ class NaclConfig:
         base: dict[str, Any] = {"preset": name}
         if name == "paper_20":
             base |= {"compression_ratio": 0.8, "random_ratio": 0.60, "proxy_ratio": 0.20,
-                     "pool_kernel": 1}  # fmt: skip
+                     "max_proxy": MAX_PROXY, "pool_kernel": 1}  # fmt: skip
         if name == "repo":
             base |= {"compression_ratio": 0.8, "protect_ratio": 0.01, "sink_tokens": 256,
                      "random_ratio": 0.07, "proxy_ratio": 0.01, "causal": False,
-                     "min_length": 2048, "pool_kernel": 1}  # fmt: skip
+                     "min_length": 2048, "max_proxy": MAX_PROXY, "pool_kernel": 1}  # fmt: skip
         return cls(**(base | changes))
 
     def with_changes(self, **changes: Any) -> NaclConfig:
