@@ -115,6 +115,7 @@ def call(op: Any, *args: Any, **kwargs: Any) -> Any:
     """
     if torch.compiler.is_compiling():
         return op(*args, **kwargs)
+    native.last_error_kind()  # forgets an error of an earlier call that nobody asked about
     try:
         return op(*args, **kwargs)
     except RuntimeError as error:

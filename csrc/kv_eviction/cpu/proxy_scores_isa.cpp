@@ -6,7 +6,7 @@
 //   1. over all key tiles: logits -> e = exp(l - m) with a running reference m per row, kept in
 //      registers; e goes to a strip [L][kTileRows]; m is raised only when a logit exceeds it by
 //      2^kSlack, and each key tile remembers which m it used;
-//   2. lse = m + log(sum); each key adds  sum_rows e * exp(m_tile - lse)  to its column sum.
+//   2. lse = m + log(sum); each key adds  sum_rows e * exp(m_tile - m) / sum  to its column sum.
 // With lse given, step 1 adds exp(l - lse) to the column sums at once and no strip exists.
 // The strip is written and read once: 8 bytes per logit against 2 * D FLOPs.
 #include "core/cpu/math.h"
@@ -83,9 +83,10 @@ inline float to_float(const T* x) {
   return lanes[0];
 }
 
-// q^T of one tile; missing rows are zero. With `pairs`, two neighbouring bf16 share a lane.
+// q^T of one tile; missing rows are zero. With `pairs`, two neighbouring bf16 share a lane, else q is
+// scaled here, so that the logits come out in log2 units (scaling them later would round the scale).
 template <class T>
-void pack_q(const T* const* rows, int64_t d, bool pairs, float* out) {
+void pack_q(const T* const* rows, int64_t d, bool pairs, float scale, float* out) {
   if (pairs) {
     auto* to = reinterpret_cast<uint16_t*>(out);
     for (int r = 0; r < kTileRows; ++r) {
@@ -97,30 +98,38 @@ void pack_q(const T* const* rows, int64_t d, bool pairs, float* out) {
   }
   for (int r = 0; r < kTileRows; ++r)
     for (int64_t i = 0; i < d; ++i)
-      out[i * kTileRows + r] = rows[r] != nullptr ? to_float(rows[r] + i) : 0.0f;
+      out[i * kTileRows + r] = rows[r] != nullptr ? to_float(rows[r] + i) * scale : 0.0f;
 }
 
 // Elements of one cache line: the rows of the next key tile are prefetched line by line while this
 // tile is multiplied (K streams from L3 or memory; the hardware does not follow 12 rows at once).
 constexpr int kLine = 16;
+// Products summed in one chain before the partial sums are added: shorter chains round less.
+constexpr int kChain = 64;
 
 // acc[j][v] = sum_i k_j[i] * q[i][v]: the hot loop. Rows of k are `stride` elements apart; an element
 // is a float (Multiply = fma) or a pair of bf16 (Multiply = dot product).
 template <class Element, class Multiply>
 inline void tile_product(const Element* k, int64_t stride, const float* q, int64_t d,
                          const Multiply& multiply, VF (&acc)[kTileKeys][kVecs]) {
-  for (auto& key : acc)
-    for (auto& a : key) a = set1(0.0f);
-  for (int64_t i0 = 0; i0 < d; i0 += kLine) {
+  for (int64_t begin = 0; begin < d; begin += kChain) {
+    const int64_t end = begin + kChain < d ? begin + kChain : d;
+    VF part[kTileKeys][kVecs];
+    for (auto& key : part)
+      for (auto& a : key) a = set1(0.0f);
+    for (int64_t i0 = begin; i0 < end; i0 += kLine) {
 #pragma GCC unroll 16
-    for (int j = 0; j < kTileKeys; ++j) __builtin_prefetch(k + (kTileKeys + j) * stride, 0, 3);
-    const int64_t n = d - i0 < kLine ? d - i0 : kLine;
-    for (int64_t i = 0; i < n; ++i, ++k, q += kTileRows) {
-      VF rows[kVecs];
-      for (int v = 0; v < kVecs; ++v) rows[v] = load(q + v * kWidth);
+      for (int j = 0; j < kTileKeys; ++j) __builtin_prefetch(k + (kTileKeys + j) * stride, 0, 3);
+      const int64_t n = end - i0 < kLine ? end - i0 : kLine;
+      for (int64_t i = 0; i < n; ++i, ++k, q += kTileRows) {
+        VF rows[kVecs];
+        for (int v = 0; v < kVecs; ++v) rows[v] = load(q + v * kWidth);
 #pragma GCC unroll 16
-      for (int j = 0; j < kTileKeys; ++j) multiply(k[j * stride], rows, acc[j]);
+        for (int j = 0; j < kTileKeys; ++j) multiply(k[j * stride], rows, part[j]);
+      }
     }
+    for (int j = 0; j < kTileKeys; ++j)
+      for (int v = 0; v < kVecs; ++v) acc[j][v] = begin == 0 ? part[j][v] : acc[j][v] + part[j][v];
   }
 }
 
@@ -189,9 +198,12 @@ inline void tile_logits(const ProxyScoresParams& p, const T* k, int64_t j0, cons
   logits_f32(s.keys, round_up(d, 16), s.q, d, acc);
 }
 
-// Where a row may not look, the logit becomes -inf.
-inline void mask_tile(const RowTile& rt, int64_t j0, VF (&acc)[kTileKeys][kVecs]) {
-  const VF hidden = from_bits(seti(0xFF800000u));
+inline bool needs_mask(const RowTile& rt, int64_t j0) {
+  return j0 < rt.all_lo || j0 + kTileKeys > rt.all_hi;
+}
+
+// Where a row may not look, the value becomes `hidden` (-inf for logits, 0 for weights).
+inline void mask_tile(const RowTile& rt, int64_t j0, VF hidden, VF (&acc)[kTileKeys][kVecs]) {
   for (int v = 0; v < kVecs; ++v) {
     const VI lo = load(reinterpret_cast<const uint32_t*>(rt.lo) + v * kWidth);
     const VI hi = load(reinterpret_cast<const uint32_t*>(rt.hi) + v * kWidth);
@@ -222,14 +234,22 @@ struct Online {
   int num_refs;
 };
 
+// A logit in log2 units minus `ref`.
+template <bool kDot>
+inline VF relative(VF logit, VF to_log2, VF ref) {
+  if constexpr (kDot) return fma(logit, to_log2, set1(0.0f) - ref);
+  return logit - ref;
+}
+
 // Raises the references that `acc` exceeds by more than kSlack.
+template <bool kDot>
 inline void raise_refs(const VF (&acc)[kTileKeys][kVecs], VF to_log2, const Scratch& s, Online& o) {
   VF top[kVecs];
   bool raise = o.num_refs == 0;
   for (int v = 0; v < kVecs; ++v) {
     top[v] = acc[0][v];
     for (int j = 1; j < kTileKeys; ++j) top[v] = vmax(top[v], acc[j][v]);
-    top[v] = top[v] * to_log2;
+    if constexpr (kDot) top[v] = top[v] * to_log2;
     raise |= any(gt(top[v] - set1(kSlack), o.ref[v]));
   }
   if (!raise) [[likely]] return;
@@ -253,28 +273,28 @@ Online exponentials(const ProxyScoresParams& p, const T* k, const RowTile& rt, c
   for (int64_t j0 = rt.any_lo; j0 < rt.any_hi; j0 += kTileKeys) {
     VF acc[kTileKeys][kVecs];
     tile_logits<T, kDot>(p, k, j0, s, acc);
-    if (j0 < rt.all_lo || j0 + kTileKeys > rt.all_hi) mask_tile(rt, j0, acc);
-    raise_refs(acc, to_log2, s, o);
+    if (needs_mask(rt, j0)) mask_tile(rt, j0, set1(-kInf), acc);
+    raise_refs<kDot>(acc, to_log2, s, o);
     *ref_of++ = o.num_refs - 1;
     for (int v = 0; v < kVecs; ++v) {
-      const VF minus_ref = zero - o.ref[v];
-      VF sum = o.sum[v];
+      const VF ref = o.ref[v];
+      VF sum = zero;  // of this tile only: shorter chains of additions round less
 #pragma GCC unroll 16
       for (int j = 0; j < kTileKeys; ++j) {
-        const VF e = exp2(fma(acc[j][v], to_log2, minus_ref));
+        const VF e = exp2(relative<kDot>(acc[j][v], to_log2, ref));
         sum = sum + e;
         store(strip + j * kTileRows + v * kWidth, e);
       }
-      o.sum[v] = sum;
+      o.sum[v] = o.sum[v] + sum;
     }
     strip += kTileKeys * kTileRows;
   }
   return o;
 }
 
-// Column sums from the strip, with the factors exp(m - lse) of the reference each tile used.
+// Column sums from the strip: each tile's e times exp(m_tile - m) / sum of its rows.
 void columns_from_strip(const ProxyScoresParams& p, const RowTile& rt, const Scratch& s,
-                        const float* lse2, float* partial) {
+                        const Online& o, const float* inverse_sum, float* partial) {
   const float* strip = s.strip;
   const int32_t* ref_of = s.ref_of;
   VF factor[kVecs] = {};
@@ -282,15 +302,20 @@ void columns_from_strip(const ProxyScoresParams& p, const RowTile& rt, const Scr
   for (int64_t j0 = rt.any_lo; j0 < rt.any_hi; j0 += kTileKeys) {
     if (*ref_of != loaded) {
       loaded = *ref_of;
-      for (int v = 0; v < kVecs; ++v)
-        factor[v] = exp2(load(s.refs + static_cast<int64_t>(loaded) * kTileRows + v * kWidth) -
-                         load(lse2 + v * kWidth));
+      for (int v = 0; v < kVecs; ++v) {
+        const VF ref = load(s.refs + static_cast<int64_t>(loaded) * kTileRows + v * kWidth);
+        factor[v] = exp2(ref - o.ref[v]) * load(inverse_sum + v * kWidth);
+      }
     }
     ++ref_of;
-    VF column[kTileKeys];
-    for (int j = 0; j < kTileKeys; ++j, strip += kTileRows) {
-      column[j] = load(strip) * factor[0];
-      for (int v = 1; v < kVecs; ++v) column[j] = fma(load(strip + v * kWidth), factor[v], column[j]);
+    VF weight[kTileKeys][kVecs], column[kTileKeys];
+    for (int j = 0; j < kTileKeys; ++j, strip += kTileRows)
+      for (int v = 0; v < kVecs; ++v) weight[j][v] = load(strip + v * kWidth) * factor[v];
+    // Hidden weights are 0 already, but for rows that are NaN.
+    if (needs_mask(rt, j0)) mask_tile(rt, j0, set1(0.0f), weight);
+    for (int j = 0; j < kTileKeys; ++j) {
+      column[j] = weight[j][0];
+      for (int v = 1; v < kVecs; ++v) column[j] = column[j] + weight[j][v];
     }
     add_columns(column, p.length - j0, partial + j0);
   }
@@ -299,17 +324,17 @@ void columns_from_strip(const ProxyScoresParams& p, const RowTile& rt, const Scr
 template <class T, bool kDot>
 void columns_given_lse(const ProxyScoresParams& p, const T* k, const RowTile& rt, const Scratch& s,
                        float* partial) {
-  const VF to_log2 = set1(p.scale * kLog2e), zero = set1(0.0f);
-  VF minus_lse[kVecs];
-  for (int v = 0; v < kVecs; ++v) minus_lse[v] = zero - load(rt.lse2 + v * kWidth);
+  const VF to_log2 = set1(p.scale * kLog2e);
+  VF lse[kVecs];
+  for (int v = 0; v < kVecs; ++v) lse[v] = load(rt.lse2 + v * kWidth);
   for (int64_t j0 = rt.any_lo; j0 < rt.any_hi; j0 += kTileKeys) {
     VF acc[kTileKeys][kVecs], column[kTileKeys];
     tile_logits<T, kDot>(p, k, j0, s, acc);
-    if (j0 < rt.all_lo || j0 + kTileKeys > rt.all_hi) mask_tile(rt, j0, acc);
+    if (needs_mask(rt, j0)) mask_tile(rt, j0, set1(-kInf), acc);
     for (int j = 0; j < kTileKeys; ++j) {
-      column[j] = exp2(fma(acc[j][0], to_log2, minus_lse[0]));
+      column[j] = exp2(relative<kDot>(acc[j][0], to_log2, lse[0]));
       for (int v = 1; v < kVecs; ++v)
-        column[j] = column[j] + exp2(fma(acc[j][v], to_log2, minus_lse[v]));
+        column[j] = column[j] + exp2(relative<kDot>(acc[j][v], to_log2, lse[v]));
     }
     add_columns(column, p.length - j0, partial + j0);
   }
@@ -351,19 +376,20 @@ void describe_rows(const ProxyScoresParams& p, const ProxyScoresTask& t, int64_t
   if (rt->active < kTileRows) rt->all_lo = static_cast<int32_t>(p.length);
 }
 
-// Natural lse of each row to the output; log2 lse (or +inf for rows without a key) to `lse2`.
-void finish_rows(const RowTile& rt, const Online& o, float* lse2) {
+// Natural lse of each row to the output; 1 / sum (0 for rows that see no key) to `inverse_sum`.
+void finish_rows(const RowTile& rt, const Online& o, float* inverse_sum) {
   float ref[kTileRows], sum[kTileRows];
   for (int v = 0; v < kVecs; ++v) {
     store(ref + v * kWidth, o.ref[v]);
     store(sum + v * kWidth, o.sum[v]);
-    store(lse2 + v * kWidth, o.ref[v] + det_log(o.sum[v]) * set1(kLog2e));
   }
   for (int r = 0; r < kTileRows; ++r) {
     const bool sees = rt.lo[r] < rt.hi[r];
-    if (!sees) lse2[r] = kInf;
-    if (rt.lse_out[r] != nullptr)
-      *rt.lse_out[r] = sees ? ref[r] * kLn2 + tenfold::det_log(sum[r]) : -kInf;
+    inverse_sum[r] = sees ? 1.0f / sum[r] : 0.0f;
+    if (rt.lse_out[r] == nullptr) continue;
+    const double lse = static_cast<double>(ref[r]) * 0.6931471805599453 +
+                       __builtin_log(static_cast<double>(sum[r]));
+    *rt.lse_out[r] = !sees ? -kInf : ref[r] == kInf ? kInf : static_cast<float>(lse);
   }
 }
 
@@ -385,16 +411,16 @@ void run_task(const ProxyScoresParams& p, const ProxyScoresTask& t) {
                     ? q + head * p.q_stride[1] + row % p.num_proxies * p.q_stride[2]
                     : nullptr;
     }
-    if (rt.active > 0) pack_q(rows, p.head_dim, kDot, s.q);
+    if (rt.active > 0) pack_q(rows, p.head_dim, kDot, p.scale * kLog2e, s.q);
     if (p.lse_in != nullptr) {
       if (rt.active > 0) columns_given_lse<T, kDot>(p, k, rt, s, t.partial);
       continue;
     }
     if (rt.active == 0) rt.any_lo = rt.any_hi = 0;
     const Online o = exponentials<T, kDot>(p, k, rt, s);
-    float lse2[kTileRows];
-    finish_rows(rt, o, lse2);
-    columns_from_strip(p, rt, s, lse2, t.partial);
+    float inverse_sum[kTileRows];
+    finish_rows(rt, o, inverse_sum);
+    columns_from_strip(p, rt, s, o, inverse_sum, t.partial);
   }
 }
 

@@ -88,7 +88,10 @@ def proxy_scores(
     logits = logits.masked_fill(~see, -math.inf)
     if lse is None:
         lse = torch.logsumexp(logits, -1)
-    p = torch.where(see, torch.exp(logits - lse[..., None]), 0.0)
+        p = torch.softmax(logits, -1)
+    else:
+        p = torch.exp(logits - lse[..., None])
+    p = torch.where(see, p, 0.0)
     per_head = p.sum(2)  # [B, Hq, L]
 
     scores = per_head.new_zeros(b, hkv, length)

@@ -1,0 +1,208 @@
+"""The standing checks of an op: opcheck, compile, determinism, ISAs, errors, untouched inputs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+import tenfold
+
+
+@contextlib.contextmanager
+def forced_isa(name: str) -> Iterator[None]:
+    """Runs the CPU kernels of one instruction set."""
+    before = tenfold.cpu_capability()
+    tenfold.set_cpu_capability(name)
+    try:
+        yield
+    finally:
+        tenfold.set_cpu_capability(before)
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Runs with that many torch threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Fresh uninitialised tensors are NaN (or the largest integer): unwritten outputs show."""
+    settings = torch.utils.deterministic
+    before = (torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory)
+    torch.use_deterministic_algorithms(True)
+    settings.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        settings.fill_uninitialized_memory = before[1]
+
+
+def _clone(tree: Any) -> Any:
+    return pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, tree)
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [x for x in pytree.tree_leaves(tree) if isinstance(x, Tensor)]
+
+
+def _equal(a: Any, b: Any) -> bool:
+    pairs = zip(_tensors(a), _tensors(b), strict=True)
+    return all(torch.equal(x.nan_to_num(nan=7.5), y.nan_to_num(nan=7.5)) for x, y in pairs)
+
+
+def check_opcheck(op: Any, args: Sequence[Any], kwargs: dict[str, Any] | None = None) -> None:
+    """``torch.library.opcheck``: schema, fake and autograd registrations agree."""
+    torch.library.opcheck(op, tuple(_clone(args)), _clone(kwargs or {}))
+
+
+def check_compiles(
+    call: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: dict[str, Any] | None = None,
+    *,
+    backend: str = "aot_eager",
+    dynamic: bool | None = True,
+) -> None:
+    """``torch.compile(fullgraph=True)`` gives exactly the eager result."""
+    torch._dynamo.reset()
+    want = call(*_clone(args), **_clone(kwargs or {}))
+    compiled = torch.compile(call, fullgraph=True, backend=backend, dynamic=dynamic)
+    got = compiled(*_clone(args), **_clone(kwargs or {}))
+    if not _equal(want, got):
+        raise AssertionError(f"compiled ({backend}) result differs from the eager one")
+
+
+def check_deterministic(
+    call: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any] | None = None
+) -> None:
+    """Equal bits from run to run and for 1, 2 and 3 threads, in poisoned memory."""
+    results = []
+    for count in (1, 2, 3, 2):
+        with threads(count), poisoned_memory():
+            results.append(call(*_clone(args), **_clone(kwargs or {})))
+    for count, other in zip((2, 3, 2), results[1:]):
+        if not _equal(results[0], other):
+            raise AssertionError(f"result with {count} threads differs from that with 1")
+
+
+def check_isas_agree(
+    call: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: dict[str, Any] | None = None,
+    *,
+    rtol: float = 1e-5,
+    atol: float = 1e-5,
+) -> None:
+    """All instruction sets of this CPU: integers equal, floats close."""
+    results = {}
+    for name in tenfold.cpu_capabilities():
+        with forced_isa(name):
+            results[name] = _tensors(call(*_clone(args), **_clone(kwargs or {})))
+    first, *others = results
+    for name in others:
+        for a, b in zip(results[first], results[name], strict=True):
+            if a.is_floating_point():
+                torch.testing.assert_close(b, a, rtol=rtol, atol=atol, equal_nan=True,
+                                           msg=lambda m, n=name: f"{n} vs {first}: {m}")  # fmt: skip
+            elif not torch.equal(a, b):
+                raise AssertionError(f"integers differ between {first} and {name}")
+
+
+def check_inputs_unmodified(
+    call: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any] | None = None
+) -> None:
+    """A functional op leaves its inputs alone and returns fresh memory."""
+    before = _clone((args, kwargs or {}))
+    out = call(*args, **(kwargs or {}))
+    if not _equal(before, (args, kwargs or {})):
+        raise AssertionError("an input was modified")
+    mine = {t.untyped_storage().data_ptr() for t in _tensors((args, kwargs or {})) if t.numel()}
+    if any(t.untyped_storage().data_ptr() in mine for t in _tensors(out) if t.numel()):
+        raise AssertionError("an output shares memory with an input")
+
+
+def check_strides_equal_fake(
+    op: Any, args: Sequence[Any], kwargs: dict[str, Any] | None = None
+) -> None:
+    """Shapes, dtypes and strides of the fake equal those of the kernel."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    real = _tensors(op(*_clone(args), **_clone(kwargs or {})))
+    with FakeTensorMode() as mode:
+        fake_args, fake_kwargs = pytree.tree_map(
+            lambda x: mode.from_tensor(x) if isinstance(x, Tensor) else x, (args, kwargs or {})
+        )
+        fake = _tensors(op(*fake_args, **fake_kwargs))
+    for r, f in zip(real, fake, strict=True):
+        if (r.shape, r.dtype, r.stride()) != (f.shape, f.dtype, f.stride()):
+            raise AssertionError(f"kernel gives {r.shape} {r.dtype} {r.stride()}, fake "
+                                 f"{f.shape} {f.dtype} {f.stride()}")  # fmt: skip
+
+
+def check_op(
+    op: Any,
+    args: Sequence[Any],
+    kwargs: dict[str, Any] | None = None,
+    *,
+    mutates: bool = False,
+    rtol: float = 1e-5,
+    atol: float = 1e-5,
+) -> None:
+    """All of the above for one set of arguments. ``op`` is ``torch.ops.tenfold.f``.
+
+    For an op that mutates its arguments, the mutated arguments count as its result.
+    """
+
+    def call(*a: Any, **k: Any) -> Any:
+        out = op(*a, **k)
+        return [x.clone() for x in _tensors(a)] if mutates else out
+
+    check_opcheck(op, args, kwargs)
+    check_compiles(call, args, kwargs)
+    if all(t.is_cpu for t in _tensors(args)):
+        check_deterministic(call, args, kwargs)
+        check_isas_agree(call, args, kwargs, rtol=rtol, atol=atol)
+    if not mutates:
+        check_inputs_unmodified(op, args, kwargs)
+        check_strides_equal_fake(op, args, kwargs)
+
+
+Bad = tuple[Callable[..., Any], Any, tuple[Any, ...], dict[str, Any], type[Exception], Iterable[str]]
+
+
+def check_errors(face: Callable[..., Any], op: Any, args: Sequence[Any], kwargs: dict[str, Any],
+                 error: type[Exception], *words: str) -> None:  # fmt: skip
+    """Bad input: ``face`` raises ``error``, ``op`` RuntimeError, with one text that has all ``words``.
+
+    Tensors among the arguments must be as they were.
+    """
+    before = _clone((args, kwargs))
+    texts = []
+    for function, kind in ((face, error), (op, RuntimeError)):
+        try:
+            function(*args, **kwargs)
+        except Exception as raised:
+            if type(raised) is not kind:
+                raise AssertionError(f"{kind.__name__} expected, got {raised!r}") from raised
+            texts.append(str(raised))
+        else:
+            raise AssertionError(f"{kind.__name__} expected, nothing was raised")
+    if texts[0] != texts[1]:
+        raise AssertionError(f"texts differ: {texts[0]!r} and {texts[1]!r}")
+    missing = [w for w in words if w not in texts[0]]
+    if missing:
+        raise AssertionError(f"{missing} not in the message {texts[0]!r}")
+    if not _equal(before, (args, kwargs)):
+        raise AssertionError("a failed call changed its arguments")

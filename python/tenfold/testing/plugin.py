@@ -1,0 +1,64 @@
+"""The pytest part: a device fixture, and a policy under which no skip goes unnoticed.
+
+``pytest_plugins = ["tenfold.testing.plugin"]`` in the top conftest. Skips must match a line of the file
+named by the ini option ``allowed_skips`` (``test id pattern : reason pattern``), else the run fails.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from pathlib import Path
+
+import pytest
+import torch
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Declares the ini option."""
+    parser.addini("allowed_skips", "file of allowed skips", default="tests/allowed_skips.txt")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Registers the marks and the policy."""
+    config.addinivalue_line("markers", "cuda: needs a CUDA device")
+    config.pluginmanager.register(_SkipPolicy(config), "tenfold-skip-policy")
+
+
+@pytest.fixture(
+    params=["cpu", pytest.param("cuda", marks=[pytest.mark.cuda])],
+)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """``cpu``, and ``cuda`` where there is one."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return torch.device(request.param)
+
+
+class _SkipPolicy:
+    def __init__(self, config: pytest.Config) -> None:
+        path = Path(config.rootpath) / config.getini("allowed_skips")
+        lines = path.read_text().splitlines() if path.is_file() else []
+        rules = [line.split(" : ", 1) for line in lines if line.strip() and line[0] != "#"]
+        self.rules = [(a.strip(), b.strip()) for a, b in rules]
+        self.refused: list[str] = []
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Notes every skip without a rule."""
+        if not report.skipped or hasattr(report, "wasxfail"):
+            return
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        reason = reason.removeprefix("Skipped: ")
+        for test, why in self.rules:
+            if fnmatch.fnmatchcase(report.nodeid, test) and fnmatch.fnmatchcase(reason, why):
+                return
+        self.refused.append(f"{report.nodeid}: {reason}")
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        """Fails the run if a skip was not allowed."""
+        if self.refused and session.exitstatus == 0:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter) -> None:
+        """Says which skips were not allowed."""
+        for line in self.refused:
+            terminalreporter.write_line(f"SKIP NOT ALLOWED {line}", red=True)
