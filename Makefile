@@ -3,85 +3,96 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 
-PYTHON ?= python3
-VENV ?= .venv
+# PYTHON=path: another interpreter than the first Python >= 3.11 found on PATH.
+# Looked up only where it is used, hence no `:=`.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
+  $$p -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && \
+  { echo $$p; break; }; done)
 TORCH ?= torch==2.13.0
-# WHEEL=path: use this built wheel instead of building the sources in place.
+# WHEEL=path: an environment of its own with this built wheel, instead of the sources in place.
 WHEEL ?=
+VENV ?= $(if $(WHEEL),.venv-wheel,.venv)
+PYTEST_ARGS ?=
+
 PY := $(VENV)/bin/python
 STAMPS := $(VENV)/.stamps
-SOURCES := $(shell find csrc -type f) CMakeLists.txt pyproject.toml
-PYTEST_ARGS ?=
+INSTALLED := $(STAMPS)/$(if $(WHEEL),wheel-$(notdir $(WHEEL)),editable)
+REQUIREMENTS := $(wildcard requirements/*.txt)
+# Folders count too: their time changes when a source is removed.
+SOURCES := $(shell find csrc) CMakeLists.txt pyproject.toml
+NATIVE = $$(find csrc tests/cuda_emu -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
+# What is tested is what is installed.
+unexport PYTHONPATH TENFOLD_OPS_PATH
 
 .PHONY: help demo test test-all test-hosts bench lint format wheel clean setup data
+.DELETE_ON_ERROR:
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-demo: data ## run the methods end to end on real input, ending with a table and tenfold-report/index.html
+demo: data ## the methods end to end on real input: a table, and tenfold-report/index.html
 	$(VENV)/bin/tenfold demo
 
-test: data ## all op, method and packaging tests (one seed of each training check)
+test: data ## all tests but the slow studies; WHEEL=path tests a built wheel in a clean environment
 	$(PY) -m pytest tests -m "not slow" $(PYTEST_ARGS)
 
 test-all: data ## the same with all seeds and studies
 	$(PY) -m pytest tests $(PYTEST_ARGS)
 
-test-hosts: ## each host framework's adapter in an environment of its own
-	bash tools/test_hosts.sh
+test-hosts: setup ## each host framework's adapter, in an environment of its own
+	bash tools/test_hosts.sh $(PY) '$(TORCH)'
 
-bench: data ## microbenchmarks; results and plots under bench/results
+bench: data ## microbenchmarks of every op; JSON and HTML under tenfold-report/bench
 	$(VENV)/bin/tenfold bench
 
-lint: setup ## ruff, mypy on the public API, clang-format
+lint: $(STAMPS)/venv ## ruff, mypy on the public API, clang-format
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/clang-format --dry-run -Werror $$(find csrc tests/cuda_emu -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+	$(VENV)/bin/clang-format --dry-run -Werror $(NATIVE)
 
-format: setup ## rewrite the sources as `make lint` wants them
+format: $(STAMPS)/venv ## rewrite the sources as `make lint` wants them
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
-	$(VENV)/bin/clang-format -i $$(find csrc tests/cuda_emu -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+	$(VENV)/bin/clang-format -i $(NATIVE)
 
-wheel: setup ## build a wheel into dist/ (CUDA too where nvcc is found)
+wheel: $(STAMPS)/venv ## a wheel in dist/, with CUDA kernels where nvcc is found
 	rm -rf dist
-	$(PY) -m pip wheel -q --no-build-isolation --no-deps -w dist .
-	@ls -la dist
+	$(PY) tools/progress.py $(PY) -m pip wheel -v --no-build-isolation --no-deps -w dist .
+	@ls -l dist
 
-setup: $(STAMPS)/install ## environment and build only
+setup: $(INSTALLED) ## environment and build only
 
-data: $(STAMPS)/data
+data: $(INSTALLED)
+	@$(PY) -m tenfold.data prepare
 
-clean: ## remove the environment and everything built
-	rm -rf $(VENV) build dist
+clean: ## remove the environments and everything built
+	rm -rf .venv .venv-wheel .venv-hosts build dist tenfold-report
 
-$(STAMPS)/venv: requirements/build.txt requirements/run.txt requirements/dev.txt requirements/no-deps.txt
-	@command -v $(PYTHON) >/dev/null || { echo "tenfold needs Python >= 3.11; '$(PYTHON)' was not found. Name one: make PYTHON=/path/to/python3" >&2; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "tenfold needs Python >= 3.11, found $$($(PYTHON) -V). Name another: make PYTHON=python3.12" >&2; exit 1; }
-	@echo "== environment $(VENV)"
+$(STAMPS)/venv: $(REQUIREMENTS)
+	@test -n "$(PYTHON)" || { echo "tenfold needs Python >= 3.11 with venv, and none is on PATH." \
+	  "Install one (Debian: apt-get install python3-venv) or name it: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "tenfold needs" \
+	  "Python >= 3.11, and $(PYTHON) is not. Name another: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@echo "== environment $(VENV): $$($(PYTHON) -V), $(TORCH) and pinned tools"
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install -q --upgrade 'pip>=24'
-	$(PY) -m pip install --progress-bar on $(TORCH)
-	$(PY) -m pip install -q $(TORCH) -r requirements/build.txt -r requirements/run.txt -r requirements/dev.txt
-	$(PY) -m pip install -q --no-deps -r requirements/no-deps.txt
-	mkdir -p $(STAMPS); touch $@
+	$(PY) -m pip install -q --upgrade pip==26.3
+	$(PY) -m pip install --progress-bar on $(TORCH) -r requirements/build.txt
+	$(PY) -m pip install --progress-bar on $(TORCH) -r requirements/run.txt -r requirements/dev.txt
+	$(PY) -m pip install --progress-bar on --no-deps -r requirements/no-deps.txt
+	@mkdir -p $(STAMPS) && touch $@
 
-ifeq ($(WHEEL),)
-$(STAMPS)/install: $(STAMPS)/venv $(SOURCES)
-	@echo "== build (CPU kernels, and CUDA kernels where nvcc is found)"
-	$(PY) -m pip install -q --no-build-isolation --no-deps -e .
-	touch $@
-else
-$(STAMPS)/install: $(STAMPS)/venv $(WHEEL)
+$(STAMPS)/editable: $(STAMPS)/venv $(SOURCES)
+	@command -v $${CXX:-c++} >/dev/null || { echo "tenfold's kernels need a C++20 compiler, and none" \
+	  "was found. Install one (Debian: apt-get install g++) or name it: CXX=/path/to/g++ make" >&2; exit 1; }
+	@echo "== build: CPU kernels$$(command -v nvcc >/dev/null && echo ' and CUDA kernels')"
+	$(PY) tools/progress.py $(PY) -m pip install -v --no-build-isolation --no-deps -e .
+	@touch $@
+
+$(STAMPS)/wheel-%: $(STAMPS)/venv $(WHEEL)
 	@echo "== install $(WHEEL)"
 	$(PY) -m pip install -q --no-deps --force-reinstall $(WHEEL)
-	touch $@
-endif
-
-$(STAMPS)/data: $(STAMPS)/install
-	@echo "== data"
-	$(PY) -m tenfold.data prepare
-	touch $@
+	@rm -f $(STAMPS)/wheel-* && touch $@
