@@ -4,6 +4,8 @@
 
 #if defined(__CUDACC__)
 #define TENFOLD_HD __host__ __device__ static inline
+#define TENFOLD_HD_MEMBER __host__ __device__ inline
 #else
 #define TENFOLD_HD static inline
+#define TENFOLD_HD_MEMBER inline
 #endif
