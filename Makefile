@@ -15,6 +15,7 @@ VENV ?= $(if $(WHEEL),.venv-wheel,.venv)
 PYTEST_ARGS ?=
 
 PY := $(VENV)/bin/python
+SHOW := $(PY) tools/progress.py
 STAMPS := $(VENV)/.stamps
 INSTALLED := $(STAMPS)/$(if $(WHEEL),wheel-$(notdir $(WHEEL)),editable)
 REQUIREMENTS := $(wildcard requirements/*.txt)
@@ -61,7 +62,7 @@ format: $(STAMPS)/venv ## rewrite the sources as `make lint` wants them
 
 wheel: $(STAMPS)/venv ## a wheel in dist/, with CUDA kernels where nvcc is found
 	rm -rf dist
-	$(PY) tools/progress.py $(PY) -m pip wheel -v --no-build-isolation --no-deps -w dist .
+	$(SHOW) $(PY) -m pip wheel -v --no-build-isolation --no-deps -w dist .
 	@ls -l dist
 
 setup: $(INSTALLED) ## environment and build only
@@ -80,16 +81,16 @@ $(STAMPS)/venv: $(REQUIREMENTS)
 	@echo "== environment $(VENV): $$($(PYTHON) -V), $(TORCH) and pinned tools"
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q --upgrade pip==26.3
-	$(PY) -m pip install --progress-bar on $(TORCH) -r requirements/build.txt
-	$(PY) -m pip install --progress-bar on $(TORCH) -r requirements/run.txt -r requirements/dev.txt
-	$(PY) -m pip install --progress-bar on --no-deps -r requirements/no-deps.txt
+	$(SHOW) $(PY) -m pip install $(TORCH) -r requirements/build.txt
+	$(SHOW) $(PY) -m pip install $(TORCH) -r requirements/run.txt -r requirements/dev.txt
+	$(SHOW) $(PY) -m pip install --no-deps -r requirements/no-deps.txt
 	@mkdir -p $(STAMPS) && touch $@
 
 $(STAMPS)/editable: $(STAMPS)/venv $(SOURCES)
 	@command -v $${CXX:-c++} >/dev/null || { echo "tenfold's kernels need a C++20 compiler, and none" \
 	  "was found. Install one (Debian: apt-get install g++) or name it: CXX=/path/to/g++ make" >&2; exit 1; }
 	@echo "== build: CPU kernels$$(command -v nvcc >/dev/null && echo ' and CUDA kernels')"
-	$(PY) tools/progress.py $(PY) -m pip install -v --no-build-isolation --no-deps -e .
+	$(SHOW) $(PY) -m pip install -v --no-build-isolation --no-deps -e .
 	@touch $@
 
 $(STAMPS)/wheel-%: $(STAMPS)/venv $(WHEEL)

@@ -1,0 +1,316 @@
+"""The installed package: what it links, exports, weighs, imports and says when it cannot load.
+
+These run against whatever is installed: CI installs the built wheel in a clean environment first.
+"""
+
+import importlib.metadata
+import inspect
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import typing
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+
+import tenfold
+from tenfold import _load
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = Path(tenfold.__file__).parent
+OPS = _load.PATH
+# Libraries whose symbols carry a version, as the linker records it.
+RUNTIMES = ("GLIBC_", "GLIBCXX_", "CXXABI_", "GCC_")
+# Weak references of the start-up code in every shared object.
+STARTUP = {"_ITM_deregisterTMCloneTable", "_ITM_registerTMCloneTable", "__gmon_start__"}
+SHIM_HEADERS = ("stable/c/shim.h", "inductor/aoti_torch/c/shim.h")
+LIBRARIES = ("libtorch_cpu.", "libstdc++.", "libm.", "libgcc_s.", "libc.", "libdl.",
+             "libpthread.", "librt.", "ld-linux")  # fmt: skip
+CPU_ONLY = {"_peak"}
+
+
+def run(code: str, **env: str) -> subprocess.CompletedProcess:
+    """A fresh interpreter, without this process's imports."""
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **env}
+    )
+
+
+def output(code: str, **env: str) -> str:
+    done = run(code, **env)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def nm(*args: str) -> list[list[str]]:
+    done = subprocess.run(["nm", *args], capture_output=True, text=True, check=True)
+    return [line.split() for line in done.stdout.splitlines() if line.strip()]
+
+
+class TestBinary:
+    """``_ops.so``: one build for every torch >= 2.10, every Python, with or without a GPU."""
+
+    def undefined(self) -> list[str]:
+        names = [fields[-1] for fields in nm("-D", "--undefined-only", str(OPS))]
+        assert len(names) > 20
+        return names
+
+    def test_undefined_symbols_are_the_stable_shim_and_the_c_runtimes(self):
+        torch_include = Path(torch.__file__).parent / "include" / "torch" / "csrc"
+        shim = "".join((torch_include / header).read_text() for header in SHIM_HEADERS)
+        declared = set(re.findall(r"\b((?:aoti_)?torch_\w+)\s*\(", shim))
+        # Families of getters that the header declares through a macro.
+        macros = ("aoti_torch_dtype_", "aoti_torch_device_type_", "aoti_torch_layout_",
+                  "aoti_torch_memory_format_")  # fmt: skip
+        foreign = []
+        for symbol in self.undefined():
+            name, _, version = symbol.partition("@")
+            known = version.lstrip("@").startswith(RUNTIMES) or name in STARTUP | declared
+            if not known and not name.startswith(macros):
+                foreign.append(symbol)
+        assert foreign == []
+
+    def test_no_python_and_no_cuda_library_symbol(self):
+        named = re.compile(r"^_?Py[A-Z_]|^cu[A-Z]|^cuda|c10|at4|pybind11")
+        assert [s for s in self.undefined() if named.search(s)] == []
+
+    def test_links_libtorch_cpu_only_and_has_no_rpath(self):
+        dynamic = subprocess.run(
+            ["readelf", "-d", str(OPS)], capture_output=True, text=True, check=True
+        ).stdout
+        needed = re.findall(r"NEEDED.*\[(.+?)\]", dynamic)
+        assert any(n.startswith("libtorch_cpu") for n in needed)
+        assert [n for n in needed if not n.startswith(LIBRARIES)] == []
+        assert "RPATH" not in dynamic and "RUNPATH" not in dynamic
+
+    def test_exports_only_its_own_c_functions(self):
+        strong = {f[-1] for f in nm("-D", "--defined-only", str(OPS)) if f[-2] in "TDB"}
+        assert strong - {"__bss_start", "_edata", "_end", "_init", "_fini"} == {
+            "tenfold_build_compiler", "tenfold_build_cuda", "tenfold_build_torch",
+            "tenfold_cpu_capability", "tenfold_cpu_capability_at", "tenfold_last_error_kind",
+            "tenfold_set_cpu_capability", "tenfold_version",
+        }  # fmt: skip
+
+    def test_messages_carry_no_path_of_the_build_machine(self):
+        data = OPS.read_bytes()
+        assert str(ROOT / "csrc").encode() not in data
+        assert b"site-packages/torch/include" not in data
+
+
+def isa_objects(folder: Path) -> list[Path]:
+    return [
+        path for path in folder.glob("**/CMakeFiles/tenfold_*.dir/**/*_isa.cpp.o")
+        if (ROOT / path.as_posix().partition(".dir/")[2].removesuffix(".o")).is_file()
+    ]  # fmt: skip
+
+
+def test_isa_objects_define_no_weak_symbol(tmp_path):
+    """The linker keeps one copy of a weak symbol: the AVX-512 one could serve every CPU."""
+    objects = isa_objects(ROOT / "build")
+    if not objects:  # a wheel from elsewhere: compile these objects as the build does
+        configure = ["cmake", "-S", ROOT, "-B", tmp_path, "-G", "Ninja", "-DTENFOLD_CUDA=OFF",
+                     f"-DPython_EXECUTABLE={sys.executable}"]  # fmt: skip
+        env = {**os.environ, "TENFOLD_CUDA": "OFF"}
+        env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
+        subprocess.run(configure, check=True, capture_output=True, env=env)
+        listed = subprocess.run(["ninja", "-C", tmp_path, "-t", "targets", "all"], check=True,
+                                capture_output=True, text=True, env=env).stdout  # fmt: skip
+        wanted = sorted(set(re.findall(r"^(\S+_isa\.cpp\.o):", listed, re.MULTILINE)))
+        subprocess.run(["ninja", "-C", tmp_path, *wanted], check=True, capture_output=True, env=env)
+        objects = isa_objects(tmp_path)
+    built = {re.search(r"tenfold_(\w+)\.dir", str(p))[1] for p in objects}
+    assert {"scalar", "avx2", "avx512", "avx512_bf16"} <= built
+    weak = {}
+    for path in objects:
+        bad = [f[-1] for f in nm("--defined-only", str(path)) if f[-2] in "WVu"]
+        if bad:
+            weak[str(path)] = bad
+    assert weak == {}
+
+
+def ops_with_cuda_sources() -> set[str]:
+    text = "".join(path.read_text() for path in (ROOT / "csrc").glob("*/cuda/*.cu"))
+    return set(re.findall(r'm\.impl\("(\w+)"', text))
+
+
+class TestImport:
+    def test_cuda_kernels_are_registered_without_a_gpu(self):
+        ops = ["kv_compact_", "kv_gather", "nacl_evict", "nacl_select", "proxy_scores",
+               "ragged_decode", "template_scale"]  # fmt: skip
+        code = (
+            "import tenfold, torch; has = torch._C._dispatch_has_kernel_for_dispatch_key;"
+            "assert not torch.cuda.is_available();"
+            f"print(*[n for n in {ops} if has('tenfold::' + n, 'CUDA')])"
+        )
+        registered = set(output(code, CUDA_VISIBLE_DEVICES="").split())
+        built = bool(_load.native.build_cuda())
+        assert registered == (ops_with_cuda_sources() if built else set())
+
+    def test_every_op_has_a_cpu_kernel_a_fake_and_a_face(self):
+        schemas = torch._C._jit_get_all_schemas()
+        names = {
+            s.name.split("::")[1] for s in schemas if s.name.startswith("tenfold::")
+        } - CPU_ONLY
+        assert names == set(tenfold.ops.__all__)
+        for name in names:
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(f"tenfold::{name}", "CPU"), name
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(f"tenfold::{name}", "Meta"), name
+
+    def test_adds_less_than_a_fifth_of_a_second_to_import_torch(self):
+        code = (
+            "import torch, time; t = time.perf_counter(); import tenfold;"
+            "print(time.perf_counter() - t)"
+        )
+        output(code)  # the first import writes bytecode
+        seconds = [float(output(code)) for _ in range(5)]
+        assert statistics.median(seconds) < 0.2, seconds
+
+    def test_is_lazy(self):
+        heavy = ["transformers", "matplotlib", "typer", "rich", "scipy", "kvpress", "pytest",
+                 "safetensors", "tenfold.nacl", "tenfold.cli", "tenfold._bench",
+                 "tenfold.testing"]  # fmt: skip
+        code = f"import torch, sys, tenfold; print(*[m for m in {heavy} if m in sys.modules])"
+        assert output(code) == ""
+
+    def test_works_without_the_pybind11_module(self):
+        code = (
+            "import sys; sys.modules['tenfold._C'] = None\n"
+            "import tenfold, torch\n"
+            "tenfold.set_cpu_capability('scalar')\n"
+            "print(type(tenfold._load.native).__name__, tenfold.cpu_capability(),\n"
+            "      tenfold.__version__, tenfold.ops.template_scale(torch.ones(3), 2.0).sum())\n"
+            "try: tenfold.ops.template_scale(torch.ones(3), float('nan'))\n"
+            "except ValueError: print('ValueError')"
+        )
+        version = tenfold.__version__
+        assert output(code).split() == ["_Ctypes", "scalar", version, "tensor(6.)", "ValueError"]
+
+    def test_forced_capability(self):
+        for name in tenfold.cpu_capabilities():
+            code = "import tenfold; print(tenfold.cpu_capability())"
+            assert output(code, TENFOLD_CPU_CAPABILITY=name) == name
+
+
+class TestLoaderErrors:
+    """Each failure is one sentence: what was found, what is needed, the command that fixes it."""
+
+    def message(self, code: str, **env: str) -> str:
+        done = run(code, **env)
+        assert done.returncode != 0
+        last = done.stderr.strip().splitlines()[-1]
+        assert last.startswith("tenfold._load.LoadError: "), done.stderr
+        return last
+
+    def test_named_library_does_not_exist(self, tmp_path):
+        missing = tmp_path / "_ops.so"
+        assert f"{missing} does not exist" in self.message(
+            "import tenfold", TENFOLD_OPS_PATH=str(missing)
+        )
+
+    @pytest.mark.parametrize("kind", ["no library at all", "a torch without one of the functions"])
+    def test_broken_library(self, tmp_path, kind):
+        broken = tmp_path / "_ops.so"
+        data = OPS.read_bytes()
+        assert data.count(b"torch_parallel_for\0") == 1
+        renamed = data.replace(b"torch_parallel_for\0", b"torch_parallel_fox\0")
+        broken.write_bytes(b"text" if kind == "no library at all" else renamed)
+        said = self.message("import tenfold", TENFOLD_OPS_PATH=str(broken))
+        for word in (str(broken), torch.__version__, "pip install", "tenfold doctor"):
+            assert word in said
+
+    def test_old_torch(self):
+        said = self.message("import torch; torch.__version__ = '2.9.1'; import tenfold")
+        assert "torch >= 2.10" in said and "2.9.1" in said and "pip install" in said
+
+    def test_package_without_library(self, tmp_path):
+        copy = tmp_path / "tenfold"
+        shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+        # Only the copy may be found: neither the installed package nor an editable install's hook.
+        code = (
+            "import sys, torch\n"
+            "sys.meta_path[:] = [f for f in sys.meta_path if isinstance(f, type)]\n"
+            "rest = [p for p in sys.path if 'site-packages' not in p]\n"
+            f"sys.path[:] = [{str(tmp_path)!r}, *rest]\n"
+            "import tenfold"
+        )
+        said = self.message(code, TENFOLD_OPS_PATH="", PYTHONPATH="")
+        for word in ("_ops.so", str(copy), torch.__version__, "pip install --no-build-isolation"):
+            assert word in said
+
+
+class TestMetadata:
+    meta = importlib.metadata.metadata("tenfold")
+
+    def test_name_licence_python_and_version(self):
+        assert self.meta["License-Expression"] == "Apache-2.0"
+        assert self.meta["Requires-Python"] == ">=3.11"
+        assert self.meta["Version"] == tenfold.__version__
+
+    def test_dependencies(self):
+        required = importlib.metadata.requires("tenfold") or []
+        hard = {r for r in required if "extra ==" not in r}
+        assert hard == {"torch>=2.10", "numpy", "safetensors", "typer", "rich"}
+        assert {
+            "hf",
+            "train",
+            "pixel",
+            "audio",
+            "reward",
+            "eval",
+            "report",
+            "bench",
+            "dev",
+            "all",
+        } == (set(self.meta.get_all("Provides-Extra")))
+        hosts = ("kvpress", "verl", "openrlhf", "trl")
+        assert [r for r in required if r.lower().startswith(hosts)] == []
+
+    def test_command_and_typing_marker(self):
+        scripts = importlib.metadata.entry_points(group="console_scripts", name="tenfold")
+        assert [s.value for s in scripts] == ["tenfold.cli.main:app"]
+        assert (PACKAGE / "py.typed").is_file()
+
+    def test_bench_kit_is_in_the_package_without_results(self):
+        import tenfold._bench
+
+        folder = Path(tenfold._bench.__file__).parent
+        assert (folder / "harness.py").is_file()
+        if PACKAGE not in folder.parents:  # an editable install points at the source folder
+            assert folder == ROOT / "bench"
+        else:
+            assert not (folder / "results").exists()
+
+    def test_size(self):
+        """What a wheel holds, compressed as a wheel compresses it."""
+        files = {p for p in PACKAGE.rglob("*") if p.is_file() and "__pycache__" not in p.parts}
+        files |= {OPS, *OPS.parent.glob("_C*.so")}
+        size = sum(len(zlib.compress(p.read_bytes())) for p in files)
+        assert 100_000 < size < 20 * 2**20
+        for wheel in (ROOT / "dist").glob("*.whl"):
+            assert wheel.stat().st_size < 20 * 2**20
+
+
+@pytest.mark.parametrize("name", tenfold.ops.__all__)
+def test_public_faces_are_typed_and_documented(name):
+    face = getattr(tenfold.ops, name)
+    hints = typing.get_type_hints(face)
+    assert set(hints) == {*inspect.signature(face).parameters, "return"}
+    assert face.__doc__ and len(face.__doc__.splitlines()) > 3
+
+
+def test_outside_project_compiles_and_exports():
+    """``examples/outside`` takes nothing from tenfold but ``torch.ops.tenfold.*``."""
+    project = ROOT / "examples" / "outside"
+    sources = "".join(p.read_text() for p in (project / "src").rglob("*.py"))
+    assert not re.search(r"from tenfold|import tenfold\.|(?<!ops\.)\btenfold\.\w", sources)
+    done = subprocess.run(
+        [sys.executable, "-m", "kvtrim"], capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(project / "src")},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall(r"^(eager|torch\.compile|torch\.export)", done.stdout, re.MULTILINE)) == 5
