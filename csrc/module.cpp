@@ -1,5 +1,5 @@
-// tenfold._C: build info and CPU capability, for Python. It touches no tensor and links no torch: the
-// state lives in _ops.so, whose C functions are looked up here (the library is loaded already).
+// tenfold._C: build info and CPU capability, for Python. It touches no tensor and links no torch:
+// the state lives in _ops.so, whose C functions are looked up here (the library is loaded already).
 #include <dlfcn.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -26,7 +26,9 @@ F* symbol(const char* name) {
   return reinterpret_cast<F*>(found);
 }
 
-std::string text(const char* name) { return symbol<const char*()>(name)(); }
+std::string text(const char* name) {
+  return symbol<const char*()>(name)();
+}
 
 std::vector<std::string> cpu_capabilities() {
   std::vector<std::string> names;

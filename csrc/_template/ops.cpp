@@ -9,8 +9,8 @@ namespace tenfold {
 
 void check_template_scale(const Tensor& x, double scale) {
   check_float_dtype("template_scale", "x", x);
-  TENFOLD_CHECK_VALUE(std::isfinite(scale),
-                      "tenfold::template_scale: scale must be finite, got ", scale);
+  TENFOLD_CHECK_VALUE(std::isfinite(scale), "tenfold::template_scale: scale must be finite, got ",
+                      scale);
 }
 
 }  // namespace tenfold

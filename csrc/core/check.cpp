@@ -19,9 +19,13 @@ std::string list_str(const int64_t* values, int64_t n) {
 
 }  // namespace
 
-void set_last_error_kind(ErrorKind kind) { last_error_kind = kind; }
+void set_last_error_kind(ErrorKind kind) {
+  last_error_kind = kind;
+}
 
-std::string shape_str(const Tensor& t) { return list_str(t.sizes().data(), t.dim()); }
+std::string shape_str(const Tensor& t) {
+  return list_str(t.sizes().data(), t.dim());
+}
 
 const char* dtype_name(ScalarType t) {
   switch (t) {
@@ -48,9 +52,9 @@ std::string device_str(const Tensor& t) {
 
 void check_float_dtype(const char* op, const char* arg, const Tensor& t) {
   const auto s = t.scalar_type();
-  TENFOLD_CHECK_TYPE(
-      s == ScalarType::Float || s == ScalarType::BFloat16 || s == ScalarType::Half,
-      "tenfold::", op, ": ", arg, " must be float32, bfloat16 or float16, got ", dtype_name(s));
+  TENFOLD_CHECK_TYPE(s == ScalarType::Float || s == ScalarType::BFloat16 || s == ScalarType::Half,
+                     "tenfold::", op, ": ", arg, " must be float32, bfloat16 or float16, got ",
+                     dtype_name(s));
 }
 
 void check_int_dtype(const char* op, const char* arg, const Tensor& t) {
@@ -60,8 +64,8 @@ void check_int_dtype(const char* op, const char* arg, const Tensor& t) {
 }
 
 void check_dim(const char* op, const char* arg, const Tensor& t, int64_t dim, const char* layout) {
-  TENFOLD_CHECK_VALUE(t.dim() == dim, "tenfold::", op, ": ", arg, " must be ", dim,
-                      "-dimensional ", layout, ", got shape ", shape_str(t));
+  TENFOLD_CHECK_VALUE(t.dim() == dim, "tenfold::", op, ": ", arg, " must be ", dim, "-dimensional ",
+                      layout, ", got shape ", shape_str(t));
 }
 
 void check_same_dtype(const char* op, const char* a_name, const Tensor& a, const char* b_name,

@@ -25,11 +25,11 @@ template <class... Args>
   throw std::runtime_error(text.str());
 }
 
-#define TENFOLD_CHECK_KIND(kind, cond, ...)               \
-  do {                                                    \
-    if (!(cond)) [[unlikely]] {                           \
-      ::tenfold::raise(::tenfold::kind, __VA_ARGS__);     \
-    }                                                     \
+#define TENFOLD_CHECK_KIND(kind, cond, ...)           \
+  do {                                                \
+    if (!(cond)) [[unlikely]] {                       \
+      ::tenfold::raise(::tenfold::kind, __VA_ARGS__); \
+    }                                                 \
   } while (0)
 
 #define TENFOLD_CHECK_VALUE(cond, ...) TENFOLD_CHECK_KIND(ErrorKind::value, cond, __VA_ARGS__)

@@ -6,9 +6,13 @@
 
 namespace tenfold::cuda {
 
-TENFOLD_HD float to_float(float x) { return x; }
+TENFOLD_HD float to_float(float x) {
+  return x;
+}
 
-TENFOLD_HD float to_float(bf16_t x) { return bits_to_float(static_cast<uint32_t>(x.bits) << 16); }
+TENFOLD_HD float to_float(bf16_t x) {
+  return bits_to_float(static_cast<uint32_t>(x.bits) << 16);
+}
 
 TENFOLD_HD float to_float(fp16_t x) {
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
@@ -19,7 +23,9 @@ TENFOLD_HD float to_float(fp16_t x) {
   return bits_to_float(float_to_bits(f) | sign);
 }
 
-TENFOLD_HD void from_float(float x, float* out) { *out = x; }
+TENFOLD_HD void from_float(float x, float* out) {
+  *out = x;
+}
 
 TENFOLD_HD void from_float(float x, bf16_t* out) {
   const uint32_t bits = float_to_bits(x);

@@ -1,7 +1,7 @@
 // A float32 logarithm that gives the same bits on every CPU ISA and on CUDA: each operation is
-// rounded separately (no fused multiply-add anywhere; the CPU build uses -ffp-contract=off), so that
-// a seed selects the same tokens everywhere. About 1.5 ulp; polynomial of Cephes' logf.
-// The vector code in core/cpu runs the same template with vector operations.
+// rounded separately (no fused multiply-add anywhere; the CPU build uses -ffp-contract=off), so
+// that a seed selects the same tokens everywhere. About 1.5 ulp; polynomial of Cephes' logf. The
+// vector code in core/cpu runs the same template with vector operations.
 #pragma once
 
 #include <cstdint>
@@ -79,8 +79,8 @@ TENFOLD_HD float det_log(float x) {
 
 // Standard Gumbel noise of one Philox word: u = ((word >> 9) + 0.5) * 2^-23, always in (0, 1).
 TENFOLD_HD float gumbel(uint32_t word) {
-  const float u = DetScalarOps::mul(
-      DetScalarOps::add(static_cast<float>(word >> 9), 0.5f), 1.1920928955078125e-7f);
+  const float u = DetScalarOps::mul(DetScalarOps::add(static_cast<float>(word >> 9), 0.5f),
+                                    1.1920928955078125e-7f);
   return -det_log_normal(-det_log_normal(u));
 }
 

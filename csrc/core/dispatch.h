@@ -1,6 +1,7 @@
 // From runtime values to template arguments.
 // Problem: a kernel wants its dtype (or head size) at compile time; the tensor has it at run time.
-// Solution: call a templated lambda once for the case that matches, and name op and value if none does.
+// Solution: call a templated lambda once for the case that matches, and name op and value if none
+// does.
 //   dispatch_dtype(q.scalar_type(), "proxy_scores", [&]<class T>() { run<T>(params); });
 //   dispatch_int<64, 128>(d, "proxy_scores", "head_dim", [&]<int D>() { run<D>(params); });
 #pragma once
@@ -30,13 +31,12 @@ auto dispatch_dtype(ScalarType s, const char* op, F&& f) {
 
 template <int... Values, class F>
 void dispatch_int(int64_t value, const char* op, const char* name, F&& f) {
-  const bool found =
-      ((value == Values ? (f.template operator()<Values>(), true) : false) || ...);
+  const bool found = ((value == Values ? (f.template operator()<Values>(), true) : false) || ...);
   if (found) return;
   std::ostringstream allowed;
   ((allowed << ' ' << Values), ...);
-  raise(ErrorKind::value, "tenfold::", op, ": ", name, " ", value, " is not supported; supported:",
-        allowed.str());
+  raise(ErrorKind::value, "tenfold::", op, ": ", name, " ", value,
+        " is not supported; supported:", allowed.str());
 }
 
 }  // namespace tenfold

@@ -15,7 +15,9 @@ template <class F>
 void parallel_for(int64_t n, double micros_per_item, const F& f) {
   if (n <= 0) return;
   const double per_thread = kMinTaskMicros / (micros_per_item > 1e-6 ? micros_per_item : 1e-6);
-  const int64_t grain = per_thread < 1.0 ? 1 : per_thread > 1e15 ? n : static_cast<int64_t>(per_thread);
+  const int64_t grain = per_thread < 1.0    ? 1
+                        : per_thread > 1e15 ? n
+                                            : static_cast<int64_t>(per_thread);
   torch::stable::parallel_for(0, n, grain, f);
 }
 

@@ -18,8 +18,8 @@ inline void check_cuda(cudaError_t status, const char* what) {
     cudaDriverGetVersion(&driver);
     cudaRuntimeGetVersion(&runtime);
     raise(ErrorKind::runtime, "tenfold: the NVIDIA driver supports CUDA ", driver / 1000, ".",
-          driver % 1000 / 10, ", this build needs CUDA ", runtime / 1000, ".",
-          runtime % 1000 / 10, " (driver 580 or newer for CUDA 13); update the driver");
+          driver % 1000 / 10, ", this build needs CUDA ", runtime / 1000, ".", runtime % 1000 / 10,
+          " (driver 580 or newer for CUDA 13); update the driver");
   }
   raise(ErrorKind::runtime, "tenfold: ", what, ": ", cudaGetErrorString(status));
 }
@@ -44,7 +44,8 @@ inline cudaStream_t current_stream(int32_t device) {
 
 // Device guard and stream of one op call.
 struct Launch {
-  explicit Launch(const Tensor& t) : guard(t.get_device_index()), stream(current_stream(t.get_device_index())) {}
+  explicit Launch(const Tensor& t)
+      : guard(t.get_device_index()), stream(current_stream(t.get_device_index())) {}
   void check() const { TENFOLD_CUDA_CHECK(cudaGetLastError()); }
   torch::stable::accelerator::DeviceGuard guard;
   cudaStream_t stream;

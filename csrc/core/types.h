@@ -15,6 +15,8 @@ struct fp16_t {
 
 enum class Dtype : int { f32, bf16, f16 };
 
-constexpr int64_t dtype_size(Dtype t) { return t == Dtype::f32 ? 4 : 2; }
+constexpr int64_t dtype_size(Dtype t) {
+  return t == Dtype::f32 ? 4 : 2;
+}
 
 }  // namespace tenfold

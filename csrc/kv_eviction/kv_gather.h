@@ -17,8 +17,8 @@
 namespace tenfold {
 
 struct KvMove {
-  const char* from;  // source rows of one (b, head)
-  char* to;          // destination rows; may be the same memory (compaction)
+  const char* from;                // source rows of one (b, head)
+  char* to;                        // destination rows; may be the same memory (compaction)
   int64_t from_stride, to_stride;  // bytes
   int64_t row_bytes;
   bool stream;  // write past the caches: rows and destination are 64-byte aligned, output is large

@@ -1,9 +1,10 @@
 // nacl_select (NACL section 3.4): which tokens of each (sequence, head) stay in the cache.
 //
 // Per row (b, h) over its valid slots [s, s + n) with counts (sink, recent, topk, random):
-//   n <= sum of the counts: keep all; else keep the first `sink`, the last `recent`, of the candidates
-//   between them the `topk` with the highest (pooled) score, and of what is left the `random` with the
-//   largest  logit / tau-scaled + Gumbel noise  (= sampling without replacement). Ties: lower slot.
+//   n <= sum of the counts: keep all; else keep the first `sink`, the last `recent`, of the
+//   candidates between them the `topk` with the highest (pooled) score, and of what is left the
+//   `random` with the largest  logit / tau-scaled + Gumbel noise  (= sampling without replacement).
+//   Ties: lower slot.
 // Noise of a token: word 0 of Philox4x32-10 at counter (layer, head, slot - s, row_id), key = seed.
 // scores [B, H, L] float32 -> idx [B, H, C] int64 ascending, unused slots -1; new_lens int32.
 // Traffic: the scores are read once from memory; keys live in a scratch of 4 bytes per candidate.

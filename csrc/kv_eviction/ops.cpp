@@ -1,4 +1,5 @@
-// Schemas of the kv_eviction family (the only ones) and the argument checks shared by both backends.
+// Schemas of the kv_eviction family (the only ones) and the argument checks shared by both
+// backends.
 #include "kv_eviction/ops.h"
 
 #include <torch/csrc/stable/library.h>
@@ -158,7 +159,8 @@ void check_kv_gather(const char* op, const Tensor& k, const Tensor& v, const Ten
   const int64_t b = k.sizes()[0], hk = k.sizes()[1], hv = v.sizes()[1], hi = idx.sizes()[1];
   TENFOLD_CHECK_VALUE(idx.sizes()[0] == b && (hi == 1 || (hi == hk && hi == hv)), "tenfold::", op,
                       ": idx must be [B, H, C] with H = HK = HV, or H = 1 shared by all heads; got "
-                      "idx ", shape_str(idx), " for k ", shape_str(k), " and v ", shape_str(v));
+                      "idx ",
+                      shape_str(idx), " for k ", shape_str(k), " and v ", shape_str(v));
   check_length(op, "k", k.sizes()[2]);
   check_length(op, "idx", idx.sizes()[2]);
   if (new_lens) {
@@ -198,25 +200,33 @@ void check_ragged_decode(const Tensor& q, const Tensor& k, const Tensor& v, cons
   check_same_device(op, "q", q, "v", v);
   check_same_dtype(op, "q", q, "k", k);
   check_same_dtype(op, "q", q, "v", v);
-  TENFOLD_CHECK_VALUE(q.dim() == 3 || q.dim() == 4, "tenfold::ragged_decode: q must be [B, Hq, D] or "
-                      "[B, Hq, Sq, D], got shape ", shape_str(q));
+  TENFOLD_CHECK_VALUE(q.dim() == 3 || q.dim() == 4,
+                      "tenfold::ragged_decode: q must be [B, Hq, D] or "
+                      "[B, Hq, Sq, D], got shape ",
+                      shape_str(q));
   check_dim(op, "k", k, 2, "[N, D]");
   check_dim(op, "v", v, 2, "[N, DV]");
   const int64_t b = q.sizes()[0], hq = q.sizes()[1], d = q.sizes()[q.dim() - 1];
-  TENFOLD_CHECK_VALUE(k.sizes()[1] == d && d > 0, "tenfold::ragged_decode: k must be [N, D] with D of "
-                      "q, got q ", shape_str(q), " and k ", shape_str(k));
-  TENFOLD_CHECK_VALUE(v.sizes()[0] == k.sizes()[0] && v.sizes()[1] > 0, "tenfold::ragged_decode: v "
-                      "must be [N, DV] with N of k, got k ", shape_str(k), " and v ", shape_str(v));
+  TENFOLD_CHECK_VALUE(k.sizes()[1] == d && d > 0,
+                      "tenfold::ragged_decode: k must be [N, D] with D of "
+                      "q, got q ",
+                      shape_str(q), " and k ", shape_str(k));
+  TENFOLD_CHECK_VALUE(v.sizes()[0] == k.sizes()[0] && v.sizes()[1] > 0,
+                      "tenfold::ragged_decode: v "
+                      "must be [N, DV] with N of k, got k ",
+                      shape_str(k), " and v ", shape_str(v));
   if (q.dim() == 4)
-    TENFOLD_CHECK_VALUE(q.sizes()[2] <= kMaxDecodeQueries, "tenfold::ragged_decode: Sq must be <= ",
-                        kMaxDecodeQueries, ", got q ", shape_str(q));
+    TENFOLD_CHECK_VALUE(q.sizes()[2] <= kMaxDecodeQueries,
+                        "tenfold::ragged_decode: Sq must be <= ", kMaxDecodeQueries, ", got q ",
+                        shape_str(q));
   check_int_dtype(op, "offsets", offsets);
   check_same_device(op, "q", q, "offsets", offsets);
   check_dim(op, "offsets", offsets, 1, "[B * Hkv + 1]");
   const int64_t segments = offsets.sizes()[0] - 1;
   const bool divides = b == 0 ? segments == 0 : segments >= 0 && segments % b == 0;
   const int64_t hkv = b == 0 || !divides ? 0 : segments / b;
-  TENFOLD_CHECK_VALUE(divides && (hkv == 0 ? b * hq == 0 : hq % hkv == 0), "tenfold::ragged_decode: "
+  TENFOLD_CHECK_VALUE(divides && (hkv == 0 ? b * hq == 0 : hq % hkv == 0),
+                      "tenfold::ragged_decode: "
                       "offsets must have B * Hkv + 1 entries with Hq a multiple of Hkv, got ",
                       offsets.sizes()[0], " entries for q ", shape_str(q));
   TENFOLD_CHECK_VALUE(std::isfinite(scale), "tenfold::ragged_decode: scale must be finite, got ",
@@ -247,9 +257,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tenfold, m) {
       "kv_compact_(Tensor(a!) k, Tensor(b!) v, Tensor idx, *, Tensor? new_lens=None, "
       "Tensor? inv_freq=None, Tensor? kv_start=None) -> ()");
   m.def(
-      "nacl_evict(Tensor q, Tensor k, Tensor v, Tensor? lse=None, *, float scale, bool causal=True, "
+      "nacl_evict(Tensor q, Tensor k, Tensor v, Tensor? lse=None, *, float scale, bool "
+      "causal=True, "
       "int q_offset=-1, Tensor? q_positions=None, Tensor? kv_start=None, Tensor? kv_lens=None, "
-      "int window=-1, str reduce=\"mean\", Tensor? kmap=None, int n_sink, int n_recent, int n_topk, "
+      "int window=-1, str reduce=\"mean\", Tensor? kmap=None, int n_sink, int n_recent, int "
+      "n_topk, "
       "int n_random, float tau=1.0, str logits=\"score\", int seed=0, int layer=0, "
       "Tensor? row_id=None, Tensor? counts=None, int pool_kernel=1, str pool=\"max\", "
       "Tensor? inv_freq=None) -> (Tensor k, Tensor v, Tensor idx, Tensor new_lens)");

@@ -1,13 +1,14 @@
-// proxy_scores (NACL, arXiv 2408.03675, section 3): how much a few proxy queries attend to each key.
+// proxy_scores (NACL, arXiv 2408.03675, section 3): how much a few proxy queries attend to each
+// key.
 //
 //   score_h[j] = sum over active proxies w of softmax_j(scale * q_w . k_j)     [B, Hq, L]
 //   scores     = mean | sum | max of score_h over the query heads of a key head [B, Hkv, L] float32
 //   lse        = log sum_j exp(scale * q_w . k_j) per row                       [B, Hq, W] float32
 //
-// q [B, Hq, W, D], k [B, Hkv, L, D]: float32, bfloat16 or float16, rows contiguous, else any strides.
-// A proxy sits at slot p of the key axis. It is active iff p is a valid key slot; it sees the valid
-// keys j with (not causal or j <= p) and (window < 0 or p - j < window). Inactive proxies contribute 0
-// and have lse -inf.
+// q [B, Hq, W, D], k [B, Hkv, L, D]: float32, bfloat16 or float16, rows contiguous, else any
+// strides. A proxy sits at slot p of the key axis. It is active iff p is a valid key slot; it sees
+// the valid keys j with (not causal or j <= p) and (window < 0 or p - j < window). Inactive proxies
+// contribute 0 and have lse -inf.
 //
 // FLOPs 2 * B * Hq * W * L * D for the logits. Bytes at least: k once + 4 * B * Hkv * L.
 #pragma once

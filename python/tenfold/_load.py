@@ -33,7 +33,9 @@ def ops_path() -> Path:
     named = os.environ.get("TENFOLD_OPS_PATH")
     if named:
         if not Path(named).is_file():
-            raise LoadError(f"TENFOLD_OPS_PATH={named} does not exist; unset it or name an _ops.so.")
+            raise LoadError(
+                f"TENFOLD_OPS_PATH={named} does not exist; unset it or name an _ops.so."
+            )
         return Path(named).resolve()
     package = sys.modules["tenfold"]
     folders = [Path(p) for p in package.__path__]
@@ -83,7 +85,7 @@ class _Ctypes:
     def cpu_capabilities(self) -> list[str]:
         at = self._library.tenfold_cpu_capability_at
         at.restype = ctypes.c_char_p
-        names = []
+        names: list[str] = []
         while (name := at(len(names))) is not None:
             names.append(name.decode())
         return names

@@ -7,7 +7,14 @@ from hypothesis import strategies as st
 
 from tenfold import ops, reference
 from tenfold.testing import (
-    DTYPES, LAYOUTS, assert_close_to_ref, check_compiles, check_errors, check_op, fill, layout,
+    DTYPES,
+    LAYOUTS,
+    assert_close_to_ref,
+    check_compiles,
+    check_errors,
+    check_op,
+    fill,
+    layout,
     poisoned_memory,
 )  # fmt: skip
 
@@ -60,7 +67,9 @@ def test_rerotation(dtype, device):
     assert torch.equal(got[1].cpu(), v.gather(2, idx[..., None].expand(-1, -1, -1, d)))
     mine = k.to(device).clone(), v.to(device).clone()
     ops.kv_compact_(*mine, idx.to(device), **moved)
-    assert torch.equal(mine[0][:, :, :c], got[0]) and torch.equal(mine[0][:, :, c:].cpu(), k[:, :, c:])
+    assert torch.equal(mine[0][:, :, :c], got[0]) and torch.equal(
+        mine[0][:, :, c:].cpu(), k[:, :, c:]
+    )
     # turned by the angle of its own slot difference: lengths stay
     norm = k.float().gather(2, idx[..., None].expand(-1, -1, -1, d)).norm(dim=-1)
     torch.testing.assert_close(got[0].cpu().float().norm(dim=-1), norm, rtol=2e-2, atol=1e-2)
@@ -68,14 +77,19 @@ def test_rerotation(dtype, device):
 
 @pytest.mark.parametrize("kind", LAYOUTS)
 def test_layouts(kind):
-    k, v = fill((2, 3, 40, 24), torch.bfloat16, seed=1), fill((2, 3, 40, 24), torch.bfloat16, seed=2)
+    k, v = (
+        fill((2, 3, 40, 24), torch.bfloat16, seed=1),
+        fill((2, 3, 40, 24), torch.bfloat16, seed=2),
+    )
     idx = indices(2, 3, 40, 11)
     want = ops.kv_gather(k, v, idx)
     got = ops.kv_gather(layout(k, kind), layout(v, kind), idx)
     assert all(torch.equal(a, b) for a, b in zip(got, want))
     mine = layout(k.clone(), kind), layout(v.clone(), kind)
     ops.kv_compact_(*mine, idx)
-    assert torch.equal(mine[0][:, :, :11], want[0]) and torch.equal(mine[0][:, :, 11:], k[:, :, 11:])
+    assert torch.equal(mine[0][:, :, :11], want[0]) and torch.equal(
+        mine[0][:, :, 11:], k[:, :, 11:]
+    )
     assert torch.equal(mine[1][:, :, :11], want[1])
 
 
@@ -126,7 +140,9 @@ def test_moves_standing_checks():
     freq = torch.rand(8)
     check_op(O.kv_gather.default, (k, v, idx), {"new_lens": torch.tensor([9, 5]), "inv_freq": freq},
              atol=2e-2, rtol=1e-2)  # fmt: skip
-    check_op(O.kv_compact_.default, (k, v, idx), {"inv_freq": freq}, mutates=True, atol=2e-2, rtol=1e-2)
+    check_op(
+        O.kv_compact_.default, (k, v, idx), {"inv_freq": freq}, mutates=True, atol=2e-2, rtol=1e-2
+    )
     check_compiles(ops.kv_gather, (k, v, idx), backend="inductor", dynamic=None)
 
 

@@ -9,8 +9,17 @@ from hypothesis import strategies as st
 
 from tenfold import ops, reference
 from tenfold.testing import (
-    DTYPES, LAYOUTS, VALUES, assert_close_to_ref, check_compiles, check_errors, check_op, fill,
-    layout, poisoned_memory, threads,
+    DTYPES,
+    LAYOUTS,
+    VALUES,
+    assert_close_to_ref,
+    check_compiles,
+    check_errors,
+    check_op,
+    fill,
+    layout,
+    poisoned_memory,
+    threads,
 )  # fmt: skip
 
 op = torch.ops.tenfold.proxy_scores
@@ -29,7 +38,7 @@ def eager(q, k, lse, **kwargs):
     heads = kwargs.get("kmap", torch.arange(q.shape[1]) // (q.shape[1] // k.shape[1]))
     logits = (q @ k[:, heads.long()].transpose(-1, -2)).float()
     # The reference's own masking and reduction, fed with these logits: one-hot keys pick them out.
-    b, hq, w, length = logits.shape
+    b, hq, _w, length = logits.shape
     one_hot = torch.eye(length).expand(b, hq, length, length)
     scale = kwargs.pop("scale", None) or 1 / math.sqrt(q.shape[-1])
     kwargs = {n: v for n, v in kwargs.items() if n not in ("reduce", "kmap")} | {"scale": scale}
@@ -44,7 +53,9 @@ def run(q, k, lse=None, device="cpu", **kwargs):
     """Kernel output, float64 reference and eager low-precision result."""
     move = lambda x: x.to(device) if isinstance(x, torch.Tensor) else x  # noqa: E731
     out = ops.proxy_scores(move(q), move(k), move(lse), **{n: move(v) for n, v in kwargs.items()})
-    ref = reference.proxy_scores(q.double(), k.double(), None if lse is None else lse.double(), **kwargs)
+    ref = reference.proxy_scores(
+        q.double(), k.double(), None if lse is None else lse.double(), **kwargs
+    )
     low = eager(q, k, lse, **kwargs)
     return [x.cpu() for x in out], ref, low
 
@@ -90,7 +101,10 @@ def test_layouts(kind):
 
 @pytest.mark.parametrize("values", VALUES)
 def test_values_propagate(values):
-    q, k = fill((1, 4, 6, 64), torch.float32, seed=1), fill((1, 2, 50, 64), torch.float32, values, seed=2)
+    q, k = (
+        fill((1, 4, 6, 64), torch.float32, seed=1),
+        fill((1, 2, 50, 64), torch.float32, values, seed=2),
+    )
     compare(q, k)
     compare(fill((1, 4, 6, 64), torch.float32, values), fill((1, 2, 50, 64), torch.float32))
 
@@ -144,7 +158,9 @@ def test_kmap_names_the_key_head_of_each_query_head():
     assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
 
 
-@pytest.mark.parametrize("shape", [(0, 2, 1, 3, 5), (1, 0, 0, 3, 5), (1, 2, 1, 0, 5), (1, 2, 1, 3, 0)])
+@pytest.mark.parametrize(
+    "shape", [(0, 2, 1, 3, 5), (1, 0, 0, 3, 5), (1, 2, 1, 0, 5), (1, 2, 1, 3, 0)]
+)
 def test_empty(shape):
     b, hq, hkv, w, length = shape
     scores, lse = ops.proxy_scores(torch.randn(b, hq, w, 8), torch.randn(b, hkv, length, 8))
@@ -167,9 +183,9 @@ def test_odd_shapes(b, hkv, g, w, length, d, causal, window, seed):
 
 def test_batch_order_and_threads_do_not_matter():
     q, k = fill((4, 6, 50, 64), torch.float32), fill((4, 3, 333, 64), torch.float32, seed=1)
-    want, lse = ops.proxy_scores(q, k)
+    want, _lse = ops.proxy_scores(q, k)
     order = torch.tensor([2, 0, 3, 1])
-    got, lse2 = ops.proxy_scores(q[order], k[order])
+    got, _lse2 = ops.proxy_scores(q[order], k[order])
     for i, j in enumerate(order):
         one, _ = ops.proxy_scores(q[j : j + 1], k[j : j + 1])
         torch.testing.assert_close(one[0], want[j], atol=1e-5, rtol=1e-5)
@@ -248,7 +264,9 @@ def test_bad_input():
     bad(ValueError, "kv_start", "[B] = [2]", "[3]", kv_start=torch.zeros(3, dtype=torch.int64))
     bad(ValueError, "kv_start[1]", "21", kv_start=torch.tensor([0, 21]))
     bad(ValueError, "kv_lens[0]", "-1", kv_lens=torch.tensor([-1, 3]))
-    bad(ValueError, "kv_lens[1]", "16", kv_start=torch.tensor([0, 5]), kv_lens=torch.tensor([3, 16]))
+    bad(
+        ValueError, "kv_lens[1]", "16", kv_start=torch.tensor([0, 5]), kv_lens=torch.tensor([3, 16])
+    )
     bad(ValueError, "window", "-2", window=-2)
     bad(ValueError, "reduce", "'median'", "'mean'", reduce="median")
     bad(IndexError, "kmap[3]", "2", kmap=torch.tensor([0, 1, 1, 2]))

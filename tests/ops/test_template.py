@@ -5,8 +5,18 @@ import torch
 
 from tenfold import ops, reference
 from tenfold.testing import (
-    DTYPES, LAYOUTS, LENGTHS, VALUES, assert_close_to_ref, check_compiles, check_deterministic,
-    check_errors, check_isas_agree, check_opcheck, fill, layout,
+    DTYPES,
+    LAYOUTS,
+    LENGTHS,
+    VALUES,
+    assert_close_to_ref,
+    check_compiles,
+    check_deterministic,
+    check_errors,
+    check_isas_agree,
+    check_opcheck,
+    fill,
+    layout,
 )  # fmt: skip
 
 op = torch.ops.tenfold.template_scale
@@ -45,4 +55,6 @@ def test_gradient():
 def test_bad_input():
     x = fill((3,), torch.float32)
     check_errors(ops.template_scale, op, (x, float("nan")), {}, ValueError, "scale", "finite")
-    check_errors(ops.template_scale, op, (x.double(), 1.0), {}, TypeError, "x", "float64", "float16")
+    check_errors(
+        ops.template_scale, op, (x.double(), 1.0), {}, TypeError, "x", "float64", "float16"
+    )

@@ -1,5 +1,4 @@
 #include "_template/template_scale.h"
-
 #include "core/cpu/vec.h"
 
 TENFOLD_ISA_BEGIN

@@ -1,8 +1,7 @@
 // CUDA registration: tensors -> raw pointers, launch.
-#include "_template/cuda/template_scale_kernel.cuh"
-
 #include <torch/csrc/stable/library.h>
 
+#include "_template/cuda/template_scale_kernel.cuh"
 #include "_template/ops.h"
 #include "core/dispatch.h"
 #include "core/stream.h"

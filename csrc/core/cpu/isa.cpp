@@ -45,7 +45,9 @@ Isa best_isa() {
 
 #else
 
-Isa best_isa() { return Isa::scalar; }
+Isa best_isa() {
+  return Isa::scalar;
+}
 
 #endif
 
@@ -78,11 +80,17 @@ const int force_detection_at_load = active().load();
 
 }  // namespace
 
-const char* isa_name(Isa isa) { return kNames[static_cast<int>(isa)]; }
+const char* isa_name(Isa isa) {
+  return kNames[static_cast<int>(isa)];
+}
 
-bool isa_supported(Isa isa) { return static_cast<int>(isa) <= static_cast<int>(best_isa()); }
+bool isa_supported(Isa isa) {
+  return static_cast<int>(isa) <= static_cast<int>(best_isa());
+}
 
-Isa active_isa() { return static_cast<Isa>(active().load(std::memory_order_relaxed)); }
+Isa active_isa() {
+  return static_cast<Isa>(active().load(std::memory_order_relaxed));
+}
 
 }  // namespace tenfold
 

@@ -15,18 +15,28 @@ Isa active_isa();
 }  // namespace tenfold
 
 #if defined(TENFOLD_X86)
-#define TENFOLD_ISA_DECLARE(...)             \
-  namespace scalar { __VA_ARGS__; }          \
-  namespace avx2 { __VA_ARGS__; }            \
-  namespace avx512 { __VA_ARGS__; }          \
-  namespace avx512_bf16 { __VA_ARGS__; }
-#define TENFOLD_ISA_CALL(function, ...)                                             \
+#define TENFOLD_ISA_DECLARE(...) \
+  namespace scalar {             \
+  __VA_ARGS__;                   \
+  }                              \
+  namespace avx2 {               \
+  __VA_ARGS__;                   \
+  }                              \
+  namespace avx512 {             \
+  __VA_ARGS__;                   \
+  }                              \
+  namespace avx512_bf16 {        \
+  __VA_ARGS__;                   \
+  }
+#define TENFOLD_ISA_CALL(function, ...)                                                \
   (::tenfold::active_isa() == ::tenfold::Isa::scalar   ? scalar::function(__VA_ARGS__) \
    : ::tenfold::active_isa() == ::tenfold::Isa::avx2   ? avx2::function(__VA_ARGS__)   \
    : ::tenfold::active_isa() == ::tenfold::Isa::avx512 ? avx512::function(__VA_ARGS__) \
                                                        : avx512_bf16::function(__VA_ARGS__))
 #else
 #define TENFOLD_ISA_DECLARE(...) \
-  namespace scalar { __VA_ARGS__; }
+  namespace scalar {             \
+  __VA_ARGS__;                   \
+  }
 #define TENFOLD_ISA_CALL(function, ...) scalar::function(__VA_ARGS__)
 #endif

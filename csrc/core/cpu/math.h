@@ -1,4 +1,5 @@
-// Vector functions made of vec.h: exp2, the bit-exact logarithm and Gumbel noise of det_math.h, Philox.
+// Vector functions made of vec.h: exp2, the bit-exact logarithm and Gumbel noise of det_math.h,
+// Philox.
 #pragma once
 
 #include "core/cpu/vec.h"

@@ -44,7 +44,8 @@ double copy_peak(int64_t iters, int64_t threads) {
   for (int64_t i = 0; i < std::max<int64_t>(iters, 1); ++i) {
     const auto begin = std::chrono::steady_clock::now();
     parallel_for(threads, 1e6, [&](int64_t first, int64_t last) {
-      std::memcpy(to.data() + first * kBytes, from.data() + first * kBytes, (last - first) * kBytes);
+      std::memcpy(to.data() + first * kBytes, from.data() + first * kBytes,
+                  (last - first) * kBytes);
     });
     best = std::min(best, seconds_since(begin));
   }
@@ -55,15 +56,19 @@ double peak_op(std::string_view kind, int64_t iters) {
   const int64_t threads = torch::stable::get_num_threads();
   if (kind == "fma_fp32") return compute_peak(false, iters, threads);
   if (kind == "dot_bf16") return compute_peak(true, iters, threads);
-  TENFOLD_CHECK_VALUE(kind == "copy", "tenfold::_peak: kind must be 'fma_fp32', 'dot_bf16' or "
-                      "'copy', got '", kind, "'");
+  TENFOLD_CHECK_VALUE(kind == "copy",
+                      "tenfold::_peak: kind must be 'fma_fp32', 'dot_bf16' or "
+                      "'copy', got '",
+                      kind, "'");
   return copy_peak(iters, threads);
 }
 
 }  // namespace
 }  // namespace tenfold
 
-STABLE_TORCH_LIBRARY_FRAGMENT(tenfold, m) { m.def("_peak(str kind, int iters) -> float"); }
+STABLE_TORCH_LIBRARY_FRAGMENT(tenfold, m) {
+  m.def("_peak(str kind, int iters) -> float");
+}
 
 STABLE_TORCH_LIBRARY_IMPL(tenfold, CompositeExplicitAutograd, m) {
   m.impl("_peak", TORCH_BOX(&tenfold::peak_op));

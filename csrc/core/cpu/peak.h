@@ -7,8 +7,8 @@
 
 namespace tenfold {
 
-// Each runs `iters` rounds of independent register operations and returns its FLOPs; *sink keeps the
-// compiler honest. dot_bf16 returns 0 where the ISA has no bf16 dot product.
+// Each runs `iters` rounds of independent register operations and returns its FLOPs; *sink keeps
+// the compiler honest. dot_bf16 returns 0 where the ISA has no bf16 dot product.
 TENFOLD_ISA_DECLARE(double peak_fma_fp32(int64_t iters, float* sink))
 TENFOLD_ISA_DECLARE(double peak_dot_bf16(int64_t iters, float* sink))
 

@@ -1,5 +1,4 @@
 #include "core/cpu/peak.h"
-
 #include "core/cpu/vec.h"
 
 TENFOLD_ISA_BEGIN

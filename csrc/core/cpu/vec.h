@@ -1,11 +1,12 @@
 // One SIMD vocabulary for all CPU ISAs: VF (float32 lanes), VI (uint32 lanes), VM (lane mask).
 // An ISA kernel source includes this header only, is compiled once per ISA, and puts its code in
-// namespace tenfold::TENFOLD_ISA. Everything here has internal linkage: no weak symbol of one ISA can
-// be picked by the linker for another.
+// namespace tenfold::TENFOLD_ISA. Everything here has internal linkage: no weak symbol of one ISA
+// can be picked by the linker for another.
 //
 // Every ISA provides: kWidth; load, load_n, store, store_n of float, bf16_t and fp16_t (rounding to
 // nearest even); set1, seti; + - *; fma; vmax, vmin (a NaN in the *second* argument is returned);
-// rint, exp2i; ge, lt, eq masks; select; hsum, hmax, hsum4; VI arithmetic for Philox and float bits.
+// rint, exp2i; ge, lt, eq masks; select; hsum, hmax, hsum4; VI arithmetic for Philox and float
+// bits.
 #pragma once
 
 #include "core/types.h"
@@ -18,8 +19,8 @@
 #include "core/cpu/vec_scalar.h"
 #endif
 
-#define TENFOLD_ISA_BEGIN     \
-  namespace tenfold {         \
+#define TENFOLD_ISA_BEGIN \
+  namespace tenfold {     \
   namespace TENFOLD_ISA {
 
 #define TENFOLD_ISA_END \

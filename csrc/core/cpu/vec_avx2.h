@@ -22,25 +22,47 @@ struct VM {
   __m256 v;
 };
 
-inline VF set1(float x) { return {_mm256_set1_ps(x)}; }
-inline VI seti(uint32_t x) { return {_mm256_set1_epi32(static_cast<int>(x))}; }
-inline VI iota() { return {_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)}; }
-inline __m256i first_n(int n) { return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), iota().v); }
+inline VF set1(float x) {
+  return {_mm256_set1_ps(x)};
+}
+inline VI seti(uint32_t x) {
+  return {_mm256_set1_epi32(static_cast<int>(x))};
+}
+inline VI iota() {
+  return {_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)};
+}
+inline __m256i first_n(int n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), iota().v);
+}
 
-inline VF load(const float* p) { return {_mm256_loadu_ps(p)}; }
-inline VF load_n(const float* p, int n) { return {_mm256_maskload_ps(p, first_n(n))}; }
-inline void store(float* p, VF a) { _mm256_storeu_ps(p, a.v); }
-inline void store_n(float* p, VF a, int n) { _mm256_maskstore_ps(p, first_n(n), a.v); }
+inline VF load(const float* p) {
+  return {_mm256_loadu_ps(p)};
+}
+inline VF load_n(const float* p, int n) {
+  return {_mm256_maskload_ps(p, first_n(n))};
+}
+inline void store(float* p, VF a) {
+  _mm256_storeu_ps(p, a.v);
+}
+inline void store_n(float* p, VF a, int n) {
+  _mm256_maskstore_ps(p, first_n(n), a.v);
+}
 // Store past the caches; p must be aligned to the vector. Order with stream_fence().
-inline void stream(float* p, VF a) { _mm256_stream_ps(p, a.v); }
-inline void stream_fence() { _mm_sfence(); }
+inline void stream(float* p, VF a) {
+  _mm256_stream_ps(p, a.v);
+}
+inline void stream_fence() {
+  _mm_sfence();
+}
 inline VI load(const uint32_t* p) {
   return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))};
 }
 inline VI load_n(const uint32_t* p, int n) {
   return {_mm256_maskload_epi32(reinterpret_cast<const int*>(p), first_n(n))};
 }
-inline void store(uint32_t* p, VI a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.v); }
+inline void store(uint32_t* p, VI a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.v);
+}
 inline void store_n(uint32_t* p, VI a, int n) {
   _mm256_maskstore_epi32(reinterpret_cast<int*>(p), first_n(n), a.v);
 }
@@ -65,11 +87,15 @@ inline VF from_bf16(__m128i h) {
 inline VF load(const bf16_t* p) {
   return from_bf16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
-inline VF load_n(const bf16_t* p, int n) { return from_bf16(load_halves(p, n)); }
+inline VF load_n(const bf16_t* p, int n) {
+  return from_bf16(load_halves(p, n));
+}
 inline VF load(const fp16_t* p) {
   return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
 }
-inline VF load_n(const fp16_t* p, int n) { return {_mm256_cvtph_ps(load_halves(p, n))}; }
+inline VF load_n(const fp16_t* p, int n) {
+  return {_mm256_cvtph_ps(load_halves(p, n))};
+}
 
 inline __m128i to_bf16(VF a) {
   const __m256i x = _mm256_castps_si256(a.v);
@@ -80,30 +106,68 @@ inline __m128i to_bf16(VF a) {
   const __m256i r = _mm256_srli_epi32(_mm256_blendv_epi8(up, quiet, nan), 16);
   return _mm_packus_epi32(_mm256_castsi256_si128(r), _mm256_extracti128_si256(r, 1));
 }
-inline void store(bf16_t* p, VF a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), to_bf16(a)); }
-inline void store_n(bf16_t* p, VF a, int n) { store_halves(p, to_bf16(a), n); }
+inline void store(bf16_t* p, VF a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), to_bf16(a));
+}
+inline void store_n(bf16_t* p, VF a, int n) {
+  store_halves(p, to_bf16(a), n);
+}
 inline void store(fp16_t* p, VF a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a.v, 0));
 }
-inline void store_n(fp16_t* p, VF a, int n) { store_halves(p, _mm256_cvtps_ph(a.v, 0), n); }
+inline void store_n(fp16_t* p, VF a, int n) {
+  store_halves(p, _mm256_cvtps_ph(a.v, 0), n);
+}
 
-inline VF operator+(VF a, VF b) { return {_mm256_add_ps(a.v, b.v)}; }
-inline VF operator-(VF a, VF b) { return {_mm256_sub_ps(a.v, b.v)}; }
-inline VF operator*(VF a, VF b) { return {_mm256_mul_ps(a.v, b.v)}; }
-inline VF operator/(VF a, VF b) { return {_mm256_div_ps(a.v, b.v)}; }
-inline VF fma(VF a, VF b, VF c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
-inline VF vmax(VF a, VF b) { return {_mm256_max_ps(a.v, b.v)}; }
-inline VF vmin(VF a, VF b) { return {_mm256_min_ps(a.v, b.v)}; }
-inline VF rint(VF a) { return {_mm256_round_ps(a.v, 8)}; }
+inline VF operator+(VF a, VF b) {
+  return {_mm256_add_ps(a.v, b.v)};
+}
+inline VF operator-(VF a, VF b) {
+  return {_mm256_sub_ps(a.v, b.v)};
+}
+inline VF operator*(VF a, VF b) {
+  return {_mm256_mul_ps(a.v, b.v)};
+}
+inline VF operator/(VF a, VF b) {
+  return {_mm256_div_ps(a.v, b.v)};
+}
+inline VF fma(VF a, VF b, VF c) {
+  return {_mm256_fmadd_ps(a.v, b.v, c.v)};
+}
+inline VF vmax(VF a, VF b) {
+  return {_mm256_max_ps(a.v, b.v)};
+}
+inline VF vmin(VF a, VF b) {
+  return {_mm256_min_ps(a.v, b.v)};
+}
+inline VF rint(VF a) {
+  return {_mm256_round_ps(a.v, 8)};
+}
 
-inline VM lt(VF a, VF b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)}; }
-inline VM gt(VF a, VF b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ)}; }
-inline VM unordered(VF a) { return {_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q)}; }
-inline VM eq(VF a, VF b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ)}; }
-inline VM lt(VI a, VI b) { return {_mm256_castsi256_ps(_mm256_cmpgt_epi32(b.v, a.v))}; }
-inline VM both(VM a, VM b) { return {_mm256_and_ps(a.v, b.v)}; }
-inline bool any(VM m) { return _mm256_movemask_ps(m.v) != 0; }
-inline VF select(VM m, VF yes, VF no) { return {_mm256_blendv_ps(no.v, yes.v, m.v)}; }
+inline VM lt(VF a, VF b) {
+  return {_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)};
+}
+inline VM gt(VF a, VF b) {
+  return {_mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ)};
+}
+inline VM unordered(VF a) {
+  return {_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q)};
+}
+inline VM eq(VF a, VF b) {
+  return {_mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ)};
+}
+inline VM lt(VI a, VI b) {
+  return {_mm256_castsi256_ps(_mm256_cmpgt_epi32(b.v, a.v))};
+}
+inline VM both(VM a, VM b) {
+  return {_mm256_and_ps(a.v, b.v)};
+}
+inline bool any(VM m) {
+  return _mm256_movemask_ps(m.v) != 0;
+}
+inline VF select(VM m, VF yes, VF no) {
+  return {_mm256_blendv_ps(no.v, yes.v, m.v)};
+}
 inline VI select(VM m, VI yes, VI no) {
   return {_mm256_blendv_epi8(no.v, yes.v, _mm256_castps_si256(m.v))};
 }
@@ -116,11 +180,21 @@ inline VF ldexp(VF a, VF n) {
   return {_mm256_andnot_ps(small.v, r.v)};
 }
 
-inline VI operator+(VI a, VI b) { return {_mm256_add_epi32(a.v, b.v)}; }
-inline VI operator-(VI a, VI b) { return {_mm256_sub_epi32(a.v, b.v)}; }
-inline VI operator^(VI a, VI b) { return {_mm256_xor_si256(a.v, b.v)}; }
-inline VI operator&(VI a, VI b) { return {_mm256_and_si256(a.v, b.v)}; }
-inline VI operator|(VI a, VI b) { return {_mm256_or_si256(a.v, b.v)}; }
+inline VI operator+(VI a, VI b) {
+  return {_mm256_add_epi32(a.v, b.v)};
+}
+inline VI operator-(VI a, VI b) {
+  return {_mm256_sub_epi32(a.v, b.v)};
+}
+inline VI operator^(VI a, VI b) {
+  return {_mm256_xor_si256(a.v, b.v)};
+}
+inline VI operator&(VI a, VI b) {
+  return {_mm256_and_si256(a.v, b.v)};
+}
+inline VI operator|(VI a, VI b) {
+  return {_mm256_or_si256(a.v, b.v)};
+}
 template <int N>
 inline VI shr(VI a) {
   return {_mm256_srli_epi32(a.v, N)};
@@ -137,9 +211,15 @@ inline void mulhilo(VI a, uint32_t m, VI* hi, VI* lo) {
   hi->v = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA);
   lo->v = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA);
 }
-inline VI bits(VF a) { return {_mm256_castps_si256(a.v)}; }
-inline VF from_bits(VI a) { return {_mm256_castsi256_ps(a.v)}; }
-inline VF to_float(VI a) { return {_mm256_cvtepi32_ps(a.v)}; }  // signed
+inline VI bits(VF a) {
+  return {_mm256_castps_si256(a.v)};
+}
+inline VF from_bits(VI a) {
+  return {_mm256_castsi256_ps(a.v)};
+}
+inline VF to_float(VI a) {
+  return {_mm256_cvtepi32_ps(a.v)};
+}  // signed
 
 inline float hsum128(__m128 s) {
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));

@@ -20,25 +20,51 @@ struct VI {
 };
 using VM = __mmask16;
 
-inline VM first_n(int n) { return static_cast<VM>(n >= 16 ? 0xFFFF : (1u << n) - 1u); }
+inline VM first_n(int n) {
+  return static_cast<VM>(n >= 16 ? 0xFFFF : (1u << n) - 1u);
+}
 
-inline VF set1(float x) { return {_mm512_set1_ps(x)}; }
-inline VI seti(uint32_t x) { return {_mm512_set1_epi32(static_cast<int>(x))}; }
+inline VF set1(float x) {
+  return {_mm512_set1_ps(x)};
+}
+inline VI seti(uint32_t x) {
+  return {_mm512_set1_epi32(static_cast<int>(x))};
+}
 inline VI iota() {
   return {_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)};
 }
 
-inline VF load(const float* p) { return {_mm512_loadu_ps(p)}; }
-inline VF load_n(const float* p, int n) { return {_mm512_maskz_loadu_ps(first_n(n), p)}; }
-inline void store(float* p, VF a) { _mm512_storeu_ps(p, a.v); }
-inline void store_n(float* p, VF a, int n) { _mm512_mask_storeu_ps(p, first_n(n), a.v); }
+inline VF load(const float* p) {
+  return {_mm512_loadu_ps(p)};
+}
+inline VF load_n(const float* p, int n) {
+  return {_mm512_maskz_loadu_ps(first_n(n), p)};
+}
+inline void store(float* p, VF a) {
+  _mm512_storeu_ps(p, a.v);
+}
+inline void store_n(float* p, VF a, int n) {
+  _mm512_mask_storeu_ps(p, first_n(n), a.v);
+}
 // Store past the caches; p must be aligned to the vector. Order with stream_fence().
-inline void stream(float* p, VF a) { _mm512_stream_ps(p, a.v); }
-inline void stream_fence() { _mm_sfence(); }
-inline VI load(const uint32_t* p) { return {_mm512_loadu_si512(p)}; }
-inline VI load_n(const uint32_t* p, int n) { return {_mm512_maskz_loadu_epi32(first_n(n), p)}; }
-inline void store(uint32_t* p, VI a) { _mm512_storeu_si512(p, a.v); }
-inline void store_n(uint32_t* p, VI a, int n) { _mm512_mask_storeu_epi32(p, first_n(n), a.v); }
+inline void stream(float* p, VF a) {
+  _mm512_stream_ps(p, a.v);
+}
+inline void stream_fence() {
+  _mm_sfence();
+}
+inline VI load(const uint32_t* p) {
+  return {_mm512_loadu_si512(p)};
+}
+inline VI load_n(const uint32_t* p, int n) {
+  return {_mm512_maskz_loadu_epi32(first_n(n), p)};
+}
+inline void store(uint32_t* p, VI a) {
+  _mm512_storeu_si512(p, a.v);
+}
+inline void store_n(uint32_t* p, VI a, int n) {
+  _mm512_mask_storeu_epi32(p, first_n(n), a.v);
+}
 
 inline VF from_bf16(__m256i h) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))};
@@ -77,31 +103,77 @@ inline void store_n(fp16_t* p, VF a, int n) {
   _mm256_mask_storeu_epi16(p, first_n(n), _mm512_cvtps_ph(a.v, 0));
 }
 
-inline VF operator+(VF a, VF b) { return {_mm512_add_ps(a.v, b.v)}; }
-inline VF operator-(VF a, VF b) { return {_mm512_sub_ps(a.v, b.v)}; }
-inline VF operator*(VF a, VF b) { return {_mm512_mul_ps(a.v, b.v)}; }
-inline VF operator/(VF a, VF b) { return {_mm512_div_ps(a.v, b.v)}; }
-inline VF fma(VF a, VF b, VF c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
-inline VF vmax(VF a, VF b) { return {_mm512_max_ps(a.v, b.v)}; }
-inline VF vmin(VF a, VF b) { return {_mm512_min_ps(a.v, b.v)}; }
-inline VF rint(VF a) { return {_mm512_roundscale_ps(a.v, 8)}; }
-inline VF ldexp(VF a, VF n) { return {_mm512_scalef_ps(a.v, n.v)}; }
+inline VF operator+(VF a, VF b) {
+  return {_mm512_add_ps(a.v, b.v)};
+}
+inline VF operator-(VF a, VF b) {
+  return {_mm512_sub_ps(a.v, b.v)};
+}
+inline VF operator*(VF a, VF b) {
+  return {_mm512_mul_ps(a.v, b.v)};
+}
+inline VF operator/(VF a, VF b) {
+  return {_mm512_div_ps(a.v, b.v)};
+}
+inline VF fma(VF a, VF b, VF c) {
+  return {_mm512_fmadd_ps(a.v, b.v, c.v)};
+}
+inline VF vmax(VF a, VF b) {
+  return {_mm512_max_ps(a.v, b.v)};
+}
+inline VF vmin(VF a, VF b) {
+  return {_mm512_min_ps(a.v, b.v)};
+}
+inline VF rint(VF a) {
+  return {_mm512_roundscale_ps(a.v, 8)};
+}
+inline VF ldexp(VF a, VF n) {
+  return {_mm512_scalef_ps(a.v, n.v)};
+}
 
-inline VM lt(VF a, VF b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ); }
-inline VM gt(VF a, VF b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ); }
-inline VM unordered(VF a) { return _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q); }
-inline VM eq(VF a, VF b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ); }
-inline VM lt(VI a, VI b) { return _mm512_cmplt_epi32_mask(a.v, b.v); }  // signed
-inline VM both(VM a, VM b) { return a & b; }
-inline bool any(VM m) { return m != 0; }
-inline VF select(VM m, VF yes, VF no) { return {_mm512_mask_mov_ps(no.v, m, yes.v)}; }
-inline VI select(VM m, VI yes, VI no) { return {_mm512_mask_mov_epi32(no.v, m, yes.v)}; }
+inline VM lt(VF a, VF b) {
+  return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ);
+}
+inline VM gt(VF a, VF b) {
+  return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ);
+}
+inline VM unordered(VF a) {
+  return _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+}
+inline VM eq(VF a, VF b) {
+  return _mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ);
+}
+inline VM lt(VI a, VI b) {
+  return _mm512_cmplt_epi32_mask(a.v, b.v);
+}  // signed
+inline VM both(VM a, VM b) {
+  return a & b;
+}
+inline bool any(VM m) {
+  return m != 0;
+}
+inline VF select(VM m, VF yes, VF no) {
+  return {_mm512_mask_mov_ps(no.v, m, yes.v)};
+}
+inline VI select(VM m, VI yes, VI no) {
+  return {_mm512_mask_mov_epi32(no.v, m, yes.v)};
+}
 
-inline VI operator+(VI a, VI b) { return {_mm512_add_epi32(a.v, b.v)}; }
-inline VI operator-(VI a, VI b) { return {_mm512_sub_epi32(a.v, b.v)}; }
-inline VI operator^(VI a, VI b) { return {_mm512_xor_si512(a.v, b.v)}; }
-inline VI operator&(VI a, VI b) { return {_mm512_and_si512(a.v, b.v)}; }
-inline VI operator|(VI a, VI b) { return {_mm512_or_si512(a.v, b.v)}; }
+inline VI operator+(VI a, VI b) {
+  return {_mm512_add_epi32(a.v, b.v)};
+}
+inline VI operator-(VI a, VI b) {
+  return {_mm512_sub_epi32(a.v, b.v)};
+}
+inline VI operator^(VI a, VI b) {
+  return {_mm512_xor_si512(a.v, b.v)};
+}
+inline VI operator&(VI a, VI b) {
+  return {_mm512_and_si512(a.v, b.v)};
+}
+inline VI operator|(VI a, VI b) {
+  return {_mm512_or_si512(a.v, b.v)};
+}
 template <int N>
 inline VI shr(VI a) {
   return {_mm512_srli_epi32(a.v, N)};
@@ -118,12 +190,22 @@ inline void mulhilo(VI a, uint32_t m, VI* hi, VI* lo) {
   hi->v = _mm512_mask_mov_epi32(_mm512_srli_epi64(even, 32), 0xAAAA, odd);
   lo->v = _mm512_mask_mov_epi32(even, 0xAAAA, _mm512_slli_epi64(odd, 32));
 }
-inline VI bits(VF a) { return {_mm512_castps_si512(a.v)}; }
-inline VF from_bits(VI a) { return {_mm512_castsi512_ps(a.v)}; }
-inline VF to_float(VI a) { return {_mm512_cvtepi32_ps(a.v)}; }  // signed
+inline VI bits(VF a) {
+  return {_mm512_castps_si512(a.v)};
+}
+inline VF from_bits(VI a) {
+  return {_mm512_castsi512_ps(a.v)};
+}
+inline VF to_float(VI a) {
+  return {_mm512_cvtepi32_ps(a.v)};
+}  // signed
 
-inline float hsum(VF a) { return _mm512_reduce_add_ps(a.v); }
-inline float hmax(VF a) { return _mm512_reduce_max_ps(a.v); }
+inline float hsum(VF a) {
+  return _mm512_reduce_add_ps(a.v);
+}
+inline float hmax(VF a) {
+  return _mm512_reduce_max_ps(a.v);
+}
 
 // out[i] = sum of the lanes of a_i
 inline void hsum4(VF a, VF b, VF c, VF d, float* out) {

@@ -74,16 +74,34 @@ inline uint16_t float_to_bf16(float f) {
   return static_cast<uint16_t>((x + 0x7FFFu + ((x >> 16) & 1u)) >> 16);
 }
 
-inline VF set1(float x) { return {{x, x, x, x}}; }
-inline VI seti(uint32_t x) { return {{x, x, x, x}}; }
-inline VI iota() { return {{0, 1, 2, 3}}; }
+inline VF set1(float x) {
+  return {{x, x, x, x}};
+}
+inline VI seti(uint32_t x) {
+  return {{x, x, x, x}};
+}
+inline VI iota() {
+  return {{0, 1, 2, 3}};
+}
 
-inline float element(const float* p) { return *p; }
-inline float element(const bf16_t* p) { return bf16_to_float(p->bits); }
-inline float element(const fp16_t* p) { return half_to_float(p->bits); }
-inline void put(float* p, float x) { *p = x; }
-inline void put(bf16_t* p, float x) { p->bits = float_to_bf16(x); }
-inline void put(fp16_t* p, float x) { p->bits = float_to_half(x); }
+inline float element(const float* p) {
+  return *p;
+}
+inline float element(const bf16_t* p) {
+  return bf16_to_float(p->bits);
+}
+inline float element(const fp16_t* p) {
+  return half_to_float(p->bits);
+}
+inline void put(float* p, float x) {
+  *p = x;
+}
+inline void put(bf16_t* p, float x) {
+  p->bits = float_to_bf16(x);
+}
+inline void put(fp16_t* p, float x) {
+  p->bits = float_to_half(x);
+}
 
 template <class T>
 inline VF load_n(const T* p, int n) {
@@ -103,24 +121,30 @@ template <class T>
 inline void store(T* p, VF a) {
   TENFOLD_LANES put(p + i, a.v[i]);
 }
-inline void stream(float* p, VF a) { TENFOLD_LANES p[i] = a.v[i]; }
+inline void stream(float* p, VF a) {
+  TENFOLD_LANES p[i] = a.v[i];
+}
 inline void stream_fence() {}
-inline VI load(const uint32_t* p) { return {{p[0], p[1], p[2], p[3]}}; }
+inline VI load(const uint32_t* p) {
+  return {{p[0], p[1], p[2], p[3]}};
+}
 inline VI load_n(const uint32_t* p, int n) {
   VI r = seti(0);
   TENFOLD_LANES if (i < n) r.v[i] = p[i];
   return r;
 }
-inline void store(uint32_t* p, VI a) { TENFOLD_LANES p[i] = a.v[i]; }
+inline void store(uint32_t* p, VI a) {
+  TENFOLD_LANES p[i] = a.v[i];
+}
 inline void store_n(uint32_t* p, VI a, int n) {
   TENFOLD_LANES if (i < n) p[i] = a.v[i];
 }
 
-#define TENFOLD_BINARY(name, type, expr)   \
-  inline type name(type a, type b) {       \
-    type r;                                \
-    TENFOLD_LANES r.v[i] = (expr);         \
-    return r;                              \
+#define TENFOLD_BINARY(name, type, expr) \
+  inline type name(type a, type b) {     \
+    type r;                              \
+    TENFOLD_LANES r.v[i] = (expr);       \
+    return r;                            \
   }
 TENFOLD_BINARY(operator+, VF, a.v[i] + b.v[i])
 TENFOLD_BINARY(operator-, VF, a.v[i] - b.v[i])
@@ -176,7 +200,9 @@ inline VM unordered(VF a) {
   TENFOLD_LANES r.v[i] = a.v[i] != a.v[i];
   return r;
 }
-inline bool any(VM m) { return m.v[0] || m.v[1] || m.v[2] || m.v[3]; }
+inline bool any(VM m) {
+  return m.v[0] || m.v[1] || m.v[2] || m.v[3];
+}
 inline VF select(VM m, VF yes, VF no) {
   VF r;
   TENFOLD_LANES r.v[i] = m.v[i] ? yes.v[i] : no.v[i];
@@ -222,7 +248,9 @@ inline VF to_float(VI a) {  // signed
   return r;
 }
 
-inline float hsum(VF a) { return (a.v[0] + a.v[1]) + (a.v[2] + a.v[3]); }
+inline float hsum(VF a) {
+  return (a.v[0] + a.v[1]) + (a.v[2] + a.v[3]);
+}
 inline float hmax(VF a) {
   float m = a.v[0];
   TENFOLD_LANES m = a.v[i] > m ? a.v[i] : m;

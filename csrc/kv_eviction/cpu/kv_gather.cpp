@@ -66,7 +66,8 @@ void check_increasing(const char* op, Slots& s) {
     const auto facts = TENFOLD_ISA_CALL(index_facts, at, s.used[r]);
     TENFOLD_CHECK_VALUE(s.used[r] == 0 || (facts.increasing && facts.min >= 0), "tenfold::", op,
                         ": idx must be strictly increasing and >= 0 over the used slots; it is not "
-                        "in (batch, head) ", r / s.heads, ", ", r % s.heads);
+                        "in (batch, head) ",
+                        r / s.heads, ", ", r % s.heads);
   }
   s.holes = false;
 }
@@ -124,8 +125,8 @@ struct Side {
   bool is_key;
 };
 
-void move_head(const Side& side, const Slots& slots, const Rotation& rot, bool zero_rest,
-               int64_t b, int64_t h) {
+void move_head(const Side& side, const Slots& slots, const Rotation& rot, bool zero_rest, int64_t b,
+               int64_t h) {
   const Tensor &from = *side.from, &to = *side.to;
   const Dtype dtype = to_dtype(from.scalar_type());
   const int64_t size = dtype_size(dtype), d = from.sizes()[3];

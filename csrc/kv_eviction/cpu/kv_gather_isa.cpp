@@ -40,7 +40,8 @@ void move(const KvMove& m, const int64_t* idx, int64_t n) {
   for (int64_t c = 0; c < n;) {
     int64_t run = 1;
     while (dense && c + run < n && idx[c + run] == idx[c] + run) ++run;
-    const char* ahead = m.from + idx[c + run + kAhead < n ? c + run + kAhead : n - 1] * m.from_stride;
+    const char* ahead =
+        m.from + idx[c + run + kAhead < n ? c + run + kAhead : n - 1] * m.from_stride;
     for (int64_t line = 0; line < m.row_bytes; line += 64) __builtin_prefetch(ahead + line);
     const char* from = m.from + idx[c] * m.from_stride;
     char* to = m.to + c * m.to_stride;

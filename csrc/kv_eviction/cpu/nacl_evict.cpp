@@ -18,11 +18,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> nacl_evict_op(
   check_same_device(op, "k", k, "v", v);
   check_same_dtype(op, "k", k, "v", v);
   check_dim(op, "v", v, 4, "[B, HV, L, DV]");
-  const auto [scores, row_lse] =
-      proxy_scores(op, q, k, {lse, scale, causal, q_offset, q_positions, kv_start, kv_lens, window,
-                              reduce, kmap});
-  const auto [idx, new_lens] = nacl_select(
-      op, scores, {n_sink, n_recent, n_topk, n_random, tau, logits, seed, layer, kv_start, kv_lens,
+  const auto [scores, row_lse] = proxy_scores(
+      op, q, k,
+      {lse, scale, causal, q_offset, q_positions, kv_start, kv_lens, window, reduce, kmap});
+  const auto [idx, new_lens] =
+      nacl_select(op, scores,
+                  {n_sink, n_recent, n_topk, n_random, tau, logits, seed, layer, kv_start, kv_lens,
                    row_id, counts, pool_kernel, pool, false});
   const auto [k_new, v_new] = kv_gather(op, k, v, idx, new_lens, inv_freq, kv_start);
   return {k_new, v_new, idx, new_lens};

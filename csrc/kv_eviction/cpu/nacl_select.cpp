@@ -1,4 +1,5 @@
-// CPU nacl_select: per (sequence, head) two radix selections over sortable keys, then one ordered pass.
+// CPU nacl_select: per (sequence, head) two radix selections over sortable keys, then one ordered
+// pass.
 #include "kv_eviction/nacl_select.h"
 
 #include <torch/csrc/stable/library.h>
@@ -140,12 +141,15 @@ std::vector<NaclCounts> read_counts(const char* op, const NaclSelectParams& p,
     const int64_t* c = given.data() + (p.counts_per_head ? row : row / p.heads) * 4;
     int64_t sum = 0;
     for (int i = 0; i < 4; ++i) {
-      TENFOLD_CHECK_VALUE(c[i] >= 0 && c[i] <= p.width, "tenfold::", op, ": counts must be in [0, C = ",
-                          p.width, "] (C = n_sink + n_recent + n_topk + n_random), got ", c[i]);
+      TENFOLD_CHECK_VALUE(c[i] >= 0 && c[i] <= p.width, "tenfold::", op,
+                          ": counts must be in [0, C = ", p.width,
+                          "] (C = n_sink + n_recent + n_topk + n_random), got ", c[i]);
       sum += c[i];
     }
-    TENFOLD_CHECK_VALUE(sum <= p.width, "tenfold::", op, ": each row of counts must sum to at most "
-                        "C = n_sink + n_recent + n_topk + n_random = ", p.width, ", got ", sum);
+    TENFOLD_CHECK_VALUE(sum <= p.width, "tenfold::", op,
+                        ": each row of counts must sum to at most "
+                        "C = n_sink + n_recent + n_topk + n_random = ",
+                        p.width, ", got ", sum);
     all[row] = {static_cast<int32_t>(c[0]), static_cast<int32_t>(c[1]), static_cast<int32_t>(c[2]),
                 static_cast<int32_t>(c[3])};
   }
@@ -182,8 +186,12 @@ std::tuple<Tensor, Tensor> nacl_select(const char* op, const Tensor& scores_in,
     std::vector<int64_t> kept(p.width + 1);
     for (int64_t row = begin; row < end; ++row) {
       const int64_t b = row / p.heads, h = row % p.heads;
-      const RowArgs args{data_as<float>(scores) + row * p.length, range.begin[b], range.end[b],
-                         counts[row], static_cast<uint32_t>(h), static_cast<uint32_t>(row_ids[b]),
+      const RowArgs args{data_as<float>(scores) + row * p.length,
+                         range.begin[b],
+                         range.end[b],
+                         counts[row],
+                         static_cast<uint32_t>(h),
+                         static_cast<uint32_t>(row_ids[b]),
                          kept.data()};
       const int64_t n = select_row(p, args, buffers);
       int64_t* out = data_as<int64_t>(idx) + row * p.width;
@@ -204,8 +212,8 @@ std::tuple<Tensor, Tensor> nacl_select_op(Tensor scores, int64_t n_sink, int64_t
                                           OptTensor counts, int64_t pool_kernel,
                                           std::string_view pool, bool check_nan) {
   return nacl_select("nacl_select", scores,
-                     {n_sink, n_recent, n_topk, n_random, tau, logits, seed, layer, kv_start, kv_lens,
-                      row_id, counts, pool_kernel, pool, check_nan});
+                     {n_sink, n_recent, n_topk, n_random, tau, logits, seed, layer, kv_start,
+                      kv_lens, row_id, counts, pool_kernel, pool, check_nan});
 }
 
 }  // namespace

@@ -17,8 +17,7 @@ namespace {
 
 inline VI draw_keys(const NaclSelectParams& p, VF score, uint32_t token, uint32_t head,
                     uint32_t row_id) {
-  const VI word =
-      philox_word0(p.layer, head, seti(token) + iota(), row_id, p.seed_lo, p.seed_hi);
+  const VI word = philox_word0(p.layer, head, seti(token) + iota(), row_id, p.seed_lo, p.seed_hi);
   const VF logit = (p.log_score ? det_log(score) : score) / set1(p.tau);
   return sortable_key(logit + gumbel(word));
 }
@@ -29,12 +28,14 @@ void nacl_draw_keys(const NaclSelectParams& p, const float* scores, int64_t n, u
                     uint32_t head, uint32_t row_id, uint32_t* keys) {
   int64_t i = 0;
   for (; i + kWidth <= n; i += kWidth)
-    store(keys + i, draw_keys(p, load(scores + i), first_token + static_cast<uint32_t>(i), head,
-                              row_id));
+    store(keys + i,
+          draw_keys(p, load(scores + i), first_token + static_cast<uint32_t>(i), head, row_id));
   if (i < n) {
     const int left = static_cast<int>(n - i);
-    store_n(keys + i, draw_keys(p, load_n(scores + i, left),
-                                first_token + static_cast<uint32_t>(i), head, row_id), left);
+    store_n(keys + i,
+            draw_keys(p, load_n(scores + i, left), first_token + static_cast<uint32_t>(i), head,
+                      row_id),
+            left);
   }
 }
 

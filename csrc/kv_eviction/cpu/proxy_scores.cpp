@@ -85,8 +85,8 @@ std::vector<ProxyScoresTask> make_tasks(const ProxyScoresParams& p, const HeadGr
     const int64_t h = pair % p.kv_heads;
     const int64_t rows = (g.begin[h + 1] - g.begin[h]) * p.num_proxies;
     const int64_t tiles = (rows + tile - 1) / tile;
-    const int64_t parts = std::clamp((kWantedTasks + pairs - 1) / pairs, int64_t{1},
-                                     std::max<int64_t>(tiles, 1));
+    const int64_t parts =
+        std::clamp((kWantedTasks + pairs - 1) / pairs, int64_t{1}, std::max<int64_t>(tiles, 1));
     const int64_t step =
         p.reduce == ScoreReduce::max ? p.num_proxies : (tiles + parts - 1) / parts * tile;
     for (int64_t row = 0; row < rows; row += step)
@@ -121,7 +121,8 @@ void reduce_tasks(const ProxyScoresParams& p, const ProxyScoresTask* tasks, int6
 struct Scratch {
   Scratch(const Tensor& like, int64_t bytes)
       : owner(new_output(like, {bytes + 64}, ScalarType::Byte)),
-        data(reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(owner.data_ptr()) + 63) & ~63ull)) {}
+        data(reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(owner.data_ptr()) + 63) &
+                                     ~63ull)) {}
   Tensor owner;
   char* data;
 };
@@ -197,9 +198,9 @@ std::tuple<Tensor, Tensor> proxy_scores_op(Tensor q, Tensor k, OptTensor lse, do
                                            bool causal, int64_t q_offset, OptTensor q_positions,
                                            OptTensor kv_start, OptTensor kv_lens, int64_t window,
                                            std::string_view reduce, OptTensor kmap) {
-  return proxy_scores("proxy_scores", q, k,
-                      {lse, scale, causal, q_offset, q_positions, kv_start, kv_lens, window, reduce,
-                       kmap});
+  return proxy_scores(
+      "proxy_scores", q, k,
+      {lse, scale, causal, q_offset, q_positions, kv_start, kv_lens, window, reduce, kmap});
 }
 
 }  // namespace

@@ -1,8 +1,8 @@
 // CPU kernel of proxy_scores: one GEMM pass, nothing recomputed, K read in place.
 //
-// Lanes hold proxy rows, not keys: a tile is kTileRows rows x kTileKeys keys, its logits are built by
-// broadcasting elements of k (natural layout, no packing) against the packed q^T of the tile. So row
-// maxima and row sums are plain lane-wise operations. For each row tile:
+// Lanes hold proxy rows, not keys: a tile is kTileRows rows x kTileKeys keys, its logits are built
+// by broadcasting elements of k (natural layout, no packing) against the packed q^T of the tile. So
+// row maxima and row sums are plain lane-wise operations. For each row tile:
 //   1. over all key tiles: logits -> e = exp(l - m) with a running reference m per row, kept in
 //      registers; e goes to a strip [L][kTileRows]; m is raised only when a logit exceeds it by
 //      2^kSlack, and each key tile remembers which m it used;
@@ -26,8 +26,8 @@ constexpr int kTileKeys = 6;
 constexpr int kTileKeys = 4;
 #endif
 constexpr int kTileRows = kVecs * kWidth;
-constexpr float kSlack = 16.0f;      // log2 of the largest e; sums stay far from overflow
-constexpr float kNothing = -1e30f;   // reference of a row that has seen no key yet
+constexpr float kSlack = 16.0f;     // log2 of the largest e; sums stay far from overflow
+constexpr float kNothing = -1e30f;  // reference of a row that has seen no key yet
 constexpr float kInf = __builtin_inff();
 
 struct Scratch {
@@ -47,8 +47,12 @@ struct RowTile {
   int active;
 };
 
-inline int64_t round_up(int64_t x, int64_t m) { return (x + m - 1) / m * m; }
-inline int64_t num_tiles(int64_t length) { return (length + kTileKeys - 1) / kTileKeys + 1; }
+inline int64_t round_up(int64_t x, int64_t m) {
+  return (x + m - 1) / m * m;
+}
+inline int64_t num_tiles(int64_t length) {
+  return (length + kTileKeys - 1) / kTileKeys + 1;
+}
 
 inline Scratch carve(const ProxyScoresParams& p, void* memory) {
   auto* at = static_cast<float*>(memory);
@@ -75,7 +79,9 @@ inline bool use_dot(const ProxyScoresParams& p) {
 #endif
 }
 
-inline float to_float(const float* x) { return *x; }
+inline float to_float(const float* x) {
+  return *x;
+}
 template <class T>
 inline float to_float(const T* x) {
   float lanes[kWidth];
@@ -83,8 +89,9 @@ inline float to_float(const T* x) {
   return lanes[0];
 }
 
-// q^T of one tile; missing rows are zero. With `pairs`, two neighbouring bf16 share a lane, else q is
-// scaled here, so that the logits come out in log2 units (scaling them later would round the scale).
+// q^T of one tile; missing rows are zero. With `pairs`, two neighbouring bf16 share a lane, else q
+// is scaled here, so that the logits come out in log2 units (scaling them later would round the
+// scale).
 template <class T>
 void pack_q(const T* const* rows, int64_t d, bool pairs, float scale, float* out) {
   if (pairs) {
@@ -107,8 +114,8 @@ constexpr int kLine = 16;
 // Products summed in one chain before the partial sums are added: shorter chains round less.
 constexpr int kChain = 64;
 
-// acc[j][v] = sum_i k_j[i] * q[i][v]: the hot loop. Rows of k are `stride` elements apart; an element
-// is a float (Multiply = fma) or a pair of bf16 (Multiply = dot product).
+// acc[j][v] = sum_i k_j[i] * q[i][v]: the hot loop. Rows of k are `stride` elements apart; an
+// element is a float (Multiply = fma) or a pair of bf16 (Multiply = dot product).
 template <class Element, class Multiply>
 inline void tile_product(const Element* k, int64_t stride, const float* q, int64_t d,
                          const Multiply& multiply, VF (&acc)[kTileKeys][kVecs]) {
@@ -135,7 +142,7 @@ inline void tile_product(const Element* k, int64_t stride, const float* q, int64
 
 inline void logits_f32(const float* k, int64_t stride, const float* q, int64_t d,
                        VF (&acc)[kTileKeys][kVecs]) {
-  const auto multiply = [](float key, const VF (&rows)[kVecs], VF (&sums)[kVecs]) {
+  const auto multiply = [](float key, const VF(&rows)[kVecs], VF(&sums)[kVecs]) {
     const VF b = set1(key);
     for (int v = 0; v < kVecs; ++v) sums[v] = fma(b, rows[v], sums[v]);
   };
@@ -145,7 +152,7 @@ inline void logits_f32(const float* k, int64_t stride, const float* q, int64_t d
 #if defined(TENFOLD_ISA_BF16)
 inline void logits_bf16(const uint32_t* k, int64_t stride, const float* q, int64_t pairs,
                         VF (&acc)[kTileKeys][kVecs]) {
-  const auto multiply = [](uint32_t key, const VF (&rows)[kVecs], VF (&sums)[kVecs]) {
+  const auto multiply = [](uint32_t key, const VF(&rows)[kVecs], VF(&sums)[kVecs]) {
     const VI b = seti(key);
     for (int v = 0; v < kVecs; ++v) sums[v] = dot_bf16(sums[v], bits(rows[v]), b);
   };
@@ -252,7 +259,8 @@ inline void raise_refs(const VF (&acc)[kTileKeys][kVecs], VF to_log2, const Scra
     if constexpr (kDot) top[v] = top[v] * to_log2;
     raise |= any(gt(top[v] - set1(kSlack), o.ref[v]));
   }
-  if (!raise) [[likely]] return;
+  if (!raise) [[likely]]
+    return;
   for (int v = 0; v < kVecs; ++v) {
     const VF ref = vmax(o.ref[v], top[v]);
     o.sum[v] = o.sum[v] * exp2(o.ref[v] - ref);
@@ -407,9 +415,8 @@ void run_task(const ProxyScoresParams& p, const ProxyScoresTask& t) {
     for (int r = 0; r < kTileRows; ++r) {
       const int64_t row = row0 + r;
       const int64_t head = r < n ? p.head_list[p.head_begin[t.h] + row / p.num_proxies] : 0;
-      rows[r] = rt.lo[r] < rt.hi[r]
-                    ? q + head * p.q_stride[1] + row % p.num_proxies * p.q_stride[2]
-                    : nullptr;
+      rows[r] = rt.lo[r] < rt.hi[r] ? q + head * p.q_stride[1] + row % p.num_proxies * p.q_stride[2]
+                                    : nullptr;
     }
     if (rt.active > 0) pack_q(rows, p.head_dim, kDot, p.scale * kLog2e, s.q);
     if (p.lse_in != nullptr) {
@@ -426,12 +433,13 @@ void run_task(const ProxyScoresParams& p, const ProxyScoresTask& t) {
 
 }  // namespace
 
-int64_t proxy_scores_tile_rows() { return kTileRows; }
+int64_t proxy_scores_tile_rows() {
+  return kTileRows;
+}
 
 int64_t proxy_scores_scratch(const ProxyScoresParams& p) {
   int64_t floats = round_up(p.head_dim, 2) * kTileRows + kTileKeys * round_up(p.head_dim, 16);
-  if (p.lse_in == nullptr)
-    floats += num_tiles(p.length) * (kTileRows + kTileKeys * kTileRows + 1);
+  if (p.lse_in == nullptr) floats += num_tiles(p.length) * (kTileRows + kTileKeys * kTileRows + 1);
   return round_up(floats * 4, 64);
 }
 

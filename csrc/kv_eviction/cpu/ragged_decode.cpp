@@ -73,7 +73,9 @@ void load_queries(const Call& c, int64_t segment, float* out) {
 }
 
 // Result of one chunk: max [rows], sum [rows], out [rows][pitch].
-int64_t partial_size(const Call& c) { return c.rows() * (2 + decode_pitch(c.value_dim)); }
+int64_t partial_size(const Call& c) {
+  return c.rows() * (2 + decode_pitch(c.value_dim));
+}
 
 void run_chunk(const Call& c, const Segment& s, const Chunk& chunk, float* partial,
                std::vector<float>& buffer) {
@@ -87,13 +89,20 @@ void run_chunk(const Call& c, const Segment& s, const Chunk& chunk, float* parti
   const auto at = [&](const Tensor& t) {
     return static_cast<const char*>(t.data_ptr()) + row * t.strides()[0] * size;
   };
-  const DecodeChunk d{.k = at(c.k), .v = at(c.v),
-                      .k_stride = c.k.strides()[0], .v_stride = c.v.strides()[0],
+  const DecodeChunk d{.k = at(c.k),
+                      .v = at(c.v),
+                      .k_stride = c.k.strides()[0],
+                      .v_stride = c.v.strides()[0],
                       .num_keys = chunk.num_keys,
-                      .q = buffer.data(), .visible = visible.data(),
-                      .rows = rows, .head_dim = c.head_dim, .value_dim = c.value_dim,
+                      .q = buffer.data(),
+                      .visible = visible.data(),
+                      .rows = rows,
+                      .head_dim = c.head_dim,
+                      .value_dim = c.value_dim,
                       .dtype = c.dtype,
-                      .max = partial, .sum = partial + rows, .out = partial + 2 * rows,
+                      .max = partial,
+                      .sum = partial + rows,
+                      .out = partial + 2 * rows,
                       .scratch = buffer.data() + rows * pitch};
   TENFOLD_ISA_CALL(decode_chunk, d);
 }
@@ -104,8 +113,8 @@ void write_out(const Tensor& out, Dtype dtype, int64_t at, float x) {
   } else if (dtype == Dtype::bf16) {
     const uint32_t bits = float_to_bits(x);
     const bool nan = (bits & 0x7FFFFFFFu) > 0x7F800000u;
-    data_as<uint16_t>(out)[at] =
-        static_cast<uint16_t>((nan ? bits | 0x400000u : bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
+    data_as<uint16_t>(out)[at] = static_cast<uint16_t>(
+        (nan ? bits | 0x400000u : bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
   } else {
     data_as<uint16_t>(out)[at] = torch::headeronly::detail::fp16_ieee_from_fp32_value(x);
   }
@@ -119,15 +128,13 @@ void combine(const Call& c, int64_t segment, const float* first, int64_t num_chu
   std::vector<float> sum_v(c.value_dim);
   for (int64_t r = 0; r < rows; ++r) {
     float top = -1e30f, sum = 0.0f;
-    for (int64_t i = 0; i < num_chunks; ++i)
-      top = std::max(top, first[i * step + r]);
+    for (int64_t i = 0; i < num_chunks; ++i) top = std::max(top, first[i * step + r]);
     std::fill(sum_v.begin(), sum_v.end(), 0.0f);
     for (int64_t i = 0; i < num_chunks; ++i) {
       const float* p = first + i * step;
       const float factor = std::exp2(p[r] - top);
       sum += p[rows + r] * factor;
-      for (int64_t d = 0; d < c.value_dim; ++d)
-        sum_v[d] += p[2 * rows + r * pitch + d] * factor;
+      for (int64_t d = 0; d < c.value_dim; ++d) sum_v[d] += p[2 * rows + r * pitch + d] * factor;
     }
     const bool sees = top > -1e30f || sum != 0.0f;  // NaN sums count as seen
     for (int64_t d = 0; d < c.value_dim; ++d)
@@ -141,9 +148,17 @@ std::tuple<Tensor, Tensor> ragged_decode_op(Tensor q, Tensor k, Tensor v, Tensor
                                             double scale, OptTensor lens) {
   check_ragged_decode(q, k, v, offsets, scale, lens);
   const bool one = q.dim() == 3;
-  Call c{one ? torch::stable::unsqueeze(q, 2) : q, with_contiguous_rows(k),
-         with_contiguous_rows(v), to_dtype(q.scalar_type()), q.sizes()[0], q.sizes()[1], 0, 0,
-         one ? 1 : q.sizes()[2], k.sizes()[1], v.sizes()[1],
+  Call c{one ? torch::stable::unsqueeze(q, 2) : q,
+         with_contiguous_rows(k),
+         with_contiguous_rows(v),
+         to_dtype(q.scalar_type()),
+         q.sizes()[0],
+         q.sizes()[1],
+         0,
+         0,
+         one ? 1 : q.sizes()[2],
+         k.sizes()[1],
+         v.sizes()[1],
          static_cast<float>(scale * kLog2e)};
   const auto segments = read_segments(offsets, lens, k.sizes()[0]);
   c.kv_heads = c.batch > 0 ? static_cast<int64_t>(segments.size()) / c.batch : 0;
@@ -157,7 +172,8 @@ std::tuple<Tensor, Tensor> ragged_decode_op(Tensor q, Tensor k, Tensor v, Tensor
   std::vector<int64_t> first_chunk{0};
   for (size_t i = 0; i < segments.size(); ++i) {
     for (int64_t at = 0; at < segments[i].length; at += kChunkKeys)
-      chunks.push_back({static_cast<int64_t>(i), at, std::min(kChunkKeys, segments[i].length - at)});
+      chunks.push_back(
+          {static_cast<int64_t>(i), at, std::min(kChunkKeys, segments[i].length - at)});
     first_chunk.push_back(static_cast<int64_t>(chunks.size()));
   }
   const auto num_chunks = static_cast<int64_t>(chunks.size());

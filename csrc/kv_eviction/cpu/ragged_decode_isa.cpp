@@ -115,7 +115,8 @@ void run(const DecodeChunk& c) {
     for (int64_t j = 0; j < n; j += kKeys)
       for (int64_t r = 0; r < c.rows; r += kRows) logits_4x4(c, k, r, j, n, c.scratch);
     for (int64_t r = 0; r < c.rows; ++r)
-      softmax_row(c, r, c.visible[r] - j0 < n ? c.visible[r] - j0 : n, c.scratch + r * kDecodeKeyBlock);
+      softmax_row(c, r, c.visible[r] - j0 < n ? c.visible[r] - j0 : n,
+                  c.scratch + r * kDecodeKeyBlock);
     for (int64_t r = 0; r < c.rows; r += kRows) {
       int64_t i = 0;
       for (; i + kVectors * kWidth <= width; i += kVectors * kWidth)

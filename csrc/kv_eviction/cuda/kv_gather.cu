@@ -1,10 +1,9 @@
 // CUDA registration of kv_gather and kv_compact_.
-#include "kv_eviction/cuda/kv_gather_kernel.cuh"
-
 #include <torch/csrc/stable/library.h>
 
 #include "core/dispatch.h"
 #include "kv_eviction/cuda/impl.h"
+#include "kv_eviction/cuda/kv_gather_kernel.cuh"
 
 namespace tenfold::cuda {
 namespace {
@@ -33,8 +32,9 @@ struct Move {
   OptTensor new_lens;
   MoveArgs args{};
 
-  Move(const Tensor& k, const Tensor& v, const Tensor& k_to, const Tensor& v_to, const Tensor& idx_in,
-       const OptTensor& new_lens_in, const OptTensor& freq, const OptTensor& kv_start)
+  Move(const Tensor& k, const Tensor& v, const Tensor& k_to, const Tensor& v_to,
+       const Tensor& idx_in, const OptTensor& new_lens_in, const OptTensor& freq,
+       const OptTensor& kv_start)
       : idx(torch::stable::contiguous(idx_in)), new_lens(contiguous(new_lens_in)) {
     args.side[0] = move_side(k, k_to);
     args.side[1] = move_side(v, v_to);

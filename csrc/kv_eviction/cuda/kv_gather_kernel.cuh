@@ -1,8 +1,9 @@
 // Device code of kv_gather and kv_compact_.
 // Gather: one warp per output row, 16-byte vectors where rows allow, K and V in one launch.
-// Compaction: a group of threads per (batch, head, side); each thread owns one column (16 bytes, or one
-// rotated pair) and moves it token by token in ascending order, kBatch loads before their stores.
-// idx increases, so a store to slot c never hits a slot >= idx[c + kBatch] that is still to be read.
+// Compaction: a group of threads per (batch, head, side); each thread owns one column (16 bytes, or
+// one rotated pair) and moves it token by token in ascending order, kBatch loads before their
+// stores. idx increases, so a store to slot c never hits a slot >= idx[c + kBatch] that is still to
+// be read.
 #pragma once
 
 #include "core/convert.cuh"
@@ -46,13 +47,15 @@ __device__ inline int64_t token_of(const MoveArgs& a, int64_t b, int64_t hi, int
 __device__ inline void rotation(const MoveArgs& a, int64_t b, int64_t c, int64_t token, int64_t i,
                                 float* cosine, float* sine) {
   const int64_t start = a.kv_start.given() ? a.kv_start[b] : 0;
-  const double angle = static_cast<double>(c - (token - start)) * static_cast<double>(a.inv_freq[i]);
+  const double angle =
+      static_cast<double>(c - (token - start)) * static_cast<double>(a.inv_freq[i]);
   *cosine = static_cast<float>(cos(angle));
   *sine = static_cast<float>(sin(angle));
 }
 
 template <class T>
-__device__ inline void rotate_pair(T* to, const T* from, int64_t i, int64_t half, float c, float s) {
+__device__ inline void rotate_pair(T* to, const T* from, int64_t i, int64_t half, float c,
+                                   float s) {
   const float x1 = to_float(from[i]), x2 = to_float(from[i + half]);
   from_float(x1 * c - x2 * s, to + i);
   from_float(x2 * c + x1 * s, to + i + half);
@@ -74,14 +77,15 @@ __global__ void __launch_bounds__(kMoveThreads) kv_gather_kernel(MoveArgs a) {
     const int64_t h = at % s.heads, b = at / s.heads;
     const int64_t token = token_of(a, b, a.index_heads == 1 ? 0 : h, c);
     char* to = s.to + b * s.to_stride[0] + h * s.to_stride[1] + c * s.to_stride[2];
-    const char* from = s.from + b * s.from_stride[0] + h * s.from_stride[1] + token * s.from_stride[2];
+    const char* from =
+        s.from + b * s.from_stride[0] + h * s.from_stride[1] + token * s.from_stride[2];
     const int64_t bytes = s.dim * static_cast<int64_t>(sizeof(T));
     if (token >= 0 && is_key && a.inv_freq != nullptr) {
       for (int64_t i = lane; i < s.dim / 2; i += 32) {
         float cosine, sine;
         rotation(a, b, c, token, i, &cosine, &sine);
-        rotate_pair(reinterpret_cast<T*>(to), reinterpret_cast<const T*>(from), i, s.dim / 2, cosine,
-                    sine);
+        rotate_pair(reinterpret_cast<T*>(to), reinterpret_cast<const T*>(from), i, s.dim / 2,
+                    cosine, sine);
       }
     } else if (s.vectors) {
       for (int64_t i = lane * 16; i < bytes; i += 512)

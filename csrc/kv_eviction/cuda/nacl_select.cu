@@ -1,9 +1,8 @@
 // CUDA registration of nacl_select.
-#include "kv_eviction/cuda/nacl_select_kernel.cuh"
-
 #include <torch/csrc/stable/library.h>
 
 #include "kv_eviction/cuda/impl.h"
+#include "kv_eviction/cuda/nacl_select_kernel.cuh"
 
 namespace tenfold::cuda {
 namespace {
@@ -59,8 +58,8 @@ std::tuple<Tensor, Tensor> nacl_select_op(Tensor scores, int64_t n_sink, int64_t
                                           OptTensor counts, int64_t pool_kernel,
                                           std::string_view pool, bool check_nan) {
   return nacl_select("nacl_select", scores,
-                     {n_sink, n_recent, n_topk, n_random, tau, logits, seed, layer, kv_start, kv_lens,
-                      row_id, counts, pool_kernel, pool, check_nan});
+                     {n_sink, n_recent, n_topk, n_random, tau, logits, seed, layer, kv_start,
+                      kv_lens, row_id, counts, pool_kernel, pool, check_nan});
 }
 
 }  // namespace

@@ -63,7 +63,8 @@ __device__ inline Digit select_digit(KeyAt key_at, int64_t n, uint32_t prefix, i
   return d;
 }
 
-// The largest `wanted` of the nonzero keys: chosen iff key > cut.key, or equal and slot <= cut.slot.
+// The largest `wanted` of the nonzero keys: chosen iff key > cut.key, or equal and slot <=
+// cut.slot.
 struct SlotCut {
   uint32_t key;
   int64_t slot;
@@ -159,11 +160,11 @@ __global__ void __launch_bounds__(kSelectThreads) nacl_select_kernel(SelectArgs 
     if (kept) {
       keys[i] = 0;
     } else if (c[3] > 0) {
-      const Philox4 word = philox4x32_10(p.layer, static_cast<uint32_t>(h),
-                                         static_cast<uint32_t>(c[0] + i), row_id, p.seed_lo,
-                                         p.seed_hi);
-      keys[i] = sortable_key(
-          draw_key(pooled_score(p, scores, m, i), p.log_score, p.tau, word.word[0]));
+      const Philox4 word =
+          philox4x32_10(p.layer, static_cast<uint32_t>(h), static_cast<uint32_t>(c[0] + i), row_id,
+                        p.seed_lo, p.seed_hi);
+      keys[i] =
+          sortable_key(draw_key(pooled_score(p, scores, m, i), p.log_score, p.tau, word.word[0]));
     }
   }
   __syncthreads();

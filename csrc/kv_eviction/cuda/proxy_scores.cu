@@ -1,10 +1,9 @@
 // CUDA registration of proxy_scores: tensors -> parameters, workspace, launch.
-#include "kv_eviction/cuda/proxy_scores_kernel.cuh"
-
 #include <torch/csrc/stable/library.h>
 
 #include "core/dispatch.h"
 #include "kv_eviction/cuda/impl.h"
+#include "kv_eviction/cuda/proxy_scores_kernel.cuh"
 
 namespace tenfold::cuda {
 
@@ -39,12 +38,10 @@ std::tuple<Tensor, Tensor> proxy_scores(const char* op, const Tensor& q_in, cons
   choose_splits(p);
   check_grid(op, b * hq * ((w + kTileRows - 1) / kTileRows) * p.splits);
   check_grid(op, b * hkv * ((length + kTileKeys - 1) / kTileKeys));
-  const Tensor partial =
-      new_output(q, {a.lse ? 0 : p.splits * b * hq * w * 2}, ScalarType::Float);
+  const Tensor partial = new_output(q, {a.lse ? 0 : p.splits * b * hq * w * 2}, ScalarType::Float);
   p.partial = data_as<float>(partial);
-  dispatch_dtype(q.scalar_type(), op, [&]<class T>() {
-    launch_proxy_scores<T>(p, a.lse.has_value(), launch.stream);
-  });
+  dispatch_dtype(q.scalar_type(), op,
+                 [&]<class T>() { launch_proxy_scores<T>(p, a.lse.has_value(), launch.stream); });
   launch.check();
   return {scores, lse};
 }
@@ -55,9 +52,9 @@ std::tuple<Tensor, Tensor> proxy_scores_op(Tensor q, Tensor k, OptTensor lse, do
                                            bool causal, int64_t q_offset, OptTensor q_positions,
                                            OptTensor kv_start, OptTensor kv_lens, int64_t window,
                                            std::string_view reduce, OptTensor kmap) {
-  return proxy_scores("proxy_scores", q, k,
-                      {lse, scale, causal, q_offset, q_positions, kv_start, kv_lens, window, reduce,
-                       kmap});
+  return proxy_scores(
+      "proxy_scores", q, k,
+      {lse, scale, causal, q_offset, q_positions, kv_start, kv_lens, window, reduce, kmap});
 }
 
 }  // namespace

@@ -3,7 +3,8 @@
 // 8 column pairs). 16-bit types use the tensor cores, float32 the same layout with FMAs.
 //   lse pass:     one block per (row tile, key split): running max and sum of its keys;
 //   combine:      one thread per row: lse over the splits;
-//   column pass:  one block per (batch, key head, 64 keys) walks over all rows: it owns its columns, so
+//   column pass:  one block per (batch, key head, 64 keys) walks over all rows: it owns its
+//   columns, so
 //                 there are no atomics and the order of additions is fixed.
 #pragma once
 
@@ -32,8 +33,8 @@ struct ProxyArgs {
 };
 
 constexpr int kTileRows = 64, kTileKeys = 64, kProxyThreads = 128;
-constexpr int kDepth = 32;           // head dims staged at once
-constexpr int kPitch = kDepth + 8;   // 16-byte shift a row: fragment reads hit all banks
+constexpr int kDepth = 32;          // head dims staged at once
+constexpr int kPitch = kDepth + 8;  // 16-byte shift a row: fragment reads hit all banks
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 constexpr float kNothing = -1e30f;
 
@@ -174,7 +175,9 @@ __device__ inline float over_row(float x, F f) {
   return f(x, __shfl_xor_sync(0xFFFFFFFFu, x, 2));
 }
 
-TENFOLD_HD float larger(float a, float b) { return a > b || a != a ? a : b; }
+TENFOLD_HD float larger(float a, float b) {
+  return a > b || a != a ? a : b;
+}
 
 template <class T>
 __global__ void __launch_bounds__(kProxyThreads) proxy_lse_kernel(ProxyArgs p) {
@@ -204,8 +207,7 @@ __global__ void __launch_bounds__(kProxyThreads) proxy_lse_kernel(ProxyArgs p) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float now = top[half];
-      for (int n = 0; n < 8; ++n)
-        now = larger(larger(now, acc[n][2 * half]), acc[n][2 * half + 1]);
+      for (int n = 0; n < 8; ++n) now = larger(larger(now, acc[n][2 * half]), acc[n][2 * half + 1]);
       now = over_row(now, larger);
       float more = 0.0f;
       for (int n = 0; n < 8; ++n)
@@ -243,7 +245,8 @@ __global__ void proxy_lse_combine_kernel(ProxyArgs p) {
   p.lse_out[row] = sees ? top * kLn2 + logf(sum) : bits_to_float(0xFF800000u);
 }
 
-// Sum of this thread's columns over the block's rows; every thread gets columns[key] in shared memory.
+// Sum of this thread's columns over the block's rows; every thread gets columns[key] in shared
+// memory.
 __device__ inline void reduce_columns(float (&sums)[8][2], float* by_warp, float* columns) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll
@@ -320,11 +323,10 @@ __global__ void __launch_bounds__(kProxyThreads) proxy_columns_kernel(ProxyArgs 
     p.scores[(b * p.kv_heads + hk) * p.length + j0 + threadIdx.x] = result;
 }
 
-// Key splits of the lse pass: enough blocks to fill a large GPU (132 SMs, 4 blocks each), at least 8
-// key tiles a block so that the combine stays small.
+// Key splits of the lse pass: enough blocks to fill a large GPU (132 SMs, 4 blocks each), at least
+// 8 key tiles a block so that the combine stays small.
 inline void choose_splits(ProxyArgs& p) {
-  const int64_t blocks =
-      p.batch * p.q_heads * ((p.num_proxies + kTileRows - 1) / kTileRows);
+  const int64_t blocks = p.batch * p.q_heads * ((p.num_proxies + kTileRows - 1) / kTileRows);
   const int64_t tiles = (p.length + kTileKeys - 1) / kTileKeys;
   int64_t splits = blocks > 0 ? (528 + blocks - 1) / blocks : 1;
   const int64_t most = tiles / 8 > 1 ? tiles / 8 : 1;
@@ -348,7 +350,8 @@ void launch_proxy_scores(const ProxyArgs& p, bool has_lse, cudaStream_t stream) 
   }
   const int64_t blocks = p.batch * p.kv_heads * ((p.length + kTileKeys - 1) / kTileKeys);
   if (blocks > 0)
-    TENFOLD_LAUNCH(proxy_columns_kernel<T>, static_cast<unsigned>(blocks), kProxyThreads, stream, p);
+    TENFOLD_LAUNCH(proxy_columns_kernel<T>, static_cast<unsigned>(blocks), kProxyThreads, stream,
+                   p);
 }
 
 }  // namespace tenfold::cuda

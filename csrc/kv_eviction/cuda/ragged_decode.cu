@@ -1,10 +1,9 @@
 // CUDA registration of ragged_decode.
-#include "kv_eviction/cuda/ragged_decode_kernel.cuh"
-
 #include <torch/csrc/stable/library.h>
 
 #include "core/dispatch.h"
 #include "kv_eviction/cuda/impl.h"
+#include "kv_eviction/cuda/ragged_decode_kernel.cuh"
 
 namespace tenfold::cuda {
 namespace {
@@ -41,8 +40,8 @@ std::tuple<Tensor, Tensor> ragged_decode_op(Tensor q, Tensor k_in, Tensor v_in, 
   a.lse = data_as<float>(lse);
   check_grid(op, chunk_slots(a));
   check_grid(op, a.batch * a.q_heads * a.num_queries);
-  const Tensor partial = new_output(
-      q, {chunk_slots(a) * a.group * a.num_queries * (2 + dv)}, ScalarType::Float);
+  const Tensor partial =
+      new_output(q, {chunk_slots(a) * a.group * a.num_queries * (2 + dv)}, ScalarType::Float);
   a.partial = data_as<float>(partial);
   dispatch_dtype(type, op, [&]<class T>() { launch_ragged_decode<T>(a, launch.stream); });
   launch.check();

@@ -9,11 +9,11 @@
 namespace tenfold::cuda {
 
 struct DecodeArgs {
-  const void* q;  // [B, Hq, Sq, D]
-  const void* k;  // [N, D]
-  const void* v;  // [N, DV]
-  void* out;      // [B, Hq, Sq, DV] contiguous
-  float* lse;     // [B, Hq, Sq]
+  const void* q;   // [B, Hq, Sq, D]
+  const void* k;   // [N, D]
+  const void* v;   // [N, DV]
+  void* out;       // [B, Hq, Sq, DV] contiguous
+  float* lse;      // [B, Hq, Sq]
   float* partial;  // [chunk_slots(), rows, 2 + DV]
   IntArray offsets, lens;
   int64_t q_stride[4], k_stride, v_stride;
@@ -67,8 +67,8 @@ __device__ inline SegmentRange segment_range(const DecodeArgs& a, int64_t i) {
 
 template <class T>
 __global__ void __launch_bounds__(kDecodeThreads) ragged_decode_kernel(DecodeArgs a) {
-  TENFOLD_SHARED(float, q_tile, kRowGroup * kMaxDim);
-  TENFOLD_SHARED(float, weights, kRowGroup * kChunkKeys);
+  TENFOLD_SHARED(float, q_tile, kRowGroup* kMaxDim);
+  TENFOLD_SHARED(float, weights, kRowGroup* kChunkKeys);
   TENFOLD_SHARED(float, row_max, kRowGroup);
   TENFOLD_SHARED(float, row_sum, kRowGroup);
   const int64_t segment = segment_of(a, blockIdx.x);
@@ -88,8 +88,8 @@ __global__ void __launch_bounds__(kDecodeThreads) ragged_decode_kernel(DecodeArg
     for (int64_t i = threadIdx.x; i < n * a.head_dim; i += kDecodeThreads) {
       const int64_t r = r0 + i / a.head_dim, d = i % a.head_dim;
       const T* q = static_cast<const T*>(a.q) + b * a.q_stride[0] +
-                   (head0 + r / a.num_queries) * a.q_stride[1] +
-                   r % a.num_queries * a.q_stride[2] + d * a.q_stride[3];
+                   (head0 + r / a.num_queries) * a.q_stride[1] + r % a.num_queries * a.q_stride[2] +
+                   d * a.q_stride[3];
       q_tile[(r - r0) * kMaxDim + d] = to_float(*q) * (a.scale * 1.4426950408889634f);
     }
     __syncthreads();
@@ -103,7 +103,8 @@ __global__ void __launch_bounds__(kDecodeThreads) ragged_decode_kernel(DecodeArg
       }
 #pragma unroll
       for (int r = 0; r < kRowGroup; ++r) {
-        for (int step = 1; step < 32; step *= 2) dot[r] += __shfl_xor_sync(0xFFFFFFFFu, dot[r], step);
+        for (int step = 1; step < 32; step *= 2)
+          dot[r] += __shfl_xor_sync(0xFFFFFFFFu, dot[r], step);
         const int64_t query = (r0 + r) % a.num_queries;
         const int64_t visible = s.length - (a.num_queries - 1 - query) - first;
         if (lane == 0 && r < n)
@@ -140,7 +141,8 @@ __global__ void __launch_bounds__(kDecodeThreads) ragged_decode_kernel(DecodeArg
         const float x = to_float(v[j * a.v_stride + d]);
 #pragma unroll
         for (int r = 0; r < kRowGroup; ++r)
-          if (r < n && weights[r * kChunkKeys + j] != 0.0f) acc[r] += weights[r * kChunkKeys + j] * x;
+          if (r < n && weights[r * kChunkKeys + j] != 0.0f)
+            acc[r] += weights[r * kChunkKeys + j] * x;
       }
       for (int r = 0; r < n; ++r) out[r * (2 + a.value_dim) + 2 + d] = acc[r];
     }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
@@ -16,6 +18,9 @@ class NaclCacheLayer(DynamicLayer):
     go on; ``get_mask_sizes`` describes the physical slots. ``valid`` [B, physical] marks slots that
     hold a token (None: all do); slots of a row that keeps fewer tokens are not attended.
     """
+
+    keys: Any
+    values: Any
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,50 +1,71 @@
-"""How much an eviction rule costs: retrieval of facts in long texts, and perplexity after them.
+"""How much an eviction rule costs: retrieval of facts from long texts, and perplexity after them.
 
-Every prompt runs once; each rule evicts that one prefill (``Press.evict_prefilled``), which is exact,
-since attention sees the whole prompt before anything is evicted. The prompt's last token and the
-answer are then fed to the evicted cache in one forward. An answer counts as retrieved if every
-token of it is the most likely one: greedy decoding would produce exactly it.
+Every prompt runs once; each rule evicts that one prefill (``Press.evict_prefilled``). This is exact:
+attention sees the whole prompt before anything is evicted, so a rule cannot change the prefill. As
+in ``generate``, the prompt's own forward gives the first new token and the evicted cache the others.
+The answer is scored twice: its mean log-probability, fed in one forward, and
+whether greedy generation says it. Where every answer token is the most likely one, greedy
+generation is known to produce it and is not run again.
 """
 
 from __future__ import annotations
 
-import functools
+import contextlib
+import inspect
 import json
-import random
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from tenfold.data import long_documents
-from tenfold.nacl.baselines import make_press
-from tenfold.nacl.press import Prefill, Press
+from tenfold.nacl.baselines import METHODS, make_press
+from tenfold.nacl.cache import cache_bytes
+from tenfold.nacl.config import NaclConfig
+from tenfold.nacl.eval_cases import (
+    DEPTHS,
+    Case,
+    perplexity_cases,
+    retrieval_case,
+    retrieval_cases,
+)
+from tenfold.nacl.press import NaclPress, Prefill, Press
 
-NAMES = (
-    "Amelia", "Boris", "Carmen", "Dmitri", "Elena", "Farid", "Greta", "Hiro", "Ingrid", "Jonas",
-    "Kavya", "Leon", "Marta", "Nadia", "Omar", "Paula",
-)  # fmt: skip
-DEPTHS = tuple((i + 0.5) / 10 for i in range(10))
+__all__ = [
+    "DEPTHS",
+    "Case",
+    "Cell",
+    "Spec",
+    "greedy",
+    "measure",
+    "method_specs",
+    "nacl_spec",
+    "perplexity_cases",
+    "read_cells",
+    "retrieval_case",
+    "retrieval_cases",
+    "run",
+    "summary",
+]
+
+MAX_NEW_TOKENS = 12
 
 
 @dataclass(frozen=True)
-class Case:
-    """One prompt: its tokens, the tokens whose probability is measured, and what it is."""
+class Spec:
+    """One rule at one budget: its label in results, the share kept, and a press for a seed."""
 
-    task: str
-    length: int
-    depth: float
-    seed: int
-    prompt: tuple[int, ...]
-    answer: tuple[int, ...]
-    document: str
+    method: str
+    budget: float
+    make: Callable[[int], Press]
 
 
 @dataclass
 class Cell:
-    """One case under one rule."""
+    """One case under one rule; ``log_prob`` is the mean over the answer's tokens, natural log."""
 
     task: str
     method: str
@@ -53,142 +74,141 @@ class Cell:
     depth: float
     seed: int
     correct: bool
-    log_prob: float  # mean natural log-probability per answer token
+    log_prob: float
+    said: str
     evict_ms: float
     kept_tokens: int
+    cache_bytes: int
+    document: str
+    setup: str = ""
 
     def key(self) -> tuple[Any, ...]:
         """What identifies the cell in a result file."""
-        return (self.task, self.method, self.budget, self.length, self.depth, self.seed)
+        return (self.setup, self.task, self.method, self.budget, self.length, self.depth, self.seed)
 
 
-def _tokens(tokenizer: Any, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+def _forward(model: Any, ids: Tensor, cache: Any, start: int) -> Tensor:
+    """Logits [S, V] float32 of new tokens whose first has position ``start``."""
+    # transformers renamed the argument during 5.x.
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    positions = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
+    out = model(ids, position_ids=positions, use_cache=True, **{name: cache})
+    return out.logits[0].float()
 
 
-@functools.cache
-def _texts() -> tuple[tuple[str, str], ...]:
-    """(name, text) of real texts on every machine with Python, long enough for 8k tokens."""
-    documents = long_documents(("docs", "reference"), min_chars=2000)
-    by_kind: dict[str, list[str]] = {}
-    for document in documents:
-        by_kind.setdefault(document.kind, []).append(document.text)
-    return tuple((kind, "\n\n".join(texts)) for kind, texts in by_kind.items())
-
-
-def _haystack(tokenizer: Any, length: int, rng: random.Random) -> tuple[list[int], str]:
-    """``length`` tokens of real text from a random place, and where they came from."""
-    name, text = rng.choice(_texts())
-    start = rng.randrange(max(len(text) - 10 * length, 1))
-    ids = _tokens(tokenizer, text[start : start + 10 * length])
-    if len(ids) < length:
-        raise ValueError(f"the packaged texts are too short for {length} tokens")
-    return ids[:length], f"{name} at {start}"
-
-
-def _fact(name: str, number: str) -> str:
-    return f"\nThe secret code of {name} is {number}.\n"
-
-
-def retrieval_cases(
-    tokenizer: Any,
-    lengths: Iterable[int],
-    seeds: Iterable[int],
-    depths: Iterable[float] = DEPTHS,
-    num_keys: int = 1,
-) -> Iterator[Case]:
-    """Facts hidden in real text at given depths, one of them asked for at the end.
-
-    With ``num_keys`` > 1 (multi-key retrieval) the others are spread over the text.
-    """
-    for length in lengths:
-        for seed in seeds:
-            for depth in depths:
-                rng = random.Random(f"{length}/{seed}/{depth}/{num_keys}")
-                names = rng.sample(NAMES, num_keys)
-                numbers = [str(rng.randrange(10000, 100000)) for _ in names]
-                question = (
-                    f"\n\nQuestion: What is the secret code of {names[0]}?\n"
-                    f"Answer: The secret code of {names[0]} is"
-                )
-                tail = _tokens(tokenizer, question)
-                facts = [_tokens(tokenizer, _fact(a, b)) for a, b in zip(names, numbers)]
-                room = length - len(tail) - sum(len(f) for f in facts)
-                ids, document = _haystack(tokenizer, room, rng)
-                spots = [depth, *(rng.random() for _ in names[1:])]
-                pieces, at = [], 0
-                for spot, fact in sorted(zip(spots, facts)):
-                    stop = int(spot * room)
-                    pieces += ids[at:stop] + fact
-                    at = stop
-                prompt = pieces + ids[at:room] + tail
-                answer = tuple(_tokens(tokenizer, " " + numbers[0]))
-                task = "needle" if num_keys == 1 else f"multikey{num_keys}"
-                yield Case(task, length, depth, seed, tuple(prompt), answer, document)
-
-
-def perplexity_cases(
-    tokenizer: Any, lengths: Iterable[int], seeds: Iterable[int], continuation: int = 256
-) -> Iterator[Case]:
-    """The continuation of a real text, predicted from the evicted cache of what precedes it."""
-    for length in lengths:
-        for seed in seeds:
-            rng = random.Random(f"ppl/{length}/{seed}")
-            ids, name = _haystack(tokenizer, length + continuation, rng)
-            yield Case("perplexity", length, 1.0, seed, tuple(ids[:length]),
-                       tuple(ids[length : length + continuation]), name)  # fmt: skip
+@contextlib.contextmanager
+def continuing(press: Press, model: Any) -> Iterator[None]:
+    """The press's context, keeping the statistics of the eviction that was just made."""
+    stats, kept = press.stats, press.kept
+    with press(model):
+        press.stats, press.kept = stats, kept
+        yield
 
 
 @torch.no_grad()
-def measure(model: Any, prefill: Prefill, case: Case, press: Press) -> tuple[bool, float]:
-    """(retrieved exactly, mean log-probability) of a case's answer on the press's evicted cache."""
+def greedy(
+    model: Any, press: Press, prefill: Prefill, length: int, max_new_tokens: int
+) -> list[int]:
+    """Greedy generation of up to ``max_new_tokens`` from the press's eviction of a prefill."""
+    stop = model.generation_config.eos_token_id
+    stops = set(stop) if isinstance(stop, list) else {stop}
     cache = press.evict_prefilled(model, prefill)
-    tokens = torch.tensor([[case.prompt[-1], *case.answer[:-1]]])
-    start = len(case.prompt) - 1
-    positions = torch.arange(start, start + tokens.shape[1])[None]
-    with _continuing(press, model):
-        logits = model(tokens, cache=cache, position_ids=positions).logits[0].float()
-    answer = torch.tensor(case.answer)
-    log_prob = logits.log_softmax(-1).gather(-1, answer[:, None]).mean()
-    return bool((logits.argmax(-1) == answer).all()), float(log_prob)
+    said = [int(prefill.logits[0].argmax())]
+    with continuing(press, model):
+        while len(said) < max_new_tokens and said[-1] not in stops:
+            ids = torch.tensor([said[-1:]], device=prefill.logits.device)
+            logits = _forward(model, ids, cache, length + len(said) - 1)
+            said.append(int(logits[-1].argmax()))
+    return said
 
 
-def _continuing(press: Press, model: Any):
-    """The press's context without forgetting the statistics of the eviction just made."""
-    stats, kept = press.stats, press.kept
-    context = press(model)
+@dataclass
+class Measured:
+    """What one rule does to one case."""
 
-    class Keep:
-        def __enter__(self) -> None:
-            context.__enter__()
-            press.stats, press.kept = stats, kept
-
-        def __exit__(self, *args: Any) -> None:
-            context.__exit__(*args)
-
-    return Keep()
+    correct: bool
+    log_prob: float
+    said: str
+    kept_tokens: int
+    cache_bytes: int
+    evict_ms: float
 
 
-Spec = tuple[str, float, Callable[[int], Press]]  # label, budget kept, press for a seed
+@torch.no_grad()
+def measure(model: Any, tokenizer: Any, prefill: Prefill, case: Case, press: Press) -> Measured:
+    """Scores a case's answer on the press's eviction of its prefill (all prompt tokens)."""
+    length = len(case.prompt)
+    cache = press.evict_prefilled(model, prefill)
+    held = cache_bytes(cache)
+    evict_ms = press.stats.evict_seconds * 1e3
+    kept = next(iter(press.kept.values())).shape[-1] if press.kept else length
+    answer = torch.tensor(case.answer, device=prefill.logits.device)
+    logits = prefill.logits[:1].float()
+    if len(case.answer) > 1:
+        with continuing(press, model):
+            logits = torch.cat([logits, _forward(model, answer[None, :-1], cache, length)])
+    log_prob = float(logits.log_softmax(-1).gather(-1, answer[:, None]).mean())
+    if not case.answer_text:
+        return Measured(False, log_prob, "", kept, held, evict_ms)
+    if bool((logits.argmax(-1) == answer).all()):
+        return Measured(True, log_prob, case.answer_text, kept, held, evict_ms)
+    said = tokenizer.decode(greedy(model, press, prefill, length, MAX_NEW_TOKENS))
+    return Measured(case.answer_text in said, log_prob, said, kept, held, evict_ms)
 
 
-def method_specs(methods: Iterable[str], budgets: Iterable[float]) -> list[Spec]:
-    """One spec for every method and budget (share of tokens kept); "full" once."""
+def _make(name: str, budget: float, changes: dict[str, Any]) -> Callable[[int], Press]:
+    base, _, preset = name.partition("@")
+    if base not in METHODS or (preset and base != "nacl"):
+        known = [*METHODS, "nacl@paper_20", "nacl@repo"]
+        raise ValueError(f"unknown eviction method {name!r}; known: {', '.join(known)}")
+    ratio = round(1 - budget, 6)
 
-    def one(name: str, budget: float) -> Spec:
-        def make(seed: int) -> Press:
-            return make_press(name, compression_ratio=round(1 - budget, 6), seed=seed)
+    def make(seed: int) -> Press:
+        if preset:
+            return NaclPress(preset=preset, compression_ratio=ratio, seed=seed, **changes)
+        return make_press(base, compression_ratio=ratio, seed=seed, **changes)
 
-        return name, budget, make
+    return make
 
+
+def method_specs(methods: Iterable[str], budgets: Iterable[float], **changes: Any) -> list[Spec]:
+    """A spec for every method and budget (share of tokens kept); "full" once, with budget 1.
+
+    Args:
+        methods: names of ``tenfold.nacl.METHODS``, or ``nacl@<preset>``.
+        budgets: shares in (0, 1].
+        changes: further settings for every press, e.g. ``min_length``.
+
+    Raises:
+        ValueError: an unknown method, or a budget out of range.
+    """
+    budgets = list(budgets)
+    for budget in budgets:
+        if not 0 < budget <= 1:
+            raise ValueError(f"a budget is a share of tokens kept, in (0, 1]; got {budget}")
     specs = []
     for name in methods:
-        specs += [one(name, 1.0)] if name == "full" else [one(name, b) for b in budgets]
+        shares = [1.0] if name == "full" else budgets
+        specs += [Spec(name, b, _make(name, b, {} if name == "full" else changes)) for b in shares]
     return specs
 
 
+def nacl_spec(label: str, budget: float, base: NaclConfig | None = None, **changes: Any) -> Spec:
+    """NACL with some settings changed, under a name of its own."""
+    config = base or NaclConfig()
+    ratio = round(1 - budget, 6)
+    config.with_changes(compression_ratio=ratio, **changes)  # raises here, not in the middle
+    return Spec(
+        label,
+        budget,
+        lambda seed: NaclPress(
+            config=config.with_changes(compression_ratio=ratio, seed=seed, **changes)
+        ),
+    )
+
+
 def read_cells(path: Path | None) -> list[Cell]:
-    """Cells of an earlier run; an incomplete last line (a killed run) is dropped."""
+    """Cells of an earlier run; lines that a killed run left incomplete are dropped."""
     if path is None or not path.is_file():
         return []
     cells = []
@@ -200,52 +220,86 @@ def read_cells(path: Path | None) -> list[Cell]:
     return cells
 
 
+def setup_name(model: Any) -> str:
+    """Model and dtype, so that a result file never mixes two."""
+    name = Path(str(model.config._name_or_path or type(model).__name__)).name
+    return f"{name} {str(model.dtype).removeprefix('torch.')}"
+
+
 def run(
     model: Any,
+    tokenizer: Any,
     cases: Iterable[Case],
     specs: list[Spec],
     out: Path | None = None,
-    progress: Callable[[str], None] | None = None,
+    progress: Callable[[Case], None] | None = None,
 ) -> list[Cell]:
-    """All cases under all specs; appends each cell to ``out`` (JSONL) and skips those it holds."""
-    cells = read_cells(out)
-    done = {c.key() for c in cells}
+    """All cases under all specs; appends finished cells to ``out`` (JSONL) and skips those it has.
+
+    ``progress`` is called after every case. Returns only the cells asked for, old and new.
+    """
+    setup = setup_name(model)
+    known = {cell.key(): cell for cell in read_cells(out)}
+    cells = []
     for case in cases:
-        todo = [
-            s for s in specs
-            if (case.task, s[0], s[1], case.length, case.depth, case.seed) not in done
-        ]  # fmt: skip
-        if not todo:
-            continue
-        if progress:
-            progress(f"{case.task} length {case.length} depth {case.depth:.2f} seed {case.seed}")
-        prefill = Prefill.run(model, torch.tensor([case.prompt[:-1]]))
-        for name, budget, make in todo:
-            press = make(case.seed)
-            correct, log_prob = measure(model, prefill, case, press)
-            kept = next(iter(press.kept.values())).shape[-1] if press.kept else len(case.prompt) - 1
+        prefill = None
+        for spec in specs:
+            key = (setup, case.task, spec.method, spec.budget, case.length, case.depth, case.seed)
+            if key in known:
+                cells.append(known[key])
+                continue
+            if prefill is None:
+                prefill = Prefill.run(model, torch.tensor([case.prompt], device=model.device))
+            got = measure(model, tokenizer, prefill, case, spec.make(case.seed))
             cells.append(
-                Cell(case.task, name, budget, case.length, case.depth, case.seed, correct, log_prob,
-                     press.stats.evict_seconds * 1e3, kept)
+                Cell(case.task, spec.method, spec.budget, case.length, case.depth, case.seed,
+                     got.correct, got.log_prob, got.said, got.evict_ms, got.kept_tokens,
+                     got.cache_bytes, case.document, setup)
             )  # fmt: skip
             if out is not None:
                 with out.open("a") as file:
                     file.write(json.dumps(asdict(cells[-1])) + "\n")
+        if progress:
+            progress(case)
     return cells
 
 
-def summary(cells: list[Cell]) -> list[dict[str, Any]]:
-    """Mean accuracy, log-probability and eviction time per (task, method, budget)."""
-    groups: dict[tuple[str, str, float], list[Cell]] = {}
+def _spread(values: list[float]) -> float:
+    """Sample standard deviation; 0 for fewer than two values."""
+    if len(values) < 2:
+        return 0.0
+    mean = sum(values) / len(values)
+    return math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
+
+
+def summary(cells: Iterable[Cell]) -> list[dict[str, Any]]:
+    """Means per (task, length, method, budget), best first; spreads are between seeds.
+
+    ``accuracy`` is None for perplexity, which has ``perplexity`` = exp(-log_prob) instead.
+    """
+    groups: dict[tuple[str, int, float, str], list[Cell]] = {}
     for c in cells:
-        groups.setdefault((c.task, c.method, c.budget), []).append(c)
-    rows = []
-    for (task, method, budget), mine in groups.items():
+        groups.setdefault((c.task, c.length, c.budget, c.method), []).append(c)
+    rows: list[dict[str, Any]] = []
+    for (task, length, budget, method), mine in groups.items():
         n = len(mine)
-        mean = sum(c.log_prob for c in mine) / n
+        by_seed: dict[int, list[Cell]] = {}
+        for c in mine:
+            by_seed.setdefault(c.seed, []).append(c)
+        log_prob = sum(c.log_prob for c in mine) / n
+        scored = task != "perplexity"
+        per_seed = [sum(c.correct for c in s) / len(s) for s in by_seed.values()]
         rows.append({
-            "task": task, "method": method, "budget": budget, "cases": n,
-            "accuracy": sum(c.correct for c in mine) / n, "log_prob": mean,
+            "task": task, "length": length, "method": method, "budget": budget,
+            "cases": n, "seeds": len(by_seed),
+            "accuracy": sum(c.correct for c in mine) / n if scored else None,
+            "accuracy_spread": _spread(per_seed) if scored else None,
+            "log_prob": log_prob,
+            "perplexity": None if scored else math.exp(-log_prob),
             "evict_ms": sum(c.evict_ms for c in mine) / n,
+            "cache_mb": sum(c.cache_bytes for c in mine) / n / 1e6,
         })  # fmt: skip
+    rows.sort(
+        key=lambda r: (r["task"], r["length"], -r["budget"], -(r["accuracy"] or 0), -r["log_prob"])
+    )
     return rows

@@ -218,9 +218,7 @@ def kv_gather(
     Raises:
         ValueError, TypeError; IndexError if an idx is >= L (CPU; CUDA writes zeros there).
     """
-    return call(
-        _ops.kv_gather, k, v, idx, new_lens=new_lens, inv_freq=inv_freq, kv_start=kv_start
-    )
+    return call(_ops.kv_gather, k, v, idx, new_lens=new_lens, inv_freq=inv_freq, kv_start=kv_start)
 
 
 def kv_compact_(

@@ -304,9 +304,7 @@ def nacl_evict(
         kv_start=kv_start, kv_lens=kv_lens, row_id=row_id, counts=counts, pool_kernel=pool_kernel,
         pool=pool,
     )  # fmt: skip
-    k_new, v_new = kv_gather(
-        k, v, idx, new_lens=new_lens, inv_freq=inv_freq, kv_start=kv_start
-    )
+    k_new, v_new = kv_gather(k, v, idx, new_lens=new_lens, inv_freq=inv_freq, kv_start=kv_start)
     return k_new, v_new, idx, new_lens
 
 

@@ -24,7 +24,10 @@ def _mulhilo(a: int, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def philox4x32_10(counter: tuple[Tensor, ...], seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Four 32-bit words (int64 tensors) for each 128-bit ``counter`` (four broadcastable tensors) and 64-bit key ``seed``."""
+    """Four 32-bit words (int64 tensors) for each 128-bit ``counter`` and 64-bit key ``seed``.
+
+    ``counter`` is four tensors that broadcast.
+    """
     c0, c1, c2, c3 = torch.broadcast_tensors(*(c.to(torch.int64) & _MASK for c in counter))
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
     for _ in range(10):

@@ -179,7 +179,9 @@ def check_op(
         check_strides_equal_fake(op, args, kwargs)
 
 
-Bad = tuple[Callable[..., Any], Any, tuple[Any, ...], dict[str, Any], type[Exception], Iterable[str]]
+Bad = tuple[
+    Callable[..., Any], Any, tuple[Any, ...], dict[str, Any], type[Exception], Iterable[str]
+]
 
 
 def check_errors(face: Callable[..., Any], op: Any, args: Sequence[Any], kwargs: dict[str, Any],

@@ -13,7 +13,12 @@ import torch
 from torch import Tensor
 
 _MANTISSA = {torch.float32: 23, torch.bfloat16: 7, torch.float16: 10, torch.float64: 52}
-_MIN_EXPONENT = {torch.float32: -126, torch.bfloat16: -126, torch.float16: -14, torch.float64: -1022}
+_MIN_EXPONENT = {
+    torch.float32: -126,
+    torch.bfloat16: -126,
+    torch.float16: -14,
+    torch.float64: -1022,
+}
 
 
 def ulp_floor(ref: Tensor, dtype: torch.dtype) -> float:

@@ -1,0 +1,130 @@
+"""What this machine can do, measured in the same run: the denominators of every share of ceiling.
+
+| name | CPU | GPU |
+|---|---|---|
+| copy | GB/s of a streaming copy, bytes read plus bytes written | the same |
+| fma_fp32 | GFLOP/s of independent fp32 FMAs in registers | torch matmul, TF32 off |
+| dot_bf16 | GFLOP/s of bf16 dot products in registers | torch matmul |
+
+On the CPU the native ``torch.ops.tenfold._peak`` measures; a ceiling is the best of several tries,
+before and after the cases. A ceiling below torch's own matmul of that dtype is no ceiling: the run is
+void.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .timing import _event_seconds, cache_bytes
+
+Ceilings = dict[str, dict[str, Any]]
+_MATMUL = {"fma_fp32": torch.float32, "dot_bf16": torch.bfloat16}
+_TRY_SECONDS = 0.1
+
+
+def _best_rate(work: Callable[[], Any], amount: float, device: torch.device, tries: int) -> float:
+    """Highest ``amount`` per second of a call, in units of 1e9."""
+    best = 0.0
+    work()
+    for _ in range(tries):
+        if device.type == "cuda":
+            seconds = _event_seconds(work)
+        else:
+            start = time.perf_counter()
+            work()
+            seconds = time.perf_counter() - start
+        best = max(best, amount / seconds * 1e-9)
+    return best
+
+
+def torch_matmul(dtype: torch.dtype, device: torch.device, tries: int = 5) -> float:
+    """GFLOP/s of a large square ``torch.matmul`` on random data."""
+    n = {("cuda", torch.bfloat16): 8192, ("cuda", torch.float32): 4096}.get(
+        (device.type, dtype), 2048
+    )
+    a = torch.randn(n, n, device=device).to(dtype)
+    b = torch.randn(n, n, device=device).to(dtype)
+    out = torch.empty_like(a)
+    return _best_rate(lambda: torch.matmul(a, b, out=out), 2.0 * n**3, device, tries)
+
+
+def torch_copy(device: torch.device, tries: int = 10) -> float:
+    """GB/s, read plus written, of ``copy_`` into memory that is mapped already and far over the cache."""
+    num_bytes = max(8 * cache_bytes(device), 256 << 20)
+    source = torch.ones(num_bytes // 4, device=device)
+    target = torch.zeros_like(source)
+    return _best_rate(lambda: target.copy_(source), 2.0 * source.nbytes, device, tries)
+
+
+def native_peak(kind: str, tries: int = 5) -> float | None:
+    """Best of several runs of ``torch.ops.tenfold._peak``; None where the build has no such op."""
+    op = getattr(torch.ops.tenfold, "_peak", None)
+    if op is None:
+        return None
+    iters, seconds = 1, 0.0
+    while seconds < _TRY_SECONDS and iters < 1 << 40:
+        start = time.perf_counter()
+        op(kind, iters)
+        seconds = time.perf_counter() - start
+        iters *= 2 if seconds > _TRY_SECONDS / 8 else 8
+    return max(op(kind, iters) for _ in range(tries))
+
+
+def _entry(value: float, unit: str, source: str, matmul: float | None = None) -> dict[str, Any]:
+    entry: dict[str, Any] = {"value": value, "unit": unit, "source": source}
+    if matmul is not None:
+        entry["torch_matmul"] = matmul
+    return entry
+
+
+def measure_ceilings(device: torch.device) -> Ceilings:
+    """All ceilings of ``device``; each entry has value, unit, source and, if any, torch's matmul."""
+    cpu = device.type == "cpu"
+    native = native_peak("copy") if cpu else None
+    copy = torch_copy(device)
+    # Both are attainable copies: the ceiling is the faster one.
+    found = {
+        "copy": _entry(copy, "GB/s", "torch copy_")
+        if native is None or native < copy
+        else _entry(native, "GB/s", "tenfold._peak")
+    }
+    tf32 = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        for kind, dtype in _MATMUL.items():
+            matmul = torch_matmul(dtype, device)
+            peak = native_peak(kind) if cpu else None
+            if peak is None:
+                why = "torch matmul" if not cpu else "torch matmul (this build has no _peak op)"
+                found[kind] = _entry(matmul, "GFLOP/s", why, matmul)
+            else:
+                found[kind] = _entry(peak, "GFLOP/s", "tenfold._peak", matmul)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+    return found
+
+
+def merge(first: Ceilings, second: Ceilings) -> Ceilings:
+    """The higher of two measurements of the same run, entry by entry."""
+    merged: Ceilings = {}
+    for name, entry in first.items():
+        best = dict(max(entry, second[name], key=lambda e: e["value"]))
+        if "torch_matmul" in entry:
+            best["torch_matmul"] = max(entry["torch_matmul"], second[name]["torch_matmul"])
+        merged[name] = best
+    return merged
+
+
+def void_reason(ceilings: Ceilings) -> str:
+    """Why these ceilings cannot be trusted, or ''."""
+    for name, entry in ceilings.items():
+        if entry["value"] < entry.get("torch_matmul", 0.0):
+            return (
+                f"{name} measured {entry['value']:.0f} {entry['unit']}, below torch's matmul "
+                f"({entry['torch_matmul']:.0f}): the machine was busy or the peak kernel is wrong"
+            )
+    return ""

@@ -1,0 +1,6 @@
+"""Self-contained HTML pages: text, tables, numbers and plots in one file without external assets."""
+
+from tenfold.report.page import Card, Page
+from tenfold.report.plots import PALETTE, figure, heat_map, png_bytes, shares_strip
+
+__all__ = ["PALETTE", "Card", "Page", "figure", "heat_map", "png_bytes", "shares_strip"]

@@ -1,0 +1,333 @@
+// Test-only emulation of the CUDA execution model on the host, so that g++ runs the same kernels.
+//
+// Blocks run one after another; the threads of a block are fibers (ucontext), resumed in a seeded
+// random order between barriers, so that a missing barrier shows as a wrong or schedule-dependent
+// result. Shared memory is a fresh heap block per (kernel block, declaration), filled with 0xCD:
+// unwritten reads give garbage, and with ASan accesses outside it are reported. A barrier that not
+// all threads of the block reach, or that they reach at different lines, aborts with a message.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <map>
+#include <random>
+#include <string>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <pthread.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+#include "core/types.h"
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __restrict__ __restrict
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+using cudaStream_t = void*;
+
+namespace cuda_emu {
+
+enum class State { ready, block_barrier, warp_barrier, done };
+
+struct Fiber {
+  ucontext_t context;
+  std::vector<char> stack;
+  State state = State::ready;
+  int barrier_line = 0;
+  uint64_t slot = 0;  // value offered to the warp
+  void* fake_stack = nullptr;
+};
+
+struct Machine {
+  unsigned schedule_seed = 1;
+  dim3 grid, block, block_index;
+  int current = -1;
+  std::vector<Fiber> fibers;
+  std::map<int, std::vector<char>*> shared;
+  std::function<void()> body;
+  ucontext_t scheduler;
+  void* scheduler_fake = nullptr;
+  const void* scheduler_stack = nullptr;
+  size_t scheduler_size = 0;
+  std::string error;
+};
+
+inline Machine& machine() {
+  static Machine m;
+  return m;
+}
+
+[[noreturn]] inline void fail(const std::string& text) {
+  std::fprintf(stderr, "cuda_emu: %s\n", text.c_str());
+  std::exit(86);
+}
+
+// -- switching
+// ---------------------------------------------------------------------------------------
+
+inline void to_scheduler(bool dying = false) {
+  Machine& m = machine();
+  Fiber& f = m.fibers[m.current];
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_start_switch_fiber(dying ? nullptr : &f.fake_stack, m.scheduler_stack,
+                                 m.scheduler_size);
+#endif
+  (void)dying;
+  swapcontext(&f.context, &m.scheduler);
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(f.fake_stack, &m.scheduler_stack, &m.scheduler_size);
+#endif
+}
+
+inline void fiber_main() {
+  Machine& m = machine();
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(nullptr, &m.scheduler_stack, &m.scheduler_size);
+#endif
+  m.body();
+  m.fibers[m.current].state = State::done;
+  to_scheduler(true);
+}
+
+inline void resume(int index) {
+  Machine& m = machine();
+  m.current = index;
+  Fiber& f = m.fibers[index];
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_start_switch_fiber(&m.scheduler_fake, f.stack.data(), f.stack.size());
+#endif
+  swapcontext(&m.scheduler, &f.context);
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(m.scheduler_fake, nullptr, nullptr);
+#endif
+}
+
+// -- barriers
+// ----------------------------------------------------------------------------------------
+
+inline void wait(State state, int line) {
+  Fiber& f = machine().fibers[machine().current];
+  f.state = state;
+  f.barrier_line = line;
+  to_scheduler();
+}
+
+// Releases the threads [first, last) if all of them wait in `state`; checks that lines agree.
+inline bool release(int first, int last, State state) {
+  Machine& m = machine();
+  int line = 0, waiting = 0, done = 0;
+  for (int i = first; i < last; ++i) {
+    done += m.fibers[i].state == State::done;
+    if (m.fibers[i].state != state) continue;
+    ++waiting;
+    if (line == 0) line = m.fibers[i].barrier_line;
+    if (line != m.fibers[i].barrier_line)
+      fail("divergent barrier: threads wait at lines " + std::to_string(line) + " and " +
+           std::to_string(m.fibers[i].barrier_line));
+  }
+  if (waiting == 0 || waiting + done < last - first) return false;
+  if (done > 0)
+    fail("divergent barrier: " + std::to_string(done) + " threads have left, " +
+         std::to_string(waiting) + " wait at line " + std::to_string(line));
+  for (int i = first; i < last; ++i) m.fibers[i].state = State::ready;
+  return true;
+}
+
+inline void run_block() {
+  Machine& m = machine();
+  const int count = static_cast<int>(m.block.x);
+  m.fibers.assign(count, Fiber());
+  for (int i = 0; i < count; ++i) {
+    Fiber& f = m.fibers[i];
+    f.stack.resize(128 << 10);
+    getcontext(&f.context);
+    f.context.uc_stack.ss_sp = f.stack.data();
+    f.context.uc_stack.ss_size = f.stack.size();
+    f.context.uc_link = nullptr;
+    makecontext(&f.context, fiber_main, 0);
+  }
+  std::mt19937 random(m.schedule_seed + m.block_index.x);
+  for (;;) {
+    std::vector<int> ready;
+    int done = 0;
+    for (int i = 0; i < count; ++i) {
+      if (m.fibers[i].state == State::ready) ready.push_back(i);
+      done += m.fibers[i].state == State::done;
+    }
+    if (done == count) break;
+    if (!ready.empty()) {
+      std::shuffle(ready.begin(), ready.end(), random);
+      for (int i : ready) resume(i);
+      continue;
+    }
+    bool moved = false;
+    for (int w = 0; w < count; w += 32)
+      moved |= release(w, w + 32 < count ? w + 32 : count, State::warp_barrier);
+    if (!moved) moved = release(0, count, State::block_barrier);
+    if (!moved) fail("deadlock: threads wait at different barriers");
+  }
+  for (auto& [id, memory] : m.shared) delete memory;
+  m.shared.clear();
+}
+
+template <class Kernel, class... Args>
+void launch(Kernel kernel, dim3 grid, dim3 block, Args... args) {
+  Machine& m = machine();
+  m.grid = grid;
+  m.block = block;
+  m.body = [=] { kernel(args...); };
+  for (unsigned b = 0; b < grid.x; ++b) {
+    m.block_index = dim3(b, 0, 0);
+    run_block();
+  }
+}
+
+// -- what kernels see
+// ----------------------------------------------------------------------------------
+
+inline void* shared(int id, size_t bytes) {
+  auto& slot = machine().shared[id];
+  if (slot == nullptr) slot = new std::vector<char>(bytes, static_cast<char>(0xCD));
+  return slot->data();
+}
+
+struct Index {
+  struct Thread {
+    operator unsigned() const { return static_cast<unsigned>(machine().current); }
+  } x;
+};
+struct BlockIndex {
+  struct X {
+    operator unsigned() const { return machine().block_index.x; }
+  } x;
+};
+struct Extent {
+  bool of_grid;
+  struct X {
+    bool of_grid;
+    operator unsigned() const { return of_grid ? machine().grid.x : machine().block.x; }
+  } x;
+};
+
+template <class T>
+T exchange(T value, int from, int line) {
+  static_assert(sizeof(T) <= 8);
+  Machine& m = machine();
+  const int me = m.current, warp = me / 32 * 32;
+  m.fibers[me].slot = 0;
+  std::memcpy(&m.fibers[me].slot, &value, sizeof(T));
+  wait(State::warp_barrier, line);
+  T got;
+  std::memcpy(&got, &m.fibers[warp + from].slot, sizeof(T));
+  wait(State::warp_barrier, -line);
+  return got;
+}
+
+inline unsigned ballot(bool yes, int line) {
+  Machine& m = machine();
+  const int warp = m.current / 32 * 32;
+  m.fibers[m.current].slot = yes;
+  wait(State::warp_barrier, line);
+  unsigned bits = 0;
+  for (int i = 0; i < 32; ++i) bits |= static_cast<unsigned>(m.fibers[warp + i].slot & 1) << i;
+  wait(State::warp_barrier, -line);
+  return bits;
+}
+
+}  // namespace cuda_emu
+
+inline const cuda_emu::Index threadIdx{};
+inline const cuda_emu::BlockIndex blockIdx{};
+inline const cuda_emu::Extent blockDim{false, {false}}, gridDim{true, {true}};
+
+#define __syncthreads() cuda_emu::wait(cuda_emu::State::block_barrier, __LINE__)
+#define __syncwarp(...) cuda_emu::wait(cuda_emu::State::warp_barrier, __LINE__)
+#define __shfl_xor_sync(mask, value, lane) \
+  cuda_emu::exchange((value), static_cast<int>((threadIdx.x % 32) ^ (lane)), __LINE__)
+#define __shfl_sync(mask, value, lane) cuda_emu::exchange((value), (lane), __LINE__)
+#define __ballot_sync(mask, yes) cuda_emu::ballot((yes), __LINE__)
+
+inline int __popc(unsigned x) {
+  return __builtin_popcount(x);
+}
+template <class T>
+T __ldg(const T* p) {
+  return *p;
+}
+template <class T, class U>
+T atomicAdd(T* at, U value) {
+  const T before = *at;
+  *at = before + static_cast<T>(value);
+  return before;
+}
+template <class T, class U>
+T atomicMax(T* at, U value) {
+  const T before = *at;
+  if (static_cast<T>(value) > before) *at = static_cast<T>(value);
+  return before;
+}
+
+#define TENFOLD_LAUNCH(kernel, grid, block, stream, ...) \
+  cuda_emu::launch(kernel, dim3(grid), dim3(block), __VA_ARGS__)
+#define TENFOLD_SHARED(type, name, count) \
+  type* const name = static_cast<type*>(cuda_emu::shared(__COUNTER__, sizeof(type) * (count)))
+
+namespace tenfold::cuda {
+
+float emu_to_float(bf16_t x);
+float emu_to_float(fp16_t x);
+
+// The fragments of mma.m16n8k16: lane l holds rows l/4 and l/4 + 8, columns (l%4)*2 + {0, 1} (+ 8).
+template <class T>
+inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  static uint32_t fragments[32][32][6];  // [warp][lane][register]
+  const unsigned thread = threadIdx.x;
+  auto& mine = fragments[thread / 32];
+  for (int i = 0; i < 4; ++i) mine[thread % 32][i] = a[i];
+  for (int i = 0; i < 2; ++i) mine[thread % 32][4 + i] = b[i];
+  cuda_emu::wait(cuda_emu::State::warp_barrier, 1000001);
+  float A[16][16], B[16][8];
+  const auto value = [](uint32_t bits, int i) {
+    return emu_to_float(T{static_cast<uint16_t>(bits >> (16 * i))});
+  };
+  for (int lane = 0; lane < 32; ++lane) {
+    const uint32_t* f = mine[lane];
+    const int row = lane / 4, col = lane % 4 * 2;
+    for (int i = 0; i < 2; ++i) {
+      A[row][col + i] = value(f[0], i);
+      A[row + 8][col + i] = value(f[1], i);
+      A[row][col + 8 + i] = value(f[2], i);
+      A[row + 8][col + 8 + i] = value(f[3], i);
+      B[col + i][row] = value(f[4], i);
+      B[col + 8 + i][row] = value(f[5], i);
+    }
+  }
+  cuda_emu::wait(cuda_emu::State::warp_barrier, 1000002);
+  const int me = static_cast<int>(threadIdx.x % 32), row = me / 4, col = me % 4 * 2;
+  for (int i = 0; i < 4; ++i) {
+    float sum = d[i];
+    for (int k = 0; k < 16; ++k) sum += A[row + i / 2 * 8][k] * B[k][col + i % 2];
+    d[i] = sum;
+  }
+}
+
+}  // namespace tenfold::cuda
