@@ -206,10 +206,21 @@ class TestLoaderErrors:
         assert last.startswith("tenfold._load.LoadError: "), done.stderr
         return last
 
+    def test_a_broken_library_warns_and_never_breaks_the_import(self, tmp_path):
+        broken = tmp_path / "_ops.so"
+        broken.write_bytes(b"text")
+        done = run(
+            "import tenfold; print(tenfold.__version__, tenfold.load_error is not None)",
+            TENFOLD_OPS_PATH=str(broken),
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.split() == [tenfold.__version__, "True"]
+        assert "RuntimeWarning" in done.stderr and str(broken) in done.stderr
+
     def test_named_library_does_not_exist(self, tmp_path):
         missing = tmp_path / "_ops.so"
         assert f"{missing} does not exist" in self.message(
-            "import tenfold", TENFOLD_OPS_PATH=str(missing)
+            "import tenfold.ops", TENFOLD_OPS_PATH=str(missing)
         )
 
     @pytest.mark.parametrize("kind", ["no library at all", "a torch without one of the functions"])
@@ -219,12 +230,12 @@ class TestLoaderErrors:
         assert data.count(b"torch_parallel_for\0") == 1
         renamed = data.replace(b"torch_parallel_for\0", b"torch_parallel_fox\0")
         broken.write_bytes(b"text" if kind == "no library at all" else renamed)
-        said = self.message("import tenfold", TENFOLD_OPS_PATH=str(broken))
+        said = self.message("import tenfold.ops", TENFOLD_OPS_PATH=str(broken))
         for word in (str(broken), torch.__version__, "pip install", "tenfold doctor"):
             assert word in said
 
     def test_old_torch(self):
-        said = self.message("import torch; torch.__version__ = '2.9.1'; import tenfold")
+        said = self.message("import torch; torch.__version__ = '2.9.1'; import tenfold.ops")
         assert "torch >= 2.10" in said and "2.9.1" in said and "pip install" in said
 
     def test_package_without_library(self, tmp_path):
@@ -236,7 +247,7 @@ class TestLoaderErrors:
             "sys.meta_path[:] = [f for f in sys.meta_path if isinstance(f, type)]\n"
             "rest = [p for p in sys.path if 'site-packages' not in p]\n"
             f"sys.path[:] = [{str(tmp_path)!r}, *rest]\n"
-            "import tenfold"
+            "import tenfold.ops"
         )
         said = self.message(code, TENFOLD_OPS_PATH="", PYTHONPATH="")
         for word in ("_ops.so", str(copy), torch.__version__, "pip install --no-build-isolation"):

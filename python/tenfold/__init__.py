@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
+import warnings
 from typing import Any
 
 from tenfold import _load
-from tenfold import ops as ops
 
-__version__: str = _load.native.version()
+load_error: _load.LoadError | None = _load.error
+if load_error is None:
+    from tenfold import ops as ops
+
+    __version__: str = _load.native.version()
+else:
+    # A broken installation must neither take down the program that imports it nor stay unnoticed;
+    # `tenfold.ops` raises the same sentence, and `tenfold doctor` still runs.
+    warnings.warn(str(load_error), RuntimeWarning, stacklevel=2)
+    __version__ = importlib.metadata.version("tenfold")
 
 # Loaded on first use: importing tenfold must stay cheap.
 _LAZY = ("data", "integrations", "nacl", "reference", "report", "testing")
@@ -17,6 +27,7 @@ __all__ = [
     "__version__",
     "cpu_capabilities",
     "cpu_capability",
+    "load_error",
     "ops",
     "set_cpu_capability",
     *_LAZY,
@@ -45,6 +56,8 @@ def set_cpu_capability(name: str) -> None:
 
 
 def __getattr__(name: str) -> Any:
+    if name == "ops" and load_error is not None:
+        raise load_error
     if name in _LAZY:
         return importlib.import_module(f"tenfold.{name}")
     raise AttributeError(f"module 'tenfold' has no attribute {name!r}")

@@ -106,8 +106,24 @@ def _native(path: Path, library: ctypes.CDLL) -> Any:
     return module
 
 
-PATH = ops_path()
-native = _native(PATH, _load(PATH))
+class _Missing:
+    """Stands for the native library that could not be loaded; any use raises why."""
+
+    def __init__(self, why: LoadError) -> None:
+        self._why = why
+
+    def __getattr__(self, name: str) -> Any:
+        raise self._why
+
+
+PATH = Path()
+native: Any
+error: LoadError | None = None
+try:
+    PATH = ops_path()
+    native = _native(PATH, _load(PATH))
+except LoadError as found:
+    error, native = found, _Missing(found)
 
 
 def call(op: Any, *args: Any, **kwargs: Any) -> Any:

@@ -7,6 +7,7 @@ Tested range: see ``docs/methods/nacl.md``. The attention modules' cache argumen
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,6 +24,13 @@ def get_cache(kwargs: dict) -> Any:
         if kwargs.get(name) is not None:
             return kwargs[name]
     return None
+
+
+def forward(model: nn.Module, input_ids: Tensor, cache: Any, **kwargs: Any) -> Any:
+    """``model(input_ids, cache)``, under the name that this version gives the cache."""
+    parameters = inspect.signature(model.forward).parameters
+    name = "cache" if "cache" in parameters else "past_key_values"
+    return model(input_ids, use_cache=True, **{name: cache}, **kwargs)
 
 
 def hidden_states(args: tuple, kwargs: dict) -> Tensor:

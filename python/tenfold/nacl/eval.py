@@ -11,7 +11,6 @@ generation is known to produce it and is not run again.
 from __future__ import annotations
 
 import contextlib
-import inspect
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tenfold.integrations import transformers as hf
 from tenfold.nacl.baselines import METHODS, make_press
 from tenfold.nacl.cache import cache_bytes
 from tenfold.nacl.config import NaclConfig
@@ -52,6 +52,7 @@ __all__ = [
 ]
 
 MAX_NEW_TOKENS = 12
+PRESETS = ("paper_20", "repo")
 
 
 @dataclass(frozen=True)
@@ -89,10 +90,8 @@ class Cell:
 
 def _forward(model: Any, ids: Tensor, cache: Any, start: int) -> Tensor:
     """Logits [S, V] float32 of new tokens whose first has position ``start``."""
-    # transformers renamed the argument during 5.x.
-    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     positions = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
-    out = model(ids, position_ids=positions, use_cache=True, **{name: cache})
+    out = hf.forward(model, ids, cache, position_ids=positions)
     return out.logits[0].float()
 
 
@@ -156,19 +155,24 @@ def measure(model: Any, tokenizer: Any, prefill: Prefill, case: Case, press: Pre
     return Measured(case.answer_text in said, log_prob, said, kept, held, evict_ms)
 
 
-def _make(name: str, budget: float, changes: dict[str, Any]) -> Callable[[int], Press]:
+def make_spec_press(name: str, ratio: float, **changes: Any) -> Press:
+    """A press by a name of ``METHODS``, or ``nacl@<preset>``; ``ratio`` is the share evicted.
+
+    Raises ValueError for an unknown name or a setting out of range.
+    """
     base, _, preset = name.partition("@")
-    if base not in METHODS or (preset and base != "nacl"):
-        known = [*METHODS, "nacl@paper_20", "nacl@repo"]
+    if base not in METHODS or (preset and (base != "nacl" or preset not in PRESETS)):
+        known = [*METHODS, *(f"nacl@{preset}" for preset in PRESETS)]
         raise ValueError(f"unknown eviction method {name!r}; known: {', '.join(known)}")
+    if preset:
+        changes["preset"] = preset
+    return make_press(base, compression_ratio=ratio, **changes)
+
+
+def _make(name: str, budget: float, changes: dict[str, Any]) -> Callable[[int], Press]:
     ratio = round(1 - budget, 6)
-
-    def make(seed: int) -> Press:
-        if preset:
-            return NaclPress(preset=preset, compression_ratio=ratio, seed=seed, **changes)
-        return make_press(base, compression_ratio=ratio, seed=seed, **changes)
-
-    return make
+    make_spec_press(name, ratio, **changes)  # raises here, not in the middle of a run
+    return lambda seed: make_spec_press(name, ratio, seed=seed, **changes)
 
 
 def method_specs(methods: Iterable[str], budgets: Iterable[float], **changes: Any) -> list[Spec]:
@@ -218,6 +222,13 @@ def read_cells(path: Path | None) -> list[Cell]:
         except (json.JSONDecodeError, TypeError):
             continue
     return cells
+
+
+def write_json(value: Any, path: Path) -> None:
+    """Writes a result file in one step."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    part.replace(path)
 
 
 def setup_name(model: Any) -> str:

@@ -4,6 +4,11 @@ They raise ValueError, IndexError or TypeError where ``torch.ops.tenfold.f`` rai
 with the same text.
 """
 
+from tenfold import _load
+
+if _load.error is not None:
+    raise _load.error
+
 from tenfold.ops.kv_eviction import (
     kv_compact_,
     kv_gather,

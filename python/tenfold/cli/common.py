@@ -1,0 +1,94 @@
+"""What commands share: consoles, progress, option parsing, errors as one sentence."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json as json_module
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+# A pipe has no width; a table must not be cut for one.
+out = Console(width=None if sys.stdout.isatty() else 150)
+err = Console(stderr=True)
+
+
+def friendly(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Ends a command with one sentence and status 2 where the user can do something about it."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        from tenfold._load import LoadError
+        from tenfold.data.models import MissingData
+
+        try:
+            return command(*args, **kwargs)
+        except (MissingData, LoadError, ModuleNotFoundError, ValueError, TypeError) as error:
+            err.print(f"[red]tenfold:[/red] {error}", highlight=False, soft_wrap=True)
+        except OSError as error:
+            # transformers reports an unknown model as one, over several lines.
+            first = (str(error) or type(error).__name__).splitlines()[0]
+            err.print(f"[red]tenfold:[/red] {first}", highlight=False, soft_wrap=True)
+        except KeyboardInterrupt:
+            err.print("tenfold: interrupted")
+            raise typer.Exit(130) from None
+        raise typer.Exit(2)
+
+    return run
+
+
+def split(text: str, kind: Callable[[str], Any], name: str) -> list[Any]:
+    """Values of a comma-separated option; ValueError names the option."""
+    try:
+        values = [kind(part.strip()) for part in text.split(",") if part.strip()]
+    except ValueError:
+        what = {int: "whole numbers", float: "numbers"}.get(kind, "values")  # type: ignore[call-overload]
+        raise ValueError(f"{name} takes {what} separated by commas, got {text!r}") from None
+    if not values:
+        raise ValueError(f"{name} needs at least one value, got {text!r}")
+    return values
+
+
+@contextlib.contextmanager
+def progress(total: int, quiet: bool) -> Iterator[Callable[[str], None]]:
+    """A bar on stderr; the function it gives is called after each step with what comes next."""
+    bar = Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+        console=err, disable=quiet, transient=True,
+    )  # fmt: skip
+    with bar:
+        task = bar.add_task("", total=total)
+        yield lambda text: bar.update(task, advance=1, description=text)
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """A table for the terminal: first column left, the others right."""
+    made = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for i, name in enumerate(columns):
+        made.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
+    for row in rows:
+        made.add_row(*map(str, row))
+    return made
+
+
+def write_json(value: Any) -> None:
+    """The machine-readable result, alone on stdout."""
+    json_module.dump(value, sys.stdout, indent=1)
+    sys.stdout.write("\n")
+
+
+def dtype_of(name: str) -> Any:
+    """A torch dtype by its usual names; ValueError lists them."""
+    import torch
+
+    known = {"float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16,
+             "bf16": torch.bfloat16, "float16": torch.float16, "fp16": torch.float16}  # fmt: skip
+    if name not in known:
+        raise ValueError(f"--dtype must be one of {', '.join(known)}, got {name!r}")
+    return known[name]

@@ -1,0 +1,58 @@
+"""``tenfold demo``: methods end to end on real input, a table, and ``tenfold-report/index.html``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tenfold.cli.common import err, out, progress, table, write_json
+from tenfold.report import Page
+
+Step = Callable[[str], None]
+
+
+def _nacl(page: Page, quiet: bool) -> tuple[dict[str, Any], list[Any]]:
+    from tenfold.data import smollm2
+    from tenfold.nacl import demo
+
+    with progress(demo.STEPS, quiet) as step:
+        found = demo.run_demo(*smollm2(), step=step)
+    demo.add_section(found, page)
+    tables: list[Any] = []
+    for story in found.stories:
+        title = f"{story.case.document}: the right answer is {story.case.answer_text}"
+        tables.append(table(title, demo.SPEED_COLUMNS, demo.speed_rows(story)))
+    rows = [row[2:] for row in demo.table_rows(found.summary)]
+    tables.append(table("One fact in 1,536 tokens, five depths", demo.COLUMNS[2:], rows))
+    return found.to_json(), tables
+
+
+METHODS: dict[str, Callable[[Page, bool], tuple[dict[str, Any], list[Any]]]] = {"nacl": _nacl}
+
+
+def run(methods: list[str], folder: Path, json: bool, quiet: bool) -> int:
+    """Runs the methods' demos; returns the exit status."""
+    unknown = [name for name in methods if name not in METHODS]
+    if unknown:
+        raise ValueError(f"unknown method {', '.join(unknown)}; there are: {', '.join(METHODS)}")
+    page = Page("tenfold", "Every method end to end on real input, on this machine.")
+    results = {}
+    for name in methods or list(METHODS):
+        start = time.monotonic()
+        if not (quiet or json):
+            err.print(f"tenfold demo {name}")
+        results[name], tables = METHODS[name](page, quiet or json)
+        results[name]["seconds"] = round(time.monotonic() - start, 1)
+        if not json:
+            for made in tables:
+                out.print(made)
+                out.print()
+    path = page.write(folder / "index.html")
+    if json:
+        write_json({"report": str(path), **results})
+    else:
+        total = sum(r["seconds"] for r in results.values())
+        out.print(f"report: {path} ({total:.0f} s)", highlight=False, soft_wrap=True)
+    return 0

@@ -1,0 +1,91 @@
+"""``tenfold``: one command, a group per method."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tenfold.cli.common import friendly
+from tenfold.cli.nacl import app as nacl
+
+app = typer.Typer(
+    help="Fused CPU and CUDA ops for LLM methods, and the methods end to end.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+app.add_typer(nacl, name="nacl")
+
+Json = Annotated[bool, typer.Option("--json", help="print the result as JSON, nothing else")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="no progress bar")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        import tenfold
+
+        typer.echo(f"tenfold {tenfold.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None:
+    """Parses what stands before the command."""
+
+
+@app.command()
+@friendly
+def doctor(json: Json = False) -> None:
+    """Say what works here and why not; test every CPU path against the reference, the GPU against the CPU."""
+    from tenfold.cli.doctor import run
+
+    raise typer.Exit(run(json))
+
+
+@app.command()
+@friendly
+def demo(
+    methods: Annotated[
+        list[str] | None, typer.Argument(help="methods; default: all (nacl)")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="folder of the report")] = Path("tenfold-report"),
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run methods end to end on real input: a table, and a report page with plots."""
+    from tenfold.cli.demo import run
+
+    raise typer.Exit(run(methods or [], out, json, quiet))
+
+
+@app.command()
+@friendly
+def bench(
+    families: Annotated[
+        list[str] | None, typer.Argument(help="families of ops; default: all (kv_eviction)")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="few samples, no torch.compile")] = False,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    select: Annotated[str, typer.Option(help="only cases whose name contains this")] = "",
+    out: Annotated[Path, typer.Option(help="folder of the results")] = Path("tenfold-report/bench"),
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Time ops against eager PyTorch, torch.compile and peers; JSON and an HTML page with plots."""
+    from tenfold import _bench
+
+    raise typer.Exit(
+        _bench.run(
+            families, quick=quick, device=device, select=select, out=out, json=json, quiet=quiet
+        )
+    )
+
+
+if __name__ == "__main__":
+    app()
