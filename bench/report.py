@@ -1,0 +1,258 @@
+"""Tables and plots from result files; the only way numbers get into README and docs.
+
+python -m bench.report                     page of all committed results
+python -m bench.report --readme [--check]  rewrite (or verify) the generated parts of README and docs
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import sources
+
+Record = dict[str, Any]
+Rows = list[list[str]]
+COLUMNS = (
+    "op",
+    "shape",
+    "dtype",
+    "time",
+    "rate",
+    "of ceiling",
+    "vs eager",
+    "vs compile",
+    "vs copy",
+)
+RESULTS = Path("bench/results")
+LEDGER_NAMES = {"verified": "verified on an H200", "stale": "verified earlier, changed since",
+                "never": "never run on a GPU"}  # fmt: skip
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.0f} µs"
+
+
+def _ratio(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}×"
+
+
+def shape_text(case: Record) -> str:
+    """Short text of a case's shape, e.g. ``Hq 32, Hkv 8, D 128, L 4096, W 40``."""
+    names = {"hq": "Hq", "hkv": "Hkv", "h": "H", "d": "D", "l": "L", "w": "W", "c": "C"}
+    text = ", ".join(f"{names.get(k, k)} {v}" for k, v in case["shape"].items())
+    return f"{text} (ragged)" if "ragged" in case["variant"] else text
+
+
+def row_of(case: Record) -> list[str]:
+    """A case as a row of ``COLUMNS``."""
+    ours = next(p for p in case["providers"].values() if p["kind"] == "tenfold")
+    head = [case["op"], shape_text(case), case["dtype"]]
+    if ours["p50_s"] is None:
+        return [*head, ours["status"], *["–"] * 5]
+    rate = (
+        f"{ours['gflop_s']:.0f} GFLOP/s"
+        if case["bound"] == "compute"
+        else f"{ours['gb_s']:.1f} GB/s"
+    )
+    ratios = case["ratios"]
+    eager = max((ratios[k] for k in ("eager",) if k in ratios), default=None)
+    return [*head, _time(ours["p50_s"]), rate, f"{100 * ours['share']:.0f} %", _ratio(eager),
+            _ratio(ratios.get("compile")), _ratio(ratios.get("bound"))]  # fmt: skip
+
+
+def setting(record: Record) -> str:
+    """Where and with what a record was measured, in one sentence."""
+    env, top = record["environment"], record["ceilings"]
+    peaks = ", ".join(f"{k} {v['value']:.0f} {v['unit']}" for k, v in top.items())
+    commit = (record.get("commit") or "unknown")[:10]
+    threads = "" if record["device_type"] == "cuda" else f", {env['threads']} threads, {env['isa']}"
+    return (
+        f"{env['device']}{threads}, torch {env['versions']['torch']}, commit {commit}, "
+        f"{record['date']}; ceilings measured in the same run: {peaks}"
+    )
+
+
+def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; the first three columns are text, the others numbers."""
+    rule = ["---" if i < 3 else "---:" for i in range(len(columns))]
+    lines = [columns, rule, *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def load_records(root: Path) -> list[Record]:
+    """All committed result files."""
+    from .results import load
+
+    return [load(p) for p in sorted((root / RESULTS).glob("*/*.json")) if p.parent.name != "nacl"]
+
+
+def ledger(root: Path) -> str:
+    """The GPU ledger as a sentence per family."""
+    from .gpu_status import status
+
+    lines = [f"`{f}`: {LEDGER_NAMES[status(root, f)]}" for f in sources.families(root)]
+    return "CUDA kernels: " + "; ".join(lines) + "."
+
+
+def ops_block(root: Path) -> str:
+    """README's table of ops."""
+    parts = []
+    for record in load_records(root):
+        parts += [f"`{record['family']}` on {setting(record)}.", "",
+                  markdown(COLUMNS, map(row_of, record["cases"])), ""]  # fmt: skip
+    return "\n".join([*parts, ledger(root)])
+
+
+def quality_block(root: Path) -> str:
+    """Tables of the quality study of NACL, from its summary."""
+    import json
+
+    path = root / RESULTS / "nacl" / "summary.json"
+    if not path.is_file():
+        return "No study has been committed."
+    found = json.loads(path.read_text())
+    columns = ("task", "length", "budget", "method", "cases", "correct", "log p", "perplexity",
+               "evict ms", "cache MB")  # fmt: skip
+
+    def cell(value: float | None, digits: int = 2) -> str:
+        return "–" if value is None else f"{value:.{digits}f}"
+
+    rows = [
+        [r["task"], str(r["length"]), f"{100 * r['budget']:g} %", r["method"], str(r["cases"]),
+         cell(r["accuracy"]), cell(r["log_prob"], 3), cell(r["perplexity"]),
+         cell(r["evict_ms"], 0), cell(r["cache_mb"], 1)]
+        for r in found["rows"]
+    ]  # fmt: skip
+    return f"{found['setting']}.\n\n{markdown(columns, rows)}"
+
+
+BLOCKS = {"ops": ops_block, "quality": quality_block}
+
+
+def rewrite(root: Path, path: Path) -> str:
+    """The text of a file with its generated blocks renewed."""
+    text = path.read_text(encoding="utf-8")
+    for name, make in BLOCKS.items():
+        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+        if begin in text:
+            pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
+            block = f"{begin}\n{make(root)}\n{end}"
+            text = pattern.sub(lambda _, b=block: b, text)
+    return text
+
+
+def generated_files(root: Path) -> list[Path]:
+    """Files with generated blocks."""
+    found = [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
+    return [p for p in found if p.is_file() and ":begin -->" in p.read_text(encoding="utf-8")]
+
+
+def _ratio_plot(record: Record) -> Any:
+    """Speed-up over the best other provider, a bar per case."""
+    from tenfold.report.plots import PALETTE, figure
+
+    cases = [c for c in record["cases"] if c["ratios"].get("best_other")]
+    made, axes = figure(8.0, 0.8 + 0.24 * len(cases))
+    names = [f"{c['op']}  {shape_text(c)}  {c['dtype']}" for c in cases]
+    values = [c["ratios"]["best_other"] for c in cases]
+    spots = range(len(cases))
+    axes.barh(spots, values, color=[PALETTE[0] if v >= 1 else PALETTE[1] for v in values])
+    for at, value in zip(spots, values):
+        axes.text(value, at, f" {value:.2f}×", va="center", fontsize=7)
+    axes.set_yticks(spots, names, fontsize=7)
+    axes.invert_yaxis()
+    axes.axvline(1, color="black", lw=0.8)
+    axes.set_xscale("log")
+    axes.set_xlabel("times as fast as the best other provider")
+    return made
+
+
+def _roofline(record: Record) -> Any:
+    """Share of the ceiling by case."""
+    from tenfold.report.plots import PALETTE, figure
+
+    made, axes = figure(6.4, 3.6)
+    for i, op in enumerate(dict.fromkeys(c["op"] for c in record["cases"])):
+        points = []
+        for c in record["cases"]:
+            ours = next(p for p in c["providers"].values() if p["kind"] == "tenfold")
+            if c["op"] == op and ours["share"]:
+                points.append((max(c["flops"], 1) / c["bytes"], 100 * ours["share"]))
+        if points:
+            axes.scatter(*zip(*points), label=op, color=PALETTE[i % len(PALETTE)], s=22)
+    axes.set_xscale("symlog", linthresh=0.1)
+    axes.set_ylim(0, 105)
+    axes.set_xlabel("useful FLOPs per byte of compulsory traffic")
+    axes.set_ylabel("share of the ceiling (%)")
+    axes.legend(frameon=False, fontsize=8)
+    return made
+
+
+def write_page(records: Sequence[Record], path: Path) -> Path:
+    """One HTML page of some records: tables, plots, every provider of every case."""
+    from tenfold.report import Page, png_bytes
+
+    from .results import problems
+
+    page = Page("tenfold benchmarks", "Medians of interleaved samples with a cold cache.")
+    for record in records:
+        page.section(f"{record['family']} on {record['machine']}")
+        page.text(setting(record), soft=True)
+        for reason in problems(record):
+            page.failure(f"Not for publication: {reason}")
+        page.table(COLUMNS, map(row_of, record["cases"]))
+        if any(c["ratios"].get("best_other") for c in record["cases"]):
+            page.image(png_bytes(_ratio_plot(record)), "Bars to the right of 1: tenfold is faster.")
+        page.image(
+            png_bytes(_roofline(record)), "100 %: the measured ceiling of memory or arithmetic."
+        )
+        page.heading("Every provider")
+        rows: Rows = []
+        for case in record["cases"]:
+            for name, p in case["providers"].items():
+                took = [_time(p[k]) if p[k] else "–" for k in ("p20_s", "p50_s", "p80_s")]
+                error = "–" if p["error"] is None else f"{p['error']:.1e}"
+                rows.append([case["name"], name, p["status"], *took, error, p["note"]])
+        page.table(("case", "provider", "status", "20 %", "median", "80 %", "error", "note"), rows)
+    return page.write(path)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument(
+        "--readme", action="store_true", help="renew generated parts of README and docs"
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing; status 1 if not renewed"
+    )
+    parser.add_argument("--out", type=Path, default=Path("tenfold-report/bench/results.html"))
+    chosen = parser.parse_args(arguments)
+    root = sources.repository_root()
+    if root is None:
+        print("bench.report needs a checkout with bench/results", file=sys.stderr)
+        return 2
+    if not chosen.readme:
+        print(write_page(load_records(root), chosen.out))
+        return 0
+    stale = []
+    for path in generated_files(root):
+        text = rewrite(root, path)
+        if text != path.read_text(encoding="utf-8"):
+            stale.append(path.relative_to(root))
+            if not chosen.check:
+                path.write_text(text, encoding="utf-8")
+    for name in stale:
+        print(
+            f"{name}: {'not up to date; run python -m bench.report --readme' if chosen.check else 'renewed'}"
+        )
+    return int(bool(stale) and chosen.check)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

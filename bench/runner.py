@@ -1,0 +1,141 @@
+"""Runs families: cases, ceilings before and after, a table on the terminal, JSON and a page.
+
+``tenfold bench``, ``python -m bench`` and ``pytest bench/`` all end here.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json as json_module
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .case import Case
+from .ceilings import measure_ceilings, merge
+from .harness import Options, Result, measure, quick_options
+from .results import Record, environment, make_record, problems, save, source_state, wrong
+
+FAMILIES = ("kv_eviction",)
+_PAGE = 1 << 12
+
+
+def cases_of(family: str) -> list[Case]:
+    """The cases of a family; ValueError names the known ones."""
+    if family not in FAMILIES:
+        raise ValueError(f"unknown family {family!r}; there are: {', '.join(FAMILIES)}")
+    return importlib.import_module(f"{__package__}.bench_{family}").cases()
+
+
+def choose(family: str, quick: bool, select: str) -> list[Case]:
+    """Cases that are asked for; ValueError if none is."""
+    chosen = [
+        c for c in cases_of(family) if (c.quick or not quick) and select.lower() in c.name.lower()
+    ]
+    if not chosen:
+        raise ValueError(f"no {'quick ' if quick else ''}case of {family} contains {select!r}")
+    return chosen
+
+
+def settle(device: torch.device, share: float = 0.5) -> None:
+    """Touches memory once: a virtual machine's first touch of a page would be timed otherwise."""
+    if device.type == "cpu":
+        from .harness import free_memory
+
+        torch.zeros(int(share * free_memory(device)), dtype=torch.uint8)[::_PAGE].sum()
+        gc.collect()
+
+
+def run_cases(
+    chosen: Sequence[Case], options: Options, step: Callable[[Result], None] = lambda result: None
+) -> tuple[list[Result], dict[str, Any]]:
+    """Measures cases between two measurements of the ceilings; shares use the better of the two."""
+    settle(options.device)
+    ceilings = measure_ceilings(options.device)
+    results = []
+    for case in chosen:
+        results.append(measure(case, options, ceilings))
+        gc.collect()
+        step(results[-1])
+    best = merge(ceilings, measure_ceilings(options.device))
+    for result in results:
+        rescale(result, ceilings, best)
+    return results, best
+
+
+def rescale(result: Result, old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Shares against ceilings that turned out higher after the cases."""
+    floor = max(
+        result.bytes / (new["copy"]["value"] * 1e9),
+        result.flops / (new[result.peak]["value"] * 1e9) if result.peak else 0.0,
+    )
+    for m in result.providers.values():
+        if m.p50_s is not None:
+            m.share = floor / m.p50_s
+
+
+def line_of(result: Result) -> str:
+    """One case as a line of text."""
+    ours, r = result.tenfold, result.ratios
+    if ours.p50_s is None:
+        return f"{result.name}: {ours.status} {ours.note}"
+    unit = f"{ours.gflop_s:.0f} GFLOP/s" if result.bound == "compute" else f"{ours.gb_s:.1f} GB/s"
+    others = "  ".join(f"{k} {v:.2f}x" for k, v in r.items())
+    return f"{result.name}: {_time(ours.p50_s)}  {unit}  {100 * (ours.share or 0):.0f} %  {others}"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} us"
+
+
+def run_family(
+    family: str, options: Options, select: str = "", step: Callable[[Result], None] = lambda r: None
+) -> Record:
+    """One family's record."""
+    state, env = source_state(family), environment(options.device)
+    chosen = choose(family, options.quick, select)
+    results, ceilings = run_cases(chosen, options, step)
+    partial = bool(select)
+    return make_record(family, results, ceilings, env, state, options, partial)
+
+
+def run(
+    families: Sequence[str] | None, quick: bool = False, device: str = "cpu", select: str = "",
+    out: str | Path = "tenfold-report/bench", json: bool = False, quiet: bool = False,
+) -> int:  # fmt: skip
+    """Runs families and writes their results; returns 1 if a tenfold provider was wrong."""
+    where = torch.device(device)
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no GPU here; `tenfold doctor` says why")
+    options = Options(device=where)
+    if quick:
+        options = quick_options(options)
+    records = []
+    for family in families or FAMILIES:
+        if not (json or quiet):
+            print(f"{family}: {len(choose(family, quick, select))} cases", file=sys.stderr)
+
+        def step(result: Result) -> None:
+            if not json:
+                print(line_of(result), flush=True)
+
+        records.append(run_family(family, options, select, step))
+    folder = Path(out)
+    paths = [save(record, folder) for record in records]
+    from .report import write_page
+
+    page = write_page(records, folder / "index.html")
+    bad = [line for record in records for line in wrong(record)]
+    if json:
+        json_module.dump(records, sys.stdout, indent=1)
+        print()
+    else:
+        for record in records:
+            for reason in problems(record):
+                print(f"not for publication: {reason}")
+        print(f"results: {', '.join(map(str, [*paths, page]))}")
+    return int(bool(bad))
