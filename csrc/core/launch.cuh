@@ -16,8 +16,8 @@
 
 #define TENFOLD_LAUNCH(kernel, grid, block, stream, ...) \
   kernel<<<(grid), (block), 0, (stream)>>>(__VA_ARGS__)
-#define TENFOLD_SHARED(type, name, count) \
-  __shared__ type name##_storage[count];  \
+#define TENFOLD_SHARED(type, name, count)            \
+  __shared__ alignas(16) type name##_storage[count]; \
   type* const name = name##_storage
 
 namespace tenfold::cuda {

@@ -183,7 +183,15 @@ void check_kv_gather(const char* op, const Tensor& k, const Tensor& v, const Ten
   check_batch_ints(op, "kv_start", kv_start, b, "k", k);
 }
 
+void check_row_contiguous(const char* op, const char* arg, const Tensor& t) {
+  TENFOLD_CHECK_VALUE(t.numel() == 0 || t.sizes()[3] == 1 || t.strides()[3] == 1, "tenfold::", op,
+                      ": the last dimension of ", arg,
+                      " must be contiguous to be written in place, got stride ", t.strides()[3]);
+}
+
 void check_in_place(const char* op, const Tensor& k, const Tensor& v, const Tensor& idx) {
+  check_row_contiguous(op, "k", k);
+  check_row_contiguous(op, "v", v);
   check_no_overlap(op, "k", k);
   check_no_overlap(op, "v", v);
   TENFOLD_CHECK_VALUE(k.numel() == 0 || k.data_ptr() != v.data_ptr(), "tenfold::", op,

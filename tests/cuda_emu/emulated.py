@@ -96,6 +96,15 @@ def check_proxy_scores():
                         rtol=1e-4,
                         msg=lambda m, n=name, c=kwargs: f"{n} {c} {m}",
                     )
+    q, k = torch.randn(1, 2, 3, 64), torch.randn(1, 2, 70, 64)
+    scores, lse = proxy_scores(q, k, kmap=torch.tensor([0, 7]))  # no such key head: scores nothing
+    want = reference.proxy_scores(q[:, :1], k[:, :1])
+    torch.testing.assert_close(scores[:, 0], want[0][:, 0], atol=1e-4, rtol=1e-4)
+    assert bool((scores[:, 1] == 0).all()) and bool(lse[:, 1].isneginf().all())
+    dead = torch.full_like(k, float("-inf"))
+    scores, lse = proxy_scores(q.abs(), dead)  # every logit is -inf
+    assert bool((scores == 0).all()) and bool(lse.isneginf().all())
+    assert bool((proxy_scores(q, k, torch.full((1, 2, 3), float("-inf")))[0] == 0).all())
     big = torch.randn(1, 40, 6, 64)  # rows strided as [B, L, H, D]
     got = proxy_scores(big[:, :6].transpose(1, 2), big.transpose(1, 2)[:, :3])
     want = reference.proxy_scores(big[:, :6].transpose(1, 2), big.transpose(1, 2)[:, :3])
@@ -196,6 +205,11 @@ def check_kv_moves():
                         )
                     else:
                         assert torch.equal(x, y)
+    k = torch.randn(1, 1, 20, 8)
+    hole = torch.tensor([[[-1, 0, 5, 7]]])  # a token below its slot is refused: slots 0, 1 stay
+    for freq in (None, torch.zeros(4)):
+        moved = kv_move(k, k.clone(), hole, True, inv_freq=freq)[0][0, 0, :4]
+        assert torch.equal(moved, k[0, 0, [0, 1, 5, 7]])
     k, v = torch.randn(1, 2, 20, 8), torch.randn(1, 3, 20, 16)
     shared = torch.tensor([[[1, 4, 4, -1, 25]]])  # holes and out of range give zeros
     got = kv_move(k, v, shared, False)

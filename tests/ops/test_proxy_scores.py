@@ -275,3 +275,18 @@ def test_bad_input():
         ops.proxy_scores(q.clone().requires_grad_(), k)
     with torch.no_grad():
         ops.proxy_scores(q.clone().requires_grad_(), k)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_of_minus_infinity_contribute_nothing(device, dtype):
+    """Spec section 6: such rows give 0, never NaN; with and without the row's log-sum-exp."""
+    q = fill((1, 2, 3, 64), dtype).to(device).abs() + 0.1
+    k = torch.full((1, 1, 70, 64), float("-inf"), dtype=dtype).to(device)
+    for lse in (None, torch.full((1, 2, 3), float("-inf"), device=device)):
+        for module in (ops, reference):
+            scores, out = module.proxy_scores(q, k, lse)
+            assert bool((scores == 0).all()) and bool(out.isneginf().all())
+    k = fill((1, 1, 70, 64), dtype).to(device)
+    k[:, :, 40] = float("-inf")  # one dead key among others takes nothing from them
+    got = ops.proxy_scores(q, k)[0]
+    assert float(got[..., 40]) == 0 and abs(float(got.sum()) - 3) < 1e-2

@@ -30,7 +30,10 @@ struct Slots {
   int64_t count(int64_t b, int64_t h) const { return used[b * heads + (heads == 1 ? 0 : h)]; }
 };
 
-Slots read_slots(const char* op, const Tensor& idx, const OptTensor& new_lens, int64_t length) {
+// Checks the indices before anything is written. In place, the used ones must increase strictly,
+// and unused ones (idx < 0) may only follow them.
+Slots read_slots(const char* op, const Tensor& idx, const OptTensor& new_lens, int64_t length,
+                 bool in_place) {
   Slots s{{}, nullptr, {}, idx.sizes()[1], idx.sizes()[2], false};
   if (idx.scalar_type() == ScalarType::Long && idx.is_contiguous()) {
     s.idx = data_as<int64_t>(idx);
@@ -49,27 +52,19 @@ Slots read_slots(const char* op, const Tensor& idx, const OptTensor& new_lens, i
     }
   }
   for (int64_t r = 0; r < rows; ++r) {
-    const auto facts = TENFOLD_ISA_CALL(index_facts, s.idx + r * s.width, s.used[r]);
-    TENFOLD_CHECK_INDEX(facts.max < length || s.used[r] == 0, "tenfold::", op,
-                        ": idx must be < L = ", length, ", got ", facts.max);
-    s.holes |= facts.min < 0;
-  }
-  return s;
-}
-
-// Compaction needs strictly increasing slots; unused ones (idx < 0) only at the end.
-void check_increasing(const char* op, Slots& s) {
-  const auto rows = static_cast<int64_t>(s.used.size());
-  for (int64_t r = 0; r < rows; ++r) {
     const int64_t* at = s.idx + r * s.width;
-    while (s.used[r] > 0 && at[s.used[r] - 1] < 0) --s.used[r];
+    while (in_place && s.used[r] > 0 && at[s.used[r] - 1] < 0) --s.used[r];
+    if (s.used[r] == 0) continue;
     const auto facts = TENFOLD_ISA_CALL(index_facts, at, s.used[r]);
-    TENFOLD_CHECK_VALUE(s.used[r] == 0 || (facts.increasing && facts.min >= 0), "tenfold::", op,
+    TENFOLD_CHECK_INDEX(facts.max < length, "tenfold::", op, ": idx must be < L = ", length,
+                        ", got ", facts.max);
+    TENFOLD_CHECK_VALUE(!in_place || (facts.increasing && facts.min >= 0), "tenfold::", op,
                         ": idx must be strictly increasing and >= 0 over the used slots; it is not "
                         "in (batch, head) ",
                         r / s.heads, ", ", r % s.heads);
+    s.holes |= facts.min < 0;
   }
-  s.holes = false;
+  return s;
 }
 
 struct Rotation {
@@ -108,14 +103,15 @@ Rotation make_rotation(const OptTensor& inv_freq, const OptTensor& kv_start, int
   return r;
 }
 
-// Outputs from this size on are written past the caches: they would not stay there, and a streamed
-// line is not read first (27 MB gathered: 1.5 ms instead of 2.3).
-constexpr int64_t kStreamFrom = int64_t{8} << 20;
+// From this size on rows are written past the caches: a streamed line is not read first (27 MB
+// gathered: 1.5 ms instead of 2.3). A smaller fresh output is often memory that is cached still; in
+// place the target never is.
+constexpr int64_t kStreamFresh = int64_t{8} << 20, kStreamInPlace = int64_t{1} << 18;
 
-bool can_stream(const KvMove& m, int64_t total_bytes) {
+bool can_stream(const KvMove& m, int64_t total_bytes, bool in_place) {
   const auto aligned = [](int64_t x) { return x % 64 == 0; };
-  return total_bytes >= kStreamFrom && aligned(m.row_bytes) && aligned(m.to_stride) &&
-         aligned(static_cast<int64_t>(reinterpret_cast<uintptr_t>(m.to)));
+  return total_bytes >= (in_place ? kStreamInPlace : kStreamFresh) && aligned(m.row_bytes) &&
+         aligned(m.to_stride) && aligned(static_cast<int64_t>(reinterpret_cast<uintptr_t>(m.to)));
 }
 
 // One of k and v: where its rows come from and go to.
@@ -134,7 +130,8 @@ void move_head(const Side& side, const Slots& slots, const Rotation& rot, bool z
     return static_cast<char*>(t.data_ptr()) + (b * t.strides()[0] + h * t.strides()[1]) * size;
   };
   KvMove m{at(from), at(to), from.strides()[2] * size, to.strides()[2] * size, d * size, false};
-  m.stream = can_stream(m, from.sizes()[0] * from.sizes()[1] * slots.width * m.row_bytes);
+  m.stream =
+      can_stream(m, from.sizes()[0] * from.sizes()[1] * slots.width * m.row_bytes, m.from == m.to);
   const int64_t* idx = slots.row(b, h);
   const int64_t used = slots.count(b, h);
   if (!slots.holes) {
@@ -182,7 +179,7 @@ std::tuple<Tensor, Tensor> kv_gather(const char* op, const Tensor& k_in, const T
                                      const OptTensor& inv_freq, const OptTensor& kv_start) {
   check_kv_gather(op, k_in, v_in, idx, new_lens, inv_freq, kv_start);
   const int64_t length = k_in.sizes()[2], width = idx.sizes()[2];
-  const Slots slots = read_slots(op, idx, new_lens, length);
+  const Slots slots = read_slots(op, idx, new_lens, length, false);
   const Tensor k = with_contiguous_rows(k_in), v = with_contiguous_rows(v_in);
   const auto rot = make_rotation(inv_freq, kv_start, k.sizes()[0], length, width);
   const Tensor k_out =
@@ -200,21 +197,12 @@ std::tuple<Tensor, Tensor> kv_gather_op(Tensor k, Tensor v, Tensor idx, OptTenso
   return kv_gather("kv_gather", k, v, idx, new_lens, inv_freq, kv_start);
 }
 
-void check_row_contiguous(const char* op, const char* arg, const Tensor& t) {
-  TENFOLD_CHECK_VALUE(t.numel() == 0 || t.sizes()[3] == 1 || t.strides()[3] == 1, "tenfold::", op,
-                      ": the last dimension of ", arg,
-                      " must be contiguous to be written in place, got stride ", t.strides()[3]);
-}
-
 void kv_compact_op(Tensor k, Tensor v, Tensor idx, OptTensor new_lens, OptTensor inv_freq,
                    OptTensor kv_start) {
   constexpr auto op = "kv_compact_";
   check_kv_gather(op, k, v, idx, new_lens, inv_freq, kv_start);
   check_in_place(op, k, v, idx);
-  check_row_contiguous(op, "k", k);
-  check_row_contiguous(op, "v", v);
-  Slots slots = read_slots(op, idx, new_lens, k.sizes()[2]);
-  check_increasing(op, slots);
+  const Slots slots = read_slots(op, idx, new_lens, k.sizes()[2], true);
   const auto rot = make_rotation(inv_freq, kv_start, k.sizes()[0], k.sizes()[2], idx.sizes()[2]);
   move_all({&k, &k, true}, {&v, &v, false}, slots, rot, false);
 }

@@ -370,7 +370,7 @@ void describe_rows(const ProxyScoresParams& p, const ProxyScoresTask& t, int64_t
     const int64_t from_window = p.window >= 0 ? int64_t{pos} - p.window + 1 : begin;
     const auto lo = static_cast<int32_t>(from_window > begin ? from_window : begin);
     const int32_t hi = p.causal && pos + 1 < end ? pos + 1 : end;
-    if (lo >= hi) continue;
+    if (lo >= hi || (p.lse_in != nullptr && p.lse_in[at] == -kInf)) continue;
     ++rt->active;
     rt->lo[r] = lo;
     rt->hi[r] = hi;
@@ -392,7 +392,9 @@ void finish_rows(const RowTile& rt, const Online& o, float* inverse_sum) {
     store(sum + v * kWidth, o.sum[v]);
   }
   for (int r = 0; r < kTileRows; ++r) {
-    const bool sees = rt.lo[r] < rt.hi[r];
+    // A sum of 0 means that every logit is -inf: such a row contributes 0, as one that sees
+    // nothing.
+    const bool sees = rt.lo[r] < rt.hi[r] && sum[r] != 0.0f;
     inverse_sum[r] = sees ? 1.0f / sum[r] : 0.0f;
     if (rt.lse_out[r] == nullptr) continue;
     const double lse = static_cast<double>(ref[r]) * 0.6931471805599453 +

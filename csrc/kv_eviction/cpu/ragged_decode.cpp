@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 #include <vector>
 
 #include "core/dispatch.h"
@@ -16,7 +17,7 @@ namespace tenfold::cpu {
 namespace {
 
 // Keys per task: enough to amortise a task, few enough that two threads share one long segment.
-constexpr int64_t kChunkKeys = 1024;
+constexpr int64_t kChunkKeys = 512;
 constexpr double kLog2e = 1.4426950408889634;
 
 struct Segment {
@@ -52,24 +53,38 @@ struct Call {
   int64_t rows() const { return group * num_queries; }
 };
 
-float read_float(const Tensor& t, Dtype dtype, int64_t at) {
-  if (dtype == Dtype::f32) return data_as<float>(t)[at];
-  const uint16_t bits = data_as<uint16_t>(t)[at];
-  if (dtype == Dtype::bf16) return bits_to_float(static_cast<uint32_t>(bits) << 16);
-  return static_cast<float>(torch::headeronly::detail::fp16_ieee_to_fp32_value(bits));
+template <class T>
+float read_float(T x) {
+  if constexpr (std::is_same_v<T, float>) return x;
+  if constexpr (std::is_same_v<T, bf16_t>)
+    return bits_to_float(static_cast<uint32_t>(x.bits) << 16);
+  if constexpr (std::is_same_v<T, fp16_t>)
+    return static_cast<float>(torch::headeronly::detail::fp16_ieee_to_fp32_value(x.bits));
 }
 
-// The query rows of one segment as scaled float rows: row = head_in_group * Sq + s.
-void load_queries(const Call& c, int64_t segment, float* out) {
-  const int64_t b = segment / c.kv_heads, first = segment % c.kv_heads * c.group;
-  const int64_t pitch = decode_pitch(c.head_dim);
-  for (int64_t r = 0; r < c.rows(); ++r) {
-    const int64_t from = b * c.q.strides()[0] + (first + r / c.num_queries) * c.q.strides()[1] +
-                         r % c.num_queries * c.q.strides()[2];
-    for (int64_t i = 0; i < c.head_dim; ++i)
-      out[r * pitch + i] = read_float(c.q, c.dtype, from + i * c.q.strides()[3]) * c.q_scale;
-    std::fill(out + r * pitch + c.head_dim, out + (r + 1) * pitch, 0.0f);
+template <class T>
+void fill_queries(const Call& c, int64_t num_segments, float* out) {
+  const T* q = data_as<T>(c.q);
+  const int64_t sb = c.q.strides()[0], sh = c.q.strides()[1], ss = c.q.strides()[2],
+                sd = c.q.strides()[3], pitch = decode_pitch(c.head_dim);
+  for (int64_t segment = 0; segment < num_segments; ++segment) {
+    const int64_t b = segment / c.kv_heads, first = segment % c.kv_heads * c.group;
+    for (int64_t r = 0; r < c.rows(); ++r, out += pitch) {
+      const T* row = q + b * sb + (first + r / c.num_queries) * sh + r % c.num_queries * ss;
+      for (int64_t i = 0; i < c.head_dim; ++i) out[i] = read_float(row[i * sd]) * c.q_scale;
+      std::fill(out + c.head_dim, out + pitch, 0.0f);
+    }
   }
+}
+
+// All query rows, scaled, in float: [segment][head in group * Sq + s][pitch]. Once per call:
+// through the stable ABI even a tensor's address is a function call.
+std::vector<float> load_queries(const Call& c, int64_t num_segments) {
+  std::vector<float> out(num_segments * c.rows() * decode_pitch(c.head_dim));
+  if (c.dtype == Dtype::f32) fill_queries<float>(c, num_segments, out.data());
+  if (c.dtype == Dtype::bf16) fill_queries<bf16_t>(c, num_segments, out.data());
+  if (c.dtype == Dtype::f16) fill_queries<fp16_t>(c, num_segments, out.data());
+  return out;
 }
 
 // Result of one chunk: max [rows], sum [rows], out [rows][pitch].
@@ -77,11 +92,10 @@ int64_t partial_size(const Call& c) {
   return c.rows() * (2 + decode_pitch(c.value_dim));
 }
 
-void run_chunk(const Call& c, const Segment& s, const Chunk& chunk, float* partial,
-               std::vector<float>& buffer) {
-  const int64_t rows = c.rows(), pitch = decode_pitch(c.head_dim);
-  buffer.resize(rows * (pitch + kDecodeKeyBlock));
-  load_queries(c, chunk.segment, buffer.data());
+void run_chunk(const Call& c, const Segment& s, const Chunk& chunk, const float* queries,
+               float* partial, std::vector<float>& scratch) {
+  const int64_t rows = c.rows();
+  scratch.resize(rows * kDecodeKeyBlock);
   std::vector<int64_t> visible(rows);
   for (int64_t r = 0; r < rows; ++r)
     visible[r] = s.length - (c.num_queries - 1 - r % c.num_queries) - chunk.first_key;
@@ -94,7 +108,7 @@ void run_chunk(const Call& c, const Segment& s, const Chunk& chunk, float* parti
                       .k_stride = c.k.strides()[0],
                       .v_stride = c.v.strides()[0],
                       .num_keys = chunk.num_keys,
-                      .q = buffer.data(),
+                      .q = queries + chunk.segment * rows * decode_pitch(c.head_dim),
                       .visible = visible.data(),
                       .rows = rows,
                       .head_dim = c.head_dim,
@@ -103,26 +117,26 @@ void run_chunk(const Call& c, const Segment& s, const Chunk& chunk, float* parti
                       .max = partial,
                       .sum = partial + rows,
                       .out = partial + 2 * rows,
-                      .scratch = buffer.data() + rows * pitch};
+                      .scratch = scratch.data()};
   TENFOLD_ISA_CALL(decode_chunk, d);
 }
 
-void write_out(const Tensor& out, Dtype dtype, int64_t at, float x) {
+void write_out(char* out, Dtype dtype, int64_t at, float x) {
   if (dtype == Dtype::f32) {
-    data_as<float>(out)[at] = x;
+    reinterpret_cast<float*>(out)[at] = x;
   } else if (dtype == Dtype::bf16) {
     const uint32_t bits = float_to_bits(x);
     const bool nan = (bits & 0x7FFFFFFFu) > 0x7F800000u;
-    data_as<uint16_t>(out)[at] = static_cast<uint16_t>(
+    reinterpret_cast<uint16_t*>(out)[at] = static_cast<uint16_t>(
         (nan ? bits | 0x400000u : bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
   } else {
-    data_as<uint16_t>(out)[at] = torch::headeronly::detail::fp16_ieee_from_fp32_value(x);
+    reinterpret_cast<uint16_t*>(out)[at] = torch::headeronly::detail::fp16_ieee_from_fp32_value(x);
   }
 }
 
 // Combines the chunks [first, last) of one segment into its output rows (contiguous out and lse).
-void combine(const Call& c, int64_t segment, const float* first, int64_t num_chunks,
-             const Tensor& out, const Tensor& lse) {
+void combine(const Call& c, int64_t segment, const float* first, int64_t num_chunks, char* out,
+             float* lse) {
   const int64_t rows = c.rows(), pitch = decode_pitch(c.value_dim), step = partial_size(c);
   const int64_t row0 = segment * rows;  // [B, Hkv, group, Sq] is the order of out's rows
   std::vector<float> sum_v(c.value_dim);
@@ -139,7 +153,7 @@ void combine(const Call& c, int64_t segment, const float* first, int64_t num_chu
     const bool sees = top > -1e30f || sum != 0.0f;  // NaN sums count as seen
     for (int64_t d = 0; d < c.value_dim; ++d)
       write_out(out, c.dtype, (row0 + r) * c.value_dim + d, sees ? sum_v[d] / sum : 0.0f);
-    data_as<float>(lse)[row0 + r] =
+    lse[row0 + r] =
         sees ? static_cast<float>(top / kLog2e + std::log(static_cast<double>(sum))) : -INFINITY;
   }
 }
@@ -179,15 +193,18 @@ std::tuple<Tensor, Tensor> ragged_decode_op(Tensor q, Tensor k, Tensor v, Tensor
   const auto num_chunks = static_cast<int64_t>(chunks.size());
   std::vector<float> partials(num_chunks * partial_size(c));
   const double micros = static_cast<double>(kChunkKeys * c.rows() * c.head_dim) * 1e-4;
+  const auto queries = load_queries(c, static_cast<int64_t>(segments.size()));
   parallel_for(num_chunks, micros, [&](int64_t begin, int64_t end) {
-    std::vector<float> buffer;
+    std::vector<float> scratch;
     for (int64_t i = begin; i < end; ++i)
-      run_chunk(c, segments[chunks[i].segment], chunks[i], partials.data() + i * partial_size(c),
-                buffer);
+      run_chunk(c, segments[chunks[i].segment], chunks[i], queries.data(),
+                partials.data() + i * partial_size(c), scratch);
   });
+  char* out_data = static_cast<char*>(out.data_ptr());
+  float* lse_data = data_as<float>(lse);
   for (size_t i = 0; i < segments.size(); ++i)
     combine(c, static_cast<int64_t>(i), partials.data() + first_chunk[i] * partial_size(c),
-            first_chunk[i + 1] - first_chunk[i], out, lse);
+            first_chunk[i + 1] - first_chunk[i], out_data, lse_data);
   return {out, lse};
 }
 

@@ -8,14 +8,12 @@ TENFOLD_ISA_BEGIN
 namespace {
 
 constexpr int kRows = 4, kKeys = 4;
+constexpr int64_t kAheadKeys = 2 * kDecodeKeyBlock;
 constexpr float kNothing = -1e30f;
 
-template <class T>
-inline VF load_part(const T* p, int64_t left) {
-  return left >= kWidth ? load(p) : load_n(p, static_cast<int>(left));
-}
-
-// logits[r][j] of up to 4 rows and 4 keys; missing ones repeat the last.
+// logits[r][j] of up to 4 rows and 4 keys; missing ones repeat the last. Loops over rows and keys
+// have constant bounds: the accumulators must not be indexed at run time, or they live on the
+// stack.
 template <class T>
 void logits_4x4(const DecodeChunk& c, const T* k, int64_t r0, int64_t j0, int64_t num_keys,
                 float* logits) {
@@ -28,16 +26,26 @@ void logits_4x4(const DecodeChunk& c, const T* k, int64_t r0, int64_t j0, int64_
   VF acc[kRows][kKeys];
   for (auto& row : acc)
     for (auto& a : row) a = set1(0.0f);
-  for (int64_t i = 0; i < c.head_dim; i += kWidth) {
+  int64_t i = 0;
+  for (; i + kWidth <= c.head_dim; i += kWidth) {
     VF x[kKeys];
-    for (int j = 0; j < kKeys; ++j) x[j] = load_part(key[j] + i, c.head_dim - i);
+    for (int j = 0; j < kKeys; ++j) x[j] = load(key[j] + i);
     for (int r = 0; r < kRows; ++r) {
       const VF y = load(q[r] + i);
       for (int j = 0; j < kKeys; ++j) acc[r][j] = fma(x[j], y, acc[r][j]);
     }
   }
-  for (int r = 0; r < kRows && r0 + r < c.rows; ++r)
-    hsum4(acc[r][0], acc[r][1], acc[r][2], acc[r][3], logits + (r0 + r) * kDecodeKeyBlock + j0);
+  if (i < c.head_dim) {
+    VF x[kKeys];
+    for (int j = 0; j < kKeys; ++j) x[j] = load_n(key[j] + i, static_cast<int>(c.head_dim - i));
+    for (int r = 0; r < kRows; ++r) {
+      const VF y = load(q[r] + i);  // zero padded
+      for (int j = 0; j < kKeys; ++j) acc[r][j] = fma(x[j], y, acc[r][j]);
+    }
+  }
+  for (int r = 0; r < kRows; ++r)
+    if (r0 + r < c.rows)
+      hsum4(acc[r][0], acc[r][1], acc[r][2], acc[r][3], logits + (r0 + r) * kDecodeKeyBlock + j0);
 }
 
 // Turns a row of logits into weights relative to the running maximum; rescales what was summed.
@@ -73,16 +81,17 @@ void softmax_row(const DecodeChunk& c, int64_t r, int64_t visible, float* logits
   c.sum[r] += hsum(sum);
 }
 
-// out[r0 .. r0+4)[i0 .. i0 + 4 vectors) += weights * v over the block's keys.
-template <class T, int kVectors>
+// out[r0 .. r0+4)[i0 .. i0 + 4 vectors) += weights * v over the block's keys; kPart: the last
+// vector is not whole.
+template <class T, int kVectors, bool kPart>
 void values_block(const DecodeChunk& c, const T* v, int64_t r0, int64_t i0, int64_t num_keys,
                   const float* weights) {
   const int64_t pitch = decode_pitch(c.value_dim);
+  const int last = static_cast<int>(c.value_dim - i0 - (kVectors - 1) * kWidth);
   float* out[kRows];
   const float* w[kRows];
-  const int n = static_cast<int>(c.rows - r0 < kRows ? c.rows - r0 : kRows);
   for (int r = 0; r < kRows; ++r) {
-    const int64_t row = r < n ? r0 + r : r0 + n - 1;
+    const int64_t row = r0 + r < c.rows ? r0 + r : c.rows - 1;
     out[r] = c.out + row * pitch + i0;
     w[r] = weights + row * kDecodeKeyBlock;
   }
@@ -90,16 +99,26 @@ void values_block(const DecodeChunk& c, const T* v, int64_t r0, int64_t i0, int6
   for (int r = 0; r < kRows; ++r)
     for (int x = 0; x < kVectors; ++x) acc[r][x] = load(out[r] + x * kWidth);
   for (int64_t j = 0; j < num_keys; ++j) {
+    const T* row = v + j * c.v_stride + i0;
     VF value[kVectors];
     for (int x = 0; x < kVectors; ++x)
-      value[x] = load_part(v + j * c.v_stride + i0 + x * kWidth, c.value_dim - i0 - x * kWidth);
+      value[x] =
+          kPart && x == kVectors - 1 ? load_n(row + x * kWidth, last) : load(row + x * kWidth);
     for (int r = 0; r < kRows; ++r) {
       const VF weight = set1(w[r][j]);
       for (int x = 0; x < kVectors; ++x) acc[r][x] = fma(weight, value[x], acc[r][x]);
     }
   }
-  for (int r = 0; r < n; ++r)
-    for (int x = 0; x < kVectors; ++x) store(out[r] + x * kWidth, acc[r][x]);
+  for (int r = 0; r < kRows; ++r)
+    if (r0 + r < c.rows)
+      for (int x = 0; x < kVectors; ++x) store(out[r] + x * kWidth, acc[r][x]);
+}
+
+// The hardware follows neither k nor v: they take turns, a page at a time. Rows of the block after
+// the next are fetched into L2, a few at a time.
+inline void fetch_rows(const char* from, int64_t stride, int64_t bytes, int64_t num_rows) {
+  for (int64_t j = 0; j < num_rows; ++j)
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(from + j * stride + at, 0, 2);
 }
 
 template <class T>
@@ -112,16 +131,25 @@ void run(const DecodeChunk& c) {
     const int64_t n = c.num_keys - j0 < kDecodeKeyBlock ? c.num_keys - j0 : kDecodeKeyBlock;
     const T* k = static_cast<const T*>(c.k) + j0 * c.k_stride;
     const T* v = static_cast<const T*>(c.v) + j0 * c.v_stride;
-    for (int64_t j = 0; j < n; j += kKeys)
+    for (int64_t j = 0; j < n; j += kKeys) {
+      const int64_t ahead = j + kAheadKeys, left = c.num_keys - j0 - ahead;
+      const int64_t rows = left < 0 ? 0 : left < kKeys ? left : kKeys;
+      fetch_rows(reinterpret_cast<const char*>(k + ahead * c.k_stride), c.k_stride * sizeof(T),
+                 c.head_dim * sizeof(T), rows);
+      fetch_rows(reinterpret_cast<const char*>(v + ahead * c.v_stride), c.v_stride * sizeof(T),
+                 c.value_dim * sizeof(T), rows);
       for (int64_t r = 0; r < c.rows; r += kRows) logits_4x4(c, k, r, j, n, c.scratch);
+    }
     for (int64_t r = 0; r < c.rows; ++r)
       softmax_row(c, r, c.visible[r] - j0 < n ? c.visible[r] - j0 : n,
                   c.scratch + r * kDecodeKeyBlock);
     for (int64_t r = 0; r < c.rows; r += kRows) {
       int64_t i = 0;
-      for (; i + kVectors * kWidth <= width; i += kVectors * kWidth)
-        values_block<T, kVectors>(c, v, r, i, n, c.scratch);
-      for (; i < width; i += kWidth) values_block<T, 1>(c, v, r, i, n, c.scratch);
+      for (; i + kVectors * kWidth <= c.value_dim; i += kVectors * kWidth)
+        values_block<T, kVectors, false>(c, v, r, i, n, c.scratch);
+      for (; i + kWidth <= c.value_dim; i += kWidth)
+        values_block<T, 1, false>(c, v, r, i, n, c.scratch);
+      if (i < c.value_dim) values_block<T, 1, true>(c, v, r, i, n, c.scratch);
     }
   }
 }

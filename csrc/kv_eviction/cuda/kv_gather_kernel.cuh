@@ -98,6 +98,13 @@ __global__ void __launch_bounds__(kMoveThreads) kv_gather_kernel(MoveArgs a) {
   }
 }
 
+// The source of slot c in place. A token below its slot breaks the contract (strictly increasing
+// indices) and its row may be overwritten already: the slot is left alone, as an unused one is.
+__device__ inline int64_t token_below(const MoveArgs& a, int64_t b, int64_t hi, int64_t c) {
+  const int64_t token = token_of(a, b, hi, c);
+  return token >= c ? token : -1;
+}
+
 // Moves one column of type V at byte offset `column` down to the first slots.
 template <class V>
 __device__ inline void compact_column(const MoveArgs& a, const MoveSide& s, int64_t b, int64_t hi,
@@ -108,7 +115,7 @@ __device__ inline void compact_column(const MoveArgs& a, const MoveSide& s, int6
     int64_t tokens[kBatch];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      tokens[i] = token_of(a, b, hi, c0 + i);
+      tokens[i] = token_below(a, b, hi, c0 + i);
       if (tokens[i] >= 0)
         held[i] = *reinterpret_cast<const V*>(base + tokens[i] * s.from_stride[2] + column);
     }
@@ -124,7 +131,7 @@ __device__ inline void compact_rotated(const MoveArgs& a, const MoveSide& s, int
                                        char* base, int64_t pair) {
   const int64_t used = used_slots(a, b, hi), half = s.dim / 2;
   for (int64_t c = 0; c < used; ++c) {
-    const int64_t token = token_of(a, b, hi, c);
+    const int64_t token = token_below(a, b, hi, c);
     if (token < 0) continue;
     float cosine, sine;
     rotation(a, b, c, token, pair, &cosine, &sine);

@@ -49,8 +49,9 @@ TENFOLD_HD int64_t key_head(const ProxyArgs& p, int64_t h) {
 TENFOLD_HD Visible visible_keys(const ProxyArgs& p, int64_t b, int64_t w) {
   int64_t begin = p.kv_start.given() ? p.kv_start[b] : 0;
   begin = begin < 0 ? 0 : begin > p.length ? p.length : begin;
-  int64_t end = p.kv_lens.given() ? begin + p.kv_lens[b] : p.length;
-  end = end < begin ? begin : end > p.length ? p.length : end;
+  int64_t count = p.kv_lens.given() ? p.kv_lens[b] : p.length;
+  count = count < 0 ? 0 : count > p.length - begin ? p.length - begin : count;
+  const int64_t end = begin + count;
   const int64_t pos = p.positions.given()
                           ? p.positions[p.positions_per_row ? b * p.num_proxies + w : w]
                           : p.q_offset + w;
@@ -197,8 +198,11 @@ __global__ void __launch_bounds__(kProxyThreads) proxy_lse_kernel(ProxyArgs p) {
   describe_head_rows(p, b, h, row0, q_rows, lo, hi);
   const Visible any = tile_range(lo, hi);
   const int64_t first = split * p.keys_per_split;
-  const int64_t last = first + p.keys_per_split < any.hi ? first + p.keys_per_split : any.hi;
-  const T* k = static_cast<const T*>(p.k) + b * p.k_stride[0] + key_head(p, h) * p.k_stride[1];
+  int64_t last = first + p.keys_per_split < any.hi ? first + p.keys_per_split : any.hi;
+  const int64_t hk = key_head(p, h);
+  const bool known = hk >= 0 && hk < p.kv_heads;  // else the row sees nothing and scores nothing
+  if (!known) last = first;
+  const T* k = static_cast<const T*>(p.k) + b * p.k_stride[0] + (known ? hk : 0) * p.k_stride[1];
   float top[2] = {kNothing, kNothing}, sum[2] = {0.0f, 0.0f};
   for (int64_t j0 = first; j0 < last; j0 += kTileKeys) {
     if (j0 + kTileKeys <= any.lo) continue;
@@ -295,6 +299,7 @@ __global__ void __launch_bounds__(kProxyThreads) proxy_columns_kernel(ProxyArgs 
           const int r = row + half * 8;
           if (lo[r] >= hi[r]) continue;
           const float lse = p.lse[(b * p.q_heads + h) * p.num_proxies + row0 + r] * kLog2e;
+          if (lse == bits_to_float(0xFF800000u)) continue;  // every logit is -inf: contributes 0
           const int64_t col = j0 + lane % 4 * 2;
 #pragma unroll
           for (int n = 0; n < 8; ++n)

@@ -236,7 +236,8 @@ def kv_compact_(
     ``k`` and ``v`` must have contiguous rows. All other slots keep their content.
 
     Raises:
-        ValueError, TypeError, IndexError: and then nothing was written.
+        ValueError, TypeError, IndexError: and then nothing was written. CUDA does not read idx
+            beforehand: it leaves a slot alone whose idx is out of range or below the slot.
     """
     call(_ops.kv_compact_, k, v, idx, new_lens=new_lens, inv_freq=inv_freq, kv_start=kv_start)
 

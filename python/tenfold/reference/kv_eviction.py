@@ -91,7 +91,7 @@ def proxy_scores(
         p = torch.softmax(logits, -1)
     else:
         p = torch.exp(logits - lse[..., None])
-    p = torch.where(see, p, 0.0)
+    p = torch.where(see & ~torch.isneginf(lse)[..., None], p, 0.0)
     per_head = p.sum(2)  # [B, Hq, L]
 
     scores = per_head.new_zeros(b, hkv, length)
