@@ -1,6 +1,6 @@
 """Asks a question about a long real text with a fifth of the KV cache, and compares with all of it.
 
-    python examples/nacl.py [--ratio 0.8] [--length 3000]
+python examples/nacl.py [--ratio 0.8] [--length 3000]
 """
 
 from __future__ import annotations
