@@ -31,7 +31,7 @@ def test_readme_has_a_model_example_of_ten_lines_and_an_op_example():
 def test_readme_code_runs(at):
     out = run("-c", blocks()[at])
     if at == 0:
-        before, after = map(int, re.search(r"(\d+) MB .* became (\d+) MB", out).groups())
+        before, after = map(int, re.search(r"cache: (\d+) -> (\d+) MB", out).groups())
         assert 0.15 * before < after < 0.25 * before
 
 
