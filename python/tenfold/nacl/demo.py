@@ -10,10 +10,10 @@ import torch
 
 from tenfold.nacl.baselines import FullPress, StreamingLLMPress
 from tenfold.nacl.eval import Case, method_specs, retrieval_case, run, summary
-from tenfold.nacl.eval_report import COLUMNS, depth_map, table_rows
+from tenfold.nacl.eval_report import COLUMNS, table_rows
 from tenfold.nacl.press import NaclPress, Press
 from tenfold.nacl.speed import Speed, measure_generation
-from tenfold.report import Card, Page, png_bytes, shares_strip
+from tenfold.report import Card, Page, heat_map, png_bytes, shares_strip
 
 LENGTH = 4096
 KEPT = 0.2
@@ -183,6 +183,10 @@ def add_section(demo: Demo, page: Page) -> None:
     )
     best = [i for i, r in enumerate(demo.summary) if r["method"] == "nacl"]
     page.table(COLUMNS[1:], [row[1:] for row in table_rows(demo.summary)], best)
-    made = depth_map(demo.cells, "needle", "nacl", KEPT)
-    if made is not None:
-        page.image(png_bytes(made), "NACL: share of right answers by depth of the fact.", 560)
+    methods = [m for m in METHODS if m != "full"]
+    right = {(c.method, c.depth): float(c.correct) for c in demo.cells if c.budget == KEPT}
+    made = heat_map(
+        [[right[m, d] for d in DEPTHS] for m in methods], methods, [f"{d:g}" for d in DEPTHS],
+        f"Right answers, {100 * KEPT:g} % of the cache kept", "rule", "depth of the fact (0: start)",
+    )  # fmt: skip
+    page.image(png_bytes(made), "1.00: the rule's cache gave the right answer.", 560)
