@@ -46,9 +46,9 @@ except ModuleNotFoundError as error:
         f"{_NEEDS}, which is not installed. Install it with {_INSTALL}.", name="kvpress"
     ) from None
 
-from tenfold import ops
-from tenfold.integrations import transformers as hf
-from tenfold.nacl import BudgetPlan, NaclConfig, NaclPress, Press
+from tenfold import ops  # noqa: E402
+from tenfold.integrations import transformers as hf  # noqa: E402
+from tenfold.nacl import BudgetPlan, FullPress, NaclConfig, NaclPress, Press  # noqa: E402
 
 __all__ = ["NaclScorerPress", "RuleScorerPress"]
 
@@ -137,9 +137,13 @@ class _TenfoldScorerPress(ScorerPress):
         self, module: nn.Module, input: Any, kwargs: dict[str, Any], output: Any
     ) -> Any:
         """kvpress's hook, under the argument names of every transformers 5.x."""
-        kwargs = {"past_key_values": hf.get_cache(kwargs)} | kwargs
-        if "cache_position" not in kwargs:
-            kwargs["cache_position"] = kwargs["position_ids"][0]
+        cache = hf.get_cache(kwargs)
+        if cache is None:
+            return output
+        kwargs = kwargs | {"past_key_values": cache}
+        if kwargs.get("cache_position") is None:
+            hidden, seen = kwargs["hidden_states"], cache.get_seq_length(module.layer_idx)
+            kwargs["cache_position"] = torch.arange(seen - hidden.shape[1], seen)
         return super().forward_hook(module, input, kwargs, output)
 
     def _scores(
@@ -253,7 +257,7 @@ class RuleScorerPress(_TenfoldScorerPress):
                 raise ValueError(
                     f"rule has {name}={value!r}, which a score cannot express; use kvpress's {instead}"
                 )
-        if config.preset == "repo" or self.rule.plan(1 << 20) is None:
+        if config.preset == "repo" or isinstance(self.rule, FullPress):
             raise ValueError(f"rule {type(self.rule).__name__} (preset {config.preset!r}) sets its own "
                              "number of kept tokens; compression_ratio could not change it")  # fmt: skip
         super().__post_init__()
