@@ -13,12 +13,13 @@ make wheel
 wheel=$(ls dist/*.whl)
 for host in "${hosts[@]}"; do
   venv=.venv-hosts/$host
-  pins=requirements/hosts/$host.txt
+  pins=$(echo "$torch"; cat requirements/hosts/"$host".txt requirements/host-tests.txt)
   echo "== $host: environment $venv"
   [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
-  if ! cmp -s "$pins" "$venv/pins.txt"; then
-    "$venv/bin/python" -m pip install "$torch" -r "$pins" -r requirements/host-tests.txt
-    cp "$pins" "$venv/pins.txt"
+  if [ "$pins" != "$(cat "$venv/pins.txt" 2>/dev/null)" ]; then
+    "$venv/bin/python" -m pip install "$torch" -r requirements/hosts/"$host".txt \
+      -r requirements/host-tests.txt
+    echo "$pins" >"$venv/pins.txt"
   fi
   "$venv/bin/python" -m pip install -q --no-deps --force-reinstall "$wheel"
   echo "== $host: tests"

@@ -18,7 +18,10 @@ else:
     # A broken installation must neither take down the program that imports it nor stay unnoticed;
     # `tenfold.ops` raises the same sentence, and `tenfold doctor` still runs.
     warnings.warn(str(load_error), RuntimeWarning, stacklevel=2)
-    __version__ = importlib.metadata.version("tenfold")
+    try:
+        __version__ = importlib.metadata.version("tenfold")
+    except importlib.metadata.PackageNotFoundError:
+        __version__ = "unknown"
 
 # Loaded on first use: importing tenfold must stay cheap.
 _LAZY = ("data", "integrations", "nacl", "reference", "report", "testing")

@@ -181,7 +181,13 @@ def kv_move(k, v, idx, compact, new_lens=None, inv_freq=None, kv_start=None):
 
 def check_kv_moves():
     for (b, h, length, c, d, dv), dtype in itertools.product(
-        [(1, 1, 1, 1, 8, 8), (2, 3, 50, 17, 64, 40), (1, 2, 90, 33, 6, 7), (1, 1, 9, 0, 8, 8)],
+        [
+            (1, 1, 1, 1, 8, 8),
+            (2, 3, 50, 17, 64, 40),
+            (1, 2, 90, 33, 6, 7),
+            (1, 1, 9, 0, 8, 8),
+            (1, 1, 700, 600, 64, 1056),
+        ],
         CODES,
     ):
         k, v = torch.randn(b, h, length, d).to(dtype), torch.randn(b, h, length, dv).to(dtype)

@@ -126,6 +126,34 @@ __device__ inline void compact_column(const MoveArgs& a, const MoveSide& s, int6
   }
 }
 
+// Moves whole rows, `columns` 16-byte vectors each, with all threads of the block: many rows a
+// step. All loads of a step come before its stores; later steps read rows at or above their own
+// slots, which no earlier step has written.
+__device__ inline void compact_rows(const MoveArgs& a, const MoveSide& s, int64_t b, int64_t hi,
+                                    char* base, int columns) {
+  const int64_t used = used_slots(a, b, hi);
+  const int groups = kMoveThreads / columns, group = threadIdx.x / columns;
+  const int64_t column = threadIdx.x % columns * 16;
+  for (int64_t c0 = 0; c0 < used; c0 += groups * kBatch) {
+    uint4 held[kBatch];
+    bool moves[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int64_t c = c0 + i * groups + group;
+      const int64_t token = group < groups ? token_below(a, b, hi, c) : -1;
+      moves[i] = token >= 0;
+      if (moves[i])
+        held[i] = *reinterpret_cast<const uint4*>(base + token * s.from_stride[2] + column);
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i)
+      if (moves[i])
+        *reinterpret_cast<uint4*>(base + (c0 + i * groups + group) * s.to_stride[2] + column) =
+            held[i];
+  }
+}
+
 template <class T>
 __device__ inline void compact_rotated(const MoveArgs& a, const MoveSide& s, int64_t b, int64_t hi,
                                        char* base, int64_t pair) {
@@ -154,6 +182,10 @@ __global__ void __launch_bounds__(kMoveThreads) kv_compact_kernel(MoveArgs a) {
       compact_rotated<T>(a, s, b, hi, base, i);
   } else if (s.vectors) {
     const int64_t columns = s.dim * static_cast<int64_t>(sizeof(T)) / 16;
+    if (columns <= kMoveThreads) {
+      compact_rows(a, s, b, hi, base, static_cast<int>(columns));
+      return;
+    }
     for (int64_t i = threadIdx.x; i < columns; i += kMoveThreads)
       compact_column<uint4>(a, s, b, hi, base, i * 16);
   } else {

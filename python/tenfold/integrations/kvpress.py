@@ -52,11 +52,12 @@ from tenfold.nacl import BudgetPlan, FullPress, NaclConfig, NaclPress, Press  # 
 
 __all__ = ["NaclScorerPress", "RuleScorerPress"]
 
-# Settings of a rule that act on the cache or between evictions: here kvpress does that.
-_KVPRESS_DOES = {
-    "keep_tokens": "compression_ratio", "rerotate": "KeyRerotationPress",
-    "decode_interval": "DecodingPress", "head_budget": "AdaKVPress", "chunked": "ChunkPress",
-    "progressive": "ChunkPress", "evict_on_append": "DecodingPress",
+# Settings of a rule that a score cannot express, and who does that here.
+_ELSEWHERE = {
+    "keep_tokens": "compression_ratio", "rerotate": "kvpress.KeyRerotationPress",
+    "decode_interval": "kvpress.DecodingPress", "head_budget": "kvpress.AdaKVPress",
+    "min_length": "the press for long prompts only", "chunked": "the tenfold press itself",
+    "progressive": "the tenfold press itself", "evict_on_append": "the tenfold press itself",
 }  # fmt: skip
 
 
@@ -97,7 +98,8 @@ class _TenfoldScorerPress(ScorerPress):
             kwargs: the layer's keyword arguments; ``position_embeddings`` is required.
 
         Returns:
-            [B, Hkv, L] float32, all distinct within a head but for the protected.
+            [B, Hkv, L] float32, strictly ordered within a head but for the protected. All 0 where
+            everything stays.
 
         Raises:
             ValueError: the settings do not fit L, with all integers. TypeError: unsupported layer.
@@ -242,8 +244,8 @@ class RuleScorerPress(_TenfoldScorerPress):
         rule: a :class:`tenfold.nacl.Press`; it is read, never changed.
 
     Raises:
-        ValueError: ``compression_ratio`` out of range, or a rule with a setting that is kvpress's part here
-            (the message names the kvpress way), or one that has no budget (FullPress, preset ``"repo"``).
+        ValueError: ``compression_ratio`` out of range, or a rule with a setting that a score cannot express
+            (the message says who does that), or with its own budget (FullPress, preset ``"repo"``).
     """
 
     compression_ratio: float = NaclConfig.compression_ratio
@@ -251,15 +253,15 @@ class RuleScorerPress(_TenfoldScorerPress):
 
     def __post_init__(self) -> None:
         config = self.rule.config.with_changes(compression_ratio=self.compression_ratio)
-        for name, instead in _KVPRESS_DOES.items():
-            value = getattr(config, name)
-            if value != getattr(NaclConfig, name):
-                raise ValueError(
-                    f"rule has {name}={value!r}, which a score cannot express; use kvpress's {instead}"
-                )
         if config.preset == "repo" or isinstance(self.rule, FullPress):
             raise ValueError(f"rule {type(self.rule).__name__} (preset {config.preset!r}) sets its own "
                              "number of kept tokens; compression_ratio could not change it")  # fmt: skip
+        for name, instead in _ELSEWHERE.items():
+            value = getattr(config, name)
+            if value != getattr(NaclConfig, name):
+                raise ValueError(
+                    f"rule has {name}={value!r}, which a kvpress score cannot express; use {instead}"
+                )
         super().__post_init__()
 
     def _rule(self) -> Press:
@@ -324,8 +326,8 @@ def _tiered(
     tier = torch.zeros_like(shares).scatter(-1, kept, 1.0)
     tier = tier.scatter(-1, top, 2.0)[..., inner]
 
-    value, by_share = pooled.sort(-1, descending=True, stable=True)
-    by_tier = tier.gather(-1, by_share).argsort(-1, descending=True, stable=True)
+    value, by_share = pooled.sort(dim=-1, descending=True, stable=True)
+    by_tier = tier.gather(-1, by_share).argsort(dim=-1, descending=True, stable=True)
     order = by_share.gather(-1, by_tier)
     # Equal shares are moved apart by the least float step, so that the order is strict.
     step = torch.arange(value.shape[-1], device=value.device)

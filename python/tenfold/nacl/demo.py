@@ -184,9 +184,9 @@ def add_section(demo: Demo, page: Page) -> None:
     best = [i for i, r in enumerate(demo.summary) if r["method"] == "nacl"]
     page.table(COLUMNS[1:], [row[1:] for row in table_rows(demo.summary)], best)
     methods = [m for m in METHODS if m != "full"]
-    right = {(c.method, c.depth): float(c.correct) for c in demo.cells if c.budget == KEPT}
+    correct = {(c.method, c.depth): float(c.correct) for c in demo.cells if c.budget == KEPT}
     made = heat_map(
-        [[right[m, d] for d in DEPTHS] for m in methods], methods, [f"{d:g}" for d in DEPTHS],
+        [[correct[m, d] for d in DEPTHS] for m in methods], methods, [f"{d:g}" for d in DEPTHS],
         f"Right answers, {100 * KEPT:g} % of the cache kept", "rule", "depth of the fact (0: start)",
     )  # fmt: skip
     page.image(png_bytes(made), "1.00: the rule's cache gave the right answer.", 560)
