@@ -124,7 +124,7 @@ def test_isa_objects_define_no_weak_symbol(tmp_path):
         subprocess.run(["ninja", "-C", tmp_path, *wanted], check=True, capture_output=True, env=env)
         objects = isa_objects(tmp_path)
     built = {re.search(r"tenfold_(\w+)\.dir", str(p))[1] for p in objects}
-    assert {"scalar", "avx2", "avx512", "avx512_bf16"} <= built
+    assert {"scalar", "avx2", "avx512", "avx512_bf16", "avx512_amx"} <= built
     weak = {}
     for path in objects:
         bad = [f[-1] for f in nm("--defined-only", str(path)) if f[-2] in "WVu"]

@@ -38,7 +38,8 @@ __all__ = [
 
 
 def cpu_capability() -> str:
-    """Name of the active CPU path: ``scalar``, ``avx2``, ``avx512`` or ``avx512_bf16``."""
+    """Name of the active CPU path: ``scalar``, ``avx2``, ``avx512``, ``avx512_bf16`` or
+    ``avx512_amx``."""
     return _load.native.cpu_capability()
 
 

@@ -8,16 +8,19 @@
 
 #if defined(TENFOLD_X86)
 #include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 namespace tenfold {
 namespace {
 
-constexpr const char* kNames[kNumIsa] = {"scalar", "avx2", "avx512", "avx512_bf16"};
+constexpr const char* kNames[kNumIsa] = {"scalar", "avx2", "avx512", "avx512_bf16", "avx512_amx"};
 
 #if defined(TENFOLD_X86)
 
-// Register state that the OS saves: AVX needs bits 1-2 of XCR0, AVX-512 also bits 5-7.
+// Register state that the OS saves: AVX needs bits 1-2 of XCR0, AVX-512 also bits 5-7,
+// AMX bits 17-18.
 uint64_t saved_register_state() {
   uint32_t eax, ebx, ecx, edx;
   if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx) || (ecx & (1u << 27)) == 0) return 0;  // OSXSAVE
@@ -26,13 +29,23 @@ uint64_t saved_register_state() {
   return (static_cast<uint64_t>(hi) << 32) | lo;
 }
 
-Isa best_isa() {
+// Linux lets a process use the AMX tile registers only after it has asked.
+bool amx_permitted() {
+#if defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+Isa find_best_isa() {
   uint32_t eax, ebx, ecx, edx, leaf1_ecx;
   if (!__get_cpuid(1, &eax, &ebx, &leaf1_ecx, &edx)) return Isa::scalar;
   const uint64_t xcr0 = saved_register_state();
   const bool fma = leaf1_ecx & (1u << 12), f16c = leaf1_ecx & (1u << 29);
-  uint32_t leaf7_eax, leaf7_ebx = 0;
-  __get_cpuid_count(7, 0, &leaf7_eax, &leaf7_ebx, &ecx, &edx);
+  uint32_t leaf7_eax = 0, leaf7_ebx = 0, leaf7_edx = 0;
+  __get_cpuid_count(7, 0, &leaf7_eax, &leaf7_ebx, &ecx, &leaf7_edx);
   const bool avx2 = leaf7_ebx & (1u << 5);
   if ((xcr0 & 0x6) != 0x6 || !avx2 || !fma || !f16c) return Isa::scalar;
   constexpr uint32_t kF = 1u << 16, kDq = 1u << 17, kBw = 1u << 30, kVl = 1u << 31;
@@ -40,16 +53,24 @@ Isa best_isa() {
   if ((xcr0 & 0xE0) != 0xE0 || (leaf7_ebx & kAll) != kAll) return Isa::avx2;
   if (leaf7_eax < 1) return Isa::avx512;
   __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx);
-  return (eax & (1u << 5)) != 0 ? Isa::avx512_bf16 : Isa::avx512;
+  if ((eax & (1u << 5)) == 0) return Isa::avx512;
+  constexpr uint32_t kAmx = (1u << 22) | (1u << 24);  // AMX-BF16, AMX-TILE
+  const bool amx = (leaf7_edx & kAmx) == kAmx && (xcr0 & 0x60000) == 0x60000;
+  return amx && amx_permitted() ? Isa::avx512_amx : Isa::avx512_bf16;
 }
 
 #else
 
-Isa best_isa() {
+Isa find_best_isa() {
   return Isa::scalar;
 }
 
 #endif
+
+Isa best_isa() {
+  static const Isa best = find_best_isa();
+  return best;
+}
 
 int find_isa(const char* name) {
   for (int i = 0; i < kNumIsa; ++i)
@@ -65,7 +86,7 @@ Isa initial_isa() {
   if (isa >= 0 && isa <= static_cast<int>(best_isa())) return static_cast<Isa>(isa);
   std::fprintf(stderr,
                "tenfold: TENFOLD_CPU_CAPABILITY=%s is %s; using %s (known: scalar, avx2, avx512, "
-               "avx512_bf16)\n",
+               "avx512_bf16, avx512_amx)\n",
                wanted, isa < 0 ? "not a known name" : "not supported by this CPU",
                kNames[static_cast<int>(best_isa())]);
   return best_isa();

@@ -5,8 +5,8 @@
 
 namespace tenfold {
 
-enum class Isa : int { scalar = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
-constexpr int kNumIsa = 4;
+enum class Isa : int { scalar = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3, avx512_amx = 4 };
+constexpr int kNumIsa = 5;
 
 const char* isa_name(Isa isa);
 bool isa_supported(Isa isa);  // by this CPU, its OS and this build
@@ -27,12 +27,16 @@ Isa active_isa();
   }                              \
   namespace avx512_bf16 {        \
   __VA_ARGS__;                   \
+  }                              \
+  namespace avx512_amx {         \
+  __VA_ARGS__;                   \
   }
-#define TENFOLD_ISA_CALL(function, ...)                                                \
-  (::tenfold::active_isa() == ::tenfold::Isa::scalar   ? scalar::function(__VA_ARGS__) \
-   : ::tenfold::active_isa() == ::tenfold::Isa::avx2   ? avx2::function(__VA_ARGS__)   \
-   : ::tenfold::active_isa() == ::tenfold::Isa::avx512 ? avx512::function(__VA_ARGS__) \
-                                                       : avx512_bf16::function(__VA_ARGS__))
+#define TENFOLD_ISA_CALL(function, ...)                                                          \
+  (::tenfold::active_isa() == ::tenfold::Isa::scalar        ? scalar::function(__VA_ARGS__)      \
+   : ::tenfold::active_isa() == ::tenfold::Isa::avx2        ? avx2::function(__VA_ARGS__)        \
+   : ::tenfold::active_isa() == ::tenfold::Isa::avx512      ? avx512::function(__VA_ARGS__)      \
+   : ::tenfold::active_isa() == ::tenfold::Isa::avx512_bf16 ? avx512_bf16::function(__VA_ARGS__) \
+                                                            : avx512_amx::function(__VA_ARGS__))
 #else
 #define TENFOLD_ISA_DECLARE(...) \
   namespace scalar {             \

@@ -1,3 +1,4 @@
+#include "core/cpu/amx.h"
 #include "core/cpu/peak.h"
 #include "core/cpu/vec.h"
 
@@ -21,7 +22,28 @@ double peak_fma_fp32(int64_t iters, float* sink) {
 }
 
 double peak_dot_bf16(int64_t iters, float* sink) {
-#if defined(TENFOLD_ISA_BF16)
+#if defined(TENFOLD_ISA_AMX)
+  alignas(64) uint16_t operand[kAmxRows * kAmxDepth];
+  alignas(64) float result[kAmxRows * 16];
+  for (uint16_t& x : operand) x = 0x3C00;  // a small number
+  const AmxTiles tiles;
+  amx_fence();
+  _tile_loadd(4, operand, 64);
+  _tile_loadd(5, operand, 64);
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int64_t i = 0; i < iters; ++i) {  // four independent chains cover the latency
+    _tile_dpbf16ps(0, 4, 5);
+    _tile_dpbf16ps(1, 4, 5);
+    _tile_dpbf16ps(2, 4, 5);
+    _tile_dpbf16ps(3, 4, 5);
+  }
+  _tile_stored(0, result, 64);
+  sink[0] = result[0];
+  return 4.0 * 2.0 * kAmxRows * 16 * kAmxDepth * static_cast<double>(iters);
+#elif defined(TENFOLD_ISA_BF16)
   VF acc[kChains];
   for (int c = 0; c < kChains; ++c) acc[c] = set1(static_cast<float>(c));
   const VI a = bits(set1(sink[0])), b = bits(set1(sink[1]));

@@ -9,6 +9,7 @@
 
 #include "core/dispatch.h"
 #include "core/parallel.h"
+#include "core/scratch.h"
 #include "core/tensor.h"
 #include "kv_eviction/cpu/impl.h"
 
@@ -117,30 +118,20 @@ void reduce_tasks(const ProxyScoresParams& p, const ProxyScoresTask* tasks, int6
   for (int64_t j = 0; j < p.length; ++j) out[j] /= heads;
 }
 
-// 64-byte aligned bytes from a tensor, so that big scratch comes from torch's allocator.
-struct Scratch {
-  Scratch(const Tensor& like, int64_t bytes)
-      : owner(new_output(like, {bytes + 64}, ScalarType::Byte)),
-        data(reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(owner.data_ptr()) + 63) &
-                                     ~63ull)) {}
-  Tensor owner;
-  char* data;
-};
-
-void run(ProxyScoresParams& p, const HeadGroups& groups, const Tensor& like) {
+void run(ProxyScoresParams& p, const HeadGroups& groups) {
   auto tasks = make_tasks(p, groups);
   const auto num_tasks = static_cast<int64_t>(tasks.size());
-  const Scratch partials(like, num_tasks * p.length * 4);
+  const Scratch partials(num_tasks * p.length * 4);
   for (int64_t i = 0; i < num_tasks; ++i)
-    tasks[i].partial = reinterpret_cast<float*>(partials.data) + i * p.length;
+    tasks[i].partial = static_cast<float*>(partials.data()) + i * p.length;
   const int64_t scratch_bytes = TENFOLD_ISA_CALL(proxy_scores_scratch, p);
   const double rows = static_cast<double>(p.q_heads * p.num_proxies * p.batch);
   const double micros = rows * p.length * p.head_dim * 2e-5 / std::max<int64_t>(num_tasks, 1);
   parallel_for(num_tasks, micros, [&](int64_t begin, int64_t end) {
-    const Scratch scratch(like, scratch_bytes);
+    const Scratch scratch(scratch_bytes);
     for (int64_t i = begin; i < end; ++i) {
       std::memset(tasks[i].partial, 0, p.length * 4);
-      tasks[i].scratch = scratch.data;
+      tasks[i].scratch = scratch.data();
       TENFOLD_ISA_CALL(proxy_scores_task, p, tasks[i]);
     }
   });
@@ -188,7 +179,7 @@ std::tuple<Tensor, Tensor> proxy_scores(const char* op, const Tensor& q_in, cons
   p.reduce = reduce;
   if (a.lse && lse.numel() > 0)
     std::memcpy(lse.data_ptr(), lse_in.data_ptr(), static_cast<size_t>(lse.numel()) * 4);
-  run(p, groups, q);
+  run(p, groups);
   return {scores, lse};
 }
 
