@@ -54,7 +54,7 @@ def torch_matmul(dtype: torch.dtype, device: torch.device, tries: int = 5) -> fl
 
 def torch_copy(device: torch.device, tries: int = 10) -> float:
     """GB/s, read plus written, of ``copy_`` into memory that is mapped already and far over the cache."""
-    num_bytes = max(8 * cache_bytes(device), 256 << 20)
+    num_bytes = max(2 * cache_bytes(device), 256 << 20)
     source = torch.ones(num_bytes // 4, device=device)
     target = torch.zeros_like(source)
     return _best_rate(lambda: target.copy_(source), 2.0 * source.nbytes, device, tries)

@@ -38,7 +38,7 @@ class Options:
 
 
 def quick_options(options: Options) -> Options:
-    """Few samples, no compilation: for a look at a machine in under a minute."""
+    """Few samples, no compilation: for a look at a machine in a few minutes."""
     limits = Limits(seconds=0.15, min_samples=5, max_samples=20)
     return replace(options, quick=True, compile=False, limits=limits)
 

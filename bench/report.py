@@ -189,7 +189,8 @@ def _roofline(record: Record) -> Any:
     axes.set_ylim(0, 105)
     axes.set_xlabel("useful FLOPs per byte of compulsory traffic")
     axes.set_ylabel("share of the ceiling (%)")
-    axes.legend(frameon=False, fontsize=8)
+    if axes.collections:  # a record may have no case in which we could be timed
+        axes.legend(frameon=False, fontsize=8)
     return made
 
 

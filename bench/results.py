@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
 import re
@@ -193,13 +194,16 @@ def path_of(record: Record, out: Path) -> Path:
     return out / record["machine"] / f"{record['family']}.json"
 
 
-def _rounded(value: Any) -> Any:
-    """Six significant digits: enough for any clock, and diffs stay readable."""
+def plain(value: Any) -> Any:
+    """Floats of six significant digits: enough for any clock, and diffs stay readable.
+
+    JSON has no infinity and no NaN (the error of a result of another shape): None stands for them.
+    """
     if isinstance(value, float):
-        return float(f"{value:.6g}")
+        return float(f"{value:.6g}") if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {k: _rounded(v) for k, v in value.items()}
-    return [_rounded(v) for v in value] if isinstance(value, list | tuple) else value
+        return {k: plain(v) for k, v in value.items()}
+    return [plain(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def save(record: Record, out: Path) -> Path:
@@ -207,7 +211,7 @@ def save(record: Record, out: Path) -> Path:
     path = path_of(record, out)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".json.tmp")
-    text = json.dumps(_rounded(record), indent=1, allow_nan=False)
+    text = json.dumps(plain(record), indent=1, allow_nan=False)
     # One line per list of numbers: the samples would otherwise fill thousands of lines.
     text = re.sub(r"\[\s+([^\[\]{}]*?)\s+\]", lambda m: f"[{' '.join(m[1].split())}]", text)
     temporary.write_text(text + "\n", encoding="utf-8")

@@ -18,7 +18,7 @@ import torch
 from .case import Case
 from .ceilings import measure_ceilings, merge
 from .harness import Options, Result, measure, quick_options
-from .results import Record, environment, make_record, problems, save, source_state, wrong
+from .results import Record, environment, make_record, plain, problems, save, source_state, wrong
 
 FAMILIES = ("kv_eviction",)
 _PAGE = 1 << 12
@@ -41,12 +41,12 @@ def choose(family: str, quick: bool, select: str) -> list[Case]:
     return chosen
 
 
-def settle(device: torch.device, share: float = 0.5) -> None:
+def settle(device: torch.device, most: int = 6 << 30) -> None:
     """Touches memory once: a virtual machine's first touch of a page would be timed otherwise."""
     if device.type == "cpu":
         from .harness import free_memory
 
-        torch.zeros(int(share * free_memory(device)), dtype=torch.uint8)[::_PAGE].sum()
+        torch.zeros(min(most, free_memory(device) // 2), dtype=torch.uint8)[::_PAGE].sum()
         gc.collect()
 
 
@@ -108,12 +108,17 @@ def run(
     out: str | Path = "tenfold-report/bench", json: bool = False, quiet: bool = False,
 ) -> int:  # fmt: skip
     """Runs families and writes their results; returns 1 if a tenfold provider was wrong."""
-    where = torch.device(device)
+    try:
+        where = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"--device takes cpu or cuda, got {device!r}") from None
     if where.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no GPU here; `tenfold doctor` says why")
     options = Options(device=where)
     if quick:
         options = quick_options(options)
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)  # fails now, not after the measurements
     records = []
     for family in families or FAMILIES:
         if not (json or quiet):
@@ -124,14 +129,13 @@ def run(
                 print(line_of(result), flush=True)
 
         records.append(run_family(family, options, select, step))
-    folder = Path(out)
     paths = [save(record, folder) for record in records]
     from .report import write_page
 
     page = write_page(records, folder / "index.html")
     bad = [line for record in records for line in wrong(record)]
     if json:
-        json_module.dump(records, sys.stdout, indent=1)
+        json_module.dump(plain(records), sys.stdout, indent=1)
         print()
     else:
         for record in records:

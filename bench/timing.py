@@ -19,7 +19,7 @@ import torch
 
 from .case import Function, Inputs, clone_inputs, input_bytes
 
-MAX_SETS = 512
+MAX_SETS = 8192
 _DEFAULT_CACHE = 32 << 20
 _LONG_SAMPLE = 0.5  # seconds; a GPU sample covers all buffer sets unless that takes longer
 

@@ -1,4 +1,6 @@
-// 16-bit storage types to float and back, in integer arithmetic: the same bits on host and device.
+// 16-bit storage types to float and back: the same bits on host and device (payloads of NaN aside,
+// for float16, which the device converts in one instruction; the inner loops of a decode need
+// that).
 #pragma once
 
 #include "core/det_math.h"
@@ -15,12 +17,18 @@ TENFOLD_HD float to_float(bf16_t x) {
 }
 
 TENFOLD_HD float to_float(fp16_t x) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+  return y;
+#else
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
   const uint32_t exponent = (x.bits >> 10) & 0x1Fu, mantissa = x.bits & 0x3FFu;
   if (exponent == 31) return bits_to_float(sign | 0x7F800000u | (mantissa << 13));
   if (exponent != 0) return bits_to_float(sign | ((exponent + 112) << 23) | (mantissa << 13));
   const float f = static_cast<float>(mantissa) * 5.9604644775390625e-8f;  // * 2^-24, exact
   return bits_to_float(float_to_bits(f) | sign);
+#endif
 }
 
 TENFOLD_HD void from_float(float x, float* out) {
@@ -35,6 +43,9 @@ TENFOLD_HD void from_float(float x, bf16_t* out) {
 }
 
 TENFOLD_HD void from_float(float x, fp16_t* out) {
+#if defined(__CUDA_ARCH__)
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out->bits) : "f"(x));
+#else
   uint32_t bits = float_to_bits(x);
   const auto sign = static_cast<uint16_t>((bits >> 16) & 0x8000u);
   bits &= 0x7FFFFFFFu;
@@ -49,6 +60,7 @@ TENFOLD_HD void from_float(float x, fp16_t* out) {
     const uint32_t odd = (bits >> 13) & 1u;
     out->bits = static_cast<uint16_t>(sign | ((bits - 0x38000000u + 0xFFFu + odd) >> 13));
   }
+#endif
 }
 
 // An int32 or int64 index array of any stride, read as int64.

@@ -43,10 +43,28 @@ TENFOLD_HD float draw_key(float score, bool log_score, float tau, uint32_t word)
   return DetScalarOps::add(draw_logit(score, log_score, tau), gumbel(word));
 }
 
+// A threshold that splits keys into exactly the wanted number of chosen ones: all above `key`, and
+// the first `ties` of those equal to it.
+struct NaclCut {
+  uint32_t key;
+  int64_t ties;
+};
+
+// out[i] = max (NaN if any is) or mean of the `kernel`-wide window around i, over [0, n) only.
+TENFOLD_ISA_DECLARE(void nacl_pool(const float* scores, int64_t n, int32_t kernel, bool use_max,
+                                   float* out))
 TENFOLD_ISA_DECLARE(void nacl_topk_keys(const float* scores, int64_t n, uint32_t* keys))
-// keys[i] of the draw for candidates whose token counter is first_token + i.
+// draw[i] of candidates whose token counter is first_token + i; 0 where keys[i] is.
 TENFOLD_ISA_DECLARE(void nacl_draw_keys(const NaclSelectParams& p, const float* scores, int64_t n,
                                         uint32_t first_token, uint32_t head, uint32_t row_id,
-                                        uint32_t* keys))
+                                        const uint32_t* keys, uint32_t* draw))
+// The keys whose upper 11 bits are `bin`, to out [n + 16]; how many they are.
+TENFOLD_ISA_DECLARE(int64_t nacl_collect(const uint32_t* keys, int64_t n, uint32_t bin,
+                                         uint32_t* out))
+// keys[i] = 0 wherever the cut chooses by[i].
+TENFOLD_ISA_DECLARE(void nacl_take(const uint32_t* by, int64_t n, NaclCut cut, uint32_t* keys))
+// first + i of every key that is 0, ascending, to out [count + 16]; returns the count.
+TENFOLD_ISA_DECLARE(int64_t nacl_emit(const uint32_t* keys, int64_t n, uint32_t first,
+                                      uint32_t* out))
 
 }  // namespace tenfold

@@ -17,12 +17,14 @@
 #include <cstring>
 #include <functional>
 #include <map>
+#include <memory>
 #include <random>
 #include <string>
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <pthread.h>
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
@@ -48,9 +50,11 @@ namespace cuda_emu {
 
 enum class State { ready, block_barrier, warp_barrier, done };
 
+constexpr size_t kStackBytes = 128 << 10;
+
 struct Fiber {
   ucontext_t context;
-  std::vector<char> stack;
+  std::unique_ptr<char[]> stack;  // kept from block to block
   State state = State::ready;
   int barrier_line = 0;
   uint64_t slot = 0;  // value offered to the warp
@@ -113,7 +117,7 @@ inline void resume(int index) {
   m.current = index;
   Fiber& f = m.fibers[index];
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(&m.scheduler_fake, f.stack.data(), f.stack.size());
+  __sanitizer_start_switch_fiber(&m.scheduler_fake, f.stack.get(), kStackBytes);
 #endif
   swapcontext(&m.scheduler, &f.context);
 #if defined(__SANITIZE_ADDRESS__)
@@ -155,13 +159,18 @@ inline bool release(int first, int last, State state) {
 inline void run_block() {
   Machine& m = machine();
   const int count = static_cast<int>(m.block.x);
-  m.fibers.assign(count, Fiber());
+  m.fibers.resize(count);
   for (int i = 0; i < count; ++i) {
     Fiber& f = m.fibers[i];
-    f.stack.resize(128 << 10);
+    if (f.stack == nullptr) f.stack.reset(new char[kStackBytes]);
+#if defined(__SANITIZE_ADDRESS__)
+    __asan_unpoison_memory_region(f.stack.get(), kStackBytes);  // frames of the last block
+#endif
+    f.state = State::ready;
+    f.fake_stack = nullptr;
     getcontext(&f.context);
-    f.context.uc_stack.ss_sp = f.stack.data();
-    f.context.uc_stack.ss_size = f.stack.size();
+    f.context.uc_stack.ss_sp = f.stack.get();
+    f.context.uc_stack.ss_size = kStackBytes;
     f.context.uc_link = nullptr;
     makecontext(&f.context, fiber_main, 0);
   }
@@ -176,7 +185,18 @@ inline void run_block() {
     if (done == count) break;
     if (!ready.empty()) {
       std::shuffle(ready.begin(), ready.end(), random);
+      // Half of the time one warp runs alone, until only a block barrier holds it: warps drift
+      // apart.
+      const bool alone = random() % 2 == 0;
+      const int first = ready[0] / 32 * 32, last = first + 32 < count ? first + 32 : count;
+      if (alone) std::erase_if(ready, [&](int i) { return i < first || i >= last; });
       for (int i : ready) resume(i);
+      while (alone && release(first, last, State::warp_barrier)) {
+        ready.resize(last - first);
+        for (int i = first; i < last; ++i) ready[i - first] = i;
+        std::shuffle(ready.begin(), ready.end(), random);
+        for (int i : ready) resume(i);
+      }
       continue;
     }
     bool moved = false;

@@ -64,6 +64,7 @@ API void emu_proxy_scores(const void* q, const void* k, float* lse, float* score
   p.kv_lens = ints(index[2], wide[2]);
   p.kmap = ints(index[3], wide[3]);
   p.scale = scale;
+  choose_vectors(p, n[0] == 0 ? 4 : 2);
   choose_splits(p);
   std::vector<float> partial(p.splits * p.batch * p.q_heads * p.num_proxies * 2);
   p.partial = partial.data();
@@ -122,10 +123,11 @@ API void emu_kv_move(void* k, void* v, void* k_to, void* v_to, const float* inv_
   a.inv_freq = inv_freq;
   a.batch = n[1], a.length = n[4], a.width = n[7], a.index_heads = n[8];
   with_dtype(n[0], [&]<class T>() {
+    const int64_t blocks = plan_move<T>(a, compact);
     if (compact) {
-      launch_kv_compact<T>(a, nullptr);
+      launch_kv_compact<T>(a, blocks, nullptr);
     } else {
-      launch_kv_gather<T>(a, nullptr);
+      launch_kv_gather<T>(a, blocks, nullptr);
     }
   });
 }
@@ -141,6 +143,7 @@ API void emu_ragged_decode(const void* q, const void* k, const void* v, void* ou
   a.q_stride[0] = n[2] * n[4] * n[5], a.q_stride[1] = n[4] * n[5], a.q_stride[2] = n[5];
   a.q_stride[3] = 1;
   a.k_stride = n[5], a.v_stride = n[6];
+  a.k_vectors = key_vectors(a, n[0] == 0 ? 4 : 2);
   a.offsets = ints(index[0], wide[0]);
   a.lens = ints(index[1], wide[1]);
   a.scale = scale;

@@ -1,27 +1,44 @@
-"""A 2-layer, 4-head, d 128 rotary model trained on key-value recall: the retrieval check's subject."""
+"""A 2-layer, 4-head, d 128 rotary model trained on key-value recall: the retrieval check's subject.
+
+Left to themselves, two layers need luck and thousands of steps to find the two attention patterns of
+recall together: layer 0 looks at the previous token (so that a value knows its key), layer 1 looks
+from a key at the value that followed it. Here two of the four heads of each layer are shown their
+pattern as part of the loss; everything else, the other heads included, is learned from the answers
+alone. That converges in about 100 steps for every seed, without a plateau that rounding could move.
+"""
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 KEYS, VALUES = 32, 32
 EQUALS = KEYS + VALUES
 VOCAB = KEYS + VALUES + 1
+GUIDED = 2  # heads of each layer whose attention is part of the loss
+SETTLE = 40
 
 
-def batch(generator: torch.Generator, size: int, pairs: int, distinct: bool = False):
-    """Sequences ``k v k v ... k =`` and the answers; keys repeat with the same value while training."""
-    rand = torch.rand(size, max(pairs, KEYS), generator=generator)
+def batch(
+    generator: torch.Generator, size: int, questions: int = 1, at: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sequences ``k v`` (32 times, keys distinct) ``k = k = ...`` of random tokens.
+
+    Args:
+        questions: asked pairs per sequence; at: the pair that is asked (default: a random one).
+
+    Returns:
+        ids [size, 64 + 2 * questions], answers [size, questions], asked pairs [size, questions].
+    """
+    keys = torch.rand(size, KEYS, generator=generator).argsort(1)
     values = torch.randint(0, VALUES, (size, KEYS), generator=generator) + KEYS
-    if distinct:
-        keys = rand[:, :KEYS].argsort(1)[:, :pairs]
-    else:
-        keys = torch.randint(0, KEYS, (size, pairs), generator=generator)
-    body = torch.stack([keys, values.gather(1, keys)], -1).flatten(1)
-    at = torch.randint(0, pairs, (size, 1), generator=generator)
-    asked = keys.gather(1, at)
-    ids = torch.cat([body, asked, torch.full((size, 1), EQUALS)], 1)
-    return ids, values.gather(1, asked)[:, 0], at[:, 0]
+    asked = torch.randint(0, KEYS, (size, questions), generator=generator)
+    if at is not None:
+        asked.fill_(at)
+    pairs = torch.stack([keys, values], -1).flatten(1)
+    question = keys.gather(1, asked)
+    question = torch.stack([question, torch.full_like(question, EQUALS)], -1).flatten(1)
+    return torch.cat([pairs, question], 1), values.gather(1, asked), asked
 
 
 def make_model(seed: int) -> LlamaForCausalLM:
@@ -35,41 +52,55 @@ def make_model(seed: int) -> LlamaForCausalLM:
     )  # fmt: skip
 
 
-def train(seed: int, steps: int = 3000, log=None) -> LlamaForCausalLM:
-    """Until two evaluations in a row are above 99.5 %, or ``steps`` are over.
+def _loss(model: LlamaForCausalLM, generator: torch.Generator, size: int, questions: int) -> Tensor:
+    ids, answers, asked = batch(generator, size, questions)
+    # Both the asked key and the sign after it have to know the answer.
+    answers, asked = (x.repeat_interleave(2, 1) for x in (answers, asked))
+    out = model(ids, output_attentions=True, use_cache=False)
+    loss = F.cross_entropy(out.logits[:, -2 * questions :].flatten(0, 1), answers.flatten())
+    first, second = (layer[:, :GUIDED].mean(1) for layer in out.attentions)
+    previous = first.diagonal(-1, 1, 2)
+    value = second[:, -2 * questions :].gather(2, 2 * asked[..., None] + 1)
+    return loss - (previous + 1e-6).log().mean() - (value + 1e-6).log().mean()
 
-    The number of pairs grows as the model learns: recall over few pairs is found at once, and carries
-    over to many; started with many it takes thousands of steps.
-    """
+
+def train(seed: int, steps: int = 1000, log=None) -> LlamaForCausalLM:
+    """Until an evaluation is above 99 %, and ``SETTLE`` steps more; at most ``steps``."""
     model = make_model(seed)
+    model.set_attn_implementation("eager")  # the one that returns its attention
     generator = torch.Generator().manual_seed(seed + 1)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01, betas=(0.9, 0.98))
-    pairs, passed, right = 2, 0, 0.0
-    for step in range(steps):
-        size = min(256, 2048 // pairs)
-        ids, answers, _ = batch(generator, size, pairs, distinct=True)
-        logits = model(ids).logits[:, -2:]  # the asked key, and the sign after it
-        loss = F.cross_entropy(logits.flatten(0, 1), answers.repeat_interleave(2))
-        optimizer.zero_grad()
+    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if all(p is not m for m in matrices)]
+    optimizers = [
+        torch.optim.Muon(matrices, lr=0.02, weight_decay=0.01),
+        torch.optim.AdamW(others, lr=5e-3, weight_decay=0.01, betas=(0.9, 0.98)),
+    ]
+    last, rates = steps, [group["lr"] for o in optimizers for group in o.param_groups]
+    for step in range(1, steps + 1):
+        loss = _loss(model, generator, size=16, questions=16)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        hits = (logits[:, -1].argmax(-1) == answers).float().mean()
-        right = 0.9 * right + 0.1 * float(hits)
-        if right > 0.95 and pairs < KEYS:
-            pairs, right = min(2 * pairs, KEYS), 0.0
-        if step % 50 == 49:
-            accuracy = full_accuracy(model, seed) if pairs == KEYS else 0.0
-            passed = passed + 1 if accuracy > 0.995 else 0
+        for optimizer in optimizers:
+            optimizer.step()
+        if step == last:
+            break
+        if last < steps:  # learned: settle, at a rate that falls to 0
+            for optimizer, rate in zip(optimizers, rates):
+                optimizer.param_groups[0]["lr"] = rate * (last - step) / SETTLE
+        elif step % 20 == 0:
+            accuracy = full_accuracy(model, seed)
             if log:
-                log(step, pairs, float(loss.detach()), right, accuracy)
-            if passed == 2:
-                break
+                log(step, float(loss.detach()), accuracy)
+            if accuracy > 0.99:
+                last = min(step + SETTLE, steps)
+    model.set_attn_implementation("sdpa")
     return model.eval()
 
 
 @torch.no_grad()
-def full_accuracy(model: LlamaForCausalLM, seed: int) -> float:
+def full_accuracy(model: LlamaForCausalLM, seed: int, size: int = 256) -> float:
     """Share of answers right with the full cache."""
-    ids, answers, _ = batch(torch.Generator().manual_seed(seed + 99), 256, KEYS, distinct=True)
-    return float((model(ids).logits[:, -1].argmax(-1) == answers).float().mean())
+    ids, answers, _ = batch(torch.Generator().manual_seed(seed + 99), size)
+    return float((model(ids).logits[:, -1].argmax(-1) == answers[:, 0]).float().mean())

@@ -56,19 +56,30 @@ inline VF det_log(VF x) {
   return select(unordered(x), nan, select(lt(x, set1(0.0f)), nan, y));
 }
 
-// First Philox word of counters (c0, c1, c2, c3), lane-wise in c2.
+// First Philox word of counters (c0, c1, c2, c3), lane-wise in c2. The words that are the same in
+// all lanes during the first rounds are computed once.
 inline VI philox_word0(uint32_t c0, uint32_t c1, VI c2, uint32_t c3, uint32_t k0, uint32_t k1) {
-  VI x0 = seti(c0), x1 = seti(c1), x2 = c2, x3 = seti(c3);
-  for (int round = 0; round < 10; ++round) {
-    VI hi0, lo0, hi1, lo1;
+  VI hi0, lo0, hi1, lo1;
+  mulhilo(c2, kPhiloxMul1, &hi1, &lo1);
+  const uint64_t p0 = static_cast<uint64_t>(kPhiloxMul0) * c0;
+  VI x0 = hi1 ^ seti(c1 ^ k0), x1 = lo1;
+  const uint32_t s2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1, s3 = static_cast<uint32_t>(p0);
+  k0 += kPhiloxWeyl0;
+  k1 += kPhiloxWeyl1;
+  mulhilo(x0, kPhiloxMul0, &hi0, &lo0);
+  const uint64_t p1 = static_cast<uint64_t>(kPhiloxMul1) * s2;
+  x0 = x1 ^ seti(static_cast<uint32_t>(p1 >> 32) ^ k0);
+  x1 = seti(static_cast<uint32_t>(p1));
+  VI x2 = hi0 ^ seti(s3 ^ k1), x3 = lo0;
+  for (int round = 2; round < 10; ++round) {
+    k0 += kPhiloxWeyl0;
+    k1 += kPhiloxWeyl1;
     mulhilo(x0, kPhiloxMul0, &hi0, &lo0);
     mulhilo(x2, kPhiloxMul1, &hi1, &lo1);
     x0 = hi1 ^ x1 ^ seti(k0);
     x1 = lo1;
     x2 = hi0 ^ x3 ^ seti(k1);
     x3 = lo0;
-    k0 += kPhiloxWeyl0;
-    k1 += kPhiloxWeyl1;
   }
   return x0;
 }

@@ -159,11 +159,28 @@ inline VM eq(VF a, VF b) {
 inline VM lt(VI a, VI b) {
   return {_mm256_castsi256_ps(_mm256_cmpgt_epi32(b.v, a.v))};
 }
+inline VM eq(VI a, VI b) {
+  return {_mm256_castsi256_ps(_mm256_cmpeq_epi32(a.v, b.v))};
+}
+inline VM above(VI a, VI b) {
+  const __m256i flip = _mm256_set1_epi32(INT32_MIN);
+  return {_mm256_castsi256_ps(
+      _mm256_cmpgt_epi32(_mm256_xor_si256(a.v, flip), _mm256_xor_si256(b.v, flip)))};
+}  // unsigned
 inline VM both(VM a, VM b) {
   return {_mm256_and_ps(a.v, b.v)};
 }
 inline bool any(VM m) {
   return _mm256_movemask_ps(m.v) != 0;
+}
+// Writes the lanes of m one after another (up to kWidth words are touched); how many those are.
+inline int store_chosen(uint32_t* p, VM m, VI a) {
+  uint32_t lanes[kWidth];
+  store(lanes, a);
+  int count = 0;
+  for (int bits = _mm256_movemask_ps(m.v); bits != 0; bits &= bits - 1)
+    p[count++] = lanes[__builtin_ctz(static_cast<unsigned>(bits))];
+  return count;
 }
 inline VF select(VM m, VF yes, VF no) {
   return {_mm256_blendv_ps(no.v, yes.v, m.v)};

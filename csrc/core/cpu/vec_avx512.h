@@ -146,11 +146,22 @@ inline VM eq(VF a, VF b) {
 inline VM lt(VI a, VI b) {
   return _mm512_cmplt_epi32_mask(a.v, b.v);
 }  // signed
+inline VM eq(VI a, VI b) {
+  return _mm512_cmpeq_epi32_mask(a.v, b.v);
+}
+inline VM above(VI a, VI b) {
+  return _mm512_cmpgt_epu32_mask(a.v, b.v);
+}  // unsigned
 inline VM both(VM a, VM b) {
   return a & b;
 }
 inline bool any(VM m) {
   return m != 0;
+}
+// Writes the lanes of m one after another (up to kWidth words are touched); how many those are.
+inline int store_chosen(uint32_t* p, VM m, VI a) {
+  _mm512_storeu_si512(p, _mm512_maskz_compress_epi32(m, a.v));
+  return __builtin_popcount(m);
 }
 inline VF select(VM m, VF yes, VF no) {
   return {_mm512_mask_mov_ps(no.v, m, yes.v)};
@@ -187,8 +198,8 @@ inline void mulhilo(VI a, uint32_t m, VI* hi, VI* lo) {
   const __m512i c = _mm512_set1_epi64(m);
   const __m512i even = _mm512_mul_epu32(a.v, c);
   const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64(a.v, 32), c);
-  hi->v = _mm512_mask_mov_epi32(_mm512_srli_epi64(even, 32), 0xAAAA, odd);
-  lo->v = _mm512_mask_mov_epi32(even, 0xAAAA, _mm512_slli_epi64(odd, 32));
+  hi->v = _mm512_mask_shuffle_epi32(odd, 0x5555, even, static_cast<_MM_PERM_ENUM>(0xF5));
+  lo->v = _mm512_mask_shuffle_epi32(even, 0xAAAA, odd, static_cast<_MM_PERM_ENUM>(0xA0));
 }
 inline VI bits(VF a) {
   return {_mm512_castps_si512(a.v)};

@@ -193,6 +193,8 @@ TENFOLD_COMPARE(lt, VF, a.v[i] < b.v[i])
 TENFOLD_COMPARE(gt, VF, a.v[i] > b.v[i])
 TENFOLD_COMPARE(eq, VF, a.v[i] == b.v[i])
 TENFOLD_COMPARE(lt, VI, static_cast<int32_t>(a.v[i]) < static_cast<int32_t>(b.v[i]))
+TENFOLD_COMPARE(eq, VI, a.v[i] == b.v[i])
+TENFOLD_COMPARE(above, VI, a.v[i] > b.v[i])  // unsigned
 TENFOLD_COMPARE(both, VM, a.v[i] && b.v[i])
 #undef TENFOLD_COMPARE
 inline VM unordered(VF a) {
@@ -202,6 +204,15 @@ inline VM unordered(VF a) {
 }
 inline bool any(VM m) {
   return m.v[0] || m.v[1] || m.v[2] || m.v[3];
+}
+// Writes the lanes of m one after another (up to kWidth words are touched); how many those are.
+inline int store_chosen(uint32_t* p, VM m, VI a) {
+  int count = 0;
+  TENFOLD_LANES {
+    p[count] = a.v[i];
+    count += m.v[i] ? 1 : 0;
+  }
+  return count;
 }
 inline VF select(VM m, VF yes, VF no) {
   VF r;

@@ -5,70 +5,18 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <vector>
 
 #include "core/parallel.h"
+#include "core/scratch.h"
 #include "core/tensor.h"
 #include "kv_eviction/cpu/impl.h"
 
 namespace tenfold::cpu {
 namespace {
 
-// A threshold that splits keys into exactly `wanted` chosen ones: all above `key`, and the first
-// `ties` of those equal to it.
-struct Cut {
-  uint32_t key;
-  int64_t ties;
-};
-
-// Largest-first radix selection: 11 + 11 + 10 bits. After the first digit only the keys of the
-// boundary bin are looked at again, so the cost is one counting pass over `keys`. Keys of 0 are not
-// candidates. Precondition: 0 < wanted <= number of nonzero keys.
-Cut radix_cut(const uint32_t* keys, int64_t n, int64_t wanted, std::vector<uint32_t>& boundary) {
-  constexpr int kShift[3] = {21, 10, 0};
-  constexpr uint32_t kBins[3] = {2048, 2048, 1024};
-  std::array<std::array<uint32_t, 2048>, 2> bins{};  // two counters hide repeated-bin latency
-  int64_t i = 0;
-  for (; i + 2 <= n; i += 2) {
-    ++bins[0][keys[i] >> 21];
-    ++bins[1][keys[i + 1] >> 21];
-  }
-  if (i < n) ++bins[0][keys[i] >> 21];
-  for (uint32_t bin = 0; bin < 2048; ++bin) bins[0][bin] += bins[1][bin];
-  uint32_t prefix = 0;
-  for (int digit = 0; digit < 3; ++digit) {
-    uint32_t bin = kBins[digit] - 1;
-    while (bins[0][bin] < static_cast<uint64_t>(wanted)) wanted -= bins[0][bin--];
-    prefix |= bin << kShift[digit];
-    if (digit == 2) break;
-    if (digit == 0) {
-      boundary.clear();
-      for (int64_t j = 0; j < n; ++j)
-        if (keys[j] >> 21 == bin) boundary.push_back(keys[j]);
-    } else {
-      std::erase_if(boundary, [&](uint32_t key) { return key >> 10 != prefix >> 10; });
-    }
-    bins[0].fill(0);
-    const int shift = kShift[digit + 1];
-    const uint32_t mask = kBins[digit + 1] - 1;
-    for (const uint32_t key : boundary) ++bins[0][(key >> shift) & mask];
-  }
-  return {prefix, wanted};
-}
-
-// out[i] = max or mean of the kernel-wide window around i, over [0, n) only.
-void pool_scores(const float* scores, int64_t n, int32_t kernel, bool use_max, float* out) {
-  const int64_t half = kernel / 2;
-  for (int64_t i = 0; i < n; ++i) {
-    const int64_t lo = std::max<int64_t>(i - half, 0), hi = std::min(i + half + 1, n);
-    float r = scores[lo];
-    for (int64_t j = lo + 1; j < hi; ++j)
-      r = use_max ? (scores[j] > r || scores[j] != scores[j] ? scores[j] : r) : r + scores[j];
-    out[i] = use_max ? r : r / static_cast<float>(kernel);
-  }
-}
+constexpr int64_t kSlack = 16;  // words that a vector pass may write past its result
 
 struct RowArgs {
   const float* scores;  // [L], contiguous
@@ -78,21 +26,56 @@ struct RowArgs {
   int64_t* idx;  // [C]
 };
 
+// Working memory of a thread, in words.
 struct Buffers {
-  std::vector<uint32_t> keys, draw, boundary;
-  std::vector<float> pooled;
+  Buffers(uint32_t* at, int64_t length)
+      : keys(at),
+        draw(keys + length + kSlack),
+        boundary(draw + length + kSlack),
+        kept(boundary + length + kSlack),
+        pooled(reinterpret_cast<float*>(kept + length + kSlack)) {}
+  static int64_t bytes(int64_t length) { return 5 * (length + kSlack) * 4; }
+  uint32_t *keys, *draw, *boundary, *kept;
+  float* pooled;
 };
 
-// Marks every key that the cut chooses by setting it to 0; returns nothing else.
-void take(uint32_t* keys, int64_t n, Cut cut) {
-  for (int64_t i = 0; i < n; ++i) {
-    if (keys[i] < cut.key) continue;
-    if (keys[i] == cut.key && cut.ties-- <= 0) continue;
-    keys[i] = 0;
+// Largest-first radix selection: 11 + 11 + 10 bits. After the first digit only the keys of the
+// boundary bin are looked at again, so the cost is one counting pass over `keys`. Keys of 0 are not
+// candidates. Precondition: 0 < wanted <= number of nonzero keys.
+NaclCut radix_cut(const uint32_t* keys, int64_t n, int64_t wanted, uint32_t* boundary) {
+  constexpr int kShift[3] = {21, 10, 0};
+  constexpr uint32_t kBins[3] = {2048, 2048, 1024};
+  // Scores share their upper bits: increments of one counter wait for each other, four do not.
+  constexpr int kCopies = 4;
+  uint32_t bins[kCopies][2048] = {};
+  int64_t i = 0, left = 0;
+  for (; i + kCopies <= n; i += kCopies)
+    for (int c = 0; c < kCopies; ++c) ++bins[c][keys[i + c] >> 21];
+  for (; i < n; ++i) ++bins[0][keys[i] >> 21];
+  for (uint32_t bin = 0; bin < 2048; ++bin)
+    bins[0][bin] += bins[1][bin] + bins[2][bin] + bins[3][bin];
+  uint32_t prefix = 0;
+  for (int digit = 0; digit < 3; ++digit) {
+    uint32_t bin = kBins[digit] - 1;
+    while (bins[0][bin] < static_cast<uint64_t>(wanted)) wanted -= bins[0][bin--];
+    prefix |= bin << kShift[digit];
+    if (digit == 2) break;
+    if (digit == 0) {
+      left = TENFOLD_ISA_CALL(nacl_collect, keys, n, bin, boundary);
+    } else {
+      left = std::remove_if(boundary, boundary + left,
+                            [&](uint32_t key) { return key >> 10 != prefix >> 10; }) -
+             boundary;
+    }
+    std::fill_n(bins[0], 2048, 0u);
+    const int shift = kShift[digit + 1];
+    const uint32_t mask = kBins[digit + 1] - 1;
+    for (int64_t j = 0; j < left; ++j) ++bins[0][(boundary[j] >> shift) & mask];
   }
+  return {prefix, wanted};
 }
 
-int64_t select_row(const NaclSelectParams& p, const RowArgs& a, Buffers& buf) {
+int64_t select_row(const NaclSelectParams& p, const RowArgs& a, const Buffers& buf) {
   const int64_t n = a.end - a.begin;
   const int64_t total = int64_t{a.counts.sink} + a.counts.recent + a.counts.topk + a.counts.random;
   int64_t* out = a.idx;
@@ -103,30 +86,25 @@ int64_t select_row(const NaclSelectParams& p, const RowArgs& a, Buffers& buf) {
   const int64_t first = a.begin + a.counts.sink, m = n - a.counts.sink - a.counts.recent;
   const float* scores = a.scores + first;
   if (p.pool_kernel > 1) {
-    buf.pooled.resize(m);
-    pool_scores(scores, m, p.pool_kernel, p.pool_max, buf.pooled.data());
-    scores = buf.pooled.data();
+    TENFOLD_ISA_CALL(nacl_pool, scores, m, p.pool_kernel, p.pool_max, buf.pooled);
+    scores = buf.pooled;
   }
-  buf.keys.resize(m);
-  uint32_t* keys = buf.keys.data();
+  uint32_t* keys = buf.keys;  // 0: chosen
   TENFOLD_ISA_CALL(nacl_topk_keys, scores, m, keys);
-  if (a.counts.topk > 0) take(keys, m, radix_cut(keys, m, a.counts.topk, buf.boundary));
+  if (a.counts.topk > 0) {
+    const NaclCut cut = radix_cut(keys, m, a.counts.topk, buf.boundary);
+    TENFOLD_ISA_CALL(nacl_take, keys, m, cut, keys);
+  }
   if (a.counts.random > 0) {
-    buf.draw.resize(m);
-    uint32_t* draw = buf.draw.data();
     TENFOLD_ISA_CALL(nacl_draw_keys, p, scores, m, static_cast<uint32_t>(a.counts.sink), a.head,
-                     a.row_id, draw);
-    for (int64_t i = 0; i < m; ++i) draw[i] = keys[i] == 0 ? 0 : draw[i];
-    const Cut cut = radix_cut(draw, m, a.counts.random, buf.boundary);
-    int64_t ties = cut.ties;
-    for (int64_t i = 0; i < m; ++i)
-      if (draw[i] > cut.key || (draw[i] == cut.key && ties-- > 0)) keys[i] = 0;
+                     a.row_id, keys, buf.draw);
+    const NaclCut cut = radix_cut(buf.draw, m, a.counts.random, buf.boundary);
+    TENFOLD_ISA_CALL(nacl_take, buf.draw, m, cut, keys);
   }
   for (int64_t j = a.begin; j < first; ++j) *out++ = j;
-  for (int64_t i = 0; i < m; ++i) {
-    *out = first + i;  // always written, kept only if chosen: no unpredictable branch
-    out += keys[i] == 0;
-  }
+  const int64_t chosen =
+      TENFOLD_ISA_CALL(nacl_emit, keys, m, static_cast<uint32_t>(first), buf.kept);
+  out = std::copy_n(buf.kept, chosen, out);
   for (int64_t j = a.end - a.counts.recent; j < a.end; ++j) *out++ = j;
   return total;
 }
@@ -181,21 +159,19 @@ std::tuple<Tensor, Tensor> nacl_select(const char* op, const Tensor& scores_in,
   if (p.heads == 0) std::fill(lens, lens + new_lens.numel(), 0);
   const double micros = static_cast<double>(p.length) * 4e-3;
   parallel_for(p.batch * p.heads, micros, [&](int64_t begin, int64_t end) {
-    Buffers buffers;
-    // One slot of slack: the ordered pass writes before it knows whether the slot is used.
-    std::vector<int64_t> kept(p.width + 1);
+    const Scratch scratch(Buffers::bytes(p.length));
+    const Buffers buffers(static_cast<uint32_t*>(scratch.data()), p.length);
     for (int64_t row = begin; row < end; ++row) {
       const int64_t b = row / p.heads, h = row % p.heads;
+      int64_t* out = data_as<int64_t>(idx) + row * p.width;
       const RowArgs args{data_as<float>(scores) + row * p.length,
                          range.begin[b],
                          range.end[b],
                          counts[row],
                          static_cast<uint32_t>(h),
                          static_cast<uint32_t>(row_ids[b]),
-                         kept.data()};
+                         out};
       const int64_t n = select_row(p, args, buffers);
-      int64_t* out = data_as<int64_t>(idx) + row * p.width;
-      std::copy(kept.begin(), kept.begin() + n, out);
       std::fill(out + n, out + p.width, int64_t{-1});
       if (p.counts_per_head || h == 0) lens[p.counts_per_head ? row : b] = static_cast<int32_t>(n);
     }

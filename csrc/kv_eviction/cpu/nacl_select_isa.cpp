@@ -1,8 +1,83 @@
-// Vector part of nacl_select: sortable keys of the scores and of the noisy draw.
+// Vector part of nacl_select: sortable keys of the scores and of the noisy draw, and the passes
+// over them.
 #include "core/cpu/math.h"
 #include "kv_eviction/nacl_select.h"
 
 TENFOLD_ISA_BEGIN
+namespace {
+
+// One window, clipped to [0, n); the order of operations is the vector code's.
+float pool_one(const float* scores, int64_t n, int64_t i, int64_t half, bool use_max) {
+  const int64_t lo = i - half > 0 ? i - half : 0, hi = i + half + 1 < n ? i + half + 1 : n;
+  float r = scores[lo];
+  for (int64_t j = lo + 1; j < hi; ++j) {
+    const float x = scores[j];
+    r = !use_max ? r + x : x > r || x != x ? x : r;
+  }
+  return r;
+}
+
+inline VF keep_nan_max(VF r, VF x) {
+  return select(unordered(r), r, vmax(r, x));  // vmax gives x if either is NaN
+}
+
+// Random words first, keys after, a block at a time: both are long chains of dependent operations,
+// and with one loop around both, too few of them fit into the out-of-order window (measured: 1.4
+// times as long).
+constexpr int64_t kDrawBlock = 512;
+
+template <bool kLog, bool kScale>
+void draw_all(const NaclSelectParams& p, const float* scores, int64_t n, uint32_t first_token,
+              uint32_t head, uint32_t row_id, const uint32_t* keys, uint32_t* draw) {
+  const VI zero = seti(0);
+  const VF tau = set1(p.tau);
+  const auto make = [&](VI word, VF score, VI key) {
+    VF logit = kLog ? det_log(score) : score;
+    if constexpr (kScale) logit = logit / tau;
+    return select(eq(key, zero), zero, sortable_key(logit + gumbel(word)));
+  };
+  uint32_t words[kDrawBlock];
+  for (int64_t begin = 0; begin < n; begin += kDrawBlock) {
+    const int64_t count = n - begin < kDrawBlock ? n - begin : kDrawBlock;
+    for (int64_t i = 0; i < count; i += kWidth) {
+      const VI token = seti(first_token + static_cast<uint32_t>(begin + i)) + iota();
+      store(words + i, philox_word0(p.layer, head, token, row_id, p.seed_lo, p.seed_hi));
+    }
+    const float* score = scores + begin;
+    int64_t i = 0;
+    for (; i + kWidth <= count; i += kWidth)
+      store(draw + begin + i, make(load(words + i), load(score + i), load(keys + begin + i)));
+    if (i < count) {
+      const int left = static_cast<int>(count - i);
+      store_n(draw + begin + i,
+              make(load(words + i), load_n(score + i, left), load_n(keys + begin + i, left)), left);
+    }
+  }
+}
+
+}  // namespace
+
+void nacl_pool(const float* scores, int64_t n, int32_t kernel, bool use_max, float* out) {
+  const int64_t half = kernel / 2;
+  const float width = static_cast<float>(kernel);
+  const auto edge = [&](int64_t i) {
+    const float r = pool_one(scores, n, i, half, use_max);
+    out[i] = use_max ? r : r / width;
+  };
+  int64_t i = 0;
+  for (; i < half && i < n; ++i) edge(i);
+  for (; i + kWidth + half <= n; i += kWidth) {
+    VF r = load(scores + i - half);
+    if (use_max) {
+      for (int64_t j = 1 - half; j <= half; ++j) r = keep_nan_max(r, load(scores + i + j));
+    } else {
+      for (int64_t j = 1 - half; j <= half; ++j) r = r + load(scores + i + j);
+      r = r / set1(width);
+    }
+    store(out + i, r);
+  }
+  for (; i < n; ++i) edge(i);
+}
 
 void nacl_topk_keys(const float* scores, int64_t n, uint32_t* keys) {
   int64_t i = 0;
@@ -13,30 +88,52 @@ void nacl_topk_keys(const float* scores, int64_t n, uint32_t* keys) {
   }
 }
 
-namespace {
-
-inline VI draw_keys(const NaclSelectParams& p, VF score, uint32_t token, uint32_t head,
-                    uint32_t row_id) {
-  const VI word = philox_word0(p.layer, head, seti(token) + iota(), row_id, p.seed_lo, p.seed_hi);
-  const VF logit = (p.log_score ? det_log(score) : score) / set1(p.tau);
-  return sortable_key(logit + gumbel(word));
+void nacl_draw_keys(const NaclSelectParams& p, const float* scores, int64_t n, uint32_t first_token,
+                    uint32_t head, uint32_t row_id, const uint32_t* keys, uint32_t* draw) {
+  const auto run = p.log_score ? (p.tau == 1.0f ? draw_all<true, false> : draw_all<true, true>)
+                               : (p.tau == 1.0f ? draw_all<false, false> : draw_all<false, true>);
+  run(p, scores, n, first_token, head, row_id, keys, draw);
 }
 
-}  // namespace
-
-void nacl_draw_keys(const NaclSelectParams& p, const float* scores, int64_t n, uint32_t first_token,
-                    uint32_t head, uint32_t row_id, uint32_t* keys) {
+int64_t nacl_collect(const uint32_t* keys, int64_t n, uint32_t bin, uint32_t* out) {
+  const uint32_t* const begin = out;
   int64_t i = 0;
-  for (; i + kWidth <= n; i += kWidth)
-    store(keys + i,
-          draw_keys(p, load(scores + i), first_token + static_cast<uint32_t>(i), head, row_id));
-  if (i < n) {
-    const int left = static_cast<int>(n - i);
-    store_n(keys + i,
-            draw_keys(p, load_n(scores + i, left), first_token + static_cast<uint32_t>(i), head,
-                      row_id),
-            left);
+  for (; i + kWidth <= n; i += kWidth) {
+    const VI key = load(keys + i);
+    out += store_chosen(out, eq(shr<21>(key), seti(bin)), key);
   }
+  for (; i < n; ++i)
+    if (keys[i] >> 21 == bin) *out++ = keys[i];
+  return out - begin;
+}
+
+void nacl_take(const uint32_t* by, int64_t n, NaclCut cut, uint32_t* keys) {
+  const VI limit = seti(cut.key), zero = seti(0);
+  const auto one = [&](int64_t i) {
+    if (by[i] > cut.key || (by[i] == cut.key && cut.ties-- > 0)) keys[i] = 0;
+  };
+  int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) {
+    const VI key = load(by + i);
+    if (any(eq(key, limit))) {
+      for (int64_t j = i; j < i + kWidth; ++j) one(j);
+    } else {
+      store(keys + i, select(above(key, limit), zero, load(keys + i)));
+    }
+  }
+  for (; i < n; ++i) one(i);
+}
+
+int64_t nacl_emit(const uint32_t* keys, int64_t n, uint32_t first, uint32_t* out) {
+  const uint32_t* const begin = out;
+  int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) {
+    const VI slot = seti(first + static_cast<uint32_t>(i)) + iota();
+    out += store_chosen(out, eq(load(keys + i), seti(0)), slot);
+  }
+  for (; i < n; ++i)
+    if (keys[i] == 0) *out++ = first + static_cast<uint32_t>(i);
+  return out - begin;
 }
 
 TENFOLD_ISA_END

@@ -66,9 +66,12 @@ std::tuple<Tensor, Tensor> kv_gather(const char* op, const Tensor& k_in, const T
       new_output(k, {k.sizes()[0], k.sizes()[1], width, k.sizes()[3]}, k.scalar_type());
   const Tensor v_out =
       new_output(v, {v.sizes()[0], v.sizes()[1], width, v.sizes()[3]}, v.scalar_type());
-  const Move move(k, v, k_out, v_out, idx, new_lens, inv_freq, kv_start);
-  dispatch_dtype(k.scalar_type(), op,
-                 [&]<class T>() { launch_kv_gather<T>(move.args, launch.stream); });
+  Move move(k, v, k_out, v_out, idx, new_lens, inv_freq, kv_start);
+  dispatch_dtype(k.scalar_type(), op, [&]<class T>() {
+    const int64_t blocks = plan_move<T>(move.args, false);
+    check_grid(op, blocks);
+    launch_kv_gather<T>(move.args, blocks, launch.stream);
+  });
   launch.check();
   return {k_out, v_out};
 }
@@ -86,10 +89,12 @@ void kv_compact_op(Tensor k, Tensor v, Tensor idx, OptTensor new_lens, OptTensor
   check_kv_gather(op, k, v, idx, new_lens, inv_freq, kv_start);
   check_in_place(op, k, v, idx);
   const Launch launch(k);
-  const Move move(k, v, k, v, idx, new_lens, inv_freq, kv_start);
-  check_grid(op, move.args.batch * (move.args.side[0].heads + move.args.side[1].heads));
-  dispatch_dtype(k.scalar_type(), op,
-                 [&]<class T>() { launch_kv_compact<T>(move.args, launch.stream); });
+  Move move(k, v, k, v, idx, new_lens, inv_freq, kv_start);
+  dispatch_dtype(k.scalar_type(), op, [&]<class T>() {
+    const int64_t blocks = plan_move<T>(move.args, true);
+    check_grid(op, blocks);
+    launch_kv_compact<T>(move.args, blocks, launch.stream);
+  });
   launch.check();
 }
 

@@ -1,9 +1,12 @@
-// Device code of kv_gather and kv_compact_.
-// Gather: one warp per output row, 16-byte vectors where rows allow, K and V in one launch.
-// Compaction: a group of threads per (batch, head, side); each thread owns one column (16 bytes, or
-// one rotated pair) and moves it token by token in ascending order, kBatch loads before their
-// stores. idx increases, so a store to slot c never hits a slot >= idx[c + kBatch] that is still to
-// be read.
+// Device code of kv_gather and kv_compact_. One kernel moves rows, K and V in one launch; a step of
+// a block moves many rows: thread = (row, column), where a column is 16 bytes, one element, or one
+// pair to rotate, and each thread takes kBatch rows a step, all loads before the first store.
+//   Gather:     one block per step of rows.
+//   Compaction: a block walks over all rows of one (batch, head) in ascending order. Its columns
+//   are
+//               its own, so blocks may share a head, by column slices. Race-free, because the rows
+//               of a step are loaded before a barrier and stored after it, and what a later step
+//               loads (rows at or above its own slots) no earlier step stores to.
 #pragma once
 
 #include "core/convert.cuh"
@@ -16,6 +19,10 @@ struct MoveSide {
   int64_t heads, dim;
   int64_t from_stride[3], to_stride[3];  // bytes: batch, head, row
   bool vectors;                          // rows are whole, aligned 16-byte vectors
+  // Filled by plan_move:
+  int64_t columns;        // of a row; 0: nothing to move
+  int64_t slice, slices;  // columns of one block, slices of a row
+  int64_t chunk, chunks;  // slots of one block, chunks of a head
 };
 
 struct MoveArgs {
@@ -27,20 +34,15 @@ struct MoveArgs {
   int64_t batch, length, width, index_heads;
 };
 
-constexpr int kMoveThreads = 128;
-constexpr int kBatch = 8;
+// A block of a compaction walks alone over all slots of its columns: more threads, more in flight.
+constexpr int kGatherThreads = 256, kCompactThreads = 512;
+constexpr int64_t kMoveBatch = 8;  // rows a thread loads before it stores
+constexpr int64_t kWantedBlocks = 264, kSliceBytes = 64;
 
 __device__ inline int64_t used_slots(const MoveArgs& a, int64_t b, int64_t hi) {
   if (!a.new_lens.given()) return a.width;
   const int64_t n = a.new_lens[a.lens_per_head ? b * a.index_heads + hi : b];
   return n < 0 ? 0 : n > a.width ? a.width : n;
-}
-
-// Source token of a slot, or -1: unused, negative or out of range.
-__device__ inline int64_t token_of(const MoveArgs& a, int64_t b, int64_t hi, int64_t c) {
-  if (c >= used_slots(a, b, hi)) return -1;
-  const int64_t token = a.idx[(b * a.index_heads + hi) * a.width + c];
-  return token < 0 || token >= a.length ? -1 : token;
 }
 
 // cos and sin of the rotation of one pair: the angle is formed in double, as on the CPU.
@@ -53,161 +55,162 @@ __device__ inline void rotation(const MoveArgs& a, int64_t b, int64_t c, int64_t
   *sine = static_cast<float>(sin(angle));
 }
 
-template <class T>
-__device__ inline void rotate_pair(T* to, const T* from, int64_t i, int64_t half, float c,
-                                   float s) {
-  const float x1 = to_float(from[i]), x2 = to_float(from[i + half]);
-  from_float(x1 * c - x2 * s, to + i);
-  from_float(x2 * c + x1 * s, to + i + half);
-}
-
-template <class T>
-__global__ void __launch_bounds__(kMoveThreads) kv_gather_kernel(MoveArgs a) {
-  const int lane = threadIdx.x % 32;
-  const int64_t key_rows = a.batch * a.side[0].heads * a.width;
-  const int64_t rows = key_rows + a.batch * a.side[1].heads * a.width;
-  const int64_t warps = static_cast<int64_t>(gridDim.x) * (kMoveThreads / 32);
-  for (int64_t row = static_cast<int64_t>(blockIdx.x) * (kMoveThreads / 32) + threadIdx.x / 32;
-       row < rows; row += warps) {
-    const bool is_key = row < key_rows;
-    const MoveSide& s = a.side[is_key ? 0 : 1];
-    int64_t at = is_key ? row : row - key_rows;
-    const int64_t c = at % a.width;
-    at /= a.width;
-    const int64_t h = at % s.heads, b = at / s.heads;
-    const int64_t token = token_of(a, b, a.index_heads == 1 ? 0 : h, c);
-    char* to = s.to + b * s.to_stride[0] + h * s.to_stride[1] + c * s.to_stride[2];
-    const char* from =
-        s.from + b * s.from_stride[0] + h * s.from_stride[1] + token * s.from_stride[2];
-    const int64_t bytes = s.dim * static_cast<int64_t>(sizeof(T));
-    if (token >= 0 && is_key && a.inv_freq != nullptr) {
-      for (int64_t i = lane; i < s.dim / 2; i += 32) {
-        float cosine, sine;
-        rotation(a, b, c, token, i, &cosine, &sine);
-        rotate_pair(reinterpret_cast<T*>(to), reinterpret_cast<const T*>(from), i, s.dim / 2,
-                    cosine, sine);
-      }
-    } else if (s.vectors) {
-      for (int64_t i = lane * 16; i < bytes; i += 512)
-        *reinterpret_cast<uint4*>(to + i) =
-            token >= 0 ? *reinterpret_cast<const uint4*>(from + i) : uint4{0, 0, 0, 0};
-    } else {
-      for (int64_t i = lane; i < s.dim; i += 32)
-        reinterpret_cast<T*>(to)[i] = token >= 0 ? reinterpret_cast<const T*>(from)[i] : T{};
-    }
-  }
-}
-
-// The source of slot c in place. A token below its slot breaks the contract (strictly increasing
-// indices) and its row may be overwritten already: the slot is left alone, as an unused one is.
-__device__ inline int64_t token_below(const MoveArgs& a, int64_t b, int64_t hi, int64_t c) {
-  const int64_t token = token_of(a, b, hi, c);
-  return token >= c ? token : -1;
-}
-
-// Moves one column of type V at byte offset `column` down to the first slots.
+// What a thread moves of a row: how it is held between load and store. V is uint4 or the element.
 template <class V>
-__device__ inline void compact_column(const MoveArgs& a, const MoveSide& s, int64_t b, int64_t hi,
-                                      char* base, int64_t column) {
-  const int64_t used = used_slots(a, b, hi);
-  for (int64_t c0 = 0; c0 < used; c0 += kBatch) {
-    V held[kBatch];
-    int64_t tokens[kBatch];
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      tokens[i] = token_below(a, b, hi, c0 + i);
-      if (tokens[i] >= 0)
-        held[i] = *reinterpret_cast<const V*>(base + tokens[i] * s.from_stride[2] + column);
-    }
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i)
-      if (tokens[i] >= 0)
-        *reinterpret_cast<V*>(base + (c0 + i) * s.to_stride[2] + column) = held[i];
+struct PlainColumn {
+  static constexpr int kBatch = kMoveBatch;
+  using Held = V;
+  __device__ V load(const char* row, int64_t i) const { return reinterpret_cast<const V*>(row)[i]; }
+  __device__ void store(char* row, int64_t i, const V& held, int64_t, int64_t) const {
+    reinterpret_cast<V*>(row)[i] = held;
   }
-}
-
-// Moves whole rows, `columns` 16-byte vectors each, with all threads of the block: many rows a
-// step. All loads of a step come before its stores; later steps read rows at or above their own
-// slots, which no earlier step has written.
-__device__ inline void compact_rows(const MoveArgs& a, const MoveSide& s, int64_t b, int64_t hi,
-                                    char* base, int columns) {
-  const int64_t used = used_slots(a, b, hi);
-  const int groups = kMoveThreads / columns, group = threadIdx.x / columns;
-  const int64_t column = threadIdx.x % columns * 16;
-  for (int64_t c0 = 0; c0 < used; c0 += groups * kBatch) {
-    uint4 held[kBatch];
-    bool moves[kBatch];
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const int64_t c = c0 + i * groups + group;
-      const int64_t token = group < groups ? token_below(a, b, hi, c) : -1;
-      moves[i] = token >= 0;
-      if (moves[i])
-        held[i] = *reinterpret_cast<const uint4*>(base + token * s.from_stride[2] + column);
-    }
-    __syncthreads();
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i)
-      if (moves[i])
-        *reinterpret_cast<uint4*>(base + (c0 + i * groups + group) * s.to_stride[2] + column) =
-            held[i];
-  }
-}
+};
 
 template <class T>
-__device__ inline void compact_rotated(const MoveArgs& a, const MoveSide& s, int64_t b, int64_t hi,
-                                       char* base, int64_t pair) {
-  const int64_t used = used_slots(a, b, hi), half = s.dim / 2;
-  for (int64_t c = 0; c < used; ++c) {
-    const int64_t token = token_below(a, b, hi, c);
-    if (token < 0) continue;
-    float cosine, sine;
-    rotation(a, b, c, token, pair, &cosine, &sine);
-    rotate_pair(reinterpret_cast<T*>(base + c * s.to_stride[2]),
-                reinterpret_cast<const T*>(base + token * s.from_stride[2]), pair, half, cosine,
-                sine);
+struct RotatedPair {
+  static constexpr int kBatch = 2;  // a batch is unrolled, and sines are long
+  struct Held {
+    T low, high;
+  };
+  const MoveArgs& a;
+  int64_t b, half;
+  __device__ Held load(const char* row, int64_t i) const {
+    const T* x = reinterpret_cast<const T*>(row);
+    return {x[i], x[i + half]};
+  }
+  __device__ void store(char* row, int64_t i, const Held& held, int64_t c, int64_t token) const {
+    T* x = reinterpret_cast<T*>(row);
+    float cosine = 1.0f, sine = 0.0f;  // an unused slot holds zeros
+    if (token >= 0) rotation(a, b, c, token, i, &cosine, &sine);
+    const float x1 = to_float(held.low), x2 = to_float(held.high);
+    from_float(x1 * cosine - x2 * sine, x + i);
+    from_float(x2 * cosine + x1 * sine, x + i + half);
+  }
+};
+
+// What one block moves: columns [column0, column0 + columns) of slots [begin, end) of a head.
+struct MoveBlock {
+  int64_t b, hi;
+  const char* from;
+  char* to;
+  int64_t column0;
+  int columns;
+  int64_t begin, end, used;
+};
+
+// Source token of a slot, or -1: unused, negative or out of range. In place also -1 if the token is
+// below its slot: that breaks the contract (strictly increasing indices) and its row may be
+// overwritten already, so the slot is left alone, as an unused one is.
+template <bool kInPlace>
+__device__ inline int token_of(const MoveArgs& a, const MoveBlock& m, int64_t c) {
+  if (c >= m.used) return -1;
+  const int64_t token = a.idx[(m.b * a.index_heads + m.hi) * a.width + c];
+  const bool valid = token >= (kInPlace ? c : 0) && token < a.length;
+  return valid ? static_cast<int>(token) : -1;  // slots fit in 32 bits, checked by the op
+}
+
+template <bool kInPlace, class Column>
+__device__ inline void move_rows(const MoveArgs& a, const MoveSide& s, const MoveBlock& m,
+                                 Column column) {
+  constexpr int kThreads = kInPlace ? kCompactThreads : kGatherThreads;
+  constexpr int kBatch = Column::kBatch;
+  const int groups = kThreads / m.columns, group = static_cast<int>(threadIdx.x) / m.columns;
+  const int64_t i = m.column0 + static_cast<int>(threadIdx.x) % m.columns;
+  const bool idle = group >= groups;  // left over; stays for the barriers
+  for (int64_t c0 = m.begin; c0 < m.end; c0 += groups * kBatch) {
+    typename Column::Held held[kBatch];
+    int token[kBatch];
+#pragma unroll
+    for (int n = 0; n < kBatch; ++n) {
+      const int64_t c = c0 + n * groups + group;
+      token[n] = idle || c >= m.end ? -1 : token_of<kInPlace>(a, m, c);
+      held[n] = {};
+      if (token[n] >= 0) held[n] = column.load(m.from + token[n] * s.from_stride[2], i);
+    }
+    if constexpr (kInPlace) __syncthreads();
+#pragma unroll
+    for (int n = 0; n < kBatch; ++n) {
+      const int64_t c = c0 + n * groups + group;
+      if (kInPlace ? token[n] >= 0 : !idle && c < m.end)
+        column.store(m.to + c * s.to_stride[2], i, held[n], c, token[n]);
+    }
   }
 }
 
-template <class T>
-__global__ void __launch_bounds__(kMoveThreads) kv_compact_kernel(MoveArgs a) {
-  const int64_t heads = a.side[0].heads + a.side[1].heads;
-  const int64_t b = blockIdx.x / heads, at = blockIdx.x % heads;
-  const bool is_key = at < a.side[0].heads;
+template <class T, bool kInPlace>
+__global__ void __launch_bounds__(kInPlace ? kCompactThreads : kGatherThreads)
+    kv_move_kernel(MoveArgs a) {
+  const int64_t key_blocks = a.batch * a.side[0].heads * a.side[0].slices * a.side[0].chunks;
+  int64_t at = blockIdx.x;
+  const bool is_key = at < key_blocks;
   const MoveSide& s = a.side[is_key ? 0 : 1];
-  const int64_t h = is_key ? at : at - a.side[0].heads, hi = a.index_heads == 1 ? 0 : h;
-  char* base = s.to + b * s.to_stride[0] + h * s.to_stride[1];
+  if (!is_key) at -= key_blocks;
+  const int64_t begin = at % s.chunks * s.chunk;
+  at /= s.chunks;
+  const int64_t column0 = at % s.slices * s.slice;
+  at /= s.slices;
+  const int64_t h = at % s.heads, b = at / s.heads, hi = a.index_heads == 1 ? 0 : h;
+  const int64_t columns = s.columns - column0 < s.slice ? s.columns - column0 : s.slice;
+  const int64_t used = used_slots(a, b, hi), last = kInPlace ? used : a.width;
+  const MoveBlock m{b,
+                    hi,
+                    s.from + b * s.from_stride[0] + h * s.from_stride[1],
+                    s.to + b * s.to_stride[0] + h * s.to_stride[1],
+                    column0,
+                    static_cast<int>(columns),
+                    begin,
+                    begin + s.chunk < last ? begin + s.chunk : last,
+                    used};
   if (is_key && a.inv_freq != nullptr) {
-    for (int64_t i = threadIdx.x; i < s.dim / 2; i += kMoveThreads)
-      compact_rotated<T>(a, s, b, hi, base, i);
+    move_rows<kInPlace>(a, s, m, RotatedPair<T>{a, b, s.dim / 2});
   } else if (s.vectors) {
-    const int64_t columns = s.dim * static_cast<int64_t>(sizeof(T)) / 16;
-    if (columns <= kMoveThreads) {
-      compact_rows(a, s, b, hi, base, static_cast<int>(columns));
-      return;
-    }
-    for (int64_t i = threadIdx.x; i < columns; i += kMoveThreads)
-      compact_column<uint4>(a, s, b, hi, base, i * 16);
+    move_rows<kInPlace>(a, s, m, PlainColumn<uint4>{});
   } else {
-    for (int64_t i = threadIdx.x; i < s.dim; i += kMoveThreads)
-      compact_column<T>(a, s, b, hi, base, i * static_cast<int64_t>(sizeof(T)));
+    move_rows<kInPlace>(a, s, m, PlainColumn<T>{});
   }
 }
 
+// Splits the work into blocks and returns their number. A gather has a block per step. A compaction
+// has at least one per head, and if these are too few to fill a large GPU, rows are cut into slices
+// of 64 bytes or more (two sectors: less would waste memory traffic).
 template <class T>
-void launch_kv_gather(const MoveArgs& a, cudaStream_t stream) {
-  const int64_t rows = a.batch * (a.side[0].heads + a.side[1].heads) * a.width;
-  if (rows == 0) return;
-  const int64_t blocks = (rows + kMoveThreads / 32 - 1) / (kMoveThreads / 32);
-  TENFOLD_LAUNCH(kv_gather_kernel<T>, static_cast<unsigned>(blocks < 1 << 20 ? blocks : 1 << 20),
-                 kMoveThreads, stream, a);
+int64_t plan_move(MoveArgs& a, bool in_place) {
+  const int64_t threads = in_place ? kCompactThreads : kGatherThreads;
+  int64_t blocks = 0;
+  for (int side = 0; side < 2; ++side) {
+    MoveSide& s = a.side[side];
+    const bool rotated = side == 0 && a.inv_freq != nullptr;
+    const int64_t size = static_cast<int64_t>(sizeof(T)), unit = !rotated && s.vectors ? 16 : size;
+    s.columns = rotated ? s.dim / 2 : s.dim * size / unit;
+    s.slice = s.columns < threads ? s.columns : threads;
+    const int64_t heads = a.batch * (a.side[0].heads + a.side[1].heads);
+    if (in_place && heads > 0 && heads < kWantedBlocks) {
+      const int64_t cuts = (kWantedBlocks + heads - 1) / heads, least = kSliceBytes / unit;
+      const int64_t wanted = ((s.columns + cuts - 1) / cuts + least - 1) / least * least;
+      s.slice = s.slice < wanted ? s.slice : wanted;
+    }
+    const int64_t batch = rotated ? RotatedPair<T>::kBatch : kMoveBatch;
+    s.chunk = in_place || s.slice == 0 ? a.width : threads / s.slice * batch;
+    s.slices = s.slice > 0 ? (s.columns + s.slice - 1) / s.slice : 0;
+    s.chunks = s.chunk > 0 ? (a.width + s.chunk - 1) / s.chunk : 0;
+    blocks += a.batch * s.heads * s.slices * s.chunks;
+  }
+  return blocks;
+}
+
+// `blocks` is what plan_move returned.
+template <class T>
+void launch_kv_gather(const MoveArgs& a, int64_t blocks, cudaStream_t stream) {
+  if (blocks > 0)
+    TENFOLD_LAUNCH((kv_move_kernel<T, false>), static_cast<unsigned>(blocks), kGatherThreads,
+                   stream, a);
 }
 
 template <class T>
-void launch_kv_compact(const MoveArgs& a, cudaStream_t stream) {
-  const int64_t blocks = a.batch * (a.side[0].heads + a.side[1].heads);
-  if (blocks > 0 && a.width > 0)
-    TENFOLD_LAUNCH(kv_compact_kernel<T>, static_cast<unsigned>(blocks), kMoveThreads, stream, a);
+void launch_kv_compact(const MoveArgs& a, int64_t blocks, cudaStream_t stream) {
+  if (blocks > 0)
+    TENFOLD_LAUNCH((kv_move_kernel<T, true>), static_cast<unsigned>(blocks), kCompactThreads,
+                   stream, a);
 }
 
 }  // namespace tenfold::cuda

@@ -25,6 +25,7 @@ std::tuple<Tensor, Tensor> proxy_scores(const char* op, const Tensor& q_in, cons
   p.batch = b, p.q_heads = hq, p.kv_heads = hkv, p.num_proxies = w, p.length = length;
   p.head_dim = q.sizes()[3];
   for (int i = 0; i < 3; ++i) p.q_stride[i] = q.strides()[i], p.k_stride[i] = k.strides()[i];
+  choose_vectors(p, dtype_size(to_dtype(q.scalar_type())));
   p.positions = int_array(positions);
   p.positions_per_row = positions && positions->dim() == 2;
   p.kv_start = int_array(a.kv_start);

@@ -4,8 +4,7 @@
 //   lse pass:     one block per (row tile, key split): running max and sum of its keys;
 //   combine:      one thread per row: lse over the splits;
 //   column pass:  one block per (batch, key head, 64 keys) walks over all rows: it owns its
-//   columns, so
-//                 there are no atomics and the order of additions is fixed.
+//                 columns, so there are no atomics and the order of additions is fixed.
 #pragma once
 
 #include "core/convert.cuh"
@@ -22,6 +21,7 @@ struct ProxyArgs {
   float* scores;     // [B, Hkv, L]
   int64_t batch, q_heads, kv_heads, num_proxies, length, head_dim;
   int64_t q_stride[3], k_stride[3];
+  bool q_vectors, k_vectors;  // rows are whole, aligned 16-byte vectors
   IntArray positions, kv_start, kv_lens, kmap;
   bool positions_per_row;
   int64_t q_offset;
@@ -33,8 +33,14 @@ struct ProxyArgs {
 };
 
 constexpr int kTileRows = 64, kTileKeys = 64, kProxyThreads = 128;
-constexpr int kDepth = 32;          // head dims staged at once
-constexpr int kPitch = kDepth + 8;  // 16-byte shift a row: fragment reads hit all banks
+constexpr int kProxyBlocks = 4;  // on an SM, at least: what shared memory allows on sm_80
+// Head dims staged at once (256 bytes a row), and elements between staged rows: the 16-byte shift
+// lets fragment reads hit all banks.
+template <class T>
+constexpr int kDepth = 256 / static_cast<int>(sizeof(T));
+template <class T>
+constexpr int kPitch = kDepth<T> + 16 / static_cast<int>(sizeof(T));
+constexpr int kMmaDepth = 16;
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 constexpr float kNothing = -1e30f;
 
@@ -61,35 +67,45 @@ TENFOLD_HD Visible visible_keys(const ProxyArgs& p, int64_t b, int64_t w) {
   return lo < hi ? Visible{lo, hi} : Visible{0, 0};
 }
 
-// Rows of one block: where each starts in q, what it sees.
+// Head dims [d0, d0 + depth) of the tile's rows; zeros where there is no row or dim.
 template <class T>
-struct RowInfo {
-  const T* q;
-  int64_t lo, hi;
-};
-
-template <class T>
-__device__ inline void stage(const T* const* rows, T* tile, int64_t d0, int64_t d, int count) {
-  for (int i = threadIdx.x; i < count * kDepth; i += kProxyThreads) {
-    const int r = i / kDepth, c = i % kDepth;
+__device__ inline void stage(const T* const* rows, T* tile, int64_t d0, int64_t d, int depth,
+                             bool vectors) {
+  static_assert(kTileRows == kTileKeys);
+  constexpr int kPer = 16 / static_cast<int>(sizeof(T)), kVectors = kDepth<T> / kPer;
+  if (vectors) {
+#pragma unroll
+    for (int i = threadIdx.x; i < kTileRows * kVectors; i += kProxyThreads) {
+      const int r = i / kVectors, c = i % kVectors * kPer;
+      if (c >= depth) continue;
+      uint4 value{0, 0, 0, 0};
+      if (rows[r] != nullptr && d0 + c < d)
+        value = *reinterpret_cast<const uint4*>(rows[r] + d0 + c);
+      *reinterpret_cast<uint4*>(tile + r * kPitch<T> + c) = value;
+    }
+    return;
+  }
+  for (int i = threadIdx.x; i < kTileRows * kDepth<T>; i += kProxyThreads) {
+    const int r = i / kDepth<T>, c = i % kDepth<T>;
+    if (c >= depth) continue;
     T value{};
     if (rows[r] != nullptr && d0 + c < d) value = rows[r][d0 + c];
-    tile[r * kPitch + c] = value;
+    tile[r * kPitch<T> + c] = value;
   }
 }
 
 template <class T>
 __device__ inline uint32_t pair_at(const T* tile, int row, int col) {
-  return *reinterpret_cast<const uint32_t*>(tile + row * kPitch + col);
+  return *reinterpret_cast<const uint32_t*>(tile + row * kPitch<T> + col);
 }
 
-// acc += q tile (16 rows of this warp) x k tile^T over the staged depth.
+// acc += q tile (16 rows of this warp) x k tile^T over the staged depth, a multiple of kMmaDepth.
 template <class T>
-__device__ inline void multiply(const T* q, const T* k, float (&acc)[8][4]) {
+__device__ inline void multiply(const T* q, const T* k, int depth, float (&acc)[8][4]) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int row = warp * 16 + lane / 4, col = lane % 4 * 2;
   if constexpr (sizeof(T) == 2) {
-    for (int step = 0; step < kDepth; step += 16) {
+    for (int step = 0; step < depth; step += kMmaDepth) {
       const uint32_t a[4] = {pair_at(q, row, step + col), pair_at(q, row + 8, step + col),
                              pair_at(q, row, step + col + 8), pair_at(q, row + 8, step + col + 8)};
 #pragma unroll
@@ -100,11 +116,12 @@ __device__ inline void multiply(const T* q, const T* k, float (&acc)[8][4]) {
       }
     }
   } else {
-    for (int i = 0; i < kDepth; ++i) {
-      const float top = q[row * kPitch + i], bottom = q[(row + 8) * kPitch + i];
+    for (int i = 0; i < depth; ++i) {
+      const float top = q[row * kPitch<T> + i], bottom = q[(row + 8) * kPitch<T> + i];
 #pragma unroll
       for (int n = 0; n < 8; ++n) {
-        const float left = k[(n * 8 + col) * kPitch + i], right = k[(n * 8 + col + 1) * kPitch + i];
+        const T* key = k + (n * 8 + col) * kPitch<T> + i;
+        const float left = key[0], right = key[kPitch<T>];
         acc[n][0] += top * left;
         acc[n][1] += top * right;
         acc[n][2] += bottom * left;
@@ -114,57 +131,86 @@ __device__ inline void multiply(const T* q, const T* k, float (&acc)[8][4]) {
   }
 }
 
+// The tiles of a block. One that holds whole rows stays valid as long as its rows do, so it is
+// staged only if it is fresh: the q tile of the lse pass and the k tile of the column pass stay.
+template <class T>
+struct Tiles {
+  const T** q_rows;
+  const T** k_rows;
+  T* q;
+  T* k;
+  int64_t* lo;  // keys that each row sees
+  int64_t* hi;
+};
+
+// A key position relative to the tile, cut to it.
+TENFOLD_HD int in_tile(int64_t j) {
+  return j < 0 ? 0 : j > kTileKeys ? kTileKeys : static_cast<int>(j);
+}
+
 // Logits of the block's 64 rows and keys [j0, j0 + 64) (log2 units), hidden ones -inf.
 template <class T>
-__device__ inline void tile_logits(const ProxyArgs& p, const T* const* q_rows, const int64_t* lo,
-                                   const int64_t* hi, const T* k_head, int64_t j0, T* q_tile,
-                                   T* k_tile, const T** k_rows, float (&acc)[8][4]) {
+__device__ inline void tile_logits(const ProxyArgs& p, const Tiles<T>& t, const T* k_head,
+                                   int64_t j0, bool fresh_q, bool fresh_k, float (&acc)[8][4]) {
+  const bool whole = p.head_dim <= kDepth<T>;
 #pragma unroll
   for (int n = 0; n < 8; ++n)
     for (int i = 0; i < 4; ++i) acc[n][i] = 0.0f;
   for (int j = threadIdx.x; j < kTileKeys; j += kProxyThreads)
-    k_rows[j] = j0 + j < p.length ? k_head + (j0 + j) * p.k_stride[2] : nullptr;
+    t.k_rows[j] = j0 + j < p.length ? k_head + (j0 + j) * p.k_stride[2] : nullptr;
   __syncthreads();
-  for (int64_t d0 = 0; d0 < p.head_dim; d0 += kDepth) {
-    stage(q_rows, q_tile, d0, p.head_dim, kTileRows);
-    stage(k_rows, k_tile, d0, p.head_dim, kTileKeys);
+  for (int64_t d0 = 0; d0 < p.head_dim; d0 += kDepth<T>) {
+    const int64_t left = (p.head_dim - d0 + kMmaDepth - 1) / kMmaDepth * kMmaDepth;
+    const int depth = left < kDepth<T> ? static_cast<int>(left) : kDepth<T>;
+    if (fresh_q || !whole) stage(t.q_rows, t.q, d0, p.head_dim, depth, p.q_vectors);
+    if (fresh_k || !whole) stage(t.k_rows, t.k, d0, p.head_dim, depth, p.k_vectors);
     __syncthreads();
-    multiply(q_tile, k_tile, acc);
+    multiply(t.q, t.k, depth, acc);
     __syncthreads();
   }
   const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane / 4, col = lane % 4 * 2;
 #pragma unroll
-  for (int n = 0; n < 8; ++n)
-    for (int i = 0; i < 4; ++i) {
-      const int r = row + i / 2 * 8;
-      const int64_t key = j0 + n * 8 + col + i % 2;
-      const bool seen = key >= lo[r] && key < hi[r];
-      acc[n][i] = seen ? acc[n][i] * (p.scale * kLog2e) : bits_to_float(0xFF800000u);
-    }
+  for (int half = 0; half < 2; ++half) {
+    const int lo = in_tile(t.lo[row + half * 8] - j0), hi = in_tile(t.hi[row + half * 8] - j0);
+#pragma unroll
+    for (int n = 0; n < 8; ++n)
+      for (int i = 0; i < 2; ++i) {
+        const int key = n * 8 + col + i;
+        float& x = acc[n][2 * half + i];
+        x = key >= lo && key < hi ? x * (p.scale * kLog2e) : bits_to_float(0xFF800000u);
+      }
+  }
 }
 
 // Describes rows [row0, row0 + 64) of the rows of one (batch, query head).
 template <class T>
 __device__ inline void describe_head_rows(const ProxyArgs& p, int64_t b, int64_t h, int64_t row0,
-                                          const T** q_rows, int64_t* lo, int64_t* hi) {
+                                          const Tiles<T>& t) {
   const T* q = static_cast<const T*>(p.q) + b * p.q_stride[0] + h * p.q_stride[1];
   for (int r = threadIdx.x; r < kTileRows; r += kProxyThreads) {
     const int64_t w = row0 + r;
     const Visible see = w < p.num_proxies ? visible_keys(p, b, w) : Visible{0, 0};
-    q_rows[r] = see.lo < see.hi ? q + w * p.q_stride[2] : nullptr;
-    lo[r] = see.lo;
-    hi[r] = see.hi;
+    t.q_rows[r] = see.lo < see.hi ? q + w * p.q_stride[2] : nullptr;
+    t.lo[r] = see.lo;
+    t.hi[r] = see.hi;
   }
   __syncthreads();
 }
 
-// Keys that any row of the tile sees.
+// Keys that any row of the tile sees; every warp finds it for itself.
 __device__ inline Visible tile_range(const int64_t* lo, const int64_t* hi) {
+  const int lane = threadIdx.x % 32;
   Visible any{INT64_MAX, 0};
-  for (int r = 0; r < kTileRows; ++r) {
+  for (int r = lane; r < kTileRows; r += 32) {
     if (lo[r] >= hi[r]) continue;
     any.lo = lo[r] < any.lo ? lo[r] : any.lo;
     any.hi = hi[r] > any.hi ? hi[r] : any.hi;
+  }
+  for (int step = 1; step < 32; step *= 2) {
+    const int64_t other_lo = __shfl_xor_sync(0xFFFFFFFFu, any.lo, step);
+    const int64_t other_hi = __shfl_xor_sync(0xFFFFFFFFu, any.hi, step);
+    any.lo = other_lo < any.lo ? other_lo : any.lo;
+    any.hi = other_hi > any.hi ? other_hi : any.hi;
   }
   return any.lo < any.hi ? any : Visible{0, 0};
 }
@@ -181,13 +227,15 @@ TENFOLD_HD float larger(float a, float b) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(kProxyThreads) proxy_lse_kernel(ProxyArgs p) {
+__global__ void __launch_bounds__(kProxyThreads, sizeof(T) == 2 ? kProxyBlocks + 1 : kProxyBlocks)
+    proxy_lse_kernel(ProxyArgs p) {
   TENFOLD_SHARED(const T*, q_rows, kTileRows);
   TENFOLD_SHARED(const T*, k_rows, kTileKeys);
   TENFOLD_SHARED(int64_t, lo, kTileRows);
   TENFOLD_SHARED(int64_t, hi, kTileRows);
-  TENFOLD_SHARED(T, q_tile, kTileRows * kPitch);
-  TENFOLD_SHARED(T, k_tile, kTileKeys * kPitch);
+  TENFOLD_SHARED(T, q_tile, kTileRows * kPitch<T>);
+  TENFOLD_SHARED(T, k_tile, kTileKeys * kPitch<T>);
+  const Tiles<T> tiles{q_rows, k_rows, q_tile, k_tile, lo, hi};
   const int64_t row_tiles = (p.num_proxies + kTileRows - 1) / kTileRows;
   int64_t at = blockIdx.x;
   const int64_t split = at % p.splits;
@@ -195,7 +243,7 @@ __global__ void __launch_bounds__(kProxyThreads) proxy_lse_kernel(ProxyArgs p) {
   const int64_t row0 = at % row_tiles * kTileRows;
   at /= row_tiles;
   const int64_t h = at % p.q_heads, b = at / p.q_heads;
-  describe_head_rows(p, b, h, row0, q_rows, lo, hi);
+  describe_head_rows(p, b, h, row0, tiles);
   const Visible any = tile_range(lo, hi);
   const int64_t first = split * p.keys_per_split;
   int64_t last = first + p.keys_per_split < any.hi ? first + p.keys_per_split : any.hi;
@@ -204,10 +252,10 @@ __global__ void __launch_bounds__(kProxyThreads) proxy_lse_kernel(ProxyArgs p) {
   if (!known) last = first;
   const T* k = static_cast<const T*>(p.k) + b * p.k_stride[0] + (known ? hk : 0) * p.k_stride[1];
   float top[2] = {kNothing, kNothing}, sum[2] = {0.0f, 0.0f};
-  for (int64_t j0 = first; j0 < last; j0 += kTileKeys) {
-    if (j0 + kTileKeys <= any.lo) continue;
+  const int64_t start = any.lo > first ? any.lo / kTileKeys * kTileKeys : first;
+  for (int64_t j0 = start; j0 < last; j0 += kTileKeys) {
     float acc[8][4];
-    tile_logits(p, q_rows, lo, hi, k, j0, q_tile, k_tile, k_rows, acc);
+    tile_logits(p, tiles, k, j0, j0 == start, true, acc);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float now = top[half];
@@ -271,13 +319,14 @@ __device__ inline void reduce_columns(float (&sums)[8][2], float* by_warp, float
 }
 
 template <class T>
-__global__ void __launch_bounds__(kProxyThreads) proxy_columns_kernel(ProxyArgs p) {
+__global__ void __launch_bounds__(kProxyThreads, kProxyBlocks) proxy_columns_kernel(ProxyArgs p) {
   TENFOLD_SHARED(const T*, q_rows, kTileRows);
   TENFOLD_SHARED(const T*, k_rows, kTileKeys);
   TENFOLD_SHARED(int64_t, lo, kTileRows);
   TENFOLD_SHARED(int64_t, hi, kTileRows);
-  TENFOLD_SHARED(T, q_tile, kTileRows * kPitch);
-  TENFOLD_SHARED(T, k_tile, kTileKeys * kPitch);
+  TENFOLD_SHARED(T, q_tile, kTileRows * kPitch<T>);
+  TENFOLD_SHARED(T, k_tile, kTileKeys * kPitch<T>);
+  const Tiles<T> tiles{q_rows, k_rows, q_tile, k_tile, lo, hi};
   TENFOLD_SHARED(float, by_warp, kProxyThreads / 32 * kTileKeys);
   TENFOLD_SHARED(float, columns, kTileKeys);
   const int64_t key_tiles = (p.length + kTileKeys - 1) / kTileKeys;
@@ -287,25 +336,28 @@ __global__ void __launch_bounds__(kProxyThreads) proxy_columns_kernel(ProxyArgs 
   const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane / 4;
   float sums[8][2] = {}, result = 0.0f;
   int64_t heads = 0;
+  bool have_k = false;
   for (int64_t h = 0; h < p.q_heads; ++h) {
     if (key_head(p, h) != hk) continue;
     for (int64_t row0 = 0; row0 < p.num_proxies; row0 += kTileRows) {
-      describe_head_rows(p, b, h, row0, q_rows, lo, hi);
+      describe_head_rows(p, b, h, row0, tiles);
       const Visible any = tile_range(lo, hi);
       if (any.lo < j0 + kTileKeys && any.hi > j0) {
         float acc[8][4];
-        tile_logits(p, q_rows, lo, hi, k, j0, q_tile, k_tile, k_rows, acc);
+        tile_logits(p, tiles, k, j0, true, !have_k, acc);
+        have_k = true;
+#pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int r = row + half * 8;
           if (lo[r] >= hi[r]) continue;
           const float lse = p.lse[(b * p.q_heads + h) * p.num_proxies + row0 + r] * kLog2e;
           if (lse == bits_to_float(0xFF800000u)) continue;  // every logit is -inf: contributes 0
-          const int64_t col = j0 + lane % 4 * 2;
+          const int from = in_tile(lo[r] - j0), to = in_tile(hi[r] - j0);
 #pragma unroll
           for (int n = 0; n < 8; ++n)
             for (int i = 0; i < 2; ++i) {
-              const int64_t key = col + n * 8 + i;
-              if (key >= lo[r] && key < hi[r]) sums[n][i] += exp2f(acc[n][2 * half + i] - lse);
+              const int key = n * 8 + lane % 4 * 2 + i;  // a hidden one adds 0 even if lse is NaN
+              if (key >= from && key < to) sums[n][i] += exp2f(acc[n][2 * half + i] - lse);
             }
         }
       }
@@ -326,6 +378,18 @@ __global__ void __launch_bounds__(kProxyThreads) proxy_columns_kernel(ProxyArgs 
   }
   if (threadIdx.x < kTileKeys && j0 + threadIdx.x < p.length)
     p.scores[(b * p.kv_heads + hk) * p.length + j0 + threadIdx.x] = result;
+}
+
+// Whether rows can be read as 16-byte vectors; call it when pointers and strides are known.
+inline void choose_vectors(ProxyArgs& p, int64_t element_size) {
+  const auto vectors = [&](const void* data, const int64_t (&stride)[3]) {
+    int64_t bits = p.head_dim;
+    for (int i = 0; i < 3; ++i) bits |= stride[i];
+    return (reinterpret_cast<uintptr_t>(data) | static_cast<uintptr_t>(bits * element_size)) % 16 ==
+           0;
+  };
+  p.q_vectors = vectors(p.q, p.q_stride);
+  p.k_vectors = vectors(p.k, p.k_stride);
 }
 
 // Key splits of the lse pass: enough blocks to fill a large GPU (132 SMs, 4 blocks each), at least

@@ -28,6 +28,7 @@ std::tuple<Tensor, Tensor> ragged_decode_op(Tensor q, Tensor k_in, Tensor v_in, 
   a.q_stride[0] = q.strides()[0], a.q_stride[1] = q.strides()[1];
   a.q_stride[2] = one ? 0 : q.strides()[2], a.q_stride[3] = q.strides()[q.dim() - 1];
   a.k_stride = k.strides()[0], a.v_stride = v.strides()[0];
+  a.k_vectors = key_vectors(a, dtype_size(to_dtype(q.scalar_type())));
   a.offsets = int_array(offsets);
   a.lens = int_array(lens);
   a.scale = static_cast<float>(scale);

@@ -1,7 +1,7 @@
 // Device code of ragged_decode: one block per (segment, chunk of keys), all query rows of the head
-// share what it loads. Per group of kRowGroup rows: logits (a warp per key, lanes along D), softmax
-// weights of the chunk in shared memory, then values (a thread per value dim). A second kernel
-// combines the chunks of each row in order.
+// share what it loads. Per group of kRows rows: logits (a few lanes per key, 16 bytes each, so that
+// a warp reads several keys at once), softmax weights of the chunk in shared memory, then values (a
+// thread per value dim). A second kernel combines the chunks of each row in order.
 #pragma once
 
 #include "core/convert.cuh"
@@ -19,9 +19,10 @@ struct DecodeArgs {
   int64_t q_stride[4], k_stride, v_stride;
   int64_t batch, q_heads, kv_heads, group, num_queries, head_dim, value_dim, total_rows;
   float scale;
+  bool k_vectors;  // rows of k are whole, aligned 16-byte vectors
 };
 
-constexpr int kDecodeThreads = 128, kChunkKeys = 256, kRowGroup = 8;
+constexpr int kDecodeThreads = 128, kDecodeWarps = kDecodeThreads / 32, kChunkKeys = 256;
 constexpr int kMaxDim = 256;
 constexpr float kNoLogit = -1e30f;
 
@@ -65,90 +66,201 @@ __device__ inline SegmentRange segment_range(const DecodeArgs& a, int64_t i) {
   return {begin, n};
 }
 
-template <class T>
-__global__ void __launch_bounds__(kDecodeThreads) ragged_decode_kernel(DecodeArgs a) {
-  TENFOLD_SHARED(float, q_tile, kRowGroup* kMaxDim);
-  TENFOLD_SHARED(float, weights, kRowGroup* kChunkKeys);
-  TENFOLD_SHARED(float, row_max, kRowGroup);
-  TENFOLD_SHARED(float, row_sum, kRowGroup);
+__device__ inline float larger_or_nan(float a, float b) {
+  return b > a || b != b ? b : a;
+}
+
+// 4 floats, 16-byte aligned, in one load.
+__device__ inline void load4(const float* from, float* to) {
+  const uint4 x = *reinterpret_cast<const uint4*>(from);
+  memcpy(to, &x, sizeof(x));
+}
+
+// Where dim d of a row lies in q_tile. The lanes of a key read vectors of kPer dims: with 8, the
+// halves lie apart, so that neighbouring lanes read neighbouring 16 bytes.
+template <int kPer>
+__device__ inline int q_slot(int d) {
+  return kPer == 8 ? d % 8 / 4 * (kMaxDim / 2) + d / 8 * 4 + d % 4 : d;
+}
+
+// weights[key][row] = logits of the chunk's keys, -inf where a row does not see the key. V: uint4
+// or T, what a lane loads at once; a power of two of lanes share a key.
+template <class T, class V, int kRows>
+__device__ inline void chunk_logits(const DecodeArgs& a, const T* k, int keys, const float* q_tile,
+                                    const int* visible, float* weights) {
+  constexpr int kPer = static_cast<int>(sizeof(V) / sizeof(T)), kQuad = kPer < 4 ? kPer : 4;
+  constexpr int kAhead = kRows > 4 ? 2 : 4;  // keys that a lane has in flight
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int vectors = static_cast<int>(a.head_dim) / kPer;
+  int sharing = 1;
+  while (sharing < 32 && sharing < vectors) sharing *= 2;
+  const int mine = lane % sharing, stride = kDecodeThreads / sharing;
+  // The loop bounds are those of the warp: all its lanes take part in the shuffles.
+  for (int j0 = warp * (32 / sharing); j0 < keys; j0 += kAhead * stride) {
+    float dot[kAhead][kRows] = {};
+    for (int i = mine; i < vectors; i += sharing) {
+      V held[kAhead];
+#pragma unroll
+      for (int u = 0; u < kAhead; ++u) {
+        const int j = j0 + u * stride + lane / sharing;
+        held[u] = {};
+        if (j < keys) held[u] = reinterpret_cast<const V*>(k + j * a.k_stride)[i];
+      }
+#pragma unroll
+      for (int e = 0; e < kPer; e += kQuad) {
+        float x[kAhead][kQuad];
+#pragma unroll
+        for (int u = 0; u < kAhead; ++u) {
+          T part[kPer];
+          memcpy(part, &held[u], sizeof(V));
+#pragma unroll
+          for (int n = 0; n < kQuad; ++n) x[u][n] = to_float(part[e + n]);
+        }
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+          const float* q = q_tile + r * kMaxDim + q_slot<kPer>(i * kPer + e);
+          float y[kQuad];
+          if constexpr (kQuad == 4) {
+            load4(q, y);
+          } else {
+            y[0] = q[0];
+          }
+#pragma unroll
+          for (int u = 0; u < kAhead; ++u)
+#pragma unroll
+            for (int n = 0; n < kQuad; ++n) dot[u][r] += x[u][n] * y[n];
+        }
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < kAhead; ++u) {
+      for (int step = 1; step < sharing; step *= 2)
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) dot[u][r] += __shfl_xor_sync(0xFFFFFFFFu, dot[u][r], step);
+      const int j = j0 + u * stride + lane / sharing;
+      if (mine == 0 && j < keys)
+#pragma unroll
+        for (int r = 0; r < kRows; ++r)
+          weights[j * kRows + r] = j < visible[r] ? dot[u][r] : bits_to_float(0xFF800000u);
+    }
+  }
+}
+
+// Logits to weights 2^(logit - max), in place; max and sum of each row. Thread t has row t % kRows.
+template <int kRows>
+__device__ inline void chunk_softmax(int keys, float* weights, float* by_warp, float* row_max,
+                                     float* row_sum) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int r = threadIdx.x % kRows, first = static_cast<int>(threadIdx.x) / kRows;
+  constexpr int kStep = kDecodeThreads / kRows;
+  float top = kNoLogit, sum = 0.0f;
+  for (int j = first; j < keys; j += kStep) top = larger_or_nan(top, weights[j * kRows + r]);
+  for (int step = kRows; step < 32; step *= 2)
+    top = larger_or_nan(top, __shfl_xor_sync(0xFFFFFFFFu, top, step));
+  if (lane < kRows) by_warp[warp * kRows + r] = top;
+  __syncthreads();
+  for (int w = 0; w < kDecodeWarps; ++w) top = larger_or_nan(top, by_warp[w * kRows + r]);
+  __syncthreads();
+  for (int j = first; j < keys; j += kStep) {
+    const float e = exp2f(weights[j * kRows + r] - top);
+    weights[j * kRows + r] = e;
+    sum += e;
+  }
+  for (int step = kRows; step < 32; step *= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, step);
+  if (lane < kRows) by_warp[warp * kRows + r] = sum;
+  __syncthreads();
+  if (threadIdx.x < kRows) {
+    sum = 0.0f;
+    for (int w = 0; w < kDecodeWarps; ++w) sum += by_warp[w * kRows + r];
+    row_max[r] = top;
+    row_sum[r] = sum;
+  }
+  __syncthreads();
+}
+
+// acc[r] = sum over keys of weight * v for one value dim. Keys from `seen_by_all` on are hidden
+// from some row: whatever v holds there must not reach it.
+template <class T, int kRows>
+__device__ inline void chunk_values(const T* v, int64_t stride, int keys, int seen_by_all,
+                                    const float* weights, float (&acc)[kRows]) {
+  const auto add = [&](int j, bool check) {
+    const float x = to_float(v[j * stride]);
+    float w[kRows];
+    if constexpr (kRows % 4 == 0) {
+      for (int r = 0; r < kRows; r += 4) load4(weights + j * kRows + r, w + r);
+    } else {
+      for (int r = 0; r < kRows; ++r) w[r] = weights[j * kRows + r];
+    }
+#pragma unroll
+    for (int r = 0; r < kRows; ++r)
+      if (!check || w[r] != 0.0f) acc[r] += w[r] * x;
+  };
+#pragma unroll 8
+  for (int j = 0; j < seen_by_all; ++j) add(j, false);
+  for (int j = seen_by_all; j < keys; ++j) add(j, true);
+}
+
+template <class T, int kRows>
+__global__ void __launch_bounds__(kDecodeThreads, 5) ragged_decode_kernel(DecodeArgs a) {
+  TENFOLD_SHARED(float, q_tile, kRows* kMaxDim);
+  TENFOLD_SHARED(float, weights, kChunkKeys* kRows);
+  TENFOLD_SHARED(float, by_warp, kDecodeWarps* kRows);
+  TENFOLD_SHARED(float, row_max, kRows);
+  TENFOLD_SHARED(float, row_sum, kRows);
+  TENFOLD_SHARED(int, visible, kRows);
+  constexpr int kVectorDims = 16 / static_cast<int>(sizeof(T));
   const int64_t segment = segment_of(a, blockIdx.x);
   if (segment < 0) return;
   const int64_t chunk = static_cast<int64_t>(blockIdx.x) - first_chunk(a, segment);
   const SegmentRange s = segment_range(a, segment);
-  const int64_t first = chunk * kChunkKeys;
-  const int64_t keys = s.length - first < kChunkKeys ? s.length - first : kChunkKeys;
-  if (keys <= 0) return;
-  const int64_t rows = a.group * a.num_queries, b = segment / a.kv_heads;
-  const int64_t head0 = segment % a.kv_heads * a.group;
+  const int64_t first = chunk * kChunkKeys, left = s.length - first;
+  if (left <= 0) return;
+  const int keys = left < kChunkKeys ? static_cast<int>(left) : kChunkKeys;
+  const int rows = static_cast<int>(a.group * a.num_queries), dims = static_cast<int>(a.head_dim);
+  const int64_t b = segment / a.kv_heads, head0 = segment % a.kv_heads * a.group;
   const T* k = static_cast<const T*>(a.k) + (s.begin + first) * a.k_stride;
   const T* v = static_cast<const T*>(a.v) + (s.begin + first) * a.v_stride;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  for (int64_t r0 = 0; r0 < rows; r0 += kRowGroup) {
-    const int n = static_cast<int>(rows - r0 < kRowGroup ? rows - r0 : kRowGroup);
-    for (int64_t i = threadIdx.x; i < n * a.head_dim; i += kDecodeThreads) {
-      const int64_t r = r0 + i / a.head_dim, d = i % a.head_dim;
-      const T* q = static_cast<const T*>(a.q) + b * a.q_stride[0] +
-                   (head0 + r / a.num_queries) * a.q_stride[1] + r % a.num_queries * a.q_stride[2] +
-                   d * a.q_stride[3];
-      q_tile[(r - r0) * kMaxDim + d] = to_float(*q) * (a.scale * 1.4426950408889634f);
+  const int queries = static_cast<int>(a.num_queries);
+  for (int r0 = 0; r0 < rows; r0 += kRows) {
+    const int n = rows - r0 < kRows ? rows - r0 : kRows;
+    for (int i = threadIdx.x; i < kRows * dims; i += kDecodeThreads) {
+      const int r = i / dims, d = i % dims, row = r0 + r;
+      float x = 0.0f;
+      if (r < n)
+        x = to_float(static_cast<const T*>(
+                a.q)[b * a.q_stride[0] + (head0 + row / queries) * a.q_stride[1] +
+                     row % queries * a.q_stride[2] + d * a.q_stride[3]]) *
+            (a.scale * 1.4426950408889634f);
+      q_tile[r * kMaxDim + (a.k_vectors ? q_slot<kVectorDims>(d) : d)] = x;
+    }
+    if (threadIdx.x < kRows) {  // of the chunk's keys; rows that do not exist hide nothing
+      const int64_t later = queries - 1 - (r0 + static_cast<int>(threadIdx.x)) % queries;
+      const int64_t sees = static_cast<int>(threadIdx.x) < n ? left - later : keys;
+      visible[threadIdx.x] = sees < 0 ? 0 : sees > keys ? keys : static_cast<int>(sees);
     }
     __syncthreads();
-    for (int64_t j = warp; j < keys; j += kDecodeThreads / 32) {
-      float dot[kRowGroup] = {};
-      for (int64_t d = lane; d < a.head_dim; d += 32) {
-        const float x = to_float(k[j * a.k_stride + d]);
-#pragma unroll
-        for (int r = 0; r < kRowGroup; ++r)
-          if (r < n) dot[r] += x * q_tile[r * kMaxDim + d];
-      }
-#pragma unroll
-      for (int r = 0; r < kRowGroup; ++r) {
-        for (int step = 1; step < 32; step *= 2)
-          dot[r] += __shfl_xor_sync(0xFFFFFFFFu, dot[r], step);
-        const int64_t query = (r0 + r) % a.num_queries;
-        const int64_t visible = s.length - (a.num_queries - 1 - query) - first;
-        if (lane == 0 && r < n)
-          weights[r * kChunkKeys + j] = j < visible ? dot[r] : bits_to_float(0xFF800000u);
-      }
+    if (a.k_vectors) {
+      chunk_logits<T, uint4, kRows>(a, k, keys, q_tile, visible, weights);
+    } else {
+      chunk_logits<T, T, kRows>(a, k, keys, q_tile, visible, weights);
     }
     __syncthreads();
-    for (int r = warp; r < n; r += kDecodeThreads / 32) {
-      float top = kNoLogit, sum = 0.0f;
-      for (int64_t j = lane; j < keys; j += 32) {
-        const float x = weights[r * kChunkKeys + j];
-        top = x > top || x != x ? x : top;
-      }
-      for (int step = 1; step < 32; step *= 2) {
-        const float other = __shfl_xor_sync(0xFFFFFFFFu, top, step);
-        top = other > top || other != other ? other : top;
-      }
-      for (int64_t j = lane; j < keys; j += 32) {
-        const float e = exp2f(weights[r * kChunkKeys + j] - top);
-        weights[r * kChunkKeys + j] = e;
-        sum += e;
-      }
-      for (int step = 1; step < 32; step *= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, step);
-      if (lane == 0) {
-        row_max[r] = top;
-        row_sum[r] = sum;
-      }
-    }
-    __syncthreads();
-    float* out = a.partial + (static_cast<int64_t>(blockIdx.x) * rows + r0) * (2 + a.value_dim);
+    chunk_softmax<kRows>(keys, weights, by_warp, row_max, row_sum);
+    int seen_by_all = keys;
+    for (int r = 0; r < kRows; ++r)
+      seen_by_all = visible[r] < seen_by_all ? visible[r] : seen_by_all;
+    const int64_t step = 2 + a.value_dim;
+    float* out = a.partial + (static_cast<int64_t>(blockIdx.x) * rows + r0) * step;
     for (int64_t d = threadIdx.x; d < a.value_dim; d += kDecodeThreads) {
-      float acc[kRowGroup] = {};
-      for (int64_t j = 0; j < keys; ++j) {
-        const float x = to_float(v[j * a.v_stride + d]);
+      float acc[kRows] = {};
+      chunk_values<T, kRows>(v + d, a.v_stride, keys, seen_by_all, weights, acc);
 #pragma unroll
-        for (int r = 0; r < kRowGroup; ++r)
-          if (r < n && weights[r * kChunkKeys + j] != 0.0f)
-            acc[r] += weights[r * kChunkKeys + j] * x;
-      }
-      for (int r = 0; r < n; ++r) out[r * (2 + a.value_dim) + 2 + d] = acc[r];
+      for (int r = 0; r < kRows; ++r)
+        if (r < n) out[r * step + 2 + d] = acc[r];
     }
-    if (threadIdx.x < n) {
-      out[threadIdx.x * (2 + a.value_dim)] = row_max[threadIdx.x];
-      out[threadIdx.x * (2 + a.value_dim) + 1] = row_sum[threadIdx.x];
+    if (static_cast<int>(threadIdx.x) < n) {
+      out[threadIdx.x * step] = row_max[threadIdx.x];
+      out[threadIdx.x * step + 1] = row_sum[threadIdx.x];
     }
     __syncthreads();
   }
@@ -180,12 +292,26 @@ __global__ void __launch_bounds__(kDecodeThreads) decode_combine_kernel(DecodeAr
     a.lse[at] = sees ? top * 0.6931471805599453f + logf(sum) : bits_to_float(0xFF800000u);
 }
 
+// Whether rows of k can be read as 16-byte vectors; call it when pointer and stride are known.
+inline bool key_vectors(const DecodeArgs& a, int64_t element_size) {
+  return (reinterpret_cast<uintptr_t>(a.k) |
+          static_cast<uintptr_t>((a.head_dim | a.k_stride) * element_size)) %
+             16 ==
+         0;
+}
+
 template <class T>
 void launch_ragged_decode(const DecodeArgs& a, cudaStream_t stream) {
   const int64_t rows = a.group * a.num_queries, segments = a.batch * a.kv_heads;
   if (segments * rows == 0) return;
-  TENFOLD_LAUNCH(ragged_decode_kernel<T>, static_cast<unsigned>(chunk_slots(a)), kDecodeThreads,
-                 stream, a);
+  const auto chunks = static_cast<unsigned>(chunk_slots(a));
+  if (rows == 1) {
+    TENFOLD_LAUNCH((ragged_decode_kernel<T, 1>), chunks, kDecodeThreads, stream, a);
+  } else if (rows <= 4) {
+    TENFOLD_LAUNCH((ragged_decode_kernel<T, 4>), chunks, kDecodeThreads, stream, a);
+  } else {
+    TENFOLD_LAUNCH((ragged_decode_kernel<T, 8>), chunks, kDecodeThreads, stream, a);
+  }
   TENFOLD_LAUNCH(decode_combine_kernel<T>, static_cast<unsigned>(segments * rows), kDecodeThreads,
                  stream, a);
 }

@@ -83,6 +83,23 @@ def write_json(value: Any) -> None:
     sys.stdout.write("\n")
 
 
+def device_of(name: str) -> str:
+    """``name`` if it is a device that can be used here; ValueError says why it is not."""
+    import torch
+
+    try:
+        found = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device takes cpu, cuda, cuda:1, ..., got {name!r}") from None
+    if found.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device takes cpu, cuda, cuda:1, ..., got {name!r}")
+    count = torch.cuda.device_count()
+    if found.type == "cuda" and (found.index or 0) >= count:
+        what = f"only {count} GPUs" if count else "no GPU"
+        raise ValueError(f"--device {name}: torch finds {what} here; `tenfold doctor` says why")
+    return name
+
+
 def dtype_of(name: str) -> Any:
     """A torch dtype by its usual names; ValueError lists them."""
     import torch

@@ -45,7 +45,9 @@ def _gpu() -> dict[str, Any]:
     found: dict[str, Any] = {"kernels_built_for": built or None, "driver": _driver()}
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     found["devices"] = devices
-    if not built:
+    if _load.error is not None:
+        found["why"] = "tenfold's native library did not load"
+    elif not built:
         found["why"] = "this build has no CUDA kernels (nvcc was not found when it was built)"
     elif torch.version.cuda is None:
         found["why"] = f"torch {torch.__version__} is a CPU-only build"

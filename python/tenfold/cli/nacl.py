@@ -9,7 +9,17 @@ from typing import Annotated, Any
 
 import typer
 
-from tenfold.cli.common import dtype_of, err, friendly, out, progress, split, table, write_json
+from tenfold.cli.common import (
+    device_of,
+    dtype_of,
+    err,
+    friendly,
+    out,
+    progress,
+    split,
+    table,
+    write_json,
+)
 
 app = typer.Typer(help="NACL: KV-cache eviction with proxy tokens.", no_args_is_help=True)
 
@@ -67,7 +77,7 @@ def generate(
         text = f"{text}\n\nQuestion: {question}"
     if not text.strip():
         raise ValueError("the text is empty")
-    network, tokenizer = load_model(model, dtype_of(dtype), device)
+    network, tokenizer = load_model(model, dtype_of(dtype), device_of(device))
     if not raw and getattr(tokenizer, "chat_template", None):
         turn = [{"role": "user", "content": text}]
         text = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
@@ -109,7 +119,7 @@ def evaluate(
     tasks: Annotated[str, typer.Option(help="needle, multikey, perplexity")] = (
         "needle,multikey,perplexity"
     ),
-    lengths: Annotated[str, typer.Option(help="prompt tokens")] = "1024,2048,4096,8000",
+    lengths: Annotated[str, typer.Option(help="prompt tokens")] = "1024,2048,4096,7936",
     depths: Annotated[int, typer.Option(min=1, max=100, help="places of the fact")] = 10,
     keys: Annotated[int, typer.Option(min=2, max=16, help="facts of a multikey prompt")] = 2,
     seeds: Annotated[int, typer.Option(min=1, help="texts and facts, counted from 0")] = 1,
@@ -138,11 +148,14 @@ def evaluate(
         raise ValueError(f"--tasks must be among {', '.join(known)}, got {', '.join(unknown)}")
     specs = study.method_specs(split(methods, str, "--methods"), split(budgets, float, "--budgets"))
     sizes = split(lengths, int, "--lengths")
-    network, tokenizer = load_model(model, dtype_of(dtype), device)
+    if min(sizes) < 1:
+        raise ValueError(f"--lengths must be at least 1, got {min(sizes)}")
+    network, tokenizer = load_model(model, dtype_of(dtype), device_of(device))
     longest = getattr(network.config, "max_position_embeddings", None)
-    if longest and max(sizes) + study.MAX_NEW_TOKENS > longest:
+    room = max(study.MAX_NEW_TOKENS, continuation if "perplexity" in chosen else 0)
+    if longest and max(sizes) + room > longest:
         raise ValueError(
-            f"--lengths must leave room for {study.MAX_NEW_TOKENS} tokens below the model's "
+            f"--lengths must leave room for {room} tokens below the model's "
             f"{longest}, got {max(sizes)}"
         )
     places = [(i + 0.5) / depths for i in range(depths)]

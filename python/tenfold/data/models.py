@@ -155,6 +155,9 @@ def load_model(
     _require("transformers", f"loading {name}")
     if not os.path.isdir(name) and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise MissingData(f"no model folder at {name!r}; give a folder, a hub id or 'smollm2'.")
+    folder = Path(name).expanduser()
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise MissingData(f"{name!r} is a folder without a model: it has no config.json.")
     return _from_folder(os.path.expanduser(name), dtype, device)
 
 

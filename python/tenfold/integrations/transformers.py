@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 SUPPORTED_ATTENTION = ("sdpa", "eager")
 RAGGED = "tenfold_ragged"
+CAPTURE = "tenfold_capture"
 
 
 def get_cache(kwargs: dict) -> Any:
@@ -88,25 +89,61 @@ def own_layer(cache: Any, index: int, make: type) -> Any:
     return layers[index]
 
 
+class _Captured(Exception):
+    """Carries the queries out of a layer's forward."""
+
+    def __init__(self, query: Tensor) -> None:
+        super().__init__()
+        self.query = query
+
+
+def _capture(module: nn.Module, query: Tensor, *args: Any, **kwargs: Any) -> Any:
+    raise _Captured(query)
+
+
+class _CapturingConfig:
+    """A layer's configuration that names ``_capture`` as its attention; all else is the layer's own."""
+
+    _attn_implementation = CAPTURE
+
+    def __init__(self, config: Any) -> None:
+        self._own = config
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._own, name)
+
+
+@torch.no_grad()
 def queries(module: nn.Module, hidden: Tensor, kwargs: dict, last: int) -> Tensor:
-    """Post-RoPE queries [B, Hq, last, D] of the last ``last`` tokens, projected again for them only."""
-    shape = (*hidden.shape[:-1], -1, module.head_dim)
-    q = module.q_proj(hidden).view(shape)
-    if hasattr(module, "q_norm"):
-        q = module.q_norm(q)
-    q = q.transpose(1, 2)
+    """Post-RoPE queries [B, Hq, last, D] of ``hidden`` [B, last, hidden], the last tokens of a forward.
+
+    The layer itself makes them: its forward runs for these tokens up to the attention function. So
+    norms, gates, interleaved, partial or absent rotary embeddings are right whatever the model.
+    """
     embeddings = kwargs.get("position_embeddings")
     if embeddings is None:
         raise TypeError(
             f"{type(module).__name__} got no position_embeddings: only models with rotary position "
             "embeddings are supported"
         )
-    cos, sin = (x[:, -last:].unsqueeze(1) for x in embeddings)
-    rotary = cos.shape[-1]
-    turned, rest = q[..., :rotary], q[..., rotary:]
-    half = torch.cat([-turned[..., rotary // 2 :], turned[..., : rotary // 2]], -1)
-    turned = turned * cos + half * sin
-    return turned if rest.shape[-1] == 0 else torch.cat([turned, rest], -1)
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(CAPTURE, _capture)
+    config = module.config
+    module.config = _CapturingConfig(config)
+    try:
+        module.forward(
+            hidden_states=hidden, attention_mask=None,
+            position_embeddings=tuple(x[:, -last:] for x in embeddings),
+        )  # fmt: skip
+    except _Captured as captured:
+        return captured.query
+    finally:
+        module.config = config
+    raise TypeError(
+        f"{type(module).__name__} computes its attention by itself; supported: layers that call "
+        "transformers' AttentionInterface"
+    )
 
 
 def inv_freq(model: nn.Module | None, keys: Tensor) -> Tensor:

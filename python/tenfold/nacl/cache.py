@@ -28,7 +28,8 @@ class NaclCacheLayer(DynamicLayer):
         self.evicted = False
         self.valid: Tensor | None = None
         self.kept: Tensor | None = None
-        self.position_shift: Tensor | None = None
+        self.position_shift: Tensor | None = None  # [B], true position minus slot (re-rotation)
+        self.lengths: Tensor | None = None  # [B], of the prompts that were evicted
         self.appended = 0  # tokens since the last eviction
 
     @property
@@ -45,8 +46,10 @@ class NaclCacheLayer(DynamicLayer):
         """Tokens seen, evicted ones included: the position of the next token."""
         return self.seen
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
         """(keys after the update, position of the first of them if they were the latest)."""
+        if isinstance(query_length, Tensor):  # transformers 5.2: the positions of the queries
+            query_length = query_length.shape[0]
         return self.physical + query_length, self.seen - self.physical
 
     def cache_bytes(self) -> int:
@@ -56,19 +59,35 @@ class NaclCacheLayer(DynamicLayer):
         return sum(t.untyped_storage().nbytes() for t in (self.keys, self.values))
 
     def shrink(
-        self, idx: Tensor, new_lens: Tensor, inv_freq: Tensor | None, kv_start: Tensor | None
+        self,
+        idx: Tensor,
+        new_lens: Tensor,
+        inv_freq: Tensor | None,
+        kv_start: Tensor | None,
+        lens: Tensor,
     ) -> None:
-        """Keeps the tokens ``idx`` [B, H, C] only, in fresh tensors; the full ones are freed."""
+        """Keeps the tokens ``idx`` [B, H, C] only, in fresh tensors; the full ones are freed.
+
+        Rows that keep fewer than C stand at the right end: what is appended follows on them directly,
+        so that every row's valid slots stay one run. ``lens`` [B]: tokens of each row before.
+        """
+        width = idx.shape[-1]
+        slot = torch.arange(width, device=idx.device)
+        empty = width - new_lens.to(torch.int64)  # free slots at the start of each row
+        self.valid = None
+        if bool((empty > 0).any()):
+            self.valid = slot >= empty[:, None]
+            from_left = (slot - empty[:, None])[:, None].expand_as(idx)
+            idx = torch.where(from_left >= 0, idx.gather(-1, from_left.clamp(min=0)), -1)
         if inv_freq is not None:
-            start = torch.zeros_like(new_lens) if kv_start is None else kv_start
-            tokens = (self.seen - start) if self.position_shift is None else self.physical
-            self.position_shift = (tokens - new_lens).to(torch.int64)
+            if self.position_shift is None:  # the next token of a row has its length as position
+                self.position_shift = lens.to(idx.device, torch.int64) - width
+            else:  # keys stand at their slots already
+                self.position_shift = self.position_shift + (self.physical - width)
+                kv_start = None
         self.keys, self.values = ops.kv_gather(
-            self.keys, self.values, idx, new_lens=new_lens, inv_freq=inv_freq, kv_start=kv_start
+            self.keys, self.values, idx, inv_freq=inv_freq, kv_start=kv_start
         )
-        slot = torch.arange(idx.shape[-1], device=idx.device)
-        valid = slot[None] < new_lens[:, None]
-        self.valid = None if bool(valid.all()) else valid
         original = idx.clamp(min=0)
         if self.kept is not None:  # a second eviction: slots are not positions any more
             new = torch.arange(self.seen - self.appended, self.seen, device=idx.device)
@@ -96,21 +115,65 @@ class NaclCacheLayer(DynamicLayer):
         super().reset()
         self.__init__()  # type: ignore[misc]
 
+    def _take_rows(self, rows: Tensor) -> None:
+        """Everything that belongs to the sequences ``rows``, in that order."""
+        for name in ("keys", "values", "valid", "kept", "position_shift", "lengths"):
+            value = getattr(self, name)
+            if value is not None:
+                setattr(self, name, value.index_select(0, rows.to(value.device)))
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorders sequences (beam search)."""
-        super().reorder_cache(beam_idx)
-        if self.valid is not None:
-            self.valid = self.valid.index_select(0, beam_idx.to(self.valid.device))
-        if self.kept is not None:
-            self.kept = self.kept.index_select(0, beam_idx.to(self.kept.device))
+        if self.is_initialized:
+            self._take_rows(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps the sequences ``indices`` only."""
+        if self.is_initialized:
+            rows = torch.arange(self.keys.shape[0], device=self.keys.device)
+            self._take_rows(rows[indices])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every sequence ``repeats`` times."""
+        if self.is_initialized:
+            rows = torch.arange(self.keys.shape[0], device=self.keys.device)
+            self._take_rows(rows.repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Removes the newest tokens."""
-        before = self.physical
-        super().crop(tokens_to_remove)
-        self.seen -= before - self.physical
+        """Removes the newest tokens: ``-tokens_to_remove``, or all but so many if it is positive.
+
+        (transformers counts the first way from 5.2x on, the second way before.)
+
+        Raises RuntimeError if that reaches tokens from before an eviction that was not keeping all of
+        them: which ones the slots hold differs from head to head then.
+        """
+        if not self.is_initialized:
+            return
+        count = self.seen - tokens_to_remove if tokens_to_remove > 0 else -tokens_to_remove
+        count = max(count, 0)
+        before = count - self.appended  # tokens to remove that an eviction has seen
+        if self.evicted and before > 0 and not self._newest_kept(before):
+            raise RuntimeError(
+                f"cannot remove {count} tokens: {before} of them are from before the eviction, which did "
+                "not keep every one of the newest; protect more recent tokens (protect_ratio)"
+            )
+        self._drop_newest(count)
+        self.seen -= count
+        self.appended = max(self.appended - count, 0)
+
+    def _newest_kept(self, count: int) -> bool:
+        assert self.kept is not None
+        newest = torch.arange(self.seen - self.appended - count, self.seen - self.appended)
+        held = self.kept[..., -count:]
+        return held.shape[-1] == count and bool((held == newest.to(held.device)).all())
+
+    def _drop_newest(self, count: int) -> None:
+        left = self.physical - count
+        self.keys, self.values = self.keys[:, :, :left], self.values[:, :, :left]
         if self.valid is not None:
             self.valid = self.valid[:, : self.physical]
+        if self.kept is not None:
+            self.kept = self.kept[..., : self.physical]
 
 
 class RaggedCacheLayer(NaclCacheLayer):
@@ -138,7 +201,12 @@ class RaggedCacheLayer(NaclCacheLayer):
         return sum(t.untyped_storage().nbytes() for t in (self.flat_keys, self.flat_values))
 
     def shrink(
-        self, idx: Tensor, new_lens: Tensor, inv_freq: Tensor | None, kv_start: Tensor | None
+        self,
+        idx: Tensor,
+        new_lens: Tensor,
+        inv_freq: Tensor | None,
+        kv_start: Tensor | None,
+        lens: Tensor,
     ) -> None:
         """Packs the tokens ``idx`` [B, H, C] of every head, ``new_lens`` [B, H] of them."""
         b, h, length, _ = self.keys.shape
@@ -174,6 +242,7 @@ class RaggedCacheLayer(NaclCacheLayer):
             return super().update(key_states, value_states, *args, **kwargs)
         new = key_states.shape[-2]
         self.seen += new
+        self.appended += new
         room = self.offsets[1:] - self.offsets[:-1] - self.lens
         if int(room.min()) < new:
             spare, self.spare = self.spare, max(self.spare, new + self.spare)
@@ -186,6 +255,27 @@ class RaggedCacheLayer(NaclCacheLayer):
         )
         self.lens = self.lens + new
         return key_states, value_states
+
+    def _take_rows(self, rows: Tensor) -> None:
+        """Everything that belongs to the sequences ``rows``, in that order."""
+        super()._take_rows(rows)
+        if self.flat_keys is None:
+            return
+        head = torch.arange(self.heads, device=self.lens.device)
+        segment = (rows.to(head.device)[:, None] * self.heads + head).view(-1)
+        lens = self.lens[segment]
+        step = torch.arange(int(lens.sum()), device=lens.device)
+        start = self.offsets[:-1][segment] - (lens.cumsum(0) - lens)
+        self._pack(self.flat_keys, self.flat_values, step + start.repeat_interleave(lens), lens)
+
+    def _newest_kept(self, count: int) -> bool:
+        return False  # heads differ in where their newest tokens stand
+
+    def _drop_newest(self, count: int) -> None:
+        if self.flat_keys is None:
+            super()._drop_newest(count)
+        else:
+            self.lens = self.lens - count
 
     def attend(self, query: Tensor, scale: float) -> Tensor:
         """Attention of the newest queries [B, Hq, Sq, D] over the ragged cache -> [B, Hq, Sq, DV]."""

@@ -31,6 +31,11 @@ class BudgetPlan:
         return [self.n_sink, self.n_recent, self.n_topk, self.n_random]
 
 
+def _share(ratio: float, whole: int) -> int:
+    """``floor(ratio * whole)`` of the decimal meant: 0.29 * 100 is 29, not 28 as in binary floats."""
+    return math.floor(ratio * whole + 1e-9)
+
+
 def _in_range(name: str, value: float, low: float, high: float, brackets: str = "[]") -> None:
     above = value > low if brackets[0] == "(" else value >= low
     below = value < high if brackets[1] == ")" else value <= high
@@ -121,6 +126,13 @@ class NaclConfig:
         if self.rerotate and self.head_budget == "adaptive":
             raise ValueError("rerotate needs head_budget='uniform': heads of one layer would need "
                              "different positions for the same query")  # fmt: skip
+        again = [
+            n for n in ("decode_interval", "progressive", "evict_on_append") if getattr(self, n)
+        ]
+        if again and self.head_budget == "adaptive":
+            raise ValueError(
+                f"{again[0]} needs head_budget='uniform': 'adaptive' evicts a cache once"
+            )
         _one_of("reduce", self.reduce, ("mean", "sum", "max"))
         _one_of("protect", self.protect, ("ends", "proxies"))
         _one_of("re_logits", self.re_logits, ("score", "log_score"))
@@ -172,20 +184,20 @@ class NaclConfig:
             return None
         if self.preset == "repo":
             return self._repo_budget(length)
-        keep = self.keep_tokens or math.floor((1 - self.compression_ratio) * length + 1e-9)
+        keep = self.keep_tokens or _share(1 - self.compression_ratio, length)
         keep = max(1, min(length, keep))
         if keep >= length:
             return None
         span = self._span(length)
-        num_proxies = min(max(math.floor(self.proxy_ratio * length), 1), length, self.max_proxy)
+        num_proxies = min(max(_share(self.proxy_ratio, length), 1), length, self.max_proxy)
         if span is not None:
             num_proxies = span[1] - span[0]
-        protected = min(keep, max(1, math.floor(self.protect_ratio * keep)))
+        protected = min(keep, max(1, _share(self.protect_ratio, keep)))
         sinks = min(self.sink_tokens, protected // 2)
         recent = protected - sinks
         if self.protect == "proxies":
             recent = num_proxies
-        n_random = min(math.floor(self.random_ratio * keep), keep - sinks - recent)
+        n_random = min(_share(self.random_ratio, keep), keep - sinks - recent)
         n_topk = keep - sinks - recent - n_random
         plan = BudgetPlan(length, sinks, recent, n_topk, max(n_random, 0), num_proxies)
         if min(n_random, n_topk) < 0:

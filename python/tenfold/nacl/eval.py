@@ -237,6 +237,15 @@ def setup_name(model: Any) -> str:
     return f"{name} {str(model.dtype).removeprefix('torch.')}"
 
 
+def _drop_unfinished_line(path: Path | None) -> None:
+    """What a killed run was writing would swallow the next cell."""
+    if path is None or not path.is_file():
+        return
+    text = path.read_bytes()
+    if not text.endswith(b"\n"):
+        path.write_bytes(text[: text.rfind(b"\n") + 1])
+
+
 def run(
     model: Any,
     tokenizer: Any,
@@ -250,6 +259,7 @@ def run(
     ``progress`` is called after every case. Returns only the cells asked for, old and new.
     """
     setup = setup_name(model)
+    _drop_unfinished_line(out)
     known = {cell.key(): cell for cell in read_cells(out)}
     cells = []
     for case in cases:

@@ -291,7 +291,13 @@ class Press:
         if valid is None:
             return _Rows(torch.zeros(batch, dtype=torch.int64), torch.full((batch,), physical))
         valid = valid.cpu()
-        return _Rows(valid.to(torch.int8).argmax(1), valid.sum(1))
+        rows = _Rows(valid.to(torch.int8).argmax(1), valid.sum(1))
+        slot = torch.arange(valid.shape[1])
+        run = (slot >= rows.start[:, None]) & (slot < (rows.start + rows.lens)[:, None])
+        if not torch.equal(run, valid):
+            raise ValueError("attention_mask must have one unbroken run of ones in each row: a row's "
+                             "padding stands before or after all of its tokens")  # fmt: skip
+        return rows
 
     def _queries_of(
         self, module: nn.Module, hidden: Tensor, kwargs: dict, layer: NaclCacheLayer
@@ -300,10 +306,10 @@ class Press:
         if not self.needs_scores:
             return None
         rows = self._rows(layer, hidden.shape[0])
-        plan = self._row_plan(int(rows.lens.max()), layer.evicted)
-        if plan is None:
+        plans = [p for p in self._plans(layer, rows, layer.evicted) if p is not None]
+        if not plans:
             return None
-        want = plan.num_proxies
+        want = max(plan.num_proxies for plan in plans)
         if rows.padded or self.config.proxy_span is not None:
             want = hidden.shape[1]  # rows end at different slots: take them all, select below
         want = min(want, hidden.shape[1])
@@ -336,11 +342,8 @@ class Press:
     ) -> None:
         begin = time.perf_counter()
         batch = layer.keys.shape[0]
-        if isinstance(layer, RaggedCacheLayer) and layer.evicted:
-            raise RuntimeError("head_budget='adaptive' evicts a cache once; decode_interval, "
-                               "progressive and evict_on_append need 'uniform'")  # fmt: skip
         rows = self._rows(layer, batch)
-        plans = [self._row_plan(int(n), again) for n in rows.lens]
+        plans = self._plans(layer, rows, again)
         if all(p is None for p in plans) or (self.needs_scores and queries is None):
             return
         before = layer.cache_bytes()
@@ -351,7 +354,9 @@ class Press:
         idx, new_lens = self._select(module, layer, queries, rows, plans, counts)
         inv_freq = hf.inv_freq(self._model, layer.keys) if self.config.rerotate else None
         start = rows.start.to(idx.device)
-        layer.shrink(idx, new_lens, inv_freq, start if rows.padded else None)
+        if layer.lengths is None:
+            layer.lengths = rows.lens
+        layer.shrink(idx, new_lens, inv_freq, start if rows.padded else None, rows.lens)
         self.kept[module.layer_idx] = layer.kept
         self.stats.evict_seconds += time.perf_counter() - begin
         self.stats.evictions += 1
@@ -360,16 +365,20 @@ class Press:
         if len(self.stats.lengths) < batch:
             self.stats.lengths = [int(n) for n in rows.lens]
 
-    def _row_plan(self, length: int, again: bool) -> BudgetPlan | None:
-        """The plan of one sequence; a second eviction goes back to the first one's budget."""
-        if not again or self.config.progressive:
-            return self.plan(length)
-        first = self.plan(self.stats.lengths[0]) if self.stats.lengths else self.plan(length)
-        if first is None or first.keep >= length:
-            return None
-        proxies = min(first.num_proxies, length, self.config.decode_interval or length)
-        return BudgetPlan(length, first.n_sink, first.n_recent, first.n_topk, first.n_random,
-                          proxies)  # fmt: skip
+    def _plans(self, layer: NaclCacheLayer, rows: _Rows, again: bool) -> list[BudgetPlan | None]:
+        """The plan of each sequence; a second eviction goes back to the budget of its own first one."""
+        lens = [int(n) for n in rows.lens]
+        if not again or self.config.progressive or layer.lengths is None:
+            return [self.plan(n) for n in lens]
+        plans: list[BudgetPlan | None] = []
+        for first, length in zip((self.plan(int(n)) for n in layer.lengths), lens):
+            if first is None or first.keep >= length:
+                plans.append(None)
+                continue
+            proxies = min(first.num_proxies, length, self.config.decode_interval or length)
+            plans.append(BudgetPlan(length, first.n_sink, first.n_recent, first.n_topk,
+                                    first.n_random, proxies))  # fmt: skip
+        return plans
 
     def _select(
         self,

@@ -173,9 +173,11 @@ class Page:
         """Writes the page, replacing an old one only when the new one is complete."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
+        # Text that was cut inside a character can hold half of one, which UTF-8 cannot.
+        data = self.render().encode("utf-8", errors="replace")
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(self.render())
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
         os.chmod(name, 0o644)
         os.replace(name, path)
         return path

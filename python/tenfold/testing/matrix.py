@@ -22,8 +22,8 @@ def fill(shape: tuple[int, ...], dtype: torch.dtype, kind: str = "normal", seed:
         x *= 100.0
     elif kind == "tiny":
         x *= 1e-6
-    elif kind in ("nan", "inf") and x.numel():
-        x.view(-1)[x.numel() // 2] = float(kind)
+    elif kind in ("nan", "inf"):
+        x.view(-1)[x.numel() // 2 :][:1] = float(kind)  # nothing to set in an empty tensor
     elif kind != "normal":
         raise ValueError(f"unknown kind of values {kind!r}; known: {', '.join(VALUES)}")
     return x.to(dtype)
@@ -37,7 +37,7 @@ def layout(x: Tensor, kind: str) -> Tensor:
         big = torch.full((*x.shape[:-1], x.shape[-1] + 5), 7.0, dtype=x.dtype)
         big[..., : x.shape[-1]] = x
         return big[..., : x.shape[-1]]
-    if kind == "transposed":  # [B, L, H, D] storage of a [B, H, L, D] tensor
+    if kind == "transposed":  # [B, L, H, D] storage of a [B, H, L, D] tensor; rows stay whole
         at = (1, 2) if x.dim() >= 4 else (0, x.dim() - 2 if x.dim() > 2 else 0)
         return x.transpose(*at).contiguous().transpose(*at)
     if kind == "misaligned":
