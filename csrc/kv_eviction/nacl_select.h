@@ -58,9 +58,10 @@ TENFOLD_ISA_DECLARE(void nacl_topk_keys(const float* scores, int64_t n, uint32_t
 TENFOLD_ISA_DECLARE(void nacl_draw_keys(const NaclSelectParams& p, const float* scores, int64_t n,
                                         uint32_t first_token, uint32_t head, uint32_t row_id,
                                         const uint32_t* keys, uint32_t* draw))
-// The keys whose upper 11 bits are `bin`, to out [n + 16]; how many they are.
-TENFOLD_ISA_DECLARE(int64_t nacl_collect(const uint32_t* keys, int64_t n, uint32_t bin,
-                                         uint32_t* out))
+// The cut that chooses `wanted` of the nonzero keys, 0 < wanted <= their number. boundary [n + 16]
+// is working memory.
+TENFOLD_ISA_DECLARE(NaclCut nacl_cut(const uint32_t* keys, int64_t n, int64_t wanted,
+                                     uint32_t* boundary))
 // keys[i] = 0 wherever the cut chooses by[i].
 TENFOLD_ISA_DECLARE(void nacl_take(const uint32_t* by, int64_t n, NaclCut cut, uint32_t* keys))
 // first + i of every key that is 0, ascending, to out [count + 16]; returns the count.

@@ -39,42 +39,6 @@ struct Buffers {
   float* pooled;
 };
 
-// Largest-first radix selection: 11 + 11 + 10 bits. After the first digit only the keys of the
-// boundary bin are looked at again, so the cost is one counting pass over `keys`. Keys of 0 are not
-// candidates. Precondition: 0 < wanted <= number of nonzero keys.
-NaclCut radix_cut(const uint32_t* keys, int64_t n, int64_t wanted, uint32_t* boundary) {
-  constexpr int kShift[3] = {21, 10, 0};
-  constexpr uint32_t kBins[3] = {2048, 2048, 1024};
-  // Scores share their upper bits: increments of one counter wait for each other, four do not.
-  constexpr int kCopies = 4;
-  uint32_t bins[kCopies][2048] = {};
-  int64_t i = 0, left = 0;
-  for (; i + kCopies <= n; i += kCopies)
-    for (int c = 0; c < kCopies; ++c) ++bins[c][keys[i + c] >> 21];
-  for (; i < n; ++i) ++bins[0][keys[i] >> 21];
-  for (uint32_t bin = 0; bin < 2048; ++bin)
-    bins[0][bin] += bins[1][bin] + bins[2][bin] + bins[3][bin];
-  uint32_t prefix = 0;
-  for (int digit = 0; digit < 3; ++digit) {
-    uint32_t bin = kBins[digit] - 1;
-    while (bins[0][bin] < static_cast<uint64_t>(wanted)) wanted -= bins[0][bin--];
-    prefix |= bin << kShift[digit];
-    if (digit == 2) break;
-    if (digit == 0) {
-      left = TENFOLD_ISA_CALL(nacl_collect, keys, n, bin, boundary);
-    } else {
-      left = std::remove_if(boundary, boundary + left,
-                            [&](uint32_t key) { return key >> 10 != prefix >> 10; }) -
-             boundary;
-    }
-    std::fill_n(bins[0], 2048, 0u);
-    const int shift = kShift[digit + 1];
-    const uint32_t mask = kBins[digit + 1] - 1;
-    for (int64_t j = 0; j < left; ++j) ++bins[0][(boundary[j] >> shift) & mask];
-  }
-  return {prefix, wanted};
-}
-
 int64_t select_row(const NaclSelectParams& p, const RowArgs& a, const Buffers& buf) {
   const int64_t n = a.end - a.begin;
   const int64_t total = int64_t{a.counts.sink} + a.counts.recent + a.counts.topk + a.counts.random;
@@ -92,13 +56,13 @@ int64_t select_row(const NaclSelectParams& p, const RowArgs& a, const Buffers& b
   uint32_t* keys = buf.keys;  // 0: chosen
   TENFOLD_ISA_CALL(nacl_topk_keys, scores, m, keys);
   if (a.counts.topk > 0) {
-    const NaclCut cut = radix_cut(keys, m, a.counts.topk, buf.boundary);
+    const NaclCut cut = TENFOLD_ISA_CALL(nacl_cut, keys, m, a.counts.topk, buf.boundary);
     TENFOLD_ISA_CALL(nacl_take, keys, m, cut, keys);
   }
   if (a.counts.random > 0) {
     TENFOLD_ISA_CALL(nacl_draw_keys, p, scores, m, static_cast<uint32_t>(a.counts.sink), a.head,
                      a.row_id, keys, buf.draw);
-    const NaclCut cut = radix_cut(buf.draw, m, a.counts.random, buf.boundary);
+    const NaclCut cut = TENFOLD_ISA_CALL(nacl_cut, buf.draw, m, a.counts.random, buf.boundary);
     TENFOLD_ISA_CALL(nacl_take, buf.draw, m, cut, keys);
   }
   for (int64_t j = a.begin; j < first; ++j) *out++ = j;

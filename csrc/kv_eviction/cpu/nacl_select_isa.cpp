@@ -55,6 +55,26 @@ void draw_all(const NaclSelectParams& p, const float* scores, int64_t n, uint32_
   }
 }
 
+// Scores share their upper bits: increments of one counter wait for each other, of four they do
+// not.
+constexpr int kCopies = 4;
+
+// The keys that agree with `prefix` from bit kBit on, to out (which may be where they are); how
+// many.
+template <int kBit>
+int64_t collect(const uint32_t* keys, int64_t n, uint32_t prefix, uint32_t* out) {
+  const uint32_t* const begin = out;
+  const VI wanted = seti(prefix >> kBit);
+  int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) {
+    const VI key = load(keys + i);
+    out += store_chosen(out, eq(shr<kBit>(key), wanted), key);
+  }
+  for (; i < n; ++i)
+    if (keys[i] >> kBit == prefix >> kBit) *out++ = keys[i];
+  return out - begin;
+}
+
 }  // namespace
 
 void nacl_pool(const float* scores, int64_t n, int32_t kernel, bool use_max, float* out) {
@@ -95,16 +115,31 @@ void nacl_draw_keys(const NaclSelectParams& p, const float* scores, int64_t n, u
   run(p, scores, n, first_token, head, row_id, keys, draw);
 }
 
-int64_t nacl_collect(const uint32_t* keys, int64_t n, uint32_t bin, uint32_t* out) {
-  const uint32_t* const begin = out;
-  int64_t i = 0;
-  for (; i + kWidth <= n; i += kWidth) {
-    const VI key = load(keys + i);
-    out += store_chosen(out, eq(shr<21>(key), seti(bin)), key);
+// Largest-first radix selection: 11 + 11 + 10 bits. After the first digit only the keys of the
+// boundary bin are looked at again, so the cost is one counting pass over `keys`.
+NaclCut nacl_cut(const uint32_t* keys, int64_t n, int64_t wanted, uint32_t* boundary) {
+  constexpr int kShift[3] = {21, 10, 0};
+  constexpr uint32_t kBins[3] = {2048, 2048, 1024};
+  uint32_t bins[kCopies][2048] = {};
+  int64_t i = 0, left = 0;
+  for (; i + kCopies <= n; i += kCopies)
+    for (int c = 0; c < kCopies; ++c) ++bins[c][keys[i + c] >> 21];
+  for (; i < n; ++i) ++bins[0][keys[i] >> 21];
+  for (int bin = 0; bin < 2048; ++bin) bins[0][bin] += bins[1][bin] + bins[2][bin] + bins[3][bin];
+  uint32_t prefix = 0;
+  for (int digit = 0; digit < 3; ++digit) {
+    uint32_t bin = kBins[digit] - 1;
+    while (bins[0][bin] < static_cast<uint64_t>(wanted)) wanted -= bins[0][bin--];
+    prefix |= bin << kShift[digit];
+    if (digit == 2) break;
+    left = digit == 0 ? collect<21>(keys, n, prefix, boundary)
+                      : collect<10>(boundary, left, prefix, boundary);
+    for (uint32_t& count : bins[0]) count = 0;
+    const int shift = kShift[digit + 1];
+    const uint32_t mask = kBins[digit + 1] - 1;
+    for (int64_t j = 0; j < left; ++j) ++bins[0][(boundary[j] >> shift) & mask];
   }
-  for (; i < n; ++i)
-    if (keys[i] >> 21 == bin) *out++ = keys[i];
-  return out - begin;
+  return {prefix, wanted};
 }
 
 void nacl_take(const uint32_t* by, int64_t n, NaclCut cut, uint32_t* keys) {

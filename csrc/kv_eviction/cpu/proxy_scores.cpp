@@ -76,7 +76,9 @@ HeadGroups group_heads(const char* op, const OptTensor& kmap, int64_t hq, int64_
 
 // Work is cut into tasks by shape alone, so results do not depend on the number of threads. With
 // `max` a task is one query head (its column sums must be complete before the maximum).
-constexpr int64_t kWantedTasks = 16;
+// Enough tasks for a small machine at the price of reading K once more each, for a large one only
+// where a task keeps many row tiles per reading.
+constexpr int64_t kWantedTasks = 16, kMostTasks = 64, kLeastTiles = 2, kManyTiles = 8;
 
 std::vector<ProxyScoresTask> make_tasks(const ProxyScoresParams& p, const HeadGroups& g) {
   std::vector<ProxyScoresTask> tasks;
@@ -86,8 +88,9 @@ std::vector<ProxyScoresTask> make_tasks(const ProxyScoresParams& p, const HeadGr
     const int64_t h = pair % p.kv_heads;
     const int64_t rows = (g.begin[h + 1] - g.begin[h]) * p.num_proxies;
     const int64_t tiles = (rows + tile - 1) / tile;
-    const int64_t parts =
-        std::clamp((kWantedTasks + pairs - 1) / pairs, int64_t{1}, std::max<int64_t>(tiles, 1));
+    const int64_t few = std::min((kWantedTasks + pairs - 1) / pairs, tiles / kLeastTiles);
+    const int64_t many = std::min((kMostTasks + pairs - 1) / pairs, tiles / kManyTiles);
+    const int64_t parts = std::max({few, many, int64_t{1}});
     const int64_t step =
         p.reduce == ScoreReduce::max ? p.num_proxies : (tiles + parts - 1) / parts * tile;
     for (int64_t row = 0; row < rows; row += step)
