@@ -71,8 +71,9 @@ def setting(record: Record) -> str:
     peaks = ", ".join(f"{k} {v['value']:.0f} {v['unit']}" for k, v in top.items())
     commit = (record.get("commit") or "unknown")[:10]
     threads = "" if record["device_type"] == "cuda" else f", {env['threads']} threads, {env['isa']}"
+    limits = "".join(f", {k}={v}" for k, v in env.get("limits", {}).items())
     return (
-        f"{env['device']}{threads}, torch {env['versions']['torch']}, commit {commit}, "
+        f"{env['device']}{threads}, torch {env['versions']['torch']}{limits}, commit {commit}, "
         f"{record['date']}; ceilings measured in the same run: {peaks}"
     )
 

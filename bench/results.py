@@ -49,14 +49,22 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+# What can be set to measure a CPU as if it were a lesser one; for a fair run, both together.
+LIMITS = ("TENFOLD_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")
+
+
 def machine_name(device: torch.device) -> str:
-    """Folder of this machine's results: ``h200``, ``h100``, or the CPU's model and cores."""
+    """Folder of this machine's results: ``h200``, ``h100``, or the CPU's model and cores.
+
+    A forced ``TENFOLD_CPU_CAPABILITY`` is part of the name.
+    """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         found = re.search(r"\b([A-Z]{1,3}\d{2,4})\b", name)
         return found.group(1).lower() if found else _slug(name)
     model = re.sub(r"\((R|TM)\)|\bCPU\b|@.*|\b\d+-Core\b|Processor", " ", cpu_model())
-    return f"{_slug(model)}-{num_cores()}c"
+    forced = _slug(os.environ.get(LIMITS[0], ""))
+    return f"{_slug(model)}-{num_cores()}c" + (f"-{forced}" if forced else "")
 
 
 def _git(root: Path, *arguments: str) -> str | None:
@@ -141,6 +149,7 @@ def environment(device: torch.device) -> Record:
         "os": platform.platform(terse=True),
         "load_before": None if load is None else [round(x, 2) for x in load],
         "versions": versions,
+        "limits": {name: os.environ[name] for name in LIMITS if os.environ.get(name)},
         **_tenfold(),
         **({"device": cpu_model()} if device.type == "cpu" else _gpu(device)),
     }
