@@ -476,7 +476,11 @@ class TestResults:
         assert record["ceilings"] == CEILINGS
 
     def test_machine_name(self, monkeypatch):
+        monkeypatch.setenv("TENFOLD_CPU_CAPABILITY", "avx512_bf16")
+        forced = results.machine_name(CPU)
+        monkeypatch.delenv("TENFOLD_CPU_CAPABILITY")
         name = results.machine_name(CPU)
+        assert forced == f"{name}-avx512-bf16"
         assert re.fullmatch(rf"[a-z0-9]+(-[a-z0-9]+)*-{results.num_cores()}c", name)
         for model, expected in {
             "Intel(R) Xeon(R) Platinum 8480C CPU @ 2.00GHz": "intel-xeon-platinum-8480c",

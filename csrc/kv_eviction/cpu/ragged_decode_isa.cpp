@@ -134,7 +134,6 @@ void run(const DecodeChunk& c) {
     fetch_rows(static_cast<const char*>(c.v) + first * c.v_stride * sizeof(T),
                c.v_stride * sizeof(T), c.value_dim * sizeof(T), rows);
   };
-  fetch(0, kAheadKeys);
   for (int64_t j0 = 0; j0 < c.num_keys; j0 += kDecodeKeyBlock) {
     const int64_t n = c.num_keys - j0 < kDecodeKeyBlock ? c.num_keys - j0 : kDecodeKeyBlock;
     const T* k = static_cast<const T*>(c.k) + j0 * c.k_stride;
