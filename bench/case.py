@@ -38,6 +38,7 @@ class Provider:
             Its time plus the first call is the provider's compile time.
         scratch: bytes of intermediates that the form needs; above the memory budget it is n/a.
         agree: overrides the case's agreement (a provider that draws its own random numbers, say).
+        graph: False for a form that waits for the GPU: no CUDA graph of it is tried.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Provider:
     build: Callable[[Inputs], Function]
     scratch: int = 0
     agree: Callable[[Any, Any, Inputs], float] | None = None
+    graph: bool = True
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:

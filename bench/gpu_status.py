@@ -4,7 +4,9 @@
 
 *verified*: ``bench/results/h200/<family>.json`` says that tests, sanitizer and benchmarks passed on
 sources with today's hash. *stale*: they passed on other sources. *never*: there is no such result.
-``bench/gpu.py`` writes the results. Standard library only: it runs where nothing is installed.
+Results of an H100 are a machine of their own: where there are any, ``(h100 verified)`` or
+``(h100 stale)`` follows. ``bench/gpu.py`` writes the results. Standard library only: it runs where
+nothing is installed.
 """
 
 from __future__ import annotations
@@ -21,9 +23,12 @@ else:
     from .sources import cuda_hash, families, repository_root
 
 
-def status(root: Path, family: str, results: Path | None = None) -> str:
+MACHINES = ("h200", "h100")  # the ledger's, and others that count for themselves
+
+
+def status(root: Path, family: str, results: Path | None = None, machine: str = "h200") -> str:
     """``verified``, ``stale`` or ``never``."""
-    path = (results or root / "bench" / "results") / "h200" / f"{family}.json"
+    path = (results or root / "bench" / "results") / machine / f"{family}.json"
     if not path.is_file():
         return "never"
     try:
@@ -35,6 +40,12 @@ def status(root: Path, family: str, results: Path | None = None) -> str:
     return "verified" if recorded == cuda_hash(root, family) else "stale"
 
 
+def others(root: Path, family: str) -> dict[str, str]:
+    """Machines beside the H200 that have a proven result, and its status."""
+    found = {m: status(root, family, machine=m) for m in MACHINES[1:]}
+    return {m: state for m, state in found.items() if state != "never"}
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_status", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -44,7 +55,8 @@ def main(arguments: list[str] | None = None) -> int:
         print("the GPU ledger needs the source tree (csrc/); run it in a checkout", file=sys.stderr)
         return 2
     for family in families(root):
-        print(f"{family} {status(root, family)}")
+        beside = "".join(f" ({m} {state})" for m, state in others(root, family).items())
+        print(f"{family} {status(root, family)}{beside}")
     return 0
 
 

@@ -255,7 +255,10 @@ def measure(case: Case, options: Options, ceilings: dict[str, Any]) -> Result:
                 functions[entry.name] = function
         del want, fresh
         ring = Rotation(inputs, device, case.warm)
-        clocks = {n: make_clock(f, ring, device, options.limits) for n, f in functions.items()}
+        graph = {entry.name: entry.graph for entry in case.providers}
+        clocks = {
+            n: make_clock(f, ring, device, options.limits, graph[n]) for n, f in functions.items()
+        }
         _drop_slower_forms(measured, clocks)
         interleave(clocks, options.limits)
     floor, bound = floor_seconds(case, ceilings)

@@ -30,7 +30,7 @@ COLUMNS = (
 )
 RESULTS = Path("bench/results")
 LEDGER_NAMES = {"verified": "verified on an H200", "stale": "verified earlier, changed since",
-                "never": "never run on a GPU"}  # fmt: skip
+                "never": "never run on an H200"}  # fmt: skip
 
 
 def _time(seconds: float) -> str:
@@ -89,14 +89,21 @@ def load_records(root: Path) -> list[Record]:
     """All committed result files."""
     from .results import load
 
-    return [load(p) for p in sorted((root / RESULTS).glob("*/*.json")) if p.parent.name != "nacl"]
+    return [
+        load(p)
+        for p in sorted((root / RESULTS).glob("*/*.json"))
+        if not p.parent.name.startswith("nacl")
+    ]
 
 
 def ledger(root: Path) -> str:
     """The GPU ledger as a sentence per family."""
-    from .gpu_status import status
+    from .gpu_status import others, status
 
-    lines = [f"`{f}`: {LEDGER_NAMES[status(root, f)]}" for f in sources.families(root)]
+    lines = []
+    for f in sources.families(root):
+        beside = "".join(f" ({m.upper()}: {state})" for m, state in others(root, f).items())
+        lines.append(f"`{f}`: {LEDGER_NAMES[status(root, f)]}{beside}")
     return "CUDA kernels: " + "; ".join(lines) + "."
 
 
@@ -132,7 +139,30 @@ def quality_block(root: Path) -> str:
     return f"{found['setting']}.\n\n{markdown(columns, rows)}"
 
 
-BLOCKS = {"ops": ops_block, "quality": quality_block}
+def ablation_block(root: Path) -> str:
+    """One line per variant of NACL, from ``examples/nacl_ablation.py``."""
+    import json
+
+    path = root / RESULTS / "nacl_ablation" / "summary.json"
+    if not path.is_file():
+        return "No ablation has been committed."
+    found = json.loads(path.read_text())
+    cells = {(r["task"], r["method"], r["budget"]): r for r in found["rows"]}
+    tasks = list(dict.fromkeys(r["task"] for r in found["rows"]))
+    columns = ["variant", *(f"{t} {100 * b:g} %" for t in tasks for b in (0.2, 0.5))]
+    rows = []
+    for method in dict.fromkeys(r["method"] for r in found["rows"]):
+        row = [method]
+        for task, budget in ((t, b) for t in tasks for b in (0.2, 0.5)):
+            cell = cells.get((task, method, budget)) or cells.get((task, method, 1.0))
+            key = "perplexity" if task == "perplexity" else "accuracy"
+            row.append("–" if cell is None or cell[key] is None else f"{cell[key]:.2f}")
+        rows.append(row)
+    length = found["rows"][0]["length"]
+    return f"{found['setting']}, prompts of {length} tokens.\n\n{markdown(columns, rows)}"
+
+
+BLOCKS = {"ops": ops_block, "quality": quality_block, "ablation": ablation_block}
 
 
 def rewrite(root: Path, path: Path) -> str:

@@ -157,21 +157,23 @@ def environment(device: torch.device) -> Record:
 
 def make_record(
     family: str, results: Iterable[Result], ceilings: Ceilings, env: Record, state: Record,
-    options: Options, partial: bool = False,
+    options: Options, partial: bool = False, all_cases: Iterable[str] = (),
 ) -> Record:  # fmt: skip
-    """One family's file. ``partial`` marks a run of selected cases only."""
+    """One family's file. ``partial`` marks one of some cases only, ``all_cases`` names those of a full run."""
     return {
         "schema": SCHEMA,
         "family": family,
         "machine": machine_name(options.device),
         "device_type": options.device.type,
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         **state,
         "environment": env,
         "quick": options.quick,
         "partial": partial,
         "void": void_reason(ceilings),
         "ceilings": ceilings,
+        "all_cases": list(all_cases),
         "cases": [r.to_json() for r in results],
     }
 
@@ -215,11 +217,11 @@ def plain(value: Any) -> Any:
     return [plain(v) for v in value] if isinstance(value, list | tuple) else value
 
 
-def save(record: Record, out: Path) -> Path:
+def save(record: Record, out: Path, suffix: str = ".json") -> Path:
     """Writes the record in one step, so that a kill never leaves half a file."""
-    path = path_of(record, out)
+    path = path_of(record, out).with_suffix(suffix)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".json.tmp")
+    temporary = path.with_name(f"{path.name}.tmp")
     text = json.dumps(plain(record), indent=1, allow_nan=False)
     # One line per list of numbers: the samples would otherwise fill thousands of lines.
     text = re.sub(r"\[\s+([^\[\]{}]*?)\s+\]", lambda m: f"[{' '.join(m[1].split())}]", text)

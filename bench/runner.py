@@ -21,6 +21,7 @@ from .harness import Options, Result, measure, quick_options
 from .results import Record, environment, make_record, plain, problems, save, source_state, wrong
 
 FAMILIES = ("kv_eviction",)
+PARTIAL = ".json.partial"  # a run that has not ended, or that was stopped
 _PAGE = 1 << 12
 
 
@@ -51,16 +52,20 @@ def settle(device: torch.device, most: int = 6 << 30) -> None:
 
 
 def run_cases(
-    chosen: Sequence[Case], options: Options, step: Callable[[Result], None] = lambda result: None
-) -> tuple[list[Result], dict[str, Any]]:
-    """Measures cases between two measurements of the ceilings; shares use the better of the two."""
+    chosen: Sequence[Case], options: Options,
+    step: Callable[[list[Result], dict[str, Any]], None] = lambda results, ceilings: None,
+) -> tuple[list[Result], dict[str, Any]]:  # fmt: skip
+    """Measures cases between two measurements of the ceilings; shares use the better of the two.
+
+    ``step`` gets the results so far and the first ceilings.
+    """
     settle(options.device)
     ceilings = measure_ceilings(options.device)
     results = []
     for case in chosen:
         results.append(measure(case, options, ceilings))
         gc.collect()
-        step(results[-1])
+        step(results, ceilings)
     best = merge(ceilings, measure_ceilings(options.device))
     for result in results:
         rescale(result, ceilings, best)
@@ -93,14 +98,24 @@ def _time(seconds: float) -> str:
 
 
 def run_family(
-    family: str, options: Options, select: str = "", step: Callable[[Result], None] = lambda r: None
-) -> Record:
-    """One family's record."""
+    family: str, options: Options, select: str = "",
+    step: Callable[[Result], None] = lambda r: None, out: Path | None = None,
+) -> Record:  # fmt: skip
+    """One family's record. What was measured so far lies in ``<out>/<machine>/<family>.json.partial``."""
     state, env = source_state(family), environment(options.device)
     chosen = choose(family, options.quick, select)
-    results, ceilings = run_cases(chosen, options, step)
-    partial = bool(select)
-    return make_record(family, results, ceilings, env, state, options, partial)
+    every = [c.name for c in choose(family, options.quick, "")]
+
+    def record(results: list[Result], ceilings: dict[str, Any], partial: bool) -> Record:
+        return make_record(family, results, ceilings, env, state, options, partial, every)
+
+    def after(results: list[Result], ceilings: dict[str, Any]) -> None:
+        step(results[-1])
+        if out is not None:
+            save(record(results, ceilings, True), out, PARTIAL)
+
+    results, ceilings = run_cases(chosen, options, after)
+    return record(results, ceilings, bool(select))
 
 
 def run(
@@ -119,7 +134,8 @@ def run(
         options = quick_options(options)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)  # fails now, not after the measurements
-    records = []
+    records: list[Record] = []
+    paths: list[Path] = []
     for family in families or FAMILIES:
         if not (json or quiet):
             print(f"{family}: {len(choose(family, quick, select))} cases", file=sys.stderr)
@@ -128,8 +144,9 @@ def run(
             if not json:
                 print(line_of(result), flush=True)
 
-        records.append(run_family(family, options, select, step))
-    paths = [save(record, folder) for record in records]
+        records.append(run_family(family, options, select, step, folder))
+        paths.append(save(records[-1], folder))
+        paths[-1].with_suffix(PARTIAL).unlink(missing_ok=True)
     from .report import write_page
 
     page = write_page(records, folder / "index.html")

@@ -101,11 +101,11 @@ def _event_seconds(work: Callable[[], Any]) -> float:
     return start.elapsed_time(end) * 1e-3
 
 
-def cuda_clock(function: Function, ring: Rotation, limits: Limits) -> Clock:
+def cuda_clock(function: Function, ring: Rotation, limits: Limits, capture: bool = True) -> Clock:
     """CUDA events around the replay of a graph that calls the provider once per buffer set.
 
     A provider that cannot be captured (it synchronises) is timed by events around plain calls, which
-    then include launch overhead; ``method`` says which.
+    then include launch overhead; ``method`` says which. ``capture=False``: it is known not to be.
     """
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
@@ -114,6 +114,14 @@ def cuda_clock(function: Function, ring: Rotation, limits: Limits) -> Clock:
     torch.cuda.synchronize()
     one = _event_seconds(lambda: function(ring.next()))
     calls = min(len(ring.sets), max(2, math.ceil(_LONG_SAMPLE / max(one, 1e-7))))
+
+    def many() -> None:
+        for _ in range(calls):
+            function(ring.next())
+
+    events = Clock(lambda: _event_seconds(many) / calls, one, calls, "events")
+    if not capture:
+        return events
     try:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
@@ -121,18 +129,17 @@ def cuda_clock(function: Function, ring: Rotation, limits: Limits) -> Clock:
             _ = [function(ring.next()) for _ in range(calls)]
     except RuntimeError:
         torch.cuda.synchronize()
-
-        def many() -> None:
-            for _ in range(calls):
-                function(ring.next())
-
-        return Clock(lambda: _event_seconds(many) / calls, one, calls, "events")
+        return events
     graph.replay()
     return Clock(lambda: _event_seconds(graph.replay) / calls, one, calls, "graph")
 
 
-def make_clock(function: Function, ring: Rotation, device: torch.device, limits: Limits) -> Clock:
-    return (cuda_clock if device.type == "cuda" else cpu_clock)(function, ring, limits)
+def make_clock(
+    function: Function, ring: Rotation, device: torch.device, limits: Limits, capture: bool = True
+) -> Clock:
+    if device.type == "cuda":
+        return cuda_clock(function, ring, limits, capture)
+    return cpu_clock(function, ring, limits)
 
 
 def sample_count(clock: Clock, limits: Limits) -> int:

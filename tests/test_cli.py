@@ -132,7 +132,7 @@ class TestDoctor:
 
     @pytest.mark.parametrize("path", tenfold.cpu_capabilities())
     def test_a_kernel_that_is_wrong_on_one_path_is_found(self, monkeypatch, path):
-        right = tenfold.ops.nacl_evict
+        right = tenfold.ops.kv_gather
 
         def wrong(*args, **kwargs):
             out = right(*args, **kwargs)
@@ -140,9 +140,11 @@ class TestDoctor:
                 out[0][0, 0, 3, 5] += 1e-3
             return out
 
-        monkeypatch.setattr(tenfold.ops, "nacl_evict", wrong)
+        monkeypatch.setattr(tenfold.ops, "kv_gather", wrong)
         bad = [t for t in facts()["self_test"] if not t["ok"]]
-        assert [(t["path"], t["note"]) for t in bad] == [(f"cpu {path}", "wrong result")]
+        assert [(t["path"], t["note"]) for t in bad] == [
+            (f"cpu {path}", "wrong result: kv_gather, float32")
+        ]
         status, out, _ = tenfold_("doctor")
         assert status == 1 and f"cpu {path}: wrong result" in out
 

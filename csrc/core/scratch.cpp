@@ -6,7 +6,7 @@
 namespace tenfold {
 namespace {
 
-constexpr int64_t kMostKept = int64_t{4} << 20;  // bytes per thread
+constexpr int64_t kMostKept = int64_t{4} << 20;  // bytes of a block
 constexpr std::align_val_t kAlign{64};
 
 struct Block {
@@ -16,28 +16,42 @@ struct Block {
   ~Block() { ::operator delete(data, kAlign); }
 };
 
-thread_local Block block;
+// Two: a thread that shares out work also does some of it.
+thread_local Block blocks[2];
+
+void* allocate(int64_t bytes) {
+  return ::operator new(static_cast<std::size_t>(bytes), kAlign);
+}
+
+Block* free_block(int64_t bytes) {
+  if (bytes > kMostKept) return nullptr;
+  for (Block& block : blocks)
+    if (!block.used) return &block;
+  return nullptr;
+}
 
 }  // namespace
 
-Scratch::Scratch(int64_t bytes) : data_(nullptr), kept_(!block.used && bytes <= kMostKept) {
-  if (!kept_) {
-    data_ = ::operator new(static_cast<std::size_t>(bytes), kAlign);
+Scratch::Scratch(int64_t bytes) {
+  Block* const block = free_block(bytes);
+  if (block == nullptr) {
+    data_ = allocate(bytes);
     return;
   }
-  if (block.bytes < bytes) {
-    void* larger = ::operator new(static_cast<std::size_t>(bytes), kAlign);
-    ::operator delete(block.data, kAlign);
-    block.data = larger;
-    block.bytes = bytes;
+  if (block->bytes < bytes) {
+    void* const larger = allocate(bytes);
+    ::operator delete(block->data, kAlign);
+    block->data = larger;
+    block->bytes = bytes;
   }
-  block.used = true;
-  data_ = block.data;
+  block->used = true;
+  in_use_ = &block->used;
+  data_ = block->data;
 }
 
 Scratch::~Scratch() {
-  if (kept_) {
-    block.used = false;
+  if (in_use_ != nullptr) {
+    *in_use_ = false;
   } else {
     ::operator delete(data_, kAlign);
   }

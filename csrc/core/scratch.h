@@ -16,7 +16,7 @@ class Scratch {
 
  private:
   void* data_;
-  bool kept_;  // the thread's own block, else a block of this object
+  bool* in_use_ = nullptr;  // mark of the thread's block; null: the memory is this object's own
 };
 
 }  // namespace tenfold

@@ -1,12 +1,14 @@
 """proxy_scores against its definition, judged in float64."""
 
+import functools
 import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import tenfold
 from tenfold import ops, reference
 from tenfold.testing import (
     DTYPES,
@@ -14,13 +16,17 @@ from tenfold.testing import (
     VALUES,
     assert_close_to_ref,
     check_compiles,
+    check_cuda_graph,
     check_errors,
     check_op,
     fill,
+    forced_isa,
     layout,
+    peak_growth,
     poisoned_memory,
     threads,
 )  # fmt: skip
+from tenfold.testing.plugin import cuda_only
 
 op = torch.ops.tenfold.proxy_scores
 
@@ -40,7 +46,8 @@ def eager(q, k, lse, **kwargs):
     # The reference's own masking and reduction, fed with these logits: one-hot keys pick them out.
     b, hq, _w, length = logits.shape
     one_hot = torch.eye(length).expand(b, hq, length, length)
-    scale = kwargs.pop("scale", None) or 1 / math.sqrt(q.shape[-1])
+    scale = kwargs.pop("scale", None)
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     kwargs = {n: v for n, v in kwargs.items() if n not in ("reduce", "kmap")} | {"scale": scale}
     per_head, row_lse = reference.proxy_scores(logits, one_hot, lse, **kwargs)
     scores = per_head.new_zeros(b, k.shape[1], length)
@@ -63,7 +70,7 @@ def run(q, k, lse=None, device="cpu", **kwargs):
 def compare(q, k, lse=None, device="cpu", **kwargs):
     results = [run(q, k, lse, device, **kwargs)]
     # One rounding error of each side is a coin toss: tiny cases are judged over more samples.
-    for shift in range(1, 9 if k.shape[2] * q.shape[2] < 1000 and lse is None else 1):
+    for shift in range(1, 9 if k.shape[2] * q.shape[2] < 2000 else 1):
         results.append(run(q.roll(shift, -1), k, lse, device, **kwargs))
     for name, *sides in zip(("scores", "lse"), *(zip(*side) for side in zip(*results))):
         o, r, e = (torch.cat(side) for side in sides)
@@ -79,6 +86,8 @@ def test_matches_reference(shape, dtype, device):
     compare(q, k, device=device)
     compare(q, k, device=device, causal=False, reduce="sum")
     compare(q, k, device=device, window=5, reduce="max", scale=0.3)
+    compare(q, k, device=device, scale=0.0)
+    compare(q, k, device=device, scale=-0.2)
     if length > 4:
         start, lens = torch.arange(b), torch.full((b,), length - b, dtype=torch.int32)
         compare(q, k, device=device, kv_start=start, kv_lens=lens)
@@ -89,96 +98,107 @@ def test_matches_reference(shape, dtype, device):
 
 
 @pytest.mark.parametrize("kind", LAYOUTS)
-def test_layouts(kind):
+def test_layouts(kind, device):
     q, k = fill((2, 6, 9, 40), torch.bfloat16, seed=1), fill((2, 3, 45, 40), torch.bfloat16, seed=2)
+    q, k = q.to(device), k.to(device)
     want = ops.proxy_scores(q, k)
     got = ops.proxy_scores(layout(q, kind), layout(k, kind))
     for a, b in zip(want, got):
-        assert torch.equal(a, b)
+        assert torch.equal(a.cpu(), b.cpu())
     turned = k.transpose(-1, -2).contiguous().transpose(-1, -2)  # rows not contiguous: copied
-    assert torch.equal(ops.proxy_scores(q, turned)[0], want[0])
+    assert torch.equal(ops.proxy_scores(q, turned)[0].cpu(), want[0].cpu())
 
 
 @pytest.mark.parametrize("values", VALUES)
-def test_values_propagate(values):
+def test_values_propagate(values, device):
     q, k = (
         fill((1, 4, 6, 64), torch.float32, seed=1),
         fill((1, 2, 50, 64), torch.float32, values, seed=2),
     )
-    compare(q, k)
-    compare(fill((1, 4, 6, 64), torch.float32, values), fill((1, 2, 50, 64), torch.float32))
+    compare(q, k, device=device)
+    q, k = fill((1, 4, 6, 64), torch.float32, values), fill((1, 2, 50, 64), torch.float32)
+    compare(q, k, device=device)
 
 
-def test_garbage_in_padding_is_never_read():
+def test_garbage_in_padding_is_never_read(device):
     q, k = fill((2, 2, 4, 64), torch.float32, seed=1), fill((2, 2, 40, 64), torch.float32, seed=2)
     start, lens = torch.tensor([7, 0]), torch.tensor([30, 33])
-    positions = torch.stack([torch.arange(33, 37), torch.arange(29, 33)])
-    clean = ops.proxy_scores(q, k, kv_start=start, kv_lens=lens, q_positions=positions)
+    where = {
+        "kv_start": start.to(device), "kv_lens": lens.to(device),
+        "q_positions": torch.stack([torch.arange(33, 37), torch.arange(29, 33)]).to(device),
+    }  # fmt: skip
+    clean = [x.cpu() for x in ops.proxy_scores(q.to(device), k.to(device), **where)]
     for b in range(2):
         k[b, :, : start[b]] = float("nan")
         k[b, :, start[b] + lens[b] :] = float("inf")
-    dirty = ops.proxy_scores(q, k, kv_start=start, kv_lens=lens, q_positions=positions)
+    dirty = [x.cpu() for x in ops.proxy_scores(q.to(device), k.to(device), **where)]
     for a, b in zip(clean, dirty):
         assert torch.equal(a, b)
     assert not clean[0][0, :, :7].any() and not clean[0][1, :, 33:].any()
 
 
-def test_scores_of_each_head_sum_to_the_active_proxies():
+def test_scores_of_each_head_sum_to_the_active_proxies(device):
     q, k = fill((2, 3, 11, 64), torch.float32), fill((2, 3, 64, 64), torch.float32, seed=1)
+    q, k = q.to(device), k.to(device)
     for causal in (True, False):
-        scores, _ = ops.proxy_scores(q, k, causal=causal)
+        scores = ops.proxy_scores(q, k, causal=causal)[0].cpu()
         torch.testing.assert_close(scores.sum(-1), torch.full((2, 3), 11.0), atol=1e-4, rtol=0)
         positions = torch.arange(53, 64).repeat(2, 1)
         positions[1, :4] = -1
-        scores, lse = ops.proxy_scores(q, k, causal=causal, q_positions=positions)
+        got = ops.proxy_scores(q, k, causal=causal, q_positions=positions.to(device))
+        scores, lse = (x.cpu() for x in got)
         want = torch.tensor([11.0, 7.0])[:, None].expand(2, 3)
         torch.testing.assert_close(scores.sum(-1), want, atol=1e-4, rtol=0)
         assert torch.isneginf(lse[1, :, :4]).all() and torch.isfinite(lse[1, :, 4:]).all()
 
 
-def test_zero_keys_give_the_counting_formula():
+def test_zero_keys_give_the_counting_formula(device):
     length, w = 50, 8
-    q, k = fill((1, 1, w, 64), torch.float32), torch.zeros(1, 1, length, 64)
-    flat, _ = ops.proxy_scores(q, k, causal=False)
+    q, k = fill((1, 1, w, 64), torch.float32).to(device), torch.zeros(1, 1, length, 64).to(device)
+    flat = ops.proxy_scores(q, k, causal=False)[0].cpu()
     torch.testing.assert_close(flat[0, 0], torch.full((length,), w / length))
-    causal, _ = ops.proxy_scores(q, k)
+    causal = ops.proxy_scores(q, k)[0].cpu()
     want = [sum(1 / (p + 1) for p in range(max(j, length - w), length)) for j in range(length)]
     torch.testing.assert_close(causal[0, 0], torch.tensor(want))
 
 
-def test_kmap_names_the_key_head_of_each_query_head():
+def test_kmap_names_the_key_head_of_each_query_head(device):
     q, k = fill((1, 5, 4, 64), torch.float32), fill((1, 3, 30, 64), torch.float32, seed=1)
     kmap = torch.tensor([2, 0, 2, 2, 0], dtype=torch.int32)
     for reduce in ("mean", "sum", "max"):
-        compare(q, k, kmap=kmap, reduce=reduce)
-    assert not ops.proxy_scores(q, k, kmap=kmap)[0][:, 1].any()
-    grouped = torch.tensor([0, 0, 1, 1])
+        compare(q, k, device=device, kmap=kmap, reduce=reduce)
+    q, k = q.to(device), k.to(device)
+    assert not ops.proxy_scores(q, k, kmap=kmap.to(device))[0][:, 1].any()
+    grouped = torch.tensor([0, 0, 1, 1]).to(device)
     a = ops.proxy_scores(q[:, :4], k[:, :2], kmap=grouped)
     b = ops.proxy_scores(q[:, :4], k[:, :2])
-    assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+    assert torch.equal(a[0].cpu(), b[0].cpu()) and torch.equal(a[1].cpu(), b[1].cpu())
 
 
 @pytest.mark.parametrize(
     "shape", [(0, 2, 1, 3, 5), (1, 0, 0, 3, 5), (1, 2, 1, 0, 5), (1, 2, 1, 3, 0)]
 )
-def test_empty(shape):
+def test_empty(shape, device):
     b, hq, hkv, w, length = shape
-    scores, lse = ops.proxy_scores(torch.randn(b, hq, w, 8), torch.randn(b, hkv, length, 8))
+    q, k = torch.randn(b, hq, w, 8), torch.randn(b, hkv, length, 8)
+    scores, lse = (x.cpu() for x in ops.proxy_scores(q.to(device), k.to(device)))
     assert scores.shape == (b, hkv, length) and lse.shape == (b, hq, w)
     assert not scores.any() and (lse.numel() == 0 or torch.isneginf(lse).all())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     b=st.integers(1, 3), hkv=st.integers(1, 3), g=st.integers(1, 5), w=st.integers(1, 40),
     length=st.integers(1, 70), d=st.integers(1, 40), causal=st.booleans(),
     window=st.integers(-1, 30), seed=st.integers(0, 99),
 )  # fmt: skip
-def test_odd_shapes(b, hkv, g, w, length, d, causal, window, seed):
+def test_odd_shapes(device, b, hkv, g, w, length, d, causal, window, seed):
     b *= 8  # samples: see compare()
     q = fill((b, hkv * g, w, d), torch.float32, seed=seed)
     k = fill((b, hkv, length, d), torch.float32, seed=seed + 1)
-    compare(q, k, causal=causal, window=window)
+    compare(q, k, device=device, causal=causal, window=window)
 
 
 def test_batch_order_and_threads_do_not_matter():
@@ -195,11 +215,12 @@ def test_batch_order_and_threads_do_not_matter():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_standing_checks(dtype):
-    q, k = fill((2, 4, 10, 64), dtype), fill((2, 2, 75, 64), dtype, seed=1)
+def test_standing_checks(dtype, device):
+    q, k = fill((2, 4, 10, 64), dtype).to(device), fill((2, 2, 75, 64), dtype, seed=1).to(device)
     check_op(op, (q, k), {"scale": 0.125}, atol=1e-4)
     kwargs = {"scale": 0.125, "causal": False, "window": 20, "reduce": "max",
-              "kv_start": torch.tensor([3, 0]), "kmap": torch.tensor([0, 1, 1, 0])}  # fmt: skip
+              "kv_start": torch.tensor([3, 0]).to(device),
+              "kmap": torch.tensor([0, 1, 1, 0]).to(device)}  # fmt: skip
     check_op(op, (q, k), kwargs, atol=1e-4)
     check_op(op, (q, k, op(q, k, scale=0.125)[1]), {"scale": 0.125}, atol=1e-4)
 
@@ -209,16 +230,33 @@ def test_compiles_with_inductor():
     check_compiles(ops.proxy_scores, (q, k), backend="inductor", dynamic=None)
 
 
+@cuda_only
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cuda_graph(dtype, device):
+    """Replays follow changed values, also those of the index tensors."""
+
+    def inputs(seed, start, kmap):
+        q, k = fill((2, 4, 70, 64), dtype, seed=seed), fill((2, 2, 600, 64), dtype, seed=seed + 1)
+        where = {"kv_start": torch.tensor(start).to(device), "kmap": torch.tensor(kmap).to(device)}
+        return (q.to(device), k.to(device)), where
+
+    first, fresh = inputs(1, [3, 0], [0, 1, 1, 0]), inputs(7, [0, 90], [0, 0, 1, 1])
+    check_cuda_graph(ops.proxy_scores, *first, *fresh)
+    lse = [ops.proxy_scores(*args, **where)[1] for args, where in (first, fresh)]
+    check_cuda_graph(ops.proxy_scores, (*first[0], lse[0]), first[1], (*fresh[0], lse[1]), fresh[1])
+
+
 def test_memory_stays_at_a_few_rows():
     """Far below the [Hq, W, L] probabilities that the eager form stores."""
-    import resource
-
-    q, k = torch.randn(1, 32, 256, 64), torch.randn(1, 8, 8192, 64)
-    ops.proxy_scores(q[:, :, :8], k)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    ops.proxy_scores(q, k)
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
-    assert grown < 32 * 256 * 8192 * 4 / 8
+    setup = """
+        from tenfold import ops, reference
+        q, k = torch.randn(1, 16, 256, 64), torch.randn(1, 4, 4096, 64)
+        ops.proxy_scores(q[:, :, :8], k)
+        reference.proxy_scores(q[:, :, :8], k[:, :, :64])
+    """
+    most = 16 * 256 * 4096 * 4 // 8
+    assert peak_growth(setup, "ops.proxy_scores(q, k)") < most
+    assert peak_growth(setup, "reference.proxy_scores(q, k)") > 8 * most  # it can be seen
 
 
 def test_matches_a_loop_written_from_the_formula():
@@ -241,13 +279,19 @@ def test_matches_a_loop_written_from_the_formula():
         assert math.isclose(float(got[0, 0, j]), first[j] + column[j], rel_tol=1e-9)
 
 
-def test_bad_input():
+def check_bad(device, error, *words, q=None, k=None, lse=None, **kwargs):
+    """Bad arguments in place of good ones, all on the device."""
+    move = lambda x: x.to(device) if isinstance(x, torch.Tensor) else x  # noqa: E731
+    q, k = torch.randn(2, 4, 5, 8) if q is None else q, torch.randn(2, 2, 20, 8) if k is None else k
+    kwargs = {"scale": 1.0} | {n: move(x) for n, x in kwargs.items()}
+    check_errors(
+        ops.proxy_scores, op, (move(q), move(k), move(lse)), kwargs, error, "proxy_scores", *words
+    )
+
+
+def test_bad_input(device):
     q, k = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 20, 8)
-    s = {"scale": 1.0}
-
-    def bad(error, *words, q=q, k=k, lse=None, **kwargs):
-        check_errors(ops.proxy_scores, op, (q, k, lse), s | kwargs, error, "proxy_scores", *words)
-
+    bad = functools.partial(check_bad, device)
     bad(TypeError, "q", "float64", q=q.double(), k=k.double())
     bad(ValueError, "k", "dtype", "bfloat16", k=k.bfloat16())
     bad(ValueError, "q", "4-dimensional", "[4, 5, 8]", q=q[0])
@@ -262,19 +306,23 @@ def test_bad_input():
     bad(ValueError, "q_positions", "[4]", q_positions=torch.zeros(4, dtype=torch.int32))
     bad(TypeError, "q_positions", "int32 or int64", "float32", q_positions=torch.zeros(5))
     bad(ValueError, "kv_start", "[B] = [2]", "[3]", kv_start=torch.zeros(3, dtype=torch.int64))
-    bad(ValueError, "kv_start[1]", "21", kv_start=torch.tensor([0, 21]))
-    bad(ValueError, "kv_lens[0]", "-1", kv_lens=torch.tensor([-1, 3]))
-    bad(
-        ValueError, "kv_lens[1]", "16", kv_start=torch.tensor([0, 5]), kv_lens=torch.tensor([3, 16])
-    )
     bad(ValueError, "window", "-2", window=-2)
     bad(ValueError, "reduce", "'median'", "'mean'", reduce="median")
-    bad(IndexError, "kmap[3]", "2", kmap=torch.tensor([0, 1, 1, 2]))
     bad(ValueError, "kmap", "[Hq]", kmap=torch.tensor([0, 1]))
+    q, k = q.to(device), k.to(device)
     with pytest.raises(RuntimeError, match="inference only"):
         ops.proxy_scores(q.clone().requires_grad_(), k)
     with torch.no_grad():
         ops.proxy_scores(q.clone().requires_grad_(), k)
+
+
+def test_bad_index_values():
+    """CPU only: CUDA does not wait for values on the device."""
+    t, bad = torch.tensor, functools.partial(check_bad, "cpu")
+    bad(ValueError, "kv_start[1]", "21", kv_start=t([0, 21]))
+    bad(ValueError, "kv_lens[0]", "-1", kv_lens=t([-1, 3]))
+    bad(ValueError, "kv_lens[1]", "16", kv_start=t([0, 5]), kv_lens=t([3, 16]))
+    bad(IndexError, "kmap[3]", "2", kmap=t([0, 1, 1, 2]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -290,3 +338,32 @@ def test_rows_of_minus_infinity_contribute_nothing(device, dtype):
     k[:, :, 40] = float("-inf")  # one dead key among others takes nothing from them
     got = ops.proxy_scores(q, k)[0]
     assert float(got[..., 40]) == 0 and abs(float(got.sum()) - 3) < 1e-2
+
+
+@pytest.mark.parametrize("isa", tenfold.cpu_capabilities())
+@pytest.mark.parametrize("scale", [0.0, -0.2, 1e-3, 2.0])
+def test_any_finite_scale_on_every_isa(isa, scale):
+    """Masks hide and maxima are maxima whatever the sign of the scale."""
+    q, k = fill((1, 4, 5, 32), torch.bfloat16, seed=1), fill((1, 2, 90, 32), torch.bfloat16, seed=2)
+    with forced_isa(isa):
+        compare(q, k, scale=scale)
+        compare(q, k, scale=scale, window=7)
+
+
+@pytest.mark.parametrize("isa", tenfold.cpu_capabilities())
+def test_an_lse_far_below_the_logits_gives_inf(isa):
+    q, k = fill((1, 2, 3, 8), torch.float32, seed=1), fill((1, 1, 40, 8), torch.float32, seed=2)
+    lse = torch.full((1, 2, 3), -200.0)
+    with forced_isa(isa):
+        assert torch.equal(ops.proxy_scores(q, k, lse)[0], reference.proxy_scores(q, k, lse)[0])
+
+
+def test_a_row_of_a_batch_is_the_row_alone():
+    q, k = (
+        fill((4, 4, 300, 64), torch.float32, seed=1),
+        fill((4, 1, 900, 64), torch.float32, seed=2),
+    )
+    whole = ops.proxy_scores(q, k)[0]
+    for row in range(4):
+        alone = ops.proxy_scores(q[row : row + 1], k[row : row + 1])[0]
+        assert torch.equal(alone[0], whole[row])

@@ -31,16 +31,25 @@ Isa active_isa();
   namespace avx512_amx {         \
   __VA_ARGS__;                   \
   }
-#define TENFOLD_ISA_CALL(function, ...)                                                          \
-  (::tenfold::active_isa() == ::tenfold::Isa::scalar        ? scalar::function(__VA_ARGS__)      \
-   : ::tenfold::active_isa() == ::tenfold::Isa::avx2        ? avx2::function(__VA_ARGS__)        \
-   : ::tenfold::active_isa() == ::tenfold::Isa::avx512      ? avx512::function(__VA_ARGS__)      \
-   : ::tenfold::active_isa() == ::tenfold::Isa::avx512_bf16 ? avx512_bf16::function(__VA_ARGS__) \
-                                                            : avx512_amx::function(__VA_ARGS__))
+#define TENFOLD_ISA_CALL_AS(isa, function, ...)                                    \
+  ([&] {                                                                           \
+    switch (isa) {                                                                 \
+      case ::tenfold::Isa::scalar: return scalar::function(__VA_ARGS__);           \
+      case ::tenfold::Isa::avx2: return avx2::function(__VA_ARGS__);               \
+      case ::tenfold::Isa::avx512: return avx512::function(__VA_ARGS__);           \
+      case ::tenfold::Isa::avx512_bf16: return avx512_bf16::function(__VA_ARGS__); \
+      default: return avx512_amx::function(__VA_ARGS__);                           \
+    }                                                                              \
+  }())
 #else
 #define TENFOLD_ISA_DECLARE(...) \
   namespace scalar {             \
   __VA_ARGS__;                   \
   }
-#define TENFOLD_ISA_CALL(function, ...) scalar::function(__VA_ARGS__)
+#define TENFOLD_ISA_CALL_AS(isa, function, ...) ((void)(isa), scalar::function(__VA_ARGS__))
 #endif
+
+// Calls that must agree (memory sized by one, used by the next) take one `active_isa()`: another
+// thread may force another ISA in between.
+#define TENFOLD_ISA_CALL(function, ...) \
+  TENFOLD_ISA_CALL_AS(::tenfold::active_isa(), function, __VA_ARGS__)

@@ -11,7 +11,7 @@ namespace {
 
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
-// 2^x, about 1 ulp; -inf and everything below -150 give 0; NaN stays NaN.
+// 2^x for x < 128, about 1 ulp; -inf and everything below -150 give 0; NaN stays NaN.
 inline VF exp2(VF x) {
   x = vmax(set1(-151.0f), x);  // the NaN operand is the second, so it survives
   const VF n = rint(x);

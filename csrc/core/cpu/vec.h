@@ -5,8 +5,8 @@
 //
 // Every ISA provides: kWidth; load, load_n, store, store_n of float, bf16_t and fp16_t (rounding to
 // nearest even); set1, seti; + - *; fma; vmax, vmin (a NaN in the *second* argument is returned);
-// rint, exp2i; ge, lt, eq masks; select; hsum, hmax, hsum4; VI arithmetic for Philox and float
-// bits.
+// rint, ldexp; lt, gt, eq, above, unordered masks; both, any, select, store_chosen; hsum, hmax,
+// hsum4; VI arithmetic for Philox and float bits.
 #pragma once
 
 #include "core/types.h"

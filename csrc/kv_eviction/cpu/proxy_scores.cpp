@@ -24,7 +24,7 @@ KvRange read_kv_range(const char* op, const OptTensor& kv_start, const OptTensor
     const int64_t n = kv_lens ? lens[b] : length - start[b];
     TENFOLD_CHECK_VALUE(start[b] >= 0 && start[b] <= length, "tenfold::", op, ": kv_start[", b,
                         "] must be in [0, L = ", length, "], got ", start[b]);
-    TENFOLD_CHECK_VALUE(n >= 0 && start[b] + n <= length, "tenfold::", op, ": kv_lens[", b,
+    TENFOLD_CHECK_VALUE(n >= 0 && n <= length - start[b], "tenfold::", op, ": kv_lens[", b,
                         "] must be in [0, L - kv_start = ", length - start[b], "], got ", n);
     r.begin.push_back(static_cast<int32_t>(start[b]));
     r.end.push_back(static_cast<int32_t>(start[b] + n));
@@ -74,22 +74,21 @@ HeadGroups group_heads(const char* op, const OptTensor& kmap, int64_t hq, int64_
   return g;
 }
 
-// Work is cut into tasks by shape alone, so results do not depend on the number of threads. With
-// `max` a task is one query head (its column sums must be complete before the maximum).
-// Enough tasks for a small machine at the price of reading K once more each, for a large one only
-// where a task keeps many row tiles per reading.
+// A sequence's work is cut into tasks by its own shape alone, so results depend neither on the
+// number of threads nor on the rest of the batch. With `max` a task is one query head (its column
+// sums must be complete before the maximum). Else: enough tasks for a small machine at the price of
+// reading K once more each, for a large one only where a task keeps many row tiles per reading.
 constexpr int64_t kWantedTasks = 16, kMostTasks = 64, kLeastTiles = 2, kManyTiles = 8;
 
-std::vector<ProxyScoresTask> make_tasks(const ProxyScoresParams& p, const HeadGroups& g) {
+std::vector<ProxyScoresTask> make_tasks(const ProxyScoresParams& p, const HeadGroups& g, Isa isa) {
   std::vector<ProxyScoresTask> tasks;
-  const int64_t pairs = p.batch * p.kv_heads;
-  const int64_t tile = TENFOLD_ISA_CALL(proxy_scores_tile_rows);
-  for (int64_t pair = 0; pair < pairs; ++pair) {
+  const int64_t tile = TENFOLD_ISA_CALL_AS(isa, proxy_scores_tile_rows), heads = p.kv_heads;
+  for (int64_t pair = 0; pair < p.batch * p.kv_heads; ++pair) {
     const int64_t h = pair % p.kv_heads;
     const int64_t rows = (g.begin[h + 1] - g.begin[h]) * p.num_proxies;
     const int64_t tiles = (rows + tile - 1) / tile;
-    const int64_t few = std::min((kWantedTasks + pairs - 1) / pairs, tiles / kLeastTiles);
-    const int64_t many = std::min((kMostTasks + pairs - 1) / pairs, tiles / kManyTiles);
+    const int64_t few = std::min((kWantedTasks + heads - 1) / heads, tiles / kLeastTiles);
+    const int64_t many = std::min((kMostTasks + heads - 1) / heads, tiles / kManyTiles);
     const int64_t parts = std::max({few, many, int64_t{1}});
     const int64_t step =
         p.reduce == ScoreReduce::max ? p.num_proxies : (tiles + parts - 1) / parts * tile;
@@ -99,14 +98,10 @@ std::vector<ProxyScoresTask> make_tasks(const ProxyScoresParams& p, const HeadGr
   return tasks;
 }
 
-// scores of one key head from the column sums of its tasks, added in a fixed order.
+// Adds the column sums of a key head's later tasks to its scores, which hold those of the first, in
+// a fixed order.
 void reduce_tasks(const ProxyScoresParams& p, const ProxyScoresTask* tasks, int64_t n,
                   int64_t num_heads, float* out) {
-  if (n == 0) {
-    std::fill(out, out + p.length, 0.0f);
-    return;
-  }
-  std::copy(tasks[0].partial, tasks[0].partial + p.length, out);
   for (int64_t i = 1; i < n; ++i) {
     const float* from = tasks[i].partial;
     if (p.reduce == ScoreReduce::max) {
@@ -116,18 +111,41 @@ void reduce_tasks(const ProxyScoresParams& p, const ProxyScoresTask* tasks, int6
       for (int64_t j = 0; j < p.length; ++j) out[j] += from[j];
     }
   }
-  if (p.reduce != ScoreReduce::mean) return;
+  if (p.reduce != ScoreReduce::mean || n == 0) return;
   const auto heads = static_cast<float>(num_heads);
   for (int64_t j = 0; j < p.length; ++j) out[j] /= heads;
 }
 
-void run(ProxyScoresParams& p, const HeadGroups& groups) {
-  auto tasks = make_tasks(p, groups);
+// Calls use(pair, first, count) for the tasks of every (sequence, key head).
+template <class Use>
+void for_each_pair(const ProxyScoresParams& p, const std::vector<ProxyScoresTask>& tasks,
+                   const Use& use) {
   const auto num_tasks = static_cast<int64_t>(tasks.size());
-  const Scratch partials(num_tasks * p.length * 4);
-  for (int64_t i = 0; i < num_tasks; ++i)
-    tasks[i].partial = static_cast<float*>(partials.data()) + i * p.length;
-  const int64_t scratch_bytes = TENFOLD_ISA_CALL(proxy_scores_scratch, p);
+  int64_t at = 0;
+  for (int64_t pair = 0; pair < p.batch * p.kv_heads; ++pair) {
+    const int64_t first = at;
+    while (at < num_tasks && tasks[at].b * p.kv_heads + tasks[at].h == pair) ++at;
+    use(pair, first, at - first);
+  }
+}
+
+void run(ProxyScoresParams& p, const HeadGroups& groups) {
+  const Isa isa = active_isa();
+  auto tasks = make_tasks(p, groups, isa);
+  const auto num_tasks = static_cast<int64_t>(tasks.size());
+  int64_t num_partials = 0;  // the first task of a pair writes where the scores go
+  for_each_pair(p, tasks, [&](int64_t, int64_t, int64_t n) { num_partials += n > 1 ? n - 1 : 0; });
+  const Scratch partials(num_partials * p.length * 4);
+  auto* partial = static_cast<float*>(partials.data());
+  for_each_pair(p, tasks, [&](int64_t pair, int64_t first, int64_t n) {
+    float* const scores = p.scores + pair * p.length;
+    if (n == 0) std::fill(scores, scores + p.length, 0.0f);
+    for (int64_t i = first; i < first + n; ++i) {
+      tasks[i].partial = i == first ? scores : partial;
+      partial += i == first ? 0 : p.length;
+    }
+  });
+  const int64_t scratch_bytes = TENFOLD_ISA_CALL_AS(isa, proxy_scores_scratch, p);
   const double rows = static_cast<double>(p.q_heads * p.num_proxies * p.batch);
   const double micros = rows * p.length * p.head_dim * 2e-5 / std::max<int64_t>(num_tasks, 1);
   parallel_for(num_tasks, micros, [&](int64_t begin, int64_t end) {
@@ -135,16 +153,14 @@ void run(ProxyScoresParams& p, const HeadGroups& groups) {
     for (int64_t i = begin; i < end; ++i) {
       std::memset(tasks[i].partial, 0, p.length * 4);
       tasks[i].scratch = scratch.data();
-      TENFOLD_ISA_CALL(proxy_scores_task, p, tasks[i]);
+      TENFOLD_ISA_CALL_AS(isa, proxy_scores_task, p, tasks[i]);
     }
   });
-  int64_t at = 0;
-  for (int64_t pair = 0; pair < p.batch * p.kv_heads; ++pair) {
-    const int64_t b = pair / p.kv_heads, h = pair % p.kv_heads, first = at;
-    while (at < num_tasks && tasks[at].b == b && tasks[at].h == h) ++at;
-    reduce_tasks(p, tasks.data() + first, at - first, groups.begin[h + 1] - groups.begin[h],
+  for_each_pair(p, tasks, [&](int64_t pair, int64_t first, int64_t n) {
+    const int64_t h = pair % p.kv_heads;
+    reduce_tasks(p, tasks.data() + first, n, groups.begin[h + 1] - groups.begin[h],
                  p.scores + pair * p.length);
-  }
+  });
 }
 
 }  // namespace

@@ -198,7 +198,9 @@ void columns_by_product(const ProxyScoresParams& p, const T* k, const Block& blo
   const auto use = [&](int64_t j0, VF(&acc)[kKeys<kDot>][kVecs]) __attribute__((always_inline)) {
     for (int j = 0; j < kKeys<kDot>; ++j)
       for (int v = 0; v < kVecs; ++v)
-        acc[j][v] = exp2(relative<kDot>(acc[j][v], to_log2, ref[v])) * factor[v];
+        // A given lse may lie below the logits: 2^128 is inf on every ISA, more is not.
+        acc[j][v] =
+            exp2(vmin(set1(128.0f), relative<kDot>(acc[j][v], to_log2, ref[v]))) * factor[v];
     if (needs_mask<kDot>(m.rows, j0)) mask_tile(m.rows, j0, set1(0.0f), acc);
     add_columns(acc, p.length - j0, partial + j0);
   };

@@ -49,10 +49,11 @@ inline int64_t staged_keys_size(int64_t d) {
 }
 
 inline bool use_dot(const ProxyScoresParams& p) {
+  // Masks and maxima come before the scale is applied: it must keep their order.
 #if defined(TENFOLD_ISA_AMX)
-  return p.dtype == Dtype::bf16;
+  return p.dtype == Dtype::bf16 && p.scale > 0.0f;
 #elif defined(TENFOLD_ISA_BF16)
-  return p.dtype == Dtype::bf16 && p.head_dim % 2 == 0;
+  return p.dtype == Dtype::bf16 && p.scale > 0.0f && p.head_dim % 2 == 0;
 #else
   (void)p;
   return false;
@@ -88,11 +89,10 @@ void pack_q(const T* const* rows, int64_t d, bool pairs, float scale, float* out
   }
 }
 
-// Elements of one cache line: the rows of the next key tile are prefetched line by line while this
-// tile is multiplied (K streams from L3 or memory; the hardware does not follow 12 rows at once).
+// Elements of one cache line. The rows of the next key tile are prefetched line by line while this
+// tile is multiplied (K streams from L3 or memory; the hardware does not follow 12 rows at once),
+// and the products of a line are summed in a chain of their own: shorter chains round less.
 constexpr int kLine = 16;
-// Products summed in one chain before the partial sums are added: shorter chains round less.
-constexpr int kChain = 32;
 
 // acc[j][v] = sum_i k_j[i] * q[i][v]: the hot loop. Rows of k are `stride` elements apart; an
 // element is a float (Multiply = fma) or a pair of bf16 (Multiply = dot product). Three rows share
@@ -110,25 +110,21 @@ inline void tile_product(const Element* k, int64_t stride, const float* q, int64
 #pragma GCC unroll 16
     for (int j = 0; j < kTileKeys; ++j) multiply(base[j / 3][j % 3 * stride + i], rows, part[j]);
   };
-  for (int64_t begin = 0; begin < d; begin += kChain) {
-    const int64_t end = begin + kChain < d ? begin + kChain : d;
+  for (int64_t begin = 0; begin < d; begin += kLine) {
     VF part[kTileKeys][kVecs];
     for (auto& key : part)
       for (auto& a : key) a = set1(0.0f);
-    for (int64_t i0 = begin; i0 < end; i0 += kLine) {
 #pragma GCC unroll 16
-      for (int j = 0; j < kTileKeys; ++j)
-        __builtin_prefetch(base[j / 3] + (kTileKeys + j % 3) * stride, 0, 3);
-      const int64_t n = end - i0;
-      if (n >= kLine) {
+    for (int j = 0; j < kTileKeys; ++j)
+      __builtin_prefetch(base[j / 3] + (kTileKeys + j % 3) * stride, 0, 3);
+    if (const int64_t n = d - begin; n >= kLine) {
 #pragma GCC unroll 4
-        for (int i = 0; i < kLine; ++i) step(i, part);
-      } else {
-        for (int64_t i = 0; i < n; ++i) step(i, part);
-      }
-      for (auto& b : base) b += kLine;
-      q += kLine * kTileRows;
+      for (int i = 0; i < kLine; ++i) step(i, part);
+    } else {
+      for (int64_t i = 0; i < n; ++i) step(i, part);
     }
+    for (auto& b : base) b += kLine;
+    q += kLine * kTileRows;
     for (int j = 0; j < kTileKeys; ++j)
       for (int v = 0; v < kVecs; ++v) acc[j][v] = begin == 0 ? part[j][v] : acc[j][v] + part[j][v];
   }
@@ -172,13 +168,16 @@ inline void logits_bf16(const bf16_t* k, int64_t stride, const float* q, int64_t
   _tile_stored(3, &acc[kAmxRows][1], kRow);
 }
 #elif defined(TENFOLD_ISA_BF16)
+// Two neighbouring bf16 in memory that holds them one by one, at any address.
+typedef uint32_t bf16_pair __attribute__((may_alias, aligned(2)));
+
 inline void logits_bf16(const bf16_t* k, int64_t stride, const float* q, int64_t d,
                         VF (&acc)[kDotKeys][kVecs]) {
   const auto multiply = [](uint32_t key, const VF(&rows)[kVecs], VF(&sums)[kVecs]) {
     const VI b = seti(key);
     for (int v = 0; v < kVecs; ++v) sums[v] = dot_bf16(sums[v], bits(rows[v]), b);
   };
-  tile_product(reinterpret_cast<const uint32_t*>(k), stride / 2, q, d / 2, multiply, acc);
+  tile_product(reinterpret_cast<const bf16_pair*>(k), stride / 2, q, d / 2, multiply, acc);
 }
 #endif
 

@@ -114,6 +114,22 @@ void values_block(const DecodeChunk& c, const T* v, int64_t r0, int64_t i0, int6
       for (int x = 0; x < kVectors; ++x) store(out[r] + x * kWidth, acc[r][x]);
 }
 
+// The same for one key that not every row sees: whatever it holds must not reach the others.
+template <class T>
+void value_of_some(const DecodeChunk& c, const T* row, int64_t key, int64_t j,
+                   const float* weights) {
+  const int64_t pitch = decode_pitch(c.value_dim);
+  for (int64_t r = 0; r < c.rows; ++r) {
+    if (key >= c.visible[r]) continue;
+    const VF weight = set1(weights[r * kDecodeKeyBlock + j]);
+    float* out = c.out + r * pitch;
+    for (int64_t i = 0; i < c.value_dim; i += kWidth) {
+      const int n = static_cast<int>(c.value_dim - i < kWidth ? c.value_dim - i : kWidth);
+      store_n(out + i, fma(weight, load_n(row + i, n), load_n(out + i, n)), n);
+    }
+  }
+}
+
 // The hardware follows neither k nor v: they take turns, a page at a time. Rows of the block after
 // the next are fetched into L2, a few at a time.
 inline void fetch_rows(const char* from, int64_t stride, int64_t bytes, int64_t num_rows) {
@@ -127,6 +143,9 @@ void run(const DecodeChunk& c) {
   const int64_t width = decode_pitch(c.value_dim);
   for (int64_t r = 0; r < c.rows; ++r) c.max[r] = kNothing, c.sum[r] = 0.0f;
   for (int64_t i = 0; i < c.rows * width; ++i) c.out[i] = 0.0f;
+  int64_t seen_by_all = c.num_keys;
+  for (int64_t r = 0; r < c.rows; ++r)
+    seen_by_all = c.visible[r] < seen_by_all ? c.visible[r] : seen_by_all;
   const auto fetch = [&](int64_t first, int64_t num_rows) {
     const int64_t left = c.num_keys - first, rows = left < num_rows ? left : num_rows;
     fetch_rows(static_cast<const char*>(c.k) + first * c.k_stride * sizeof(T),
@@ -145,14 +164,16 @@ void run(const DecodeChunk& c) {
     for (int64_t r = 0; r < c.rows; ++r)
       softmax_row(c, r, c.visible[r] - j0 < n ? c.visible[r] - j0 : n,
                   c.scratch + r * kDecodeKeyBlock);
+    const int64_t by_all = seen_by_all - j0 < 0 ? 0 : seen_by_all - j0 < n ? seen_by_all - j0 : n;
     for (int64_t r = 0; r < c.rows; r += kRows) {
       int64_t i = 0;
       for (; i + kVectors * kWidth <= c.value_dim; i += kVectors * kWidth)
-        values_block<T, kVectors, false>(c, v, r, i, n, c.scratch);
+        values_block<T, kVectors, false>(c, v, r, i, by_all, c.scratch);
       for (; i + kWidth <= c.value_dim; i += kWidth)
-        values_block<T, 1, false>(c, v, r, i, n, c.scratch);
-      if (i < c.value_dim) values_block<T, 1, true>(c, v, r, i, n, c.scratch);
+        values_block<T, 1, false>(c, v, r, i, by_all, c.scratch);
+      if (i < c.value_dim) values_block<T, 1, true>(c, v, r, i, by_all, c.scratch);
     }
+    for (int64_t j = by_all; j < n; ++j) value_of_some(c, v + j * c.v_stride, j0 + j, j, c.scratch);
   }
 }
 

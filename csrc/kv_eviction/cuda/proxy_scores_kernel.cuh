@@ -16,6 +16,7 @@ struct ProxyArgs {
   const void* q;
   const void* k;
   const float* lse;  // [B, Hq, W]: input of the column pass
+  bool own_lse;      // found here: an infinite one means that every weight is NaN
   float* partial;    // [splits, rows, 2]: max and sum of the lse pass
   float* lse_out;    // [B, Hq, W]
   float* scores;     // [B, Hkv, L]
@@ -41,7 +42,6 @@ constexpr int kDepth = 256 / static_cast<int>(sizeof(T));
 template <class T>
 constexpr int kPitch = kDepth<T> + 16 / static_cast<int>(sizeof(T));
 constexpr int kMmaDepth = 16;
-constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 constexpr float kNothing = -1e30f;
 
 struct Visible {
@@ -148,7 +148,8 @@ TENFOLD_HD int in_tile(int64_t j) {
   return j < 0 ? 0 : j > kTileKeys ? kTileKeys : static_cast<int>(j);
 }
 
-// Logits of the block's 64 rows and keys [j0, j0 + 64) (log2 units), hidden ones -inf.
+// Logits of the block's 64 rows and keys [j0, j0 + 64), hidden ones -inf. In natural units: the
+// column pass subtracts an lse, whose rounding in other units would show at large logits.
 template <class T>
 __device__ inline void tile_logits(const ProxyArgs& p, const Tiles<T>& t, const T* k_head,
                                    int64_t j0, bool fresh_q, bool fresh_k, float (&acc)[8][4]) {
@@ -177,7 +178,7 @@ __device__ inline void tile_logits(const ProxyArgs& p, const Tiles<T>& t, const 
       for (int i = 0; i < 2; ++i) {
         const int key = n * 8 + col + i;
         float& x = acc[n][2 * half + i];
-        x = key >= lo && key < hi ? x * (p.scale * kLog2e) : bits_to_float(0xFF800000u);
+        x = key >= lo && key < hi ? x * p.scale : bits_to_float(0xFF800000u);
       }
   }
 }
@@ -263,9 +264,9 @@ __global__ void __launch_bounds__(kProxyThreads, sizeof(T) == 2 ? kProxyBlocks +
       now = over_row(now, larger);
       float more = 0.0f;
       for (int n = 0; n < 8; ++n)
-        more += exp2f(acc[n][2 * half] - now) + exp2f(acc[n][2 * half + 1] - now);
+        more += expf(acc[n][2 * half] - now) + expf(acc[n][2 * half + 1] - now);
       more = over_row(more, [](float x, float y) { return x + y; });
-      sum[half] = sum[half] * exp2f(top[half] - now) + more;
+      sum[half] = sum[half] * expf(top[half] - now) + more;
       top[half] = now;
     }
   }
@@ -291,10 +292,11 @@ __global__ void proxy_lse_combine_kernel(ProxyArgs p) {
   for (int64_t s = 0; s < p.splits; ++s) top = larger(top, p.partial[2 * (s * rows + row)]);
   for (int64_t s = 0; s < p.splits; ++s) {
     const float* part = p.partial + 2 * (s * rows + row);
-    sum += part[1] * exp2f(part[0] - top);
+    sum += part[1] * expf(part[0] - top);
   }
-  const bool sees = sum != 0.0f;  // NaN sums see something
-  p.lse_out[row] = sees ? top * kLn2 + logf(sum) : bits_to_float(0xFF800000u);
+  const bool sees = sum != 0.0f;                      // NaN sums see something
+  if (top == bits_to_float(0x7F800000u)) sum = 1.0f;  // of NaN: the lse is inf
+  p.lse_out[row] = sees ? top + logf(sum) : bits_to_float(0xFF800000u);
 }
 
 // Sum of this thread's columns over the block's rows; every thread gets columns[key] in shared
@@ -350,14 +352,15 @@ __global__ void __launch_bounds__(kProxyThreads, kProxyBlocks) proxy_columns_ker
         for (int half = 0; half < 2; ++half) {
           const int r = row + half * 8;
           if (lo[r] >= hi[r]) continue;
-          const float lse = p.lse[(b * p.q_heads + h) * p.num_proxies + row0 + r] * kLog2e;
+          float lse = p.lse[(b * p.q_heads + h) * p.num_proxies + row0 + r];
           if (lse == bits_to_float(0xFF800000u)) continue;  // every logit is -inf: contributes 0
+          if (p.own_lse && lse == bits_to_float(0x7F800000u)) lse = bits_to_float(0x7FC00000u);
           const int from = in_tile(lo[r] - j0), to = in_tile(hi[r] - j0);
 #pragma unroll
           for (int n = 0; n < 8; ++n)
             for (int i = 0; i < 2; ++i) {
               const int key = n * 8 + lane % 4 * 2 + i;  // a hidden one adds 0 even if lse is NaN
-              if (key >= from && key < to) sums[n][i] += exp2f(acc[n][2 * half + i] - lse);
+              if (key >= from && key < to) sums[n][i] += expf(acc[n][2 * half + i] - lse);
             }
         }
       }
@@ -417,10 +420,12 @@ void launch_proxy_scores(const ProxyArgs& p, bool has_lse, cudaStream_t stream) 
                    static_cast<unsigned>((rows + kCombineThreads - 1) / kCombineThreads),
                    kCombineThreads, stream, p);
   }
+  ProxyArgs args = p;
+  args.own_lse = !has_lse;
   const int64_t blocks = p.batch * p.kv_heads * ((p.length + kTileKeys - 1) / kTileKeys);
   if (blocks > 0)
     TENFOLD_LAUNCH(proxy_columns_kernel<T>, static_cast<unsigned>(blocks), kProxyThreads, stream,
-                   p);
+                   args);
 }
 
 }  // namespace tenfold::cuda

@@ -61,35 +61,60 @@ def _gpu() -> dict[str, Any]:
     return found
 
 
-def _self_test(gpu: bool) -> list[dict[str, Any]]:
-    """NACL's whole eviction on every path against the reference: kept tokens and their content."""
+def _wrong_op(device: str, dtype: torch.dtype) -> str:
+    """The first op whose result differs from its definition, or ''."""
     from tenfold import ops, reference
-    from tenfold.testing import forced_isa
 
     made = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(1, h, n, 64, generator=made) for h, n in ((6, 24), (2, 200), (2, 200)))
-    kinds: dict[str, Any] = {
-        "scale": 0.125,
-        "n_sink": 4,
-        "n_recent": 8,
-        "n_topk": 20,
-        "n_random": 12,
-        "seed": 1,
-    }
-    want = reference.nacl_evict(q, k, v, **kinds)
-    last, offsets = q[:, :, -1:], torch.tensor([0, 44, 88])
-    flat_k, flat_v = (t.reshape(-1, 64).contiguous() for t in want[:2])
-    attended = reference.ragged_decode(last, flat_k, flat_v, offsets)[0]
+    q, k, v = (
+        torch.randn(1, h, n, 64, generator=made).to(dtype) for h, n in ((6, 24), (2, 200), (2, 200))
+    )
+    close = 1e-4 if dtype == torch.float32 else 2e-2
+    move = lambda *tensors: tuple(t.to(device) for t in tensors)  # noqa: E731
+
+    def near(got: torch.Tensor, want: torch.Tensor) -> bool:
+        return torch.allclose(got.cpu().float(), want.float(), rtol=close, atol=close)
+
+    scores = reference.proxy_scores(q.float(), k.float())[0]
+    if not near(ops.proxy_scores(*move(q, k))[0], scores):
+        return "proxy_scores"
+    counts: dict[str, Any] = {"n_sink": 4, "n_recent": 8, "n_topk": 20, "n_random": 12, "seed": 1}
+    idx, _ = reference.nacl_select(scores, **counts)
+    if not torch.equal(ops.nacl_select(*move(scores), **counts)[0].cpu(), idx):
+        return "nacl_select"
+    want = reference.kv_gather(k, v, idx)
+    if not all(torch.equal(g.cpu(), w) for g, w in zip(ops.kv_gather(*move(k, v, idx)), want)):
+        return "kv_gather"
+    mine = move(k.clone(), v.clone())
+    ops.kv_compact_(*mine, *move(idx))
+    if not all(torch.equal(m.cpu()[:, :, : idx.shape[-1]], w) for m, w in zip(mine, want)):
+        return "kv_compact_"
+    evicted = ops.nacl_evict(*move(q, k, v), **counts)
+    if evicted[0].shape != want[0].shape or not bool(evicted[0].isfinite().all()):
+        return "nacl_evict"
+    flat_k, flat_v = (t.reshape(-1, 64).contiguous() for t in want)
+    offsets = torch.arange(3) * idx.shape[-1]
+    attended = reference.ragged_decode(
+        q[:, :, -1:].float(), flat_k.float(), flat_v.float(), offsets
+    )[0]
+    if not near(
+        ops.ragged_decode(*move(q[:, :, -1:].contiguous(), flat_k, flat_v, offsets))[0], attended
+    ):
+        return "ragged_decode"
+    return ""
+
+
+def _self_test(gpu: bool) -> list[dict[str, Any]]:
+    """Every op in every dtype on every path against its definition."""
+    from tenfold.testing import forced_isa
 
     def check(path: str, device: str) -> dict[str, Any]:
         try:
-            got = ops.nacl_evict(q.to(device), k.to(device), v.to(device), **kinds)
-            same = all(torch.equal(g.cpu(), w) for g, w in zip(got, want))
-            out = ops.ragged_decode(
-                last.to(device), flat_k.to(device), flat_v.to(device), offsets.to(device)
-            )[0]
-            same &= torch.allclose(out.cpu(), attended, atol=1e-5)
-            return {"path": path, "ok": bool(same), "note": "" if same else "wrong result"}
+            for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                if wrong := _wrong_op(device, dtype):
+                    name = str(dtype).removeprefix("torch.")
+                    return {"path": path, "ok": False, "note": f"wrong result: {wrong}, {name}"}
+            return {"path": path, "ok": True, "note": ""}
         except Exception as error:
             return {"path": path, "ok": False, "note": f"{type(error).__name__}: {error}"}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any
 
 MAX_PROXY = 1024  # of the presets; the default uses far fewer
@@ -103,6 +104,11 @@ class NaclConfig:
 
     def __post_init__(self) -> None:
         _in_range("compression_ratio", self.compression_ratio, 0, 1, "[)")
+        for name in ("keep_tokens", "sink_tokens", "max_proxy", "pool_kernel", "min_length",
+                     "decode_interval", "seed"):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, Integral):
+                raise TypeError(f"{name} must be an integer, got {value!r}")
         if self.keep_tokens is not None and self.keep_tokens < 1:
             raise ValueError(f"keep_tokens must be >= 1, got {self.keep_tokens}")
         for name in ("protect_ratio", "random_ratio", "proxy_ratio", "head_floor"):

@@ -6,6 +6,7 @@ fixture, skip policy) is ``tenfold.testing.plugin``.
 
 from tenfold.testing.checks import (
     check_compiles,
+    check_cuda_graph,
     check_deterministic,
     check_errors,
     check_inputs_unmodified,
@@ -14,6 +15,7 @@ from tenfold.testing.checks import (
     check_opcheck,
     check_strides_equal_fake,
     forced_isa,
+    peak_growth,
     poisoned_memory,
     threads,
 )
@@ -28,6 +30,7 @@ __all__ = [
     "assert_close_to_ref",
     "assert_same_pattern",
     "check_compiles",
+    "check_cuda_graph",
     "check_deterministic",
     "check_errors",
     "check_inputs_unmodified",
@@ -38,6 +41,7 @@ __all__ = [
     "fill",
     "forced_isa",
     "layout",
+    "peak_growth",
     "poisoned_memory",
     "threads",
     "ulp_floor",

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
+import sys
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -143,7 +146,7 @@ def check_inputs_unmodified(
 def check_strides_equal_fake(
     op: Any, args: Sequence[Any], kwargs: dict[str, Any] | None = None
 ) -> None:
-    """Shapes, dtypes and strides of the fake equal those of the kernel."""
+    """Shapes, dtypes, strides and device types of the fake equal those of the kernel."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     real = _tensors(op(*_clone(args), **_clone(kwargs or {})))
@@ -153,9 +156,77 @@ def check_strides_equal_fake(
         )
         fake = _tensors(op(*fake_args, **fake_kwargs))
     for r, f in zip(real, fake, strict=True):
-        if (r.shape, r.dtype, r.stride()) != (f.shape, f.dtype, f.stride()):
-            raise AssertionError(f"kernel gives {r.shape} {r.dtype} {r.stride()}, fake "
-                                 f"{f.shape} {f.dtype} {f.stride()}")  # fmt: skip
+        facts = [(x.shape, x.dtype, x.stride(), x.device.type) for x in (r, f)]
+        if facts[0] != facts[1]:
+            raise AssertionError(
+                "kernel gives {} {} {} {}, fake {} {} {} {}".format(*facts[0], *facts[1])
+            )
+
+
+def check_cuda_graph(
+    call: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: dict[str, Any] | None,
+    fresh_args: Sequence[Any],
+    fresh_kwargs: dict[str, Any] | None = None,
+) -> None:
+    """Captured with some inputs and replayed with others, a CUDA graph gives the eager result.
+
+    All tensors are on one CUDA device; the fresh ones have the shapes of the first. Everything else
+    in the arguments is part of the graph and must be equal.
+    """
+    inputs, fresh = _clone((list(args), kwargs or {})), (list(fresh_args), fresh_kwargs or {})
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # loads modules, which a capture may not
+        warm = _clone(inputs)
+        call(*warm[0], **warm[1])
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call(*inputs[0], **inputs[1])
+    for values in (fresh, _clone(inputs), fresh):
+        again = _clone(values)
+        want = call(*again[0], **again[1])
+        for mine, new in zip(_tensors(inputs), _tensors(values), strict=True):
+            mine.copy_(new)
+        for t in _tensors(out):
+            t.fill_(77)  # so that a replay that writes nothing shows
+        graph.replay()
+        torch.cuda.synchronize()
+        if not _equal(want, out):
+            raise AssertionError("a replayed graph differs from the eager call")
+
+
+_PEAK = """
+import contextlib, torch
+torch.manual_seed(0)
+torch.set_num_threads(1)
+def status(key):
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) for line in lines if line.startswith(key)) * 1024
+{setup}
+with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
+    file.write("5")  # the peak starts again at what is resident now; without it only too high
+before = status("VmRSS:")
+{call}
+print(status("VmHWM:") - before)
+"""
+
+
+def peak_growth(setup: str, call: str) -> int:
+    """Bytes by which the resident memory of a fresh Python process peaks while ``call`` runs.
+
+    ``setup`` makes its inputs before; both are source text. One torch thread. Linux only. (Neither
+    this process nor ``ru_maxrss`` would do: both remember what earlier tests needed.)
+    """
+    source = _PEAK.format(setup=textwrap.dedent(setup), call=textwrap.dedent(call))
+    command = [sys.executable, "-c", source]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    if done.returncode != 0:
+        raise RuntimeError(f"the measured call failed: {done.stderr[-4000:]}")
+    return int(done.stdout.split()[-1])
 
 
 def check_op(

@@ -34,14 +34,14 @@ def layout(x: Tensor, kind: str) -> Tensor:
     if kind == "contiguous":
         return x.contiguous()
     if kind == "sliced":  # rows of a bigger buffer
-        big = torch.full((*x.shape[:-1], x.shape[-1] + 5), 7.0, dtype=x.dtype)
+        big = torch.full((*x.shape[:-1], x.shape[-1] + 5), 7.0, dtype=x.dtype, device=x.device)
         big[..., : x.shape[-1]] = x
         return big[..., : x.shape[-1]]
     if kind == "transposed":  # [B, L, H, D] storage of a [B, H, L, D] tensor; rows stay whole
         at = (1, 2) if x.dim() >= 4 else (0, x.dim() - 2 if x.dim() > 2 else 0)
         return x.transpose(*at).contiguous().transpose(*at)
     if kind == "misaligned":
-        flat = torch.empty(x.numel() + 1, dtype=x.dtype)
+        flat = torch.empty(x.numel() + 1, dtype=x.dtype, device=x.device)
         flat[1:] = x.reshape(-1)
         return flat[1:].view(x.shape)
     raise ValueError(f"unknown layout {kind!r}; known: {', '.join(LAYOUTS)}")

@@ -34,6 +34,12 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
 
 
+# For a test that only makes sense on CUDA; it takes ``device`` like all others.
+cuda_only = pytest.mark.parametrize(
+    "device", [pytest.param("cuda", marks=[pytest.mark.cuda])], indirect=True
+)
+
+
 class _SkipPolicy:
     def __init__(self, config: pytest.Config) -> None:
         path = Path(config.rootpath) / config.getini("allowed_skips")
