@@ -146,19 +146,17 @@ void run(const DecodeChunk& c) {
   int64_t seen_by_all = c.num_keys;
   for (int64_t r = 0; r < c.rows; ++r)
     seen_by_all = c.visible[r] < seen_by_all ? c.visible[r] : seen_by_all;
-  const auto fetch = [&](int64_t first, int64_t num_rows) {
-    const int64_t left = c.num_keys - first, rows = left < num_rows ? left : num_rows;
-    fetch_rows(static_cast<const char*>(c.k) + first * c.k_stride * sizeof(T),
-               c.k_stride * sizeof(T), c.head_dim * sizeof(T), rows);
-    fetch_rows(static_cast<const char*>(c.v) + first * c.v_stride * sizeof(T),
-               c.v_stride * sizeof(T), c.value_dim * sizeof(T), rows);
-  };
   for (int64_t j0 = 0; j0 < c.num_keys; j0 += kDecodeKeyBlock) {
     const int64_t n = c.num_keys - j0 < kDecodeKeyBlock ? c.num_keys - j0 : kDecodeKeyBlock;
     const T* k = static_cast<const T*>(c.k) + j0 * c.k_stride;
     const T* v = static_cast<const T*>(c.v) + j0 * c.v_stride;
     for (int64_t j = 0; j < n; j += kKeys) {
-      fetch(j0 + j + kAheadKeys, kKeys);
+      const int64_t ahead = j + kAheadKeys, left = c.num_keys - j0 - ahead;
+      const int64_t rows = left < 0 ? 0 : left < kKeys ? left : kKeys;
+      fetch_rows(reinterpret_cast<const char*>(k + ahead * c.k_stride), c.k_stride * sizeof(T),
+                 c.head_dim * sizeof(T), rows);
+      fetch_rows(reinterpret_cast<const char*>(v + ahead * c.v_stride), c.v_stride * sizeof(T),
+                 c.value_dim * sizeof(T), rows);
       for (int64_t r = 0; r < c.rows; r += kRows) logits_4x4(c, k, r, j, n, c.scratch);
     }
     for (int64_t r = 0; r < c.rows; ++r)
