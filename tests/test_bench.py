@@ -790,9 +790,9 @@ class TestReport:
         run("--readme")
         path = checkout / name
         good = path.read_text()
-        table = re.search(r":begin -->.*?:end -->", good, re.DOTALL)[0]
+        blocks = re.findall(r":begin -->.*?:end -->", good, re.DOTALL)
+        table = next(b for b in blocks if re.search(r"\d(?= \|)", b))
         spoiled = re.sub(r"\d(?= \|)", "9999", table, count=1)
-        assert spoiled != table
         path.write_text(good.replace(table, spoiled))
         status, said = run("--readme", "--check")
         assert status == 1 and said.startswith(f"{name}: not up to date")

@@ -75,7 +75,7 @@ def budget_plot(rows: list[dict[str, Any]], task: str) -> Any | None:
         axes.axhline(sum(full) / len(full), color="black", lw=1, ls=":", label="full cache")
     axes.set_xlabel("share of the cache kept (%)")
     axes.set_ylabel("perplexity" if value == "perplexity" else "share of right answers")
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return made
 
 
