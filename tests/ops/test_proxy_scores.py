@@ -367,3 +367,38 @@ def test_a_row_of_a_batch_is_the_row_alone():
     for row in range(4):
         alone = ops.proxy_scores(q[row : row + 1], k[row : row + 1])[0]
         assert torch.equal(alone[0], whole[row])
+
+
+@pytest.mark.parametrize("isa", tenfold.cpu_capabilities())
+@pytest.mark.parametrize("d", [8, 33, 64, 96, 130])
+def test_float32_keeps_its_precision(isa, d):
+    """Also where float32 is multiplied as sums of bf16: elements of any size, with all 24 bits."""
+    g = torch.Generator().manual_seed(d)
+    q, k = torch.randn(1, 4, 40, d, generator=g), torch.randn(1, 2, 200, d, generator=g)
+    k[..., ::3] *= torch.logspace(-30, 1, k[..., ::3].shape[-1])  # and tiny ones among them
+    q[..., 1::3] *= torch.logspace(1, -30, q[..., 1::3].shape[-1])
+    want = reference.proxy_scores(q.double(), k.double(), scale=0.2)
+    plain = reference.proxy_scores(q, k, scale=0.2)
+    with forced_isa(isa):
+        got = ops.proxy_scores(q, k, scale=0.2)
+    for a, b, c in zip(got, want, plain):
+        rms = [(x.double() - b)[b.isfinite()].square().mean().sqrt().item() for x in (a, c)]
+        assert rms[0] <= 1.5 * rms[1] + 1e-8 * b[b.isfinite()].abs().max().item()
+
+
+@pytest.mark.parametrize("isa", tenfold.cpu_capabilities())
+@pytest.mark.parametrize("where", ["q", "k"])
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 3.4e38, -3.39e38])
+def test_an_extreme_value_changes_only_its_row(isa, where, value):
+    q, k = fill((1, 4, 40, 64), torch.float32, seed=1), fill((1, 2, 100, 64), torch.float32, seed=2)
+    with forced_isa(isa):
+        _, clean = ops.proxy_scores(q, k)
+        (q if where == "q" else k)[0, 1, 17, 5] = value
+        _, lse = ops.proxy_scores(q, k)
+    want = reference.proxy_scores(q, k)[1]
+    assert torch.equal(lse.isnan(), want.isnan())
+    heads = slice(0, 2) if where == "k" else [0, 2, 3]
+    torch.testing.assert_close(lse[:, heads], clean[:, heads], rtol=1e-6, atol=1e-6)
+    if where == "q":
+        rest = [i for i in range(40) if i != 17]
+        torch.testing.assert_close(lse[:, 1, rest], clean[:, 1, rest], rtol=1e-6, atol=1e-6)

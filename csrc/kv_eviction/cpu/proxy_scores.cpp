@@ -78,7 +78,7 @@ HeadGroups group_heads(const char* op, const OptTensor& kmap, int64_t hq, int64_
 // number of threads nor on the rest of the batch. With `max` a task is one query head (its column
 // sums must be complete before the maximum). Else: enough tasks for a small machine at the price of
 // reading K once more each, for a large one only where a task keeps many row tiles per reading.
-constexpr int64_t kWantedTasks = 16, kMostTasks = 64, kLeastTiles = 2, kManyTiles = 8;
+constexpr int64_t kWantedTasks = 8, kMostTasks = 64, kLeastTiles = 2, kManyTiles = 8;
 
 std::vector<ProxyScoresTask> make_tasks(const ProxyScoresParams& p, const HeadGroups& g, Isa isa) {
   std::vector<ProxyScoresTask> tasks;

@@ -65,25 +65,25 @@ inline void describe_rows(const ProxyScoresParams& p, const ProxyScoresTask& t, 
     }
 }
 
-template <bool kDot>
+template <Product P>
 inline bool needs_mask(const RowTile& rt, int64_t j0) {
-  return j0 < rt.all_lo || j0 + kKeys<kDot> > rt.all_hi;
+  return j0 < rt.all_lo || j0 + kKeys<P> > rt.all_hi;
 }
 
 // Where a row may not look, the value becomes `hidden` (-inf for logits, 0 for weights).
-template <int kNum>
-inline void mask_tile(const RowTile& rt, int64_t j0, VF hidden, VF (&acc)[kNum][kVecs]) {
+__attribute__((noinline)) void mask_keys(const RowTile& rt, int64_t j0, int n, VF hidden,
+                                         VF (*acc)[kVecs]) {
   for (int v = 0; v < kVecs; ++v) {
     const VI lo = load(reinterpret_cast<const uint32_t*>(rt.lo) + v * kWidth);
     const VI hi = load(reinterpret_cast<const uint32_t*>(rt.hi) + v * kWidth);
-    for (int j = 0; j < kNum; ++j) {
+    for (int j = 0; j < n; ++j) {
       const VI key = seti(static_cast<uint32_t>(j0 + j));
       acc[j][v] = select(lt(key, lo), hidden, select(lt(key, hi), acc[j][v], hidden));
     }
   }
 }
 
-// column[j] += sum over rows of e[j], for the first n keys of a tile.
+// column[j] += sum over rows of e[j], for the first n of kNum keys.
 template <int kNum>
 inline void add_columns(const VF (&e)[kNum][kVecs], int64_t n, float* column) {
   VF rows[(kNum + 3) / 4 * 4] = {};

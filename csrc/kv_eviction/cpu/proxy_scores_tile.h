@@ -1,7 +1,7 @@
 // Logits of one tile of proxy_scores: kTileRows proxy rows (lanes) x kKeys keys. For ISA sources.
 #pragma once
 
-#include "core/cpu/amx.h"
+#include "core/cpu/amx_split.h"
 #include "core/cpu/math.h"
 #include "kv_eviction/proxy_scores.h"
 
@@ -19,46 +19,73 @@ constexpr int kTileKeys = 6;
 constexpr int kTileKeys = 4;
 #endif
 constexpr int kTileRows = kVecs * kWidth;
-// bf16 dot products: AMX keeps its sums in four tile registers, 2 x 16 keys
-// of 2 x 16 rows (fewer chains would wait for each other), the others as above.
-#if defined(TENFOLD_ISA_AMX)
-constexpr int kDotKeys = 2 * kAmxRows, kDotDepth = kAmxDepth;
-#else
-constexpr int kDotKeys = kTileKeys, kDotDepth = 2;
-#endif
-constexpr int kMaxKeys = kDotKeys > kTileKeys ? kDotKeys : kTileKeys;
-template <bool kDot>
-constexpr int kKeys = kDot ? kDotKeys : kTileKeys;
 
-// Packed operands of a tile.
-struct TileScratch {
-  float* q;     // q^T: [D][kTileRows] float, or [D / 2][kTileRows] pairs of bf16
-  float* keys;  // [kKeys][D] float or bf16: converted, gathered or padded keys
-};
+// How logits are multiplied: float32 FMAs, dot products of pairs of bf16 (by AMX where there is
+// AMX), or, with AMX, float32 split in three bf16.
+enum class Product { fma, dot, split };
+
+// AMX keeps its sums in four tile registers, 2 x 16 keys of 2 x 16 rows (fewer chains would wait
+// for each other).
+#if defined(TENFOLD_ISA_AMX)
+constexpr bool kAmx = true;
+constexpr int kAmxKeys = 2 * kAmxRows, kDotDepth = kAmxDepth;
+#else
+constexpr bool kAmx = false;
+constexpr int kAmxKeys = kTileKeys, kDotDepth = 2;
+#endif
+template <Product P>
+constexpr int kKeys = P == Product::fma ? kTileKeys : kAmxKeys;
+
+inline Product product_of([[maybe_unused]] const ProxyScoresParams& p) {
+  // Masks and maxima of dot products come before the scale is applied: it must keep their order.
+#if defined(TENFOLD_ISA_AMX)
+  if (p.dtype == Dtype::bf16 && p.scale > 0.0f) return Product::dot;
+  if (p.dtype == Dtype::f32) return Product::split;
+#elif defined(TENFOLD_ISA_BF16)
+  if (p.dtype == Dtype::bf16 && p.scale > 0.0f && p.head_dim % 2 == 0) return Product::dot;
+#endif
+  return Product::fma;
+}
 
 inline int64_t round_up(int64_t x, int64_t m) {
   return (x + m - 1) / m * m;
 }
 
-// Floats of the two arrays of TileScratch.
-inline int64_t packed_q_size(int64_t d) {
-  return round_up(d, kDotDepth) * kTileRows;
-}
-inline int64_t staged_keys_size(int64_t d) {
-  return kMaxKeys * round_up(d, 16);  // as bf16 also enough for rows of round_up(d, kDotDepth)
+// Floats of the packed q^T of a row tile: [D][kTileRows] float, [D / 2][kTileRows] pairs of bf16 or
+// a split panel.
+inline int64_t packed_q_size(const ProxyScoresParams& p) {
+#if defined(TENFOLD_ISA_AMX)
+  if (product_of(p) == Product::split) return split_panel_bytes(p.head_dim) / 4;
+#endif
+  return round_up(p.head_dim, kDotDepth) * kTileRows;
 }
 
-inline bool use_dot(const ProxyScoresParams& p) {
-  // Masks and maxima come before the scale is applied: it must keep their order.
-#if defined(TENFOLD_ISA_AMX)
-  return p.dtype == Dtype::bf16 && p.scale > 0.0f;
-#elif defined(TENFOLD_ISA_BF16)
-  return p.dtype == Dtype::bf16 && p.scale > 0.0f && p.head_dim % 2 == 0;
-#else
-  (void)p;
-  return false;
-#endif
+// Where the keys of one key head come from.
+struct KeySource {
+  const void* k;
+  int64_t stride, length, depth;
+  float* staged;  // [kKeys][D] float or bf16: one tile of converted, gathered or padded keys
+  // Product::split: panels of the key tiles of one block, from key `first` on; bits of
+  // the keys that cannot be multiplied so.
+  char* panels;
+  uint32_t* unsplit;
+  int64_t first;
+  int64_t fetch, fetch_end, fetch_step;  // keys of the next block, to fetch so many at a time
+};
+
+// Floats of `staged`: also enough for bf16 rows of round_up(d, kDotDepth).
+inline int64_t staged_keys_size(int64_t d) {
+  constexpr int kMost = kAmxKeys > kTileKeys ? kAmxKeys : kTileKeys;
+  return kMost * round_up(d, 16);
 }
+
+// The rows of a tile as they are multiplied.
+struct PackedRows {
+  float* packed;
+  const void* row[kTileRows];
+  float scale;       // of all but dot products, whose logits are scaled later
+  uint32_t unsplit;  // Product::split: bits of the rows that cannot be multiplied so
+};
 
 inline float to_float(const float* x) {
   return *x;
@@ -70,21 +97,29 @@ inline float to_float(const T* x) {
   return lanes[0];
 }
 
-// q^T of one tile. With `pairs`, two neighbouring bf16 share a lane and the depth is padded with
-// zeros, else q is scaled here, so that the logits come out in log2 units (scaling them later would
-// round the scale).
-template <class T>
-void pack_q(const T* const* rows, int64_t d, bool pairs, float scale, float* out) {
+// q^T of one tile. Pairs: two neighbouring bf16 share a lane and the depth is padded with zeros.
+// Else q is scaled here, so that the logits come out in log2 units (scaling them later would round
+// the scale).
+template <class T, Product P>
+void pack_rows(int64_t d, PackedRows* rows) {
+  rows->unsplit = 0;
   for (int r = 0; r < kTileRows; ++r) {
-    if (pairs) {
-      auto* to = reinterpret_cast<uint16_t*>(out) + 2 * r;
-      const auto* from = reinterpret_cast<const uint16_t*>(rows[r]);
-      const int64_t depth = round_up(d, kDotDepth);
+    const T* from = static_cast<const T*>(rows->row[r]);
+    if constexpr (P == Product::dot) {
+      const int64_t depth = round_up(d, kDotDepth) / 2;
+      auto* to = reinterpret_cast<uint32_t*>(rows->packed) + r;
       int64_t i = 0;
-      for (; i + 2 <= d; i += 2, to += 2 * kTileRows) to[0] = from[i], to[1] = from[i + 1];
-      for (; i < depth; i += 2, to += 2 * kTileRows) to[0] = i < d ? from[i] : 0, to[1] = 0;
+      for (; i < d / 2; ++i) __builtin_memcpy(to + i * kTileRows, from + 2 * i, 4);
+      for (; i < depth; ++i) to[i * kTileRows] = 0;
+      if (d % 2 != 0) __builtin_memcpy(to + d / 2 * kTileRows, from + d - 1, 2);
+#if defined(TENFOLD_ISA_AMX)
+    } else if constexpr (P == Product::split) {
+      auto* panel = reinterpret_cast<char*>(rows->packed);
+      rows->unsplit |= static_cast<uint32_t>(!split_right(from, d, rows->scale, r, panel)) << r;
+#endif
     } else {
-      for (int64_t i = 0; i < d; ++i) out[i * kTileRows + r] = to_float(rows[r] + i) * scale;
+      for (int64_t i = 0; i < d; ++i)
+        rows->packed[i * kTileRows + r] = to_float(from + i) * rows->scale;
     }
   }
 }
@@ -139,40 +174,13 @@ inline void logits_f32(const float* k, int64_t stride, const float* q, int64_t d
   tile_product(k, stride, q, d, multiply, acc);
 }
 
-// The same for bf16; d is a multiple of kDotDepth.
-#if defined(TENFOLD_ISA_AMX)
-inline void logits_bf16(const bf16_t* k, int64_t stride, const float* q, int64_t d,
-                        VF (&acc)[kDotKeys][kVecs]) {
-  static_assert(kVecs == 2 && kWidth == kAmxRows && kDotKeys == 2 * kAmxRows);
-  constexpr int64_t kPitch = kTileRows * 4, kRow = sizeof acc[0];  // bytes: row of pairs, of sums
-  const auto* pairs = reinterpret_cast<const char*>(q);
-  const bf16_t* k1 = k + kAmxRows * stride;
-  amx_fence();
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  for (int64_t i = 0; i < d; i += kAmxDepth, pairs += kAmxRows * kPitch) {
-    _tile_loadd(4, k + i, stride * 2);
-    _tile_loadd(6, pairs, kPitch);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, pairs + 64, kPitch);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(5, k1 + i, stride * 2);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
-  }
-  _tile_stored(0, &acc[0][0], kRow);
-  _tile_stored(1, &acc[0][1], kRow);
-  _tile_stored(2, &acc[kAmxRows][0], kRow);
-  _tile_stored(3, &acc[kAmxRows][1], kRow);
-}
-#elif defined(TENFOLD_ISA_BF16)
+#if defined(TENFOLD_ISA_BF16) && !defined(TENFOLD_ISA_AMX)
 // Two neighbouring bf16 in memory that holds them one by one, at any address.
 typedef uint32_t bf16_pair __attribute__((may_alias, aligned(2)));
 
+// The same for bf16; d is a multiple of kDotDepth.
 inline void logits_bf16(const bf16_t* k, int64_t stride, const float* q, int64_t d,
-                        VF (&acc)[kDotKeys][kVecs]) {
+                        VF (&acc)[kTileKeys][kVecs]) {
   const auto multiply = [](uint32_t key, const VF(&rows)[kVecs], VF(&sums)[kVecs]) {
     const VI b = seti(key);
     for (int v = 0; v < kVecs; ++v) sums[v] = dot_bf16(sums[v], bits(rows[v]), b);
@@ -201,72 +209,45 @@ void stage_keys(const T* k, int64_t stride, int n, int64_t d, float* out) {
 inline bf16_t* stage_bf16(const bf16_t* k, int64_t stride, int n, int64_t d, int64_t pitch,
                           float* memory) {
   auto* out = reinterpret_cast<bf16_t*>(memory);
-  for (int j = 0; j < kDotKeys; ++j)
+  for (int j = 0; j < kAmxKeys; ++j)
     for (int64_t i = 0; i < pitch; ++i)
       out[j * pitch + i] = j < n && i < d ? k[j * stride + i] : bf16_t{0};
   return out;
 }
-#endif
 
-// Logits of the keys from j0 on, in log2 units (kDot: unscaled); keys past the end give anything.
-template <class T, bool kDot>
-inline void tile_logits(const ProxyScoresParams& p, const T* k, int64_t j0, const TileScratch& s,
-                        VF (&acc)[kKeys<kDot>][kVecs]) {
-  const int64_t stride = p.k_stride[2], d = p.head_dim;
-  const int64_t left = p.length - j0;
-  const int n = static_cast<int>(left < kKeys<kDot> ? left : kKeys<kDot>);
-  const T* rows = k + j0 * stride;
-  if constexpr (kDot) {
-#if defined(TENFOLD_ISA_BF16)
-    const int64_t depth = round_up(d, kDotDepth);
-    if (n == kDotKeys && d == depth && stride % 2 == 0) {
-      logits_bf16(rows, stride, s.q, d, acc);
-    } else {
-      logits_bf16(stage_bf16(rows, stride, n, d, depth, s.keys), depth, s.q, depth, acc);
-    }
-#endif
-  } else {
-    if constexpr (sizeof(T) == 4) {
-      if (n == kTileKeys) return logits_f32(rows, stride, s.q, d, acc);
-    }
-    stage_keys(rows, stride, n, d, s.keys);
-    logits_f32(s.keys, round_up(d, 16), s.q, d, acc);
-  }
-}
-
-#if defined(TENFOLD_ISA_AMX)
-inline void fetch_keys(const ProxyScoresParams& p, const bf16_t* k, int64_t j0) {
-  if (j0 + kDotKeys > p.length) return;
-  for (int j = 0; j < kDotKeys; ++j)
-    for (int64_t i = 0; i < p.head_dim; i += 2 * kLine)
-      __builtin_prefetch(k + (j0 + j) * p.k_stride[2] + i, 0, 3);
+// Rows of bf16 keys from j0 on, padded if need be, and how far they are apart.
+inline const bf16_t* bf16_rows(const KeySource& s, int64_t j0, int64_t* pitch) {
+  const int64_t left = s.length - j0, depth = round_up(s.depth, kDotDepth);
+  const bf16_t* rows = static_cast<const bf16_t*>(s.k) + j0 * s.stride;
+  *pitch = s.stride;
+  if (left >= kAmxKeys && s.depth == depth && s.stride % 2 == 0) return rows;
+  *pitch = depth;
+  const int n = static_cast<int>(left < kAmxKeys ? left : kAmxKeys);
+  return stage_bf16(rows, s.stride, n, s.depth, depth, s.staged);
 }
 #endif
 
-// use(j0, logits) for every key tile of [first, last). AMX sums come through memory: the next tile
-// is multiplied before this one is used, so that no load waits for a store.
-template <class T, bool kDot, class Use>
-inline void for_tiles(const ProxyScoresParams& p, const T* k, int64_t first, int64_t last,
-                      const TileScratch& s, const Use& use) {
-#if defined(TENFOLD_ISA_AMX)
-  if constexpr (kDot) {
-    if (first >= last) return;
-    alignas(64) VF acc[2][kDotKeys][kVecs];
-    int now = 0;
-    tile_logits<T, kDot>(p, k, first, s, acc[0]);
-    for (int64_t j0 = first; j0 < last; j0 += kDotKeys, now ^= 1) {
-      fetch_keys(p, k, j0 + 2 * kDotKeys);
-      if (j0 + kDotKeys < last) tile_logits<T, kDot>(p, k, j0 + kDotKeys, s, acc[now ^ 1]);
-      use(j0, acc[now]);
-    }
-    return;
+// Logits of the keys from j0 on, in log2 units (dot products: unscaled); keys past the end give
+// anything.
+template <class T, Product P>
+inline void tile_logits(const KeySource& s, const PackedRows& rows, int64_t j0,
+                        VF (&acc)[kTileKeys][kVecs]) {
+  const float* q = rows.packed;
+#if defined(TENFOLD_ISA_BF16) && !defined(TENFOLD_ISA_AMX)
+  if constexpr (P == Product::dot) {
+    int64_t pitch;
+    const bf16_t* k = bf16_rows(s, j0, &pitch);
+    return logits_bf16(k, pitch, q, round_up(s.depth, kDotDepth), acc);
   }
 #endif
-  for (int64_t j0 = first; j0 < last; j0 += kKeys<kDot>) {
-    VF acc[kKeys<kDot>][kVecs];
-    tile_logits<T, kDot>(p, k, j0, s, acc);
-    use(j0, acc);
+  const int64_t left = s.length - j0;
+  const int n = static_cast<int>(left < kTileKeys ? left : kTileKeys);
+  const T* k = static_cast<const T*>(s.k) + j0 * s.stride;
+  if constexpr (sizeof(T) == 4) {
+    if (n == kTileKeys) return logits_f32(k, s.stride, q, s.depth, acc);
   }
+  stage_keys(k, s.stride, n, s.depth, s.staged);
+  logits_f32(s.staged, round_up(s.depth, 16), q, s.depth, acc);
 }
 
 }  // namespace
