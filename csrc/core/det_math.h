@@ -92,4 +92,9 @@ TENFOLD_HD uint32_t sortable_key(float x) {
   return bits ^ ((bits & 0x80000000u) != 0 ? 0xFFFFFFFFu : 0x80000000u);
 }
 
+// The number of a key.
+TENFOLD_HD float from_sortable_key(uint32_t key) {
+  return bits_to_float(key ^ ((key & 0x80000000u) != 0 ? 0x80000000u : 0xFFFFFFFFu));
+}
+
 }  // namespace tenfold

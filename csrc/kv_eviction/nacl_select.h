@@ -7,7 +7,7 @@
 //   Ties: lower slot.
 // Noise of a token: word 0 of Philox4x32-10 at counter (layer, head, slot - s, row_id), key = seed.
 // scores [B, H, L] float32 -> idx [B, H, C] int64 ascending, unused slots -1; new_lens int32.
-// Traffic: the scores are read once from memory; keys live in a scratch of 4 bytes per candidate.
+// Traffic: the scores are read once from memory; keys live in working memory.
 #pragma once
 
 #include <cstdint>
@@ -43,29 +43,31 @@ TENFOLD_HD float draw_key(float score, bool log_score, float tau, uint32_t word)
   return DetScalarOps::add(draw_logit(score, log_score, tau), gumbel(word));
 }
 
-// A threshold that splits keys into exactly the wanted number of chosen ones: all above `key`, and
-// the first `ties` of those equal to it.
-struct NaclCut {
-  uint32_t key;
-  int64_t ties;
+// Working memory of the CPU kernel for a row of n candidates.
+struct NaclBuffers {
+  uint32_t *at, *keys, *boundary;  // [n + kNaclSlack]
+  uint8_t* chosen;                 // [n + kNaclSlack]
+};
+constexpr int64_t kNaclSlack = 16;  // elements that a vector pass may touch past the n-th
+
+struct NaclDraw {
+  int64_t wanted, left;  // to be drawn, of so many that are not chosen yet; 0 < wanted < left
+  uint32_t head, first_token, row_id;
+  float top;  // all scores above this are chosen already
 };
 
 // out[i] = max (NaN if any is) or mean of the `kernel`-wide window around i, over [0, n) only.
 TENFOLD_ISA_DECLARE(void nacl_pool(const float* scores, int64_t n, int32_t kernel, bool use_max,
                                    float* out))
-TENFOLD_ISA_DECLARE(void nacl_topk_keys(const float* scores, int64_t n, uint32_t* keys))
-// draw[i] of candidates whose token counter is first_token + i; 0 where keys[i] is.
-TENFOLD_ISA_DECLARE(void nacl_draw_keys(const NaclSelectParams& p, const float* scores, int64_t n,
-                                        uint32_t first_token, uint32_t head, uint32_t row_id,
-                                        const uint32_t* keys, uint32_t* draw))
-// The cut that chooses `wanted` of the nonzero keys, 0 < wanted <= their number. boundary [n + 16]
-// is working memory.
-TENFOLD_ISA_DECLARE(NaclCut nacl_cut(const uint32_t* keys, int64_t n, int64_t wanted,
-                                     uint32_t* boundary))
-// keys[i] = 0 wherever the cut chooses by[i].
-TENFOLD_ISA_DECLARE(void nacl_take(const uint32_t* by, int64_t n, NaclCut cut, uint32_t* keys))
-// first + i of every key that is 0, ascending, to out [count + 16]; returns the count.
-TENFOLD_ISA_DECLARE(int64_t nacl_emit(const uint32_t* keys, int64_t n, uint32_t first,
-                                      uint32_t* out))
+// chosen[i] = 1 for the `topk` candidates with the highest scores, 0 <= topk < n; 0 for the others.
+// Returns the lowest score chosen, inf if none is.
+TENFOLD_ISA_DECLARE(float nacl_choose_topk(const float* scores, int64_t n, int64_t topk,
+                                           const NaclBuffers& buf))
+// chosen[i] = 1 for those that are drawn. The token counter of candidate i is first_token + i.
+TENFOLD_ISA_DECLARE(void nacl_choose_draws(const NaclSelectParams& p, const NaclDraw& draw,
+                                           const float* scores, int64_t n, const NaclBuffers& buf))
+// first + i of every chosen[i], ascending, to out; returns their number. Overwrites buf.at.
+TENFOLD_ISA_DECLARE(int64_t nacl_emit(int64_t n, int64_t first, const NaclBuffers& buf,
+                                      int64_t* out))
 
 }  // namespace tenfold

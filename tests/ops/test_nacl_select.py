@@ -308,3 +308,58 @@ def test_bad_index_values():
     bad(ValueError, "kv_lens[1]", "21", kv_lens=torch.tensor([3, 21]))
     bad(ValueError, "counts", "at most", counts=torch.full((2, 4), 2, dtype=torch.int32))
     bad(ValueError, "counts", "-1", counts=torch.full((2, 4), -1, dtype=torch.int32))
+
+
+def _spread(kind, n, g):
+    """Scores that defeat a sample or a bound, if anything does."""
+    x = torch.rand(n, generator=g)
+    if kind == "equal":
+        return torch.full((n,), 0.25)
+    if kind == "steps":  # long runs of ties
+        return (x * 4).floor()
+    if kind == "powers":  # 60 decades, subnormals and zeros
+        x = 10.0 ** (x * 60 - 45)
+        x[::7] = 0.0
+        return x
+    if kind == "few large":  # what a sample does not see
+        x = x * 1e-6
+        x[torch.randperm(n, generator=g)[: n // 200 + 1]] += 1.0
+        return x
+    if kind == "sorted":
+        return x.sort(descending=True).values
+    if kind == "specials":
+        x = x - 0.5  # negative: log gives NaN
+        x[::5], x[1::11], x[2::13], x[3::17] = float("nan"), float("inf"), float("-inf"), -0.0
+        return x
+    x[n // 2 :] = 0.0  # half of them cannot be drawn by their logarithm
+    return x
+
+
+@pytest.mark.parametrize("logits", ["score", "log_score"])
+@pytest.mark.parametrize("tau", [1.0, 0.05, 40.0])
+@pytest.mark.parametrize(
+    "kind", ["equal", "steps", "powers", "few large", "sorted", "specials", "half zero"]
+)
+def test_no_winner_is_pruned(kind, tau, logits, device):
+    g = torch.Generator().manual_seed(len(kind))
+    for n in (600, 5000, 20011):
+        scores = torch.stack([_spread(kind, n, g) for _ in range(2)])[None]
+        for topk, random in ((n // 10, n // 10), (0, 3), (5, n // 2), (n // 3, 1)):
+            args = (2, 3, topk, random)
+            kwargs = {"tau": tau, "logits": logits, "seed": n}
+            want = reference.nacl_select(scores, *args, **kwargs)
+            for isa in tenfold.cpu_capabilities()[-1:] if device.type == "cpu" else [None]:
+                with forced_isa(isa or tenfold.cpu_capability()):
+                    got = ops.nacl_select(scores.to(device), *args, **kwargs)
+                assert all(torch.equal(a.cpu(), b) for a, b in zip(got, want)), (n, args)
+
+
+@pytest.mark.parametrize("isa", tenfold.cpu_capabilities())
+def test_pruning_is_the_same_on_every_isa(isa):
+    g = torch.Generator().manual_seed(1)
+    for kind in ("powers", "few large", "specials"):
+        scores = _spread(kind, 3000, g)[None, None]
+        for logits in ("score", "log_score"):
+            want = reference.nacl_select(scores, 1, 1, 300, 300, logits=logits)[0]
+            with forced_isa(isa):
+                assert torch.equal(ops.nacl_select(scores, 1, 1, 300, 300, logits=logits)[0], want)

@@ -4,9 +4,10 @@
 // can be picked by the linker for another.
 //
 // Every ISA provides: kWidth; load, load_n, store, store_n of float, bf16_t and fp16_t (rounding to
-// nearest even); set1, seti; + - *; fma; vmax, vmin (a NaN in the *second* argument is returned);
-// rint, ldexp; lt, gt, eq, above, unordered masks; both, any, select, store_chosen; hsum, hmax,
-// hsum4; VI arithmetic for Philox and float bits.
+// nearest even); load_bytes, store_bytes; gather, lookup32; set1, seti; + - *; fma; vmax, vmin (if
+// either argument is NaN, the *second* is returned); rint, ldexp; lt, gt, ge, eq, above, unordered
+// masks; both, any, select, store_chosen; hsum, hmax, hsum4; VI arithmetic for Philox and float
+// bits.
 #pragma once
 
 #include "core/types.h"

@@ -60,6 +60,17 @@ inline VI load(const uint32_t* p) {
 inline VI load_n(const uint32_t* p, int n) {
   return {_mm256_maskload_epi32(reinterpret_cast<const int*>(p), first_n(n))};
 }
+inline VI load_bytes(const uint8_t* p) {
+  return {_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))};
+}
+// Signed positions.
+inline VF gather(const float* p, VI at) {
+  return {_mm256_i32gather_ps(p, at.v, 4)};
+}
+// p[i] of 32 floats, i < 32.
+inline VF lookup32(const float* p, VI i) {
+  return gather(p, i);
+}
 inline void store(uint32_t* p, VI a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.v);
 }
@@ -150,6 +161,9 @@ inline VM lt(VF a, VF b) {
 inline VM gt(VF a, VF b) {
   return {_mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ)};
 }
+inline VM ge(VF a, VF b) {
+  return {_mm256_cmp_ps(a.v, b.v, _CMP_GE_OQ)};
+}
 inline VM unordered(VF a) {
   return {_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q)};
 }
@@ -173,14 +187,30 @@ inline VM both(VM a, VM b) {
 inline bool any(VM m) {
   return _mm256_movemask_ps(m.v) != 0;
 }
+// For every mask of 8 lanes, the chosen ones first: one byte each.
+struct ChosenFirst {
+  uint64_t lanes[256] = {};
+  constexpr ChosenFirst() {
+    for (uint64_t mask = 0; mask < 256; ++mask)
+      for (uint64_t lane = 0, at = 0; lane < 8; ++lane)
+        if ((mask >> lane & 1) != 0) lanes[mask] |= lane << (8 * at++);
+  }
+};
+constexpr ChosenFirst kChosenFirst;
+
 // Writes the lanes of m one after another (up to kWidth words are touched); how many those are.
 inline int store_chosen(uint32_t* p, VM m, VI a) {
-  uint32_t lanes[kWidth];
-  store(lanes, a);
-  int count = 0;
-  for (int bits = _mm256_movemask_ps(m.v); bits != 0; bits &= bits - 1)
-    p[count++] = lanes[__builtin_ctz(static_cast<unsigned>(bits))];
-  return count;
+  const auto mask = static_cast<unsigned>(_mm256_movemask_ps(m.v));
+  const __m128i lanes = _mm_cvtsi64_si128(static_cast<int64_t>(kChosenFirst.lanes[mask]));
+  store(p, {_mm256_permutevar8x32_epi32(a.v, _mm256_cvtepu8_epi32(lanes))});
+  return __builtin_popcount(mask);
+}
+// 1 where m, else 0.
+inline void store_bytes(uint8_t* p, VM m) {
+  const __m256i wide = _mm256_srli_epi32(_mm256_castps_si256(m.v), 31);
+  const __m128i halves =
+      _mm_packs_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(halves, halves));
 }
 inline VF select(VM m, VF yes, VF no) {
   return {_mm256_blendv_ps(no.v, yes.v, m.v)};

@@ -59,6 +59,17 @@ inline VI load(const uint32_t* p) {
 inline VI load_n(const uint32_t* p, int n) {
   return {_mm512_maskz_loadu_epi32(first_n(n), p)};
 }
+inline VI load_bytes(const uint8_t* p) {
+  return {_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+// Signed positions.
+inline VF gather(const float* p, VI at) {
+  return {_mm512_i32gather_ps(at.v, p, 4)};
+}
+// p[i] of 32 floats, i < 32.
+inline VF lookup32(const float* p, VI i) {
+  return {_mm512_permutex2var_ps(_mm512_loadu_ps(p), i.v, _mm512_loadu_ps(p + 16))};
+}
 inline void store(uint32_t* p, VI a) {
   _mm512_storeu_si512(p, a.v);
 }
@@ -137,6 +148,9 @@ inline VM lt(VF a, VF b) {
 inline VM gt(VF a, VF b) {
   return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ);
 }
+inline VM ge(VF a, VF b) {
+  return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ);
+}
 inline VM unordered(VF a) {
   return _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
 }
@@ -162,6 +176,10 @@ inline bool any(VM m) {
 inline int store_chosen(uint32_t* p, VM m, VI a) {
   _mm512_storeu_si512(p, _mm512_maskz_compress_epi32(m, a.v));
   return __builtin_popcount(m);
+}
+// 1 where m, else 0.
+inline void store_bytes(uint8_t* p, VM m) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_maskz_set1_epi8(m, 1));
 }
 inline VF select(VM m, VF yes, VF no) {
   return {_mm512_mask_mov_ps(no.v, m, yes.v)};

@@ -133,6 +133,16 @@ inline VI load_n(const uint32_t* p, int n) {
   TENFOLD_LANES if (i < n) r.v[i] = p[i];
   return r;
 }
+inline VI load_bytes(const uint8_t* p) {
+  return {{p[0], p[1], p[2], p[3]}};
+}
+inline VF gather(const float* p, VI at) {
+  return {{p[at.v[0]], p[at.v[1]], p[at.v[2]], p[at.v[3]]}};
+}
+// p[i] of 32 floats, i < 32.
+inline VF lookup32(const float* p, VI i) {
+  return gather(p, i);
+}
 inline void store(uint32_t* p, VI a) {
   TENFOLD_LANES p[i] = a.v[i];
 }
@@ -191,6 +201,7 @@ inline VF ldexp(VF a, VF n) {
   }
 TENFOLD_COMPARE(lt, VF, a.v[i] < b.v[i])
 TENFOLD_COMPARE(gt, VF, a.v[i] > b.v[i])
+TENFOLD_COMPARE(ge, VF, a.v[i] >= b.v[i])
 TENFOLD_COMPARE(eq, VF, a.v[i] == b.v[i])
 TENFOLD_COMPARE(lt, VI, static_cast<int32_t>(a.v[i]) < static_cast<int32_t>(b.v[i]))
 TENFOLD_COMPARE(eq, VI, a.v[i] == b.v[i])
@@ -213,6 +224,10 @@ inline int store_chosen(uint32_t* p, VM m, VI a) {
     count += m.v[i] ? 1 : 0;
   }
   return count;
+}
+// 1 where m, else 0.
+inline void store_bytes(uint8_t* p, VM m) {
+  TENFOLD_LANES p[i] = m.v[i] ? 1 : 0;
 }
 inline VF select(VM m, VF yes, VF no) {
   VF r;

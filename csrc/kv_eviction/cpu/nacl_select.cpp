@@ -1,5 +1,5 @@
-// CPU nacl_select: per (sequence, head) two radix selections over sortable keys, then one ordered
-// pass.
+// CPU nacl_select: per (sequence, head) the top-k and the draws are marked, then one ordered pass
+// writes what is marked.
 #include "kv_eviction/nacl_select.h"
 
 #include <torch/csrc/stable/library.h>
@@ -16,8 +16,6 @@
 namespace tenfold::cpu {
 namespace {
 
-constexpr int64_t kSlack = 16;  // words that a vector pass may write past its result
-
 struct RowArgs {
   const float* scores;  // [L], contiguous
   int64_t begin, end;   // valid slots
@@ -26,17 +24,16 @@ struct RowArgs {
   int64_t* idx;  // [C]
 };
 
-// Working memory of a thread, in words.
+// Working memory of a thread.
 struct Buffers {
-  Buffers(uint32_t* at, int64_t length)
-      : keys(at),
-        draw(keys + length + kSlack),
-        boundary(draw + length + kSlack),
-        kept(boundary + length + kSlack),
-        pooled(reinterpret_cast<float*>(kept + length + kSlack)) {}
-  static int64_t bytes(int64_t length) { return 5 * (length + kSlack) * 4; }
-  uint32_t *keys, *draw, *boundary, *kept;
-  float* pooled;
+  Buffers(void* data, int64_t length)
+      : row{static_cast<uint32_t*>(data), row.at + length + kNaclSlack,
+            row.keys + length + kNaclSlack,
+            reinterpret_cast<uint8_t*>(row.boundary + length + kNaclSlack)},
+        pooled(reinterpret_cast<float*>(row.chosen + (length + 2 * kNaclSlack) / 16 * 16)) {}
+  static int64_t bytes(int64_t length) { return 17 * length + (4 * 4 + 2) * kNaclSlack; }
+  NaclBuffers row;
+  float* pooled;  // [length]
 };
 
 int64_t select_row(const NaclSelectParams& p, const RowArgs& a, const Buffers& buf) {
@@ -53,22 +50,15 @@ int64_t select_row(const NaclSelectParams& p, const RowArgs& a, const Buffers& b
     TENFOLD_ISA_CALL(nacl_pool, scores, m, p.pool_kernel, p.pool_max, buf.pooled);
     scores = buf.pooled;
   }
-  uint32_t* keys = buf.keys;  // 0: chosen
-  TENFOLD_ISA_CALL(nacl_topk_keys, scores, m, keys);
-  if (a.counts.topk > 0) {
-    const NaclCut cut = TENFOLD_ISA_CALL(nacl_cut, keys, m, a.counts.topk, buf.boundary);
-    TENFOLD_ISA_CALL(nacl_take, keys, m, cut, keys);
-  }
+  const float top = TENFOLD_ISA_CALL(nacl_choose_topk, scores, m, a.counts.topk, buf.row);
   if (a.counts.random > 0) {
-    TENFOLD_ISA_CALL(nacl_draw_keys, p, scores, m, static_cast<uint32_t>(a.counts.sink), a.head,
-                     a.row_id, keys, buf.draw);
-    const NaclCut cut = TENFOLD_ISA_CALL(nacl_cut, buf.draw, m, a.counts.random, buf.boundary);
-    TENFOLD_ISA_CALL(nacl_take, buf.draw, m, cut, keys);
+    const NaclDraw draw{a.counts.random, m - a.counts.topk,
+                        a.head,          static_cast<uint32_t>(a.counts.sink),
+                        a.row_id,        top};
+    TENFOLD_ISA_CALL(nacl_choose_draws, p, draw, scores, m, buf.row);
   }
   for (int64_t j = a.begin; j < first; ++j) *out++ = j;
-  const int64_t chosen =
-      TENFOLD_ISA_CALL(nacl_emit, keys, m, static_cast<uint32_t>(first), buf.kept);
-  out = std::copy_n(buf.kept, chosen, out);
+  out += TENFOLD_ISA_CALL(nacl_emit, m, first, buf.row, out);
   for (int64_t j = a.end - a.counts.recent; j < a.end; ++j) *out++ = j;
   return total;
 }
@@ -121,10 +111,10 @@ std::tuple<Tensor, Tensor> nacl_select(const char* op, const Tensor& scores_in,
                               : new_output(scores, {p.batch}, ScalarType::Int);
   auto* lens = data_as<int32_t>(new_lens);
   if (p.heads == 0) std::fill(lens, lens + new_lens.numel(), 0);
-  const double micros = static_cast<double>(p.length) * 4e-3;
+  const double micros = 0.5 + static_cast<double>(p.length) * 2e-3;
   parallel_for(p.batch * p.heads, micros, [&](int64_t begin, int64_t end) {
     const Scratch scratch(Buffers::bytes(p.length));
-    const Buffers buffers(static_cast<uint32_t*>(scratch.data()), p.length);
+    const Buffers buffers(scratch.data(), p.length);
     for (int64_t row = begin; row < end; ++row) {
       const int64_t b = row / p.heads, h = row % p.heads;
       int64_t* out = data_as<int64_t>(idx) + row * p.width;

@@ -1,7 +1,11 @@
-// Vector part of nacl_select: sortable keys of the scores and of the noisy draw, and the passes
-// over them.
-#include "core/cpu/math.h"
-#include "kv_eviction/nacl_select.h"
+// Vector part of nacl_select. Both choices prune: a sample gives a limit that is most likely below
+// the cut, only candidates that can reach it go on a list, and the cut is found there. The list
+// held every winner if its cut is at or above the limit; if not, the choice is repeated with all.
+#include <cstring>
+#include <type_traits>
+
+#include "kv_eviction/cpu/nacl_select_cut.h"
+#include "kv_eviction/cpu/nacl_select_draw.h"
 
 TENFOLD_ISA_BEGIN
 namespace {
@@ -21,59 +25,130 @@ inline VF keep_nan_max(VF r, VF x) {
   return select(unordered(r), r, vmax(r, x));  // vmax gives x if either is NaN
 }
 
-// Random words first, keys after, a block at a time: both are long chains of dependent operations,
-// and with one loop around both, too few of them fit into the out-of-order window (measured: 1.4
-// times as long).
+// The scores from `limit` on, as keys, in order; how many.
+int64_t list_scores(const float* scores, int64_t n, float limit, uint32_t* keys) {
+  const VF least = set1(limit);
+  int64_t count = 0, i = 0;
+  for (; i + kWidth <= n; i += kWidth) {
+    const VF score = nan_to_lowest(load(scores + i));
+    count += store_chosen(keys + count, ge(score, least), bits(score));
+  }
+  for (; i < n; ++i) {
+    const float score = scores[i] != scores[i] ? -kInf : scores[i];
+    if (score >= limit) keys[count++] = float_to_bits(score);
+  }
+  for (i = 0; i < count; i += kWidth)  // past the end too: the buffer has room
+    store(keys + i, sortable_key(from_bits(load(keys + i))));
+  return count;
+}
+
+Cut topk_cut(const float* scores, int64_t n, int64_t topk, const NaclBuffers& buf) {
+  if (n >= kLeastSampled) {
+    const int64_t size = sample_size(n);
+    for (int64_t j = 0; j < size; j += kWidth)
+      store(buf.keys + j, sortable_key(gather(scores, sample_at(j, n))));
+    const uint32_t limit = guess_cut(buf.keys, size, topk, n, buf.boundary);
+    if (limit != 0) {
+      const int64_t count = list_scores(scores, n, from_sortable_key(limit), buf.keys);
+      if (count >= topk) return cut_of(buf.keys, count, topk, buf.boundary);
+    }
+  }
+  return cut_of(buf.keys, list_scores(scores, n, -kInf, buf.keys), topk, buf.boundary);
+}
+
+// Random words of a block first, what is made of them after: both are long chains of dependent
+// operations, and with one loop around both, too few of them fit into the out-of-order window
+// (measured: 1.4 times as long).
 constexpr int64_t kDrawBlock = 512;
 
 template <bool kLog, bool kScale>
-void draw_all(const NaclSelectParams& p, const float* scores, int64_t n, uint32_t first_token,
-              uint32_t head, uint32_t row_id, const uint32_t* keys, uint32_t* draw) {
-  const VI zero = seti(0);
-  const VF tau = set1(p.tau);
-  const auto make = [&](VI word, VF score, VI key) {
-    VF logit = kLog ? det_log(score) : score;
-    if constexpr (kScale) logit = logit / tau;
-    return select(eq(key, zero), zero, sortable_key(logit + gumbel(word)));
-  };
-  uint32_t words[kDrawBlock];
-  for (int64_t begin = 0; begin < n; begin += kDrawBlock) {
-    const int64_t count = n - begin < kDrawBlock ? n - begin : kDrawBlock;
+class Draws {
+ public:
+  Draws(const NaclSelectParams& p, const NaclDraw& draw, const float* scores, int64_t n,
+        const NaclBuffers& buf)
+      : noise_(p.tau), p_(p), draw_(draw), scores_(scores), n_(n), buf_(buf) {}
+
+  void choose() const {
+    int64_t count = 0;
+    const uint32_t limit = n_ >= kLeastSampled ? guess() : 0;
+    if (limit != 0) count = list(from_sortable_key(limit));
+    if (count >= draw_.wanted) {
+      const Cut cut = cut_of(buf_.keys, count, draw_.wanted, buf_.boundary);
+      if (cut.key >= limit) return mark(count, cut);
+    }
+    count = list(-kInf);
+    mark(count, cut_of(buf_.keys, count, draw_.wanted, buf_.boundary));
+  }
+
+ private:
+  VI words(VI at) const {
+    return philox_word0(p_.layer, draw_.head, seti(draw_.first_token) + at, draw_.row_id,
+                        p_.seed_lo, p_.seed_hi);
+  }
+
+  uint32_t guess() const {
+    const int64_t size = sample_size(n_);
+    const VF top = set1(draw_.top);
+    for (int64_t j = 0; j < size; j += kWidth) store(buf_.keys + j, words(sample_at(j, n_)));
+    for (int64_t j = 0; j < size; j += kWidth) {
+      const VF score = gather(scores_, sample_at(j, n_));
+      const VI key = sortable_key(noise_.key(score, load(buf_.keys + j)));
+      store(buf_.keys + j, select(gt(score, top), seti(0), key));
+    }
+    return guess_cut(buf_.keys, size, draw_.wanted, draw_.left, buf_.boundary);
+  }
+
+  // Positions and keys of the candidates whose bound reaches the limit; how many.
+  int64_t list(float limit) const {
+    const VF least = set1(limit);
+    const VI zero = seti(0);
+    uint32_t block[kDrawBlock];
+    int64_t count = 0;
+    for (int64_t begin = 0; begin < n_; begin += kDrawBlock) {
+      const int64_t end = n_ - begin < kDrawBlock ? n_ : begin + kDrawBlock;
+      for (int64_t i = begin; i < end; i += kWidth)
+        store(block + (i - begin), words(seti(static_cast<uint32_t>(i)) + iota()));
+      for (int64_t i = begin; i < end; i += kWidth) {
+        const VF score = end - i < kWidth ? load_n(scores_ + i, static_cast<int>(end - i))
+                                          : load(scores_ + i);
+        const VI word = load(block + (i - begin));
+        const VM open = both(eq(load_bytes(buf_.chosen + i), zero),
+                             ge(noise_.bound(score, word), least));
+        store_chosen(buf_.at + count, open, seti(static_cast<uint32_t>(i)) + iota());
+        count += store_chosen(buf_.keys + count, open, word);
+      }
+    }
+    pad_list(count);
+    make_keys(count);
+    return count;
+  }
+
+  // Whole vectors are read: what is past the end must be a position too.
+  void pad_list(int64_t count) const { store(buf_.at + count, seti(0)); }
+
+  // Words to keys.
+  void make_keys(int64_t count) const {
     for (int64_t i = 0; i < count; i += kWidth) {
-      const VI token = seti(first_token + static_cast<uint32_t>(begin + i)) + iota();
-      store(words + i, philox_word0(p.layer, head, token, row_id, p.seed_lo, p.seed_hi));
-    }
-    const float* score = scores + begin;
-    int64_t i = 0;
-    for (; i + kWidth <= count; i += kWidth)
-      store(draw + begin + i, make(load(words + i), load(score + i), load(keys + begin + i)));
-    if (i < count) {
-      const int left = static_cast<int>(count - i);
-      store_n(draw + begin + i,
-              make(load(words + i), load_n(score + i, left), load_n(keys + begin + i, left)), left);
+      const VF score = gather(scores_, load(buf_.at + i));
+      store(buf_.keys + i, sortable_key(noise_.key(score, load(buf_.keys + i))));
     }
   }
-}
 
-// Scores share their upper bits: increments of one counter wait for each other, of four they do
-// not.
-constexpr int kCopies = 4;
-
-// The keys that agree with `prefix` from bit kBit on, to out (which may be where they are); how
-// many.
-template <int kBit>
-int64_t collect(const uint32_t* keys, int64_t n, uint32_t prefix, uint32_t* out) {
-  const uint32_t* const begin = out;
-  const VI wanted = seti(prefix >> kBit);
-  int64_t i = 0;
-  for (; i + kWidth <= n; i += kWidth) {
-    const VI key = load(keys + i);
-    out += store_chosen(out, eq(shr<kBit>(key), wanted), key);
+  void mark(int64_t count, Cut cut) const {
+    for (int64_t i = 0; i < count; ++i) {
+      bool taken = buf_.keys[i] > cut.key;
+      if (buf_.keys[i] == cut.key) taken = cut.ties-- > 0;
+      buf_.chosen[buf_.at[i]] = taken ? 1 : 0;
+    }
   }
-  for (; i < n; ++i)
-    if (keys[i] >> kBit == prefix >> kBit) *out++ = keys[i];
-  return out - begin;
-}
+
+  Noise<kLog, kScale> noise_;
+  const NaclSelectParams& p_;
+  const NaclDraw& draw_;
+  const float* scores_;
+  int64_t n_;
+  const NaclBuffers& buf_;
+};
 
 }  // namespace
 
@@ -99,76 +174,56 @@ void nacl_pool(const float* scores, int64_t n, int32_t kernel, bool use_max, flo
   for (; i < n; ++i) edge(i);
 }
 
-void nacl_topk_keys(const float* scores, int64_t n, uint32_t* keys) {
-  int64_t i = 0;
-  for (; i + kWidth <= n; i += kWidth) store(keys + i, sortable_key(load(scores + i)));
-  if (i < n) {
-    const int left = static_cast<int>(n - i);
-    store_n(keys + i, sortable_key(load_n(scores + i, left)), left);
-  }
-}
-
-void nacl_draw_keys(const NaclSelectParams& p, const float* scores, int64_t n, uint32_t first_token,
-                    uint32_t head, uint32_t row_id, const uint32_t* keys, uint32_t* draw) {
-  const auto run = p.log_score ? (p.tau == 1.0f ? draw_all<true, false> : draw_all<true, true>)
-                               : (p.tau == 1.0f ? draw_all<false, false> : draw_all<false, true>);
-  run(p, scores, n, first_token, head, row_id, keys, draw);
-}
-
-// Largest-first radix selection: 11 + 11 + 10 bits. After the first digit only the keys of the
-// boundary bin are looked at again, so the cost is one counting pass over `keys`.
-NaclCut nacl_cut(const uint32_t* keys, int64_t n, int64_t wanted, uint32_t* boundary) {
-  constexpr int kShift[3] = {21, 10, 0};
-  constexpr uint32_t kBins[3] = {2048, 2048, 1024};
-  uint32_t bins[kCopies][2048] = {};
-  int64_t i = 0, left = 0;
-  for (; i + kCopies <= n; i += kCopies)
-    for (int c = 0; c < kCopies; ++c) ++bins[c][keys[i + c] >> 21];
-  for (; i < n; ++i) ++bins[0][keys[i] >> 21];
-  for (int bin = 0; bin < 2048; ++bin) bins[0][bin] += bins[1][bin] + bins[2][bin] + bins[3][bin];
-  uint32_t prefix = 0;
-  for (int digit = 0; digit < 3; ++digit) {
-    uint32_t bin = kBins[digit] - 1;
-    while (bins[0][bin] < static_cast<uint64_t>(wanted)) wanted -= bins[0][bin--];
-    prefix |= bin << kShift[digit];
-    if (digit == 2) break;
-    left = digit == 0 ? collect<21>(keys, n, prefix, boundary)
-                      : collect<10>(boundary, left, prefix, boundary);
-    for (uint32_t& count : bins[0]) count = 0;
-    const int shift = kShift[digit + 1];
-    const uint32_t mask = kBins[digit + 1] - 1;
-    for (int64_t j = 0; j < left; ++j) ++bins[0][(boundary[j] >> shift) & mask];
-  }
-  return {prefix, wanted};
-}
-
-void nacl_take(const uint32_t* by, int64_t n, NaclCut cut, uint32_t* keys) {
-  const VI limit = seti(cut.key), zero = seti(0);
+float nacl_choose_topk(const float* scores, int64_t n, int64_t topk, const NaclBuffers& buf) {
+  memset(buf.chosen, 0, n);
+  memset(buf.chosen + n, 1, kNaclSlack);  // what is not a candidate is not drawn
+  if (topk == 0) return kInf;
+  Cut cut = topk_cut(scores, n, topk, buf);
+  const float limit = from_sortable_key(cut.key);
+  const VF key = set1(limit);
   const auto one = [&](int64_t i) {
-    if (by[i] > cut.key || (by[i] == cut.key && cut.ties-- > 0)) keys[i] = 0;
+    const float score = scores[i] != scores[i] ? -kInf : scores[i];
+    buf.chosen[i] = score > limit || (score == limit && cut.ties-- > 0) ? 1 : 0;
   };
   int64_t i = 0;
   for (; i + kWidth <= n; i += kWidth) {
-    const VI key = load(by + i);
-    if (any(eq(key, limit))) {
+    const VF score = nan_to_lowest(load(scores + i));
+    if (cut.ties > 0 && any(eq(score, key))) {
       for (int64_t j = i; j < i + kWidth; ++j) one(j);
     } else {
-      store(keys + i, select(above(key, limit), zero, load(keys + i)));
+      store_bytes(buf.chosen + i, gt(score, key));
     }
   }
   for (; i < n; ++i) one(i);
+  return limit;
 }
 
-int64_t nacl_emit(const uint32_t* keys, int64_t n, uint32_t first, uint32_t* out) {
-  const uint32_t* const begin = out;
+void nacl_choose_draws(const NaclSelectParams& p, const NaclDraw& draw, const float* scores,
+                       int64_t n, const NaclBuffers& buf) {
+  const auto run = [&](auto log, auto scale) {
+    Draws<decltype(log)::value, decltype(scale)::value>(p, draw, scores, n, buf).choose();
+  };
+  if (p.log_score) {
+    p.tau == 1.0f ? run(std::true_type(), std::false_type())
+                  : run(std::true_type(), std::true_type());
+  } else {
+    p.tau == 1.0f ? run(std::false_type(), std::false_type())
+                  : run(std::false_type(), std::true_type());
+  }
+}
+
+int64_t nacl_emit(int64_t n, int64_t first, const NaclBuffers& buf, int64_t* out) {
+  uint32_t* at = buf.at;
   int64_t i = 0;
   for (; i + kWidth <= n; i += kWidth) {
-    const VI slot = seti(first + static_cast<uint32_t>(i)) + iota();
-    out += store_chosen(out, eq(load(keys + i), seti(0)), slot);
+    const VM chosen = above(load_bytes(buf.chosen + i), seti(0));
+    at += store_chosen(at, chosen, seti(static_cast<uint32_t>(i)) + iota());
   }
   for (; i < n; ++i)
-    if (keys[i] == 0) *out++ = first + static_cast<uint32_t>(i);
-  return out - begin;
+    if (buf.chosen[i] != 0) *at++ = static_cast<uint32_t>(i);
+  const int64_t count = at - buf.at;
+  for (i = 0; i < count; ++i) out[i] = first + buf.at[i];
+  return count;
 }
 
 TENFOLD_ISA_END
