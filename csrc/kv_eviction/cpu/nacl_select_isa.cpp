@@ -109,11 +109,11 @@ class Draws {
       for (int64_t i = begin; i < end; i += kWidth)
         store(block + (i - begin), words(seti(static_cast<uint32_t>(i)) + iota()));
       for (int64_t i = begin; i < end; i += kWidth) {
-        const VF score = end - i < kWidth ? load_n(scores_ + i, static_cast<int>(end - i))
-                                          : load(scores_ + i);
+        const VF score =
+            end - i < kWidth ? load_n(scores_ + i, static_cast<int>(end - i)) : load(scores_ + i);
         const VI word = load(block + (i - begin));
-        const VM open = both(eq(load_bytes(buf_.chosen + i), zero),
-                             ge(noise_.bound(score, word), least));
+        const VM open =
+            both(eq(load_bytes(buf_.chosen + i), zero), ge(noise_.bound(score, word), least));
         store_chosen(buf_.at + count, open, seti(static_cast<uint32_t>(i)) + iota());
         count += store_chosen(buf_.keys + count, open, word);
       }
