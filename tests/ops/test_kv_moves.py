@@ -605,3 +605,27 @@ def test_decode_bad_index_values():
     bad(ValueError, "offsets", "31", offsets=torch.tensor([0, 10, 20, 25, 31]))
     bad(ValueError, "offsets", "ascend", offsets=torch.tensor([0, 10, 5, 25, 30]))
     bad(ValueError, "lens[1]", "11", lens=torch.tensor([1, 11, 1, 1]))
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_in_place_moves_are_seen_by_autograd(device, mode):
+    """A tensor that was saved for a backward and compacted since must not be used silently."""
+    with mode():
+        k, v = (torch.randn(1, 2, 9, 8).to(device) for _ in range(2))
+        idx = torch.arange(3, 8).expand(1, 2, -1).to(device)
+        before = None if k.is_inference() else (k._version, v._version)
+        want = k[:, :, 3:8].clone()
+        ops.kv_compact_(k, v, idx)
+    assert torch.equal(k[:, :, :5], want)
+    if before is not None:
+        assert k._version > before[0] and v._version > before[1]
+
+
+def test_inputs_that_require_grad_are_refused_under_grad_mode_only(device):
+    k, v = (torch.randn(1, 2, 9, 8, device=device, requires_grad=True) for _ in range(2))
+    idx = torch.arange(3, 8, device=device).expand(1, 2, -1)
+    with pytest.raises(RuntimeError, match="inference only"):
+        ops.kv_gather(k, v, idx)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            assert torch.equal(ops.kv_gather(k, v, idx)[0], k[:, :, 3:8])

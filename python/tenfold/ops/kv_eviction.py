@@ -14,8 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from tenfold._load import call
-from tenfold.ops._register import inference_only
+from tenfold.ops._register import call_inference, inference_only
 
 _ops = torch.ops.tenfold
 
@@ -133,7 +132,7 @@ def proxy_scores(
         ValueError: shapes, dtypes or devices that do not fit, values out of range.
         TypeError: unsupported dtype. IndexError: ``kmap`` out of range.
     """
-    return call(
+    return call_inference(
         _ops.proxy_scores, q, k, lse, scale=_scale(q, scale), causal=causal, q_offset=q_offset,
         q_positions=q_positions, kv_start=kv_start, kv_lens=kv_lens, window=window, reduce=reduce,
         kmap=kmap,
@@ -186,7 +185,7 @@ def nacl_select(
     Raises:
         ValueError, TypeError: naming the argument, what came and what is allowed.
     """
-    return call(
+    return call_inference(
         _ops.nacl_select, scores, n_sink, n_recent, n_topk, n_random, tau=tau, logits=logits,
         seed=seed, layer=layer, kv_start=kv_start, kv_lens=kv_lens, row_id=row_id, counts=counts,
         pool_kernel=pool_kernel, pool=pool, check_nan=check_nan,
@@ -218,7 +217,9 @@ def kv_gather(
     Raises:
         ValueError, TypeError; IndexError if an idx is >= L (CPU; CUDA writes zeros there).
     """
-    return call(_ops.kv_gather, k, v, idx, new_lens=new_lens, inv_freq=inv_freq, kv_start=kv_start)
+    return call_inference(
+        _ops.kv_gather, k, v, idx, new_lens=new_lens, inv_freq=inv_freq, kv_start=kv_start
+    )
 
 
 def kv_compact_(
@@ -239,7 +240,16 @@ def kv_compact_(
         ValueError, TypeError, IndexError: and then nothing was written. CUDA does not read idx
             beforehand: it leaves a slot alone whose idx is out of range or below the slot.
     """
-    call(_ops.kv_compact_, k, v, idx, new_lens=new_lens, inv_freq=inv_freq, kv_start=kv_start)
+    call_inference(
+        _ops.kv_compact_,
+        k,
+        v,
+        idx,
+        mutates=(k, v),
+        new_lens=new_lens,
+        inv_freq=inv_freq,
+        kv_start=kv_start,
+    )
 
 
 def nacl_evict(
@@ -275,7 +285,7 @@ def nacl_evict(
 
     Arguments and errors are those of the three ops. Returns (k', v', idx, new_lens).
     """
-    return call(
+    return call_inference(
         _ops.nacl_evict, q, k, v, lse, scale=_scale(q, scale), causal=causal, q_offset=q_offset,
         q_positions=q_positions, kv_start=kv_start, kv_lens=kv_lens, window=window, reduce=reduce,
         kmap=kmap, n_sink=n_sink, n_recent=n_recent, n_topk=n_topk, n_random=n_random, tau=tau,
@@ -308,4 +318,4 @@ def ragged_decode(
     Raises:
         ValueError, TypeError: naming the argument, what came and what is allowed.
     """
-    return call(_ops.ragged_decode, q, k, v, offsets, scale=_scale(q, scale), lens=lens)
+    return call_inference(_ops.ragged_decode, q, k, v, offsets, scale=_scale(q, scale), lens=lens)
