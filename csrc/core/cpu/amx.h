@@ -34,6 +34,32 @@ inline void amx_fence() {
   __asm__ volatile("" ::: "memory");
 }
 
+// Blocks of 32 x 32 sums in tiles 0..3 (16 rows, 16 columns; then the next 16 columns; then the
+// next rows): left operands in tiles 4 and 5, right ones in 6 and 7. Fewer sums would wait for each
+// other. A block's four products take 64 cycles.
+constexpr int kAmxBlock = 2 * kAmxRows;
+
+inline void amx_zero() {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+}
+inline void amx_multiply() {
+  _tile_dpbf16ps(0, 4, 6);
+  _tile_dpbf16ps(1, 4, 7);
+  _tile_dpbf16ps(2, 5, 6);
+  _tile_dpbf16ps(3, 5, 7);
+}
+// To rows of 32 floats.
+inline void amx_store(float* sums) {
+  constexpr int64_t kRow = kAmxBlock * 4;  // bytes
+  _tile_stored(0, sums, kRow);
+  _tile_stored(1, sums + kAmxRows, kRow);
+  _tile_stored(2, sums + kAmxRows * kAmxBlock, kRow);
+  _tile_stored(3, sums + kAmxRows * kAmxBlock + kAmxRows, kRow);
+}
+
 }  // namespace
 }  // namespace tenfold::TENFOLD_ISA
 #endif

@@ -16,9 +16,9 @@
 namespace tenfold::TENFOLD_ISA {
 namespace {
 
-// A panel holds 32 rows of floats: for each step of kAmxDepth along the depth the parts h, m, l,
-// each as two tiles of 16 rows. Pair p of a step holds its elements p and p + 16.
-constexpr int kSplitRows = 2 * kAmxRows, kSplitParts = 3;
+// A panel holds kAmxBlock rows of floats: for each step of kAmxDepth along the depth the parts h,
+// m, l, each as two tiles of 16 rows. Pair p of a step holds its elements p and p + 16.
+constexpr int kSplitParts = 3;
 constexpr int64_t kTileBytes = 1024;
 constexpr int64_t kStepBytes = kSplitParts * 2 * kTileBytes;
 
@@ -81,26 +81,15 @@ inline bool split_right(const float* row, int64_t d, float scale, int r, char* p
   });
 }
 
-// The products of a step in groups of four, 64 cycles each.
-constexpr int kSplitGroups = 6;
+constexpr int kSplitProducts = 6;  // calls of amx_multiply() a step
 
-inline void amx_2x2() {
-  _tile_dpbf16ps(0, 4, 6);
-  _tile_dpbf16ps(1, 4, 7);
-  _tile_dpbf16ps(2, 5, 6);
-  _tile_dpbf16ps(3, 5, 7);
-}
-
-// Tiles 0..3 = left panel * right panel. between() is called after each of the kSplitGroups * steps
-// groups, for work that runs beside them. The large products come last, after all small ones: sums
-// of small numbers round less.
+// Tiles 0..3 = left panel * right panel. between() is called after each of the kSplitProducts *
+// steps of them, for work that runs beside them. The large products come last, after all small
+// ones: sums of small numbers round less.
 template <class Between>
 inline void split_product(const char* left, const char* right, int64_t steps,
                           const Between& between) {
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
+  amx_zero();
   const auto load_left = [&](const char* at) __attribute__((always_inline)) {
     _tile_loadd(4, at, 64);
     _tile_loadd(5, at + kTileBytes, 64);
@@ -114,25 +103,25 @@ inline void split_product(const char* left, const char* right, int64_t steps,
     const char *a = left + step * kStepBytes, *b = right + step * kStepBytes;
     load_left(a + 2 * kPart);
     load_right(b);
-    amx_2x2();  // l h
+    amx_multiply();  // l h
     between();
     load_left(a + kPart);
-    amx_2x2();  // m h
+    amx_multiply();  // m h
     between();
     load_right(b + kPart);
-    amx_2x2();  // m m
+    amx_multiply();  // m m
     between();
     load_left(a);
-    amx_2x2();  // h m
+    amx_multiply();  // h m
     between();
     load_right(b + 2 * kPart);
-    amx_2x2();  // h l
+    amx_multiply();  // h l
     between();
   }
   for (int64_t step = 0; step < steps; ++step) {
     load_left(left + step * kStepBytes);
     load_right(right + step * kStepBytes);
-    amx_2x2();  // h h
+    amx_multiply();  // h h
     between();
   }
 }

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <vector>
@@ -22,19 +23,15 @@ struct Slots {
   const int64_t* idx;         // [B * Hi, C]
   std::vector<int64_t> used;  // [B * Hi]: slots before this one may hold tokens
   int64_t heads, width;
-  bool holes;  // some used slot has idx < 0
 
-  const int64_t* row(int64_t b, int64_t h) const {
-    return idx + (b * heads + (heads == 1 ? 0 : h)) * width;
-  }
-  int64_t count(int64_t b, int64_t h) const { return used[b * heads + (heads == 1 ? 0 : h)]; }
+  int64_t row_of(int64_t b, int64_t h) const { return b * heads + (heads == 1 ? 0 : h); }
+  const int64_t* row(int64_t r) const { return idx + r * width; }
+  IndexFacts facts(int64_t r) const { return TENFOLD_ISA_CALL(index_facts, row(r), used[r]); }
 };
 
-// Checks the indices before anything is written. In place, the used ones must increase strictly,
-// and unused ones (idx < 0) may only follow them.
-Slots read_slots(const char* op, const Tensor& idx, const OptTensor& new_lens, int64_t length,
-                 bool in_place) {
-  Slots s{{}, nullptr, {}, idx.sizes()[1], idx.sizes()[2], false};
+// In place, unused slots (idx < 0) may only follow the used ones. Other values are not looked at.
+Slots read_slots(const char* op, const Tensor& idx, const OptTensor& new_lens, bool in_place) {
+  Slots s{{}, nullptr, {}, idx.sizes()[1], idx.sizes()[2]};
   if (idx.scalar_type() == ScalarType::Long && idx.is_contiguous()) {
     s.idx = data_as<int64_t>(idx);
   } else {
@@ -51,20 +48,23 @@ Slots read_slots(const char* op, const Tensor& idx, const OptTensor& new_lens, i
                           ": new_lens must be in [0, C = ", s.width, "], got ", s.used[r]);
     }
   }
-  for (int64_t r = 0; r < rows; ++r) {
-    const int64_t* at = s.idx + r * s.width;
-    while (in_place && s.used[r] > 0 && at[s.used[r] - 1] < 0) --s.used[r];
+  for (int64_t r = 0; in_place && r < rows; ++r)
+    while (s.used[r] > 0 && s.row(r)[s.used[r] - 1] < 0) --s.used[r];
+  return s;
+}
+
+// Raises for the first row with a bad index. In place, the used ones must increase strictly.
+void check_indices(const char* op, const Slots& s, int64_t length, bool in_place) {
+  for (int64_t r = 0; r < static_cast<int64_t>(s.used.size()); ++r) {
     if (s.used[r] == 0) continue;
-    const auto facts = TENFOLD_ISA_CALL(index_facts, at, s.used[r]);
+    const IndexFacts facts = s.facts(r);
     TENFOLD_CHECK_INDEX(facts.max < length, "tenfold::", op, ": idx must be < L = ", length,
                         ", got ", facts.max);
     TENFOLD_CHECK_VALUE(!in_place || (facts.increasing && facts.min >= 0), "tenfold::", op,
                         ": idx must be strictly increasing and >= 0 over the used slots; it is not "
                         "in (batch, head) ",
                         r / s.heads, ", ", r % s.heads);
-    s.holes |= facts.min < 0;
   }
-  return s;
 }
 
 struct Rotation {
@@ -121,20 +121,31 @@ struct Side {
   bool is_key;
 };
 
-void move_head(const Side& side, const Slots& slots, const Rotation& rot, bool zero_rest, int64_t b,
-               int64_t h) {
+struct Job {
+  const Slots& slots;
+  const Rotation& rot;
+  bool fresh;  // new outputs: indices are checked on the way, and what is unused becomes zero
+};
+
+// False, and nothing is moved, if an index is beyond the source.
+bool move_head(const Side& side, const Job& job, int64_t b, int64_t h) {
   const Tensor &from = *side.from, &to = *side.to;
   const Dtype dtype = to_dtype(from.scalar_type());
   const int64_t size = dtype_size(dtype), d = from.sizes()[3];
+  const int64_t row = job.slots.row_of(b, h), used = job.slots.used[row];
+  const int64_t* idx = job.slots.row(row);
+  IndexFacts facts{};
+  if (job.fresh && used > 0) {
+    facts = job.slots.facts(row);
+    if (facts.max >= from.sizes()[2]) return false;
+  }
   const auto at = [&](const Tensor& t) {
     return static_cast<char*>(t.data_ptr()) + (b * t.strides()[0] + h * t.strides()[1]) * size;
   };
   KvMove m{at(from), at(to), from.strides()[2] * size, to.strides()[2] * size, d * size, false};
-  m.stream =
-      can_stream(m, from.sizes()[0] * from.sizes()[1] * slots.width * m.row_bytes, m.from == m.to);
-  const int64_t* idx = slots.row(b, h);
-  const int64_t used = slots.count(b, h);
-  if (!slots.holes) {
+  m.stream = can_stream(m, from.sizes()[0] * from.sizes()[1] * job.slots.width * m.row_bytes,
+                        m.from == m.to);
+  if (facts.min >= 0) {
     TENFOLD_ISA_CALL(move_rows, m, idx, used);
   } else {
     for (int64_t c = 0; c < used; ++c)
@@ -144,32 +155,32 @@ void move_head(const Side& side, const Slots& slots, const Rotation& rot, bool z
         std::memset(m.to + c * m.to_stride, 0, m.row_bytes);
       }
   }
-  if (rot.on && side.is_key)
+  if (job.rot.on && side.is_key)
     for (int64_t c = 0; c < used; ++c)
       if (idx[c] >= 0)
-        TENFOLD_ISA_CALL(rotate_row, m.to + c * m.to_stride, dtype, rot.table,
-                         c - (idx[c] - rot.start[b]));
-  if (zero_rest)
-    for (int64_t c = used; c < slots.width; ++c)
+        TENFOLD_ISA_CALL(rotate_row, m.to + c * m.to_stride, dtype, job.rot.table,
+                         c - (idx[c] - job.rot.start[b]));
+  if (job.fresh)
+    for (int64_t c = used; c < job.slots.width; ++c)
       std::memset(m.to + c * m.to_stride, 0, m.row_bytes);
+  return true;
 }
 
-// Tasks are (batch, head) of k and of v: rows of one head move in ascending order.
-void move_all(const Side& key, const Side& value, const Slots& slots, const Rotation& rot,
-              bool zero_rest) {
+// Tasks are (batch, head) of k and of v: rows of one head move in ascending order. False if an
+// index was beyond the source.
+bool move_all(const Side& key, const Side& value, const Job& job) {
   const int64_t batch = key.from->sizes()[0];
   const int64_t hk = key.from->sizes()[1], hv = value.from->sizes()[1];
-  const double micros = static_cast<double>(slots.width) * key.from->sizes()[3] * 4e-4;
+  const double micros = static_cast<double>(job.slots.width) * key.from->sizes()[3] * 4e-4;
+  std::atomic<bool> good{true};
   parallel_for(batch * (hk + hv), micros, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t b = i / (hk + hv), h = i % (hk + hv);
-      if (h < hk) {
-        move_head(key, slots, rot, zero_rest, b, h);
-      } else {
-        move_head(value, slots, rot, zero_rest, b, h - hk);
-      }
+      if (!(h < hk ? move_head(key, job, b, h) : move_head(value, job, b, h - hk)))
+        good.store(false, std::memory_order_relaxed);
     }
   });
+  return good;
 }
 
 }  // namespace
@@ -179,14 +190,16 @@ std::tuple<Tensor, Tensor> kv_gather(const char* op, const Tensor& k_in, const T
                                      const OptTensor& inv_freq, const OptTensor& kv_start) {
   check_kv_gather(op, k_in, v_in, idx, new_lens, inv_freq, kv_start);
   const int64_t length = k_in.sizes()[2], width = idx.sizes()[2];
-  const Slots slots = read_slots(op, idx, new_lens, length, false);
+  const Slots slots = read_slots(op, idx, new_lens, false);
   const Tensor k = with_contiguous_rows(k_in), v = with_contiguous_rows(v_in);
   const auto rot = make_rotation(inv_freq, kv_start, k.sizes()[0], length, width);
   const Tensor k_out =
       new_output(k, {k.sizes()[0], k.sizes()[1], width, k.sizes()[3]}, k.scalar_type());
   const Tensor v_out =
       new_output(v, {v.sizes()[0], v.sizes()[1], width, v.sizes()[3]}, v.scalar_type());
-  move_all({&k, &k_out, true}, {&v, &v_out, false}, slots, rot, true);
+  // An idx [B, 1, C] for no heads at all is still checked.
+  const bool moved = move_all({&k, &k_out, true}, {&v, &v_out, false}, {slots, rot, true});
+  if (!moved || k.numel() + v.numel() == 0) check_indices(op, slots, length, false);
   return {k_out, v_out};
 }
 
@@ -202,9 +215,10 @@ void kv_compact_op(Tensor k, Tensor v, Tensor idx, OptTensor new_lens, OptTensor
   constexpr auto op = "kv_compact_";
   check_kv_gather(op, k, v, idx, new_lens, inv_freq, kv_start);
   check_in_place(op, k, v, idx);
-  const Slots slots = read_slots(op, idx, new_lens, k.sizes()[2], true);
+  const Slots slots = read_slots(op, idx, new_lens, true);
+  check_indices(op, slots, k.sizes()[2], true);
   const auto rot = make_rotation(inv_freq, kv_start, k.sizes()[0], k.sizes()[2], idx.sizes()[2]);
-  move_all({&k, &k, true}, {&v, &v, false}, slots, rot, false);
+  move_all({&k, &k, true}, {&v, &v, false}, {slots, rot, false});
 }
 
 }  // namespace

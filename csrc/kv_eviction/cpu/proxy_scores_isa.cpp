@@ -10,7 +10,7 @@
 // With lse given, step 1 falls away: step 2 multiplies and adds exp(l - lse) at once.
 // Traffic: the row tiles of a group take turns over a block of keys that stays in L2, so K comes
 // once per group from where it lies; a strip is written and read once, 8 bytes per logit against
-// 2 * D FLOPs. bf16 products by AMX cost less than that: they have no strip, step 2 multiplies
+// 2 * D FLOPs. bf16 products by AMX cost less than a strip that leaves L2: there step 2 multiplies
 // again. With AMX, float32 is split in bf16 parts (amx_split.h), the keys of a block once per
 // group.
 #include "core/cpu/math.h"
@@ -48,28 +48,25 @@ struct Plan {
 inline Plan make_plan(const ProxyScoresParams& p) {
   Plan plan{};
   plan.product = product_of(p);
-  const int64_t keys = plan.product == Product::fma ? kTileKeys : kAmxKeys;
+  const int64_t keys = plan.product == Product::fma ? kTileKeys : kDotKeys;
   plan.num_tiles = (p.length + keys - 1) / keys + 1;
   plan.strip_size = plan.num_tiles * keys * kTileRows;
   plan.strip = p.lse_in == nullptr;
   if (kAmx && plan.product == Product::dot && plan.strip_size * 4 > kStripBytes) plan.strip = false;
-  const int64_t tile_bytes = 4 * (plan.strip ? plan.strip_size : packed_q_size(p));
-  int64_t fit = (plan.strip ? kStripBytes : kPackedBytes) / tile_bytes;
-  if (plan.product == Product::split) {
-    fit = (plan.strip ? kSplitStripBytes : kPackedBytes) / tile_bytes;
-    if (fit < kLeastSplit) fit = kLeastSplit;
-  }
-  int64_t most = (p.q_heads * p.num_proxies + kTileRows - 1) / kTileRows;
-  if (most > kMaxGroup) most = kMaxGroup;
-  if (fit > most) fit = most;
-  plan.group = static_cast<int>(fit < 1 ? 1 : fit);
+  const bool split = plan.product == Product::split;
+  const int64_t room = !plan.strip ? kPackedBytes : split ? kSplitStripBytes : kStripBytes;
+  const int64_t fit = room / (4 * (plan.strip ? plan.strip_size : packed_q_size(p)));
+  const int64_t least = split ? kLeastSplit : 1, wanted = fit > least ? fit : least;
+  const int64_t rows = p.q_heads * p.num_proxies, tiles = (rows + kTileRows - 1) / kTileRows;
+  const int64_t most = tiles < kMaxGroup ? tiles : kMaxGroup;
+  plan.group = static_cast<int>(wanted < most ? wanted : most);
   const int64_t block = kBlockBytes / (p.head_dim * dtype_size(p.dtype)) / keys * keys;
   plan.block = block < 4 * keys ? 4 * keys : block;
-  if (plan.group == 1 && plan.product != Product::split) plan.block = plan.num_tiles * keys;
+  if (plan.group == 1 && !split) plan.block = plan.num_tiles * keys;
 #if defined(TENFOLD_ISA_AMX)
-  const int64_t tiles = plan.block / keys;
-  if (plan.product == Product::split)
-    plan.panels_size = (tiles * split_panel_bytes(p.head_dim) + round_up(4 * tiles, 64)) / 4;
+  const int64_t panels = plan.block / keys;
+  if (split)
+    plan.panels_size = (panels * split_panel_bytes(p.head_dim) + round_up(4 * panels, 64)) / 4;
 #endif
   return plan;
 }
@@ -368,7 +365,7 @@ void run_task(const ProxyScoresParams& p, const ProxyScoresTask& t) {
 #if defined(TENFOLD_ISA_AMX)
   s.panels = reinterpret_cast<char*>(at);
   s.unsplit =
-      reinterpret_cast<uint32_t*>(s.panels + plan.block / kAmxKeys * split_panel_bytes(s.depth));
+      reinterpret_cast<uint32_t*>(s.panels + plan.block / kDotKeys * split_panel_bytes(s.depth));
   at += plan.panels_size;
 #endif
   Member members[kMaxGroup];
@@ -397,7 +394,7 @@ void run_task(const ProxyScoresParams& p, const ProxyScoresTask& t) {
           split_keys(s, block.first, block.last);
           s.fetch = block.last;
           s.fetch_end = block.last + plan.block < hi ? block.last + plan.block : hi;
-          s.fetch_step = (kAmxKeys + count - 1) / count;
+          s.fetch_step = (kDotKeys + count - 1) / count;
         }
 #endif
         use(block);

@@ -24,17 +24,16 @@ constexpr int kTileRows = kVecs * kWidth;
 // AMX), or, with AMX, float32 split in three bf16.
 enum class Product { fma, dot, split };
 
-// AMX keeps its sums in four tile registers, 2 x 16 keys of 2 x 16 rows (fewer chains would wait
-// for each other).
+// AMX multiplies a block of keys and rows of its own size, the others as above.
 #if defined(TENFOLD_ISA_AMX)
 constexpr bool kAmx = true;
-constexpr int kAmxKeys = 2 * kAmxRows, kDotDepth = kAmxDepth;
+constexpr int kDotKeys = kAmxBlock, kDotDepth = kAmxDepth;
 #else
 constexpr bool kAmx = false;
-constexpr int kAmxKeys = kTileKeys, kDotDepth = 2;
+constexpr int kDotKeys = kTileKeys, kDotDepth = 2;
 #endif
 template <Product P>
-constexpr int kKeys = P == Product::fma ? kTileKeys : kAmxKeys;
+constexpr int kKeys = P == Product::fma ? kTileKeys : kDotKeys;
 
 inline Product product_of([[maybe_unused]] const ProxyScoresParams& p) {
   // Masks and maxima of dot products come before the scale is applied: it must keep their order.
@@ -75,7 +74,7 @@ struct KeySource {
 
 // Floats of `staged`: also enough for bf16 rows of round_up(d, kDotDepth).
 inline int64_t staged_keys_size(int64_t d) {
-  constexpr int kMost = kAmxKeys > kTileKeys ? kAmxKeys : kTileKeys;
+  constexpr int kMost = kDotKeys > kTileKeys ? kDotKeys : kTileKeys;
   return kMost * round_up(d, 16);
 }
 
@@ -209,7 +208,7 @@ void stage_keys(const T* k, int64_t stride, int n, int64_t d, float* out) {
 inline bf16_t* stage_bf16(const bf16_t* k, int64_t stride, int n, int64_t d, int64_t pitch,
                           float* memory) {
   auto* out = reinterpret_cast<bf16_t*>(memory);
-  for (int j = 0; j < kAmxKeys; ++j)
+  for (int j = 0; j < kDotKeys; ++j)
     for (int64_t i = 0; i < pitch; ++i)
       out[j * pitch + i] = j < n && i < d ? k[j * stride + i] : bf16_t{0};
   return out;
@@ -220,9 +219,9 @@ inline const bf16_t* bf16_rows(const KeySource& s, int64_t j0, int64_t* pitch) {
   const int64_t left = s.length - j0, depth = round_up(s.depth, kDotDepth);
   const bf16_t* rows = static_cast<const bf16_t*>(s.k) + j0 * s.stride;
   *pitch = s.stride;
-  if (left >= kAmxKeys && s.depth == depth && s.stride % 2 == 0) return rows;
+  if (left >= kDotKeys && s.depth == depth && s.stride % 2 == 0) return rows;
   *pitch = depth;
-  const int n = static_cast<int>(left < kAmxKeys ? left : kAmxKeys);
+  const int n = static_cast<int>(left < kDotKeys ? left : kDotKeys);
   return stage_bf16(rows, s.stride, n, s.depth, depth, s.staged);
 }
 #endif
