@@ -1,0 +1,244 @@
+"""One training loop for all stages: accelerate for devices and ranks, exact resumption, a bar.
+
+A step's batch is a function of (stage, step), the learning rate of the step, and everything else that
+a step reads is in accelerate's state (weights, AdamW, random generators of every rank). So a run that
+is killed anywhere and started again on the same work folder gives the same bits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import math
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tenfold.dha.batches import Batches
+from tenfold.dha.config import DhaConfig
+from tenfold.dha.store import WorkFolder
+
+Metrics = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What callbacks are told after every step: ``step`` of ``steps`` is done, with these numbers."""
+
+    stage: str
+    step: int
+    steps: int
+    metrics: Metrics
+
+
+Callback = Callable[[Progress], None]
+
+
+def make_accelerator(config: DhaConfig, device: torch.device) -> Any:
+    """accelerate's view of this process; ModuleNotFoundError says how to install it."""
+    if importlib.util.find_spec("accelerate") is None:
+        raise ModuleNotFoundError(
+            "converting a model needs accelerate; install it with `pip install 'tenfold[train]'`"
+        )
+    from accelerate import Accelerator
+
+    cpu = {"cpu": True} if device.type == "cpu" else {}
+    return Accelerator(mixed_precision=config.mixed_precision, **cpu)
+
+
+@contextlib.contextmanager
+def kept_random_state() -> Iterator[None]:
+    """The caller's random generators come out as they went in."""
+    devices = range(torch.cuda.device_count())
+    python, arrays = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(arrays)
+
+
+def rate_factor(step: int, steps: int, config: DhaConfig) -> float:
+    """Learning rate as a share of its peak: linear warm-up, then a cosine down to ``final_lr``."""
+    warm = round(config.warmup * steps)
+    if step < warm:
+        return (step + 1) / warm
+    at = (step - warm) / max(1, steps - warm)
+    return config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * at))
+
+
+def parameter_groups(module: nn.Module, config: DhaConfig) -> list[dict[str, Any]]:
+    """AdamW's groups: matrices decay, vectors do not; operators and the multiplier have rates of their own."""
+    named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+    omega = [p for n, p in named if n.endswith(".omega")]
+    multiplier = [p for n, p in named if n.endswith("multiplier")]
+    special = {id(p) for p in omega + multiplier}
+    rest = [p for _, p in named if id(p) not in special]
+    groups = [
+        {"params": [p for p in rest if p.ndim > 1], "lr": config.learning_rate,
+         "weight_decay": config.weight_decay},
+        {"params": [p for p in rest if p.ndim <= 1], "lr": config.learning_rate},
+        {"params": omega, "lr": config.omega_lr},
+        # Ascent: the multiplier grows while a hinge is violated.
+        {"params": multiplier, "lr": config.lambda_lr, "maximize": True},
+    ]  # fmt: skip
+    return [{"weight_decay": 0.0} | g | {"peak": g["lr"]} for g in groups if g["params"]]
+
+
+@contextlib.contextmanager
+def _bar(stage: str, steps: int, done: int, shown: bool) -> Iterator[Callable[[Metrics], None]]:
+    if not shown:
+        yield lambda metrics: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+               TimeRemainingColumn())  # fmt: skip
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(stage, total=steps, completed=done)
+
+        def advance(metrics: Metrics) -> None:
+            text = f"{stage}: loss {metrics['loss']:.3f}"
+            if "mse" in metrics:
+                text += f", mse {metrics['mse']:.4f}"
+            bar.update(task, advance=1, description=text)
+
+        yield advance
+
+
+class Trainer:
+    """Runs a conversion's stages on this process's device, as one of ``accelerator.num_processes``."""
+
+    def __init__(
+        self,
+        accelerator: Any,
+        config: DhaConfig,
+        batches: Batches,
+        folder: WorkFolder | None,
+        callback: Callback | None = None,
+        quiet: bool = True,
+    ) -> None:
+        self.accelerator, self.config, self.batches = accelerator, config, batches
+        self.folder, self.callback = folder, callback
+        self.quiet = quiet or not accelerator.is_main_process
+
+    def rank_rows(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """This rank's share of a batch. Raises ValueError if the ranks do not divide it."""
+        ranks, size = self.accelerator.num_processes, len(batch["input_ids"])
+        if size % ranks:
+            raise ValueError(f"a batch of {size} rows cannot be shared by {ranks} ranks equally")
+        each = size // ranks
+        at = slice(self.accelerator.process_index * each, (self.accelerator.process_index + 1) * each)
+        return {k: v[at].to(self.accelerator.device) for k, v in batch.items()}
+
+    def _seed(self, stage: str) -> None:
+        mixed = self.config.seed * 1_000_003 + sum(stage.encode()) * 1009
+        torch.manual_seed(mixed + self.accelerator.process_index)
+
+    def _save(self, stage: str, step: int, curve: list[Metrics]) -> None:
+        folder = self.folder
+        assert folder is not None
+        final = folder.path / f"{stage}-{step}"
+        temporary = folder.path / f".{final.name}"
+        self.accelerator.save_state(str(temporary), safe_serialization=True)
+        self.accelerator.wait_for_everyone()
+        if folder.main:
+            (temporary / "curve.json").write_text(json.dumps(curve))
+            temporary.rename(final)
+            folder.drop_checkpoints(stage, but=final)
+        self.accelerator.wait_for_everyone()
+
+    def _resume(self, stage: str) -> tuple[int, list[Metrics]]:
+        found = self.folder.checkpoint(stage) if self.folder else None
+        if found is None:
+            return 0, []
+        step, path = found
+        self.accelerator.load_state(str(path))
+        return step, json.loads((path / "curve.json").read_text())
+
+    def _forward(
+        self, model: Any, batch: dict[str, Tensor], loss_of: Callable[..., Any], step: int
+    ) -> Metrics:
+        """Forward and backward of one batch, in pieces of ``micro_batch_size`` rows."""
+        size = len(batch["input_ids"])
+        micro = self.config.micro_batch_size or size
+        sums: dict[str, Tensor] = {}
+        for start in range(0, size, micro):
+            part = {k: v[start : start + micro] for k, v in batch.items()}
+            share = len(part["input_ids"]) / size
+            last = start + micro >= size
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                with self.accelerator.autocast():
+                    loss, metrics = loss_of(model, part, step)
+                self.accelerator.backward(loss * share)
+            for name, value in ({"loss": loss.detach()} | metrics).items():
+                sums[name] = sums.get(name, 0) + share * value
+        names = sorted(sums)
+        mean = torch.stack([sums[n].float() for n in names])
+        mean = self.accelerator.reduce(mean, "mean")
+        return dict(zip(names, mean.tolist()))
+
+    def run(
+        self,
+        stage: str,
+        module: nn.Module,
+        steps: int,
+        batch_size: int,
+        loss_of: Callable[[Any, dict[str, Tensor], int], tuple[Tensor, dict[str, Tensor]]],
+        after_step: Callable[[nn.Module, int, Metrics], bool] | None = None,
+    ) -> list[Metrics]:
+        """Trains ``module`` in place for ``steps`` steps, or until ``after_step`` returns True.
+
+        Returns the metrics of every step. Raises RuntimeError if the loss is not a number.
+        """
+        if steps == 0:
+            return []
+        accelerator, config = self.accelerator, self.config
+        self._seed(stage)
+        module.to(accelerator.device)
+        fused = {"fused": True} if accelerator.device.type in ("cpu", "cuda") else {}
+        optimizer = torch.optim.AdamW(parameter_groups(module, config), betas=config.betas, **fused)
+        weights = [p for g in optimizer.param_groups if g["peak"] == config.learning_rate
+                   and not g["maximize"] for p in g["params"]]  # fmt: skip
+        model, optimizer = accelerator.prepare(module, optimizer)
+        first, curve = self._resume(stage)
+        stopped = bool(curve and curve[-1].get("stopped"))
+        model.train()
+        with _bar(stage, steps, first, not self.quiet) as advance:
+            for step in range(first, steps):
+                if stopped:
+                    break
+                for group in optimizer.param_groups:
+                    group["lr"] = group["peak"] * rate_factor(step, steps, config)
+                batch = self.rank_rows(self.batches.take(stage, step, batch_size))
+                metrics = self._forward(model, batch, loss_of, step)
+                if not math.isfinite(metrics["loss"]):
+                    raise RuntimeError(
+                        f"{stage}: the loss became {metrics['loss']} at step {step + 1}; training "
+                        "stopped. Lower the learning rates, or look at the data"
+                    )
+                accelerator.clip_grad_norm_(weights, config.clip)
+                optimizer.step()
+                optimizer.zero_grad()
+                stopped = after_step(module, step + 1, metrics) if after_step else False
+                if stopped:
+                    metrics["stopped"] = 1.0
+                curve.append(metrics)
+                due = (step + 1) % config.checkpoint_every == 0
+                if self.folder is not None and due and step + 1 < steps:
+                    self._save(stage, step + 1, curve)
+                advance(metrics)
+                if self.callback is not None:
+                    self.callback(Progress(stage, step + 1, steps, metrics))
+        accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        accelerator.free_memory()
+        return curve
