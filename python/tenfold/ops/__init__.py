@@ -9,6 +9,8 @@ from tenfold import _load
 if _load.error is not None:
     raise _load.error
 
+from tenfold.ops import attention
+from tenfold.ops.attention import *  # noqa: F403
 from tenfold.ops.kv_eviction import (
     kv_compact_,
     kv_gather,
@@ -20,6 +22,7 @@ from tenfold.ops.kv_eviction import (
 from tenfold.ops.template import template_scale
 
 __all__ = [
+    *attention.__all__,
     "kv_compact_",
     "kv_gather",
     "nacl_evict",

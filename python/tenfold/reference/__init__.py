@@ -3,6 +3,8 @@
 ``tenfold.reference.f`` has the signature of ``tenfold.ops.f``. Nothing here is meant to be fast.
 """
 
+from tenfold.reference import attention
+from tenfold.reference.attention import *  # noqa: F403
 from tenfold.reference.kv_eviction import (
     kv_compact_,
     kv_gather,
@@ -15,6 +17,7 @@ from tenfold.reference.random import gumbel, philox4x32_10
 from tenfold.reference.template import template_scale
 
 __all__ = [
+    *attention.__all__,
     "gumbel",
     "kv_compact_",
     "kv_gather",
