@@ -69,6 +69,8 @@ class DhaConfig:
             the rest. temperature: of both distributions.
         check_equivalence: compare the logits at the start of search and fusion with the parent's.
         sort_heads: reorder query heads so that key groups are contiguous (function unchanged).
+        attention: of the converted model while it is trained; the result has transformers' usual
+            choice, ``"tenfold"``.
         force: collapse in any case. mixed_precision: accelerate's; the weights trained are float32.
         checkpoint_every: steps between checkpoints in the work folder. seed: of everything random.
     """
@@ -113,6 +115,7 @@ class DhaConfig:
     temperature: float = 1.0
     check_equivalence: bool = True
     sort_heads: bool = False
+    attention: str = "sdpa"
     force: bool = False
     mixed_precision: str = "no"
     checkpoint_every: int = 100

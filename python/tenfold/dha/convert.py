@@ -179,9 +179,11 @@ class Conversion:
             for number, budget in enumerate(budgets_of(self.config), 1):
                 self._round(working, number, budget)
             model = to_dha(working, self.parent)
+            final_attention = model.config._attn_implementation
+            model.set_attn_implementation(self.config.attention)
             del working
             self._evaluate("collapsed", model)
-            return self._recover(model)
+            return self._recover(model, final_attention)
 
     # -- stages ----------------------------------------------------------------------------------
 
@@ -321,7 +323,7 @@ class Conversion:
                 f"per layer: {each}. Give more fusion_steps or a higher omega_lr, or force=True"
             )
 
-    def _recover(self, model: Any) -> Any:
+    def _recover(self, model: Any, final_attention: str) -> Any:
         config = self.config
         teacher = self.parent if config.distill > 0 else None
         curve = self._timed("recovery", lambda: train_recovery(self.trainer, model, teacher))
@@ -332,6 +334,7 @@ class Conversion:
             sort_query_heads(model)
         model.to(next(self.parent.parameters()).dtype).eval()
         self._evaluate("final", model)
+        model.set_attn_implementation(final_attention)
         self.record.key_heads = list(model.config.key_heads)
         self.record.value_heads = list(model.config.value_heads)
         model.conversion = self.record

@@ -161,12 +161,12 @@ class HeadProjection(nn.Module):
         if self.omega is None:
             return
         omega, groups = self.full_omega().detach(), self.groups
-        for name in ("weight", "bias"):
-            tensor = getattr(self, name)
-            if tensor is not None:
-                made = ops.collapse_heads(self._blocks(tensor.data), omega, groups)
-                shape = (-1, *tensor.shape[1:])
-                setattr(self, name, nn.Parameter(made.reshape(shape).contiguous()))
+        whole = {n: t for n in ("weight", "bias") if (t := getattr(self, n)) is not None}
+        blocks = {n: self._blocks(t.data) for n, t in whole.items()}
+        for name, block in blocks.items():
+            made = ops.collapse_heads(block, omega, groups)
+            shape = (-1, *whole[name].shape[1:])
+            setattr(self, name, nn.Parameter(made.reshape(shape).contiguous()))
         query_map = maps(groups.long().cpu(), self.query_map.cpu()).to(self.query_map.device)
         self.query_map = query_map
         self.source = torch.arange(len(groups), device=query_map.device)
