@@ -1,0 +1,5 @@
+"""Definitions of the ``attention`` family."""
+
+from tenfold.reference.attention.prefill import dha_attention, dha_attention_backward
+
+__all__ = ["dha_attention", "dha_attention_backward"]
