@@ -9,6 +9,7 @@ from tenfold import _load
 if _load.error is not None:
     raise _load.error
 
+from tenfold.ops.attention import dha_cache_append_, dha_decode
 from tenfold.ops.kv_eviction import (
     kv_compact_,
     kv_gather,
@@ -20,6 +21,8 @@ from tenfold.ops.kv_eviction import (
 from tenfold.ops.template import template_scale
 
 __all__ = [
+    "dha_cache_append_",
+    "dha_decode",
     "kv_compact_",
     "kv_gather",
     "nacl_evict",

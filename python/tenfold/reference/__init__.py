@@ -3,6 +3,7 @@
 ``tenfold.reference.f`` has the signature of ``tenfold.ops.f``. Nothing here is meant to be fast.
 """
 
+from tenfold.reference.attention import dha_cache_append_, dha_decode
 from tenfold.reference.kv_eviction import (
     kv_compact_,
     kv_gather,
@@ -15,6 +16,8 @@ from tenfold.reference.random import gumbel, philox4x32_10
 from tenfold.reference.template import template_scale
 
 __all__ = [
+    "dha_cache_append_",
+    "dha_decode",
     "gumbel",
     "kv_compact_",
     "kv_gather",

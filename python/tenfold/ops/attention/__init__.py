@@ -1,0 +1,5 @@
+"""Faces of the ``attention`` family: decoupled-head attention (DHA, arXiv 2406.06567)."""
+
+from tenfold.ops.attention.decode import dha_cache_append_, dha_decode
+
+__all__ = ["dha_cache_append_", "dha_decode"]
