@@ -1,5 +1,6 @@
-"""Definitions of the ``attention`` family."""
+"""Definitions of the ``attention`` ops: decoupled-head attention (DHA, arXiv 2406.06567)."""
 
+from tenfold.reference.attention.decode import dha_cache_append_, dha_decode
 from tenfold.reference.attention.prefill import dha_attention, dha_attention_backward
 
-__all__ = ["dha_attention", "dha_attention_backward"]
+__all__ = ["dha_attention", "dha_attention_backward", "dha_cache_append_", "dha_decode"]
