@@ -3,7 +3,6 @@
 import subprocess
 
 import pytest
-
 from build import build
 
 IN = list(range(5, 5 + 192))

@@ -178,7 +178,7 @@ class Conversion:
             self.record.cka = [self._cka(p).cpu() for p in projections(working)]
             for number, budget in enumerate(budgets_of(self.config), 1):
                 self._round(working, number, budget)
-            model = to_dha(working, self.parent)
+            model = to_dha(working)
             final_attention = model.config._attn_implementation
             model.set_attn_implementation(self.config.attention)
             del working
@@ -409,23 +409,19 @@ def _load_weights(working: Any, stored: dict[str, Tensor]) -> None:
     working.load_state_dict(weights)
 
 
-def to_dha(working: Any, parent: Any) -> Any:
-    """The DHA model that a collapsed working copy is: float32, in training's memory layout."""
-    from tenfold.dha.model import DhaLlamaConfig, DhaLlamaForCausalLM
+def to_dha(working: Any) -> Any:
+    """The DHA model that a collapsed working copy is; it shares no memory with it."""
+    from tenfold.dha.export import from_mha
+    from tenfold.dha.layout import HeadLayout
 
     parts = list(projections(working))
-    values = parent.config.to_dict()
-    for name in ("model_type", "architectures", "transformers_version", "num_key_value_heads"):
-        values.pop(name, None)
-    config = DhaLlamaConfig(
-        **values,
-        key_heads=[p.base_heads for p in parts[::2]],
-        value_heads=[p.base_heads for p in parts[1::2]],
-        key_head_map=[p.query_map.tolist() for p in parts[::2]],
-        value_head_map=[p.query_map.tolist() for p in parts[1::2]],
-    )
-    model = DhaLlamaForCausalLM(config)
-    model.load_state_dict(working.state_dict())
-    model.tie_weights()
-    model.generation_config = parent.generation_config
-    return model.to(next(working.parameters()).device)
+    maps = [p.query_map.tolist() for p in parts]
+    weights = [p.weight.detach().view(p.base_heads, p.head_dim, -1) for p in parts]
+    biases: list[Any] = [None, None]
+    if parts[0].bias is not None:
+        rows = [p.bias.detach().view(p.base_heads, -1) for p in parts]
+        biases = [rows[::2], rows[1::2]]
+    return from_mha(
+        working, HeadLayout.from_maps(maps[::2], maps[1::2]), weights[::2], weights[1::2],
+        key_biases=biases[0], value_biases=biases[1],
+    )  # fmt: skip

@@ -187,12 +187,9 @@ def projections(model: Any) -> Iterator[HeadProjection]:
 
 def check_source(model: Any) -> None:
     """Raises TypeError for a model that cannot be converted, naming what can."""
-    kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-    if kind != "llama" or not hasattr(model, "lm_head"):
-        raise TypeError(
-            f"convert takes a LlamaForCausalLM (MHA or GQA), got {type(model).__name__} "
-            f"(model_type {kind!r}); a DHA model goes through dha_to_mha first"
-        )
+    from tenfold.dha.export import _source_config
+
+    _source_config(model)  # raises TypeError
     if not all(type(m) is nn.Linear for a in attention_layers(model) for m in (a.k_proj, a.v_proj)):
         raise TypeError(
             "convert needs k_proj and v_proj to be plain torch.nn.Linear layers; merge adapters and "

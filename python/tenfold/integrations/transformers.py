@@ -14,14 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-SUPPORTED_ATTENTION = ("sdpa", "eager")
+SUPPORTED_ATTENTION = ("sdpa", "eager", "tenfold", "dha")
 RAGGED = "tenfold_ragged"
 CAPTURE = "tenfold_capture"
+CACHE_NAMES = ("cache", "past_key_values", "past_key_value")
 
 
 def get_cache(kwargs: dict) -> Any:
     """The cache among a forward's keyword arguments, by any of its names."""
-    for name in ("cache", "past_key_values", "past_key_value"):
+    for name in CACHE_NAMES:
         if kwargs.get(name) is not None:
             return kwargs[name]
     return None
@@ -161,8 +162,8 @@ def inv_freq(model: nn.Module | None, keys: Tensor) -> Tensor:
 
 
 def as_mask(module: nn.Module, see: Tensor, dtype: torch.dtype) -> Tensor:
-    """A boolean mask as the module's attention wants it: boolean for sdpa, additive for eager."""
-    if module.config._attn_implementation == "sdpa":
+    """A boolean mask as the module's attention wants it: additive for eager, else boolean."""
+    if module.config._attn_implementation != "eager":
         return see
     return torch.zeros(see.shape, dtype=dtype, device=see.device).masked_fill(
         ~see, torch.finfo(dtype).min

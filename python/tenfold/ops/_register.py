@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -56,3 +57,61 @@ def call_inference(op: Any, *args: Any, mutates: tuple[Tensor, ...] = (), **kwar
     for tensor in mutates:
         torch.autograd.graph.increment_version(tensor)
     return result
+
+
+def differentiable(
+    name: str,
+    save: Callable[[Any, tuple[Any, ...], dict[str, Any], Any], None],
+    backward: Callable[..., tuple[Tensor | None, ...]],
+) -> None:
+    """Autograd of an op with keyword-only tensors, which ``register_autograd`` does not take.
+
+    ``save(ctx, args, kwargs, result)`` keeps what ``backward(ctx, *grads)`` needs; that returns one
+    gradient per positional argument. Keyword arguments have none.
+    """
+    op = getattr(torch.ops.tenfold, name).default
+
+    def below(keyset: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, keyset: Any, kwargs: dict[str, Any], *args: Any) -> Any:
+            result = below(keyset, args, kwargs)
+            ctx.set_materialize_grads(False)
+            save(ctx, args, kwargs, result)
+            return result
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            return (None, None, *backward(ctx, *grads))
+
+    def kernel(keyset: Any, *args: Any, **kwargs: Any) -> Any:
+        tensors = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+            return Function.apply(keyset, kwargs, *args)
+        return below(keyset, args, kwargs)
+
+    _library.impl(name, kernel, "Autograd", with_keyset=True)
+
+
+def autocast_floats(name: str) -> None:
+    """Under autocast all floating tensors of the op are cast to the autocast dtype, as torch does
+    for ``scaled_dot_product_attention``.
+    """
+    op = getattr(torch.ops.tenfold, name).default
+
+    def register(device: str, key: str) -> None:
+        def cast(x: Any) -> Any:
+            floating = isinstance(x, Tensor) and x.is_floating_point() and x.device.type == device
+            return x.to(torch.get_autocast_dtype(device)) if floating else x
+
+        def kernel(*args: Any, **kwargs: Any) -> Any:
+            with torch.amp.autocast(device, enabled=False):
+                return op(*map(cast, args), **{n: cast(x) for n, x in kwargs.items()})
+
+        _library.impl(name, kernel, key)
+
+    register("cpu", "AutocastCPU")
+    register("cuda", "AutocastCUDA")

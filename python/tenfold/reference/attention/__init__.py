@@ -1,6 +1,14 @@
-"""Definitions of the ``attention`` family, one module per group; ``__all__`` is the sum of theirs."""
+"""Definitions of the ``attention`` family, one module per group of ops."""
 
 from tenfold.reference.attention import heads
+from tenfold.reference.attention.decode import dha_cache_append_, dha_decode
 from tenfold.reference.attention.heads import *  # noqa: F403
+from tenfold.reference.attention.prefill import dha_attention, dha_attention_backward
 
-__all__ = [*heads.__all__]
+__all__ = [
+    "dha_attention",
+    "dha_attention_backward",
+    "dha_cache_append_",
+    "dha_decode",
+    *heads.__all__,
+]
