@@ -242,3 +242,10 @@ class Trainer:
         accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         accelerator.free_memory()
         return curve
+
+
+def is_main_process() -> bool:
+    """Is this the only process, or rank 0 of several?"""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank() == 0
+    return True
