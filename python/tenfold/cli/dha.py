@@ -41,7 +41,9 @@ def _rows(tokenizer: Any, files: list[Path] | None, length: int, held: int = 16)
     rows = token_rows(tokenizer, _texts(files), length)
     count = min(held, max(1, len(rows) // 10))
     if len(rows) < 2:
-        raise ValueError(f"--text gives {len(rows)} row of {length} tokens; two are needed at least")
+        raise ValueError(
+            f"--text gives {len(rows)} row of {length} tokens; two are needed at least"
+        )
     return rows[:-count], rows[-count:]
 
 
@@ -120,7 +122,9 @@ def convert(
     if json:
         write_json(_summary(record) | {"model": str(folder), "report": str(page)})
         return
-    out.print(table(f"{model}: {100 * record.ratio:.1f} % of MHA's heads", COLUMNS, stage_rows(record)))
+    out.print(
+        table(f"{model}: {100 * record.ratio:.1f} % of MHA's heads", COLUMNS, stage_rows(record))
+    )
     out.print("loss: " + ", ".join(f"{k} {v:.3f}" for k, v in record.losses.items()))
     out.print(f"model: {folder}   report: {page}", highlight=False, soft_wrap=True)
 
@@ -173,7 +177,9 @@ def recover(
     after = lm_loss(network, held)
     _save(network, tokenizer, folder)
     if json:
-        write_json({"model": str(folder), "steps": len(curve), "loss": {"before": before, "after": after}})
+        write_json(
+            {"model": str(folder), "steps": len(curve), "loss": {"before": before, "after": after}}
+        )
         return
     out.print(f"loss {before:.3f} -> {after:.3f} after {len(curve)} steps; model: {folder}",
               highlight=False, soft_wrap=True)  # fmt: skip

@@ -126,12 +126,18 @@ def cards(record: ConversionRecord) -> list[Card]:
         Card(f"{record.kv_bytes_per_token() / 1024:.4g} KiB", "cache per token (16 bit)",
              f"MHA: {total * record.head_dim * 2 / 1024:.4g} KiB"),
     ]  # fmt: skip
-    names = {"parent": "loss of the parent", "collapsed": "loss after fusion", "final": "final loss"}
+    names = {
+        "parent": "loss of the parent",
+        "collapsed": "loss after fusion",
+        "final": "final loss",
+    }
     made += [Card(f"{record.losses[k]:.3f}", names[k]) for k in names if k in record.losses]
     return made
 
 
-def add_section(record: ConversionRecord, page: Page, title: str = "Conversion to DHA") -> list[Any]:
+def add_section(
+    record: ConversionRecord, page: Page, title: str = "Conversion to DHA"
+) -> list[Any]:
     """One conversion's part of a page; returns the figures as (name, PNG bytes)."""
     drawn = []
 
@@ -154,7 +160,9 @@ def add_section(record: ConversionRecord, page: Page, title: str = "Conversion t
     plot(loss_plot(record), "loss", "LM loss by step (without penalty and distillation).")
     plot(fusion_plot(record), "fusion", "The operators of each group coincide at mse 0.")
     page.heading("Similarity of the parent's heads")
-    plot(redundancy_plot(record), "redundancy", "Linear CKA of the projection weights, no centring.")
+    plot(
+        redundancy_plot(record), "redundancy", "Linear CKA of the projection weights, no centring."
+    )
     for layer in _shown_layers(record.layers):
         for kind, name in enumerate(("key", "value")):
             if record.cka:

@@ -34,7 +34,9 @@ def split(stream: Tensor, share: float = 0.9) -> tuple[Tensor, Tensor]:
     return stream[:at], stream[at:]
 
 
-def text_rows(stream: Tensor, count: int, generator: torch.Generator, length: int = LENGTH) -> Tensor:
+def text_rows(
+    stream: Tensor, count: int, generator: torch.Generator, length: int = LENGTH
+) -> Tensor:
     """``count`` rows [count, length] from random places of a stream."""
     starts = torch.randint(0, len(stream) - length, (count,), generator=generator)
     return stream[starts[:, None] + torch.arange(length)]
@@ -58,7 +60,9 @@ def mixture(
     rounds = length // (2 * pairs)
 
     def rows(stage: str, step: int, size: int) -> Tensor:
-        mixed = hash((seed, *stage.encode(), step)) % (1 << 62)  # of integers: the same in any process
+        mixed = hash((seed, *stage.encode(), step)) % (
+            1 << 62
+        )  # of integers: the same in any process
         generator = torch.Generator().manual_seed(mixed)
         made = text_rows(stream, size, generator, length)
         recall = recall_rows((size + 1) // 2, generator, pairs, rounds)

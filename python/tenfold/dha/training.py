@@ -137,7 +137,9 @@ class Trainer:
         if size % ranks:
             raise ValueError(f"a batch of {size} rows cannot be shared by {ranks} ranks equally")
         each = size // ranks
-        at = slice(self.accelerator.process_index * each, (self.accelerator.process_index + 1) * each)
+        at = slice(
+            self.accelerator.process_index * each, (self.accelerator.process_index + 1) * each
+        )
         return {k: v[at].to(self.accelerator.device) for k, v in batch.items()}
 
     def _seed(self, stage: str) -> None:
