@@ -8,7 +8,7 @@ import dha_models as tiny
 import torch
 
 import tenfold.dha  # noqa: F401
-from tenfold.dha.convert import convert
+from tenfold.dha.conversion import convert
 
 
 def main(folder, stage=None, step=0):

@@ -13,7 +13,7 @@ from transformers import MistralConfig, MistralForCausalLM
 
 from tenfold.dha import tiny as lm
 from tenfold.dha.config import DhaConfig
-from tenfold.dha.convert import Conversion, budgets_of, convert, convert_to_dha
+from tenfold.dha.conversion import Conversion, budgets_of, convert, convert_to_dha
 from tenfold.dha.model import DhaLlamaForCausalLM
 from tenfold.dha.record import ConversionRecord
 from tenfold.dha.recovery import distillation_loss, recover
@@ -243,9 +243,10 @@ class Killed(Exception):
     pass
 
 
-class TestResume:
-    STEPS = {"search-1": 3, "fusion-1": 5, "recovery": 4}
+STEPS = {"search-1": 3, "fusion-1": 5, "recovery": 4}
 
+
+class TestResume:
     @pytest.mark.parametrize(
         "stage, step", [(s, n) for s, e in STEPS.items() for n in range(1, e + 1)]
     )
@@ -260,7 +261,7 @@ class TestResume:
         resumed = run(work_dir=tmp_path, checkpoint_every=every, distill=0.5)
         whole = run(checkpoint_every=every, distill=0.5)
         assert same(state(resumed), state(whole))
-        for name in self.STEPS:
+        for name in STEPS:
             assert resumed.conversion.curves[name] == whole.conversion.curves[name]
 
     def test_killed_in_the_second_round(self, tmp_path):

@@ -1,5 +1,6 @@
 """The fusion operator, its margin and penalty, alignment, grouping with budgets: checks 7-10 of the spec."""
 
+import itertools
 import math
 
 import dha_models as tiny
@@ -119,7 +120,7 @@ class TestMargin:
     def test_values(self):
         t = [margin(s, 1000, 0.995, 0.8) for s in range(1000)]
         assert t[0] == 1 and t[800] == 0 and t[999] == 0
-        assert all(a >= b for a, b in zip(t, t[1:]))
+        assert all(a >= b for a, b in itertools.pairwise(t))
         assert t[400] == pytest.approx(0.995**400 * 0.5)
 
     @pytest.mark.parametrize("n", [1, 2, 4])

@@ -98,7 +98,7 @@ def convert(
     """Convert a Llama checkpoint (MHA or GQA); several ranks with torchrun."""
     from tenfold.data import load_model
     from tenfold.dha.config import DhaConfig
-    from tenfold.dha.convert import convert as run
+    from tenfold.dha.conversion import convert as run
     from tenfold.dha.report import COLUMNS, stage_rows, write_report
 
     settings = DhaConfig.from_preset(preset, budget=budget, method=method, gqa=gqa, init=init,

@@ -97,7 +97,7 @@ def _row(name: str, model: Any, tokenizer: Any, held: Any, heads: int) -> dict[s
 
 def run_demo(model: Any, tokenizer: Any, step: Callable[[str], None] = lambda text: None) -> Demo:
     """Converts, and converts once more by averaging; ``step`` is told after each piece."""
-    from tenfold.dha.convert import convert
+    from tenfold.dha.conversion import convert
 
     train, held = real_rows(tokenizer)
 
