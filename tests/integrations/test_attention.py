@@ -37,8 +37,7 @@ FAMILIES = {
 
 def build(family: str, attn: str, **changes):
     kind = "Llama" if family in ("MHA", "MQA") else family
-    model = make(kind, attn, **(FAMILIES[family] | changes))
-    return model
+    return make(kind, attn, **(FAMILIES[family] | changes))
 
 
 def pair(family: str, **changes):
@@ -384,7 +383,7 @@ class TestSurface:
     def test_encoders_are_not_causal(self):
         """A module that says is_causal=False sees both sides."""
         torch.manual_seed(0)
-        q, k = torch.randn(2, 4, 20, 16), torch.randn(2, 2, 20, 16)
+        q, k = torch.randn(2, 20, 4, 16).transpose(1, 2), torch.randn(2, 2, 20, 16)
         module = torch.nn.Linear(1, 1)
         module.is_causal = False
         out, weights = attention.attention_forward(module, q, k, k, None)
