@@ -350,7 +350,10 @@ class TestMask:
         _, ours = pair("Llama")
         mask = attention.attention_mask(2, 1, 30, 29)
         again = transformers.masking_utils.create_causal_mask(
-            config=ours.config, inputs_embeds=torch.zeros(2, 1, 64), attention_mask=mask, **_no_cache()
+            config=ours.config,
+            inputs_embeds=torch.zeros(2, 1, 64),
+            attention_mask=mask,
+            **_no_cache(),
         )
         assert again is mask
 
@@ -399,7 +402,9 @@ class TestSurface:
 
     def test_heads_that_do_not_divide(self):
         q, k = torch.randn(1, 4, 20, 16), torch.randn(1, 3, 20, 16)
-        with pytest.raises(ValueError, match="must divide the 4 query heads or come with maps, got 3"):
+        with pytest.raises(
+            ValueError, match="must divide the 4 query heads or come with maps, got 3"
+        ):
             attention.attention_forward(torch.nn.Linear(1, 1), q, k, k, None)
 
     def test_importing_tenfold_leaves_transformers_alone(self):
@@ -411,4 +416,3 @@ class TestSurface:
             "assert 'tenfold' in AttentionInterface() and 'dha' in AttentionInterface()\n"
         )
         subprocess.run([sys.executable, "-c", code], check=True)
-

@@ -35,13 +35,13 @@ from transformers.masking_utils import (
 )
 
 from tenfold import ops
+from tenfold.integrations.heads import grouped_map
 
 NAME = "tenfold"
 NAMES = (NAME, "dha")
 DECODE_STEPS = 16  # queries that dha_decode takes at once
 
 _UNSUPPORTED = ("s_aux", "sinks", "position_bias", "head_mask")
-_grouped: dict[tuple[int, int, torch.device], Tensor] = {}
 
 
 # -- masks ---------------------------------------------------------------------------------------
@@ -155,7 +155,9 @@ def _unpadded(
 # -- attention -----------------------------------------------------------------------------------
 
 
-def head_maps(module: nn.Module, heads: int, key_heads: int, value_heads: int) -> list[Tensor]:
+def head_maps(
+    module: nn.Module, heads: int, key_heads: int, value_heads: int, device: torch.device
+) -> list[Tensor]:
     """The module's own ``key_map`` and ``value_map``, else grouped ones, int32 [H] each.
 
     Raises ValueError if the head counts do not divide the query heads and the module has no maps.
@@ -163,27 +165,7 @@ def head_maps(module: nn.Module, heads: int, key_heads: int, value_heads: int) -
     own = getattr(module, "key_map", None)
     if own is not None:
         return [own, module.value_map]  # type: ignore[list-item]
-    device = next(module.parameters()).device
     return [grouped_map(heads, count, device) for count in (key_heads, value_heads)]
-
-
-def grouped_map(heads: int, kv_heads: int, device: torch.device) -> Tensor:
-    """``h // (heads / kv_heads)`` as int32 [heads], made once per device.
-
-    Raises ValueError if ``kv_heads`` does not divide ``heads``.
-    """
-    key = (heads, kv_heads, device)
-    if key in _grouped:
-        return _grouped[key]
-    if kv_heads < 1 or heads % kv_heads:
-        raise ValueError(
-            f"key and value heads must divide the {heads} query heads or come with maps, got "
-            f"{kv_heads}"
-        )
-    map_ = torch.arange(heads, dtype=torch.int32, device=device) // (heads // kv_heads)
-    if not torch.compiler.is_compiling():
-        _grouped[key] = map_
-    return map_
 
 
 def attention_forward(
@@ -224,7 +206,7 @@ def attention_forward(
         "scale": scaling,
         "softcap": float(softcap or getattr(module, "attn_logit_softcapping", None) or 0.0),
     }
-    maps = head_maps(module, query.shape[1], key.shape[1], value.shape[1])
+    maps = head_maps(module, query.shape[1], key.shape[1], value.shape[1], query.device)
     window = -1 if sliding_window is None else sliding_window - 1
     mask, steps = attention_mask, query.shape[2] <= DECODE_STEPS
     if mask is None and steps and causal and query.shape[2] <= key.shape[2]:
