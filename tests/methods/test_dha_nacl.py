@@ -6,7 +6,7 @@ A slot's key and value are shared by different query heads, so sets of single ke
 import pytest
 import torch
 from test_dha_model import ATTENTION, DIM, HEADS, LAYOUT, tiny
-from tiny_models import GREEDY, make, padded, prompt, run
+from tiny_models import GREEDY, make, masked_reference, padded, prompt, run
 
 from tenfold import nacl, ops
 from tenfold.dha import HeadLayout, from_mha
@@ -190,6 +190,18 @@ def test_every_rule_runs(method):
         return
     assert [press.kept[i].shape[:2] for i in range(3)] == [(2, n) for n in SETS]
     want = reference(tiny(LAYERED), LAYERED, ids, press.kept, out[:, 300:-1])
+    assert torch.equal(out[:, 301:], want.argmax(-1))
+
+
+@pytest.mark.parametrize("head_budget", ["uniform", "adaptive"])
+def test_stock_models_with_our_attention(head_budget):
+    """attn_implementation="tenfold" under a press, on a model without maps of its own."""
+    model, ids = make(attention="tenfold"), prompt(2, 300)
+    press = nacl.NaclPress(compression_ratio=0.8, head_budget=head_budget)
+    with press(model):
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, **GREEDY)
+    assert model.config._attn_implementation == "tenfold"
+    want = masked_reference(make(attention="eager"), ids, press.kept, out[:, 300:-1])
     assert torch.equal(out[:, 301:], want.argmax(-1))
 
 

@@ -234,15 +234,15 @@ class _Pool:
             table = table[:, None]
         self.table = table.to(torch.int32)
         self.room = self.table.shape[1] * keys.shape[1]
-        if seqlens is None:
-            seqlens = self.room
-        if isinstance(seqlens, int):
-            seqlens = torch.full((batch,), seqlens, dtype=torch.int32, device=device)
-        _check_ints(name, "cache_seqlens", seqlens, (batch,))
+        if isinstance(seqlens, Tensor):
+            _check_ints(name, "cache_seqlens", seqlens, (batch,))
+            lens = seqlens.to(torch.int32)
+        else:
+            every = self.room if seqlens is None else int(seqlens)
+            lens = torch.full((batch,), every, dtype=torch.int32, device=device)
         if leftpad is not None:
             _check_ints(name, "cache_leftpad", leftpad, (batch,))
-        self.before = seqlens.to(torch.int32)  # tokens in the cache, padding included
-        self.lens = self.before
+        self.before = self.lens = lens  # tokens in the cache, padding included
         self.start = None if leftpad is None else leftpad.to(torch.int32)
 
     def check(
@@ -332,8 +332,9 @@ class _Pool:
     def _decode(
         self, q: Tensor, maps: list[Tensor], how: dict[str, Any], lens: Tensor
     ) -> tuple[Tensor, Tensor]:
+        kmap, vmap = maps
         return ops.dha_decode(
-            q, self.keys, self.values, *maps, lens.clamp(min=0), block_table=self.table,
+            q, self.keys, self.values, kmap, vmap, lens.clamp(min=0), block_table=self.table,
             kv_start=self.start, **how,
         )  # fmt: skip
 
