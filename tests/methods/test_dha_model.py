@@ -133,6 +133,14 @@ class TestCaches:
         cache.reset()
         assert torch.equal(model.generate(ids, past_key_values=cache, **how), want)
 
+    def test_a_chunked_prompt(self):
+        model = tiny(attention="tenfold")
+        ids, mask = padded([prompt(1, n, seed=n) for n in (50, 33)])
+        how = {"attention_mask": mask, "max_new_tokens": 5, "disable_compile": True, **GREEDY}
+        want = model.generate(ids, **how)
+        for more in ({}, {"cache_implementation": "static"}):
+            assert torch.equal(model.generate(ids, prefill_chunk_size=20, **more, **how), want)
+
     def test_early_initialization(self):
         cache = DhaStaticCache(tiny().config, max_cache_len=20)
         cache.early_initialization(3, None, DIM, torch.bfloat16, "cpu")

@@ -210,12 +210,9 @@ def attention_forward(
     if mask is None and steps and causal and query.shape[2] <= key.shape[2]:
         lens = torch.full((query.shape[0],), key.shape[2], dtype=torch.int32, device=query.device)
         mask = _spans(torch.zeros_like(lens), lens)
-    if (
-        steps
-        and mask is not None
-        and mask.dtype == torch.int32
-        and not _needs_grad(query, key, value)
-    ):
+    spans = mask is not None and mask.dtype == torch.int32
+    if steps and spans and not _needs_grad(query, key, value):
+        assert mask is not None
         how |= {"window_left": _window(mask, window), "kv_start": mask[:, 0, 0, 0]}
         out, _ = ops.dha_decode(query, key, value, kmap, vmap, mask[:, 0, 0, 1], **how)
         return out.transpose(1, 2), None
