@@ -1,0 +1,206 @@
+// The shared pieces of the CPU attention kernels. For ISA sources.
+//
+// Lanes hold query rows. A tile is kTileRows rows; all that depends on a row (q^T, logits, weights,
+// out^T) is stored transposed, [anything][kTileRows], so that softmax is lane-wise arithmetic and
+// both matrix products are the same loop: vectors of rows times broadcast elements of packed
+// panels.
+//   panel: [depth][kPanel] 32-bit words, kPanel columns (keys, or dims of a value) side by side
+// A word is a float, or two neighbouring bf16 along the depth (Dot) for dot products.
+#pragma once
+
+#include "core/cpu/math.h"
+
+TENFOLD_ISA_BEGIN
+namespace {
+
+// Register blocking: kVecs * kCols sums + kVecs vectors of rows + a broadcast fit the register
+// file: 3 * 8 + 4 of 32 (AVX-512), 3 * 4 + 4 of 16 (AVX2).
+constexpr int kVecs = 3, kPanel = 8;
+#if defined(TENFOLD_ISA_AVX512)
+constexpr int kCols = 8;
+#else
+constexpr int kCols = 4;
+#endif
+constexpr int kTileRows = kVecs * kWidth;
+static_assert(kTileRows % 4 == 0 && kPanel % kCols == 0);
+
+inline int64_t round_up(int64_t x, int64_t m) {
+  return (x + m - 1) / m * m;
+}
+
+// acc[j][v] += sum_i panel[i][j] * rows[i][v]: the hot loop.
+template <int V, bool Dot>
+inline void multiply(const float* rows, const float* panel, int64_t depth, VF (&acc)[kCols][V]) {
+#pragma GCC unroll 2
+  for (int64_t i = 0; i < depth; ++i, rows += kTileRows, panel += kPanel) {
+    VF a[V];
+    for (int v = 0; v < V; ++v) a[v] = load(rows + v * kWidth);
+#pragma GCC unroll 8
+    for (int j = 0; j < kCols; ++j) {
+      const VF b = set1(panel[j]);
+      for (int v = 0; v < V; ++v) {
+#if defined(TENFOLD_ISA_BF16)
+        if constexpr (Dot) {
+          acc[j][v] = dot_bf16(acc[j][v], bits(a[v]), bits(b));
+          continue;
+        }
+#endif
+        acc[j][v] = fma(b, a[v], acc[j][v]);
+      }
+    }
+  }
+}
+
+// to[j][i] = from[i][j] for 8 x 8 words.
+#if defined(TENFOLD_ISA_AVX512) || defined(TENFOLD_ISA_AVX2)
+inline void transpose8(const float* from, int64_t pitch, float* to, int64_t to_pitch) {
+  __m256 r[8], s[8];
+  for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps(from + i * pitch);
+  for (int i = 0; i < 8; i += 2) {
+    s[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+    s[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4)
+    for (int k = 0; k < 2; ++k) {
+      r[i + 2 * k] = _mm256_shuffle_ps(s[i + k], s[i + k + 2], 0x44);
+      r[i + 2 * k + 1] = _mm256_shuffle_ps(s[i + k], s[i + k + 2], 0xEE);
+    }
+  for (int i = 0; i < 4; ++i) {
+    _mm256_storeu_ps(to + i * to_pitch, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
+    _mm256_storeu_ps(to + (i + 4) * to_pitch, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
+  }
+}
+#else
+inline void transpose8(const float* from, int64_t pitch, float* to, int64_t to_pitch) {
+  uint32_t word;
+  for (int i = 0; i < 8; ++i)
+    for (int j = 0; j < 8; ++j) {
+      __builtin_memcpy(&word, from + i * pitch + j, 4);
+      __builtin_memcpy(to + j * to_pitch + i, &word, 4);
+    }
+}
+#endif
+
+// A row of n elements as floats, zero-padded to a multiple of 8.
+template <class T>
+inline void row_to_float(const T* from, int64_t n, float scale, float* to) {
+  const VF s = set1(scale);
+  int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) store(to + i, load(from + i) * s);
+  for (; i < n; i += kWidth) {
+    const int left = static_cast<int>(n - i < kWidth ? n - i : kWidth);
+    store_n(to + i, load_n(from + i, left) * s, left);
+  }
+  for (i = n; i % 8 != 0; ++i) to[i] = 0.0f;
+}
+
+// The same as pairs of bf16: words of two neighbours.
+inline void row_to_pairs(const bf16_t* from, int64_t n, float* to) {
+  __builtin_memcpy(to, from, static_cast<uint64_t>(n) * 2);
+  auto* half = reinterpret_cast<bf16_t*>(to);
+  for (int64_t i = n; i % 16 != 0; ++i) half[i] = bf16_t{0};
+}
+
+// Words along the depth of the first product.
+template <bool Dot>
+inline int64_t words(int64_t dim) {
+  return Dot ? (dim + 1) / 2 : dim;
+}
+
+template <class T, bool Dot>
+inline void row_to_words(const T* from, int64_t n, float scale, float* to) {
+  if constexpr (Dot) {
+    row_to_pairs(from, n, to);
+  } else {
+    row_to_float(from, n, scale, to);
+  }
+}
+
+// Rows [0, n) of `dim` elements -> panels of 8 rows [panel][words][kPanel]; the last is padded with
+// zeros. `staged`: room for 8 rows of round_up(words, 8).
+template <class T, bool Dot>
+void pack_panels(const T* from, int64_t stride, int64_t n, int64_t dim, float* staged, float* to) {
+  const int64_t depth = words<Dot>(dim), pitch = round_up(depth, 8);
+  float spare[64];
+  for (int64_t j = 0; j < n; j += 8, to += depth * kPanel) {
+    for (int64_t i = 0; i < 8; ++i) {
+      if (j + i < n) {
+        row_to_words<T, Dot>(from + (j + i) * stride, dim, 1.0f, staged + i * pitch);
+      } else {
+        for (int64_t d = 0; d < pitch; ++d) staged[i * pitch + d] = 0.0f;
+      }
+    }
+    int64_t d = 0;
+    for (; d + 8 <= depth; d += 8) transpose8(staged + d, pitch, to + d * kPanel, kPanel);
+    if (d == depth) continue;
+    transpose8(staged + d, pitch, spare, 8);
+    __builtin_memcpy(to + d * kPanel, spare, static_cast<uint64_t>(depth - d) * kPanel * 4);
+  }
+}
+
+// Rows [0, n) -> panels of 8 of their elements, the depth along the rows: [element / 8][rows or
+// pairs of rows][kPanel]; `depth` words each, of which those past n are zeros.
+template <class T>
+void pack_columns(const T* from, int64_t stride, int64_t n, int64_t dim, int64_t depth,
+                  float* staged, float* to) {
+  for (int64_t j = 0; j < depth; ++j) {
+    if (j < n) {
+      row_to_float(from + j * stride, dim, 1.0f, staged);
+    } else if (j == n) {
+      for (int64_t d = 0; d < round_up(dim, 8); ++d) staged[d] = 0.0f;
+    }
+    for (int64_t d = 0; d < dim; d += 8)
+      __builtin_memcpy(to + d * depth + j * kPanel, staged + d, kPanel * 4);
+  }
+}
+
+#if defined(TENFOLD_ISA_BF16)
+inline void pack_column_pairs(const bf16_t* from, int64_t stride, int64_t n, int64_t dim,
+                              int64_t depth, float* staged, float* to) {
+  const int64_t pitch = round_up(dim, 16) / 2;
+  for (int64_t j = 0; j < depth; ++j) {
+    for (int64_t i = 0; i < 2; ++i) {
+      if (2 * j + i < n) {
+        row_to_pairs(from + (2 * j + i) * stride, dim, staged + i * pitch);
+      } else {
+        for (int64_t d = 0; d < pitch; ++d) staged[i * pitch + d] = 0.0f;
+      }
+    }
+    for (int64_t d = 0; d < dim; d += 8) {
+      const auto* a = reinterpret_cast<const __m128i*>(staged + d / 2);
+      const auto* b = reinterpret_cast<const __m128i*>(staged + pitch + d / 2);
+      const __m128i x = _mm_loadu_si128(a), y = _mm_loadu_si128(b);
+      auto* out = reinterpret_cast<__m128i*>(to + d * depth + j * kPanel);
+      _mm_storeu_si128(out, _mm_unpacklo_epi16(x, y));
+      _mm_storeu_si128(out + 1, _mm_unpackhi_epi16(x, y));
+    }
+  }
+}
+#endif
+
+// Rows of a tile, one pointer each (null: zeros) -> [words][kTileRows].
+template <class T, bool Dot>
+void pack_rows(const T* const (&row)[kTileRows], int64_t dim, float scale, float* staged,
+               float* to) {
+  const int64_t depth = words<Dot>(dim), pitch = round_up(depth, 8);
+  float spare[64];
+  for (int r = 0; r < kTileRows; r += 8) {
+    const int n = kTileRows - r < 8 ? kTileRows - r : 8;
+    for (int i = 0; i < 8; ++i) {
+      if (i < n && row[r + i] != nullptr) {
+        row_to_words<T, Dot>(row[r + i], dim, scale, staged + i * pitch);
+      } else {
+        for (int64_t d = 0; d < pitch; ++d) staged[i * pitch + d] = 0.0f;
+      }
+    }
+    for (int64_t d = 0; d < depth; d += 8) {
+      transpose8(staged + d, pitch, spare, 8);
+      const int64_t count = depth - d < 8 ? depth - d : 8;
+      for (int64_t i = 0; i < count; ++i)
+        __builtin_memcpy(to + (d + i) * kTileRows + r, spare + i * 8, static_cast<uint64_t>(n) * 4);
+    }
+  }
+}
+
+}  // namespace
+TENFOLD_ISA_END

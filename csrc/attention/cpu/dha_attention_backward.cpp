@@ -1,0 +1,365 @@
+// CPU registration of dha_attention_backward: tensors -> parameters, tasks over threads, sums over
+// the heads that share a key or value head.
+//
+// A task is one query head of one sequence, or some of its rows. Its shares of dk and dv are
+// float32 rows of its own; tasks run in waves, and after each wave its shares are added up in the
+// order of the tasks. So the result depends neither on the threads nor on the size of a wave, and
+// the memory is that of one wave.
+#include "attention/cpu/dha_attention_backward.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <numeric>
+#include <vector>
+
+#include "attention/prefill_ops.h"
+#include "core/dispatch.h"
+#include "core/parallel.h"
+#include "core/scratch.h"
+#include "core/tensor.h"
+
+namespace tenfold::cpu {
+namespace {
+
+constexpr auto kOp = "dha_attention_backward";
+
+std::vector<int32_t> read_map(const char* arg, const Tensor& map, int64_t heads) {
+  const auto given = read_ints<int64_t>(map);
+  for (size_t h = 0; h < given.size(); ++h)
+    TENFOLD_CHECK_VALUE(given[h] >= 0 && given[h] < heads, "tenfold::", kOp, ": ", arg, "[", h,
+                        "] must be a head in [0, ", heads, "), got ", given[h]);
+  return {given.begin(), given.end()};
+}
+
+// First rows of the sequences; dense batches: 0 for all (their batch stride says where they are).
+std::vector<int64_t> read_cu_seqlens(const char* arg, const Tensor& cu, int64_t rows) {
+  const auto given = read_ints<int64_t>(cu);
+  TENFOLD_CHECK_VALUE(given[0] == 0, "tenfold::", kOp, ": ", arg, " must start with 0, got ",
+                      given[0]);
+  for (size_t b = 1; b < given.size(); ++b)
+    TENFOLD_CHECK_VALUE(given[b] >= given[b - 1], "tenfold::", kOp, ": ", arg,
+                        " must not decrease, got ", given[b - 1], " before ", given[b]);
+  TENFOLD_CHECK_VALUE(given.back() <= rows, "tenfold::", kOp, ": ", arg, " must end by ", rows,
+                      " (the rows), got ", given.back());
+  return given;
+}
+
+struct Sequence {
+  int64_t q_first, num_queries, k_first, num_keys;
+};
+
+struct Work {
+  AttentionBackward p;
+  std::vector<Sequence> sequences;
+  std::vector<AttentionBackwardTask> tasks;  // ordered by sequence, then key head
+};
+
+KeyRange keys_of_rows(const AttentionParams& p, const Sequence& s, int64_t begin, int64_t end) {
+  const auto first = visible_keys(p.mask, begin, s.num_queries, s.num_keys).first;
+  const auto last = visible_keys(p.mask, end - 1, s.num_queries, s.num_keys).last;
+  const auto block = first / kBackwardBlock * kBackwardBlock;
+  return last > first ? KeyRange{block, last} : KeyRange{0, 0};
+}
+
+// Where the rows of a head are cut into tasks of equal work: by the sequence's own shape alone, so
+// that results depend on nothing else.
+constexpr int64_t kWantedTasks = 32, kLeastRows = 2 * kBackwardBlock;
+
+std::vector<int64_t> cut_rows(const AttentionParams& p, const Sequence& s) {
+  const int64_t wanted = (kWantedTasks + p.q_heads - 1) / p.q_heads;
+  const int64_t parts = std::max<int64_t>(1, std::min(wanted, s.num_queries / kLeastRows));
+  std::vector<int64_t> cuts{0};
+  if (parts > 1) {
+    constexpr int64_t kStep = kBackwardBlock / 2;
+    std::vector<double> work{0.0};
+    for (int64_t row = 0; row < s.num_queries; row += kStep) {
+      const auto k = visible_keys(p.mask, row, s.num_queries, s.num_keys);
+      work.push_back(work.back() + static_cast<double>(std::max<int64_t>(k.last - k.first, 0)) + 1);
+    }
+    for (int64_t i = 1; i < parts; ++i) {
+      const auto at = std::lower_bound(work.begin(), work.end(), work.back() * i / parts);
+      const int64_t row = (at - work.begin()) * kStep;
+      if (row > cuts.back() && row < s.num_queries) cuts.push_back(row);
+    }
+  }
+  cuts.push_back(s.num_queries);
+  return cuts;
+}
+
+void make_tasks(Work& w) {
+  std::vector<int64_t> heads(w.p.q_heads);  // heads that share a key head follow each other
+  std::iota(heads.begin(), heads.end(), 0);
+  std::stable_sort(heads.begin(), heads.end(),
+                   [&](int64_t a, int64_t b) { return w.p.kmap[a] < w.p.kmap[b]; });
+  for (size_t b = 0; b < w.sequences.size(); ++b) {
+    const Sequence& s = w.sequences[b];
+    if (s.num_queries == 0) continue;
+    const auto cuts = cut_rows(w.p, s);
+    for (const int64_t head : heads)
+      for (size_t i = 0; i + 1 < cuts.size(); ++i) {
+        const auto keys = keys_of_rows(w.p, s, cuts[i], cuts[i + 1]);
+        AttentionBackwardTask t{};
+        t.batch = static_cast<int64_t>(b), t.head = head;
+        t.q_first = s.q_first, t.k_first = s.k_first;
+        t.num_queries = s.num_queries, t.num_keys = s.num_keys;
+        t.row_begin = cuts[i], t.row_end = cuts[i + 1];
+        t.key_begin = keys.first, t.key_end = keys.last;
+        w.tasks.push_back(t);
+      }
+  }
+}
+
+double work_of(const AttentionParams& p, const AttentionBackwardTask& t) {
+  double pairs = 0;
+  for (int64_t row = t.row_begin; row < t.row_end; row += kBackwardBlock) {
+    const auto k = visible_keys(p.mask, row, t.num_queries, t.num_keys);
+    pairs += static_cast<double>(std::max<int64_t>(k.last - k.first, 1) * kBackwardBlock);
+  }
+  return pairs * static_cast<double>(3 * p.head_dim + 2 * p.value_dim);
+}
+
+int64_t share_floats(const AttentionParams& p, const AttentionBackwardTask& t) {
+  const int64_t rows = (t.key_end - t.key_begin + kBackwardBlock - 1) / kBackwardBlock;
+  return rows * kBackwardBlock * (backward_pitch(p.head_dim) + backward_pitch(p.value_dim));
+}
+
+// Runs tasks [begin, end), the largest first; threads take the next one as they finish.
+void run_tasks(Isa isa, const Work& w, int64_t begin, int64_t end) {
+  std::vector<int64_t> order(end - begin);
+  std::iota(order.begin(), order.end(), begin);
+  std::vector<double> work(end - begin);
+  for (int64_t i = begin; i < end; ++i) work[i - begin] = work_of(w.p, w.tasks[i]);
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int64_t a, int64_t b) { return work[a - begin] > work[b - begin]; });
+  const double micros = std::accumulate(work.begin(), work.end(), 0.0) * 2e-5;
+  const auto threads = std::min<int64_t>(torch::stable::get_num_threads(), end - begin);
+  const int64_t bytes = TENFOLD_ISA_CALL_AS(isa, attention_backward_scratch, w.p);
+  std::atomic<int64_t> next{0};
+  parallel_for(threads, micros / static_cast<double>(threads), [&](int64_t, int64_t) {
+    const Scratch scratch(bytes);
+    for (int64_t i = next++; i < end - begin; i = next++) {
+      AttentionBackwardTask t = w.tasks[order[i]];
+      t.scratch = scratch.data();
+      TENFOLD_ISA_CALL_AS(isa, attention_backward_task, w.p, t);
+    }
+  });
+}
+
+// One of dk and dv.
+struct Gradient {
+  void* out;
+  RowLayout at;
+  int64_t heads, dim;
+  float scale;
+  const int32_t* map;
+  float* AttentionBackwardTask::* share;
+  std::vector<int64_t> last;  // [sequences * heads]: the last task that adds to it, -1 if none
+  std::vector<bool> begun;    // [sequences * heads]: an earlier wave has added to it
+  float* acc = nullptr;       // sums of half-precision heads between waves, laid out as `out`
+
+  int64_t index(const AttentionBackwardTask& t) const { return t.batch * heads + map[t.head]; }
+};
+
+Gradient make_gradient(const Work& w, void* out, const RowLayout& at, int64_t heads, int64_t dim,
+                       float scale, const int32_t* map, float* AttentionBackwardTask::* share) {
+  Gradient g{out, at, heads, dim, scale, map, share, {}, {}};
+  g.last.assign(w.sequences.size() * heads, -1);
+  g.begun.assign(w.sequences.size() * heads, false);
+  for (size_t i = 0; i < w.tasks.size(); ++i) g.last[g.index(w.tasks[i])] = static_cast<int64_t>(i);
+  return g;
+}
+
+constexpr int64_t kSumRows = 64;
+
+// Sums of some heads, cut into pieces of kSumRows rows.
+struct Sums {
+  std::vector<GradientSum> heads;
+  std::vector<std::vector<GradientShare>> shares;
+  std::vector<std::pair<int64_t, int64_t>> pieces;  // head, first row
+  std::vector<int64_t> num_keys;
+
+  void add(const Work& w, Gradient& g, int64_t index, std::vector<GradientShare> of_wave,
+           bool final) {
+    const Sequence& s = w.sequences[index / g.heads];
+    const int64_t row0 =
+        index / g.heads * g.at.batch + index % g.heads * g.at.head + s.k_first * g.at.row;
+    GradientSum sum{};
+    sum.pitch = backward_pitch(g.dim), sum.dim = g.dim, sum.scale = g.scale;
+    sum.out = static_cast<char*>(g.out) + row0 * dtype_size(w.p.dtype);
+    sum.out_row = g.at.row, sum.dtype = w.p.dtype;
+    // float32 gradients hold their own sums.
+    float* const acc = w.p.dtype == Dtype::f32 ? static_cast<float*>(sum.out) : g.acc + row0;
+    sum.acc_row = g.at.row;
+    sum.acc_in = g.begun[index] ? acc : nullptr;
+    sum.acc_out = final ? nullptr : acc;
+    g.begun[index] = true;
+    for (int64_t row = 0; row < s.num_keys; row += kSumRows)
+      pieces.emplace_back(static_cast<int64_t>(heads.size()), row);
+    heads.push_back(sum), shares.push_back(std::move(of_wave)), num_keys.push_back(s.num_keys);
+  }
+
+  void run(Isa isa) const {
+    if (pieces.empty()) return;
+    const double reads = 2.0 + static_cast<double>(shares.back().size());
+    const double micros = 1e-4 * kSumRows * static_cast<double>(heads.back().dim) * reads;
+    parallel_for(static_cast<int64_t>(pieces.size()), micros, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const auto [head, row] = pieces[i];
+        GradientSum sum = heads[head];
+        sum.shares = shares[head].data(),
+        sum.num_shares = static_cast<int64_t>(shares[head].size());
+        sum.row_begin = row, sum.row_end = std::min(row + kSumRows, num_keys[head]);
+        TENFOLD_ISA_CALL_AS(isa, sum_gradient, sum);
+      }
+    });
+  }
+};
+
+// Adds up what the tasks [begin, end) have left, head by head in the order of the tasks.
+void sum_wave(Isa isa, const Work& w, std::initializer_list<Gradient*> gradients, int64_t begin,
+              int64_t end) {
+  Sums sums;
+  for (Gradient* g : gradients) {
+    std::vector<std::pair<int64_t, int64_t>> order;  // head, task
+    for (int64_t i = begin; i < end; ++i) order.emplace_back(g->index(w.tasks[i]), i);
+    std::sort(order.begin(), order.end());
+    for (size_t i = 0; i < order.size();) {
+      const int64_t index = order[i].first;
+      std::vector<GradientShare> shares;
+      for (; i < order.size() && order[i].first == index; ++i) {
+        const AttentionBackwardTask& t = w.tasks[order[i].second];
+        shares.push_back({t.*(g->share), t.key_begin, t.key_end});
+      }
+      sums.add(w, *g, index, std::move(shares), g->last[index] < end);
+    }
+  }
+  sums.run(isa);
+}
+
+void clear_unused(Isa isa, const Work& w, std::initializer_list<Gradient*> gradients) {
+  Sums sums;
+  for (Gradient* g : gradients)
+    for (size_t i = 0; i < g->last.size(); ++i)
+      if (g->last[i] < 0) sums.add(w, *g, static_cast<int64_t>(i), {}, true);
+  sums.run(isa);
+}
+
+// Ends of the waves: as many tasks as fit into kWaveFloats of shares, but one for every thread.
+constexpr int64_t kWaveFloats = int64_t{8} << 20;
+
+std::vector<int64_t> make_waves(const Work& w, int64_t* most_floats) {
+  const int64_t threads = torch::stable::get_num_threads();
+  const auto num_tasks = static_cast<int64_t>(w.tasks.size());
+  std::vector<int64_t> ends;
+  *most_floats = 0;
+  for (int64_t begin = 0; begin < num_tasks;) {
+    int64_t end = begin, floats = 0;
+    while (end < num_tasks) {
+      const int64_t more = share_floats(w.p, w.tasks[end]);
+      if (end - begin >= threads && floats + more > kWaveFloats) break;
+      floats += more, ++end;
+    }
+    if (end < num_tasks) end -= (end - begin) % threads;  // no thread is left over
+    *most_floats = std::max(*most_floats, floats);
+    ends.push_back(begin = end);
+  }
+  return ends;
+}
+
+void run(Work& w, const Tensor& dk, const Tensor& dv) {
+  const Isa isa = active_isa();
+  const AttentionBackward& p = w.p;
+  Gradient k = make_gradient(w, p.dk, p.dk_at, p.k_heads, p.head_dim, p.scale, p.kmap,
+                             &AttentionBackwardTask::dk);
+  Gradient v = make_gradient(w, p.dv, p.dv_at, p.v_heads, p.value_dim, 1.0f, p.vmap,
+                             &AttentionBackwardTask::dv);
+  clear_unused(isa, w, {&k, &v});
+  int64_t floats;
+  const auto waves = make_waves(w, &floats);
+  if (waves.empty()) return;
+  const Tensor shares = new_output(dk, {floats}, ScalarType::Float);
+  Tensor k_acc, v_acc;
+  if (waves.size() > 1 && p.dtype != Dtype::f32) {
+    k_acc = new_output(dk, {dk.numel()}, ScalarType::Float);
+    v_acc = new_output(dk, {dv.numel()}, ScalarType::Float);
+    k.acc = data_as<float>(k_acc), v.acc = data_as<float>(v_acc);
+  }
+  int64_t begin = 0;
+  for (const int64_t end : waves) {
+    auto* at = data_as<float>(shares);
+    for (int64_t i = begin; i < end; ++i) {
+      AttentionBackwardTask& t = w.tasks[i];
+      const int64_t all = share_floats(p, t);
+      const int64_t k_pitch = backward_pitch(p.head_dim), v_pitch = backward_pitch(p.value_dim);
+      t.dk = at, t.dv = at + all / (k_pitch + v_pitch) * k_pitch;
+      at += all;
+    }
+    run_tasks(isa, w, begin, end);
+    sum_wave(isa, w, {&k, &v}, begin, end);
+    begin = end;
+  }
+}
+
+// Rows of a packed batch that belong to no sequence.
+void clear_rows(const Tensor& t, int64_t first) {
+  const int64_t row = t.sizes()[1] * t.sizes()[2] * t.element_size();
+  const int64_t rows = t.sizes()[0] - first;
+  if (rows > 0 && row > 0)
+    std::memset(static_cast<char*>(t.data_ptr()) + first * row, 0, static_cast<size_t>(rows * row));
+}
+
+std::tuple<Tensor, Tensor, Tensor> dha_attention_backward(
+    Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor kmap, Tensor vmap,
+    std::optional<double> scale, bool causal, int64_t window_left, OptTensor cu_seqlens_q,
+    OptTensor cu_seqlens_k, int64_t max_q, int64_t max_k, OptTensor attn_bias, double softcap,
+    int64_t window_right, OptTensor dlse, bool /*deterministic: always*/) {
+  const AttentionArgs args{scale,        causal, window_left, window_right, cu_seqlens_q,
+                           cu_seqlens_k, max_q,  max_k,       attn_bias,    softcap};
+  check_attention(kOp, q, k, v, kmap, vmap, args);
+  const bool varlen = cu_seqlens_q.has_value();
+  check_attention_backward(dout, q, v, out, lse, dlse, varlen);
+  const auto k_heads = read_map("kmap", kmap, k.sizes()[1]);
+  const auto v_heads = read_map("vmap", vmap, v.sizes()[1]);
+  const Tensor rows[] = {with_contiguous_rows(q), with_contiguous_rows(k), with_contiguous_rows(v),
+                         with_contiguous_rows(out), with_contiguous_rows(dout)};
+  const Tensor lse_rows = torch::stable::contiguous(lse);
+  const Tensor dlse_rows = dlse ? torch::stable::contiguous(*dlse) : Tensor();
+  Work w;
+  AttentionBackward& p = w.p;
+  static_cast<AttentionParams&>(p) = attention_params(rows[0], rows[1], rows[2], args);
+  p.kmap = k_heads.data(), p.vmap = v_heads.data();
+  if (varlen) {
+    const auto cu_q = read_cu_seqlens("cu_seqlens_q", *cu_seqlens_q, q.sizes()[0]);
+    const auto cu_k = read_cu_seqlens("cu_seqlens_k", *cu_seqlens_k, k.sizes()[0]);
+    for (int64_t b = 0; b < p.batch; ++b)
+      w.sequences.push_back({cu_q[b], cu_q[b + 1] - cu_q[b], cu_k[b], cu_k[b + 1] - cu_k[b]});
+  } else {
+    w.sequences.assign(p.batch, {0, p.max_q, 0, p.max_k});
+  }
+  const Tensor dq = new_like_rows(q, p.head_dim), dk = new_like_rows(k, p.head_dim);
+  const Tensor dv = new_like_rows(v, p.value_dim);
+  p.out = rows[3].data_ptr(), p.out_at = row_layout(rows[3]);
+  p.dout = rows[4].data_ptr(), p.dout_at = row_layout(rows[4]);
+  p.lse = data_as<float>(lse_rows), p.dlse = dlse ? data_as<float>(dlse_rows) : nullptr;
+  p.dq = dq.data_ptr(), p.dk = dk.data_ptr(), p.dv = dv.data_ptr();
+  p.dq_at = row_layout(dq), p.dk_at = row_layout(dk), p.dv_at = row_layout(dv);
+  if (varlen) {
+    const Sequence end = w.sequences.empty() ? Sequence{} : w.sequences.back();
+    clear_rows(dq, end.q_first + end.num_queries);
+    clear_rows(dk, end.k_first + end.num_keys);
+    clear_rows(dv, end.k_first + end.num_keys);
+  }
+  make_tasks(w);
+  run(w, dk, dv);
+  return {dq, dk, dv};
+}
+
+}  // namespace
+}  // namespace tenfold::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(tenfold, CPU, m) {
+  m.impl("dha_attention_backward", TORCH_BOX(&tenfold::cpu::dha_attention_backward));
+}

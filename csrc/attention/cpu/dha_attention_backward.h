@@ -1,0 +1,56 @@
+// Between the registration and the ISA kernel of dha_attention_backward.
+#pragma once
+
+#include <cstdint>
+
+#include "attention/dha_attention.h"
+#include "core/cpu/isa.h"
+
+namespace tenfold {
+
+// Queries and keys of a tile; blocks of keys start at multiples of it. A multiple of the register
+// blocks of every ISA (12, 6, 4 rows; 32, 16, 8 lanes).
+constexpr int kBackwardBlock = 96;
+
+// Some query rows of one (sequence, query head): dq of these rows is written, their shares of dk
+// and dv go to memory of their own, so that tasks need not wait for each other.
+struct AttentionBackwardTask {
+  int64_t batch, head;
+  int64_t q_first, k_first;       // packed batches: first rows of the sequence; dense: 0
+  int64_t num_queries, num_keys;  // of the sequence
+  int64_t row_begin, row_end;     // queries of this task
+  int64_t key_begin, key_end;     // what they see; key_begin is a multiple of kBackwardBlock
+  float *dk, *dv;                 // [key_end - key_begin, pitch of D or DV] unscaled, whole blocks
+  void* scratch;                  // attention_backward_scratch bytes, 64-byte aligned
+};
+
+// Floats of a row of a share of dk or dv.
+constexpr int64_t backward_pitch(int64_t dim) {
+  return (dim + 15) / 16 * 16;
+}
+
+// A task's share of a head's gradient: keys [first, last).
+struct GradientShare {
+  const float* rows;
+  int64_t first, last;
+};
+
+// Rows [row_begin, row_end) of one head's dk or dv: scale * (sum of acc and the shares, in order).
+struct GradientSum {
+  const GradientShare* shares;
+  int64_t num_shares, pitch, dim, row_begin, row_end;
+  float scale;
+  const float* acc_in;  // sum of earlier shares, or null
+  float* acc_out;       // where more shares will follow: the sum, unscaled; else null
+  int64_t acc_row;
+  void* out;  // used where acc_out is null
+  int64_t out_row;
+  Dtype dtype;
+};
+
+TENFOLD_ISA_DECLARE(void attention_backward_task(const AttentionBackward& p,
+                                                 const AttentionBackwardTask& t))
+TENFOLD_ISA_DECLARE(int64_t attention_backward_scratch(const AttentionBackward& p))
+TENFOLD_ISA_DECLARE(void sum_gradient(const GradientSum& s))
+
+}  // namespace tenfold

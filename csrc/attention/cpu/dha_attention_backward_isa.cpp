@@ -1,0 +1,403 @@
+// CPU kernel of dha_attention_backward: five products per tile, nothing of size Sq x Sk.
+//
+//   P = exp(logit - lse), dP = dO V^T, dS = P * (dP - delta + dlse), delta_i = dO_i . O_i
+//   dV += P^T dO, dK += dS^T Q, dQ += dS K
+//
+// A task has one query head and some of its rows, kChunk at a time. For each block of keys that the
+// chunk sees: k^T, v^T and k are packed; for each block of its queries P and dS of the tile are
+// made in registers, kRows queries x kLanes keys, and stored once; then the three sums are added
+// to. dQ of the chunk stays in this task's memory, dK and dV of the task in float32 rows that
+// sum_gradient adds up over the heads that share them, so no product is computed twice (with one
+// owner for each of dQ, dK and dV it would be eight products, not five).
+// What causal masks and windows hide is left out in units of the register blocks.
+#include "attention/cpu/dha_attention_backward_stage.h"
+
+TENFOLD_ISA_BEGIN
+namespace {
+
+constexpr float kInf = __builtin_inff();
+
+// A tile: queries [i0, i0 + rows) of the sequence, which are rows [at, at + rows) of the chunk, and
+// keys [j0, j0 + keys).
+struct Tile {
+  int64_t i0, at, rows, j0, keys;
+};
+
+struct Range {
+  int64_t first, last;
+};
+
+inline Range clamp(int64_t first, int64_t last, int64_t lo, int64_t hi) {
+  first = first < lo ? lo : first, last = last > hi ? hi : last;
+  return last > first ? Range{first, last} : Range{0, 0};
+}
+
+template <class T, class M>
+class Task {
+  using Word = typename M::Word;
+
+ public:
+  Task(const AttentionBackward& p, const AttentionBackwardTask& t) : p_(p), t_(t) {
+    lay_out(p, static_cast<uint32_t*>(t.scratch), &o_);
+    const int64_t k_head = p.kmap[t.head], v_head = p.vmap[t.head];
+    q_ = at(p.q, p.q_at, t.head, t.q_first), k_ = at(p.k, p.k_at, k_head, t.k_first);
+    v_ = at(p.v, p.v_at, v_head, t.k_first), out_ = at(p.out, p.out_at, t.head, t.q_first);
+    dout_ = at(p.dout, p.dout_at, t.head, t.q_first);
+    dq_ = const_cast<T*>(at(p.dq, p.dq_at, t.head, t.q_first));
+    lse_ = t.batch * p.lse_batch + t.head * p.lse_head + t.q_first;
+    offset_ = t.num_keys - t.num_queries;
+    depth_ = (p.head_dim + M::kDepth - 1) / M::kDepth;
+    value_depth_ = (p.value_dim + M::kDepth - 1) / M::kDepth;
+  }
+
+  void run() {
+    const int64_t pitch = backward_pitch(p_.head_dim), value_pitch = backward_pitch(p_.value_dim);
+    clear_words(t_.dk, (t_.key_end - t_.key_begin) * pitch);
+    clear_words(t_.dv, (t_.key_end - t_.key_begin) * value_pitch);
+    for (int64_t row = t_.row_begin; row < t_.row_end; row += kChunk) {
+      const int64_t rows = t_.row_end - row < kChunk ? t_.row_end - row : kChunk;
+      stage_chunk(row, rows);
+      const int64_t lo = seen(row).first / kBlock * kBlock, hi = seen(row + rows - 1).last;
+      for (int64_t j = lo; j < hi; j += kBlock) {
+        const int64_t keys = hi - j < kBlock ? hi - j : kBlock;
+        stage_keys(j, keys);
+        for (int64_t at = 0; at < rows; at += kBlock) {
+          const Tile tile{row + at, at, rows - at < kBlock ? rows - at : kBlock, j, keys};
+          if (seen(tile.i0 + tile.rows - 1).last <= j || seen(tile.i0).first >= j + keys) continue;
+          make_tile(tile);
+          add_tile(tile);
+        }
+      }
+      write_queries(row, rows);
+    }
+  }
+
+ private:
+  const T* at(const void* data, const RowLayout& l, int64_t head, int64_t row) const {
+    return static_cast<const T*>(data) + t_.batch * l.batch + head * l.head + row * l.row;
+  }
+
+  KeyRange seen(int64_t row) const {
+    return visible_keys(p_.mask, row, t_.num_queries, t_.num_keys);
+  }
+
+  // Rows of the tile that see any of the keys [first, last), and keys that any of its rows
+  // [first, last) sees; both relative to the tile.
+  Range rows_that_see(const Tile& tile, int64_t first, int64_t last) const {
+    return clamp(first - p_.mask.right - offset_ - tile.i0, last + p_.mask.left - offset_ - tile.i0,
+                 0, tile.rows);
+  }
+  Range keys_seen(const Tile& tile, int64_t first, int64_t last) const {
+    return clamp(seen(tile.i0 + first).first - tile.j0, seen(tile.i0 + last - 1).last - tile.j0, 0,
+                 tile.keys);
+  }
+
+  void stage_chunk(int64_t row, int64_t rows) {
+    const int64_t padded = round_up(rows, kRows);
+    stage_rows(q_ + row * p_.q_at.row, p_.q_at.row, rows, padded, p_.head_dim, o_.q, o_.d_pitch,
+               o_.q_rows, o_.rows_pitch);
+    stage_rows(dout_ + row * p_.dout_at.row, p_.dout_at.row, rows, padded, p_.value_dim, o_.dout,
+               o_.dv_pitch, o_.dout_rows, o_.rows_dv_pitch);
+    clear_words(o_.dq, padded * o_.rows_pitch);
+    for (int64_t r = 0; r < padded; ++r) {
+      // exp2(x - inf) = 0: rows that see nothing, and those past the end.
+      o_.lse2[r] = kInf, o_.delta[r] = 0.0f;
+      if (r >= rows) continue;
+      const float lse = p_.lse[lse_ + row + r];
+      if (lse != -kInf) o_.lse2[r] = lse * kLog2e;
+      o_.delta[r] = row_dot(dout_ + (row + r) * p_.dout_at.row, out_ + (row + r) * p_.out_at.row);
+      if (p_.dlse != nullptr) o_.delta[r] -= p_.dlse[lse_ + row + r];
+    }
+  }
+
+  float row_dot(const T* a, const T* b) const {
+    VF sum = set1(0.0f);
+    int64_t d = 0;
+    for (; d + kWidth <= p_.value_dim; d += kWidth) sum = fma(load(a + d), load(b + d), sum);
+    const int n = static_cast<int>(p_.value_dim - d);
+    if (n > 0) sum = fma(load_n(a + d, n), load_n(b + d, n), sum);
+    return hsum(sum);
+  }
+
+  void stage_keys(int64_t j, int64_t keys) {
+    const T *k = k_ + j * p_.k_at.row, *v = v_ + j * p_.v_at.row;
+    if constexpr (M::kDepth == 1) {
+      const int64_t pitch = o_.rows_pitch, value_pitch = o_.rows_dv_pitch;
+      stage_rows(v, p_.v_at.row, keys, keys, p_.value_dim, o_.k_rows, value_pitch, o_.k_rows, 0);
+      stage_panels(o_.k_rows, value_pitch, keys, p_.value_dim, o_.v_panels);
+      stage_rows(k, p_.k_at.row, keys, keys, p_.head_dim, o_.k_rows, pitch, o_.k_rows, 0);
+      stage_panels(o_.k_rows, pitch, keys, p_.head_dim, o_.k_panels);
+    } else {
+      stage_panels(v, p_.v_at.row, keys, p_.value_dim, o_.v_panels);
+      stage_panels(k, p_.k_at.row, keys, p_.head_dim, o_.k_panels);
+      stage_rows(k, p_.k_at.row, keys, keys, p_.head_dim, static_cast<Word*>(nullptr), 0, o_.k_rows,
+                 o_.rows_pitch);
+    }
+  }
+
+  // P and dS of a tile.
+  void make_tile(const Tile& tile) {
+    const bool plain = p_.bias.kind == BiasKind::none && !(p_.softcap > 0.0f);
+    for (int64_t j = 0; j < tile.keys; j += kLanes)
+      for (int64_t r = 0; r < tile.rows; r += kRows) {
+        const int64_t last = r + kRows < tile.rows ? r + kRows : tile.rows;
+        const Range any = keys_seen(tile, r, last);
+        if (any.first >= j + kLanes || any.last <= j) {
+          clear_block(r, j);
+        } else if (plain) {
+          make_block<true>(tile, r, j, last);
+        } else {
+          make_block<false>(tile, r, j, last);
+        }
+      }
+  }
+
+  void clear_block(int64_t r, int64_t j) {
+    VF zero[kRows][kVecs];
+    clear(zero);
+    put_columns(zero, o_.p, r, j);
+    put_columns(zero, o_.ds, r, j);
+    if constexpr (M::kDepth > 1) put_rows(zero, r, j);
+  }
+
+  // kRows queries x kLanes keys.
+  template <bool kPlain>
+  void make_block(const Tile& tile, int64_t r, int64_t j, int64_t last) {
+    alignas(64) float prob[kRows][kLanes], slope[kRows][kLanes];
+    VF acc[kRows][kVecs];
+    clear(acc);
+    multiply<M, Along::rows>(o_.q + (tile.at + r) * o_.d_pitch, o_.d_pitch,
+                             o_.k_panels + j * depth_, kLanes, depth_, acc);
+    const float* lse2 = o_.lse2 + tile.at + r;
+    if constexpr (!kPlain) {
+      shape_logits(tile, r, j, last, acc, slope);
+#pragma GCC unroll 16
+      for (int i = 0; i < kRows; ++i)
+        for (int v = 0; v < kVecs; ++v) acc[i][v] = exp2_below(acc[i][v] - set1(lse2[i]));
+    } else {
+      const VF to_log2 = set1(p_.scale * kLog2e);
+#pragma GCC unroll 16
+      for (int i = 0; i < kRows; ++i)
+        for (int v = 0; v < kVecs; ++v)
+          acc[i][v] = exp2_below(fma(acc[i][v], to_log2, set1(-lse2[i])));
+    }
+    const bool mask = needs_mask(tile, r, j, last);
+    if (mask) hide(tile, r, j, last, acc);
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i)
+      for (int v = 0; v < kVecs; ++v) store(prob[i] + v * kWidth, acc[i][v]);
+    put_columns(acc, o_.p, r, j);
+
+    clear(acc);
+    multiply<M, Along::rows>(o_.dout + (tile.at + r) * o_.dv_pitch, o_.dv_pitch,
+                             o_.v_panels + j * value_depth_, kLanes, value_depth_, acc);
+    const float* delta = o_.delta + tile.at + r;
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i)
+      for (int v = 0; v < kVecs; ++v) {
+        acc[i][v] = load(prob[i] + v * kWidth) * (acc[i][v] - set1(delta[i]));
+        if constexpr (!kPlain) acc[i][v] = acc[i][v] * load(slope[i] + v * kWidth);
+      }
+    if (mask) hide(tile, r, j, last, acc);  // 0 * NaN of a hidden value
+    put_columns(acc, o_.ds, r, j);
+    if constexpr (M::kDepth > 1) put_rows(acc, r, j);
+  }
+
+  // An lse that is not of these logits may lie below them: 2^128 is inf on every ISA, more is not.
+  static inline VF exp2_below(VF x) { return exp2(vmin(set1(128.0f), x)); }
+
+  // Logits in log2 units with softcap and bias; slope: derivative of the softcap, 1 without.
+  void shape_logits(const Tile& tile, int64_t r, int64_t j, int64_t last, VF (&acc)[kRows][kVecs],
+                    float (&slope)[kRows][kLanes]) const {
+    const float cap = p_.softcap;
+    for (int i = 0; i < kRows; ++i) {
+      float bias[kLanes];
+      read_bias(tile, r + i < last ? r + i : r, j, bias);
+      for (int v = 0; v < kVecs; ++v) {
+        VF x = acc[i][v] * set1(p_.scale), s = set1(1.0f);
+        if (cap > 0.0f) {
+          const VF t = tanh(x / set1(cap));
+          x = t * set1(cap);
+          s = set1(1.0f) - t * t;
+        }
+        acc[i][v] = (x + load(bias + v * kWidth)) * set1(kLog2e);
+        store(slope[i] + v * kWidth, s);
+      }
+    }
+  }
+
+  // Bias of row r of the tile at keys j..; 0 past the end.
+  void read_bias(const Tile& tile, int64_t r, int64_t j, float (&to)[kLanes]) const {
+    const AttentionBias& b = p_.bias;
+    const int64_t first =
+        t_.batch * b.batch + t_.head * b.head + (tile.i0 + r) * b.row + (tile.j0 + j) * b.key;
+    const int n = static_cast<int>(tile.keys - j < kLanes ? tile.keys - j : kLanes);
+    for (int i = n; i < kLanes; ++i) to[i] = 0.0f;
+    switch (b.kind) {
+      case BiasKind::none:
+        for (int i = 0; i < n; ++i) to[i] = 0.0f;
+        return;
+      case BiasKind::boolean:
+        for (int i = 0; i < n; ++i)
+          to[i] = static_cast<const uint8_t*>(b.data)[first + i * b.key] != 0 ? 0.0f : -kInf;
+        return;
+      case BiasKind::f32: return widen_bias(static_cast<const float*>(b.data) + first, n, to);
+      case BiasKind::bf16: return widen_bias(static_cast<const bf16_t*>(b.data) + first, n, to);
+      case BiasKind::f16: return widen_bias(static_cast<const fp16_t*>(b.data) + first, n, to);
+    }
+  }
+
+  template <class B>
+  void widen_bias(const B* from, int n, float (&to)[kLanes]) const {
+    if (p_.bias.key == 1 && n == kLanes) {
+      for (int v = 0; v < kVecs; ++v) store(to + v * kWidth, load(from + v * kWidth));
+      return;
+    }
+    for (int i = 0; i < n; ++i) store_n(to + i, load_n(from + i * p_.bias.key, 1), 1);
+  }
+
+  bool needs_mask(const Tile& tile, int64_t r, int64_t j, int64_t last) const {
+    return tile.keys - j < kLanes || seen(tile.i0 + last - 1).first > tile.j0 + j ||
+           seen(tile.i0 + r).last < tile.j0 + j + kLanes || p_.bias.kind == BiasKind::boolean;
+  }
+
+  // 0 where a key is hidden.
+  void hide(const Tile& tile, int64_t r, int64_t j, int64_t last, VF (&acc)[kRows][kVecs]) const {
+    for (int i = 0; i < kRows; ++i) {
+      const KeyRange range = seen(tile.i0 + (r + i < last ? r + i : r));
+      const Range lanes = clamp(range.first - tile.j0 - j, range.last - tile.j0 - j, 0,
+                                tile.keys - j < kLanes ? tile.keys - j : kLanes);
+      const auto first = static_cast<uint32_t>(lanes.first - 1);
+      const auto end = static_cast<uint32_t>(lanes.last);
+      float bias[kLanes];
+      const bool by_bias = p_.bias.kind == BiasKind::boolean;
+      if (by_bias) read_bias(tile, r + i < last ? r + i : r, j, bias);
+      for (int v = 0; v < kVecs; ++v) {
+        const VI lane = iota() + seti(static_cast<uint32_t>(v * kWidth));
+        VM m = both(lt(seti(first), lane), lt(lane, seti(end)));
+        if (by_bias) m = both(m, eq(load(bias + v * kWidth), set1(0.0f)));
+        acc[i][v] = select(m, acc[i][v], set1(0.0f));
+      }
+    }
+  }
+
+  // Into a tile whose summed dimension will be its rows.
+  static inline __attribute__((always_inline)) void put_columns(VF (&acc)[kRows][kVecs], Word* tile,
+                                                                int64_t r, int64_t j) {
+    Word* to = tile + r / M::kDepth * kTilePitch + j;
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; i += M::kDepth, to += kTilePitch)
+      for (int v = 0; v < kVecs; ++v) {
+        if constexpr (M::kDepth == 1) {
+          store(to + v * kWidth, acc[i][v]);
+        } else {
+          store(to + v * kWidth, M::pair(acc[i][v], acc[i + 1][v]));
+        }
+      }
+  }
+
+  // Dot: into the tile whose summed dimension will be along its rows.
+  void put_rows(VF (&acc)[kRows][kVecs], int64_t r, int64_t j) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i)
+      for (int v = 0; v < kVecs; ++v)
+        M::store_pairs(o_.ds_rows + (r + i) * kDsPitch<M> + (j + v * kWidth) / 2, acc[i][v]);
+  }
+
+  // dV += P^T dO, dK += dS^T Q, dQ += dS K
+  void add_tile(const Tile& tile) {
+    constexpr int kDepth = M::kDepth;
+    const int64_t dim = backward_pitch(p_.head_dim), value_dim = backward_pitch(p_.value_dim);
+    float* const dk = t_.dk + (tile.j0 - t_.key_begin) * dim;
+    float* const dv = t_.dv + (tile.j0 - t_.key_begin) * value_dim;
+    for (int64_t j = 0; j < tile.keys; j += kRows) {
+      const Range rows = rows_that_see(tile, tile.j0 + j, tile.j0 + j + kRows);
+      const int64_t first = rows.first / kDepth, depth = (rows.last + kDepth - 1) / kDepth - first;
+      if (depth <= 0) continue;
+      const int64_t at = tile.at / kDepth + first, from = first * kTilePitch + j;
+      add_rows<M, Along::columns>(o_.p + from, kTilePitch, o_.dout_rows + at * o_.rows_dv_pitch,
+                                  o_.rows_dv_pitch, depth, dv + j * value_dim, value_dim,
+                                  value_dim);
+      add_rows<M, Along::columns>(o_.ds + from, kTilePitch, o_.q_rows + at * o_.rows_pitch,
+                                  o_.rows_pitch, depth, dk + j * dim, dim, dim);
+    }
+    for (int64_t r = 0; r < tile.rows; r += kRows) {
+      const Range keys = keys_seen(tile, r, r + kRows < tile.rows ? r + kRows : tile.rows);
+      const int64_t first = keys.first / kDepth, depth = (keys.last + kDepth - 1) / kDepth - first;
+      if (depth <= 0) continue;
+      add_rows<M, Along::rows>(o_.ds_rows + r * kDsPitch<M> + first, kDsPitch<M>,
+                               o_.k_rows + first * o_.rows_pitch, o_.rows_pitch, depth,
+                               o_.dq + (tile.at + r) * o_.rows_pitch, o_.rows_pitch, dim);
+    }
+  }
+
+  void write_queries(int64_t row, int64_t rows) {
+    const VF scale = set1(p_.scale);
+    for (int64_t r = 0; r < rows; ++r) {
+      const float* from = o_.dq + r * o_.rows_pitch;
+      T* to = dq_ + (row + r) * p_.dq_at.row;
+      int64_t d = 0;
+      for (; d + kWidth <= p_.head_dim; d += kWidth) store(to + d, load(from + d) * scale);
+      if (d < p_.head_dim)
+        store_n(to + d, load(from + d) * scale, static_cast<int>(p_.head_dim - d));
+    }
+  }
+
+  const AttentionBackward& p_;
+  const AttentionBackwardTask& t_;
+  Operands<M> o_{};
+  const T *q_, *k_, *v_, *out_, *dout_;
+  T* dq_;
+  int64_t lse_, offset_, depth_, value_depth_;
+};
+
+template <class T>
+void sum_rows(const GradientSum& s) {
+  const VF scale = set1(s.scale);
+  for (int64_t r = s.row_begin; r < s.row_end; ++r)
+    for (int64_t d = 0; d < s.dim; d += kWidth) {
+      const int n = static_cast<int>(s.dim - d < kWidth ? s.dim - d : kWidth);
+      VF sum = s.acc_in != nullptr ? load_n(s.acc_in + r * s.acc_row + d, n) : set1(0.0f);
+      for (int64_t i = 0; i < s.num_shares; ++i)
+        if (const GradientShare& g = s.shares[i]; r >= g.first && r < g.last)
+          sum = sum + load(g.rows + (r - g.first) * s.pitch + d);
+      if (s.acc_out != nullptr) {
+        store_n(s.acc_out + r * s.acc_row + d, sum, n);
+      } else {
+        store_n(static_cast<T*>(s.out) + r * s.out_row + d, sum * scale, n);
+      }
+    }
+}
+
+template <class M>
+int64_t scratch_of(const AttentionBackward& p) {
+  Operands<M> o;
+  return lay_out(p, nullptr, &o) * 4;
+}
+
+}  // namespace
+
+int64_t attention_backward_scratch(const AttentionBackward& p) {
+#if defined(TENFOLD_ISA_BF16)
+  if (p.dtype == Dtype::bf16) return scratch_of<Dot>(p);
+#endif
+  return scratch_of<Fma>(p);
+}
+
+void attention_backward_task(const AttentionBackward& p, const AttentionBackwardTask& t) {
+#if defined(TENFOLD_ISA_BF16)
+  if (p.dtype == Dtype::bf16) return Task<bf16_t, Dot>(p, t).run();
+#else
+  if (p.dtype == Dtype::bf16) return Task<bf16_t, Fma>(p, t).run();
+#endif
+  if (p.dtype == Dtype::f32) return Task<float, Fma>(p, t).run();
+  Task<fp16_t, Fma>(p, t).run();
+}
+
+void sum_gradient(const GradientSum& s) {
+  if (s.dtype == Dtype::f32) return sum_rows<float>(s);
+  if (s.dtype == Dtype::bf16) return sum_rows<bf16_t>(s);
+  sum_rows<fp16_t>(s);
+}
+
+TENFOLD_ISA_END

@@ -1,0 +1,362 @@
+// CPU kernel of dha_attention: flash attention on tiles of query rows.
+//
+// Lanes hold query rows, so logits, weights and sums are stored transposed (attention_tile.h). A
+// task takes a few tiles over all blocks of kBlockKeys keys that they see:
+//   1. pack the block: keys as panels of 8 keys, values as panels of 8 dims; all tiles share them;
+//   2. per tile: S^T = K q^T with the products in registers; soft cap, bias and mask where needed;
+//   3. P^T = exp2(S^T - m) with the running maximum m, lane by lane, sums on the way;
+//   4. out^T = out^T * factor + V^T P^T, the factor applied while the sums are loaded.
+// At the end out^T / sum is turned back into rows. bf16 with dot products: P is rounded to bf16 in
+// pairs of keys (torch's own kernel does the same); everything else is float32.
+// A value that a row does not see never reaches it: where a block with masked keys holds an inf or
+// a NaN, step 4 goes key by key under the mask.
+#include "attention/cpu/attention_rows.h"
+
+TENFOLD_ISA_BEGIN
+namespace {
+
+constexpr int64_t kMostTiles = 8;
+
+struct Plan {
+  int64_t depth, keys, value_pad;  // words of the first product, keys of a block, DV in eights
+  int64_t tile_size;
+  bool natural;                  // logits keep natural units: soft cap or bias
+  float row_scale, logit_scale;  // applied to q when packed; to logits when stored
+};
+
+template <bool Dot>
+inline Plan make_plan(const AttentionForward& p) {
+  Plan plan{};
+  plan.depth = words<Dot>(p.head_dim);
+  plan.keys = p.head_dim > 128 || p.value_dim > 128 ? kBlockKeys / 2 : kBlockKeys;
+  plan.value_pad = round_up(p.value_dim, 8);
+  plan.natural = p.softcap > 0.0f || p.bias.kind != BiasKind::none;
+  const float scale = plan.natural ? p.scale : p.scale * kLog2e;
+  plan.row_scale = Dot ? 1.0f : scale, plan.logit_scale = Dot ? scale : 1.0f;
+  plan.tile_size = (plan.depth + plan.value_pad) * kTileRows;
+  return plan;
+}
+
+inline int64_t longest_row(const AttentionForward& p) {
+  return round_up(p.head_dim > p.value_dim ? p.head_dim : p.value_dim, 16);
+}
+
+// A tile with its memory and running state.
+struct Tile {
+  Rows rows;
+  float *q, *out;  // [depth][kTileRows], [value_pad][kTileRows]
+  bool started;    // out holds sums
+  alignas(64) float top[kTileRows], sum[kTileRows], factor[kTileRows];
+};
+
+// Packed keys [first, first + count) of the task's sequence; `count` in eights, zeros past the end.
+struct Block {
+  int64_t first, count, value_depth;
+  float *keys, *values;
+  bool finite;  // all values are
+};
+
+struct Memory {
+  float *logits, *staged, *keys, *values, *tiles;
+};
+
+// Floats for the logits of a tile, later for its rows of out.
+inline int64_t logits_size(const Plan& plan) {
+  return (plan.value_pad > kBlockKeys ? plan.value_pad : kBlockKeys) * kTileRows;
+}
+
+inline Memory split_memory(const AttentionForward& p, const Plan& plan, void* scratch) {
+  Memory m{};
+  m.logits = static_cast<float*>(scratch);
+  m.staged = m.logits + logits_size(plan);
+  m.keys = m.staged + 8 * longest_row(p);
+  m.values = m.keys + plan.keys * plan.depth;
+  m.tiles = m.values + plan.keys * plan.value_pad;
+  return m;
+}
+
+template <class T, bool Dot>
+void start_tile(const AttentionForward& p, const Plan& plan, const AttentionTask& t, int64_t tile,
+                float* staged, Tile* x) {
+  x->rows = tile_rows(p, t, tile);
+  x->started = false;
+  const AttentionSequence s = attention_sequence(p, t.sequence);
+  const T* row[kTileRows] = {};
+  for (int i = 0; i < kTileRows; ++i) {
+    x->top[i] = kLowest, x->sum[i] = 0.0f;
+    if (i < x->rows.count)
+      row[i] = row_at<const T>(p.q, p.q_at, t.sequence, s.q_first, x->rows.head[i], x->rows.row[i]);
+  }
+  pack_rows<T, Dot>(row, p.head_dim, plan.row_scale, staged, x->q);
+}
+
+inline bool all_finite(const float* x, int64_t words, [[maybe_unused]] bool pairs) {
+  VF sum = set1(0.0f);
+  const VF zero = set1(0.0f);
+  for (int64_t i = 0; i < words; i += kWidth) {
+#if defined(TENFOLD_ISA_BF16)
+    if (pairs) {
+      sum = dot_bf16(sum, bits(load(x + i)), bits(zero));
+      continue;
+    }
+#endif
+    sum = fma(load(x + i), zero, sum);  // 0 * inf is NaN
+  }
+  return !any(unordered(sum));
+}
+
+template <class T, bool Dot>
+void pack_block(const AttentionForward& p, const Plan& plan, const AttentionTask& t, int64_t first,
+                int64_t last, const Memory& m, Block* b) {
+  const AttentionSequence s = attention_sequence(p, t.sequence);
+  const AttentionGroup& g = t.group;
+  const int64_t n = last - first;
+  b->first = first, b->count = round_up(n, 8);
+  b->value_depth = words<Dot>(b->count);
+  b->keys = m.keys, b->values = m.values;
+  pack_panels<T, Dot>(row_at<const T>(p.k, p.k_at, t.sequence, s.k_first, g.key_head, first),
+                      p.k_at.row, n, p.head_dim, m.staged, m.keys);
+  const T* values = row_at<const T>(p.v, p.v_at, t.sequence, s.k_first, g.value_head, first);
+#if defined(TENFOLD_ISA_BF16)
+  if constexpr (Dot)
+    pack_column_pairs(values, p.v_at.row, n, p.value_dim, b->value_depth, m.staged, m.values);
+#endif
+  if constexpr (!Dot)
+    pack_columns(values, p.v_at.row, n, p.value_dim, b->value_depth, m.staged, m.values);
+  b->finite = all_finite(m.values, plan.value_pad * b->value_depth, Dot);
+}
+
+// Logits of keys [j0, j1) of the block, in eights -> s [key][kTileRows].
+template <int V, bool Dot>
+void logits(const Plan& plan, const Tile& x, const Block& b, int64_t j0, int64_t j1, float* s) {
+  const VF scale = set1(plan.logit_scale);
+  for (int64_t j = j0; j < j1; j += kCols) {
+    VF acc[kCols][V];
+    for (auto& key : acc)
+      for (auto& a : key) a = set1(0.0f);
+    multiply<V, Dot>(x.q, b.keys + j / kPanel * kPanel * plan.depth + j % kPanel, plan.depth, acc);
+    for (int c = 0; c < kCols; ++c)
+      for (int v = 0; v < V; ++v)
+        store(s + (j + c) * kTileRows + v * kWidth, Dot ? acc[c][v] * scale : acc[c][v]);
+  }
+}
+
+#if defined(TENFOLD_ISA_BF16)
+// Lane by lane the pair (a, b) rounded to bf16.
+inline VF to_pairs(VF a, VF b) {
+  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(b.v, a.v);
+  const __m512i lanes = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24,
+                                         8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return {_mm512_castsi512_ps(_mm512_permutexvar_epi16(lanes, both))};
+}
+#endif
+
+// Weights of keys [j0, j1) in place of their logits (pairs: in place of the first half of them) and
+// the factor of what was summed before. Marked: weights of hidden keys are -0.
+template <int V, bool Pairs, bool Natural, bool Marked>
+void softmax(Tile& x, int64_t j0, int64_t j1, float* s) {
+  const VF unit = set1(kLog2e);
+  for (int v = 0; v < V; ++v) {
+    const int at = v * kWidth;
+    float* const column = s + at;
+    VF top = load(x.top + at), sum = set1(0.0f);
+    const VF before = top;
+    for (int64_t j = j0; j < j1; ++j) top = vmax(load(column + j * kTileRows), top);
+    const auto weight = [&](int64_t j) {
+      const VF logit = load(column + j * kTileRows);
+      const VF e = exp2(Natural ? (logit - top) * unit : logit - top);
+      sum = sum + e;
+      return Marked ? select(eq(logit, minus_infinity()), set1(-0.0f), e) : e;
+    };
+    if constexpr (Pairs) {
+#if defined(TENFOLD_ISA_BF16)
+      for (int64_t j = j0; j < j1; j += 2) {
+        const VF first = weight(j), second = weight(j + 1);
+        store(column + j / 2 * kTileRows, to_pairs(first, second));
+      }
+#endif
+    } else {
+      for (int64_t j = j0; j < j1; ++j) store(column + j * kTileRows, weight(j));
+    }
+    const VF factor = exp2(Natural ? (before - top) * unit : before - top);
+    store(x.factor + at, factor);
+    store(x.sum + at, fma(load(x.sum + at), factor, sum));
+    store(x.top + at, top);
+  }
+}
+
+// out^T = out^T * factor + V^T P^T
+template <int V, bool Dot>
+void values(const Plan& plan, Tile& x, const Block& b, int64_t j0, int64_t j1, const float* p) {
+  constexpr int64_t kStep = Dot ? 2 : 1;
+  const float* const weights = p + j0 / kStep * kTileRows;
+  for (int64_t c = 0; c < plan.value_pad; c += kCols) {
+    VF acc[kCols][V];
+    float* const out = x.out + c * kTileRows;
+    for (int i = 0; i < kCols; ++i)
+      for (int v = 0; v < V; ++v)
+        acc[i][v] = x.started ? load(out + i * kTileRows + v * kWidth) * load(x.factor + v * kWidth)
+                              : set1(0.0f);
+    multiply<V, Dot>(
+        weights, b.values + c / kPanel * kPanel * b.value_depth + j0 / kStep * kPanel + c % kPanel,
+        (j1 - j0) / kStep, acc);
+    for (int i = 0; i < kCols; ++i)
+      for (int v = 0; v < V; ++v) store(out + i * kTileRows + v * kWidth, acc[i][v]);
+  }
+}
+
+// The same key by key, without the hidden ones (weights marked -0), for blocks with an inf or NaN.
+template <class T>
+void values_seen(const AttentionForward& p, const Plan& plan, const AttentionTask& t, Tile& x,
+                 const Block& b, int64_t j0, int64_t j1, const float* weights, float* staged) {
+  const AttentionSequence s = attention_sequence(p, t.sequence);
+  for (int64_t i = 0; i < plan.value_pad * kTileRows; i += kWidth)
+    store(x.out + i, x.started ? load(x.out + i) * load(x.factor + i % kTileRows) : set1(0.0f));
+  const int64_t end = s.num_keys - b.first < j1 ? s.num_keys - b.first : j1;
+  for (int64_t j = j0; j < end; ++j) {
+    row_to_float(
+        row_at<const T>(p.v, p.v_at, t.sequence, s.k_first, t.group.value_head, b.first + j),
+        p.value_dim, 1.0f, staged);
+    for (int v = 0; v < kVecs; ++v) {
+      const VF weight = load(weights + j * kTileRows + v * kWidth);
+      const VM hidden = eq(bits(weight), seti(0x80000000u));
+      for (int64_t d = 0; d < p.value_dim; ++d) {
+        float* const out = x.out + d * kTileRows + v * kWidth;
+        store(out, select(hidden, load(out), fma(set1(staged[d]), weight, load(out))));
+      }
+    }
+  }
+}
+
+template <class T, bool Dot, int V>
+void tile_block(const AttentionForward& p, const Plan& plan, const AttentionTask& t,
+                const Memory& m, const Block& b, Tile& x) {
+  const Rows& r = x.rows;
+  const int64_t lo = r.any.first > b.first ? r.any.first - b.first : 0;
+  const int64_t left = r.any.last - b.first, hi = left < b.count ? left : b.count;
+  if (lo >= hi) return;
+  const int64_t j0 = lo / 8 * 8, j1 = round_up(hi, 8);
+  float* const s = m.logits;
+  const bool biased = p.bias.kind != BiasKind::none;
+  const bool edge = b.first + j0 < r.all.first || b.first + j1 > r.all.last;
+  logits<V, Dot>(plan, x, b, j0, j1, s);
+  if (p.softcap > 0.0f) cap_logits(p.softcap, (j1 - j0) * kTileRows, s + j0 * kTileRows);
+  if (biased) {
+    const int64_t n = (hi < j1 ? hi : j1) - j0;
+    add_bias_block(p.bias, r, t.sequence, b.first + j0, n, m.staged, s + j0 * kTileRows);
+  }
+  if (edge) hide_keys(r, b.first + j0, j1 - j0, s + j0 * kTileRows);
+  if (!b.finite && (edge || biased)) {
+    plan.natural ? softmax<V, false, true, true>(x, j0, j1, s)
+                 : softmax<V, false, false, true>(x, j0, j1, s);
+    values_seen<T>(p, plan, t, x, b, j0, j1, s, m.staged);
+  } else {
+    plan.natural ? softmax<V, Dot, true, false>(x, j0, j1, s)
+                 : softmax<V, Dot, false, false>(x, j0, j1, s);
+    values<V, Dot>(plan, x, b, j0, j1, s);
+  }
+  x.started = true;
+}
+
+template <class T>
+void finish_tile(const AttentionForward& p, const Plan& plan, const AttentionTask& t, Tile& x,
+                 float* turned) {
+  const AttentionSequence s = attention_sequence(p, t.sequence);
+  alignas(64) float lse[kTileRows];
+  const VF zero = set1(0.0f), infinity = zero - minus_infinity();
+  for (int v = 0; v < x.rows.vecs; ++v) {
+    const int at = v * kWidth;
+    const VF sum = load(x.sum + at), top = load(x.top + at);
+    const VM nothing = eq(sum, zero);
+    store(x.factor + at, select(nothing, zero, set1(1.0f) / sum));
+    const VF log = plan.natural ? top + det_log(sum) : fma(top, set1(kLn2), det_log(sum));
+    const VF whole = select(eq(top, infinity), infinity, log);
+    store(lse + at, select(nothing, minus_infinity(), whole));
+    for (int64_t d = 0; d < plan.value_pad; ++d) {
+      float* const out = x.out + d * kTileRows + at;
+      store(out, select(nothing, zero, x.started ? load(out) * load(x.factor + at) : zero));
+    }
+  }
+  for (int64_t d = 0; d < plan.value_pad; d += 8)
+    for (int i = 0; i < kTileRows; i += 8) {
+      float spare[8][8];
+      if (kTileRows - i >= 8) {
+        transpose8(x.out + d * kTileRows + i, kTileRows, turned + i * plan.value_pad + d,
+                   plan.value_pad);
+      } else {
+        float from[8][8] = {};
+        for (int k = 0; k < 8; ++k)
+          __builtin_memcpy(from[k], x.out + (d + k) * kTileRows + i, (kTileRows - i) * 4);
+        transpose8(from[0], 8, spare[0], 8);
+        for (int k = 0; k < kTileRows - i; ++k)
+          __builtin_memcpy(turned + (i + k) * plan.value_pad + d, spare[k], sizeof spare[k]);
+      }
+    }
+  for (int i = 0; i < x.rows.count; ++i) {
+    const int64_t head = x.rows.head[i], row = x.rows.row[i];
+    T* const out = row_at<T>(p.out, p.out_at, t.sequence, s.q_first, head, row);
+    const float* const from = turned + i * plan.value_pad;
+    int64_t d = 0;
+    for (; d + kWidth <= p.value_dim; d += kWidth) store(out + d, load(from + d));
+    if (d < p.value_dim) {
+      const int n = static_cast<int>(p.value_dim - d);
+      store_n(out + d, load_n(from + d, n), n);
+    }
+    p.lse[t.sequence * p.lse_batch + head * p.lse_head + s.q_first + row] = lse[i];
+  }
+}
+
+template <class T, bool Dot>
+void run_task(const AttentionForward& p, const AttentionTask& t, void* scratch) {
+  const Plan plan = make_plan<Dot>(p);
+  const Memory m = split_memory(p, plan, scratch);
+  Tile tiles[kMostTiles];
+  const auto count = static_cast<int>(t.tile_end - t.tile_begin);
+  int64_t lo = attention_sequence(p, t.sequence).num_keys, hi = 0;
+  for (int i = 0; i < count; ++i) {
+    Tile& x = tiles[i];
+    x.q = m.tiles + i * plan.tile_size;
+    x.out = x.q + plan.depth * kTileRows;
+    start_tile<T, Dot>(p, plan, t, t.tile_begin + i, m.staged, &x);
+    lo = x.rows.any.first < lo ? x.rows.any.first : lo;
+    hi = x.rows.any.last > hi ? x.rows.any.last : hi;
+  }
+  for (int64_t j = lo / plan.keys * plan.keys; j < hi; j += plan.keys) {
+    Block b;
+    pack_block<T, Dot>(p, plan, t, j, j + plan.keys < hi ? j + plan.keys : hi, m, &b);
+    for (int i = 0; i < count; ++i) {
+      if (tiles[i].rows.vecs == 1) tile_block<T, Dot, 1>(p, plan, t, m, b, tiles[i]);
+      if (tiles[i].rows.vecs == 2) tile_block<T, Dot, 2>(p, plan, t, m, b, tiles[i]);
+      if (tiles[i].rows.vecs == 3) tile_block<T, Dot, 3>(p, plan, t, m, b, tiles[i]);
+    }
+  }
+  for (int i = 0; i < count; ++i) finish_tile<T>(p, plan, t, tiles[i], m.logits);
+}
+
+}  // namespace
+
+int64_t attention_tile_rows() {
+  return kTileRows;
+}
+
+int64_t attention_most_tiles() {
+  return kMostTiles;
+}
+
+int64_t attention_scratch(const AttentionForward& p) {
+  const Plan plan = make_plan<false>(p);  // the larger one
+  const int64_t packed = plan.keys * (plan.depth + plan.value_pad);
+  return (logits_size(plan) + 8 * longest_row(p) + packed + kMostTiles * plan.tile_size) * 4;
+}
+
+void attention_forward_task(const AttentionForward& p, const AttentionTask& t, void* scratch) {
+  if (p.dtype == Dtype::f32) return run_task<float, false>(p, t, scratch);
+  if (p.dtype == Dtype::f16) return run_task<fp16_t, false>(p, t, scratch);
+#if defined(TENFOLD_ISA_BF16)
+  return run_task<bf16_t, true>(p, t, scratch);
+#else
+  return run_task<bf16_t, false>(p, t, scratch);
+#endif
+}
+
+TENFOLD_ISA_END
