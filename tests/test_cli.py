@@ -23,7 +23,20 @@ from tenfold.data import long_documents
 from tenfold.nacl.demo import METHODS
 from tenfold.nacl.press import Prefill
 
-COMMANDS = [[], ["doctor"], ["demo"], ["bench"], ["nacl"], ["nacl", "generate"], ["nacl", "eval"]]
+COMMANDS = [
+    [],
+    ["doctor"],
+    ["demo"],
+    ["bench"],
+    ["nacl"],
+    ["nacl", "generate"],
+    ["nacl", "eval"],
+    ["dha"],
+    ["dha", "convert"],
+    ["dha", "recover"],
+    ["dha", "generate"],
+    ["dha", "report"],
+]
 FACT = "The secret code of Amelia is 48213."
 
 
@@ -69,10 +82,16 @@ class TestHelp:
                                             "--dtype", "--device", "--seed", "--raw", "--json"),
                      ("nacl", "eval"): ("--methods", "--budgets", "--tasks", "--lengths", "--depths",
                                         "--seeds", "--out", "--json", "--quiet"),
+                     ("dha",): ("convert", "recover", "generate", "report"),
+                     ("dha", "convert"): ("--budget", "--preset", "--method", "--gqa", "--text", "--out",
+                                          "--work-dir", "--force", "--json", "--quiet"),
+                     ("dha", "recover"): ("--teacher", "--distill", "--steps", "--out", "--json"),
+                     ("dha", "generate"): ("--prompt", "--max-new-tokens", "--raw", "--json"),
+                     ("dha", "report"): ("--out", "--json"),
                      }[tuple(command)]:  # fmt: skip
             assert name in out
 
-    @pytest.mark.parametrize("command", [[], ["nacl"]], ids=["tenfold", "nacl"])
+    @pytest.mark.parametrize("command", [[], ["nacl"], ["dha"]], ids=["tenfold", "nacl", "dha"])
     def test_a_group_alone_shows_its_help(self, command):
         _, out, err = tenfold_(*command)
         assert "Usage: " in out + err and "Commands:" in out + err
@@ -499,7 +518,7 @@ class TestDemo:
     @pytest.mark.parametrize("extra", [[], ["--json"]], ids=["text", "json"])
     def test_unknown_method(self, extra, tmp_path):
         said = fails("demo", "nacl", "alchemy", "--out", tmp_path, *extra)
-        assert said == "tenfold: unknown method alchemy; there are: nacl\n"
+        assert said == "tenfold: unknown method alchemy; there are: nacl, dha\n"
         assert list(tmp_path.iterdir()) == []
 
     @pytest.mark.slow

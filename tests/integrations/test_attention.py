@@ -37,8 +37,7 @@ FAMILIES = {
 
 def build(family: str, attn: str, **changes):
     kind = "Llama" if family in ("MHA", "MQA") else family
-    model = make(kind, attn, **(FAMILIES[family] | changes))
-    return model
+    return make(kind, attn, **(FAMILIES[family] | changes))
 
 
 def pair(family: str, **changes):
@@ -209,7 +208,7 @@ class TestGenerate:
         _, ours = pair("Llama")
         with torch.no_grad():
             ours(prompt(2, 40), attention_mask=torch.ones(2, 40, dtype=torch.long))
-        assert all(kwargs["attn_bias"] is None and kwargs["causal"] for _, kwargs in calls)
+        assert all(kwargs.get("attn_bias") is None and kwargs["causal"] for _, kwargs in calls)
 
 
 class TestTraining:
@@ -351,7 +350,10 @@ class TestMask:
         _, ours = pair("Llama")
         mask = attention.attention_mask(2, 1, 30, 29)
         again = transformers.masking_utils.create_causal_mask(
-            config=ours.config, inputs_embeds=torch.zeros(2, 1, 64), attention_mask=mask, **_no_cache()
+            config=ours.config,
+            inputs_embeds=torch.zeros(2, 1, 64),
+            attention_mask=mask,
+            **_no_cache(),
         )
         assert again is mask
 
@@ -384,7 +386,7 @@ class TestSurface:
     def test_encoders_are_not_causal(self):
         """A module that says is_causal=False sees both sides."""
         torch.manual_seed(0)
-        q, k = torch.randn(2, 4, 20, 16), torch.randn(2, 2, 20, 16)
+        q, k = torch.randn(2, 20, 4, 16).transpose(1, 2), torch.randn(2, 2, 20, 16)
         module = torch.nn.Linear(1, 1)
         module.is_causal = False
         out, weights = attention.attention_forward(module, q, k, k, None)
@@ -400,7 +402,9 @@ class TestSurface:
 
     def test_heads_that_do_not_divide(self):
         q, k = torch.randn(1, 4, 20, 16), torch.randn(1, 3, 20, 16)
-        with pytest.raises(ValueError, match="must divide the 4 query heads or come with maps, got 3"):
+        with pytest.raises(
+            ValueError, match="must divide the 4 query heads or come with maps, got 3"
+        ):
             attention.attention_forward(torch.nn.Linear(1, 1), q, k, k, None)
 
     def test_importing_tenfold_leaves_transformers_alone(self):
@@ -412,4 +416,3 @@ class TestSurface:
             "assert 'tenfold' in AttentionInterface() and 'dha' in AttentionInterface()\n"
         )
         subprocess.run([sys.executable, "-c", code], check=True)
-

@@ -29,7 +29,21 @@ def _nacl(page: Page, quiet: bool) -> tuple[dict[str, Any], list[Any]]:
     return found.to_json(), tables
 
 
-METHODS: dict[str, Callable[[Page, bool], tuple[dict[str, Any], list[Any]]]] = {"nacl": _nacl}
+def _dha(page: Page, quiet: bool) -> tuple[dict[str, Any], list[Any]]:
+    from tenfold.data import smollm2
+    from tenfold.dha import demo
+
+    with progress(demo.STEPS, quiet) as step:
+        found = demo.run_demo(*smollm2(), step=step)
+    demo.add_demo_section(found, page)
+    title = "SmolLM2-135M-Instruct (9 query, 3 KV heads) at 25 % of MHA's key and value heads"
+    return found.to_json(), [table(title, demo.COLUMNS, demo.table_rows(found))]
+
+
+METHODS: dict[str, Callable[[Page, bool], tuple[dict[str, Any], list[Any]]]] = {
+    "nacl": _nacl,
+    "dha": _dha,
+}
 
 
 def run(methods: list[str], folder: Path, json: bool, quiet: bool) -> int:

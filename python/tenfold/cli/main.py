@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from tenfold.cli.common import friendly
+from tenfold.cli.dha import app as dha
 from tenfold.cli.nacl import app as nacl
 
 app = typer.Typer(
@@ -17,6 +18,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(nacl, name="nacl")
+app.add_typer(dha, name="dha")
 
 Json = Annotated[bool, typer.Option("--json", help="print the result as JSON, nothing else")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="no progress bar")]
@@ -52,7 +54,7 @@ def doctor(json: Json = False) -> None:
 @friendly
 def demo(
     methods: Annotated[
-        list[str] | None, typer.Argument(help="methods; default: all (nacl)")
+        list[str] | None, typer.Argument(help="methods; default: all (nacl, dha)")
     ] = None,
     out: Annotated[Path, typer.Option(help="folder of the report")] = Path("tenfold-report"),
     json: Json = False,

@@ -13,6 +13,11 @@ _HOMES = {
     "layout": ("Component", "HeadLayout", "permute_query_heads", "sort_query_heads"),
     "cache": ("DhaStaticCache", "DhaStaticLayer"),
     "model": ("DhaLlamaAttention", "DhaLlamaConfig", "DhaLlamaForCausalLM", "DhaLlamaModel"),
+    "config": ("DhaConfig",),
+    "conversion": ("convert", "convert_to_dha"),
+    "record": ("ConversionRecord",),
+    "recovery": ("recover",),
+    "report": ("write_report",),
     "export": ("dha_to_gqa", "dha_to_mha", "from_mha"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Data = Any  # Tensor | Mapping[str, Tensor] | Callable[[str, int, int], Tensor | Mapping[str, Tensor]]
+Data = (
+    Any  # Tensor | Mapping[str, Tensor] | Callable[[str, int, int], Tensor | Mapping[str, Tensor]]
+)
 
 
 def token_rows(tokenizer: Any, texts: Iterable[str], length: int) -> Tensor:

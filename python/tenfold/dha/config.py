@@ -15,7 +15,7 @@ PRESETS = ("paper", "small")
 _SMALL: dict[str, Any] = {
     "search_steps": 60, "fusion_steps": 200, "recovery_steps": 200, "sequence_length": 256,
     "batch_size": 8, "recovery_batch_size": 8, "learning_rate": 3e-4, "omega_lr": 3e-2,
-    "lambda_lr": 3e-2, "margin_base": 0.98, "checkpoint_every": 50,
+    "lambda_lr": 3e-2, "margin_base": 0.98, "margin_end": 0.6, "checkpoint_every": 50,
 }  # fmt: skip
 
 

@@ -244,7 +244,9 @@ class FusionModel(nn.Module):
     def forward(self, batch: dict[str, Tensor], t: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """LM loss + lambda * penalty; the penalty's gradient ascends lambda."""
         lm = self.model(**batch, use_cache=False).loss
-        mses = [p.mse for p in projections(self.model) if p.mse is not None and p.groups.shape[1] > 1]
+        mses = [
+            p.mse for p in projections(self.model) if p.mse is not None and p.groups.shape[1] > 1
+        ]
         if not mses:
             zero = lm.new_zeros(())
             return lm + zero * self.multiplier, lm, zero, zero

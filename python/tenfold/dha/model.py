@@ -222,9 +222,14 @@ class DhaLlamaForCausalLM(DhaLlamaPreTrainedModel, LlamaForCausalLM):
     def _prepare_static_cache(self, *args: Any, **kwargs: Any) -> Any:
         """``generate(cache_implementation="static")``: our cache in the place of the stock one."""
         stock = super()._prepare_static_cache(*args, **kwargs)
-        if isinstance(stock, StaticCache) and not isinstance(stock, DhaStaticCache):
-            return DhaStaticCache(self.config, stock.get_max_length(0), offloading=stock.offloading)
-        return stock
+        if not isinstance(stock, StaticCache) or isinstance(stock, DhaStaticCache):
+            return stock
+        first = stock.layers[0]
+        cache = DhaStaticCache(self.config, first.max_cache_len, offloading=stock.offloading)
+        if first.is_initialized:  # chunked prompts are compiled and need it now
+            batch, _, _, dim = first.keys.shape
+            cache.early_initialization(batch, None, dim, first.keys.dtype, first.keys.device)
+        return cache
 
 
 def register() -> None:

@@ -56,7 +56,8 @@ class ConversionRecord:
         plain = {k: v for k, v in asdict(self).items() if k not in ("distances", "cka")}
         for name in ("distances", "cka"):
             plain[name] = [
-                [[float(f"{x:.6g}") for x in row] for row in m.tolist()] for m in getattr(self, name)
+                [[float(f"{x:.6g}") for x in row] for row in m.tolist()]
+                for m in getattr(self, name)
             ]
         return plain | {"ratio": self.ratio}
 

@@ -20,7 +20,9 @@ from tenfold.dha.training import (
 )
 
 
-def distillation_loss(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
+def distillation_loss(
+    student: Tensor, teacher: Tensor, labels: Tensor, temperature: float
+) -> Tensor:
     """Mean KL(teacher || student) over the positions that predict a label, times temperature^2.
 
     student, teacher [B, S, V] logits; labels [B, S], -100 where nothing is predicted.
@@ -38,12 +40,16 @@ def train_recovery(trainer: Trainer, model: Any, teacher: Any | None) -> list[Me
     if teacher is not None:
         teacher.to(trainer.accelerator.device)
 
-    def loss_of(student: Any, batch: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss_of(
+        student: Any, batch: dict[str, Tensor], step: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         out = student(**batch, use_cache=False)
         if share == 0:
             return out.loss, {"lm": out.loss.detach()}
         with torch.no_grad():
-            logits = teacher(**{k: v for k, v in batch.items() if k != "labels"}, use_cache=False).logits
+            logits = teacher(
+                **{k: v for k, v in batch.items() if k != "labels"}, use_cache=False
+            ).logits
         kl = distillation_loss(out.logits, logits, batch["labels"], config.temperature)
         loss = (1 - share) * out.loss + share * kl
         return loss, {"lm": out.loss.detach(), "kl": kl.detach()}

@@ -78,7 +78,9 @@ class WorkFolder:
             from safetensors.torch import save_file
 
             temporary = self.path / f".{name}.tmp"
-            save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, temporary)
+            save_file(
+                {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, temporary
+            )
             os.replace(temporary, self.path / f"{name}.safetensors")
         write_text(self.path / f"{name}.json", json.dumps(value))
 

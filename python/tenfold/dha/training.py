@@ -137,7 +137,9 @@ class Trainer:
         if size % ranks:
             raise ValueError(f"a batch of {size} rows cannot be shared by {ranks} ranks equally")
         each = size // ranks
-        at = slice(self.accelerator.process_index * each, (self.accelerator.process_index + 1) * each)
+        at = slice(
+            self.accelerator.process_index * each, (self.accelerator.process_index + 1) * each
+        )
         return {k: v[at].to(self.accelerator.device) for k, v in batch.items()}
 
     def _seed(self, stage: str) -> None:
@@ -242,3 +244,10 @@ class Trainer:
         accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         accelerator.free_memory()
         return curve
+
+
+def is_main_process() -> bool:
+    """Is this the only process, or rank 0 of several?"""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank() == 0
+    return True

@@ -35,13 +35,13 @@ from transformers.masking_utils import (
 )
 
 from tenfold import ops
+from tenfold.integrations.heads import grouped_map
 
 NAME = "tenfold"
 NAMES = (NAME, "dha")
 DECODE_STEPS = 16  # queries that dha_decode takes at once
 
 _UNSUPPORTED = ("s_aux", "sinks", "position_bias", "head_mask")
-_grouped: dict[tuple[int, int, torch.device], Tensor] = {}
 
 
 # -- masks ---------------------------------------------------------------------------------------
@@ -155,7 +155,9 @@ def _unpadded(
 # -- attention -----------------------------------------------------------------------------------
 
 
-def head_maps(module: nn.Module, heads: int, key_heads: int, value_heads: int) -> list[Tensor]:
+def head_maps(
+    module: nn.Module, heads: int, key_heads: int, value_heads: int, device: torch.device
+) -> list[Tensor]:
     """The module's own ``key_map`` and ``value_map``, else grouped ones, int32 [H] each.
 
     Raises ValueError if the head counts do not divide the query heads and the module has no maps.
@@ -163,27 +165,7 @@ def head_maps(module: nn.Module, heads: int, key_heads: int, value_heads: int) -
     own = getattr(module, "key_map", None)
     if own is not None:
         return [own, module.value_map]  # type: ignore[list-item]
-    device = next(module.parameters()).device
     return [grouped_map(heads, count, device) for count in (key_heads, value_heads)]
-
-
-def grouped_map(heads: int, kv_heads: int, device: torch.device) -> Tensor:
-    """``h // (heads / kv_heads)`` as int32 [heads], made once per device.
-
-    Raises ValueError if ``kv_heads`` does not divide ``heads``.
-    """
-    key = (heads, kv_heads, device)
-    if key in _grouped:
-        return _grouped[key]
-    if kv_heads < 1 or heads % kv_heads:
-        raise ValueError(
-            f"key and value heads must divide the {heads} query heads or come with maps, got "
-            f"{kv_heads}"
-        )
-    map_ = torch.arange(heads, dtype=torch.int32, device=device) // (heads // kv_heads)
-    if not torch.compiler.is_compiling():
-        _grouped[key] = map_
-    return map_
 
 
 def attention_forward(
@@ -220,35 +202,24 @@ def attention_forward(
     if query.dtype != value.dtype:  # autocast leaves rotated queries and keys in float32
         query, key = query.to(value.dtype), key.to(value.dtype)
     causal = is_causal if is_causal is not None else bool(getattr(module, "is_causal", True))
-    how: dict[str, Any] = {
-        "scale": scaling,
-        "softcap": float(softcap or getattr(module, "attn_logit_softcapping", None) or 0.0),
-    }
-    maps = head_maps(module, query.shape[1], key.shape[1], value.shape[1])
+    softcap = softcap or getattr(module, "attn_logit_softcapping", None) or 0.0
+    how: dict[str, Any] = {"scale": scaling, "softcap": float(softcap)}
+    kmap, vmap = head_maps(module, query.shape[1], key.shape[1], value.shape[1], query.device)
     window = -1 if sliding_window is None else sliding_window - 1
     mask, steps = attention_mask, query.shape[2] <= DECODE_STEPS
     if mask is None and steps and causal and query.shape[2] <= key.shape[2]:
         lens = torch.full((query.shape[0],), key.shape[2], dtype=torch.int32, device=query.device)
-        mask = _spans(torch.zeros_like(lens), lens, window + 1)
-    if mask is not None and mask.dtype == torch.int32 and causal:
-        window = mask.shape[1] - 2 if mask.shape[1] > 1 else window
-        if steps and not _needs_grad(query, key, value):
-            how |= {"window_left": window, "kv_start": mask[:, 0, 0, 0]}
-            out, _ = ops.dha_decode(query, key, value, *maps, mask[:, 0, 0, 1], **how)
-            return out.transpose(1, 2), None
-        key, value, bias = _from_spans(mask, query, key, value, window)
-        causal = not steps
-    elif mask is not None and mask.dtype == torch.uint8:
-        bias = mask.view(torch.bool)
-    else:
-        bias = None if mask is None else mask[..., : key.shape[2]]
-        causal = causal and mask is None
-        window = -1 if mask is not None else window
-    if steps and bias is not None and bias.shape[2] > 1:
-        window = -1  # said by the mask already
-    out, _ = ops.dha_attention(
-        query, key, value, *maps, causal=causal, window_left=window, attn_bias=bias, **how
-    )
+        mask = _spans(torch.zeros_like(lens), lens)
+    spans = mask is not None and mask.dtype == torch.int32
+    if steps and spans and not _needs_grad(query, key, value):
+        assert mask is not None
+        how |= {"window_left": _window(mask, window), "kv_start": mask[:, 0, 0, 0]}
+        out, _ = ops.dha_decode(query, key, value, kmap, vmap, mask[:, 0, 0, 1], **how)
+        return out.transpose(1, 2), None
+    slots, masking = _masking(mask, query.shape[2], key.shape[2], causal, window)
+    if slots < key.shape[2]:
+        key, value = key[:, :, :slots], value[:, :, :slots]
+    out, _ = ops.dha_attention(query, key, value, kmap, vmap, **how, **masking)
     return out.transpose(1, 2), None
 
 
@@ -270,25 +241,39 @@ def _needs_grad(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
-def _from_spans(
-    mask: Tensor, query: Tensor, key: Tensor, value: Tensor, window: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys and values cut to the slots in use, and a boolean bias: padding only, or all for few queries."""
+def _window(spans: Tensor, window: int) -> int:
+    """``window_left`` of a mask that carries one, else the layer's own."""
+    return spans.shape[1] - 2 if spans.shape[1] > 1 else window
+
+
+def _masking(
+    mask: Tensor | None, count: int, slots: int, causal: bool, window: int
+) -> tuple[int, dict[str, Any]]:
+    """Slots in use, and the masking arguments of ``dha_attention`` for a mask of any kind.
+
+    ``count`` queries over ``slots`` slots; ``causal`` and ``window`` are the layer's own.
+    """
+    if mask is None:
+        return slots, {"causal": causal, "window_left": window}
+    if mask.dtype == torch.uint8:
+        return slots, {"causal": True, "window_left": window, "attn_bias": mask.view(torch.bool)}
+    if mask.dtype != torch.int32:  # complete in itself
+        return slots, {"causal": False, "attn_bias": mask[..., :slots]}
+    window = _window(mask, window)
     start, lens = mask[:, 0, 0, 0, None], mask[:, 0, 0, 1, None]
-    if query.shape[2] > DECODE_STEPS:
+    if count > DECODE_STEPS:
         end = mask.shape[2] - 1
-        if 0 < end < key.shape[2]:
-            key, value = key[:, :, :end], value[:, :, :end]
-        slot = torch.arange(key.shape[2], dtype=torch.int32, device=mask.device)
-        return key, value, (slot >= start)[:, None, None]
-    count = query.shape[2]
-    slot = torch.arange(key.shape[2], dtype=torch.int32, device=mask.device)
+        slots = end if 0 < end < slots else slots
+        slot = torch.arange(slots, dtype=torch.int32, device=mask.device)
+        bias = (slot >= start)[:, None, None]
+        return slots, {"causal": True, "window_left": window, "attn_bias": bias}
+    slot = torch.arange(slots, dtype=torch.int32, device=mask.device)
     row = torch.arange(count, dtype=torch.int32, device=mask.device)
     last = (start + lens - count + row)[..., None]  # the slot of each query [B, Sq, 1]
     see = (slot <= last) & (slot >= start[..., None])
     if window >= 0:
         see = see & (slot >= last - window)
-    return key, value, see[:, None]
+    return slots, {"causal": False, "attn_bias": see[:, None]}
 
 
 def register() -> None:

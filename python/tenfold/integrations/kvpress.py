@@ -158,6 +158,11 @@ class _TenfoldScorerPress(ScorerPress):
         kwargs: dict,
     ) -> tuple[Tensor, Tensor | None, int]:
         """Scores [B, Hkv, L]; tokens before slot 0, [B] or None; number of proxies."""
+        if hasattr(module, "key_map"):
+            raise TypeError(
+                f"{type(module).__name__} has decoupled heads: kvpress keeps a set of tokens per key "
+                "head, which their values cannot share; use tenfold.nacl.NaclPress"
+            )
         count, length = hidden.shape[1], keys.shape[2]
         cos, sin, before = _rotary(module, hidden, keys, kwargs)
         if not rule.needs_scores:

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from tenfold import ops
+from tenfold.nacl.heads import SharedSets
 
 
 class NaclCacheLayer(DynamicLayer):
@@ -31,6 +32,7 @@ class NaclCacheLayer(DynamicLayer):
         self.position_shift: Tensor | None = None  # [B], true position minus slot (re-rotation)
         self.lengths: Tensor | None = None  # [B], of the prompts that were evicted
         self.appended = 0  # tokens since the last eviction
+        self.shared: SharedSets | None = None  # of decoupled heads (DHA)
 
     @property
     def physical(self) -> int:
@@ -68,6 +70,7 @@ class NaclCacheLayer(DynamicLayer):
     ) -> None:
         """Keeps the tokens ``idx`` [B, H, C] only, in fresh tensors; the full ones are freed.
 
+        With decoupled heads ``idx`` is [B, N, C], one set per component of the maps (``shared``).
         Rows that keep fewer than C stand at the right end: what is appended follows on them directly,
         so that every row's valid slots stay one run. ``lens`` [B]: tokens of each row before.
         """
@@ -85,7 +88,8 @@ class NaclCacheLayer(DynamicLayer):
             else:  # keys stand at their slots already
                 self.position_shift = self.position_shift + (self.physical - width)
                 kv_start = None
-        self.keys, self.values = ops.kv_gather(
+        gather = ops.kv_gather if self.shared is None else self.shared.gather
+        self.keys, self.values = gather(
             self.keys, self.values, idx, inv_freq=inv_freq, kv_start=kv_start
         )
         original = idx.clamp(min=0)

@@ -20,7 +20,7 @@ from tenfold import ops
 from tenfold.integrations import transformers as hf
 from tenfold.nacl.cache import NaclCache, NaclCacheLayer, RaggedCacheLayer, cache_bytes
 from tenfold.nacl.config import BudgetPlan, NaclConfig
-from tenfold.nacl.heads import adaptive_counts
+from tenfold.nacl.heads import SharedSets, adaptive_counts
 
 
 @dataclass
@@ -79,7 +79,8 @@ class Press:
     """Base of all eviction methods; subclasses say how many tokens of each kind to keep.
 
     Usage: ``with NaclPress(compression_ratio=0.8)(model): model.generate(...)``.
-    After it: ``press.stats`` and ``press.kept[layer]`` (original positions [B, Hkv, C]).
+    After it: ``press.stats`` and ``press.kept[layer]`` (original positions [B, Hkv, C];
+    with decoupled heads [B, N, C], one set per component of the maps).
     """
 
     config: NaclConfig
@@ -120,6 +121,7 @@ class Press:
         layers = hf.attention_layers(model)
         self.stats, self.kept, self._model = Stats(), {}, model
         adaptive = self.config.head_budget == "adaptive"
+        self._check_heads(layers)
         handles = [model.register_forward_pre_hook(self._before_model, with_kwargs=True)]
         for layer in layers:
             handles.append(layer.register_forward_pre_hook(self._before_layer, with_kwargs=True))
@@ -131,6 +133,14 @@ class Press:
             if adaptive:
                 stack.enter_context(hf.ragged_attention(model))
             yield self
+
+    def _check_heads(self, layers: list[nn.Module]) -> None:
+        if self.config.head_budget == "adaptive" and any(hasattr(m, "key_map") for m in layers):
+            raise ValueError(
+                'head_budget="adaptive" keeps a set of tokens of its own for every key head, but with '
+                "decoupled heads (DHA) keys and values of a slot are shared by different query heads; "
+                'use head_budget="uniform" (one set per connected component of the maps)'
+            )
 
     def _forget(self) -> None:
         self._model = self._mask = self._cache = None
@@ -259,6 +269,7 @@ class Press:
         self.stats, self.kept, self._model, self._mask = Stats(), {}, model, prefill.mask
         cache = self.new_cache(model)
         adaptive = self.config.head_budget == "adaptive"
+        self._check_heads(hf.attention_layers(model))
         for module in hf.attention_layers(model):
             source = prefill.cache.layers[module.layer_idx]
             layer = hf.own_layer(
@@ -390,7 +401,9 @@ class Press:
         counts: Tensor,
     ) -> tuple[Tensor, Tensor]:
         c, keys = self.config, layer.keys
-        scores = keys.new_zeros(keys.shape[:3], dtype=torch.float32)
+        layer.shared = shared = SharedSets.of(module)
+        sets = keys.shape[1] if shared is None else shared.count
+        scores = keys.new_zeros((keys.shape[0], sets, keys.shape[2]), dtype=torch.float32)
         where: dict[str, Any] = {}
         if rows.padded:
             where = {"kv_start": rows.start.to(keys.device, torch.int32),
@@ -399,8 +412,9 @@ class Press:
             scores, _ = ops.proxy_scores(
                 queries, keys, scale=module.scaling, causal=c.causal, reduce=c.reduce,
                 q_positions=self._proxy_slots(queries.shape[2], layer, rows, plans).to(keys.device),
-                **where,
+                kmap=None if shared is None else module.key_map, **where,
             )  # fmt: skip
+            scores = scores if shared is None else shared.pool(scores, c.reduce)
         if self.share_heads:
             scores = scores.mean(1, keepdim=True).expand_as(scores).contiguous()
         per_row = counts

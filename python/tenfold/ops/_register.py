@@ -47,9 +47,9 @@ def call_inference(op: Any, *args: Any, mutates: tuple[Tensor, ...] = (), **kwar
     as much as a tenth of a small op. ``mutates`` are the tensors that the op writes.
     """
     if (
-        torch.is_grad_enabled()
+        torch.compiler.is_compiling()  # first: Dynamo cannot trace the question after the next
+        or torch.is_grad_enabled()
         or torch.is_inference_mode_enabled()
-        or torch.compiler.is_compiling()
     ):
         return call(op, *args, **kwargs)
     with torch._C._AutoDispatchBelowAutograd():

@@ -1,10 +1,10 @@
 """``convert``: an MHA or GQA Llama becomes a DHA model (paper section 3; arXiv 2406.06567).
 
-    search      every layer one group, operators trained on the LM loss -> distances M
-    grouping    heads that drifted together share; layers get heads by what sharing costs them
-    fusion      weights and operators trained until the operators of a group coincide
-    collapse    one head per group
-    recovery    ordinary training, optionally with the parent as its teacher
+search      every layer one group, operators trained on the LM loss -> distances M
+grouping    heads that drifted together share; layers get heads by what sharing costs them
+fusion      weights and operators trained until the operators of a group coincide
+collapse    one head per group
+recovery    ordinary training, optionally with the parent as its teacher
 """
 
 from __future__ import annotations
@@ -257,7 +257,9 @@ class Conversion:
                 p.set_groups(torch.arange(p.base_heads)[None], self._coefficients(c))
         module = FusionModel(working, 0.0, config.fusion_loss, penalised=False)
 
-        def loss_of(model: Any, batch: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        def loss_of(
+            model: Any, batch: dict[str, Tensor], step: int
+        ) -> tuple[Tensor, dict[str, Tensor]]:
             loss, lm, _, mse = model(batch, 0.0)
             return loss, {"lm": lm, "mse": mse}
 
@@ -367,7 +369,9 @@ class Conversion:
             self.accelerator.wait_for_everyone()
 
     def _unchanged(self, working: Any, stage: str) -> Any:
-        return _Unchanged(working, stage, self.batches) if self.config.check_equivalence else _Free()
+        return (
+            _Unchanged(working, stage, self.batches) if self.config.check_equivalence else _Free()
+        )
 
 
 class _Free:
