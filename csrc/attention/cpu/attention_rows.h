@@ -22,6 +22,7 @@ struct Rows {
   int64_t row[kTileRows];                                  // within its sequence
   alignas(64) uint32_t first[kTileRows], last[kTileRows];  // keys that it sees: [first, last)
   KeyRange any, all;                                       // seen by some row; by every row
+  int64_t vec_last[kVecs];                                 // end of what a vector of rows sees
 };
 
 inline Rows tile_rows(const AttentionParams& p, const AttentionTask& t, int64_t tile) {
@@ -43,6 +44,7 @@ inline Rows tile_rows(const AttentionParams& p, const AttentionTask& t, int64_t 
     r.head[i] = g.heads[head];
     r.row[i] = row;
     r.first[i] = static_cast<uint32_t>(first), r.last[i] = static_cast<uint32_t>(last);
+    if (last > r.vec_last[i / kWidth]) r.vec_last[i / kWidth] = last;
     if (first < last && first < r.any.first) r.any.first = first;
     if (first < last && last > r.any.last) r.any.last = last;
     r.all.first = first > r.all.first ? first : r.all.first;

@@ -117,28 +117,50 @@ void pack_block(const AttentionForward& p, const Plan& plan, const AttentionTask
   pack_panels<T, Dot>(row_at<const T>(p.k, p.k_at, t.sequence, s.k_first, g.key_head, first),
                       p.k_at.row, n, p.head_dim, m.staged, m.keys);
   const T* values = row_at<const T>(p.v, p.v_at, t.sequence, s.k_first, g.value_head, first);
-#if defined(TENFOLD_ISA_BF16)
-  if constexpr (Dot)
-    pack_column_pairs(values, p.v_at.row, n, p.value_dim, b->value_depth, m.staged, m.values);
-#endif
-  if constexpr (!Dot)
-    pack_columns(values, p.v_at.row, n, p.value_dim, b->value_depth, m.staged, m.values);
+  pack_columns<T, Dot>(values, p.v_at.row, n, p.value_dim, b->value_depth, m.staged, m.values);
   b->finite = all_finite(m.values, plan.value_pad * b->value_depth, Dot);
 }
 
-// Logits of keys [j0, j1) of the block, in eights -> s [key][kTileRows].
-template <int V, bool Dot>
-void logits(const Plan& plan, const Tile& x, const Block& b, int64_t j0, int64_t j1, float* s) {
+// The keys of a block that a tile sees, in eights: vector v of its rows sees none of [end[v], ...),
+// and end[] does not fall. So the products of a causal tile's last keys leave its first rows out.
+struct Span {
+  int64_t begin, end[kVecs];
+};
+
+inline Span seen_span(const Rows& r, const Block& b) {
+  Span s{};
+  const int64_t lo = r.any.first > b.first ? r.any.first - b.first : 0;
+  s.begin = lo / 8 * 8;
+  for (int v = 0; v < r.vecs; ++v) {
+    const int64_t left = round_up(r.vec_last[v] - b.first, 8);
+    s.end[v] = left < s.begin ? s.begin : left < b.count ? left : b.count;
+    if (v > 0 && s.end[v] < s.end[v - 1]) s.end[v] = s.end[v - 1];
+  }
+  return s;
+}
+
+// Logits of keys [j, end) of the block for the vectors of [First, V) -> s [key][kTileRows].
+template <int V, bool Dot, int First>
+void logits_from(const Plan& plan, const Tile& x, const Block& b, int64_t j, int64_t end,
+                 float* s) {
   const VF scale = set1(plan.logit_scale);
-  for (int64_t j = j0; j < j1; j += kCols) {
+  for (; j < end; j += kCols) {
     VF acc[kCols][V];
     for (auto& key : acc)
-      for (auto& a : key) a = set1(0.0f);
-    multiply<V, Dot>(x.q, b.keys + j / kPanel * kPanel * plan.depth + j % kPanel, plan.depth, acc);
+      for (int v = First; v < V; ++v) key[v] = set1(0.0f);
+    multiply<V, Dot, First>(x.q, b.keys + j / kPanel * kPanel * plan.depth + j % kPanel, plan.depth,
+                            acc);
     for (int c = 0; c < kCols; ++c)
-      for (int v = 0; v < V; ++v)
+      for (int v = First; v < V; ++v)
         store(s + (j + c) * kTileRows + v * kWidth, Dot ? acc[c][v] * scale : acc[c][v]);
   }
+}
+
+template <int V, bool Dot>
+void logits(const Plan& plan, const Tile& x, const Block& b, const Span& at, float* s) {
+  logits_from<V, Dot, 0>(plan, x, b, at.begin, at.end[0], s);
+  if constexpr (V > 1) logits_from<V, Dot, 1>(plan, x, b, at.end[0], at.end[1], s);
+  if constexpr (V > 2) logits_from<V, Dot, 2>(plan, x, b, at.end[1], at.end[2], s);
 }
 
 #if defined(TENFOLD_ISA_BF16)
@@ -151,13 +173,15 @@ inline VF to_pairs(VF a, VF b) {
 }
 #endif
 
-// Weights of keys [j0, j1) in place of their logits (pairs: in place of the first half of them) and
-// the factor of what was summed before. Marked: weights of hidden keys are -0.
+// Weights in place of the logits (pairs: in place of the first half of them) and the factor of what
+// was summed before. Marked: weights of hidden keys are -0.
 template <int V, bool Pairs, bool Natural, bool Marked>
-void softmax(Tile& x, int64_t j0, int64_t j1, float* s) {
+void softmax(Tile& x, const Span& span, float* s) {
+  const int64_t j0 = span.begin;
   const VF unit = set1(kLog2e);
   for (int v = 0; v < V; ++v) {
     const int at = v * kWidth;
+    const int64_t j1 = span.end[v];
     float* const column = s + at;
     VF top = load(x.top + at), sum = set1(0.0f);
     const VF before = top;
@@ -187,9 +211,9 @@ void softmax(Tile& x, int64_t j0, int64_t j1, float* s) {
 
 // out^T = out^T * factor + V^T P^T
 template <int V, bool Dot>
-void values(const Plan& plan, Tile& x, const Block& b, int64_t j0, int64_t j1, const float* p) {
+void values(const Plan& plan, Tile& x, const Block& b, const Span& at, const float* p) {
   constexpr int64_t kStep = Dot ? 2 : 1;
-  const float* const weights = p + j0 / kStep * kTileRows;
+  const int64_t j0 = at.begin / kStep, j1 = at.end[0] / kStep;
   for (int64_t c = 0; c < plan.value_pad; c += kCols) {
     VF acc[kCols][V];
     float* const out = x.out + c * kTileRows;
@@ -197,9 +221,14 @@ void values(const Plan& plan, Tile& x, const Block& b, int64_t j0, int64_t j1, c
       for (int v = 0; v < V; ++v)
         acc[i][v] = x.started ? load(out + i * kTileRows + v * kWidth) * load(x.factor + v * kWidth)
                               : set1(0.0f);
-    multiply<V, Dot>(
-        weights, b.values + c / kPanel * kPanel * b.value_depth + j0 / kStep * kPanel + c % kPanel,
-        (j1 - j0) / kStep, acc);
+    const float* const panel = b.values + c / kPanel * kPanel * b.value_depth + c % kPanel;
+    multiply<V, Dot>(p + j0 * kTileRows, panel + j0 * kPanel, j1 - j0, acc);
+    if constexpr (V > 1) {
+      const int64_t j2 = at.end[1] / kStep;
+      multiply<V, Dot, 1>(p + j1 * kTileRows, panel + j1 * kPanel, j2 - j1, acc);
+      if constexpr (V > 2)
+        multiply<V, Dot, 2>(p + j2 * kTileRows, panel + j2 * kPanel, at.end[2] / kStep - j2, acc);
+    }
     for (int i = 0; i < kCols; ++i)
       for (int v = 0; v < V; ++v) store(out + i * kTileRows + v * kWidth, acc[i][v]);
   }
@@ -208,16 +237,17 @@ void values(const Plan& plan, Tile& x, const Block& b, int64_t j0, int64_t j1, c
 // The same key by key, without the hidden ones (weights marked -0), for blocks with an inf or NaN.
 template <class T>
 void values_seen(const AttentionForward& p, const Plan& plan, const AttentionTask& t, Tile& x,
-                 const Block& b, int64_t j0, int64_t j1, const float* weights, float* staged) {
+                 const Block& b, const Span& at, const float* weights, float* staged) {
   const AttentionSequence s = attention_sequence(p, t.sequence);
   for (int64_t i = 0; i < plan.value_pad * kTileRows; i += kWidth)
     store(x.out + i, x.started ? load(x.out + i) * load(x.factor + i % kTileRows) : set1(0.0f));
-  const int64_t end = s.num_keys - b.first < j1 ? s.num_keys - b.first : j1;
-  for (int64_t j = j0; j < end; ++j) {
+  const int64_t left = s.num_keys - b.first, most = at.end[x.rows.vecs - 1];
+  for (int64_t j = at.begin; j < (left < most ? left : most); ++j) {
     row_to_float(
         row_at<const T>(p.v, p.v_at, t.sequence, s.k_first, t.group.value_head, b.first + j),
         p.value_dim, 1.0f, staged);
-    for (int v = 0; v < kVecs; ++v) {
+    for (int v = 0; v < x.rows.vecs; ++v) {
+      if (j >= at.end[v]) continue;
       const VF weight = load(weights + j * kTileRows + v * kWidth);
       const VM hidden = eq(bits(weight), seti(0x80000000u));
       for (int64_t d = 0; d < p.value_dim; ++d) {
@@ -232,28 +262,27 @@ template <class T, bool Dot, int V>
 void tile_block(const AttentionForward& p, const Plan& plan, const AttentionTask& t,
                 const Memory& m, const Block& b, Tile& x) {
   const Rows& r = x.rows;
-  const int64_t lo = r.any.first > b.first ? r.any.first - b.first : 0;
-  const int64_t left = r.any.last - b.first, hi = left < b.count ? left : b.count;
-  if (lo >= hi) return;
-  const int64_t j0 = lo / 8 * 8, j1 = round_up(hi, 8);
+  const Span at = seen_span(r, b);
+  const int64_t j0 = at.begin, j1 = at.end[V - 1];
+  if (j0 >= j1) return;
   float* const s = m.logits;
   const bool biased = p.bias.kind != BiasKind::none;
   const bool edge = b.first + j0 < r.all.first || b.first + j1 > r.all.last;
-  logits<V, Dot>(plan, x, b, j0, j1, s);
+  logits<V, Dot>(plan, x, b, at, s);
   if (p.softcap > 0.0f) cap_logits(p.softcap, (j1 - j0) * kTileRows, s + j0 * kTileRows);
   if (biased) {
-    const int64_t n = (hi < j1 ? hi : j1) - j0;
-    add_bias_block(p.bias, r, t.sequence, b.first + j0, n, m.staged, s + j0 * kTileRows);
+    const int64_t left = attention_sequence(p, t.sequence).num_keys - b.first;
+    add_bias_block(p.bias, r, t.sequence, b.first + j0, (left < j1 ? left : j1) - j0, m.staged,
+                   s + j0 * kTileRows);
   }
   if (edge) hide_keys(r, b.first + j0, j1 - j0, s + j0 * kTileRows);
   if (!b.finite && (edge || biased)) {
-    plan.natural ? softmax<V, false, true, true>(x, j0, j1, s)
-                 : softmax<V, false, false, true>(x, j0, j1, s);
-    values_seen<T>(p, plan, t, x, b, j0, j1, s, m.staged);
+    plan.natural ? softmax<V, false, true, true>(x, at, s)
+                 : softmax<V, false, false, true>(x, at, s);
+    values_seen<T>(p, plan, t, x, b, at, s, m.staged);
   } else {
-    plan.natural ? softmax<V, Dot, true, false>(x, j0, j1, s)
-                 : softmax<V, Dot, false, false>(x, j0, j1, s);
-    values<V, Dot>(plan, x, b, j0, j1, s);
+    plan.natural ? softmax<V, Dot, true, false>(x, at, s) : softmax<V, Dot, false, false>(x, at, s);
+    values<V, Dot>(plan, x, b, at, s);
   }
   x.started = true;
 }
