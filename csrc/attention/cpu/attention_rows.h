@@ -97,11 +97,11 @@ inline float bias_value(const AttentionBias& b, int64_t at) {
 // n values of one row from `at` on as floats; a hidden key has -inf.
 inline void bias_row(const AttentionBias& b, int64_t at, int64_t n, float* to) {
   if (b.key == 1 && b.kind == BiasKind::f32)
-    return row_to_float(static_cast<const float*>(b.data) + at, n, 1.0f, to);
+    return row_to_float(static_cast<const float*>(b.data) + at, n, to);
   if (b.key == 1 && b.kind == BiasKind::bf16)
-    return row_to_float(static_cast<const bf16_t*>(b.data) + at, n, 1.0f, to);
+    return row_to_float(static_cast<const bf16_t*>(b.data) + at, n, to);
   if (b.key == 1 && b.kind == BiasKind::f16)
-    return row_to_float(static_cast<const fp16_t*>(b.data) + at, n, 1.0f, to);
+    return row_to_float(static_cast<const fp16_t*>(b.data) + at, n, to);
   for (int64_t j = 0; j < n; ++j) to[j] = bias_value(b, at + j * b.key);
 }
 

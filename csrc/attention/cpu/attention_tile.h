@@ -83,13 +83,12 @@ inline void transpose8(const float* from, int64_t pitch, float* to, int64_t to_p
 
 // A row of n elements as floats, zero-padded to a multiple of 8.
 template <class T>
-inline void row_to_float(const T* from, int64_t n, float scale, float* to) {
-  const VF s = set1(scale);
+inline void row_to_float(const T* from, int64_t n, float* to) {
   int64_t i = 0;
-  for (; i + kWidth <= n; i += kWidth) store(to + i, load(from + i) * s);
+  for (; i + kWidth <= n; i += kWidth) store(to + i, load(from + i));
   for (; i < n; i += kWidth) {
     const int left = static_cast<int>(n - i < kWidth ? n - i : kWidth);
-    store_n(to + i, load_n(from + i, left) * s, left);
+    store_n(to + i, load_n(from + i, left), left);
   }
   for (i = n; i % 8 != 0; ++i) to[i] = 0.0f;
 }
@@ -108,11 +107,11 @@ inline int64_t words(int64_t dim) {
 }
 
 template <class T, bool Dot>
-inline void row_to_words(const T* from, int64_t n, float scale, float* to) {
+inline void row_to_words(const T* from, int64_t n, float* to) {
   if constexpr (Dot) {
     row_to_pairs(from, n, to);
   } else {
-    row_to_float(from, n, scale, to);
+    row_to_float(from, n, to);
   }
 }
 
@@ -131,7 +130,7 @@ inline const float* stage8(const T* from, int64_t stride, int64_t row, int64_t n
   for (int64_t i = 0; i < 8; ++i) {
     float* const to = staged + i * *pitch;
     if (row + i < n) {
-      row_to_words<T, Dot>(from + (row + i) * stride, dim, 1.0f, to);
+      row_to_words<T, Dot>(from + (row + i) * stride, dim, to);
     } else {
       for (int64_t d = 0; d < *pitch; ++d) to[d] = 0.0f;
     }
@@ -189,15 +188,14 @@ void pack_columns(const T* from, int64_t stride, int64_t n, int64_t dim, int64_t
 
 // Rows of a tile, one pointer each (null: zeros) -> [words][kTileRows].
 template <class T, bool Dot>
-void pack_rows(const T* const (&row)[kTileRows], int64_t dim, float scale, float* staged,
-               float* to) {
+void pack_rows(const T* const (&row)[kTileRows], int64_t dim, float* staged, float* to) {
   const int64_t depth = words<Dot>(dim), pitch = round_up(depth, 8);
   float spare[64];
   for (int r = 0; r < kTileRows; r += 8) {
     const int n = kTileRows - r < 8 ? kTileRows - r : 8;
     for (int i = 0; i < 8; ++i) {
       if (i < n && row[r + i] != nullptr) {
-        row_to_words<T, Dot>(row[r + i], dim, scale, staged + i * pitch);
+        row_to_words<T, Dot>(row[r + i], dim, staged + i * pitch);
       } else {
         for (int64_t d = 0; d < pitch; ++d) staged[i * pitch + d] = 0.0f;
       }

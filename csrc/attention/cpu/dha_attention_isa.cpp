@@ -5,7 +5,7 @@
 //   1. pack the block: keys as panels of 8 keys, values as panels of 8 dims; all tiles share them;
 //   2. per tile: S^T = K q^T with the products in registers; soft cap, bias and mask where needed;
 //   3. P^T = exp2(S^T - m) with the running maximum m, lane by lane, sums on the way;
-//   4. out^T = out^T * factor + V^T P^T, the factor applied while the sums are loaded.
+//   4. out^T = out^T * factor + V^T P^T, summed per block.
 // At the end out^T / sum is turned back into rows. bf16 with dot products: P is rounded to bf16 in
 // pairs of keys (torch's own kernel does the same); everything else is float32.
 // A value that a row does not see never reaches it: where a block with masked keys holds an inf or
@@ -16,23 +16,29 @@ TENFOLD_ISA_BEGIN
 namespace {
 
 constexpr int64_t kMostTiles = 8;
+constexpr int64_t kChain = 64;  // words of the first product that are summed one after another
 
 struct Plan {
   int64_t depth, keys, value_pad;  // words of the first product, keys of a block, DV in eights
   int64_t tile_size;
-  bool natural;                  // logits keep natural units: soft cap or bias
-  float row_scale, logit_scale;  // applied to q when packed; to logits when stored
+  // A weight is exp2((logit - maximum) * unit). Logits are plain products, scaled only in `unit`,
+  // where their differences have been taken: that rounds least. Scaled at once where they must be:
+  // for soft cap and bias, and for a scale that turns their order.
+  bool scaled;
+  float unit, lse_scale;
 };
 
 template <bool Dot>
 inline Plan make_plan(const AttentionForward& p) {
   Plan plan{};
   plan.depth = words<Dot>(p.head_dim);
-  plan.keys = p.head_dim > 128 || p.value_dim > 128 ? kBlockKeys / 2 : kBlockKeys;
+  // Half of the keys where words are floats: sums over a block are one chain of roundings.
+  const bool half = !Dot || p.head_dim > 128 || p.value_dim > 128;
+  plan.keys = half ? kBlockKeys / 2 : kBlockKeys;
   plan.value_pad = round_up(p.value_dim, 8);
-  plan.natural = p.softcap > 0.0f || p.bias.kind != BiasKind::none;
-  const float scale = plan.natural ? p.scale : p.scale * kLog2e;
-  plan.row_scale = Dot ? 1.0f : scale, plan.logit_scale = Dot ? scale : 1.0f;
+  plan.scaled = p.softcap > 0.0f || p.bias.kind != BiasKind::none || !(p.scale > 0.0f);
+  plan.unit = plan.scaled ? kLog2e : p.scale * kLog2e;
+  plan.lse_scale = plan.scaled ? 1.0f : p.scale;
   plan.tile_size = (plan.depth + plan.value_pad) * kTileRows;
   return plan;
 }
@@ -65,19 +71,20 @@ inline int64_t logits_size(const Plan& plan) {
   return (plan.value_pad > kBlockKeys ? plan.value_pad : kBlockKeys) * kTileRows;
 }
 
+template <bool Dot>
 inline Memory split_memory(const AttentionForward& p, const Plan& plan, void* scratch) {
   Memory m{};
   m.logits = static_cast<float*>(scratch);
   m.staged = m.logits + logits_size(plan);
   m.keys = m.staged + 8 * longest_row(p);
   m.values = m.keys + plan.keys * plan.depth;
-  m.tiles = m.values + plan.keys * plan.value_pad;
+  m.tiles = m.values + words<Dot>(plan.keys) * plan.value_pad;
   return m;
 }
 
 template <class T, bool Dot>
-void start_tile(const AttentionForward& p, const Plan& plan, const AttentionTask& t, int64_t tile,
-                float* staged, Tile* x) {
+void start_tile(const AttentionForward& p, const AttentionTask& t, int64_t tile, float* staged,
+                Tile* x) {
   x->rows = tile_rows(p, t, tile);
   x->started = false;
   const AttentionSequence s = attention_sequence(p, t.sequence);
@@ -87,7 +94,7 @@ void start_tile(const AttentionForward& p, const Plan& plan, const AttentionTask
     if (i < x->rows.count)
       row[i] = row_at<const T>(p.q, p.q_at, t.sequence, s.q_first, x->rows.head[i], x->rows.row[i]);
   }
-  pack_rows<T, Dot>(row, p.head_dim, plan.row_scale, staged, x->q);
+  pack_rows<T, Dot>(row, p.head_dim, staged, x->q);
 }
 
 inline bool all_finite(const float* x, int64_t words, [[maybe_unused]] bool pairs) {
@@ -139,28 +146,42 @@ inline Span seen_span(const Rows& r, const Block& b) {
   return s;
 }
 
-// Logits of keys [j, end) of the block for the vectors of [First, V) -> s [key][kTileRows].
+// Logits of keys [j, end) of the block for the vectors of [First, V) -> s [key][kTileRows]. Long
+// rows are summed in chains of kChain words: longer ones round more.
 template <int V, bool Dot, int First>
-void logits_from(const Plan& plan, const Tile& x, const Block& b, int64_t j, int64_t end,
-                 float* s) {
-  const VF scale = set1(plan.logit_scale);
+void logits_from(const AttentionForward& p, const Plan& plan, const Tile& x, const Block& b,
+                 int64_t j, int64_t end, float* s) {
+  const VF scale = set1(p.scale);
   for (; j < end; j += kCols) {
-    VF acc[kCols][V];
-    for (auto& key : acc)
-      for (int v = First; v < V; ++v) key[v] = set1(0.0f);
-    multiply<V, Dot, First>(x.q, b.keys + j / kPanel * kPanel * plan.depth + j % kPanel, plan.depth,
-                            acc);
+    const float* const panel = b.keys + j / kPanel * kPanel * plan.depth + j % kPanel;
+    float* const to = s + j * kTileRows;
+    for (int64_t d = 0; d < plan.depth; d += kChain) {
+      VF acc[kCols][V];
+      for (auto& key : acc)
+        for (int v = First; v < V; ++v) key[v] = set1(0.0f);
+      const int64_t n = plan.depth - d < kChain ? plan.depth - d : kChain;
+      multiply<V, Dot, First>(x.q + d * kTileRows, panel + d * kPanel, n, acc);
+      for (int c = 0; c < kCols; ++c)
+        for (int v = First; v < V; ++v) {
+          float* const logit = to + c * kTileRows + v * kWidth;
+          store(logit, d > 0 ? load(logit) + acc[c][v] : acc[c][v]);
+        }
+    }
+    if (!plan.scaled) continue;
     for (int c = 0; c < kCols; ++c)
-      for (int v = First; v < V; ++v)
-        store(s + (j + c) * kTileRows + v * kWidth, Dot ? acc[c][v] * scale : acc[c][v]);
+      for (int v = First; v < V; ++v) {
+        float* const logit = to + c * kTileRows + v * kWidth;
+        store(logit, load(logit) * scale);
+      }
   }
 }
 
 template <int V, bool Dot>
-void logits(const Plan& plan, const Tile& x, const Block& b, const Span& at, float* s) {
-  logits_from<V, Dot, 0>(plan, x, b, at.begin, at.end[0], s);
-  if constexpr (V > 1) logits_from<V, Dot, 1>(plan, x, b, at.end[0], at.end[1], s);
-  if constexpr (V > 2) logits_from<V, Dot, 2>(plan, x, b, at.end[1], at.end[2], s);
+void logits(const AttentionForward& p, const Plan& plan, const Tile& x, const Block& b,
+            const Span& at, float* s) {
+  logits_from<V, Dot, 0>(p, plan, x, b, at.begin, at.end[0], s);
+  if constexpr (V > 1) logits_from<V, Dot, 1>(p, plan, x, b, at.end[0], at.end[1], s);
+  if constexpr (V > 2) logits_from<V, Dot, 2>(p, plan, x, b, at.end[1], at.end[2], s);
 }
 
 #if defined(TENFOLD_ISA_BF16)
@@ -175,10 +196,10 @@ inline VF to_pairs(VF a, VF b) {
 
 // Weights in place of the logits (pairs: in place of the first half of them) and the factor of what
 // was summed before. Marked: weights of hidden keys are -0.
-template <int V, bool Pairs, bool Natural, bool Marked>
-void softmax(Tile& x, const Span& span, float* s) {
+template <int V, bool Pairs, bool Marked>
+void softmax(const Plan& plan, Tile& x, const Span& span, float* s) {
   const int64_t j0 = span.begin;
-  const VF unit = set1(kLog2e);
+  const VF unit = set1(plan.unit);
   for (int v = 0; v < V; ++v) {
     const int at = v * kWidth;
     const int64_t j1 = span.end[v];
@@ -188,7 +209,7 @@ void softmax(Tile& x, const Span& span, float* s) {
     for (int64_t j = j0; j < j1; ++j) top = vmax(load(column + j * kTileRows), top);
     const auto weight = [&](int64_t j) {
       const VF logit = load(column + j * kTileRows);
-      const VF e = exp2(Natural ? (logit - top) * unit : logit - top);
+      const VF e = exp2((logit - top) * unit);
       sum = sum + e;
       return Marked ? select(eq(logit, minus_infinity()), set1(-0.0f), e) : e;
     };
@@ -202,7 +223,7 @@ void softmax(Tile& x, const Span& span, float* s) {
     } else {
       for (int64_t j = j0; j < j1; ++j) store(column + j * kTileRows, weight(j));
     }
-    const VF factor = exp2(Natural ? (before - top) * unit : before - top);
+    const VF factor = exp2((before - top) * unit);
     store(x.factor + at, factor);
     store(x.sum + at, fma(load(x.sum + at), factor, sum));
     store(x.top + at, top);
@@ -218,9 +239,7 @@ void values(const Plan& plan, Tile& x, const Block& b, const Span& at, const flo
     VF acc[kCols][V];
     float* const out = x.out + c * kTileRows;
     for (int i = 0; i < kCols; ++i)
-      for (int v = 0; v < V; ++v)
-        acc[i][v] = x.started ? load(out + i * kTileRows + v * kWidth) * load(x.factor + v * kWidth)
-                              : set1(0.0f);
+      for (int v = 0; v < V; ++v) acc[i][v] = set1(0.0f);
     const float* const panel = b.values + c / kPanel * kPanel * b.value_depth + c % kPanel;
     multiply<V, Dot>(p + j0 * kTileRows, panel + j0 * kPanel, j1 - j0, acc);
     if constexpr (V > 1) {
@@ -230,7 +249,10 @@ void values(const Plan& plan, Tile& x, const Block& b, const Span& at, const flo
         multiply<V, Dot, 2>(p + j2 * kTileRows, panel + j2 * kPanel, at.end[2] / kStep - j2, acc);
     }
     for (int i = 0; i < kCols; ++i)
-      for (int v = 0; v < V; ++v) store(out + i * kTileRows + v * kWidth, acc[i][v]);
+      for (int v = 0; v < V; ++v) {
+        float* const sum = out + i * kTileRows + v * kWidth;
+        store(sum, x.started ? fma(load(sum), load(x.factor + v * kWidth), acc[i][v]) : acc[i][v]);
+      }
   }
 }
 
@@ -245,7 +267,7 @@ void values_seen(const AttentionForward& p, const Plan& plan, const AttentionTas
   for (int64_t j = at.begin; j < (left < most ? left : most); ++j) {
     row_to_float(
         row_at<const T>(p.v, p.v_at, t.sequence, s.k_first, t.group.value_head, b.first + j),
-        p.value_dim, 1.0f, staged);
+        p.value_dim, staged);
     for (int v = 0; v < x.rows.vecs; ++v) {
       if (j >= at.end[v]) continue;
       const VF weight = load(weights + j * kTileRows + v * kWidth);
@@ -268,7 +290,7 @@ void tile_block(const AttentionForward& p, const Plan& plan, const AttentionTask
   float* const s = m.logits;
   const bool biased = p.bias.kind != BiasKind::none;
   const bool edge = b.first + j0 < r.all.first || b.first + j1 > r.all.last;
-  logits<V, Dot>(plan, x, b, at, s);
+  logits<V, Dot>(p, plan, x, b, at, s);
   if (p.softcap > 0.0f) cap_logits(p.softcap, (j1 - j0) * kTileRows, s + j0 * kTileRows);
   if (biased) {
     const int64_t left = attention_sequence(p, t.sequence).num_keys - b.first;
@@ -277,11 +299,10 @@ void tile_block(const AttentionForward& p, const Plan& plan, const AttentionTask
   }
   if (edge) hide_keys(r, b.first + j0, j1 - j0, s + j0 * kTileRows);
   if (!b.finite && (edge || biased)) {
-    plan.natural ? softmax<V, false, true, true>(x, at, s)
-                 : softmax<V, false, false, true>(x, at, s);
+    softmax<V, false, true>(plan, x, at, s);
     values_seen<T>(p, plan, t, x, b, at, s, m.staged);
   } else {
-    plan.natural ? softmax<V, Dot, true, false>(x, at, s) : softmax<V, Dot, false, false>(x, at, s);
+    softmax<V, Dot, false>(plan, x, at, s);
     values<V, Dot>(plan, x, b, at, s);
   }
   x.started = true;
@@ -298,7 +319,7 @@ void finish_tile(const AttentionForward& p, const Plan& plan, const AttentionTas
     const VF sum = load(x.sum + at), top = load(x.top + at);
     const VM nothing = eq(sum, zero);
     store(x.factor + at, select(nothing, zero, set1(1.0f) / sum));
-    const VF log = plan.natural ? top + det_log(sum) : fma(top, set1(kLn2), det_log(sum));
+    const VF log = fma(top, set1(plan.lse_scale), det_log(sum));
     const VF whole = select(eq(top, infinity), infinity, log);
     store(lse + at, select(nothing, minus_infinity(), whole));
     for (int64_t d = 0; d < plan.value_pad; ++d) {
@@ -338,7 +359,7 @@ void finish_tile(const AttentionForward& p, const Plan& plan, const AttentionTas
 template <class T, bool Dot>
 void run_task(const AttentionForward& p, const AttentionTask& t, void* scratch) {
   const Plan plan = make_plan<Dot>(p);
-  const Memory m = split_memory(p, plan, scratch);
+  const Memory m = split_memory<Dot>(p, plan, scratch);
   Tile tiles[kMostTiles];
   const auto count = static_cast<int>(t.tile_end - t.tile_begin);
   int64_t lo = attention_sequence(p, t.sequence).num_keys, hi = 0;
@@ -346,7 +367,7 @@ void run_task(const AttentionForward& p, const AttentionTask& t, void* scratch) 
     Tile& x = tiles[i];
     x.q = m.tiles + i * plan.tile_size;
     x.out = x.q + plan.depth * kTileRows;
-    start_tile<T, Dot>(p, plan, t, t.tile_begin + i, m.staged, &x);
+    start_tile<T, Dot>(p, t, t.tile_begin + i, m.staged, &x);
     lo = x.rows.any.first < lo ? x.rows.any.first : lo;
     hi = x.rows.any.last > hi ? x.rows.any.last : hi;
   }
@@ -362,6 +383,18 @@ void run_task(const AttentionForward& p, const AttentionTask& t, void* scratch) 
   for (int i = 0; i < count; ++i) finish_tile<T>(p, plan, t, tiles[i], m.logits);
 }
 
+// f<element, bf16 dot products>()
+template <class F>
+auto with_types(const AttentionForward& p, const F& f) {
+  if (p.dtype == Dtype::f32) return f.template operator()<float, false>();
+  if (p.dtype == Dtype::f16) return f.template operator()<fp16_t, false>();
+#if defined(TENFOLD_ISA_BF16)
+  return f.template operator()<bf16_t, true>();
+#else
+  return f.template operator()<bf16_t, false>();
+#endif
+}
+
 }  // namespace
 
 int64_t attention_tile_rows() {
@@ -373,19 +406,15 @@ int64_t attention_most_tiles() {
 }
 
 int64_t attention_scratch(const AttentionForward& p) {
-  const Plan plan = make_plan<false>(p);  // the larger one
-  const int64_t packed = plan.keys * (plan.depth + plan.value_pad);
-  return (logits_size(plan) + 8 * longest_row(p) + packed + kMostTiles * plan.tile_size) * 4;
+  return with_types(p, [&]<class T, bool Dot>() {
+    const Plan plan = make_plan<Dot>(p);
+    const int64_t packed = plan.keys * plan.depth + words<Dot>(plan.keys) * plan.value_pad;
+    return (logits_size(plan) + 8 * longest_row(p) + packed + kMostTiles * plan.tile_size) * 4;
+  });
 }
 
 void attention_forward_task(const AttentionForward& p, const AttentionTask& t, void* scratch) {
-  if (p.dtype == Dtype::f32) return run_task<float, false>(p, t, scratch);
-  if (p.dtype == Dtype::f16) return run_task<fp16_t, false>(p, t, scratch);
-#if defined(TENFOLD_ISA_BF16)
-  return run_task<bf16_t, true>(p, t, scratch);
-#else
-  return run_task<bf16_t, false>(p, t, scratch);
-#endif
+  with_types(p, [&]<class T, bool Dot>() { run_task<T, Dot>(p, t, scratch); });
 }
 
 TENFOLD_ISA_END
