@@ -163,14 +163,14 @@ class Task {
   // kRows queries x kLanes keys.
   template <bool kPlain>
   void make_block(const Tile& tile, int64_t r, int64_t j, int64_t last) {
-    alignas(64) float prob[kRows][kLanes], slope[kRows][kLanes];
+    alignas(64) float prob[kRows][kLanes], slope[kRows][kLanes], bias[kRows][kLanes];
     VF acc[kRows][kVecs];
     clear(acc);
     multiply<M, Along::rows>(o_.q + (tile.at + r) * o_.d_pitch, o_.d_pitch,
                              o_.k_panels + j * depth_, kLanes, depth_, acc);
     const float* lse2 = o_.lse2 + tile.at + r;
     if constexpr (!kPlain) {
-      shape_logits(tile, r, j, last, acc, slope);
+      shape_logits(tile, r, j, last, acc, slope, bias);
 #pragma GCC unroll 16
       for (int i = 0; i < kRows; ++i)
         for (int v = 0; v < kVecs; ++v) acc[i][v] = exp2_below(acc[i][v] - set1(lse2[i]));
@@ -183,6 +183,7 @@ class Task {
     }
     const bool mask = needs_mask(tile, r, j, last);
     if (mask) hide(tile, r, j, last, acc);
+    if constexpr (!kPlain) hide(bias, acc);
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i)
       for (int v = 0; v < kVecs; ++v) store(prob[i] + v * kWidth, acc[i][v]);
@@ -199,6 +200,7 @@ class Task {
         if constexpr (!kPlain) acc[i][v] = acc[i][v] * load(slope[i] + v * kWidth);
       }
     if (mask) hide(tile, r, j, last, acc);  // 0 * NaN of a hidden value
+    if constexpr (!kPlain) hide(bias, acc);
     put_columns(acc, o_.ds, r, j);
     if constexpr (M::kDepth > 1) put_rows(acc, r, j);
   }
@@ -206,13 +208,13 @@ class Task {
   // An lse that is not of these logits may lie below them: 2^128 is inf on every ISA, more is not.
   static inline VF exp2_below(VF x) { return exp2(vmin(set1(128.0f), x)); }
 
-  // Logits in log2 units with softcap and bias; slope: derivative of the softcap, 1 without.
+  // Logits in log2 units with softcap and bias; slope: derivative of the softcap, 1 without. A bias
+  // of -inf hides the key whatever its logit is.
   void shape_logits(const Tile& tile, int64_t r, int64_t j, int64_t last, VF (&acc)[kRows][kVecs],
-                    float (&slope)[kRows][kLanes]) const {
+                    float (&slope)[kRows][kLanes], float (&bias)[kRows][kLanes]) const {
     const float cap = p_.softcap;
     for (int i = 0; i < kRows; ++i) {
-      float bias[kLanes];
-      read_bias(tile, r + i < last ? r + i : r, j, bias);
+      read_bias(tile, r + i < last ? r + i : r, j, bias[i]);
       for (int v = 0; v < kVecs; ++v) {
         VF x = acc[i][v] * set1(p_.scale), s = set1(1.0f);
         if (cap > 0.0f) {
@@ -220,7 +222,7 @@ class Task {
           x = t * set1(cap);
           s = set1(1.0f) - t * t;
         }
-        acc[i][v] = (x + load(bias + v * kWidth)) * set1(kLog2e);
+        acc[i][v] = (x + load(bias[i] + v * kWidth)) * set1(kLog2e);
         store(slope[i] + v * kWidth, s);
       }
     }
@@ -258,27 +260,31 @@ class Task {
 
   bool needs_mask(const Tile& tile, int64_t r, int64_t j, int64_t last) const {
     return tile.keys - j < kLanes || seen(tile.i0 + last - 1).first > tile.j0 + j ||
-           seen(tile.i0 + r).last < tile.j0 + j + kLanes || p_.bias.kind == BiasKind::boolean;
+           seen(tile.i0 + r).last < tile.j0 + j + kLanes;
   }
 
-  // 0 where a key is hidden.
-  void hide(const Tile& tile, int64_t r, int64_t j, int64_t last, VF (&acc)[kRows][kVecs]) const {
+  // 0 where a key is hidden, by its place or by its bias.
+  inline __attribute__((always_inline)) void hide(const Tile& tile, int64_t r, int64_t j,
+                                                  int64_t last, VF (&acc)[kRows][kVecs]) const {
+#pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
       const KeyRange range = seen(tile.i0 + (r + i < last ? r + i : r));
       const Range lanes = clamp(range.first - tile.j0 - j, range.last - tile.j0 - j, 0,
                                 tile.keys - j < kLanes ? tile.keys - j : kLanes);
-      const auto first = static_cast<uint32_t>(lanes.first - 1);
-      const auto end = static_cast<uint32_t>(lanes.last);
-      float bias[kLanes];
-      const bool by_bias = p_.bias.kind == BiasKind::boolean;
-      if (by_bias) read_bias(tile, r + i < last ? r + i : r, j, bias);
+      const VI before = seti(static_cast<uint32_t>(lanes.first - 1));
+      const VI end = seti(static_cast<uint32_t>(lanes.last));
       for (int v = 0; v < kVecs; ++v) {
         const VI lane = iota() + seti(static_cast<uint32_t>(v * kWidth));
-        VM m = both(lt(seti(first), lane), lt(lane, seti(end)));
-        if (by_bias) m = both(m, eq(load(bias + v * kWidth), set1(0.0f)));
-        acc[i][v] = select(m, acc[i][v], set1(0.0f));
+        acc[i][v] = select(both(lt(before, lane), lt(lane, end)), acc[i][v], set1(0.0f));
       }
     }
+  }
+  static inline __attribute__((always_inline)) void hide(const float (&bias)[kRows][kLanes],
+                                                         VF (&acc)[kRows][kVecs]) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i)
+      for (int v = 0; v < kVecs; ++v)
+        acc[i][v] = select(eq(load(bias[i] + v * kWidth), set1(-kInf)), set1(0.0f), acc[i][v]);
   }
 
   // Into a tile whose summed dimension will be its rows.
