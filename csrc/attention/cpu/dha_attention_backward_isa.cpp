@@ -16,6 +16,13 @@ TENFOLD_ISA_BEGIN
 namespace {
 
 constexpr float kInf = __builtin_inff();
+constexpr double kLog2eExact = 1.4426950408889634;
+
+// x as the sum of two floats; infinities and NaN stay what they are.
+inline void split(double x, float* high, float* low) {
+  *high = static_cast<float>(x);
+  *low = __builtin_isfinite(*high) ? static_cast<float>(x - *high) : 0.0f;
+}
 
 // A tile: queries [i0, i0 + rows) of the sequence, which are rows [at, at + rows) of the chunk, and
 // keys [j0, j0 + keys).
@@ -45,6 +52,7 @@ class Task {
     dout_ = at(p.dout, p.dout_at, t.head, t.q_first);
     dq_ = const_cast<T*>(at(p.dq, p.dq_at, t.head, t.q_first));
     lse_ = t.batch * p.lse_batch + t.head * p.lse_head + t.q_first;
+    split(p.scale * kLog2eExact, &log2_scale_, &log2_scale_low_);
     offset_ = t.num_keys - t.num_queries;
     depth_ = (p.head_dim + M::kDepth - 1) / M::kDepth;
     value_depth_ = (p.value_dim + M::kDepth - 1) / M::kDepth;
@@ -101,10 +109,10 @@ class Task {
     clear_words(o_.dq, padded * o_.rows_pitch);
     for (int64_t r = 0; r < padded; ++r) {
       // exp2(x - inf) = 0: rows that see nothing, and those past the end.
-      o_.lse2[r] = kInf, o_.delta[r] = 0.0f;
+      o_.lse2[r] = kInf, o_.lse2_low[r] = 0.0f, o_.delta[r] = 0.0f;
       if (r >= rows) continue;
       const float lse = p_.lse[lse_ + row + r];
-      if (lse != -kInf) o_.lse2[r] = lse * kLog2e;
+      if (lse != -kInf) split(lse * kLog2eExact, o_.lse2 + r, o_.lse2_low + r);
       o_.delta[r] = row_dot(dout_ + (row + r) * p_.dout_at.row, out_ + (row + r) * p_.out_at.row);
       if (p_.dlse != nullptr) o_.delta[r] -= p_.dlse[lse_ + row + r];
     }
@@ -168,18 +176,23 @@ class Task {
     clear(acc);
     multiply<M, Along::rows>(o_.q + (tile.at + r) * o_.d_pitch, o_.d_pitch,
                              o_.k_panels + j * depth_, kLanes, depth_, acc);
-    const float* lse2 = o_.lse2 + tile.at + r;
+    const float *lse2 = o_.lse2 + tile.at + r, *lse2_low = o_.lse2_low + tile.at + r;
     if constexpr (!kPlain) {
       shape_logits(tile, r, j, last, acc, slope, bias);
 #pragma GCC unroll 16
       for (int i = 0; i < kRows; ++i)
-        for (int v = 0; v < kVecs; ++v) acc[i][v] = exp2_below(acc[i][v] - set1(lse2[i]));
+        for (int v = 0; v < kVecs; ++v)
+          acc[i][v] = exp2_below(acc[i][v] - set1(lse2[i]) - set1(lse2_low[i]));
     } else {
-      const VF to_log2 = set1(p_.scale * kLog2e);
+      // scale * log2(e) and lse * log2(e) in two parts each: their rounding would be the same for
+      // all keys of a row, and so add up in its gradients.
+      const VF high = set1(log2_scale_), low = set1(log2_scale_low_);
 #pragma GCC unroll 16
       for (int i = 0; i < kRows; ++i)
-        for (int v = 0; v < kVecs; ++v)
-          acc[i][v] = exp2_below(fma(acc[i][v], to_log2, set1(-lse2[i])));
+        for (int v = 0; v < kVecs; ++v) {
+          const VF x = fma(acc[i][v], high, set1(-lse2[i]));
+          acc[i][v] = exp2_below(fma(acc[i][v], low, x) - set1(lse2_low[i]));
+        }
     }
     const bool mask = needs_mask(tile, r, j, last);
     if (mask) hide(tile, r, j, last, acc);
@@ -354,6 +367,7 @@ class Task {
   Operands<M> o_{};
   const T *q_, *k_, *v_, *out_, *dout_;
   T* dq_;
+  float log2_scale_, log2_scale_low_;
   int64_t lse_, offset_, depth_, value_depth_;
 };
 
