@@ -41,7 +41,7 @@ KeyRange keys_of_rows(const AttentionParams& p, const AttentionSequence& s, int6
 constexpr int64_t kWantedTasks = 32, kLeastRows = 2 * kBackwardBlock;
 
 std::vector<int64_t> cut_rows(const AttentionParams& p, const AttentionSequence& s) {
-  const int64_t wanted = (kWantedTasks + p.q_heads - 1) / p.q_heads;
+  const int64_t wanted = (kWantedTasks + p.q_heads - 1) / std::max<int64_t>(p.q_heads, 1);
   const int64_t parts = std::max<int64_t>(1, std::min(wanted, s.num_queries / kLeastRows));
   std::vector<int64_t> cuts{0};
   if (parts > 1) {

@@ -116,7 +116,8 @@ struct Operands {
   Word *q, *dout, *q_rows, *dout_rows;  // [kChunk]
   Word *k_panels, *v_panels, *k_rows;   // [kBlock]
   float *dq, *lse2, *lse2_low, *delta;  // [kChunk]: dq [.., rows_pitch]
-  Word *p, *ds, *ds_rows;               // the tile; ds_rows [queries][keys], the others along rows
+  float *prob, *slope;  // of one panel of the tile [kBlock][kLanes]: P and the softcap's derivative
+  Word *p, *ds, *ds_rows;  // the tile; ds_rows [queries][keys], the others along rows
 };
 
 // Words of a row of Operands::ds_rows.
@@ -151,6 +152,8 @@ inline int64_t lay_out(const AttentionBackward& p, uint32_t* at, Operands<M>* o)
   o->lse2 = reinterpret_cast<float*>(take(kChunk));
   o->lse2_low = reinterpret_cast<float*>(take(kChunk));
   o->delta = reinterpret_cast<float*>(take(kChunk));
+  o->prob = reinterpret_cast<float*>(take(kBlock * kLanes));
+  o->slope = reinterpret_cast<float*>(take(kBlock * kLanes));
   o->p = take(kBlock / kDepth * kTilePitch);
   o->ds = take(kBlock / kDepth * kTilePitch);
   o->ds_rows = kDepth == 1 ? o->ds : take(kBlock * kDsPitch<M>);
