@@ -106,6 +106,8 @@ class Case:
         reference: the result that every provider must agree with.
         agree: error of an output against the reference's; at most ``tolerance`` agrees.
         peak: name of the arithmetic ceiling (see ``ceilings``), or None for a pure data movement.
+        traffic: name of the bandwidth that the bytes count against: ``read`` where next to nothing is
+            written, else ``copy``.
         warm: leave the data in the cache; the case is labelled so.
     """
 
@@ -122,6 +124,7 @@ class Case:
     mode: str = "functional"
     mutates: tuple[str, ...] = ()
     peak: str | None = None
+    traffic: str = "copy"
     variant: str = ""
     quick: bool = False
     warm: bool = False

@@ -3,6 +3,7 @@
 | name | CPU | GPU |
 |---|---|---|
 | copy | GB/s of a streaming copy, bytes read plus bytes written | the same |
+| read | GB/s of one pass over memory that nothing writes to | sum of a large tensor |
 | fma_fp32 | GFLOP/s of independent fp32 FMAs in registers | torch matmul, TF32 off |
 | dot_bf16 | GFLOP/s of bf16 dot products in registers | torch matmul |
 
@@ -60,6 +61,13 @@ def torch_copy(device: torch.device, tries: int = 10) -> float:
     return _best_rate(lambda: target.copy_(source), 2.0 * source.nbytes, device, tries)
 
 
+def torch_read(device: torch.device, tries: int = 10) -> float:
+    """GB/s of a sum over memory far over the cache."""
+    num_bytes = max(2 * cache_bytes(device), 256 << 20)
+    source = torch.ones(num_bytes // 4, device=device)
+    return _best_rate(source.sum, source.nbytes, device, tries)
+
+
 def native_peak(kind: str, tries: int = 5) -> float | None:
     """Best of several runs of ``torch.ops.tenfold._peak``; None where the build has no such op."""
     op = getattr(torch.ops.tenfold, "_peak", None)
@@ -81,16 +89,20 @@ def _entry(value: float, unit: str, source: str, matmul: float | None = None) ->
     return entry
 
 
+def _bandwidth(kind: str, by_torch: float, how: str, cpu: bool) -> dict[str, Any]:
+    """Both ways are attainable: the ceiling is the faster one."""
+    native = native_peak(kind) if cpu else None
+    if native is None or native < by_torch:
+        return _entry(by_torch, "GB/s", f"torch {how}")
+    return _entry(native, "GB/s", "tenfold._peak")
+
+
 def measure_ceilings(device: torch.device) -> Ceilings:
     """All ceilings of ``device``; each entry has value, unit, source and, if any, torch's matmul."""
     cpu = device.type == "cpu"
-    native = native_peak("copy") if cpu else None
-    copy = torch_copy(device)
-    # Both are attainable copies: the ceiling is the faster one.
     found = {
-        "copy": _entry(copy, "GB/s", "torch copy_")
-        if native is None or native < copy
-        else _entry(native, "GB/s", "tenfold._peak")
+        kind: _bandwidth(kind, torch_way(device), how, cpu)
+        for kind, torch_way, how in (("copy", torch_copy, "copy_"), ("read", torch_read, "sum"))
     }
     tf32 = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False

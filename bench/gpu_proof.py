@@ -111,7 +111,7 @@ def merge_records(records: Sequence[Record]) -> Record | None:
 
 
 def _rescale(case: Record, ceilings: Record) -> None:
-    floor = case["bytes"] / (ceilings["copy"]["value"] * 1e9)
+    floor = case["bytes"] / (ceilings[case.get("traffic", "copy")]["value"] * 1e9)
     if case["peak"]:
         floor = max(floor, case["flops"] / (ceilings[case["peak"]]["value"] * 1e9))
     for found in case["providers"].values():

@@ -82,6 +82,7 @@ class Result:
     tolerance: float
     providers: dict[str, Measured]
     ratios: dict[str, float]
+    traffic: str = "copy"
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -202,7 +203,7 @@ def _drop_slower_forms(measured: dict[str, Measured], clocks: dict[str, Clock]) 
 def floor_seconds(case: Case, ceilings: dict[str, Any]) -> tuple[float, str]:
     """Time no implementation can beat on this machine, and what sets it (``memory`` or ``compute``)."""
     size = torch.empty((), dtype=case.dtype).element_size()
-    memory = case.bytes(case.shape, size) / (ceilings["copy"]["value"] * 1e9)
+    memory = case.bytes(case.shape, size) / (ceilings[case.traffic]["value"] * 1e9)
     compute = 0.0
     if case.peak:
         compute = case.flops(case.shape) / (ceilings[case.peak]["value"] * 1e9)
@@ -268,5 +269,5 @@ def measure(case: Case, options: Options, ceilings: dict[str, Any]) -> Result:
         name=case.name, op=case.op, variant=case.variant, shape=dict(case.shape),
         dtype=case.dtype_name, mode=case.mode, warm=case.warm, buffer_sets=len(ring.sets),
         bytes=case_bytes, flops=flops, peak=case.peak, bound=bound, tolerance=case.tolerance,
-        providers=measured, ratios=ratios(measured),
+        providers=measured, ratios=ratios(measured), traffic=case.traffic,
     )  # fmt: skip

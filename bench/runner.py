@@ -75,7 +75,7 @@ def run_cases(
 def rescale(result: Result, old: dict[str, Any], new: dict[str, Any]) -> None:
     """Shares against ceilings that turned out higher after the cases."""
     floor = max(
-        result.bytes / (new["copy"]["value"] * 1e9),
+        result.bytes / (new[result.traffic]["value"] * 1e9),
         result.flops / (new[result.peak]["value"] * 1e9) if result.peak else 0.0,
     )
     for m in result.providers.values():

@@ -416,3 +416,10 @@ class TestSurface:
             "assert 'tenfold' in AttentionInterface() and 'dha' in AttentionInterface()\n"
         )
         subprocess.run([sys.executable, "-c", code], check=True)
+
+    def test_an_old_transformers_is_named(self, monkeypatch):
+        monkeypatch.setattr(transformers, "__version__", "5.4.1.dev0")
+        with pytest.raises(ImportError, match=r"x needs transformers >= 5\.5, found 5\.4\.1"):
+            hf.require("x", 5, 5)
+        monkeypatch.setattr(transformers, "__version__", "5.10.0")
+        hf.require("x", 5, 5)

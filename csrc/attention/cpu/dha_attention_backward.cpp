@@ -10,54 +10,26 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <atomic>
-#include <cstring>
+#include <memory>
 #include <numeric>
+#include <utility>
 #include <vector>
 
-#include "attention/prefill_ops.h"
-#include "core/dispatch.h"
-#include "core/parallel.h"
+#include "attention/cpu/attention_host.h"
 #include "core/scratch.h"
-#include "core/tensor.h"
 
 namespace tenfold::cpu {
 namespace {
 
 constexpr auto kOp = "dha_attention_backward";
 
-std::vector<int32_t> read_map(const char* arg, const Tensor& map, int64_t heads) {
-  const auto given = read_ints<int64_t>(map);
-  for (size_t h = 0; h < given.size(); ++h)
-    TENFOLD_CHECK_VALUE(given[h] >= 0 && given[h] < heads, "tenfold::", kOp, ": ", arg, "[", h,
-                        "] must be a head in [0, ", heads, "), got ", given[h]);
-  return {given.begin(), given.end()};
-}
-
-// First rows of the sequences; dense batches: 0 for all (their batch stride says where they are).
-std::vector<int64_t> read_cu_seqlens(const char* arg, const Tensor& cu, int64_t rows) {
-  const auto given = read_ints<int64_t>(cu);
-  TENFOLD_CHECK_VALUE(given[0] == 0, "tenfold::", kOp, ": ", arg, " must start with 0, got ",
-                      given[0]);
-  for (size_t b = 1; b < given.size(); ++b)
-    TENFOLD_CHECK_VALUE(given[b] >= given[b - 1], "tenfold::", kOp, ": ", arg,
-                        " must not decrease, got ", given[b - 1], " before ", given[b]);
-  TENFOLD_CHECK_VALUE(given.back() <= rows, "tenfold::", kOp, ": ", arg, " must end by ", rows,
-                      " (the rows), got ", given.back());
-  return given;
-}
-
-struct Sequence {
-  int64_t q_first, num_queries, k_first, num_keys;
-};
-
 struct Work {
   AttentionBackward p;
-  std::vector<Sequence> sequences;
   std::vector<AttentionBackwardTask> tasks;  // ordered by sequence, then key head
 };
 
-KeyRange keys_of_rows(const AttentionParams& p, const Sequence& s, int64_t begin, int64_t end) {
+KeyRange keys_of_rows(const AttentionParams& p, const AttentionSequence& s, int64_t begin,
+                      int64_t end) {
   const auto first = visible_keys(p.mask, begin, s.num_queries, s.num_keys).first;
   const auto last = visible_keys(p.mask, end - 1, s.num_queries, s.num_keys).last;
   const auto block = first / kBackwardBlock * kBackwardBlock;
@@ -68,8 +40,8 @@ KeyRange keys_of_rows(const AttentionParams& p, const Sequence& s, int64_t begin
 // that results depend on nothing else.
 constexpr int64_t kWantedTasks = 32, kLeastRows = 2 * kBackwardBlock;
 
-std::vector<int64_t> cut_rows(const AttentionParams& p, const Sequence& s) {
-  const int64_t wanted = (kWantedTasks + p.q_heads - 1) / p.q_heads;
+std::vector<int64_t> cut_rows(const AttentionParams& p, const AttentionSequence& s) {
+  const int64_t wanted = (kWantedTasks + p.q_heads - 1) / std::max<int64_t>(p.q_heads, 1);
   const int64_t parts = std::max<int64_t>(1, std::min(wanted, s.num_queries / kLeastRows));
   std::vector<int64_t> cuts{0};
   if (parts > 1) {
@@ -94,15 +66,15 @@ void make_tasks(Work& w) {
   std::iota(heads.begin(), heads.end(), 0);
   std::stable_sort(heads.begin(), heads.end(),
                    [&](int64_t a, int64_t b) { return w.p.kmap[a] < w.p.kmap[b]; });
-  for (size_t b = 0; b < w.sequences.size(); ++b) {
-    const Sequence& s = w.sequences[b];
+  for (int64_t b = 0; b < w.p.batch; ++b) {
+    const AttentionSequence s = attention_sequence(w.p, b);
     if (s.num_queries == 0) continue;
     const auto cuts = cut_rows(w.p, s);
     for (const int64_t head : heads)
       for (size_t i = 0; i + 1 < cuts.size(); ++i) {
         const auto keys = keys_of_rows(w.p, s, cuts[i], cuts[i + 1]);
         AttentionBackwardTask t{};
-        t.batch = static_cast<int64_t>(b), t.head = head;
+        t.batch = b, t.head = head;
         t.q_first = s.q_first, t.k_first = s.k_first;
         t.num_queries = s.num_queries, t.num_keys = s.num_keys;
         t.row_begin = cuts[i], t.row_end = cuts[i + 1];
@@ -135,16 +107,13 @@ void run_tasks(Isa isa, const Work& w, int64_t begin, int64_t end) {
   std::stable_sort(order.begin(), order.end(),
                    [&](int64_t a, int64_t b) { return work[a - begin] > work[b - begin]; });
   const double micros = std::accumulate(work.begin(), work.end(), 0.0) * 2e-5;
-  const auto threads = std::min<int64_t>(torch::stable::get_num_threads(), end - begin);
   const int64_t bytes = TENFOLD_ISA_CALL_AS(isa, attention_backward_scratch, w.p);
-  std::atomic<int64_t> next{0};
-  parallel_for(threads, micros / static_cast<double>(threads), [&](int64_t, int64_t) {
-    const Scratch scratch(bytes);
-    for (int64_t i = next++; i < end - begin; i = next++) {
+  for_each_task(end - begin, micros, [&] {
+    return [&, scratch = std::make_unique<Scratch>(bytes)](int64_t i) {
       AttentionBackwardTask t = w.tasks[order[i]];
-      t.scratch = scratch.data();
+      t.scratch = scratch->data();
       TENFOLD_ISA_CALL_AS(isa, attention_backward_task, w.p, t);
-    }
+    };
   });
 }
 
@@ -166,8 +135,8 @@ struct Gradient {
 Gradient make_gradient(const Work& w, void* out, const RowLayout& at, int64_t heads, int64_t dim,
                        float scale, const int32_t* map, float* AttentionBackwardTask::* share) {
   Gradient g{out, at, heads, dim, scale, map, share, {}, {}};
-  g.last.assign(w.sequences.size() * heads, -1);
-  g.begun.assign(w.sequences.size() * heads, false);
+  g.last.assign(w.p.batch * heads, -1);
+  g.begun.assign(w.p.batch * heads, false);
   for (size_t i = 0; i < w.tasks.size(); ++i) g.last[g.index(w.tasks[i])] = static_cast<int64_t>(i);
   return g;
 }
@@ -183,7 +152,7 @@ struct Sums {
 
   void add(const Work& w, Gradient& g, int64_t index, std::vector<GradientShare> of_wave,
            bool final) {
-    const Sequence& s = w.sequences[index / g.heads];
+    const AttentionSequence s = attention_sequence(w.p, index / g.heads);
     const int64_t row0 =
         index / g.heads * g.at.batch + index % g.heads * g.at.head + s.k_first * g.at.row;
     GradientSum sum{};
@@ -303,14 +272,6 @@ void run(Work& w, const Tensor& dk, const Tensor& dv) {
   }
 }
 
-// Rows of a packed batch that belong to no sequence.
-void clear_rows(const Tensor& t, int64_t first) {
-  const int64_t row = t.sizes()[1] * t.sizes()[2] * t.element_size();
-  const int64_t rows = t.sizes()[0] - first;
-  if (rows > 0 && row > 0)
-    std::memset(static_cast<char*>(t.data_ptr()) + first * row, 0, static_cast<size_t>(rows * row));
-}
-
 std::tuple<Tensor, Tensor, Tensor> dha_attention_backward(
     Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor kmap, Tensor vmap,
     std::optional<double> scale, bool causal, int64_t window_left, OptTensor cu_seqlens_q,
@@ -319,10 +280,8 @@ std::tuple<Tensor, Tensor, Tensor> dha_attention_backward(
   const AttentionArgs args{scale,        causal, window_left, window_right, cu_seqlens_q,
                            cu_seqlens_k, max_q,  max_k,       attn_bias,    softcap};
   check_attention(kOp, q, k, v, kmap, vmap, args);
-  const bool varlen = cu_seqlens_q.has_value();
-  check_attention_backward(dout, q, v, out, lse, dlse, varlen);
-  const auto k_heads = read_map("kmap", kmap, k.sizes()[1]);
-  const auto v_heads = read_map("vmap", vmap, v.sizes()[1]);
+  check_attention_backward(dout, q, v, out, lse, dlse, cu_seqlens_q.has_value());
+  const AttentionIndices indices = read_attention_indices(kOp, q, k, v, kmap, vmap, args);
   const Tensor rows[] = {with_contiguous_rows(q), with_contiguous_rows(k), with_contiguous_rows(v),
                          with_contiguous_rows(out), with_contiguous_rows(dout)};
   const Tensor lse_rows = torch::stable::contiguous(lse);
@@ -330,15 +289,7 @@ std::tuple<Tensor, Tensor, Tensor> dha_attention_backward(
   Work w;
   AttentionBackward& p = w.p;
   static_cast<AttentionParams&>(p) = attention_params(rows[0], rows[1], rows[2], args);
-  p.kmap = k_heads.data(), p.vmap = v_heads.data();
-  if (varlen) {
-    const auto cu_q = read_cu_seqlens("cu_seqlens_q", *cu_seqlens_q, q.sizes()[0]);
-    const auto cu_k = read_cu_seqlens("cu_seqlens_k", *cu_seqlens_k, k.sizes()[0]);
-    for (int64_t b = 0; b < p.batch; ++b)
-      w.sequences.push_back({cu_q[b], cu_q[b + 1] - cu_q[b], cu_k[b], cu_k[b + 1] - cu_k[b]});
-  } else {
-    w.sequences.assign(p.batch, {0, p.max_q, 0, p.max_k});
-  }
+  use_indices(indices, &p);
   const Tensor dq = new_like_rows(q, p.head_dim), dk = new_like_rows(k, p.head_dim);
   const Tensor dv = new_like_rows(v, p.value_dim);
   p.out = rows[3].data_ptr(), p.out_at = row_layout(rows[3]);
@@ -346,12 +297,6 @@ std::tuple<Tensor, Tensor, Tensor> dha_attention_backward(
   p.lse = data_as<float>(lse_rows), p.dlse = dlse ? data_as<float>(dlse_rows) : nullptr;
   p.dq = dq.data_ptr(), p.dk = dk.data_ptr(), p.dv = dv.data_ptr();
   p.dq_at = row_layout(dq), p.dk_at = row_layout(dk), p.dv_at = row_layout(dv);
-  if (varlen) {
-    const Sequence end = w.sequences.empty() ? Sequence{} : w.sequences.back();
-    clear_rows(dq, end.q_first + end.num_queries);
-    clear_rows(dk, end.k_first + end.num_keys);
-    clear_rows(dv, end.k_first + end.num_keys);
-  }
   make_tasks(w);
   run(w, dk, dv);
   return {dq, dk, dv};

@@ -16,6 +16,14 @@ TENFOLD_ISA_BEGIN
 namespace {
 
 constexpr float kInf = __builtin_inff();
+constexpr float kHidden = -1.0f;  // no derivative of a softcap
+constexpr double kLog2eExact = 1.4426950408889634;
+
+// x as the sum of two floats; infinities and NaN stay what they are.
+inline void split(double x, float* high, float* low) {
+  *high = static_cast<float>(x);
+  *low = __builtin_isfinite(*high) ? static_cast<float>(x - *high) : 0.0f;
+}
 
 // A tile: queries [i0, i0 + rows) of the sequence, which are rows [at, at + rows) of the chunk, and
 // keys [j0, j0 + keys).
@@ -45,6 +53,7 @@ class Task {
     dout_ = at(p.dout, p.dout_at, t.head, t.q_first);
     dq_ = const_cast<T*>(at(p.dq, p.dq_at, t.head, t.q_first));
     lse_ = t.batch * p.lse_batch + t.head * p.lse_head + t.q_first;
+    split(p.scale * kLog2eExact, &log2_scale_, &log2_scale_low_);
     offset_ = t.num_keys - t.num_queries;
     depth_ = (p.head_dim + M::kDepth - 1) / M::kDepth;
     value_depth_ = (p.value_dim + M::kDepth - 1) / M::kDepth;
@@ -101,10 +110,10 @@ class Task {
     clear_words(o_.dq, padded * o_.rows_pitch);
     for (int64_t r = 0; r < padded; ++r) {
       // exp2(x - inf) = 0: rows that see nothing, and those past the end.
-      o_.lse2[r] = kInf, o_.delta[r] = 0.0f;
+      o_.lse2[r] = kInf, o_.lse2_low[r] = 0.0f, o_.delta[r] = 0.0f;
       if (r >= rows) continue;
       const float lse = p_.lse[lse_ + row + r];
-      if (lse != -kInf) o_.lse2[r] = lse * kLog2e;
+      if (lse != -kInf) split(lse * kLog2eExact, o_.lse2 + r, o_.lse2_low + r);
       o_.delta[r] = row_dot(dout_ + (row + r) * p_.dout_at.row, out_ + (row + r) * p_.out_at.row);
       if (p_.dlse != nullptr) o_.delta[r] -= p_.dlse[lse_ + row + r];
     }
@@ -135,21 +144,37 @@ class Task {
     }
   }
 
-  // P and dS of a tile.
+  // P and dS of a tile, panel by panel of keys: a panel of k^T, then one of v^T stays in L1.
   void make_tile(const Tile& tile) {
     const bool plain = p_.bias.kind == BiasKind::none && !(p_.softcap > 0.0f);
-    for (int64_t j = 0; j < tile.keys; j += kLanes)
+    for (int64_t j = 0; j < tile.keys; j += kLanes) {
+      if (plain) {
+        make_panel<true>(tile, j);
+      } else {
+        make_panel<false>(tile, j);
+      }
+    }
+  }
+
+  template <bool kPlain>
+  void make_panel(const Tile& tile, int64_t j) {
+    const auto for_strips = [&](const auto& use) {
       for (int64_t r = 0; r < tile.rows; r += kRows) {
         const int64_t last = r + kRows < tile.rows ? r + kRows : tile.rows;
         const Range any = keys_seen(tile, r, last);
-        if (any.first >= j + kLanes || any.last <= j) {
-          clear_block(r, j);
-        } else if (plain) {
-          make_block<true>(tile, r, j, last);
-        } else {
-          make_block<false>(tile, r, j, last);
-        }
+        use(r, last, any.first < j + kLanes && any.last > j);
       }
+    };
+    for_strips([&](int64_t r, int64_t last, bool seen) {
+      if (seen) {
+        make_weights<kPlain>(tile, r, j, last);
+      } else {
+        clear_block(r, j);
+      }
+    });
+    for_strips([&](int64_t r, int64_t last, bool seen) {
+      if (seen) make_logit_gradients<kPlain>(tile, r, j, last);
+    });
   }
 
   void clear_block(int64_t r, int64_t j) {
@@ -160,45 +185,57 @@ class Task {
     if constexpr (M::kDepth > 1) put_rows(zero, r, j);
   }
 
-  // kRows queries x kLanes keys.
+  // P of kRows queries x kLanes keys.
   template <bool kPlain>
-  void make_block(const Tile& tile, int64_t r, int64_t j, int64_t last) {
-    alignas(64) float prob[kRows][kLanes], slope[kRows][kLanes];
+  void make_weights(const Tile& tile, int64_t r, int64_t j, int64_t last) {
     VF acc[kRows][kVecs];
-    clear(acc);
-    multiply<M, Along::rows>(o_.q + (tile.at + r) * o_.d_pitch, o_.d_pitch,
-                             o_.k_panels + j * depth_, kLanes, depth_, acc);
-    const float* lse2 = o_.lse2 + tile.at + r;
+    dot_rows<M>(o_.q + (tile.at + r) * o_.d_pitch, o_.d_pitch, o_.k_panels + j * depth_, depth_,
+                acc);
+    const float *lse2 = o_.lse2 + tile.at + r, *lse2_low = o_.lse2_low + tile.at + r;
     if constexpr (!kPlain) {
-      shape_logits(tile, r, j, last, acc, slope);
-#pragma GCC unroll 16
-      for (int i = 0; i < kRows; ++i)
-        for (int v = 0; v < kVecs; ++v) acc[i][v] = exp2_below(acc[i][v] - set1(lse2[i]));
-    } else {
-      const VF to_log2 = set1(p_.scale * kLog2e);
+      shape_logits(tile, r, j, last, acc);
 #pragma GCC unroll 16
       for (int i = 0; i < kRows; ++i)
         for (int v = 0; v < kVecs; ++v)
-          acc[i][v] = exp2_below(fma(acc[i][v], to_log2, set1(-lse2[i])));
+          acc[i][v] = exp2_below(acc[i][v] - set1(lse2[i]) - set1(lse2_low[i]));
+    } else {
+      // scale * log2(e) and lse * log2(e) in two parts each: their rounding would be the same for
+      // all keys of a row, and so add up in its gradients.
+      const VF high = set1(log2_scale_), low = set1(log2_scale_low_);
+#pragma GCC unroll 16
+      for (int i = 0; i < kRows; ++i)
+        for (int v = 0; v < kVecs; ++v) {
+          const VF x = fma(acc[i][v], high, set1(-lse2[i]));
+          acc[i][v] = exp2_below(fma(acc[i][v], low, x) - set1(lse2_low[i]));
+        }
     }
-    const bool mask = needs_mask(tile, r, j, last);
-    if (mask) hide(tile, r, j, last, acc);
+    if (needs_mask(tile, r, j, last)) hide(tile, r, j, last, acc);
+    if constexpr (!kPlain) hide(r, acc);
+    float* prob = o_.prob + r * kLanes;
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i)
-      for (int v = 0; v < kVecs; ++v) store(prob[i] + v * kWidth, acc[i][v]);
+      for (int v = 0; v < kVecs; ++v) store(prob + i * kLanes + v * kWidth, acc[i][v]);
     put_columns(acc, o_.p, r, j);
+  }
 
-    clear(acc);
-    multiply<M, Along::rows>(o_.dout + (tile.at + r) * o_.dv_pitch, o_.dv_pitch,
-                             o_.v_panels + j * value_depth_, kLanes, value_depth_, acc);
-    const float* delta = o_.delta + tile.at + r;
+  // dS of them.
+  template <bool kPlain>
+  void make_logit_gradients(const Tile& tile, int64_t r, int64_t j, int64_t last) {
+    VF acc[kRows][kVecs];
+    dot_rows<M>(o_.dout + (tile.at + r) * o_.dv_pitch, o_.dv_pitch, o_.v_panels + j * value_depth_,
+                value_depth_, acc);
+    const float *delta = o_.delta + tile.at + r, *prob = o_.prob + r * kLanes;
+    const float* slope = o_.slope + r * kLanes;
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i)
       for (int v = 0; v < kVecs; ++v) {
-        acc[i][v] = load(prob[i] + v * kWidth) * (acc[i][v] - set1(delta[i]));
-        if constexpr (!kPlain) acc[i][v] = acc[i][v] * load(slope[i] + v * kWidth);
+        const int64_t at = i * kLanes + v * kWidth;
+        acc[i][v] = load(prob + at) * (acc[i][v] - set1(delta[i]));
+        if constexpr (!kPlain) acc[i][v] = acc[i][v] * load(slope + at);
       }
-    if (mask) hide(tile, r, j, last, acc);  // 0 * NaN of a hidden value
+    // Again, for 0 * NaN of a hidden value.
+    if (needs_mask(tile, r, j, last)) hide(tile, r, j, last, acc);
+    if constexpr (!kPlain) hide(r, acc);
     put_columns(acc, o_.ds, r, j);
     if constexpr (M::kDepth > 1) put_rows(acc, r, j);
   }
@@ -206,22 +243,25 @@ class Task {
   // An lse that is not of these logits may lie below them: 2^128 is inf on every ISA, more is not.
   static inline VF exp2_below(VF x) { return exp2(vmin(set1(128.0f), x)); }
 
-  // Logits in log2 units with softcap and bias; slope: derivative of the softcap, 1 without.
-  void shape_logits(const Tile& tile, int64_t r, int64_t j, int64_t last, VF (&acc)[kRows][kVecs],
-                    float (&slope)[kRows][kLanes]) const {
+  // Logits in log2 units with softcap and bias. Keeps the derivative of the softcap (1 without), or
+  // kHidden: a bias of -inf hides the key whatever its logit is.
+  void shape_logits(const Tile& tile, int64_t r, int64_t j, int64_t last,
+                    VF (&acc)[kRows][kVecs]) const {
     const float cap = p_.softcap;
     for (int i = 0; i < kRows; ++i) {
       float bias[kLanes];
       read_bias(tile, r + i < last ? r + i : r, j, bias);
       for (int v = 0; v < kVecs; ++v) {
-        VF x = acc[i][v] * set1(p_.scale), s = set1(1.0f);
+        VF x = acc[i][v] * set1(p_.scale), slope = set1(1.0f);
         if (cap > 0.0f) {
           const VF t = tanh(x / set1(cap));
           x = t * set1(cap);
-          s = set1(1.0f) - t * t;
+          slope = set1(1.0f) - t * t;
         }
-        acc[i][v] = (x + load(bias + v * kWidth)) * set1(kLog2e);
-        store(slope[i] + v * kWidth, s);
+        const VF b = load(bias + v * kWidth);
+        acc[i][v] = (x + b) * set1(kLog2e);
+        store(o_.slope + (r + i) * kLanes + v * kWidth,
+              select(eq(b, set1(-kInf)), set1(kHidden), slope));
       }
     }
   }
@@ -258,27 +298,33 @@ class Task {
 
   bool needs_mask(const Tile& tile, int64_t r, int64_t j, int64_t last) const {
     return tile.keys - j < kLanes || seen(tile.i0 + last - 1).first > tile.j0 + j ||
-           seen(tile.i0 + r).last < tile.j0 + j + kLanes || p_.bias.kind == BiasKind::boolean;
+           seen(tile.i0 + r).last < tile.j0 + j + kLanes;
   }
 
-  // 0 where a key is hidden.
-  void hide(const Tile& tile, int64_t r, int64_t j, int64_t last, VF (&acc)[kRows][kVecs]) const {
+  // 0 where a key is hidden, by its place or by its bias.
+  inline __attribute__((always_inline)) void hide(const Tile& tile, int64_t r, int64_t j,
+                                                  int64_t last, VF (&acc)[kRows][kVecs]) const {
+#pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
       const KeyRange range = seen(tile.i0 + (r + i < last ? r + i : r));
       const Range lanes = clamp(range.first - tile.j0 - j, range.last - tile.j0 - j, 0,
                                 tile.keys - j < kLanes ? tile.keys - j : kLanes);
-      const auto first = static_cast<uint32_t>(lanes.first - 1);
-      const auto end = static_cast<uint32_t>(lanes.last);
-      float bias[kLanes];
-      const bool by_bias = p_.bias.kind == BiasKind::boolean;
-      if (by_bias) read_bias(tile, r + i < last ? r + i : r, j, bias);
+      const VI before = seti(static_cast<uint32_t>(lanes.first - 1));
+      const VI end = seti(static_cast<uint32_t>(lanes.last));
       for (int v = 0; v < kVecs; ++v) {
         const VI lane = iota() + seti(static_cast<uint32_t>(v * kWidth));
-        VM m = both(lt(seti(first), lane), lt(lane, seti(end)));
-        if (by_bias) m = both(m, eq(load(bias + v * kWidth), set1(0.0f)));
-        acc[i][v] = select(m, acc[i][v], set1(0.0f));
+        acc[i][v] = select(both(lt(before, lane), lt(lane, end)), acc[i][v], set1(0.0f));
       }
     }
+  }
+  inline __attribute__((always_inline)) void hide(int64_t r, VF (&acc)[kRows][kVecs]) const {
+    const float* slope = o_.slope + r * kLanes;
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i)
+      for (int v = 0; v < kVecs; ++v) {
+        const VM hidden = eq(load(slope + i * kLanes + v * kWidth), set1(kHidden));
+        acc[i][v] = select(hidden, set1(0.0f), acc[i][v]);
+      }
   }
 
   // Into a tile whose summed dimension will be its rows.
@@ -310,25 +356,29 @@ class Task {
     const int64_t dim = backward_pitch(p_.head_dim), value_dim = backward_pitch(p_.value_dim);
     float* const dk = t_.dk + (tile.j0 - t_.key_begin) * dim;
     float* const dv = t_.dv + (tile.j0 - t_.key_begin) * value_dim;
-    for (int64_t j = 0; j < tile.keys; j += kRows) {
-      const Range rows = rows_that_see(tile, tile.j0 + j, tile.j0 + j + kRows);
-      const int64_t first = rows.first / kDepth, depth = (rows.last + kDepth - 1) / kDepth - first;
-      if (depth <= 0) continue;
-      const int64_t at = tile.at / kDepth + first, from = first * kTilePitch + j;
-      add_rows<M, Along::columns>(o_.p + from, kTilePitch, o_.dout_rows + at * o_.rows_dv_pitch,
-                                  o_.rows_dv_pitch, depth, dv + j * value_dim, value_dim,
-                                  value_dim);
-      add_rows<M, Along::columns>(o_.ds + from, kTilePitch, o_.q_rows + at * o_.rows_pitch,
-                                  o_.rows_pitch, depth, dk + j * dim, dim, dim);
-    }
-    for (int64_t r = 0; r < tile.rows; r += kRows) {
-      const Range keys = keys_seen(tile, r, r + kRows < tile.rows ? r + kRows : tile.rows);
-      const int64_t first = keys.first / kDepth, depth = (keys.last + kDepth - 1) / kDepth - first;
-      if (depth <= 0) continue;
-      add_rows<M, Along::rows>(o_.ds_rows + r * kDsPitch<M> + first, kDsPitch<M>,
-                               o_.k_rows + first * o_.rows_pitch, o_.rows_pitch, depth,
-                               o_.dq + (tile.at + r) * o_.rows_pitch, o_.rows_pitch, dim);
-    }
+    const auto add_columns = [&](const Word* weights, const Word* rows, int64_t rows_pitch,
+                                 float* to, int64_t to_dim) {
+      for (int64_t d = 0; d < to_dim; d += kLanes)  // kLanes columns of `rows` stay in L1
+        for (int64_t j = 0; j < tile.keys; j += kRows) {
+          const Range seen = rows_that_see(tile, tile.j0 + j, tile.j0 + j + kRows);
+          const int64_t first = seen.first / kDepth;
+          const int64_t depth = (seen.last + kDepth - 1) / kDepth - first;
+          add_rows<M, Along::columns>(weights + first * kTilePitch + j, kTilePitch,
+                                      rows + (tile.at / kDepth + first) * rows_pitch + d,
+                                      rows_pitch, depth, to + j * to_dim + d, to_dim, to_dim - d);
+        }
+    };
+    add_columns(o_.p, o_.dout_rows, o_.rows_dv_pitch, dv, value_dim);
+    add_columns(o_.ds, o_.q_rows, o_.rows_pitch, dk, dim);
+    for (int64_t d = 0; d < dim; d += kLanes)
+      for (int64_t r = 0; r < tile.rows; r += kRows) {
+        const Range keys = keys_seen(tile, r, r + kRows < tile.rows ? r + kRows : tile.rows);
+        const int64_t first = keys.first / kDepth,
+                      depth = (keys.last + kDepth - 1) / kDepth - first;
+        add_rows<M, Along::rows>(o_.ds_rows + r * kDsPitch<M> + first, kDsPitch<M>,
+                                 o_.k_rows + first * o_.rows_pitch + d, o_.rows_pitch, depth,
+                                 o_.dq + (tile.at + r) * o_.rows_pitch + d, o_.rows_pitch, dim - d);
+      }
   }
 
   void write_queries(int64_t row, int64_t rows) {
@@ -348,6 +398,7 @@ class Task {
   Operands<M> o_{};
   const T *q_, *k_, *v_, *out_, *dout_;
   T* dq_;
+  float log2_scale_, log2_scale_low_;
   int64_t lse_, offset_, depth_, value_depth_;
 };
 

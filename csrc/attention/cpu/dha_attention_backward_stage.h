@@ -115,8 +115,9 @@ struct Operands {
   int64_t rows_pitch, rows_dv_pitch;    // rows of q, k and dout as the vector operand
   Word *q, *dout, *q_rows, *dout_rows;  // [kChunk]
   Word *k_panels, *v_panels, *k_rows;   // [kBlock]
-  float *dq, *lse2, *delta;             // [kChunk]: dq [.., rows_pitch]
-  Word *p, *ds, *ds_rows;               // the tile; ds_rows [queries][keys], the others along rows
+  float *dq, *lse2, *lse2_low, *delta;  // [kChunk]: dq [.., rows_pitch]
+  float *prob, *slope;  // of one panel of the tile [kBlock][kLanes]: P and the softcap's derivative
+  Word *p, *ds, *ds_rows;  // the tile; ds_rows [queries][keys], the others along rows
 };
 
 // Words of a row of Operands::ds_rows.
@@ -149,7 +150,10 @@ inline int64_t lay_out(const AttentionBackward& p, uint32_t* at, Operands<M>* o)
   o->k_rows = take(kBlock / kDepth * spread(wider));
   o->dq = reinterpret_cast<float*>(take(kChunk * o->rows_pitch));
   o->lse2 = reinterpret_cast<float*>(take(kChunk));
+  o->lse2_low = reinterpret_cast<float*>(take(kChunk));
   o->delta = reinterpret_cast<float*>(take(kChunk));
+  o->prob = reinterpret_cast<float*>(take(kBlock * kLanes));
+  o->slope = reinterpret_cast<float*>(take(kBlock * kLanes));
   o->p = take(kBlock / kDepth * kTilePitch);
   o->ds = take(kBlock / kDepth * kTilePitch);
   o->ds_rows = kDepth == 1 ? o->ds : take(kBlock * kDsPitch<M>);

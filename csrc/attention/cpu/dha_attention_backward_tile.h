@@ -93,6 +93,35 @@ inline __attribute__((always_inline)) void clear(VF (&acc)[kRows][kNumVecs]) {
     for (int v = 0; v < kNumVecs; ++v) acc[r][v] = set1(0.0f);
 }
 
+// The same, from 0 on, for the product of two rows. float32 sums are made in chains of kChain
+// terms: long ones round more, and an error of a logit is a relative error of its weight.
+constexpr int64_t kChain = 32;
+
+template <class M>
+inline __attribute__((always_inline)) void dot_rows(const typename M::Word* a, int64_t a_pitch,
+                                                    const typename M::Word* b, int64_t depth,
+                                                    VF (&acc)[kRows][kVecs]) {
+  clear(acc);
+  if (M::kDepth > 1 || depth <= kChain)
+    return multiply<M, Along::rows>(a, a_pitch, b, kLanes, depth, acc);
+  alignas(64) float earlier[kRows][kLanes];
+  const int64_t chains = (depth + kChain - 1) / kChain, chain = (depth + chains - 1) / chains;
+  for (int64_t k = 0; k < depth; k += chain) {
+    const int64_t n = depth - k < chain ? depth - k : chain;
+    multiply<M, Along::rows>(a + k, a_pitch, b + k * kLanes, kLanes, n, acc);
+    if (k > 0) {
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r)
+        for (int v = 0; v < kVecs; ++v) acc[r][v] = acc[r][v] + load(earlier[r] + v * kWidth);
+    }
+    if (k + chain >= depth) return;
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r)
+      for (int v = 0; v < kVecs; ++v) store(earlier[r] + v * kWidth, acc[r][v]);
+    clear(acc);
+  }
+}
+
 // c[r][0, kNumVecs * kWidth) += a * b for kRows rows of c.
 template <class M, Along kAlong, int kNumVecs>
 inline void add_product(const typename M::Word* a, int64_t a_pitch, const typename M::Word* b,
@@ -107,15 +136,14 @@ inline void add_product(const typename M::Word* a, int64_t a_pitch, const typena
     for (int v = 0; v < kNumVecs; ++v) store(c + r * c_pitch + v * kWidth, acc[r][v]);
 }
 
-// The same over all columns of b: `dim` is a multiple of kWidth.
+// The same for up to kLanes columns, of which `left` are left: a multiple of kWidth.
 template <class M, Along kAlong>
 inline void add_rows(const typename M::Word* a, int64_t a_pitch, const typename M::Word* b,
-                     int64_t b_pitch, int64_t depth, float* c, int64_t c_pitch, int64_t dim) {
-  int64_t d = 0;
-  for (; d + kLanes <= dim; d += kLanes)
-    add_product<M, kAlong, kVecs>(a, a_pitch, b + d, b_pitch, depth, c + d, c_pitch);
-  for (; d < dim; d += kWidth)
-    add_product<M, kAlong, 1>(a, a_pitch, b + d, b_pitch, depth, c + d, c_pitch);
+                     int64_t b_pitch, int64_t depth, float* c, int64_t c_pitch, int64_t left) {
+  if (depth <= 0) return;
+  if (left >= kLanes)
+    return add_product<M, kAlong, kVecs>(a, a_pitch, b, b_pitch, depth, c, c_pitch);
+  add_product<M, kAlong, 1>(a, a_pitch, b, b_pitch, depth, c, c_pitch);
 }
 
 // tanh, about 2 ulp.

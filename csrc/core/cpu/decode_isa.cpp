@@ -16,6 +16,43 @@ struct Block {
   const char* v[kDecodeKeyBlock];
 };
 
+// Rows that come next are fetched into the second cache, a few lines at every step of the
+// arithmetic. The tiles are no order that the hardware's prefetcher follows, and keys and values
+// take turns. The pace matters: a whole row at once fills the few buffers for misses of the first
+// cache, and then the arithmetic waits behind them.
+struct Ahead {
+  const char* line = nullptr;
+  const char* row_end = nullptr;
+  const char* const* row = nullptr;
+  const char* const* last = nullptr;
+  int64_t offset = 0, bytes = 0;
+  int64_t pace = 0;  // lines per step
+
+  // `num_rows` rows of `row_bytes` bytes, shared out over `steps` steps.
+  inline void start(const char* const* rows, int64_t num_rows, int64_t head_offset,
+                    int64_t row_bytes, int64_t steps) {
+    pace = 0;
+    if (num_rows == 0 || steps <= 0) return;
+    row = rows, last = rows + num_rows, offset = head_offset, bytes = row_bytes;
+    pace = (num_rows * ((row_bytes + 63) / 64) + steps - 1) / steps;
+    line = *row + offset;
+    row_end = line + bytes;
+  }
+  inline void step() {
+    for (int64_t i = 0; i < pace; ++i) {
+      __builtin_prefetch(line, 0, 2);
+      line += 64;
+      if (line < row_end) continue;
+      if (++row == last) {
+        pace = 0;
+        return;
+      }
+      line = *row + offset;
+      row_end = line + bytes;
+    }
+  }
+};
+
 // Walks over the runs of a task, a block at a time.
 struct Cursor {
   int64_t run, at, first;
@@ -46,7 +83,8 @@ void next_block(const DecodeTask& t, int64_t size, Cursor* c, Block* block) {
 // Loops over rows and keys have constant bounds: the accumulators must not be indexed at run time,
 // or they live on the stack.
 template <class T, int R>
-void logits_tile(const DecodeTask& t, const Block& b, int64_t offset, int64_t r0, int64_t j0) {
+void logits_tile(const DecodeTask& t, const Block& b, int64_t offset, int64_t r0, int64_t j0,
+                 Ahead& ahead) {
   const float* q[R];
   const T* key[kKeys];
   const int64_t pitch = decode_pitch(t.head_dim);
@@ -59,6 +97,7 @@ void logits_tile(const DecodeTask& t, const Block& b, int64_t offset, int64_t r0
     for (auto& a : row) a = set1(0.0f);
   int64_t i = 0;
   for (; i + kWidth <= t.head_dim; i += kWidth) {
+    ahead.step();
     VF x[kKeys];
     for (int j = 0; j < kKeys; ++j) x[j] = load(key[j] + i);
     for (int r = 0; r < R; ++r) {
@@ -79,14 +118,14 @@ void logits_tile(const DecodeTask& t, const Block& b, int64_t offset, int64_t r0
 }
 
 template <class T>
-void logits_of_head(const DecodeTask& t, const Block& b, const DecodeHead& head) {
+void logits_of_head(const DecodeTask& t, const Block& b, const DecodeHead& head, Ahead& ahead) {
   const int64_t end = head.first_row + head.num_rows;
   for (int64_t j = 0; j < b.num_keys; j += kKeys) {
     int64_t r = head.first_row;
-    for (; r + kRows <= end; r += kRows) logits_tile<T, 4>(t, b, head.offset, r, j);
-    if (end - r == 3) logits_tile<T, 3>(t, b, head.offset, r, j);
-    if (end - r == 2) logits_tile<T, 2>(t, b, head.offset, r, j);
-    if (end - r == 1) logits_tile<T, 1>(t, b, head.offset, r, j);
+    for (; r + kRows <= end; r += kRows) logits_tile<T, 4>(t, b, head.offset, r, j, ahead);
+    if (end - r == 3) logits_tile<T, 3>(t, b, head.offset, r, j, ahead);
+    if (end - r == 2) logits_tile<T, 2>(t, b, head.offset, r, j, ahead);
+    if (end - r == 1) logits_tile<T, 1>(t, b, head.offset, r, j, ahead);
   }
 }
 
@@ -147,7 +186,7 @@ void softmax_row(const DecodeTask& t, int64_t r, int64_t from, int64_t to) {
 // last vector is not whole.
 template <class T, int R, int V, bool kPart>
 void values_tile(const DecodeTask& t, const Block& b, int64_t offset, const int32_t* rows,
-                 int64_t i0, int64_t from, int64_t to) {
+                 int64_t i0, int64_t from, int64_t to, Ahead& ahead) {
   const int64_t pitch = decode_pitch(t.value_dim);
   const int last = static_cast<int>(t.value_dim - i0 - (V - 1) * kWidth);
   float* out[R];
@@ -161,6 +200,7 @@ void values_tile(const DecodeTask& t, const Block& b, int64_t offset, const int3
     for (int x = 0; x < V; ++x) acc[r][x] = load(out[r] + x * kWidth);
   for (int64_t j = from; j < to; ++j) {
     const T* row = reinterpret_cast<const T*>(b.v[j]) + offset + i0;
+    ahead.step();
     VF value[V];
     for (int x = 0; x < V; ++x)
       value[x] = kPart && x == V - 1 ? load_n(row + x * kWidth, last) : load(row + x * kWidth);
@@ -173,16 +213,21 @@ void values_tile(const DecodeTask& t, const Block& b, int64_t offset, const int3
     for (int x = 0; x < V; ++x) store(out[r] + x * kWidth, acc[r][x]);
 }
 
+// Vectors of a tile of so many rows: as many accumulators as registers are there for.
+constexpr int vectors(int rows) {
+  return kWidth == 4 ? 1 : kWidth == 8 ? 2 : rows <= 2 ? 8 : 4;
+}
+
 template <class T, int R>
 void values_of_rows(const DecodeTask& t, const Block& b, int64_t offset, const int32_t* rows,
-                    int64_t from, int64_t to) {
-  constexpr int V = kWidth == 4 ? 1 : kWidth == 8 ? 2 : R <= 2 ? 8 : 4;
+                    int64_t from, int64_t to, Ahead& ahead) {
+  constexpr int V = vectors(R);
   int64_t i = 0;
   for (; i + V * kWidth <= t.value_dim; i += V * kWidth)
-    values_tile<T, R, V, false>(t, b, offset, rows, i, from, to);
+    values_tile<T, R, V, false>(t, b, offset, rows, i, from, to, ahead);
   for (; i + kWidth <= t.value_dim; i += kWidth)
-    values_tile<T, R, 1, false>(t, b, offset, rows, i, from, to);
-  if (i < t.value_dim) values_tile<T, R, 1, true>(t, b, offset, rows, i, from, to);
+    values_tile<T, R, 1, false>(t, b, offset, rows, i, from, to, ahead);
+  if (i < t.value_dim) values_tile<T, R, 1, true>(t, b, offset, rows, i, from, to, ahead);
 }
 
 // The same for one token that not every row sees: whatever it holds must not reach the others.
@@ -204,20 +249,60 @@ void value_of_some(const DecodeTask& t, const Block& b, const DecodeHead& head, 
 // Tokens [from, to) of the block are seen by all rows.
 template <class T>
 void values_of_head(const DecodeTask& t, const Block& b, const DecodeHead& head, int64_t from,
-                    int64_t to) {
+                    int64_t to, Ahead& ahead) {
   const int32_t* rows = t.value_rows + head.first_row;
   const int32_t* end = rows + head.num_rows;
   for (; rows + kRows <= end; rows += kRows)
-    values_of_rows<T, 4>(t, b, head.offset, rows, from, to);
-  if (end - rows == 3) values_of_rows<T, 3>(t, b, head.offset, rows, from, to);
-  if (end - rows == 2) values_of_rows<T, 2>(t, b, head.offset, rows, from, to);
-  if (end - rows == 1) values_of_rows<T, 1>(t, b, head.offset, rows, from, to);
+    values_of_rows<T, 4>(t, b, head.offset, rows, from, to, ahead);
+  if (end - rows == 3) values_of_rows<T, 3>(t, b, head.offset, rows, from, to, ahead);
+  if (end - rows == 2) values_of_rows<T, 2>(t, b, head.offset, rows, from, to, ahead);
+  if (end - rows == 1) values_of_rows<T, 1>(t, b, head.offset, rows, from, to, ahead);
   for (int64_t j = 0; j < b.num_keys; ++j)
     if (j < from || j >= to) value_of_some<T>(t, b, head, j);
 }
 
 inline int64_t clamp(int64_t x, int64_t low, int64_t high) {
   return x < low ? low : x > high ? high : x;
+}
+
+// Steps of the arithmetic of a head: what Ahead::start shares lines out over.
+inline int64_t logit_steps(const DecodeTask& t, const DecodeHead& head, int64_t num_keys) {
+  const int64_t tiles = (num_keys + kKeys - 1) / kKeys * ((head.num_rows + kRows - 1) / kRows);
+  return tiles * (t.head_dim / kWidth);
+}
+inline int64_t value_steps(const DecodeTask& t, const DecodeHead& head, int64_t num_keys) {
+  const int64_t width = (head.num_rows <= 2 ? vectors(2) : vectors(kRows)) * kWidth;
+  return num_keys * ((head.num_rows + kRows - 1) / kRows) * ((t.value_dim + width - 1) / width);
+}
+
+// One block; `next` is the one after it, maybe empty.
+template <class T>
+void run_block(const DecodeTask& t, const Block& b, const Block& next, int64_t all_from,
+               int64_t all_to) {
+  constexpr int64_t kSize = sizeof(T);
+  const int64_t n = b.num_keys, k_bytes = t.head_dim * kSize, v_bytes = t.value_dim * kSize;
+  Ahead ahead;
+  for (int64_t h = 0; h < t.num_key_heads; ++h) {
+    const int64_t steps = logit_steps(t, t.key_heads[h], n);
+    if (h + 1 < t.num_key_heads) {
+      ahead.start(b.k, n, t.key_heads[h + 1].offset * kSize, k_bytes, steps);
+    } else {
+      ahead.start(b.v, n, t.value_heads[0].offset * kSize, v_bytes, steps);
+    }
+    logits_of_head<T>(t, b, t.key_heads[h], ahead);
+  }
+  for (int64_t r = 0; r < t.rows; ++r)
+    softmax_row(t, r, clamp(t.begin[r] - b.first, 0, n), clamp(t.end[r] - b.first, 0, n));
+  const int64_t from = clamp(all_from - b.first, 0, n), to = clamp(all_to - b.first, from, n);
+  for (int64_t h = 0; h < t.num_value_heads; ++h) {
+    const int64_t steps = value_steps(t, t.value_heads[h], to - from);
+    if (h + 1 < t.num_value_heads) {
+      ahead.start(b.v, n, t.value_heads[h + 1].offset * kSize, v_bytes, steps);
+    } else {
+      ahead.start(next.k, next.num_keys, t.key_heads[0].offset * kSize, k_bytes, steps);
+    }
+    values_of_head<T>(t, b, t.value_heads[h], from, to, ahead);
+  }
 }
 
 template <class T>
@@ -231,17 +316,11 @@ void run(const DecodeTask& t) {
     all_to = t.end[r] < all_to ? t.end[r] : all_to;
   }
   Cursor cursor{0, 0, 0};
-  Block b;
-  while (cursor.first < t.num_keys) {
-    next_block(t, sizeof(T), &cursor, &b);
-    for (int64_t h = 0; h < t.num_key_heads; ++h) logits_of_head<T>(t, b, t.key_heads[h]);
-    for (int64_t r = 0; r < t.rows; ++r)
-      softmax_row(t, r, clamp(t.begin[r] - b.first, 0, b.num_keys),
-                  clamp(t.end[r] - b.first, 0, b.num_keys));
-    const int64_t from = clamp(all_from - b.first, 0, b.num_keys);
-    const int64_t to = clamp(all_to - b.first, from, b.num_keys);
-    for (int64_t h = 0; h < t.num_value_heads; ++h)
-      values_of_head<T>(t, b, t.value_heads[h], from, to);
+  Block blocks[2];
+  next_block(t, sizeof(T), &cursor, &blocks[0]);
+  for (int now = 0; blocks[now].num_keys > 0; now ^= 1) {
+    next_block(t, sizeof(T), &cursor, &blocks[now ^ 1]);
+    run_block<T>(t, blocks[now], blocks[now ^ 1], all_from, all_to);
   }
 }
 

@@ -1,5 +1,6 @@
 // torch.ops.tenfold._peak(kind, iters): measured ceilings on all threads, for bench/ only.
-// kind: "fma_fp32", "dot_bf16" (GFLOP/s; 0 if the ISA has none) or "copy" (GB/s read + written).
+// kind: "fma_fp32", "dot_bf16" (GFLOP/s; 0 if the ISA has none), "copy" (GB/s read + written) or
+// "read" (GB/s).
 #include "core/cpu/peak.h"
 
 #include <torch/csrc/stable/library.h>
@@ -37,8 +38,9 @@ double compute_peak(bool bf16, int64_t iters, int64_t threads) {
   return total / seconds * 1e-9;
 }
 
+constexpr int64_t kBytes = int64_t{64} << 20;  // per thread: larger than any cache
+
 double copy_peak(int64_t iters, int64_t threads) {
-  constexpr int64_t kBytes = int64_t{64} << 20;  // per thread: larger than any cache
   std::vector<char> from(threads * kBytes, 1), to(threads * kBytes, 2);
   double best = 1e9;
   for (int64_t i = 0; i < std::max<int64_t>(iters, 1); ++i) {
@@ -52,13 +54,30 @@ double copy_peak(int64_t iters, int64_t threads) {
   return 2.0 * static_cast<double>(threads * kBytes) / best * 1e-9;
 }
 
+double read_peak(int64_t iters, int64_t threads) {
+  constexpr int64_t kFloats = kBytes / static_cast<int64_t>(sizeof(float));
+  const std::vector<float> data(threads * kFloats, 1.0f);
+  std::vector<float> sums(threads);
+  double best = 1e9;
+  for (int64_t i = 0; i < std::max<int64_t>(iters, 1); ++i) {
+    const auto begin = std::chrono::steady_clock::now();
+    parallel_for(threads, 1e6, [&](int64_t first, int64_t last) {
+      for (int64_t t = first; t < last; ++t)
+        sums[t] = TENFOLD_ISA_CALL(peak_read, data.data() + t * kFloats, kFloats);
+    });
+    best = std::min(best, seconds_since(begin));
+  }
+  return static_cast<double>(threads * kBytes) / best * 1e-9;
+}
+
 double peak_op(std::string_view kind, int64_t iters) {
   const int64_t threads = torch::stable::get_num_threads();
   if (kind == "fma_fp32") return compute_peak(false, iters, threads);
   if (kind == "dot_bf16") return compute_peak(true, iters, threads);
+  if (kind == "read") return read_peak(iters, threads);
   TENFOLD_CHECK_VALUE(kind == "copy",
-                      "tenfold::_peak: kind must be 'fma_fp32', 'dot_bf16' or "
-                      "'copy', got '",
+                      "tenfold::_peak: kind must be 'fma_fp32', 'dot_bf16', "
+                      "'copy' or 'read', got '",
                       kind, "'");
   return copy_peak(iters, threads);
 }

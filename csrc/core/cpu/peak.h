@@ -12,4 +12,7 @@ namespace tenfold {
 TENFOLD_ISA_DECLARE(double peak_fma_fp32(int64_t iters, float* sink))
 TENFOLD_ISA_DECLARE(double peak_dot_bf16(int64_t iters, float* sink))
 
+// Sum of `n` floats (a multiple of 128) in one pass: what reading alone costs.
+TENFOLD_ISA_DECLARE(float peak_read(const float* data, int64_t n))
+
 }  // namespace tenfold

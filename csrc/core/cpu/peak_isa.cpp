@@ -59,4 +59,20 @@ double peak_dot_bf16(int64_t iters, float* sink) {
 #endif
 }
 
+float peak_read(const float* data, int64_t n) {
+  constexpr int kVectors = 8;
+  constexpr int64_t kAhead =
+      512;  // floats: hides the start of a page from the hardware's prefetcher
+  VF sum[kVectors];
+  for (VF& s : sum) s = set1(0.0f);
+  for (int64_t i = 0; i + kVectors * kWidth <= n; i += kVectors * kWidth) {
+    for (int x = 0; x < kVectors; ++x) {
+      if (x * kWidth % 16 == 0) __builtin_prefetch(data + i + x * kWidth + kAhead, 0, 2);
+      sum[x] = sum[x] + load(data + i + x * kWidth);
+    }
+  }
+  for (int x = 1; x < kVectors; ++x) sum[0] = sum[0] + sum[x];
+  return hsum(sum[0]);
+}
+
 TENFOLD_ISA_END

@@ -35,7 +35,10 @@ from transformers.masking_utils import (
 )
 
 from tenfold import ops
+from tenfold.integrations import transformers as hf
 from tenfold.integrations.heads import grouped_map
+
+hf.require("tenfold.integrations.attention", 5, 5)  # mask functions took other arguments before
 
 NAME = "tenfold"
 NAMES = (NAME, "dha")

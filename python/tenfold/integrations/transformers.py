@@ -20,6 +20,20 @@ CAPTURE = "tenfold_capture"
 CACHE_NAMES = ("cache", "past_key_values", "past_key_value")
 
 
+def require(name: str, *version: int) -> None:
+    """Raises ImportError, naming ``name`` and both versions, if transformers is older than ``version``."""
+    import transformers
+
+    found = tuple(int(part) for part in transformers.__version__.split(".")[: len(version)])
+    if found < version:
+        least = ".".join(map(str, version))
+        raise ImportError(
+            f"{name} needs transformers >= {least}, found {transformers.__version__}. Upgrade it with "
+            f"`pip install 'transformers>={least}'`.",
+            name="transformers",
+        )
+
+
 def get_cache(kwargs: dict) -> Any:
     """The cache among a forward's keyword arguments, by any of its names."""
     for name in CACHE_NAMES:
