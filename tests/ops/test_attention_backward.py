@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import tenfold
@@ -32,7 +32,7 @@ forward, backward = torch.ops.tenfold.dha_attention, torch.ops.tenfold.dha_atten
 
 SHAPES = [  # B, H, HK, HV, Sq, Sk, D, DV
     (1, 1, 1, 1, 1, 1, 64, 64), (2, 4, 2, 3, 37, 50, 64, 80), (4, 3, 2, 1, 130, 130, 33, 7),
-    (1, 4, 4, 4, 97, 300, 128, 128), (1, 2, 2, 2, 200, 100, 16, 256), (32, 5, 1, 5, 13, 61, 1, 1),
+    (1, 4, 4, 4, 97, 300, 128, 128), (1, 2, 2, 2, 200, 100, 16, 256), (8, 5, 1, 5, 13, 61, 1, 1),
     (2, 2, 1, 2, 300, 211, 96, 40), (1, 8, 2, 2, 520, 520, 64, 64),
 ]  # fmt: skip
 OPTIONS = {
@@ -106,15 +106,26 @@ def kernel(tensors, maps_, dout, dlse=None, device="cpu", **options):
         return ops.dha_attention_backward(*map(move, args), dlse=move(dlse), **options)
 
 
-def compare(tensors, maps_, dout, dlse=None, device="cpu", **options):
+def run(tensors, maps_, dout, dlse, device, **options):
     """Kernel, reference in float64, plain PyTorch."""
     mine = kernel(tensors, maps_, dout, dlse, device, **options)
     wide = [x.double() for x in (*tensors, dout)]
     ref = grads(reference.dha_attention, wide[:3], maps_, wide[3], dlse, **options)
-    theirs = grads(eager, tensors, maps_, dout, dlse, **options)
-    for name, a, b, c in zip(("dq", "dk", "dv"), mine, ref, theirs):
+    low = grads(eager, tensors, maps_, dout, dlse, **options)
+    for a in mine:
         assert a.dtype == tensors[0].dtype and a.device.type == torch.device(device).type
-        assert_close_to_ref(a.cpu(), b, c, what=name)
+    return [x.cpu() for x in mine], ref, low
+
+
+def compare(tensors, maps_, dout, dlse=None, device="cpu", **options):
+    q, k, v = tensors
+    results = [run(tensors, maps_, dout, dlse, device, **options)]
+    # One rounding error of each side is a coin toss: small cases are judged over more samples.
+    for shift in range(1, 9 if q.numel() < 20000 else 1):
+        turned = (q.roll(shift, 0).roll(shift, 2), k, v)
+        results.append(run(turned, maps_, dout.roll(shift, -1), dlse, device, **options))
+    for name, *sides in zip(("dq", "dk", "dv"), *(zip(*side) for side in zip(*results))):
+        assert_close_to_ref(*(torch.cat(side) for side in sides), what=name)
 
 
 def inputs(shape, dtype, seed=0):
@@ -184,6 +195,8 @@ def test_packed_batches_match_their_sequences(dtype, device):
     left=st.integers(-1, 60), softcap=st.sampled_from([0.0, 4.0]), seed=st.integers(0, 99),
 )  # fmt: skip
 def test_odd_shapes(device, h, hk, hv, sq, sk, d, dv, causal, left, softcap, seed):
+    # Where every row sees one key, the gradients of logits are 0 and there is nothing to compare.
+    assume(visible(sq, sk, causal, left, -1).sum(-1).max() > 1)
     tensors, dout = inputs((8, h, hk, hv, sq, sk, d, dv), torch.float32, seed)
     compare(tensors, maps(h, hk, hv, seed), dout, device=device, causal=causal, window_left=left,
             softcap=softcap)  # fmt: skip
@@ -290,9 +303,24 @@ def test_layouts(kind, dtype, device):
 def test_values(values, dtype, device):
     (q, k, v), dout = inputs((2, 4, 2, 2, 60, 75, 32, 32), dtype)
     heads = maps(4, 2, 2)
-    compare((fill(q.shape, dtype, values), k, v), heads, dout, device=device)
+    if values != "large":
+        compare((fill(q.shape, dtype, values), k, v), heads, dout, device=device)
     compare((q, k, fill(v.shape, dtype, values)), heads, dout, device=device)
     compare((q, k, v), heads, fill(dout.shape, dtype, values), device=device)
+
+
+def test_large_logits(device):
+    """Weights are exp(logit - lse): a logit's rounding is their relative error, whatever wrote lse.
+
+    (The eager form does not show it: its lse comes from the very same rounded logits.)
+    """
+    (q, k, v), dout = inputs((2, 4, 2, 2, 60, 75, 32, 32), torch.float32)
+    heads = maps(4, 2, 2)
+    mine, ref, _ = run((100 * q, k, v), heads, dout, None, device)
+    logits = (100 * q) @ k[:, heads[0]].transpose(-1, -2) / math.sqrt(32)
+    bound = 4 * torch.finfo(torch.float32).eps * float(logits.abs().max())
+    for a, b in zip(mine, ref):
+        assert float((a - b).abs().max()) < bound * float(b.abs().max())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -443,7 +471,7 @@ def test_autocast(device):
     tensors, dout = inputs((1, 4, 2, 2, 20, 20, 16, 16), torch.float32)
     leaves = [x.to(device).requires_grad_() for x in tensors]
     heads = [x.to(device) for x in maps(4, 2, 2)]
-    with torch.autocast(device, dtype=torch.bfloat16):
+    with torch.autocast(device.type, dtype=torch.bfloat16):
         out, _lse = ops.dha_attention(*leaves, *heads)
     assert out.dtype == torch.bfloat16
     found = torch.autograd.grad(out, leaves, dout.to(device).bfloat16())
