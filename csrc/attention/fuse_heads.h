@@ -7,7 +7,11 @@
 //   collapse: one output a group, with coefficients mean_h(omega[n, h, j, i])
 //
 // For fixed (n, i) each is a product of a g x g matrix with the g rows (m long) of the group's
-// heads: rows are read once, all outputs of a block of columns are formed from it in registers.
+// heads: rows are read once, and a block of outputs is formed from them in registers. Rows of one
+// dim lie d * m elements apart, often a power of two: the lines of more than a few of them share a
+// cache set. So what is read more than once is first copied, as float32, to a strip of kFuseStrip
+// columns.
+//
 // Traffic of the forward: H * d * m elements read and as many written; 2 * H * g * d * m FLOPs.
 #pragma once
 
@@ -18,29 +22,44 @@
 
 namespace tenfold {
 
-// to[o][:] = sum_i coef[i * coef_pitch + o] * from[i][:], rows of `length` elements.
+constexpr int64_t kFuseStrip = 256;  // columns; 32 heads of them are 32 KB
+constexpr int64_t kFuseLanes = 16;   // floats of the widest vector
+
+// to[o][:] = sum_i coef[i * coef_in + o] * from[i][:], rows of `length` elements.
 struct MixRows {
   const void* const* from;  // [num_in] rows
   void* const* to;          // [num_out] rows
   int64_t num_in, num_out;
   const float* coef;
-  int64_t coef_pitch;
+  int64_t coef_in;
   int64_t length;
   Dtype dtype;
-  bool stream;  // write past the caches: rows are 64-byte aligned and the output is large
+  bool stream;     // write past the caches: rows are 64-byte aligned and the output is large
+  float* scratch;  // mix_scratch(num_in, num_out) floats, 64-byte aligned
 };
 
-// dots[i * num_b + j] = sum of a[i][:] * b[j][:].
-struct RowDots {
-  const void* const* a;  // [num_a] rows
-  const void* const* b;  // [num_b] rows
-  int64_t num_a, num_b;
+// One (group, dim) of the backward.
+struct FuseBackwardRows {
+  const void* const* dout;  // [heads] rows
+  const void* const* w;     // [heads] rows
+  void* const* dw;          // [heads] rows, or null
+  int64_t heads;
+  const float* coef;  // [heads h][heads j] = omega[n, h, j, i]
+  float* dots;        // [heads h][heads j] = domega[n, h, j, i], or null
   int64_t length;
   Dtype dtype;
-  float* dots;
+  bool stream;
+  float* scratch;  // backward_scratch(heads) floats, 64-byte aligned
 };
+
+constexpr int64_t mix_scratch(int64_t num_in, int64_t num_out) {
+  return (num_in + num_out) * kFuseStrip;
+}
+constexpr int64_t backward_scratch(int64_t heads) {
+  return 3 * heads * kFuseStrip + heads * heads * kFuseLanes;
+}
 
 TENFOLD_ISA_DECLARE(void mix_rows(const MixRows& p))
-TENFOLD_ISA_DECLARE(void row_dots(const RowDots& p))
+TENFOLD_ISA_DECLARE(void fuse_backward_rows(const FuseBackwardRows& p))
 
 }  // namespace tenfold

@@ -4,8 +4,9 @@
 //   CKA(X, Y) = ||X^T Y||_F^2 / (||X^T X||_F ||Y^T Y||_F),  X^T Y = w[a] w[b]^T  [d, d]
 //   center: each column of X, which is a row of w, has its mean subtracted first
 //
-// The squares of a block of the Gram matrix are summed where they arise: no [H d, H d] matrix
-// exists. Only blocks a <= b are computed: H (H + 1) / 2 * 2 d d m FLOPs.
+// A blocked Gram product whose squares are summed block by block: no [H d, H d] matrix exists.
+// Heads are cut into blocks of at most kGramRows rows; block pairs (a, b) with a <= b are computed,
+// about H^2 d^2 m FLOPs, half of the whole matrix.
 #pragma once
 
 #include <cstdint>
@@ -15,18 +16,35 @@
 
 namespace tenfold {
 
-// Sum over all pairs of rows (one of a, one of b) of the square of their product.
-struct GramBlock {
-  const void* a;  // [dims] rows
-  const void* b;
-  int64_t a_stride, b_stride;  // elements
+constexpr int64_t kGramRows = 128, kGramDepth = 128;  // rows of a block, columns of a step
+// Block pairs that share a packed block b: packing transposes, which costs a fifth of one product.
+constexpr int64_t kGramRun = 8;
+// Rows of a strip lie this many floats apart: odd in cache lines, so that they use all sets.
+constexpr int64_t kGramPitch = kGramDepth + 16;
+constexpr int64_t kGramPadding = 32;  // rows of zeros behind a block: up to a whole tile
+
+struct GramProblem {
+  const void* w;
+  int64_t head_stride, row_stride;  // elements
   int64_t dims, length;
+  int64_t blocks;  // of a head
   Dtype dtype;
-  const float* a_mean;  // [dims] to subtract, or null
-  const float* b_mean;
+  const float* mean;  // [H][dims] to subtract, or null
 };
 
-TENFOLD_ISA_DECLARE(double gram_square_sum(const GramBlock& p))
+struct GramRun {
+  int64_t a, num_a;  // blocks a, a + 1, ...; at most kGramRun
+  int64_t b;
+  double* squares;  // [num_a] out: sum of squares of the products of all their rows
+  float* scratch;   // gram_scratch() floats, 64-byte aligned
+};
+
+constexpr int64_t gram_scratch() {
+  constexpr int64_t rows = kGramRows + kGramPadding;
+  return 2 * rows * kGramPitch + rows * kGramDepth + kGramRun * rows * rows;
+}
+
+TENFOLD_ISA_DECLARE(void gram_run(const GramProblem& p, const GramRun& run))
 TENFOLD_ISA_DECLARE(float row_mean(const void* row, Dtype dtype, int64_t length))
 
 }  // namespace tenfold
