@@ -1,7 +1,7 @@
 // Tiles of rows in shared memory and the two products of attention on them, for one warp at a time.
 // A warp owns 16 kM rows in the fragment layout of mma.m16n8k16: acc[m][n][2 half + i] is row
-// 16 m + lane / 4 + 8 half, column 8 n + lane % 4 * 2 + i. 16-bit types use the tensor cores through
-// ldmatrix, float32 the same layout with FMAs (exact products, no TF32).
+// 16 m + lane / 4 + 8 half, column 8 n + lane % 4 * 2 + i. 16-bit types use the tensor cores
+// through ldmatrix, float32 the same layout with FMAs (exact products, no TF32).
 #pragma once
 
 #include "core/convert.cuh"
@@ -32,8 +32,9 @@ TENFOLD_HD int round_up(int x, int step) {
   return (x + step - 1) / step * step;
 }
 
-// Rows [lo, hi) of `from` become the tile's rows of the same number; other rows and the columns from
-// dims to the next multiple of 16 become zeros. Asynchronous: commit and wait are the caller's.
+// Rows [lo, hi) of `from` become the tile's rows of the same number; other rows and the columns
+// from dims to the next multiple of 16 become zeros. Asynchronous: commit and wait are the
+// caller's.
 template <class T, int kW, int kRows, int kThreads>
 __device__ inline void load_tile(T* tile, const GlobalRows<T>& from, int lo, int hi) {
   using Shape = Tile<T, kW>;
@@ -97,8 +98,7 @@ __device__ inline void multiply_transposed(const T* a, int a_row, const T* b, in
     for (int step = 0; step < depth; step += 4) {
       float x[2 * kM][4];
 #pragma unroll
-      for (int r = 0; r < 2 * kM; ++r)
-        load4(a + Shape::at(a_row + 8 * r + lane / 4, step), x[r]);
+      for (int r = 0; r < 2 * kM; ++r) load4(a + Shape::at(a_row + 8 * r + lane / 4, step), x[r]);
 #pragma unroll
       for (int n = 0; n < 2 * kN; ++n) {
         float y[4];
@@ -112,7 +112,8 @@ __device__ inline void multiply_transposed(const T* a, int a_row, const T* b, in
   }
 }
 
-// Floats of scratch that accumulate() needs for a warp: its weights, in rows that do not share banks.
+// Floats of scratch that accumulate() needs for a warp: its weights, in rows that do not share
+// banks.
 template <class T, int kM, int kN>
 constexpr int kWeightScratch = sizeof(T) == 2 ? 0 : 16 * kM * (8 * kN + 4);
 
@@ -131,7 +132,8 @@ __device__ inline void accumulate(const float (&weights)[kM][kN][4], const T* b,
       for (int m = 0; m < kM; ++m)
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-          x[m][i] = pack2<T>(weights[m][k + i / 2][i % 2 * 2], weights[m][k + i / 2][i % 2 * 2 + 1]);
+          x[m][i] =
+              pack2<T>(weights[m][k + i / 2][i % 2 * 2], weights[m][k + i / 2][i % 2 * 2 + 1]);
 #pragma unroll
       for (int n = 0; n < kW / 8; n += 2) {
         if (8 * n >= dims) break;

@@ -88,7 +88,8 @@ __global__ void mma_kernel(float* out) {  // A = i + j, B = identity: D = the fi
 // Lane l offers row l of a 32 x 8 matrix of numbers: matrix i holds rows 8 i .. 8 i + 7.
 __global__ void matrices_kernel(int* out) {
   TENFOLD_SHARED(uint16_t, rows, 32 * 8);
-  for (int i = 0; i < 8; ++i) rows[threadIdx.x * 8 + i] = static_cast<uint16_t>(threadIdx.x * 8 + i);
+  for (int i = 0; i < 8; ++i)
+    rows[threadIdx.x * 8 + i] = static_cast<uint16_t>(threadIdx.x * 8 + i);
   __syncwarp();
   uint32_t plain[4], turned[4];
   tenfold::cuda::load_matrices(plain, rows + threadIdx.x * 8);
