@@ -9,7 +9,12 @@ from tenfold import _load
 if _load.error is not None:
     raise _load.error
 
-from tenfold.ops.attention import dha_attention, dha_attention_backward
+from tenfold.ops.attention import (
+    dha_attention,
+    dha_attention_backward,
+    dha_cache_append_,
+    dha_decode,
+)
 from tenfold.ops.kv_eviction import (
     kv_compact_,
     kv_gather,
@@ -23,6 +28,8 @@ from tenfold.ops.template import template_scale
 __all__ = [
     "dha_attention",
     "dha_attention_backward",
+    "dha_cache_append_",
+    "dha_decode",
     "kv_compact_",
     "kv_gather",
     "nacl_evict",

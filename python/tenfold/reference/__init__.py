@@ -3,7 +3,12 @@
 ``tenfold.reference.f`` has the signature of ``tenfold.ops.f``. Nothing here is meant to be fast.
 """
 
-from tenfold.reference.attention import dha_attention, dha_attention_backward
+from tenfold.reference.attention import (
+    dha_attention,
+    dha_attention_backward,
+    dha_cache_append_,
+    dha_decode,
+)
 from tenfold.reference.kv_eviction import (
     kv_compact_,
     kv_gather,
@@ -18,6 +23,8 @@ from tenfold.reference.template import template_scale
 __all__ = [
     "dha_attention",
     "dha_attention_backward",
+    "dha_cache_append_",
+    "dha_decode",
     "gumbel",
     "kv_compact_",
     "kv_gather",

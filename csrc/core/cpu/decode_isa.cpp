@@ -1,0 +1,256 @@
+// Decode attention of one task: see decode.h. Per block of kDecodeKeyBlock tokens: logits (4 keys x
+// up to 4 rows in registers, lanes along D) for every key head, running softmax of every row, then
+// values (rows x vectors in registers, lanes along DV) for every value head.
+#include "core/cpu/decode.h"
+#include "core/cpu/math.h"
+
+TENFOLD_ISA_BEGIN
+namespace {
+
+constexpr int kRows = 4, kKeys = 4;
+
+// The tokens of a block: where their keys and values are, heads not counted.
+struct Block {
+  int64_t first, num_keys;
+  const char* k[kDecodeKeyBlock];
+  const char* v[kDecodeKeyBlock];
+};
+
+// Walks over the runs of a task, a block at a time.
+struct Cursor {
+  int64_t run, at, first;
+};
+
+void next_block(const DecodeTask& t, int64_t size, Cursor* c, Block* block) {
+  block->first = c->first;
+  int64_t n = 0;
+  while (n < kDecodeKeyBlock && c->run < t.num_runs) {
+    const DecodeRun& run = t.runs[c->run];
+    const int64_t left = run.num_keys - c->at, room = kDecodeKeyBlock - n;
+    const int64_t take = left < room ? left : room;
+    const char* k = static_cast<const char*>(run.k) + c->at * t.k_stride * size;
+    const char* v = static_cast<const char*>(run.v) + c->at * t.v_stride * size;
+    for (int64_t j = 0; j < take; ++j) {
+      block->k[n + j] = k + j * t.k_stride * size;
+      block->v[n + j] = v + j * t.v_stride * size;
+    }
+    n += take;
+    c->at += take;
+    if (c->at == run.num_keys) c->run += 1, c->at = 0;
+  }
+  block->num_keys = n;
+  c->first += n;
+}
+
+// Logits of rows [r0, r0 + R) and keys [j0, j0 + 4) of one key head; missing keys repeat the last.
+// Loops over rows and keys have constant bounds: the accumulators must not be indexed at run time,
+// or they live on the stack.
+template <class T, int R>
+void logits_tile(const DecodeTask& t, const Block& b, int64_t offset, int64_t r0, int64_t j0) {
+  const float* q[R];
+  const T* key[kKeys];
+  const int64_t pitch = decode_pitch(t.head_dim);
+  for (int r = 0; r < R; ++r) q[r] = t.q + (r0 + r) * pitch;
+  for (int j = 0; j < kKeys; ++j)
+    key[j] =
+        reinterpret_cast<const T*>(b.k[j0 + j < b.num_keys ? j0 + j : b.num_keys - 1]) + offset;
+  VF acc[R][kKeys];
+  for (auto& row : acc)
+    for (auto& a : row) a = set1(0.0f);
+  int64_t i = 0;
+  for (; i + kWidth <= t.head_dim; i += kWidth) {
+    VF x[kKeys];
+    for (int j = 0; j < kKeys; ++j) x[j] = load(key[j] + i);
+    for (int r = 0; r < R; ++r) {
+      const VF y = load(q[r] + i);
+      for (int j = 0; j < kKeys; ++j) acc[r][j] = fma(x[j], y, acc[r][j]);
+    }
+  }
+  if (i < t.head_dim) {
+    VF x[kKeys];
+    for (int j = 0; j < kKeys; ++j) x[j] = load_n(key[j] + i, static_cast<int>(t.head_dim - i));
+    for (int r = 0; r < R; ++r) {
+      const VF y = load(q[r] + i);  // zero padded
+      for (int j = 0; j < kKeys; ++j) acc[r][j] = fma(x[j], y, acc[r][j]);
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    hsum4(acc[r][0], acc[r][1], acc[r][2], acc[r][3], t.scratch + (r0 + r) * kDecodeKeyBlock + j0);
+}
+
+template <class T>
+void logits_of_head(const DecodeTask& t, const Block& b, const DecodeHead& head) {
+  const int64_t end = head.first_row + head.num_rows;
+  for (int64_t j = 0; j < b.num_keys; j += kKeys) {
+    int64_t r = head.first_row;
+    for (; r + kRows <= end; r += kRows) logits_tile<T, 4>(t, b, head.offset, r, j);
+    if (end - r == 3) logits_tile<T, 3>(t, b, head.offset, r, j);
+    if (end - r == 2) logits_tile<T, 2>(t, b, head.offset, r, j);
+    if (end - r == 1) logits_tile<T, 1>(t, b, head.offset, r, j);
+  }
+}
+
+// tanh to about 2 ulp: a polynomial near 0, else 1 - 2 / (e^2|x| + 1). NaN stays NaN.
+inline VF tanh(VF x) {
+  const VF u = x * x;
+  VF p = set1(-6.104947938e-03f);
+  p = fma(p, u, set1(2.100364116e-02f));
+  p = fma(p, u, set1(-5.385249745e-02f));
+  p = fma(p, u, set1(1.333278226e-01f));
+  p = fma(p, u, set1(-3.333332910e-01f));
+  const VF small = fma(p * u, x, x);
+  const VF one = set1(1.0f), y = vmin(set1(10.0f), vmax(set1(-10.0f), x));
+  const VF large = one - set1(2.0f) / (exp2(y * set1(2.0f * kLog2e)) + one);
+  return select(lt(u, set1(0.390625f)), small, large);
+}
+
+// Turns a row of dot products into weights relative to the running maximum; rescales what was
+// summed. Tokens [from, to) of the block are seen.
+void softmax_row(const DecodeTask& t, int64_t r, int64_t from, int64_t to) {
+  float* logits = t.scratch + r * kDecodeKeyBlock;
+  const VF hidden = from_bits(seti(0xFF800000u));
+  const VF scale = set1(t.softcap > 0.0f ? t.scale / t.softcap : t.scale * kLog2e);
+  const VF cap = set1(t.softcap * kLog2e);
+  VF top = set1(t.max[r]);
+  for (int64_t j = 0; j < kDecodeKeyBlock; j += kWidth) {
+    VF x = load(logits + j) * scale;
+    if (t.softcap > 0.0f) x = tanh(x) * cap;
+    if (j < from || j + kWidth > to) {
+      const VI at = seti(static_cast<uint32_t>(j)) + iota();
+      const VM seen = both(lt(at, seti(static_cast<uint32_t>(to))),
+                           lt(seti(static_cast<uint32_t>(from - 1)), at));
+      x = select(seen, x, hidden);
+    }
+    store(logits + j, x);
+    top = vmax(top, x);
+  }
+  const float old = t.max[r], now = hmax(top) > old ? hmax(top) : old;
+  VF sum = set1(0.0f);
+  for (int64_t j = 0; j < kDecodeKeyBlock; j += kWidth) {
+    const VF e = exp2(load(logits + j) - set1(now));
+    store(logits + j, e);
+    sum = sum + e;
+  }
+  if (now != old) {
+    float factor[kWidth];
+    store(factor, exp2(set1(old - now)));
+    t.sum[r] *= factor[0];
+    float* out = t.out + r * decode_pitch(t.value_dim);
+    for (int64_t i = 0; i < decode_pitch(t.value_dim); i += kWidth)
+      store(out + i, load(out + i) * set1(factor[0]));
+    t.max[r] = now;
+  }
+  t.sum[r] += hsum(sum);
+}
+
+// out[rows][i0 .. i0 + V vectors) += weights * v over tokens [from, to) of the block; kPart: the
+// last vector is not whole.
+template <class T, int R, int V, bool kPart>
+void values_tile(const DecodeTask& t, const Block& b, int64_t offset, const int32_t* rows,
+                 int64_t i0, int64_t from, int64_t to) {
+  const int64_t pitch = decode_pitch(t.value_dim);
+  const int last = static_cast<int>(t.value_dim - i0 - (V - 1) * kWidth);
+  float* out[R];
+  const float* w[R];
+  for (int r = 0; r < R; ++r) {
+    out[r] = t.out + rows[r] * pitch + i0;
+    w[r] = t.scratch + rows[r] * kDecodeKeyBlock;
+  }
+  VF acc[R][V];
+  for (int r = 0; r < R; ++r)
+    for (int x = 0; x < V; ++x) acc[r][x] = load(out[r] + x * kWidth);
+  for (int64_t j = from; j < to; ++j) {
+    const T* row = reinterpret_cast<const T*>(b.v[j]) + offset + i0;
+    VF value[V];
+    for (int x = 0; x < V; ++x)
+      value[x] = kPart && x == V - 1 ? load_n(row + x * kWidth, last) : load(row + x * kWidth);
+    for (int r = 0; r < R; ++r) {
+      const VF weight = set1(w[r][j]);
+      for (int x = 0; x < V; ++x) acc[r][x] = fma(weight, value[x], acc[r][x]);
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int x = 0; x < V; ++x) store(out[r] + x * kWidth, acc[r][x]);
+}
+
+template <class T, int R>
+void values_of_rows(const DecodeTask& t, const Block& b, int64_t offset, const int32_t* rows,
+                    int64_t from, int64_t to) {
+  constexpr int V = kWidth == 4 ? 1 : kWidth == 8 ? 2 : R <= 2 ? 8 : 4;
+  int64_t i = 0;
+  for (; i + V * kWidth <= t.value_dim; i += V * kWidth)
+    values_tile<T, R, V, false>(t, b, offset, rows, i, from, to);
+  for (; i + kWidth <= t.value_dim; i += kWidth)
+    values_tile<T, R, 1, false>(t, b, offset, rows, i, from, to);
+  if (i < t.value_dim) values_tile<T, R, 1, true>(t, b, offset, rows, i, from, to);
+}
+
+// The same for one token that not every row sees: whatever it holds must not reach the others.
+template <class T>
+void value_of_some(const DecodeTask& t, const Block& b, const DecodeHead& head, int64_t j) {
+  const T* v = reinterpret_cast<const T*>(b.v[j]) + head.offset;
+  for (int64_t n = 0; n < head.num_rows; ++n) {
+    const int64_t r = t.value_rows[head.first_row + n], token = b.first + j;
+    if (token < t.begin[r] || token >= t.end[r]) continue;
+    const VF weight = set1(t.scratch[r * kDecodeKeyBlock + j]);
+    float* out = t.out + r * decode_pitch(t.value_dim);
+    for (int64_t i = 0; i < t.value_dim; i += kWidth) {
+      const int left = static_cast<int>(t.value_dim - i < kWidth ? t.value_dim - i : kWidth);
+      store_n(out + i, fma(weight, load_n(v + i, left), load_n(out + i, left)), left);
+    }
+  }
+}
+
+// Tokens [from, to) of the block are seen by all rows.
+template <class T>
+void values_of_head(const DecodeTask& t, const Block& b, const DecodeHead& head, int64_t from,
+                    int64_t to) {
+  const int32_t* rows = t.value_rows + head.first_row;
+  const int32_t* end = rows + head.num_rows;
+  for (; rows + kRows <= end; rows += kRows)
+    values_of_rows<T, 4>(t, b, head.offset, rows, from, to);
+  if (end - rows == 3) values_of_rows<T, 3>(t, b, head.offset, rows, from, to);
+  if (end - rows == 2) values_of_rows<T, 2>(t, b, head.offset, rows, from, to);
+  if (end - rows == 1) values_of_rows<T, 1>(t, b, head.offset, rows, from, to);
+  for (int64_t j = 0; j < b.num_keys; ++j)
+    if (j < from || j >= to) value_of_some<T>(t, b, head, j);
+}
+
+inline int64_t clamp(int64_t x, int64_t low, int64_t high) {
+  return x < low ? low : x > high ? high : x;
+}
+
+template <class T>
+void run(const DecodeTask& t) {
+  const int64_t width = decode_pitch(t.value_dim);
+  for (int64_t r = 0; r < t.rows; ++r) t.max[r] = kDecodeNothing, t.sum[r] = 0.0f;
+  for (int64_t i = 0; i < t.rows * width; ++i) t.out[i] = 0.0f;
+  int64_t all_from = 0, all_to = t.num_keys;  // seen by all rows
+  for (int64_t r = 0; r < t.rows; ++r) {
+    all_from = t.begin[r] > all_from ? t.begin[r] : all_from;
+    all_to = t.end[r] < all_to ? t.end[r] : all_to;
+  }
+  Cursor cursor{0, 0, 0};
+  Block b;
+  while (cursor.first < t.num_keys) {
+    next_block(t, sizeof(T), &cursor, &b);
+    for (int64_t h = 0; h < t.num_key_heads; ++h) logits_of_head<T>(t, b, t.key_heads[h]);
+    for (int64_t r = 0; r < t.rows; ++r)
+      softmax_row(t, r, clamp(t.begin[r] - b.first, 0, b.num_keys),
+                  clamp(t.end[r] - b.first, 0, b.num_keys));
+    const int64_t from = clamp(all_from - b.first, 0, b.num_keys);
+    const int64_t to = clamp(all_to - b.first, from, b.num_keys);
+    for (int64_t h = 0; h < t.num_value_heads; ++h)
+      values_of_head<T>(t, b, t.value_heads[h], from, to);
+  }
+}
+
+}  // namespace
+
+void decode_task(const DecodeTask& t) {
+  if (t.dtype == Dtype::f32) return run<float>(t);
+  if (t.dtype == Dtype::bf16) return run<bf16_t>(t);
+  run<fp16_t>(t);
+}
+
+TENFOLD_ISA_END
