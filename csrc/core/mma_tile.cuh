@@ -104,9 +104,12 @@ __device__ inline void multiply_transposed(const T* a, int a_row, const T* b, in
         float y[4];
         load4(b + Shape::at(b_row + n / 2 * 8 + lane % 4 * 2 + n % 2, step), y);
 #pragma unroll
-        for (int r = 0; r < 2 * kM; ++r)
+        for (int r = 0; r < 2 * kM; ++r) {  // four products at a time: a shorter chain of sums
+          float part = x[r][0] * y[0];
 #pragma unroll
-          for (int e = 0; e < 4; ++e) acc[r / 2][n / 2][r % 2 * 2 + n % 2] += x[r][e] * y[e];
+          for (int e = 1; e < 4; ++e) part = fmaf(x[r][e], y[e], part);
+          acc[r / 2][n / 2][r % 2 * 2 + n % 2] += part;
+        }
       }
     }
   }
@@ -171,8 +174,9 @@ __device__ inline void accumulate(const float (&weights)[kM][kN][4], const T* b,
         const float left = y[0], right = y[1];
 #pragma unroll
         for (int r = 0; r < 2 * kM; ++r) {
-          acc[r / 2][n][r % 2 * 2] += x[r] * left;
-          acc[r / 2][n][r % 2 * 2 + 1] += x[r] * right;
+          float* const sums = acc[r / 2][n] + r % 2 * 2;
+          sums[0] = fmaf(x[r], left, sums[0]);
+          sums[1] = fmaf(x[r], right, sums[1]);
         }
       }
     }
@@ -219,6 +223,23 @@ __device__ inline void store_rows(const float (&acc)[kM][kW / 8][4], const float
     if (r < rows && c < dims) to[r * stride + c] = tile[Shape::at(tile_row + r, c)];
   }
 }
+
+// Units of the logits of a softmax. 16-bit types count in powers of two, with the one-instruction
+// exponential and a tanh of the same precision; float32 in natural units, with the exact functions.
+template <class T>
+struct SoftmaxUnits {
+  static constexpr bool kHalf = sizeof(T) == 2;
+  static constexpr float kPerNatural = kHalf ? 1.4426950408889634f : 1.0f;
+  static constexpr float kNatural = kHalf ? 0.6931471805599453f : 1.0f;  // of one unit
+  __device__ static float exp(float x) {
+    if constexpr (kHalf) return fast_exp2(x);
+    return expf(x);
+  }
+  __device__ static float tanh(float x) {  // of natural units; about 2^-23 of 1
+    if constexpr (kHalf) return 1.0f - 2.0f / (1.0f + fast_exp2(2.0f * kPerNatural * x));
+    return tanhf(x);
+  }
+};
 
 // Calls f<kW>() for the width of the tiles; float32 has no tile of 64.
 template <class T, class F>

@@ -39,7 +39,7 @@ struct LogitRule {
   float scale, softcap;  // scale: with a softcap, divided by it
   // Products that need more than a positive factor are edited in place; then the factor is 1.
   __device__ bool edits() const { return softcap > 0.0f || bias.data != nullptr || scale <= 0.0f; }
-  __device__ float factor() const { return edits() ? kLog2e : scale * kLog2e; }
+  __device__ float factor() const { return edits() ? 1.0f : scale; }
 };
 
 template <class Params>
@@ -59,7 +59,7 @@ __device__ inline LogitRule logit_rule(const Params& p, int64_t b, int64_t h, in
 
 // Products of rows [row0, ..) of this thread with keys from key0 on become logits (see edits());
 // what a row does not see becomes -inf. seen[key] is set where somebody sees it (bias only).
-template <int kM, int kN>
+template <class T, int kM, int kN>
 __device__ inline void make_logits(const LogitRule& rule, int64_t row0, int64_t key0, bool masked,
                                    int* seen, float (&acc)[kM][kN][4]) {
   const int lane = threadIdx.x % 32;
@@ -83,7 +83,7 @@ __device__ inline void make_logits(const LogitRule& rule, int64_t row0, int64_t 
           float& x = acc[m][n][2 * half + i];
           if (edits && sees) {
             x *= rule.scale;
-            if (rule.softcap > 0.0f) x = rule.softcap * tanh_of(x);
+            if (rule.softcap > 0.0f) x = rule.softcap * SoftmaxUnits<T>::tanh(x);
             if (rule.bias.data != nullptr) {
               const float add =
                   bias_at(rule.bias, row * rule.bias.row + (key0 + key) * rule.bias.key);
@@ -96,8 +96,8 @@ __device__ inline void make_logits(const LogitRule& rule, int64_t row0, int64_t 
     }
 }
 
-// Logits to weights 2^(factor (logit - top)); the state moves on and out is rescaled.
-template <int kM, int kN, int kTiles>
+// Logits to weights exp(factor (logit - top)); the state moves on and out is rescaled.
+template <class T, int kM, int kN, int kTiles>
 __device__ inline void softmax_step(float factor, RowState<kM>& state, float (&acc)[kM][kN][4],
                                     float (&out)[kM][kTiles][4], int dims) {
 #pragma unroll
@@ -112,14 +112,14 @@ __device__ inline void softmax_step(float factor, RowState<kM>& state, float (&a
       top = fmaxf(top, __shfl_xor_sync(0xFFFFFFFFu, top, 2));
       // A row that has seen nothing yet: any finite base gives weights of 0.
       const float base = top == bits_to_float(0xFF800000u) ? 0.0f : top * factor;
-      const float shrink = fast_exp2(state.top[m][half] * factor - base);
+      const float shrink = SoftmaxUnits<T>::exp(state.top[m][half] * factor - base);
       state.top[m][half] = top;
       float sum = state.sum[m][half] * shrink;
 #pragma unroll
       for (int n = 0; n < kN; ++n)
 #pragma unroll
         for (int i = 2 * half; i < 2 * half + 2; ++i) {
-          acc[m][n][i] = fast_exp2(acc[m][n][i] * factor - base);
+          acc[m][n][i] = SoftmaxUnits<T>::exp(acc[m][n][i] * factor - base);
           sum += acc[m][n][i];
         }
       state.sum[m][half] = sum;
@@ -179,8 +179,8 @@ struct ForwardSteps {
     copy_wait<0>();
     __syncthreads();  // values are there, keys are used up
     if (key0 + C::kKeys < keys.last) load(k_tile, k, key0 + C::kKeys);
-    make_logits(rule, row0 + warp_row, key0, masked, seen, acc);
-    softmax_step(factor, state, acc, out, value_dims);
+    make_logits<T>(rule, row0 + warp_row, key0, masked, seen, acc);
+    softmax_step<T>(factor, state, acc, out, value_dims);
     if (rule.bias.data != nullptr) {
       __syncthreads();
       clear_hidden_rows<T, kW, C::kKeys, C::kThreads>(v_tile, seen);
@@ -228,7 +228,7 @@ __global__ void __launch_bounds__(ForwardTile<T, kW>::kThreads, ForwardTile<T, k
   for (int m = 0; m < C::kM; ++m)
     for (int half = 0; half < 2; ++half)
       state.top[m][half] = bits_to_float(0xFF800000u), state.sum[m][half] = 0.0f;
-  const float factor = steps.rule.factor();
+  const float factor = steps.rule.factor() * SoftmaxUnits<T>::kPerNatural;
   if (first < last) {
     load_tile<T, kW, C::kRows, C::kThreads>(steps.q_tile, q, 0, rows);
     const int64_t start = first / C::kKeys * C::kKeys;
@@ -249,7 +249,8 @@ __global__ void __launch_bounds__(ForwardTile<T, kW>::kThreads, ForwardTile<T, k
       const int row = warp_row + 16 * m + lane / 4 + 8 * half;
       if (lane % 4 == 0 && row < rows)
         p.lse[w.batch * p.lse_batch + h * p.lse_head + qs.first + row0 + row] =
-            sees ? state.top[m][half] * factor * kLn2 + logf(sum) : bits_to_float(0xFF800000u);
+            sees ? state.top[m][half] * factor * SoftmaxUnits<T>::kNatural + logf(sum)
+                 : bits_to_float(0xFF800000u);
     }
   T* const to = static_cast<T*>(p.out) + w.batch * p.out_at.batch + h * p.out_at.head +
                 (qs.first + row0 + warp_row) * p.out_at.row;

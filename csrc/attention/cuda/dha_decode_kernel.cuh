@@ -40,6 +40,7 @@ template <class T, int kW>
 struct DecodeBlock {
   using C = DecodeTile<T, kW>;
   using Shape = Tile<T, kW>;
+  using Units = SoftmaxUnits<T>;
   const DhaDecodeOnDevice& p;
   BlockHeads heads;
   int64_t b;
@@ -123,12 +124,12 @@ struct DecodeBlock {
     }
   }
 
-  // Logits (base 2) of the rows of a key head and a tile of keys; -inf where a row does not see.
+  // Logits of the rows of a key head and a tile of keys; -inf where a row does not see.
   __device__ void key_tile(const T* tile, int group, int64_t key0, int column0) const {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int begin = heads.keys.begin[group], end = heads.keys.begin[group + 1];
     const int key_row = warp % C::kKeyWarps * 8 * C::kN;
-    const float scale = p.softcap > 0.0f ? p.scale / p.softcap : p.scale * 1.4426950408889634f;
+    const float scale = p.softcap > 0.0f ? p.scale / p.softcap : p.scale * Units::kPerNatural;
     for (int row0 = begin + warp / C::kKeyWarps * 16; row0 < end;
          row0 += kDhaWarps / C::kKeyWarps * 16) {
       float acc[1][C::kN][4] = {};
@@ -146,9 +147,7 @@ struct DecodeBlock {
           for (int i = 0; i < 2; ++i) {
             const int key = key_row + 8 * n + lane % 4 * 2 + i;
             float x = acc[0][n][2 * half + i] * scale;
-            if (p.softcap > 0.0f)
-              x = p.softcap * 1.4426950408889634f *
-                  (1.0f - 2.0f / (1.0f + fast_exp2(2.0f * 1.4426950408889634f * x)));
+            if (p.softcap > 0.0f) x = p.softcap * Units::kPerNatural * Units::tanh(x);
             const int64_t j = key0 + key;
             const bool sees = j <= at && j >= from && j < last;
             logits[row * C::kPitch + column0 + key] = sees ? x : bits_to_float(0xFF800000u);
@@ -175,7 +174,7 @@ struct DecodeBlock {
       const float base = top == bits_to_float(0xFF800000u) ? 0.0f : top;
 #pragma unroll
       for (int e = 0; e < kEach; ++e) {
-        value[e] = fast_exp2(value[e] - base);
+        value[e] = Units::exp(value[e] - base);
         sum += value[e];
       }
       for (int step = 1; step < 32; step *= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, step);
@@ -183,7 +182,7 @@ struct DecodeBlock {
 #pragma unroll
       for (int e = 0; e < kEach; ++e) from_float(value[e], reinterpret_cast<T*>(x) + lane + 32 * e);
       if (lane == 0) {
-        const float factor = fast_exp2(old - base);
+        const float factor = Units::exp(old - base);
         shrink[row] = factor;
         row_top[row] = top;
         row_sum[row] = row_sum[row] * factor + sum;
@@ -334,8 +333,7 @@ struct DecodeBlock {
       const bool sees = sum != 0.0f;  // NaN sums see something
       from_float(sees ? x / sum : 0.0f, static_cast<T*>(p.out) + to * dims + d);
       if (d == 0)
-        p.lse[to] =
-            sees ? row_top[row] * 0.6931471805599453f + logf(sum) : bits_to_float(0xFF800000u);
+        p.lse[to] = sees ? row_top[row] * Units::kNatural + logf(sum) : bits_to_float(0xFF800000u);
     }
   }
 };
@@ -393,16 +391,16 @@ __global__ void __launch_bounds__(kDhaThreads) dha_combine_kernel(DhaDecodeOnDev
   for (int64_t i = 0; i < p.splits; ++i) top = fmaxf(top, parts[i * step]);
   const float base = top == bits_to_float(0xFF800000u) ? 0.0f : top;
   for (int64_t i = 0; i < p.splits; ++i)
-    sum += parts[i * step + 1] * fast_exp2(parts[i * step] - base);
+    sum += parts[i * step + 1] * SoftmaxUnits<T>::exp(parts[i * step] - base);
   const bool sees = sum != 0.0f;  // NaN sums see something
   for (int64_t d = threadIdx.x % 32; d < p.value_dim; d += 32) {
     float x = 0.0f;
     for (int64_t i = 0; i < p.splits; ++i)
-      x += parts[i * step + 2 + d] * fast_exp2(parts[i * step] - base);
+      x += parts[i * step + 2 + d] * SoftmaxUnits<T>::exp(parts[i * step] - base);
     from_float(sees ? x / sum : 0.0f, static_cast<T*>(p.out) + row * p.value_dim + d);
   }
   if (threadIdx.x % 32 == 0)
-    p.lse[row] = sees ? top * 0.6931471805599453f + logf(sum) : bits_to_float(0xFF800000u);
+    p.lse[row] = sees ? top * SoftmaxUnits<T>::kNatural + logf(sum) : bits_to_float(0xFF800000u);
 }
 
 // As many query heads a block as fit: every key and value is then read once where they all do.

@@ -23,8 +23,6 @@ struct OnDevice : Params {
   bool q_vectors, k_vectors, v_vectors, out_vectors;  // rows are whole, aligned 16-byte vectors
 };
 
-constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
-
 TENFOLD_HD int64_t clamped(int64_t x, int64_t most) {
   return x < 0 ? 0 : x > most ? most : x;
 }
@@ -112,11 +110,6 @@ __device__ inline float bias_at(const AttentionBias& bias, int64_t at) {
     case BiasKind::bf16: return to_float(static_cast<const bf16_t*>(bias.data)[at]);
     default: return to_float(static_cast<const fp16_t*>(bias.data)[at]);
   }
-}
-
-// tanh to about 2^-23 of 1.
-__device__ inline float tanh_of(float x) {
-  return 1.0f - 2.0f / (1.0f + fast_exp2(2.0f * kLog2e * x));
 }
 
 // Whether rows can be read as 16-byte vectors.
