@@ -183,6 +183,108 @@ def check_forward_float16():
     run_forward_dtype(torch.float16, 2)
 
 
+def backward(dout, q, k, v, out, lse, kmap, vmap, dlse=None, **options):
+    def run():
+        grads = [like_rows(x, x.shape[-1]) for x in (q, k, v)]
+        delta = torch.full_like(lse, 9.0)
+        named = dict(zip(("dq", "dk", "dv"), grads), dout=dout, out=out, lse=lse, dlse=dlse, delta=delta)
+        n = problem(q, k, v, kmap, vmap, **named, **options)
+        LIB.emu_dha_attention_backward(ctypes.byref(n))
+        return grads
+
+    return twice(run)
+
+
+def check_gradients(args, options, use_dlse):
+    out, lse = reference.dha_attention(*args, **options)
+    dout, dlse = torch.randn_like(out), torch.randn_like(lse) if use_dlse else None
+    got = backward(dout, *args[:3], out, lse, *args[3:], dlse=dlse, **options)
+    exact = [x.double() for x in (dout, *args[:3], out, lse)]
+    ref = reference.dha_attention_backward(
+        *exact, *args[3:], dlse=None if dlse is None else dlse.double(), **options
+    )
+    low = reference.dha_attention_backward(
+        dout, *args[:3], out, lse, *args[3:], dlse=dlse, **options
+    )
+    for name, x, y, z in zip(("dq", "dk", "dv"), got, ref, low):
+        assert_close_to_ref(x, y, z, what=f"{name} {tuple(args[0].shape)} {x.dtype} {options}")
+
+
+def run_backward_dtype(dtype, offset):
+    for turn, shape in enumerate(SHAPES):
+        options = options_of(turn + offset, shape)
+        check_gradients(inputs(*shape, dtype), options, turn % 2 == 1)
+
+
+def check_backward_float32():
+    run_backward_dtype(torch.float32, 0)
+
+
+def check_backward_bfloat16():
+    run_backward_dtype(torch.bfloat16, 1)
+
+
+def check_backward_float16():
+    run_backward_dtype(torch.float16, 2)
+
+
+def packed_inputs(dtype, lens_q, lens_k, spare=0):
+    cu_q, cu_k = (torch.tensor([0, *x], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+                  for x in (lens_q, lens_k))  # fmt: skip
+    h, hk, hv, d, dv = 3, 2, 3, 64, 24
+    q, k, v = (torch.randn(n + spare, heads, dim).to(dtype) for n, heads, dim in (
+        (sum(lens_q), h, d), (sum(lens_k), hk, d), (sum(lens_k), hv, dv)))  # fmt: skip
+    args = q, k, v, torch.tensor([1, 0, 1]), torch.tensor([2, 0, 2])
+    return args, {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k}
+
+
+def check_packed():
+    for dtype, options in ((torch.float32, {}), (torch.bfloat16, {"window_left": 6}),
+                           (torch.float16, {"causal": False, "softcap": 2.0})):  # fmt: skip
+        args, cu = packed_inputs(dtype, (70, 0, 5, 130, 1), (75, 4, 0, 131, 1))
+        check_forward(args, {**cu, **options})
+        args, cu = packed_inputs(dtype, (20, 3), (33, 3))
+        check_gradients(args, {**cu, **options}, True)
+    # Rows behind the last sequence belong to nobody: 0, -inf and no gradient; wild numbers are cut.
+    args, cu = packed_inputs(torch.float32, (20, 3), (33, 3), spare=7)
+    out, lse = attention(*args, **cu)
+    assert bool((out[23:] == 0).all()) and bool(lse[:, 23:].isneginf().all())
+    cut = [x[:-7] for x in args[:3]]
+    want, want_lse = reference.dha_attention(*cut, *args[3:], **cu)
+    torch.testing.assert_close(out[:23], want, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(lse[:, :23], want_lse, atol=1e-5, rtol=1e-5)
+    dq, dk, dv = backward(torch.ones_like(out), *args[:3], out, lse, *args[3:], **cu)
+    assert bool((dq[23:] == 0).all() and (dk[36:] == 0).all() and (dv[36:] == 0).all())
+    wild = {n: torch.tensor([-3, 99, 7], dtype=torch.int32) for n in cu}
+    attention(*args[:3], torch.tensor([-1, 5, 0]), torch.tensor([9, 0, -7]), **wild)
+
+
+def check_edges():
+    for dtype in CODES:
+        q, k, v, kmap, vmap = inputs(1, 2, 2, 1, 9, 70, 64, 32, dtype)
+        got = attention(q, k, v, kmap, vmap)
+        for form in ((shifted(q), k, v), (q, shifted(k), v), (q, k, shifted(v))):
+            assert all(map(torch.equal, attention(*form, kmap, vmap), got))  # no vector loads
+        # [B, S, H, D] memory, read and written in place.
+        turned = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+        again = attention(*turned, kmap, vmap)
+        assert all(map(torch.equal, again, got)) and again[0].stride(1) < again[0].stride(2)
+        # Values that the bias hides from everybody may be anything.
+        bias = (torch.arange(70) >= 8).view(1, 1, 1, 70)
+        good = attention(q, k, v, kmap, vmap, attn_bias=bias)
+        bad_k, bad_v = k.clone(), v.clone()
+        bad_k[:, :, :8], bad_v[:, :, :8] = float("nan"), float("inf")
+        assert all(map(torch.equal, attention(q, bad_k, bad_v, kmap, vmap, attn_bias=bias), good))
+        # NaN that a row sees reaches it; no keys at all, no queries.
+        bad_v[:, :, :8] = float("nan")
+        assert bool(attention(q, k, bad_v, kmap, vmap)[0].isnan().all())
+        out, lse = attention(q, k[:, :, :0], v[:, :, :0], kmap, vmap)
+        assert bool((out == 0).all()) and bool(lse.isneginf().all())
+        attention(q[:, :, :0], k, v, kmap, vmap)
+        dq, dk, dv = backward(out[:, :, :0], q[:, :, :0], k, v, out[:, :, :0], lse[:, :, :0], kmap, vmap)
+        assert bool((dk == 0).all()) and bool((dv == 0).all())
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     torch.set_num_threads(1)

@@ -1,6 +1,7 @@
 // C entry points of dha_attention's emulated kernels, for ctypes. The launch code is the kernels'
 // own.
 #define TENFOLD_CUDA_EMU
+#include "attention/cuda/dha_attention_backward_kernel.cuh"
 #include "attention/cuda/dha_attention_kernel.cuh"
 
 namespace tenfold::cuda {
@@ -81,5 +82,26 @@ API void emu_dha_attention(const Problem* n, void* out, float* lse) {
   with_dtype(n->dtype, [&]<class T>() {
     dispatch_width<T>(p.head_dim, p.value_dim,
                       [&]<int kW>() { launch_dha_attention<T, kW>(p, nullptr); });
+  });
+}
+
+API void emu_dha_attention_backward(const Problem* n) {
+  BackwardArgs p{};
+  fill(p, *n);
+  const int64_t size = dtype_size(p.dtype);
+  p.out = n->out, p.dout = n->dout, p.lse = n->lse, p.dlse = n->dlse, p.delta = n->delta;
+  p.dq = n->dq, p.dk = n->dk, p.dv = n->dv;
+  p.dout_at = layout(n->dout_at), p.dq_at = layout(n->dq_at);
+  p.dk_at = layout(n->dk_at), p.dv_at = layout(n->dv_at);
+  p.dout_vectors = row_vectors(p.dout, p.dout_at, p.value_dim, size);
+  p.dq_vectors = row_vectors(p.dq, p.dq_at, p.head_dim, size);
+  p.dk_vectors = row_vectors(p.dk, p.dk_at, p.head_dim, size);
+  p.dv_vectors = row_vectors(p.dv, p.dv_at, p.value_dim, size);
+  with_dtype(n->dtype, [&]<class T>() {
+    dispatch_width<T>(p.head_dim, p.value_dim, [&]<int kW>() {
+      launch_dha_backward<T, kW, Grad::q>(p, nullptr);
+      launch_dha_backward<T, kW, Grad::k>(p, nullptr);
+      launch_dha_backward<T, kW, Grad::v>(p, nullptr);
+    });
   });
 }

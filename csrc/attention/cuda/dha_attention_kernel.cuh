@@ -46,15 +46,7 @@ template <class Params>
 __device__ inline LogitRule logit_rule(const Params& p, int64_t b, int64_t h, int64_t nq,
                                        int64_t nk) {
   const float scale = p.softcap > 0.0f ? p.scale / p.softcap : p.scale;
-  LogitRule r{p.mask, p.bias, nq, nk, scale, p.softcap};
-  if (r.bias.data != nullptr) {
-    const int64_t size = r.bias.kind == BiasKind::boolean ? 1
-                         : r.bias.kind == BiasKind::f32   ? 4
-                                                          : 2;
-    r.bias.data =
-        static_cast<const char*>(r.bias.data) + (b * r.bias.batch + h * r.bias.head) * size;
-  }
-  return r;
+  return {p.mask, bias_of(p.bias, b, h), nq, nk, scale, p.softcap};
 }
 
 // Products of rows [row0, ..) of this thread with keys from key0 on become logits (see edits());

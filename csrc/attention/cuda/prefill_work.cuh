@@ -101,6 +101,15 @@ TENFOLD_HD int in_tile(int64_t x, int tile) {
   return x < 0 ? 0 : x > tile ? tile : static_cast<int>(x);
 }
 
+// The bias of one (batch, query head).
+__device__ inline AttentionBias bias_of(const AttentionBias& all, int64_t b, int64_t h) {
+  AttentionBias one = all;
+  if (all.data == nullptr) return one;
+  const int64_t size = all.kind == BiasKind::boolean ? 1 : all.kind == BiasKind::f32 ? 4 : 2;
+  one.data = static_cast<const char*>(all.data) + (b * all.batch + h * all.head) * size;
+  return one;
+}
+
 // The bias of a logit in natural units: 0 or -inf for a boolean one.
 __device__ inline float bias_at(const AttentionBias& bias, int64_t at) {
   switch (bias.kind) {
