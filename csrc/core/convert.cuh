@@ -3,6 +3,8 @@
 // that).
 #pragma once
 
+#include <type_traits>
+
 #include "core/det_math.h"
 #include "core/launch.cuh"
 
@@ -60,6 +62,36 @@ TENFOLD_HD void from_float(float x, fp16_t* out) {
     const uint32_t odd = (bits >> 13) & 1u;
     out->bits = static_cast<uint16_t>(sign | ((bits - 0x38000000u + 0xFFFu + odd) >> 13));
   }
+#endif
+}
+
+// Two values rounded to 16 bits in one register, `low` in the low half.
+template <class T>
+__device__ inline uint32_t pack2(float low, float high) {
+#if defined(__CUDA_ARCH__)
+  uint32_t bits;
+  if constexpr (std::is_same_v<T, bf16_t>) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+  }
+  return bits;
+#else
+  T a, b;
+  from_float(low, &a);
+  from_float(high, &b);
+  return a.bits | static_cast<uint32_t>(b.bits) << 16;
+#endif
+}
+
+// 2^x in one instruction: relative error 2^-22, results below 2^-126 are 0.
+__device__ inline float fast_exp2(float x) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return exp2f(x);
 #endif
 }
 

@@ -52,12 +52,21 @@ enum class State { ready, block_barrier, warp_barrier, done };
 
 constexpr size_t kStackBytes = 128 << 10;
 
+struct Copy {
+  void* to;
+  const void* from;  // null: zeros
+  unsigned group;
+};
+
 struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack;  // kept from block to block
   State state = State::ready;
   int barrier_line = 0;
   uint64_t slot = 0;  // value offered to the warp
+  unsigned turn = 0;  // matrix instructions so far: their buffers alternate, one barrier is enough
+  std::vector<Copy> copies;  // asynchronous ones that have not landed
+  unsigned groups = 0;       // committed
   void* fake_stack = nullptr;
 };
 
@@ -67,6 +76,7 @@ struct Machine {
   int current = -1;
   std::vector<Fiber> fibers;
   std::map<int, std::vector<char>*> shared;
+  size_t dynamic_bytes = 0;
   std::function<void()> body;
   ucontext_t scheduler;
   void* scheduler_fake = nullptr;
@@ -83,6 +93,14 @@ inline Machine& machine() {
 [[noreturn]] inline void fail(const std::string& text) {
   std::fprintf(stderr, "cuda_emu: %s\n", text.c_str());
   std::exit(86);
+}
+
+inline void land(const Copy& copy) {
+  if (copy.from == nullptr) {
+    std::memset(copy.to, 0, 16);
+  } else {
+    std::memcpy(copy.to, copy.from, 16);
+  }
 }
 
 // -- switching
@@ -168,6 +186,8 @@ inline void run_block() {
 #endif
     f.state = State::ready;
     f.fake_stack = nullptr;
+    f.turn = f.groups = 0;
+    f.copies.clear();
     getcontext(&f.context);
     f.context.uc_stack.ss_sp = f.stack.get();
     f.context.uc_stack.ss_size = kStackBytes;
@@ -210,8 +230,9 @@ inline void run_block() {
 }
 
 template <class Kernel, class... Args>
-void launch(Kernel kernel, dim3 grid, dim3 block, Args... args) {
+void launch(Kernel kernel, dim3 grid, dim3 block, size_t dynamic_bytes, Args... args) {
   Machine& m = machine();
+  m.dynamic_bytes = dynamic_bytes;
   m.grid = grid;
   m.block = block;
   m.body = [=] { kernel(args...); };
@@ -307,7 +328,11 @@ T atomicMax(T* at, U value) {
 }
 
 #define TENFOLD_LAUNCH(kernel, grid, block, stream, ...) \
-  cuda_emu::launch(kernel, dim3(grid), dim3(block), __VA_ARGS__)
+  cuda_emu::launch(kernel, dim3(grid), dim3(block), 0, __VA_ARGS__)
+#define TENFOLD_LAUNCH_SHARED(kernel, grid, block, bytes, stream, ...) \
+  cuda_emu::launch(kernel, dim3(grid), dim3(block), (bytes), __VA_ARGS__)
+#define TENFOLD_DYNAMIC_SHARED(name) \
+  char* const name = static_cast<char*>(cuda_emu::shared(-1, cuda_emu::machine().dynamic_bytes))
 #define TENFOLD_SHARED(type, name, count) \
   type* const name = static_cast<type*>(cuda_emu::shared(__COUNTER__, sizeof(type) * (count)))
 
@@ -319,35 +344,82 @@ float emu_to_float(fp16_t x);
 // The fragments of mma.m16n8k16: lane l holds rows l/4 and l/4 + 8, columns (l%4)*2 + {0, 1} (+ 8).
 template <class T>
 inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  static uint32_t fragments[32][32][6];  // [warp][lane][register]
+  struct Operands {
+    float a[16][16], b[8][16];
+  };
+  static Operands operands[32][2];  // [warp][turn]
   const unsigned thread = threadIdx.x;
-  auto& mine = fragments[thread / 32];
-  for (int i = 0; i < 4; ++i) mine[thread % 32][i] = a[i];
-  for (int i = 0; i < 2; ++i) mine[thread % 32][4 + i] = b[i];
-  cuda_emu::wait(cuda_emu::State::warp_barrier, 1000001);
-  float A[16][16], B[16][8];
+  const int me = static_cast<int>(thread % 32), row = me / 4, col = me % 4 * 2;
+  Operands& now = operands[thread / 32][cuda_emu::machine().fibers[thread].turn++ % 2];
   const auto value = [](uint32_t bits, int i) {
     return emu_to_float(T{static_cast<uint16_t>(bits >> (16 * i))});
   };
-  for (int lane = 0; lane < 32; ++lane) {
-    const uint32_t* f = mine[lane];
-    const int row = lane / 4, col = lane % 4 * 2;
-    for (int i = 0; i < 2; ++i) {
-      A[row][col + i] = value(f[0], i);
-      A[row + 8][col + i] = value(f[1], i);
-      A[row][col + 8 + i] = value(f[2], i);
-      A[row + 8][col + 8 + i] = value(f[3], i);
-      B[col + i][row] = value(f[4], i);
-      B[col + 8 + i][row] = value(f[5], i);
+  for (int i = 0; i < 2; ++i) {
+    for (int half = 0; half < 2; ++half) {
+      now.a[row + 8 * half][col + i] = value(a[half], i);
+      now.a[row + 8 * half][col + 8 + i] = value(a[2 + half], i);
+      now.b[row][col + 8 * half + i] = value(b[half], i);
     }
   }
-  cuda_emu::wait(cuda_emu::State::warp_barrier, 1000002);
-  const int me = static_cast<int>(threadIdx.x % 32), row = me / 4, col = me % 4 * 2;
+  cuda_emu::wait(cuda_emu::State::warp_barrier, 1000001);
   for (int i = 0; i < 4; ++i) {
     float sum = d[i];
-    for (int k = 0; k < 16; ++k) sum += A[row + i / 2 * 8][k] * B[k][col + i % 2];
+    for (int k = 0; k < 16; ++k) sum += now.a[row + i / 2 * 8][k] * now.b[col + i % 2][k];
     d[i] = sum;
   }
+}
+
+inline void emu_load_matrices(uint32_t (&r)[4], const void* row, bool transposed) {
+  static uint16_t matrices[32][2][4][8][8];  // [warp][turn]
+  const unsigned thread = threadIdx.x;
+  const int lane = static_cast<int>(thread % 32);
+  auto& now = matrices[thread / 32][cuda_emu::machine().fibers[thread].turn++ % 2];
+  if (reinterpret_cast<uintptr_t>(row) % 16 != 0) cuda_emu::fail("load_matrices: unaligned row");
+  std::memcpy(now[lane / 8][lane % 8], row, 16);
+  cuda_emu::wait(cuda_emu::State::warp_barrier, transposed ? 1000003 : 1000002);
+  const int outer = lane / 4, inner = lane % 4 * 2;
+  for (int i = 0; i < 4; ++i) {
+    const auto& m = now[i];
+    const uint16_t low = transposed ? m[inner][outer] : m[outer][inner];
+    const uint16_t high = transposed ? m[inner + 1][outer] : m[outer][inner + 1];
+    r[i] = low | static_cast<uint32_t>(high) << 16;
+  }
+}
+
+inline void load_matrices(uint32_t (&r)[4], const void* row) {
+  emu_load_matrices(r, row, false);
+}
+inline void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
+  emu_load_matrices(r, row, true);
+}
+
+// An asynchronous copy may land at once or as late as the wait: here a draw of the schedule decides
+// for each of them, so that a missing wait and a buffer refilled too early both show.
+inline void copy16_async(void* to, const void* from, bool valid) {
+  auto& m = cuda_emu::machine();
+  auto& f = m.fibers[m.current];
+  if (reinterpret_cast<uintptr_t>(to) % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0)
+    cuda_emu::fail("copy16_async: unaligned address");
+  const cuda_emu::Copy copy{to, valid ? from : nullptr, f.groups};
+  if ((m.schedule_seed + f.groups + static_cast<unsigned>(m.current)) * 2654435761u >> 31) {
+    f.copies.push_back(copy);
+  } else {
+    cuda_emu::land(copy);
+  }
+}
+
+inline void copy_commit() {
+  ++cuda_emu::machine().fibers[cuda_emu::machine().current].groups;
+}
+
+template <int kGroups>
+inline void copy_wait() {
+  auto& f = cuda_emu::machine().fibers[cuda_emu::machine().current];
+  std::erase_if(f.copies, [&](const cuda_emu::Copy& copy) {
+    const bool due = copy.group + kGroups < f.groups;
+    if (due) cuda_emu::land(copy);
+    return due;
+  });
 }
 
 }  // namespace tenfold::cuda

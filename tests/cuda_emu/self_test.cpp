@@ -85,6 +85,36 @@ __global__ void mma_kernel(float* out) {  // A = i + j, B = identity: D = the fi
   out[(row + 8) * 8 + col + 1] = d[3];
 }
 
+// Lane l offers row l of a 32 x 8 matrix of numbers: matrix i holds rows 8 i .. 8 i + 7.
+__global__ void matrices_kernel(int* out) {
+  TENFOLD_SHARED(uint16_t, rows, 32 * 8);
+  for (int i = 0; i < 8; ++i)
+    rows[threadIdx.x * 8 + i] = static_cast<uint16_t>(threadIdx.x * 8 + i);
+  __syncwarp();
+  uint32_t plain[4], turned[4];
+  tenfold::cuda::load_matrices(plain, rows + threadIdx.x * 8);
+  tenfold::cuda::load_matrices_transposed(turned, rows + threadIdx.x * 8);
+  for (int i = 0; i < 2; ++i) {
+    out[4 * threadIdx.x + 2 * i] = static_cast<int>(plain[3 * i]);
+    out[4 * threadIdx.x + 2 * i + 1] = static_cast<int>(turned[3 * i]);
+  }
+}
+
+// Two groups of copies into dynamic shared memory, the second one with zeros. kWait: groups that
+// may be on their way when it reads; more than 0 is a planted fault.
+template <int kWait>
+__global__ void copy_kernel(const int* in, int* out) {
+  TENFOLD_DYNAMIC_SHARED(memory);
+  int* tile = reinterpret_cast<int*>(memory);
+  tenfold::cuda::copy16_async(tile + 4 * threadIdx.x, in + 4 * threadIdx.x, true);
+  tenfold::cuda::copy_commit();
+  tenfold::cuda::copy16_async(tile + 96 + 4 * threadIdx.x, in, false);
+  tenfold::cuda::copy_commit();
+  tenfold::cuda::copy_wait<kWait>();
+  __syncthreads();
+  for (int i = threadIdx.x; i < 192; i += 24) out[i] = tile[i];
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -111,6 +141,14 @@ int main(int argc, char** argv) {
     TENFOLD_LAUNCH(mma_kernel, 1, 32, nullptr, d.data());
     out.assign(d.begin(), d.end());
   }
+  if (name == "matrices") TENFOLD_LAUNCH(matrices_kernel, 1, 32, nullptr, out.data());
+  const auto copies = [&](auto kernel) {
+    alignas(16) int aligned[2 * kThreads];
+    std::copy(in.begin(), in.end(), aligned);
+    TENFOLD_LAUNCH_SHARED(kernel, 1, 24, 192 * sizeof(int), nullptr, aligned, out.data());
+  };
+  if (name == "copies") copies(copy_kernel<0>);
+  if (name == "unfinished_copies") copies(copy_kernel<2>);
   for (const int x : out) std::printf("%d ", x);
   std::printf("\n");
 }

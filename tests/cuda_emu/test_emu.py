@@ -51,6 +51,25 @@ def test_mma_fragments(program):
     assert code == 0 and out == [i + j for i in range(16) for j in range(8)]
 
 
+def test_matrix_loads(program):
+    """Lane l gets two neighbours of row l // 4, transposed: of column l // 4."""
+    code, out, _ = run(program, "matrices")
+    want = []
+    for lane in range(32):
+        for i in (0, 3):
+            first = 64 * i + lane // 4 * 8 + lane % 4 * 2
+            turned = 64 * i + lane % 4 * 16 + lane // 4
+            want += [first | (first + 1) << 16, turned | (turned + 8) << 16]
+    assert code == 0 and out[:128] == want
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_copies_are_there_after_the_wait(program, seed):
+    code, out, _ = run(program, "copies", seed)
+    assert code == 0 and out == IN[:96] + [0] * 96
+    assert run(program, "unfinished_copies", seed)[1] != out
+
+
 @pytest.mark.parametrize("name", ["divergent", "early_exit"])
 def test_divergent_barriers_are_reported(program, name):
     code, _, error = run(program, name)

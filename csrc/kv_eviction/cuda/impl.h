@@ -3,7 +3,7 @@
 
 #include <tuple>
 
-#include "core/convert.cuh"
+#include "core/cuda_args.h"
 #include "core/stream.h"
 #include "core/tensor.h"
 #include "kv_eviction/ops.h"
@@ -19,21 +19,5 @@ std::tuple<Tensor, Tensor> nacl_select(const char* op, const Tensor& scores,
 std::tuple<Tensor, Tensor> kv_gather(const char* op, const Tensor& k, const Tensor& v,
                                      const Tensor& idx, const OptTensor& new_lens,
                                      const OptTensor& inv_freq, const OptTensor& kv_start);
-
-// View of an optional 1-d index tensor; flatten anything with more dims (made contiguous) first.
-inline IntArray int_array(const OptTensor& t) {
-  if (!t) return {};
-  return {t->data_ptr(), t->scalar_type() == ScalarType::Long, t->dim() == 1 ? t->strides()[0] : 1};
-}
-
-inline OptTensor contiguous(const OptTensor& t) {
-  return t ? OptTensor(torch::stable::contiguous(*t)) : OptTensor();
-}
-
-// Grids are one-dimensional and CUDA allows 2^31 - 1 blocks.
-inline void check_grid(const char* op, int64_t blocks) {
-  TENFOLD_CHECK_VALUE(blocks < int64_t{1} << 31, "tenfold::", op, ": the problem needs ", blocks,
-                      " CUDA blocks, at most 2^31 - 1 are possible; split the batch");
-}
 
 }  // namespace tenfold::cuda

@@ -1,0 +1,323 @@
+// Device code of the backward of dha_attention: three kernels of one shape. A block owns a tile of
+// rows of one gradient and walks over the other side, so there are no atomics and the order of
+// additions is fixed:
+//   dQ: rows are queries of one query head, the other side its keys and values;
+//   dK: rows are keys of one key head, the other side queries and dout of every query head that
+//       reads it, one after the other; dV: likewise of a value head. The groups of the two maps
+//       differ, so dK and dV have owners of their own and both make the weights again.
+// Per tile: x = own rows . other rows^T (logits), y = own . other (products of dout and v),
+// weights from x and lse, ds = weights * (y - delta), gradient += ds . other rows.
+// delta_i = dout_i . out_i - dlse_i is made before, by the first kernel.
+#pragma once
+
+#include "attention/cuda/prefill_launch.h"
+
+namespace tenfold::cuda {
+
+// A warp owns 16 kM rows; a block fits 99 KB of shared memory.
+template <class T, int kWidth>
+struct BackwardTile {
+  static constexpr bool kHalf = sizeof(T) == 2;
+  static constexpr int kW = kWidth;
+  static constexpr int kM = kHalf && kW <= 128 ? 2 : 1;
+  static constexpr int kWarps = !kHalf && kW == 256 ? 2 : 4;
+  static constexpr int kCols = !kHalf ? 16 : kW == 64 ? 64 : 32;  // rows of the other side
+  static constexpr int kStages = kHalf && kW <= 128 ? 2 : 1;
+  static constexpr int kN = kCols / 8, kRows = 16 * kM * kWarps, kThreads = 32 * kWarps;
+  static constexpr int kScratch = kWeightScratch<T, kM, kN>;
+  static constexpr int kBytes =
+      (2 * kRows + 2 * kStages * kCols) * kW * static_cast<int>(sizeof(T)) +
+      kWarps * kScratch * static_cast<int>(sizeof(float));
+};
+
+template <class T>
+__global__ void __launch_bounds__(128) dha_delta_kernel(BackwardArgs p) {
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * 4 + threadIdx.x / 32;
+  const int64_t batch = p.queries.cu.given() ? 1 : p.batch;
+  if (row >= batch * p.q_heads * p.queries.length) return;
+  const int64_t i = row % p.queries.length, rest = row / p.queries.length;
+  const int64_t h = rest % p.q_heads, b = rest / p.q_heads;
+  const T* out = row_at<T>(p.out, p.out_at, b, h, i);
+  const T* dout = row_at<T>(p.dout, p.dout_at, b, h, i);
+  float sum = 0.0f;
+  for (int64_t d = threadIdx.x % 32; d < p.value_dim; d += 32)
+    sum = fmaf(to_float(out[d]), to_float(dout[d]), sum);
+  for (int step = 1; step < 32; step *= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, step);
+  if (threadIdx.x % 32 == 0) p.delta[row] = p.dlse != nullptr ? sum - p.dlse[row] : sum;
+}
+
+template <class T, int kW, Grad kGrad>
+struct BackwardBlock {
+  using C = BackwardTile<T, kW>;
+  using Units = SoftmaxUnits<T>;
+  static constexpr bool kOwnsQueries = kGrad == Grad::q;
+  const BackwardArgs& p;
+  int64_t b, row0;  // of the block's rows in their sequence
+  int rows;         // that exist
+  Rows qs, ks;
+  T *own_x, *own_y, *other;        // other: [kStages][2][kCols][kW]
+  float *other_lse, *other_delta;  // [kStages][kCols] (dK, dV)
+  float* scratch;                  // of this warp
+  float (&grad)[C::kM][kW / 8][4];
+
+  // What the current query head adds.
+  int64_t h, hk, hv;
+  float own_lse[C::kM][2], own_delta[C::kM][2];  // dQ
+
+  __device__ GlobalRows<T> q_rows(int64_t i) const {
+    return {row_at<T>(p.q, p.q_at, b, h, qs.first + i), p.q_at.row, static_cast<int>(p.head_dim),
+            p.q_vectors};
+  }
+  __device__ GlobalRows<T> k_rows(int64_t j) const {
+    return {row_at<T>(p.k, p.k_at, b, hk, ks.first + j), p.k_at.row, static_cast<int>(p.head_dim),
+            p.k_vectors};
+  }
+  __device__ GlobalRows<T> v_rows(int64_t j) const {
+    return {row_at<T>(p.v, p.v_at, b, hv, ks.first + j), p.v_at.row, static_cast<int>(p.value_dim),
+            p.v_vectors};
+  }
+  __device__ GlobalRows<T> dout_rows(int64_t i) const {
+    return {row_at<T>(p.dout, p.dout_at, b, h, qs.first + i), p.dout_at.row,
+            static_cast<int>(p.value_dim), p.dout_vectors};
+  }
+  __device__ int64_t lse_at(int64_t i) const {
+    return b * p.lse_batch + h * p.lse_head + qs.first + i;
+  }
+  // The lse of a query in units of the logits; inf, which makes every weight 0, for one that does
+  // not exist or sees nothing.
+  __device__ float lse_of(int64_t i) const {
+    if (i >= qs.count) return bits_to_float(0x7F800000u);
+    const float x = p.lse[lse_at(i)];
+    return x == bits_to_float(0xFF800000u) ? -x : x * Units::kPerNatural;
+  }
+
+  // Rows of the other side that a row of this one sees, or is seen by.
+  __device__ KeyRange partners(int64_t row) const {
+    if constexpr (kOwnsQueries) {
+      return tenfold::visible_keys(p.mask, row, qs.count, ks.count);
+    } else {
+      const int64_t at = row - ks.count + qs.count;
+      const int64_t first = at - p.mask.right, last = at + p.mask.left + 1;
+      return {first < 0 ? 0 : first, last > qs.count ? qs.count : last < 0 ? 0 : last};
+    }
+  }
+
+  __device__ void load_own() const {
+    if constexpr (kOwnsQueries) {
+      load_tile<T, kW, C::kRows, C::kThreads>(own_x, q_rows(row0), 0, rows);
+      load_tile<T, kW, C::kRows, C::kThreads>(own_y, dout_rows(row0), 0, rows);
+    } else {
+      load_tile<T, kW, C::kRows, C::kThreads>(own_x, k_rows(row0), 0, rows);
+      if constexpr (kGrad == Grad::k)
+        load_tile<T, kW, C::kRows, C::kThreads>(own_y, v_rows(row0), 0, rows);
+    }
+  }
+
+  __device__ T* other_tile(int64_t tile, int which) const {
+    return other + (tile % C::kStages * 2 + which) * (C::kCols * kW);
+  }
+
+  __device__ void load_other(int64_t tile, const KeyRange& range) const {
+    const int64_t first = tile * C::kCols;
+    const int lo = in_tile(range.first - first, C::kCols);
+    const int hi = in_tile(range.last - first, C::kCols);
+    if constexpr (kOwnsQueries) {
+      load_tile<T, kW, C::kCols, C::kThreads>(other_tile(tile, 0), k_rows(first), lo, hi);
+      load_tile<T, kW, C::kCols, C::kThreads>(other_tile(tile, 1), v_rows(first), lo, hi);
+    } else {
+      load_tile<T, kW, C::kCols, C::kThreads>(other_tile(tile, 0), q_rows(first), lo, hi);
+      load_tile<T, kW, C::kCols, C::kThreads>(other_tile(tile, 1), dout_rows(first), lo, hi);
+      const int64_t stage = tile % C::kStages * C::kCols;
+      for (int i = threadIdx.x; i < C::kCols; i += C::kThreads) {
+        other_lse[stage + i] = lse_of(first + i);
+        other_delta[stage + i] = first + i < qs.count ? p.delta[lse_at(first + i)] : 0.0f;
+      }
+    }
+    copy_commit();
+  }
+
+  // x: products q . k; y: products dout . v (not for dV). x becomes what multiplies the other rows.
+  __device__ void make_weights(int64_t tile, const AttentionBias& bias, float (&x)[C::kM][C::kN][4],
+                               const float (&y)[C::kM][C::kN][4]) const {
+    const int lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * 16 * C::kM;
+    const int64_t first = tile * C::kCols, stage = tile % C::kStages * C::kCols;
+    const float scale = p.softcap > 0.0f ? p.scale / p.softcap : p.scale;
+#pragma unroll
+    for (int m = 0; m < C::kM; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int64_t row = row0 + warp_row + 16 * m + lane / 4 + 8 * half;
+        const KeyRange range = partners(row);
+        const int lo = in_tile(range.first - first, C::kCols);
+        const int hi = row < row0 + rows ? in_tile(range.last - first, C::kCols) : 0;
+#pragma unroll
+        for (int n = 0; n < C::kN; ++n)
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            const int col = 8 * n + lane % 4 * 2 + i;
+            float& value = x[m][n][2 * half + i];
+            if (col < lo || col >= hi) {
+              value = 0.0f;
+              continue;
+            }
+            float logit = value * scale, slope = 1.0f;
+            if (p.softcap > 0.0f) {
+              const float t = Units::tanh(logit);
+              logit = p.softcap * t, slope = 1.0f - t * t;
+            }
+            if (bias.data != nullptr) {
+              const int64_t query = kOwnsQueries ? row : first + col;
+              const int64_t key = kOwnsQueries ? first + col : row;
+              logit += bias_at(bias, query * bias.row + key * bias.key);
+            }
+            const float lse = kOwnsQueries ? own_lse[m][half] : other_lse[stage + col];
+            value = Units::exp(logit * Units::kPerNatural - lse);
+            if constexpr (kGrad != Grad::v) {
+              const float delta = kOwnsQueries ? own_delta[m][half] : other_delta[stage + col];
+              // A weight of 0 ends it: what is behind a mask may be anything.
+              value = value == 0.0f ? 0.0f : value * (y[m][n][2 * half + i] - delta) * slope;
+            }
+          }
+      }
+  }
+
+  // All that query head h adds to the block's rows.
+  __device__ void add_head(int64_t head) {
+    h = head;
+    hk = clamped(p.q_to_k[h], p.k_heads - 1), hv = clamped(p.q_to_v[h], p.v_heads - 1);
+    const int lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * 16 * C::kM;
+    const KeyRange range{partners(row0).first, partners(row0 + rows - 1).last};
+    if (range.first >= range.last) return;
+    const AttentionBias bias = bias_of(p.bias, b, h);
+    if constexpr (kOwnsQueries) {
+#pragma unroll
+      for (int m = 0; m < C::kM; ++m)
+        for (int half = 0; half < 2; ++half) {
+          const int64_t i = row0 + warp_row + 16 * m + lane / 4 + 8 * half;
+          own_lse[m][half] = lse_of(i);
+          own_delta[m][half] = i < qs.count ? p.delta[lse_at(i)] : 0.0f;
+        }
+    }
+    __syncthreads();  // the last head's tiles are used up
+    const int64_t begin = range.first / C::kCols, end = (range.last + C::kCols - 1) / C::kCols;
+    load_own();
+    load_other(begin, range);
+    for (int64_t tile = begin; tile < end; ++tile) {
+      copy_wait<0>();
+      __syncthreads();
+      if (C::kStages == 2 && tile + 1 < end) load_other(tile + 1, range);
+      add_tile(tile, bias);
+      if (C::kStages == 2) continue;
+      __syncthreads();
+      if (tile + 1 < end) load_other(tile + 1, range);
+    }
+  }
+
+  __device__ void add_tile(int64_t tile, const AttentionBias& bias) const {
+    const int warp_row = threadIdx.x / 32 * 16 * C::kM;
+    const int dims = static_cast<int>(p.head_dim), value_dims = static_cast<int>(p.value_dim);
+    float x[C::kM][C::kN][4] = {}, y[C::kM][C::kN][4] = {};
+    multiply_transposed<T, kW>(own_x, warp_row, other_tile(tile, 0), 0, round_up(dims, 16), x);
+    if constexpr (kGrad != Grad::v)
+      multiply_transposed<T, kW>(own_y, warp_row, other_tile(tile, 1), 0, round_up(value_dims, 16),
+                                 y);
+    make_weights(tile, bias, x, y);
+    if constexpr (kGrad == Grad::v) {
+      accumulate<T, kW>(x, other_tile(tile, 1), value_dims, scratch, grad);
+    } else {
+      accumulate<T, kW>(x, other_tile(tile, 0), dims, scratch, grad);
+    }
+  }
+};
+
+template <class T, int kW, Grad kGrad>
+__global__ void __launch_bounds__(BackwardTile<T, kW>::kThreads, 2)
+    dha_attention_backward_kernel(BackwardArgs p) {
+  using C = BackwardTile<T, kW>;
+  constexpr bool kOwnsQueries = kGrad == Grad::q;
+  TENFOLD_SHARED(int, chosen, 1);
+  TENFOLD_SHARED(float, other_lse, C::kStages* C::kCols);
+  TENFOLD_SHARED(float, other_delta, C::kStages* C::kCols);
+  TENFOLD_DYNAMIC_SHARED(memory);
+  const Work w = find_work(kOwnsQueries ? p.queries : p.keys, p.batch,
+                           kOwnsQueries       ? p.q_heads
+                           : kGrad == Grad::k ? p.k_heads
+                                              : p.v_heads,
+                           C::kRows, blockIdx.x);
+  if (w.first < 0) return;
+  // Behind the last sequence of a packed side there is nothing on the other one.
+  const bool real = w.batch < p.batch;
+  const Rows qs = kOwnsQueries || real ? sequence_rows(p.queries, p.batch, w.batch) : Rows{0, 0};
+  const Rows ks = !kOwnsQueries || real ? sequence_rows(p.keys, p.batch, w.batch) : Rows{0, 0};
+  const int rows = in_tile((kOwnsQueries ? qs.count : ks.count) - w.first, C::kRows);
+  const int warp = threadIdx.x / 32, warp_row = warp * 16 * C::kM;
+  T* const tiles = reinterpret_cast<T*>(memory);
+  float* const scratch =
+      reinterpret_cast<float*>(tiles + (2 * C::kRows + 2 * C::kStages * C::kCols) * kW);
+  float grad[C::kM][kW / 8][4] = {};
+  BackwardBlock<T, kW, kGrad> block{p,
+                                    w.batch,
+                                    w.first,
+                                    rows,
+                                    qs,
+                                    ks,
+                                    tiles,
+                                    tiles + C::kRows * kW,
+                                    tiles + 2 * C::kRows * kW,
+                                    other_lse,
+                                    other_delta,
+                                    scratch + warp * C::kScratch,
+                                    grad,
+                                    0,
+                                    0,
+                                    0,
+                                    {},
+                                    {}};
+  int64_t head = w.head;
+  if constexpr (kOwnsQueries) {
+    head = ranked_head(p.q_to_k, p.q_heads, w.head, chosen);
+    block.add_head(head);
+  } else {
+    const IntArray& map = kGrad == Grad::k ? p.q_to_k : p.q_to_v;
+    const int64_t most = (kGrad == Grad::k ? p.k_heads : p.v_heads) - 1;
+    for (int64_t h = 0; h < p.q_heads; ++h)
+      if (clamped(map[h], most) == head) block.add_head(h);
+  }
+  float factor[C::kM][2];
+#pragma unroll
+  for (int m = 0; m < C::kM; ++m) factor[m][0] = factor[m][1] = kGrad == Grad::v ? 1.0f : p.scale;
+  const RowLayout at = kGrad == Grad::q ? p.dq_at : kGrad == Grad::k ? p.dk_at : p.dv_at;
+  T* const to = static_cast<T*>(kGrad == Grad::q   ? p.dq
+                                : kGrad == Grad::k ? p.dk
+                                                   : p.dv) +
+                w.batch * at.batch + head * at.head +
+                ((kOwnsQueries ? qs : ks).first + w.first + warp_row) * at.row;
+  store_rows<T, kW>(grad, factor, block.own_x, warp_row, to, at.row, rows - warp_row,
+                    static_cast<int>(kGrad == Grad::v ? p.value_dim : p.head_dim),
+                    kGrad == Grad::q   ? p.dq_vectors
+                    : kGrad == Grad::k ? p.dk_vectors
+                                       : p.dv_vectors);
+}
+
+template <class T, int kW, Grad kGrad>
+int64_t backward_blocks(const BackwardArgs& p) {
+  constexpr int kRows = BackwardTile<T, kW>::kRows;
+  if (kGrad == Grad::q) return p.q_heads * tiles_per_head(p.queries, p.batch, kRows);
+  return (kGrad == Grad::k ? p.k_heads : p.v_heads) * tiles_per_head(p.keys, p.batch, kRows);
+}
+
+template <class T, int kW, Grad kGrad>
+void launch_dha_backward(const BackwardArgs& p, cudaStream_t stream) {
+  using C = BackwardTile<T, kW>;
+  if constexpr (kGrad == Grad::q) {
+    const int64_t rows = (p.queries.cu.given() ? 1 : p.batch) * p.q_heads * p.queries.length;
+    if (rows > 0)
+      TENFOLD_LAUNCH(dha_delta_kernel<T>, static_cast<unsigned>((rows + 3) / 4), 128, stream, p);
+  }
+  const int64_t blocks = backward_blocks<T, kW, kGrad>(p);
+  if (blocks == 0) return;
+  TENFOLD_LAUNCH_SHARED((dha_attention_backward_kernel<T, kW, kGrad>),
+                        static_cast<unsigned>(blocks), C::kThreads, C::kBytes, stream, p);
+}
+
+}  // namespace tenfold::cuda

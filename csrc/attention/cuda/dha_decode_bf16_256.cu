@@ -1,0 +1,9 @@
+#include "attention/cuda/dha_decode_kernel.cuh"
+
+namespace tenfold::cuda {
+
+template int64_t plan_dha_decode<bf16_t, 256>(DhaDecodeOnDevice&);
+template int64_t decode_blocks<bf16_t, 256>(const DhaDecodeOnDevice&);
+template void launch_dha_decode<bf16_t, 256>(const DhaDecodeOnDevice&, cudaStream_t);
+
+}  // namespace tenfold::cuda

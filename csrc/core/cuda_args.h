@@ -1,0 +1,27 @@
+// Small helpers of CUDA registrations: index tensors as kernel arguments, grid sizes.
+#pragma once
+
+#include <optional>
+
+#include "core/convert.cuh"
+#include "core/tensor.h"
+
+namespace tenfold::cuda {
+
+// View of an optional 1-d index tensor; flatten anything with more dims (made contiguous) first.
+inline IntArray int_array(const std::optional<Tensor>& t) {
+  if (!t) return {};
+  return {t->data_ptr(), t->scalar_type() == ScalarType::Long, t->dim() == 1 ? t->strides()[0] : 1};
+}
+
+inline std::optional<Tensor> contiguous(const std::optional<Tensor>& t) {
+  return t ? std::optional<Tensor>(torch::stable::contiguous(*t)) : std::optional<Tensor>();
+}
+
+// Grids are one-dimensional and CUDA allows 2^31 - 1 blocks.
+inline void check_grid(const char* op, int64_t blocks) {
+  TENFOLD_CHECK_VALUE(blocks < int64_t{1} << 31, "tenfold::", op, ": the problem needs ", blocks,
+                      " CUDA blocks, at most 2^31 - 1 are possible; split the batch");
+}
+
+}  // namespace tenfold::cuda
