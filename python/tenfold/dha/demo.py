@@ -63,7 +63,9 @@ def measure_generation(
     )
     stop = model.generation_config.eos_token_id
     stops = set(stop) if isinstance(stop, list) else {stop}
-    cache, said, times, feed = DynamicCache(config=model.config), [], [], ids
+    cache, feed = DynamicCache(config=model.config), ids
+    said: list[int] = []
+    times: list[float] = []
     while len(said) < new_tokens:
         start = time.perf_counter()
         logits = hf.forward(model, feed, cache).logits[:, -1]

@@ -9,8 +9,20 @@ from tenfold import _load
 if _load.error is not None:
     raise _load.error
 
-from tenfold.ops import attention
-from tenfold.ops.attention import *  # noqa: F403
+from tenfold.ops.attention import (
+    allocate_heads,
+    collapse_heads,
+    dha_attention,
+    dha_attention_backward,
+    dha_cache_append_,
+    dha_decode,
+    fuse_heads,
+    fuse_heads_backward,
+    fusion_mse,
+    fusion_mse_backward,
+    group_heads,
+    head_cka,
+)
 from tenfold.ops.kv_eviction import (
     kv_compact_,
     kv_gather,
@@ -22,7 +34,18 @@ from tenfold.ops.kv_eviction import (
 from tenfold.ops.template import template_scale
 
 __all__ = [
-    *attention.__all__,
+    "allocate_heads",
+    "collapse_heads",
+    "dha_attention",
+    "dha_attention_backward",
+    "dha_cache_append_",
+    "dha_decode",
+    "fuse_heads",
+    "fuse_heads_backward",
+    "fusion_mse",
+    "fusion_mse_backward",
+    "group_heads",
+    "head_cka",
     "kv_compact_",
     "kv_gather",
     "nacl_evict",

@@ -3,8 +3,19 @@
 ``tenfold.reference.f`` has the signature of ``tenfold.ops.f``. Nothing here is meant to be fast.
 """
 
-from tenfold.reference import attention
-from tenfold.reference.attention import *  # noqa: F403
+from tenfold.reference.attention import (
+    allocate_heads,
+    collapse_heads,
+    dha_attention,
+    dha_attention_backward,
+    dha_cache_append_,
+    dha_decode,
+    fuse_heads,
+    fuse_states,
+    fusion_mse,
+    group_heads,
+    head_cka,
+)
 from tenfold.reference.kv_eviction import (
     kv_compact_,
     kv_gather,
@@ -17,7 +28,17 @@ from tenfold.reference.random import gumbel, philox4x32_10
 from tenfold.reference.template import template_scale
 
 __all__ = [
-    *attention.__all__,
+    "allocate_heads",
+    "collapse_heads",
+    "dha_attention",
+    "dha_attention_backward",
+    "dha_cache_append_",
+    "dha_decode",
+    "fuse_heads",
+    "fuse_states",
+    "fusion_mse",
+    "group_heads",
+    "head_cka",
     "gumbel",
     "kv_compact_",
     "kv_gather",

@@ -1,14 +1,27 @@
 """Definitions of the ``attention`` family, one module per group of ops."""
 
-from tenfold.reference.attention import heads
 from tenfold.reference.attention.decode import dha_cache_append_, dha_decode
-from tenfold.reference.attention.heads import *  # noqa: F403
+from tenfold.reference.attention.heads import (
+    allocate_heads,
+    collapse_heads,
+    fuse_heads,
+    fuse_states,
+    fusion_mse,
+    group_heads,
+    head_cka,
+)
 from tenfold.reference.attention.prefill import dha_attention, dha_attention_backward
 
 __all__ = [
+    "allocate_heads",
+    "collapse_heads",
     "dha_attention",
     "dha_attention_backward",
     "dha_cache_append_",
     "dha_decode",
-    *heads.__all__,
+    "fuse_heads",
+    "fuse_states",
+    "fusion_mse",
+    "group_heads",
+    "head_cka",
 ]
