@@ -72,11 +72,10 @@ def cell(parent, name: str, budget: float, seed: int, data, held, steps: dict) -
     start = time.monotonic()
     settings = {
         "search_steps": steps["search"], "fusion_steps": steps["fusion"], "sequence_length": LENGTH,
-        "omega_lr": 0.04, "collapse_mse": 5e-3, "seed": seed,
+        "omega_lr": 0.04, "force": True, "seed": seed,
     } | changes  # fmt: skip
     first = convert(parent, budget, data, "small", recovery_steps=0, **settings)
     before = judged(first, seed, *held)
-    # The first stages are deterministic, so only recovery has to run for the second half.
     curve = tiny_recovery(first, data, recovery, seed)
     after = judged(first, seed, *held)
     record = first.conversion

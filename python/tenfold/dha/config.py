@@ -188,4 +188,7 @@ class DhaConfig:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> DhaConfig:
         """The inverse of :meth:`to_json`."""
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        plain: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
+        }
+        return cls(**plain)

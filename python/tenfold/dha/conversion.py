@@ -222,6 +222,7 @@ class Conversion:
         else:
             for projection, groups in zip(parts, plan.groups):
                 projection.set_groups(groups)
+                assert projection.omega is not None
                 projection.omega.data.fill_(1 / groups.shape[1])
         for projection in parts:
             projection.collapse()

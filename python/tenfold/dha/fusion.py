@@ -78,6 +78,9 @@ class HeadProjection(nn.Module):
         query_map: [H] base head of every query head. source: see :func:`start_omega`.
     """
 
+    query_map: Tensor
+    source: Tensor
+
     def __init__(self, linear: Any, head_dim: int, query_map: Tensor, source: Tensor) -> None:
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias

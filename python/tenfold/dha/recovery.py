@@ -37,8 +37,9 @@ def train_recovery(trainer: Trainer, model: Any, teacher: Any | None) -> list[Me
     """The recovery stage on ``model``, in place."""
     config = trainer.config
     share = config.distill if teacher is not None else 0.0
-    if teacher is not None:
-        teacher.to(trainer.accelerator.device)
+    guide: Any = teacher
+    if guide is not None:
+        guide.to(trainer.accelerator.device)
 
     def loss_of(
         student: Any, batch: dict[str, Tensor], step: int
@@ -47,7 +48,7 @@ def train_recovery(trainer: Trainer, model: Any, teacher: Any | None) -> list[Me
         if share == 0:
             return out.loss, {"lm": out.loss.detach()}
         with torch.no_grad():
-            logits = teacher(
+            logits = guide(
                 **{k: v for k, v in batch.items() if k != "labels"}, use_cache=False
             ).logits
         kl = distillation_loss(out.logits, logits, batch["labels"], config.temperature)

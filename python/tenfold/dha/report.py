@@ -47,7 +47,8 @@ def loss_plot(record: ConversionRecord) -> Any:
             axes.axhline(loss, color="black", lw=1, ls=":", label="parent (evaluation)")
     axes.set_xlabel("step, all stages")
     axes.set_ylabel("LM loss (nats)")
-    axes.legend(frameon=False, fontsize=8)
+    if axes.lines:
+        axes.legend(frameon=False, fontsize=8)
     return made
 
 
