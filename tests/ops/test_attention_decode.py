@@ -197,12 +197,13 @@ def test_layouts(kind, device):
     compare(again, q, k, v, kmap, vmap, lens)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("garbage", [float("nan"), float("inf")])
 @pytest.mark.parametrize("side", ["k", "v"])
-def test_hidden_slots_do_not_matter(side, garbage, device):
+def test_hidden_slots_do_not_matter(side, garbage, dtype, device):
     """Padding, slots behind the last token, keys before the window, heads that nobody uses."""
     hk, hv, kmap, vmap = maps("unused heads")
-    q, (k, v) = fill((2, 6, 3, 16), torch.float32), caches(2, hk, hv, 300, 16, 16, torch.float32)
+    q, (k, v) = fill((2, 6, 3, 16), dtype), caches(2, hk, hv, 300, 16, 16, dtype)
     lens, start = torch.tensor([200, 150]), torch.tensor([0, 100])
     kwargs = {"kv_start": start, "window_left": 100}
     want = run(device, q, k, v, kmap, vmap, lens, **kwargs)
@@ -217,11 +218,12 @@ def test_hidden_slots_do_not_matter(side, garbage, device):
     assert equal(run(device, q, k, v, kmap, vmap, lens, **kwargs), want)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("side", ["k", "v"])
-def test_later_keys_are_hidden(side, device):
+def test_later_keys_are_hidden(side, dtype, device):
     """Garbage in the newest token reaches the newest query only, and only its heads."""
     hk, hv, kmap, vmap = maps("contiguous, HK != HV")
-    q, (k, v) = fill((1, 6, 3, 16), torch.float32), caches(1, hk, hv, 300, 16, 16, torch.float32)
+    q, (k, v) = fill((1, 6, 3, 16), dtype), caches(1, hk, hv, 300, 16, 16, dtype)
     rest = kmap, vmap, torch.tensor([300])
     want = run(device, q, k, v, *rest)[0].cpu()
     for garbage in (float("nan"), float("inf")):
@@ -233,11 +235,12 @@ def test_later_keys_are_hidden(side, device):
         assert torch.equal(got[0, ~hit, 2], want[0, ~hit, 2])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("values", VALUES)
-def test_values(values, device):
+def test_values(values, dtype, device):
     hk, hv, kmap, vmap = maps("unequal groups")
-    q, (k, v) = fill((1, 6, 16), torch.float32), caches(1, hk, hv, 300, 16, 16, torch.float32)
-    bad_k, bad_v = (fill(x.shape, torch.float32, values, seed=5) for x in (k, v))
+    q, (k, v) = fill((1, 6, 16), dtype), caches(1, hk, hv, 300, 16, 16, dtype)
+    bad_k, bad_v = (fill(x.shape, dtype, values, seed=5) for x in (k, v))
     rest = kmap, vmap, torch.tensor([300])
     for a, b in ((bad_k, v), (k, bad_v)):
         compare(run(device, q, a, b, *rest), q, a, b, *rest)

@@ -246,7 +246,7 @@ void run_part(const Call& c, const Part& part, float* partial, Working& w) {
   const Component& m = c.components[part.component];
   find_runs(c, part, w.runs);
   w.begin.resize(m.rows), w.end.resize(m.rows);
-  w.scratch.resize(decode_scratch(m.rows));
+  w.scratch.resize(decode_scratch(m.rows, p.head_dim));
   for (int64_t r = 0; r < m.rows; ++r) {
     const int64_t token = c.at.sequences[part.batch].length - p.num_queries + r % p.num_queries;
     w.begin[r] = p.window_left < 0 ? 0 : token - p.window_left - part.first;

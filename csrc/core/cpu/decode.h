@@ -38,7 +38,7 @@ struct DecodeTask {
   const DecodeHead* value_heads;
   const int32_t* value_rows;
   int64_t num_key_heads, num_value_heads;
-  const float* q;        // [rows][decode_pitch(head_dim)], zero padded, not scaled
+  const float* q;  // [rows][decode_pitch(head_dim)], zero padded, not scaled; values of the dtype
   const int64_t* begin;  // [rows] token j of the task is seen by row r if
   const int64_t* end;    // begin[r] <= j < end[r] (any integers)
   int64_t rows, head_dim, value_dim;
@@ -48,7 +48,7 @@ struct DecodeTask {
   float* max;      // [rows] out: largest logit in log2 units, or kDecodeNothing
   float* sum;      // [rows] out: sum of the weights
   float* out;      // [rows][decode_pitch(value_dim)] out: sum of the weights * v
-  float* scratch;  // decode_scratch(rows) floats
+  float* scratch;  // decode_scratch(rows, head_dim) floats
 };
 
 constexpr float kDecodeNothing = -1e30f;  // the maximum of a row that sees nothing
@@ -56,8 +56,9 @@ constexpr int64_t kDecodeKeyBlock = 64;   // tokens of a block
 constexpr int64_t decode_pitch(int64_t d) {
   return (d + 15) / 16 * 16;
 }  // floats, widest vector
-constexpr int64_t decode_scratch(int64_t rows) {
-  return rows * kDecodeKeyBlock;
+// Weights of a block, and the queries in bf16 where they are multiplied as such.
+constexpr int64_t decode_scratch(int64_t rows, int64_t head_dim) {
+  return rows * (kDecodeKeyBlock + decode_pitch(head_dim));
 }
 // Result of one task: max [rows], sum [rows], out [rows][pitch].
 constexpr int64_t decode_partial(int64_t rows, int64_t value_dim) {

@@ -117,6 +117,65 @@ void logits_tile(const DecodeTask& t, const Block& b, int64_t offset, int64_t r0
     hsum4(acc[r][0], acc[r][1], acc[r][2], acc[r][3], t.scratch + (r0 + r) * kDecodeKeyBlock + j0);
 }
 
+#if defined(TENFOLD_ISA_BF16)
+constexpr int64_t kPair = 2 * kWidth;  // bf16 numbers of a vector
+
+inline uint16_t* bf16_queries(const DecodeTask& t) {
+  return reinterpret_cast<uint16_t*>(t.scratch + t.rows * kDecodeKeyBlock);
+}
+constexpr int64_t bf16_pitch(int64_t head_dim) {
+  return (head_dim + kPair - 1) / kPair * kPair;
+}
+
+// The queries are bf16 numbers: exact.
+void round_queries(const DecodeTask& t) {
+  const int64_t pitch = decode_pitch(t.head_dim), to = bf16_pitch(t.head_dim);
+  uint16_t* q = bf16_queries(t);
+  for (int64_t r = 0; r < t.rows; ++r)
+    for (int64_t i = 0; i < to; i += kWidth)
+      store(reinterpret_cast<bf16_t*>(q + r * to + i),
+            i < pitch ? load(t.q + r * pitch + i) : set1(0.0f));
+}
+
+// bf16 dot products: exact products, float sums, and no conversion of the keys.
+template <class T, int R>
+  requires(sizeof(T) == 2 && __is_same(T, bf16_t))
+void logits_tile(const DecodeTask& t, const Block& b, int64_t offset, int64_t r0, int64_t j0,
+                 Ahead& ahead) {
+  const uint16_t* q[R];
+  const uint16_t* key[kKeys];
+  const int64_t pitch = bf16_pitch(t.head_dim);
+  for (int r = 0; r < R; ++r) q[r] = bf16_queries(t) + (r0 + r) * pitch;
+  for (int j = 0; j < kKeys; ++j)
+    key[j] = reinterpret_cast<const uint16_t*>(b.k[j0 + j < b.num_keys ? j0 + j : b.num_keys - 1]) +
+             offset;
+  VF acc[R][kKeys];
+  for (auto& row : acc)
+    for (auto& a : row) a = set1(0.0f);
+  int64_t i = 0;
+  for (; i + kPair <= t.head_dim; i += kPair) {
+    ahead.step();
+    VI x[kKeys];
+    for (int j = 0; j < kKeys; ++j) x[j] = {_mm512_loadu_si512(key[j] + i)};
+    for (int r = 0; r < R; ++r) {
+      const VI y = {_mm512_loadu_si512(q[r] + i)};
+      for (int j = 0; j < kKeys; ++j) acc[r][j] = dot_bf16(acc[r][j], x[j], y);
+    }
+  }
+  if (i < t.head_dim) {
+    const auto some = static_cast<__mmask32>((uint64_t{1} << (t.head_dim - i)) - 1);
+    VI x[kKeys];
+    for (int j = 0; j < kKeys; ++j) x[j] = {_mm512_maskz_loadu_epi16(some, key[j] + i)};
+    for (int r = 0; r < R; ++r) {
+      const VI y = {_mm512_loadu_si512(q[r] + i)};  // zero padded
+      for (int j = 0; j < kKeys; ++j) acc[r][j] = dot_bf16(acc[r][j], x[j], y);
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    hsum4(acc[r][0], acc[r][1], acc[r][2], acc[r][3], t.scratch + (r0 + r) * kDecodeKeyBlock + j0);
+}
+#endif
+
 template <class T>
 void logits_of_head(const DecodeTask& t, const Block& b, const DecodeHead& head, Ahead& ahead) {
   const int64_t end = head.first_row + head.num_rows;
@@ -182,13 +241,48 @@ void softmax_row(const DecodeTask& t, int64_t r, int64_t from, int64_t to) {
   t.sum[r] += hsum(sum);
 }
 
-// out[rows][i0 .. i0 + V vectors) += weights * v over tokens [from, to) of the block; kPart: the
-// last vector is not whole.
+// Two vectors of values. Of bf16 the even and the odd elements: one instruction each, where
+// elements in order would take two. Their sums stay in that order until restore_order.
+template <class T>
+inline void load_two(const T* p, VF* a, VF* b) {
+  *a = load(p);
+  *b = load(p + kWidth);
+}
+#if defined(TENFOLD_ISA_AVX512)
+inline void load_two(const bf16_t* p, VF* a, VF* b) {
+  const __m512i both = _mm512_loadu_si512(p);
+  a->v = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
+  b->v =
+      _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(static_cast<int>(0xFFFF0000u))));
+}
+#endif
+
+template <class T>
+void restore_order(const DecodeTask& t) {
+#if defined(TENFOLD_ISA_AVX512)
+  if (!__is_same(T, bf16_t)) return;
+  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+  for (int64_t r = 0; r < t.rows; ++r) {
+    float* out = t.out + r * decode_pitch(t.value_dim);
+    for (int64_t i = 0; i + 2 * kWidth <= t.value_dim; i += 2 * kWidth) {
+      const VF even = load(out + i), odd = load(out + i + kWidth);
+      store(out + i, {_mm512_permutex2var_ps(even.v, low, odd.v)});
+      store(out + i + kWidth, {_mm512_permutex2var_ps(even.v, high, odd.v)});
+    }
+  }
+#else
+  (void)t;
+#endif
+}
+
+// out[rows][i0 .. i0 + V vectors) += weights * v over tokens [from, to) of the block; kPart: its
+// only vector is not whole.
 template <class T, int R, int V, bool kPart>
 void values_tile(const DecodeTask& t, const Block& b, int64_t offset, const int32_t* rows,
                  int64_t i0, int64_t from, int64_t to, Ahead& ahead) {
   const int64_t pitch = decode_pitch(t.value_dim);
-  const int last = static_cast<int>(t.value_dim - i0 - (V - 1) * kWidth);
+  const int last = static_cast<int>(t.value_dim - i0);
   float* out[R];
   const float* w[R];
   for (int r = 0; r < R; ++r) {
@@ -202,8 +296,11 @@ void values_tile(const DecodeTask& t, const Block& b, int64_t offset, const int3
     const T* row = reinterpret_cast<const T*>(b.v[j]) + offset + i0;
     ahead.step();
     VF value[V];
-    for (int x = 0; x < V; ++x)
-      value[x] = kPart && x == V - 1 ? load_n(row + x * kWidth, last) : load(row + x * kWidth);
+    if constexpr (V == 1) {
+      value[0] = kPart ? load_n(row, last) : load(row);
+    } else {
+      for (int x = 0; x < V; x += 2) load_two(row + x * kWidth, &value[x], &value[x + 1]);
+    }
     for (int r = 0; r < R; ++r) {
       const VF weight = set1(w[r][j]);
       for (int x = 0; x < V; ++x) acc[r][x] = fma(weight, value[x], acc[r][x]);
@@ -215,7 +312,7 @@ void values_tile(const DecodeTask& t, const Block& b, int64_t offset, const int3
 
 // Vectors of a tile of so many rows: as many accumulators as registers are there for.
 constexpr int vectors(int rows) {
-  return kWidth == 4 ? 1 : kWidth == 8 ? 2 : rows <= 2 ? 8 : 4;
+  return kWidth <= 8 ? 2 : rows <= 2 ? 8 : 4;
 }
 
 template <class T, int R>
@@ -225,6 +322,8 @@ void values_of_rows(const DecodeTask& t, const Block& b, int64_t offset, const i
   int64_t i = 0;
   for (; i + V * kWidth <= t.value_dim; i += V * kWidth)
     values_tile<T, R, V, false>(t, b, offset, rows, i, from, to, ahead);
+  for (; i + 2 * kWidth <= t.value_dim; i += 2 * kWidth)
+    values_tile<T, R, 2, false>(t, b, offset, rows, i, from, to, ahead);
   for (; i + kWidth <= t.value_dim; i += kWidth)
     values_tile<T, R, 1, false>(t, b, offset, rows, i, from, to, ahead);
   if (i < t.value_dim) values_tile<T, R, 1, true>(t, b, offset, rows, i, from, to, ahead);
@@ -239,7 +338,14 @@ void value_of_some(const DecodeTask& t, const Block& b, const DecodeHead& head, 
     if (token < t.begin[r] || token >= t.end[r]) continue;
     const VF weight = set1(t.scratch[r * kDecodeKeyBlock + j]);
     float* out = t.out + r * decode_pitch(t.value_dim);
-    for (int64_t i = 0; i < t.value_dim; i += kWidth) {
+    int64_t i = 0;
+    for (; i + 2 * kWidth <= t.value_dim; i += 2 * kWidth) {
+      VF x, y;
+      load_two(v + i, &x, &y);
+      store(out + i, fma(weight, x, load(out + i)));
+      store(out + i + kWidth, fma(weight, y, load(out + i + kWidth)));
+    }
+    for (; i < t.value_dim; i += kWidth) {
       const int left = static_cast<int>(t.value_dim - i < kWidth ? t.value_dim - i : kWidth);
       store_n(out + i, fma(weight, load_n(v + i, left), load_n(out + i, left)), left);
     }
@@ -266,8 +372,12 @@ inline int64_t clamp(int64_t x, int64_t low, int64_t high) {
 }
 
 // Steps of the arithmetic of a head: what Ahead::start shares lines out over.
+template <class T>
 inline int64_t logit_steps(const DecodeTask& t, const DecodeHead& head, int64_t num_keys) {
   const int64_t tiles = (num_keys + kKeys - 1) / kKeys * ((head.num_rows + kRows - 1) / kRows);
+#if defined(TENFOLD_ISA_BF16)
+  if (__is_same(T, bf16_t)) return tiles * (t.head_dim / kPair);
+#endif
   return tiles * (t.head_dim / kWidth);
 }
 inline int64_t value_steps(const DecodeTask& t, const DecodeHead& head, int64_t num_keys) {
@@ -283,7 +393,7 @@ void run_block(const DecodeTask& t, const Block& b, const Block& next, int64_t a
   const int64_t n = b.num_keys, k_bytes = t.head_dim * kSize, v_bytes = t.value_dim * kSize;
   Ahead ahead;
   for (int64_t h = 0; h < t.num_key_heads; ++h) {
-    const int64_t steps = logit_steps(t, t.key_heads[h], n);
+    const int64_t steps = logit_steps<T>(t, t.key_heads[h], n);
     if (h + 1 < t.num_key_heads) {
       ahead.start(b.k, n, t.key_heads[h + 1].offset * kSize, k_bytes, steps);
     } else {
@@ -315,6 +425,9 @@ void run(const DecodeTask& t) {
     all_from = t.begin[r] > all_from ? t.begin[r] : all_from;
     all_to = t.end[r] < all_to ? t.end[r] : all_to;
   }
+#if defined(TENFOLD_ISA_BF16)
+  if (__is_same(T, bf16_t)) round_queries(t);
+#endif
   Cursor cursor{0, 0, 0};
   Block blocks[2];
   next_block(t, sizeof(T), &cursor, &blocks[0]);
@@ -322,6 +435,7 @@ void run(const DecodeTask& t) {
     next_block(t, sizeof(T), &cursor, &blocks[now ^ 1]);
     run_block<T>(t, blocks[now], blocks[now ^ 1], all_from, all_to);
   }
+  restore_order<T>(t);
 }
 
 }  // namespace

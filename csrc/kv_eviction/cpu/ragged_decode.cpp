@@ -76,8 +76,8 @@ struct Working {
   std::vector<int64_t> begin, end;
   std::vector<int32_t> value_rows;
   std::vector<float> scratch;
-  explicit Working(int64_t rows)
-      : begin(rows, 0), end(rows), value_rows(rows), scratch(decode_scratch(rows)) {
+  Working(int64_t rows, int64_t head_dim)
+      : begin(rows, 0), end(rows), value_rows(rows), scratch(decode_scratch(rows, head_dim)) {
     std::iota(value_rows.begin(), value_rows.end(), 0);
   }
 };
@@ -157,7 +157,7 @@ std::tuple<Tensor, Tensor> ragged_decode_op(Tensor q, Tensor k, Tensor v, Tensor
   const double micros = static_cast<double>(kChunkKeys * c.rows() * c.head_dim) * 1e-4;
   const auto queries = load_queries(c, static_cast<int64_t>(segments.size()));
   parallel_for(num_chunks, micros, [&](int64_t begin, int64_t end) {
-    Working w(c.rows());
+    Working w(c.rows(), c.head_dim);
     for (int64_t i = begin; i < end; ++i)
       run_chunk(c, segments[chunks[i].segment], chunks[i], queries.data(),
                 partials.data() + i * partial_size, w);
