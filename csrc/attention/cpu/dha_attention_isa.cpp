@@ -16,7 +16,10 @@ TENFOLD_ISA_BEGIN
 namespace {
 
 constexpr int64_t kMostTiles = 8;
-constexpr int64_t kChain = 64;  // words of the first product that are summed one after another
+// Words of the first product that are summed one after another. Short chains round less but are
+// stored more often; a tile of few rows is not worth the last percent of speed.
+template <int V>
+constexpr int64_t kChain = V == kVecs ? 64 : 16;
 
 struct Plan {
   int64_t depth, keys, value_pad;  // words of the first product, keys of a block, DV in eights
@@ -147,7 +150,7 @@ inline Span seen_span(const Rows& r, const Block& b) {
 }
 
 // Logits of keys [j, end) of the block for the vectors of [First, V) -> s [key][kTileRows]. Long
-// rows are summed in chains of kChain words: longer ones round more.
+// rows are summed in chains of kChain words.
 template <int V, bool Dot, int First>
 void logits_from(const AttentionForward& p, const Plan& plan, const Tile& x, const Block& b,
                  int64_t j, int64_t end, float* s) {
@@ -155,11 +158,11 @@ void logits_from(const AttentionForward& p, const Plan& plan, const Tile& x, con
   for (; j < end; j += kCols) {
     const float* const panel = b.keys + j / kPanel * kPanel * plan.depth + j % kPanel;
     float* const to = s + j * kTileRows;
-    for (int64_t d = 0; d < plan.depth; d += kChain) {
+    for (int64_t d = 0; d < plan.depth; d += kChain<V>) {
       VF acc[kCols][V];
       for (auto& key : acc)
         for (int v = First; v < V; ++v) key[v] = set1(0.0f);
-      const int64_t n = plan.depth - d < kChain ? plan.depth - d : kChain;
+      const int64_t n = plan.depth - d < kChain<V> ? plan.depth - d : kChain<V>;
       multiply<V, Dot, First>(x.q + d * kTileRows, panel + d * kPanel, n, acc);
       for (int c = 0; c < kCols; ++c)
         for (int v = First; v < V; ++v) {
