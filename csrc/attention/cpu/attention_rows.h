@@ -22,6 +22,7 @@ struct Rows {
   int64_t row[kTileRows];                                  // within its sequence
   alignas(64) uint32_t first[kTileRows], last[kTileRows];  // keys that it sees: [first, last)
   KeyRange any, all;                                       // seen by some row; by every row
+  int64_t vec_last[kVecs];                                 // end of what a vector of rows sees
 };
 
 inline Rows tile_rows(const AttentionParams& p, const AttentionTask& t, int64_t tile) {
@@ -43,6 +44,7 @@ inline Rows tile_rows(const AttentionParams& p, const AttentionTask& t, int64_t 
     r.head[i] = g.heads[head];
     r.row[i] = row;
     r.first[i] = static_cast<uint32_t>(first), r.last[i] = static_cast<uint32_t>(last);
+    if (last > r.vec_last[i / kWidth]) r.vec_last[i / kWidth] = last;
     if (first < last && first < r.any.first) r.any.first = first;
     if (first < last && last > r.any.last) r.any.last = last;
     r.all.first = first > r.all.first ? first : r.all.first;
@@ -95,11 +97,11 @@ inline float bias_value(const AttentionBias& b, int64_t at) {
 // n values of one row from `at` on as floats; a hidden key has -inf.
 inline void bias_row(const AttentionBias& b, int64_t at, int64_t n, float* to) {
   if (b.key == 1 && b.kind == BiasKind::f32)
-    return row_to_float(static_cast<const float*>(b.data) + at, n, 1.0f, to);
+    return row_to_float(static_cast<const float*>(b.data) + at, n, to);
   if (b.key == 1 && b.kind == BiasKind::bf16)
-    return row_to_float(static_cast<const bf16_t*>(b.data) + at, n, 1.0f, to);
+    return row_to_float(static_cast<const bf16_t*>(b.data) + at, n, to);
   if (b.key == 1 && b.kind == BiasKind::f16)
-    return row_to_float(static_cast<const fp16_t*>(b.data) + at, n, 1.0f, to);
+    return row_to_float(static_cast<const fp16_t*>(b.data) + at, n, to);
   for (int64_t j = 0; j < n; ++j) to[j] = bias_value(b, at + j * b.key);
 }
 

@@ -28,17 +28,17 @@ inline int64_t round_up(int64_t x, int64_t m) {
   return (x + m - 1) / m * m;
 }
 
-// acc[j][v] += sum_i panel[i][j] * rows[i][v]: the hot loop.
-template <int V, bool Dot>
+// acc[j][v] += sum_i panel[i][j] * rows[i][v] for the vectors v of [First, V): the hot loop.
+template <int V, bool Dot, int First = 0>
 inline void multiply(const float* rows, const float* panel, int64_t depth, VF (&acc)[kCols][V]) {
 #pragma GCC unroll 2
   for (int64_t i = 0; i < depth; ++i, rows += kTileRows, panel += kPanel) {
     VF a[V];
-    for (int v = 0; v < V; ++v) a[v] = load(rows + v * kWidth);
+    for (int v = First; v < V; ++v) a[v] = load(rows + v * kWidth);
 #pragma GCC unroll 8
     for (int j = 0; j < kCols; ++j) {
       const VF b = set1(panel[j]);
-      for (int v = 0; v < V; ++v) {
+      for (int v = First; v < V; ++v) {
 #if defined(TENFOLD_ISA_BF16)
         if constexpr (Dot) {
           acc[j][v] = dot_bf16(acc[j][v], bits(a[v]), bits(b));
@@ -83,13 +83,12 @@ inline void transpose8(const float* from, int64_t pitch, float* to, int64_t to_p
 
 // A row of n elements as floats, zero-padded to a multiple of 8.
 template <class T>
-inline void row_to_float(const T* from, int64_t n, float scale, float* to) {
-  const VF s = set1(scale);
+inline void row_to_float(const T* from, int64_t n, float* to) {
   int64_t i = 0;
-  for (; i + kWidth <= n; i += kWidth) store(to + i, load(from + i) * s);
+  for (; i + kWidth <= n; i += kWidth) store(to + i, load(from + i));
   for (; i < n; i += kWidth) {
     const int left = static_cast<int>(n - i < kWidth ? n - i : kWidth);
-    store_n(to + i, load_n(from + i, left) * s, left);
+    store_n(to + i, load_n(from + i, left), left);
   }
   for (i = n; i % 8 != 0; ++i) to[i] = 0.0f;
 }
@@ -108,87 +107,95 @@ inline int64_t words(int64_t dim) {
 }
 
 template <class T, bool Dot>
-inline void row_to_words(const T* from, int64_t n, float scale, float* to) {
+inline void row_to_words(const T* from, int64_t n, float* to) {
   if constexpr (Dot) {
     row_to_pairs(from, n, to);
   } else {
-    row_to_float(from, n, scale, to);
+    row_to_float(from, n, to);
   }
 }
 
+// 8 rows from `row` on, of n, as words `pitch` apart; missing rows are zeros. Rows that are floats
+// already are used where they lie.
+template <class T, bool Dot>
+inline const float* stage8(const T* from, int64_t stride, int64_t row, int64_t n, int64_t dim,
+                           float* staged, int64_t* pitch) {
+  if constexpr (sizeof(T) == 4) {
+    if (row + 8 <= n && dim % 8 == 0) {
+      *pitch = stride;
+      return from + row * stride;
+    }
+  }
+  *pitch = round_up(words<Dot>(dim), 8);
+  for (int64_t i = 0; i < 8; ++i) {
+    float* const to = staged + i * *pitch;
+    if (row + i < n) {
+      row_to_words<T, Dot>(from + (row + i) * stride, dim, to);
+    } else {
+      for (int64_t d = 0; d < *pitch; ++d) to[d] = 0.0f;
+    }
+  }
+  return staged;
+}
+
 // Rows [0, n) of `dim` elements -> panels of 8 rows [panel][words][kPanel]; the last is padded with
-// zeros. `staged`: room for 8 rows of round_up(words, 8).
+// zeros. `staged`: room for 8 rows of round_up(dim, 8).
 template <class T, bool Dot>
 void pack_panels(const T* from, int64_t stride, int64_t n, int64_t dim, float* staged, float* to) {
-  const int64_t depth = words<Dot>(dim), pitch = round_up(depth, 8);
+  const int64_t depth = words<Dot>(dim);
+  int64_t pitch;
   float spare[64];
   for (int64_t j = 0; j < n; j += 8, to += depth * kPanel) {
-    for (int64_t i = 0; i < 8; ++i) {
-      if (j + i < n) {
-        row_to_words<T, Dot>(from + (j + i) * stride, dim, 1.0f, staged + i * pitch);
-      } else {
-        for (int64_t d = 0; d < pitch; ++d) staged[i * pitch + d] = 0.0f;
-      }
-    }
+    const float* const rows = stage8<T, Dot>(from, stride, j, n, dim, staged, &pitch);
     int64_t d = 0;
-    for (; d + 8 <= depth; d += 8) transpose8(staged + d, pitch, to + d * kPanel, kPanel);
+    for (; d + 8 <= depth; d += 8) transpose8(rows + d, pitch, to + d * kPanel, kPanel);
     if (d == depth) continue;
-    transpose8(staged + d, pitch, spare, 8);
+    transpose8(rows + d, pitch, spare, 8);
     __builtin_memcpy(to + d * kPanel, spare, static_cast<uint64_t>(depth - d) * kPanel * 4);
   }
 }
 
 // Rows [0, n) -> panels of 8 of their elements, the depth along the rows: [element / 8][rows or
-// pairs of rows][kPanel]; `depth` words each, of which those past n are zeros.
-template <class T>
+// pairs of rows][kPanel]; `depth` words each, in fours, of which those past n are zeros. 8 rows at
+// a time: panels are often 4096 bytes apart, and lines written in halves would not stay in the
+// cache.
+template <class T, bool Dot>
 void pack_columns(const T* from, int64_t stride, int64_t n, int64_t dim, int64_t depth,
                   float* staged, float* to) {
-  for (int64_t j = 0; j < depth; ++j) {
-    if (j < n) {
-      row_to_float(from + j * stride, dim, 1.0f, staged);
-    } else if (j == n) {
-      for (int64_t d = 0; d < round_up(dim, 8); ++d) staged[d] = 0.0f;
-    }
-    for (int64_t d = 0; d < dim; d += 8)
-      __builtin_memcpy(to + d * depth + j * kPanel, staged + d, kPanel * 4);
-  }
-}
-
+  int64_t pitch;
+  for (int64_t j = 0; j < depth; j += words<Dot>(8)) {
+    const float* const rows = stage8<T, Dot>(from, stride, Dot ? 2 * j : j, n, dim, staged, &pitch);
+    for (int64_t d = 0; d < dim; d += 8) {
+      float* const out = to + d * depth + j * kPanel;
+      if constexpr (Dot) {
 #if defined(TENFOLD_ISA_BF16)
-inline void pack_column_pairs(const bf16_t* from, int64_t stride, int64_t n, int64_t dim,
-                              int64_t depth, float* staged, float* to) {
-  const int64_t pitch = round_up(dim, 16) / 2;
-  for (int64_t j = 0; j < depth; ++j) {
-    for (int64_t i = 0; i < 2; ++i) {
-      if (2 * j + i < n) {
-        row_to_pairs(from + (2 * j + i) * stride, dim, staged + i * pitch);
+        for (int64_t i = 0; i < 4; ++i) {
+          const auto* pair = rows + 2 * i * pitch + d / 2;
+          const __m128i a = _mm_loadu_si128(reinterpret_cast<const __m128i*>(pair));
+          const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(pair + pitch));
+          auto* line = reinterpret_cast<__m128i*>(out + i * kPanel);
+          _mm_storeu_si128(line, _mm_unpacklo_epi16(a, b));
+          _mm_storeu_si128(line + 1, _mm_unpackhi_epi16(a, b));
+        }
+#endif
       } else {
-        for (int64_t d = 0; d < pitch; ++d) staged[i * pitch + d] = 0.0f;
+        for (int64_t i = 0; i < 8; ++i)
+          __builtin_memcpy(out + i * kPanel, rows + i * pitch + d, kPanel * 4);
       }
     }
-    for (int64_t d = 0; d < dim; d += 8) {
-      const auto* a = reinterpret_cast<const __m128i*>(staged + d / 2);
-      const auto* b = reinterpret_cast<const __m128i*>(staged + pitch + d / 2);
-      const __m128i x = _mm_loadu_si128(a), y = _mm_loadu_si128(b);
-      auto* out = reinterpret_cast<__m128i*>(to + d * depth + j * kPanel);
-      _mm_storeu_si128(out, _mm_unpacklo_epi16(x, y));
-      _mm_storeu_si128(out + 1, _mm_unpackhi_epi16(x, y));
-    }
   }
 }
-#endif
 
 // Rows of a tile, one pointer each (null: zeros) -> [words][kTileRows].
 template <class T, bool Dot>
-void pack_rows(const T* const (&row)[kTileRows], int64_t dim, float scale, float* staged,
-               float* to) {
+void pack_rows(const T* const (&row)[kTileRows], int64_t dim, float* staged, float* to) {
   const int64_t depth = words<Dot>(dim), pitch = round_up(depth, 8);
   float spare[64];
   for (int r = 0; r < kTileRows; r += 8) {
     const int n = kTileRows - r < 8 ? kTileRows - r : 8;
     for (int i = 0; i < 8; ++i) {
       if (i < n && row[r + i] != nullptr) {
-        row_to_words<T, Dot>(row[r + i], dim, scale, staged + i * pitch);
+        row_to_words<T, Dot>(row[r + i], dim, staged + i * pitch);
       } else {
         for (int64_t d = 0; d < pitch; ++d) staged[i * pitch + d] = 0.0f;
       }

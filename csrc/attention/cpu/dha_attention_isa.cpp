@@ -5,7 +5,7 @@
 //   1. pack the block: keys as panels of 8 keys, values as panels of 8 dims; all tiles share them;
 //   2. per tile: S^T = K q^T with the products in registers; soft cap, bias and mask where needed;
 //   3. P^T = exp2(S^T - m) with the running maximum m, lane by lane, sums on the way;
-//   4. out^T = out^T * factor + V^T P^T, the factor applied while the sums are loaded.
+//   4. out^T = out^T * factor + V^T P^T, summed per block.
 // At the end out^T / sum is turned back into rows. bf16 with dot products: P is rounded to bf16 in
 // pairs of keys (torch's own kernel does the same); everything else is float32.
 // A value that a row does not see never reaches it: where a block with masked keys holds an inf or
@@ -16,23 +16,29 @@ TENFOLD_ISA_BEGIN
 namespace {
 
 constexpr int64_t kMostTiles = 8;
+constexpr int64_t kChain = 64;  // words of the first product that are summed one after another
 
 struct Plan {
   int64_t depth, keys, value_pad;  // words of the first product, keys of a block, DV in eights
   int64_t tile_size;
-  bool natural;                  // logits keep natural units: soft cap or bias
-  float row_scale, logit_scale;  // applied to q when packed; to logits when stored
+  // A weight is exp2((logit - maximum) * unit). Logits are plain products, scaled only in `unit`,
+  // where their differences have been taken: that rounds least. Scaled at once where they must be:
+  // for soft cap and bias, and for a scale that turns their order.
+  bool scaled;
+  float unit, lse_scale;
 };
 
 template <bool Dot>
 inline Plan make_plan(const AttentionForward& p) {
   Plan plan{};
   plan.depth = words<Dot>(p.head_dim);
-  plan.keys = p.head_dim > 128 || p.value_dim > 128 ? kBlockKeys / 2 : kBlockKeys;
+  // Half of the keys where words are floats: sums over a block are one chain of roundings.
+  const bool half = !Dot || p.head_dim > 128 || p.value_dim > 128;
+  plan.keys = half ? kBlockKeys / 2 : kBlockKeys;
   plan.value_pad = round_up(p.value_dim, 8);
-  plan.natural = p.softcap > 0.0f || p.bias.kind != BiasKind::none;
-  const float scale = plan.natural ? p.scale : p.scale * kLog2e;
-  plan.row_scale = Dot ? 1.0f : scale, plan.logit_scale = Dot ? scale : 1.0f;
+  plan.scaled = p.softcap > 0.0f || p.bias.kind != BiasKind::none || !(p.scale > 0.0f);
+  plan.unit = plan.scaled ? kLog2e : p.scale * kLog2e;
+  plan.lse_scale = plan.scaled ? 1.0f : p.scale;
   plan.tile_size = (plan.depth + plan.value_pad) * kTileRows;
   return plan;
 }
@@ -65,19 +71,20 @@ inline int64_t logits_size(const Plan& plan) {
   return (plan.value_pad > kBlockKeys ? plan.value_pad : kBlockKeys) * kTileRows;
 }
 
+template <bool Dot>
 inline Memory split_memory(const AttentionForward& p, const Plan& plan, void* scratch) {
   Memory m{};
   m.logits = static_cast<float*>(scratch);
   m.staged = m.logits + logits_size(plan);
   m.keys = m.staged + 8 * longest_row(p);
   m.values = m.keys + plan.keys * plan.depth;
-  m.tiles = m.values + plan.keys * plan.value_pad;
+  m.tiles = m.values + words<Dot>(plan.keys) * plan.value_pad;
   return m;
 }
 
 template <class T, bool Dot>
-void start_tile(const AttentionForward& p, const Plan& plan, const AttentionTask& t, int64_t tile,
-                float* staged, Tile* x) {
+void start_tile(const AttentionForward& p, const AttentionTask& t, int64_t tile, float* staged,
+                Tile* x) {
   x->rows = tile_rows(p, t, tile);
   x->started = false;
   const AttentionSequence s = attention_sequence(p, t.sequence);
@@ -87,7 +94,7 @@ void start_tile(const AttentionForward& p, const Plan& plan, const AttentionTask
     if (i < x->rows.count)
       row[i] = row_at<const T>(p.q, p.q_at, t.sequence, s.q_first, x->rows.head[i], x->rows.row[i]);
   }
-  pack_rows<T, Dot>(row, p.head_dim, plan.row_scale, staged, x->q);
+  pack_rows<T, Dot>(row, p.head_dim, staged, x->q);
 }
 
 inline bool all_finite(const float* x, int64_t words, [[maybe_unused]] bool pairs) {
@@ -117,28 +124,64 @@ void pack_block(const AttentionForward& p, const Plan& plan, const AttentionTask
   pack_panels<T, Dot>(row_at<const T>(p.k, p.k_at, t.sequence, s.k_first, g.key_head, first),
                       p.k_at.row, n, p.head_dim, m.staged, m.keys);
   const T* values = row_at<const T>(p.v, p.v_at, t.sequence, s.k_first, g.value_head, first);
-#if defined(TENFOLD_ISA_BF16)
-  if constexpr (Dot)
-    pack_column_pairs(values, p.v_at.row, n, p.value_dim, b->value_depth, m.staged, m.values);
-#endif
-  if constexpr (!Dot)
-    pack_columns(values, p.v_at.row, n, p.value_dim, b->value_depth, m.staged, m.values);
+  pack_columns<T, Dot>(values, p.v_at.row, n, p.value_dim, b->value_depth, m.staged, m.values);
   b->finite = all_finite(m.values, plan.value_pad * b->value_depth, Dot);
 }
 
-// Logits of keys [j0, j1) of the block, in eights -> s [key][kTileRows].
-template <int V, bool Dot>
-void logits(const Plan& plan, const Tile& x, const Block& b, int64_t j0, int64_t j1, float* s) {
-  const VF scale = set1(plan.logit_scale);
-  for (int64_t j = j0; j < j1; j += kCols) {
-    VF acc[kCols][V];
-    for (auto& key : acc)
-      for (auto& a : key) a = set1(0.0f);
-    multiply<V, Dot>(x.q, b.keys + j / kPanel * kPanel * plan.depth + j % kPanel, plan.depth, acc);
-    for (int c = 0; c < kCols; ++c)
-      for (int v = 0; v < V; ++v)
-        store(s + (j + c) * kTileRows + v * kWidth, Dot ? acc[c][v] * scale : acc[c][v]);
+// The keys of a block that a tile sees, in eights: vector v of its rows sees none of [end[v], ...),
+// and end[] does not fall. So the products of a causal tile's last keys leave its first rows out.
+struct Span {
+  int64_t begin, end[kVecs];
+};
+
+inline Span seen_span(const Rows& r, const Block& b) {
+  Span s{};
+  const int64_t lo = r.any.first > b.first ? r.any.first - b.first : 0;
+  s.begin = lo / 8 * 8;
+  for (int v = 0; v < r.vecs; ++v) {
+    const int64_t left = round_up(r.vec_last[v] - b.first, 8);
+    s.end[v] = left < s.begin ? s.begin : left < b.count ? left : b.count;
+    if (v > 0 && s.end[v] < s.end[v - 1]) s.end[v] = s.end[v - 1];
   }
+  return s;
+}
+
+// Logits of keys [j, end) of the block for the vectors of [First, V) -> s [key][kTileRows]. Long
+// rows are summed in chains of kChain words: longer ones round more.
+template <int V, bool Dot, int First>
+void logits_from(const AttentionForward& p, const Plan& plan, const Tile& x, const Block& b,
+                 int64_t j, int64_t end, float* s) {
+  const VF scale = set1(p.scale);
+  for (; j < end; j += kCols) {
+    const float* const panel = b.keys + j / kPanel * kPanel * plan.depth + j % kPanel;
+    float* const to = s + j * kTileRows;
+    for (int64_t d = 0; d < plan.depth; d += kChain) {
+      VF acc[kCols][V];
+      for (auto& key : acc)
+        for (int v = First; v < V; ++v) key[v] = set1(0.0f);
+      const int64_t n = plan.depth - d < kChain ? plan.depth - d : kChain;
+      multiply<V, Dot, First>(x.q + d * kTileRows, panel + d * kPanel, n, acc);
+      for (int c = 0; c < kCols; ++c)
+        for (int v = First; v < V; ++v) {
+          float* const logit = to + c * kTileRows + v * kWidth;
+          store(logit, d > 0 ? load(logit) + acc[c][v] : acc[c][v]);
+        }
+    }
+    if (!plan.scaled) continue;
+    for (int c = 0; c < kCols; ++c)
+      for (int v = First; v < V; ++v) {
+        float* const logit = to + c * kTileRows + v * kWidth;
+        store(logit, load(logit) * scale);
+      }
+  }
+}
+
+template <int V, bool Dot>
+void logits(const AttentionForward& p, const Plan& plan, const Tile& x, const Block& b,
+            const Span& at, float* s) {
+  logits_from<V, Dot, 0>(p, plan, x, b, at.begin, at.end[0], s);
+  if constexpr (V > 1) logits_from<V, Dot, 1>(p, plan, x, b, at.end[0], at.end[1], s);
+  if constexpr (V > 2) logits_from<V, Dot, 2>(p, plan, x, b, at.end[1], at.end[2], s);
 }
 
 #if defined(TENFOLD_ISA_BF16)
@@ -151,20 +194,22 @@ inline VF to_pairs(VF a, VF b) {
 }
 #endif
 
-// Weights of keys [j0, j1) in place of their logits (pairs: in place of the first half of them) and
-// the factor of what was summed before. Marked: weights of hidden keys are -0.
-template <int V, bool Pairs, bool Natural, bool Marked>
-void softmax(Tile& x, int64_t j0, int64_t j1, float* s) {
-  const VF unit = set1(kLog2e);
+// Weights in place of the logits (pairs: in place of the first half of them) and the factor of what
+// was summed before. Marked: weights of hidden keys are -0.
+template <int V, bool Pairs, bool Marked>
+void softmax(const Plan& plan, Tile& x, const Span& span, float* s) {
+  const int64_t j0 = span.begin;
+  const VF unit = set1(plan.unit);
   for (int v = 0; v < V; ++v) {
     const int at = v * kWidth;
+    const int64_t j1 = span.end[v];
     float* const column = s + at;
     VF top = load(x.top + at), sum = set1(0.0f);
     const VF before = top;
     for (int64_t j = j0; j < j1; ++j) top = vmax(load(column + j * kTileRows), top);
     const auto weight = [&](int64_t j) {
       const VF logit = load(column + j * kTileRows);
-      const VF e = exp2(Natural ? (logit - top) * unit : logit - top);
+      const VF e = exp2((logit - top) * unit);
       sum = sum + e;
       return Marked ? select(eq(logit, minus_infinity()), set1(-0.0f), e) : e;
     };
@@ -178,7 +223,7 @@ void softmax(Tile& x, int64_t j0, int64_t j1, float* s) {
     } else {
       for (int64_t j = j0; j < j1; ++j) store(column + j * kTileRows, weight(j));
     }
-    const VF factor = exp2(Natural ? (before - top) * unit : before - top);
+    const VF factor = exp2((before - top) * unit);
     store(x.factor + at, factor);
     store(x.sum + at, fma(load(x.sum + at), factor, sum));
     store(x.top + at, top);
@@ -187,37 +232,44 @@ void softmax(Tile& x, int64_t j0, int64_t j1, float* s) {
 
 // out^T = out^T * factor + V^T P^T
 template <int V, bool Dot>
-void values(const Plan& plan, Tile& x, const Block& b, int64_t j0, int64_t j1, const float* p) {
+void values(const Plan& plan, Tile& x, const Block& b, const Span& at, const float* p) {
   constexpr int64_t kStep = Dot ? 2 : 1;
-  const float* const weights = p + j0 / kStep * kTileRows;
+  const int64_t j0 = at.begin / kStep, j1 = at.end[0] / kStep;
   for (int64_t c = 0; c < plan.value_pad; c += kCols) {
     VF acc[kCols][V];
     float* const out = x.out + c * kTileRows;
     for (int i = 0; i < kCols; ++i)
-      for (int v = 0; v < V; ++v)
-        acc[i][v] = x.started ? load(out + i * kTileRows + v * kWidth) * load(x.factor + v * kWidth)
-                              : set1(0.0f);
-    multiply<V, Dot>(
-        weights, b.values + c / kPanel * kPanel * b.value_depth + j0 / kStep * kPanel + c % kPanel,
-        (j1 - j0) / kStep, acc);
+      for (int v = 0; v < V; ++v) acc[i][v] = set1(0.0f);
+    const float* const panel = b.values + c / kPanel * kPanel * b.value_depth + c % kPanel;
+    multiply<V, Dot>(p + j0 * kTileRows, panel + j0 * kPanel, j1 - j0, acc);
+    if constexpr (V > 1) {
+      const int64_t j2 = at.end[1] / kStep;
+      multiply<V, Dot, 1>(p + j1 * kTileRows, panel + j1 * kPanel, j2 - j1, acc);
+      if constexpr (V > 2)
+        multiply<V, Dot, 2>(p + j2 * kTileRows, panel + j2 * kPanel, at.end[2] / kStep - j2, acc);
+    }
     for (int i = 0; i < kCols; ++i)
-      for (int v = 0; v < V; ++v) store(out + i * kTileRows + v * kWidth, acc[i][v]);
+      for (int v = 0; v < V; ++v) {
+        float* const sum = out + i * kTileRows + v * kWidth;
+        store(sum, x.started ? fma(load(sum), load(x.factor + v * kWidth), acc[i][v]) : acc[i][v]);
+      }
   }
 }
 
 // The same key by key, without the hidden ones (weights marked -0), for blocks with an inf or NaN.
 template <class T>
 void values_seen(const AttentionForward& p, const Plan& plan, const AttentionTask& t, Tile& x,
-                 const Block& b, int64_t j0, int64_t j1, const float* weights, float* staged) {
+                 const Block& b, const Span& at, const float* weights, float* staged) {
   const AttentionSequence s = attention_sequence(p, t.sequence);
   for (int64_t i = 0; i < plan.value_pad * kTileRows; i += kWidth)
     store(x.out + i, x.started ? load(x.out + i) * load(x.factor + i % kTileRows) : set1(0.0f));
-  const int64_t end = s.num_keys - b.first < j1 ? s.num_keys - b.first : j1;
-  for (int64_t j = j0; j < end; ++j) {
+  const int64_t left = s.num_keys - b.first, most = at.end[x.rows.vecs - 1];
+  for (int64_t j = at.begin; j < (left < most ? left : most); ++j) {
     row_to_float(
         row_at<const T>(p.v, p.v_at, t.sequence, s.k_first, t.group.value_head, b.first + j),
-        p.value_dim, 1.0f, staged);
-    for (int v = 0; v < kVecs; ++v) {
+        p.value_dim, staged);
+    for (int v = 0; v < x.rows.vecs; ++v) {
+      if (j >= at.end[v]) continue;
       const VF weight = load(weights + j * kTileRows + v * kWidth);
       const VM hidden = eq(bits(weight), seti(0x80000000u));
       for (int64_t d = 0; d < p.value_dim; ++d) {
@@ -232,28 +284,26 @@ template <class T, bool Dot, int V>
 void tile_block(const AttentionForward& p, const Plan& plan, const AttentionTask& t,
                 const Memory& m, const Block& b, Tile& x) {
   const Rows& r = x.rows;
-  const int64_t lo = r.any.first > b.first ? r.any.first - b.first : 0;
-  const int64_t left = r.any.last - b.first, hi = left < b.count ? left : b.count;
-  if (lo >= hi) return;
-  const int64_t j0 = lo / 8 * 8, j1 = round_up(hi, 8);
+  const Span at = seen_span(r, b);
+  const int64_t j0 = at.begin, j1 = at.end[V - 1];
+  if (j0 >= j1) return;
   float* const s = m.logits;
   const bool biased = p.bias.kind != BiasKind::none;
   const bool edge = b.first + j0 < r.all.first || b.first + j1 > r.all.last;
-  logits<V, Dot>(plan, x, b, j0, j1, s);
+  logits<V, Dot>(p, plan, x, b, at, s);
   if (p.softcap > 0.0f) cap_logits(p.softcap, (j1 - j0) * kTileRows, s + j0 * kTileRows);
   if (biased) {
-    const int64_t n = (hi < j1 ? hi : j1) - j0;
-    add_bias_block(p.bias, r, t.sequence, b.first + j0, n, m.staged, s + j0 * kTileRows);
+    const int64_t left = attention_sequence(p, t.sequence).num_keys - b.first;
+    add_bias_block(p.bias, r, t.sequence, b.first + j0, (left < j1 ? left : j1) - j0, m.staged,
+                   s + j0 * kTileRows);
   }
   if (edge) hide_keys(r, b.first + j0, j1 - j0, s + j0 * kTileRows);
   if (!b.finite && (edge || biased)) {
-    plan.natural ? softmax<V, false, true, true>(x, j0, j1, s)
-                 : softmax<V, false, false, true>(x, j0, j1, s);
-    values_seen<T>(p, plan, t, x, b, j0, j1, s, m.staged);
+    softmax<V, false, true>(plan, x, at, s);
+    values_seen<T>(p, plan, t, x, b, at, s, m.staged);
   } else {
-    plan.natural ? softmax<V, Dot, true, false>(x, j0, j1, s)
-                 : softmax<V, Dot, false, false>(x, j0, j1, s);
-    values<V, Dot>(plan, x, b, j0, j1, s);
+    softmax<V, Dot, false>(plan, x, at, s);
+    values<V, Dot>(plan, x, b, at, s);
   }
   x.started = true;
 }
@@ -269,7 +319,7 @@ void finish_tile(const AttentionForward& p, const Plan& plan, const AttentionTas
     const VF sum = load(x.sum + at), top = load(x.top + at);
     const VM nothing = eq(sum, zero);
     store(x.factor + at, select(nothing, zero, set1(1.0f) / sum));
-    const VF log = plan.natural ? top + det_log(sum) : fma(top, set1(kLn2), det_log(sum));
+    const VF log = fma(top, set1(plan.lse_scale), det_log(sum));
     const VF whole = select(eq(top, infinity), infinity, log);
     store(lse + at, select(nothing, minus_infinity(), whole));
     for (int64_t d = 0; d < plan.value_pad; ++d) {
@@ -309,7 +359,7 @@ void finish_tile(const AttentionForward& p, const Plan& plan, const AttentionTas
 template <class T, bool Dot>
 void run_task(const AttentionForward& p, const AttentionTask& t, void* scratch) {
   const Plan plan = make_plan<Dot>(p);
-  const Memory m = split_memory(p, plan, scratch);
+  const Memory m = split_memory<Dot>(p, plan, scratch);
   Tile tiles[kMostTiles];
   const auto count = static_cast<int>(t.tile_end - t.tile_begin);
   int64_t lo = attention_sequence(p, t.sequence).num_keys, hi = 0;
@@ -317,7 +367,7 @@ void run_task(const AttentionForward& p, const AttentionTask& t, void* scratch) 
     Tile& x = tiles[i];
     x.q = m.tiles + i * plan.tile_size;
     x.out = x.q + plan.depth * kTileRows;
-    start_tile<T, Dot>(p, plan, t, t.tile_begin + i, m.staged, &x);
+    start_tile<T, Dot>(p, t, t.tile_begin + i, m.staged, &x);
     lo = x.rows.any.first < lo ? x.rows.any.first : lo;
     hi = x.rows.any.last > hi ? x.rows.any.last : hi;
   }
@@ -333,6 +383,18 @@ void run_task(const AttentionForward& p, const AttentionTask& t, void* scratch) 
   for (int i = 0; i < count; ++i) finish_tile<T>(p, plan, t, tiles[i], m.logits);
 }
 
+// f<element, bf16 dot products>()
+template <class F>
+auto with_types(const AttentionForward& p, const F& f) {
+  if (p.dtype == Dtype::f32) return f.template operator()<float, false>();
+  if (p.dtype == Dtype::f16) return f.template operator()<fp16_t, false>();
+#if defined(TENFOLD_ISA_BF16)
+  return f.template operator()<bf16_t, true>();
+#else
+  return f.template operator()<bf16_t, false>();
+#endif
+}
+
 }  // namespace
 
 int64_t attention_tile_rows() {
@@ -344,19 +406,15 @@ int64_t attention_most_tiles() {
 }
 
 int64_t attention_scratch(const AttentionForward& p) {
-  const Plan plan = make_plan<false>(p);  // the larger one
-  const int64_t packed = plan.keys * (plan.depth + plan.value_pad);
-  return (logits_size(plan) + 8 * longest_row(p) + packed + kMostTiles * plan.tile_size) * 4;
+  return with_types(p, [&]<class T, bool Dot>() {
+    const Plan plan = make_plan<Dot>(p);
+    const int64_t packed = plan.keys * plan.depth + words<Dot>(plan.keys) * plan.value_pad;
+    return (logits_size(plan) + 8 * longest_row(p) + packed + kMostTiles * plan.tile_size) * 4;
+  });
 }
 
 void attention_forward_task(const AttentionForward& p, const AttentionTask& t, void* scratch) {
-  if (p.dtype == Dtype::f32) return run_task<float, false>(p, t, scratch);
-  if (p.dtype == Dtype::f16) return run_task<fp16_t, false>(p, t, scratch);
-#if defined(TENFOLD_ISA_BF16)
-  return run_task<bf16_t, true>(p, t, scratch);
-#else
-  return run_task<bf16_t, false>(p, t, scratch);
-#endif
+  with_types(p, [&]<class T, bool Dot>() { run_task<T, Dot>(p, t, scratch); });
 }
 
 TENFOLD_ISA_END

@@ -36,15 +36,24 @@ def _one(
     if bias is not None and bias.dtype == torch.bool:
         seen = seen & bias
     elif bias is not None:
+        seen = seen & (bias != -math.inf)
         logits = logits + _work(bias)
     logits = logits.masked_fill(~seen, -math.inf)
     lse = torch.logsumexp(logits, -1)
     # exp(-inf - -inf) of a row that sees nothing is 0 by definition, also in the gradient.
     nothing = lse == -math.inf
     weights = torch.exp(logits - lse.masked_fill(nothing, 0.0)[..., None])
-    # A hidden value must not reach the sum, whatever it holds: 0 * inf is NaN.
-    hidden = ~seen.broadcast_to(logits.shape).any(-2)
-    return weights @ _work(v).masked_fill(hidden[..., None], 0.0), lse
+    return _weighted(weights, _work(v), seen), lse
+
+
+def _weighted(weights: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    """Weights times values, where a hidden value never reaches a row: 0 * inf would be NaN."""
+    broken = ~torch.isfinite(v.detach()).all(-1)
+    out = weights @ v.masked_fill(broken[..., None], 0.0)
+    for j in broken.flatten(0, -2).any(0).nonzero().flatten().tolist():
+        sees = (seen.broadcast_to(weights.shape)[..., j] & broken[..., j, None])[..., None]
+        out = out + torch.where(sees, weights[..., j, None] * v[..., j, None, :], 0.0)
+    return out
 
 
 def dha_attention(
