@@ -191,13 +191,14 @@ def test_packed_batches_match_their_sequences(dtype, device):
 )
 @given(
     h=st.integers(1, 6), hk=st.integers(1, 4), hv=st.integers(1, 4), sq=st.integers(1, 130),
-    sk=st.integers(1, 130), d=st.integers(1, 40), dv=st.integers(1, 40), causal=st.booleans(),
+    sk=st.integers(1, 130), d=st.integers(5, 40), dv=st.integers(5, 40), causal=st.booleans(),
     left=st.integers(-1, 60), softcap=st.sampled_from([0.0, 4.0]), seed=st.integers(0, 99),
 )  # fmt: skip
 def test_odd_shapes(device, h, hk, hv, sq, sk, d, dv, causal, left, softcap, seed):
     # Where every row sees one key, the gradients of logits are 0 and there is nothing to compare.
     assume(visible(sq, sk, causal, left, -1).sum(-1).max() > 1)
-    tensors, dout = inputs((8, h, hk, hv, sq, sk, d, dv), torch.float32, seed)
+    b = max(8, 256 // sq)  # samples: see compare()
+    tensors, dout = inputs((b, h, hk, hv, sq, sk, d, dv), torch.float32, seed)
     compare(tensors, maps(h, hk, hv, seed), dout, device=device, causal=causal, window_left=left,
             softcap=softcap)  # fmt: skip
 
@@ -538,9 +539,9 @@ def test_memory_stays_at_the_gradients():
     """
     call = "{}.dha_attention_backward(out, q, k, v, out, lse, h, h)"
     one_matrix = 8 * 2048 * 2048 * 4
-    # One wave of float32 shares (all of this batch), the gradients and one task's tiles.
-    most = 4 * 2048 * 64 * (2 * 8 + 8 + 4) + (6 << 20)
-    assert most < one_matrix // 6
+    # One wave of float32 shares (32 MB), the gradients, and the tiles of one task.
+    most = (32 << 20) + 4 * 2048 * 64 * (8 + 2 + 2) + (4 << 20)
+    assert most < one_matrix // 3
     assert peak_growth(setup, call.format("ops")) < most
     assert peak_growth(setup, call.format("reference")) > one_matrix
 

@@ -144,7 +144,7 @@ class Task {
     }
   }
 
-  // P and dS of a tile, panel by panel of keys: a panel of k^T, then one of v^T stays in L1.
+  // P and dS of a tile, panel by panel of keys.
   void make_tile(const Tile& tile) {
     const bool plain = p_.bias.kind == BiasKind::none && !(p_.softcap > 0.0f);
     for (int64_t j = 0; j < tile.keys; j += kLanes) {
@@ -165,13 +165,14 @@ class Task {
         use(r, last, any.first < j + kLanes && any.last > j);
       }
     };
+    // A panel of float32 fills half of L1: first all products with k^T, then all with v^T.
+    constexpr bool kTogether = M::kDepth > 1;
     for_strips([&](int64_t r, int64_t last, bool seen) {
-      if (seen) {
-        make_weights<kPlain>(tile, r, j, last);
-      } else {
-        clear_block(r, j);
-      }
+      if (!seen) return clear_block(r, j);
+      make_weights<kPlain>(tile, r, j, last);
+      if constexpr (kTogether) make_logit_gradients<kPlain>(tile, r, j, last);
     });
+    if constexpr (kTogether) return;
     for_strips([&](int64_t r, int64_t last, bool seen) {
       if (seen) make_logit_gradients<kPlain>(tile, r, j, last);
     });
@@ -356,29 +357,45 @@ class Task {
     const int64_t dim = backward_pitch(p_.head_dim), value_dim = backward_pitch(p_.value_dim);
     float* const dk = t_.dk + (tile.j0 - t_.key_begin) * dim;
     float* const dv = t_.dv + (tile.j0 - t_.key_begin) * value_dim;
-    const auto add_columns = [&](const Word* weights, const Word* rows, int64_t rows_pitch,
-                                 float* to, int64_t to_dim) {
-      for (int64_t d = 0; d < to_dim; d += kLanes)  // kLanes columns of `rows` stay in L1
-        for (int64_t j = 0; j < tile.keys; j += kRows) {
-          const Range seen = rows_that_see(tile, tile.j0 + j, tile.j0 + j + kRows);
-          const int64_t first = seen.first / kDepth;
-          const int64_t depth = (seen.last + kDepth - 1) / kDepth - first;
-          add_rows<M, Along::columns>(weights + first * kTilePitch + j, kTilePitch,
-                                      rows + (tile.at / kDepth + first) * rows_pitch + d,
-                                      rows_pitch, depth, to + j * to_dim + d, to_dim, to_dim - d);
-        }
+    Range rows[kBlock / kRows], keys[kBlock / kRows];  // words of each strip's summed dimension
+    const auto words = [](const Range& r) {
+      return Range{r.first / kDepth, (r.last + kDepth - 1) / kDepth};
+    };
+    for (int64_t j = 0; j < tile.keys; j += kRows)
+      rows[j / kRows] = words(rows_that_see(tile, tile.j0 + j, tile.j0 + j + kRows));
+    for (int64_t r = 0; r < tile.rows; r += kRows)
+      keys[r / kRows] = words(keys_seen(tile, r, r + kRows < tile.rows ? r + kRows : tile.rows));
+    const auto add_columns = [&](const Word* weights, const Word* from, int64_t pitch, float* to,
+                                 int64_t to_dim) {
+      for_strips_and_panels(tile.keys, to_dim, [&](int64_t j, int64_t d) {
+        const Range at = rows[j / kRows];
+        add_rows<M, Along::columns>(weights + at.first * kTilePitch + j, kTilePitch,
+                                    from + (tile.at / kDepth + at.first) * pitch + d, pitch,
+                                    at.last - at.first, to + j * to_dim + d, to_dim, to_dim - d);
+      });
     };
     add_columns(o_.p, o_.dout_rows, o_.rows_dv_pitch, dv, value_dim);
     add_columns(o_.ds, o_.q_rows, o_.rows_pitch, dk, dim);
-    for (int64_t d = 0; d < dim; d += kLanes)
-      for (int64_t r = 0; r < tile.rows; r += kRows) {
-        const Range keys = keys_seen(tile, r, r + kRows < tile.rows ? r + kRows : tile.rows);
-        const int64_t first = keys.first / kDepth,
-                      depth = (keys.last + kDepth - 1) / kDepth - first;
-        add_rows<M, Along::rows>(o_.ds_rows + r * kDsPitch<M> + first, kDsPitch<M>,
-                                 o_.k_rows + first * o_.rows_pitch + d, o_.rows_pitch, depth,
-                                 o_.dq + (tile.at + r) * o_.rows_pitch + d, o_.rows_pitch, dim - d);
-      }
+    for_strips_and_panels(tile.rows, dim, [&](int64_t r, int64_t d) {
+      const Range at = keys[r / kRows];
+      add_rows<M, Along::rows>(o_.ds_rows + r * kDsPitch<M> + at.first, kDsPitch<M>,
+                               o_.k_rows + at.first * o_.rows_pitch + d, o_.rows_pitch,
+                               at.last - at.first, o_.dq + (tile.at + r) * o_.rows_pitch + d,
+                               o_.rows_pitch, dim - d);
+    });
+  }
+
+  // Calls use(strip, d) for strips of kRows and panels of kLanes columns. The operand of a float32
+  // tile does not fit L1 whole: one panel of it at a time.
+  template <class Use>
+  static void for_strips_and_panels(int64_t rows, int64_t dim, const Use& use) {
+    if constexpr (M::kDepth == 1) {
+      for (int64_t d = 0; d < dim; d += kLanes)
+        for (int64_t r = 0; r < rows; r += kRows) use(r, d);
+    } else {
+      for (int64_t r = 0; r < rows; r += kRows)
+        for (int64_t d = 0; d < dim; d += kLanes) use(r, d);
+    }
   }
 
   void write_queries(int64_t row, int64_t rows) {
