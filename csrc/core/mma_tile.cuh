@@ -95,22 +95,27 @@ __device__ inline void multiply_transposed(const T* a, int a_row, const T* b, in
     }
   } else {
 #pragma unroll 1
-    for (int step = 0; step < depth; step += 4) {
-      float x[2 * kM][4];
+    for (int step = 0; step < depth; step += 16) {  // sums of 16 products: shorter chains
+      float part[2 * kM][2 * kN] = {};
 #pragma unroll
-      for (int r = 0; r < 2 * kM; ++r) load4(a + Shape::at(a_row + 8 * r + lane / 4, step), x[r]);
+      for (int d = step; d < step + 16; d += 4) {
+        float x[2 * kM][4];
 #pragma unroll
-      for (int n = 0; n < 2 * kN; ++n) {
-        float y[4];
-        load4(b + Shape::at(b_row + n / 2 * 8 + lane % 4 * 2 + n % 2, step), y);
+        for (int r = 0; r < 2 * kM; ++r) load4(a + Shape::at(a_row + 8 * r + lane / 4, d), x[r]);
 #pragma unroll
-        for (int r = 0; r < 2 * kM; ++r) {  // four products at a time: a shorter chain of sums
-          float part = x[r][0] * y[0];
+        for (int n = 0; n < 2 * kN; ++n) {
+          float y[4];
+          load4(b + Shape::at(b_row + n / 2 * 8 + lane % 4 * 2 + n % 2, d), y);
 #pragma unroll
-          for (int e = 1; e < 4; ++e) part = fmaf(x[r][e], y[e], part);
-          acc[r / 2][n / 2][r % 2 * 2 + n % 2] += part;
+          for (int r = 0; r < 2 * kM; ++r)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) part[r][n] = fmaf(x[r][e], y[e], part[r][n]);
         }
       }
+#pragma unroll
+      for (int r = 0; r < 2 * kM; ++r)
+#pragma unroll
+        for (int n = 0; n < 2 * kN; ++n) acc[r / 2][n / 2][r % 2 * 2 + n % 2] += part[r][n];
     }
   }
 }
