@@ -11,8 +11,8 @@ import itertools
 import sys
 
 import torch
-from build import build
 
+from build import build
 from tenfold import reference
 from tenfold.testing.tolerance import assert_close_to_ref
 

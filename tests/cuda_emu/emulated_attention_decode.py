@@ -12,8 +12,8 @@ import itertools
 import sys
 
 import torch
-from build import build
 
+from build import build
 from tenfold import reference
 from tenfold.testing.tolerance import assert_close_to_ref
 
@@ -126,7 +126,12 @@ def caches(layout, b, hk, hv, longest, d, dv, dtype):
     return k.to(dtype), v.to(dtype), lens, where
 
 
-OPTIONS = [{}, {"num_splits": 1, "softcap": 2.5}, {"window_left": 7, "num_splits": 3}, {"scale": -0.2}]
+OPTIONS = [
+    {},
+    {"num_splits": 1, "softcap": 2.5},
+    {"window_left": 7, "num_splits": 3},
+    {"scale": -0.2},
+]
 
 
 def run_decode(dtype):
@@ -200,8 +205,18 @@ def check_append():
     ):
         k, v = torch.randn(2, hk, 5, d).to(dtype), torch.randn(2, hv, 5, dv).to(dtype)
         forms = [
-            ((2, hk, 9, d), (2, hv, 9, dv), torch.tensor([[0, 8, -1, 3, 2], [5, 4, 1, 7, -1]]), False),
-            ((4, 4, hk, d), (4, 4, hv, dv), torch.tensor([[3, 15, 9, -1, 0], [1, 2, 4, 5, 6]]), True),
+            (
+                (2, hk, 9, d),
+                (2, hv, 9, dv),
+                torch.tensor([[0, 8, -1, 3, 2], [5, 4, 1, 7, -1]]),
+                False,
+            ),
+            (
+                (4, 4, hk, d),
+                (4, 4, hv, dv),
+                torch.tensor([[3, 15, 9, -1, 0], [1, 2, 4, 5, 6]]),
+                True,
+            ),
             ((13, hk, d), (13, hv, dv), torch.arange(10, dtype=torch.int32).view(2, 5), False),
         ]
         for k_shape, v_shape, slots, paged in forms:
@@ -209,7 +224,10 @@ def check_append():
             for angles in (None, torch.float32, dtype):
                 rope = {}
                 if angles is not None:
-                    rope = {"cos": torch.randn(1, 5, d).to(angles), "sin": torch.randn(2, 5, d).to(angles)}
+                    rope = {
+                        "cos": torch.randn(1, 5, d).to(angles),
+                        "sin": torch.randn(2, 5, d).to(angles),
+                    }
                 got = append(*caches, k, v, slots, paged=paged, **rope)
                 want = [c.clone() for c in caches]
                 reference.dha_cache_append_(*want, k, v, slots, paged=paged, **rope)

@@ -11,10 +11,9 @@ import math
 import sys
 
 import torch
-from build import build
 
+from build import build
 from tenfold import reference
-from tenfold.reference.attention.prefill import visible
 from tenfold.testing.tolerance import assert_close_to_ref
 
 LIB = ctypes.CDLL(str(build("kernels_attention_prefill", "-shared", "-fPIC")))
@@ -121,7 +120,9 @@ def check_forward(args, options):
     low = reference.dha_attention(*args, **options)
     what = f"{tuple(args[0].shape)} {args[0].dtype} {options}"
     assert_close_to_ref(got[0], ref[0], low[0], what=what)
-    torch.testing.assert_close(got[1].double(), ref[1], atol=2e-5, rtol=2e-5, msg=lambda m: what + m)
+    torch.testing.assert_close(
+        got[1].double(), ref[1], atol=2e-5, rtol=2e-5, msg=lambda m: what + m
+    )
     return got
 
 
@@ -188,7 +189,9 @@ def backward(dout, q, k, v, out, lse, kmap, vmap, dlse=None, **options):
     def run():
         grads = [like_rows(x, x.shape[-1]) for x in (q, k, v)]
         delta = torch.full_like(lse, 9.0)
-        named = dict(zip(("dq", "dk", "dv"), grads), dout=dout, out=out, lse=lse, dlse=dlse, delta=delta)
+        named = dict(
+            zip(("dq", "dk", "dv"), grads), dout=dout, out=out, lse=lse, dlse=dlse, delta=delta
+        )
         n = problem(q, k, v, kmap, vmap, **named, **options)
         LIB.emu_dha_attention_backward(ctypes.byref(n))
         return grads
@@ -196,37 +199,15 @@ def backward(dout, q, k, v, out, lse, kmap, vmap, dlse=None, **options):
     return twice(run)
 
 
-def from_out_and_lse(dout, q, k, v, out, lse, kmap, vmap, dlse=None, *, scale=None, causal=True,
-                     window_left=-1, attn_bias=None, softcap=0.0, window_right=-1):  # fmt: skip
-    """The op's contract in plain PyTorch: weights from ``lse``, their mean gradient from ``out``. Both
-    are rounded, which float32 gradients show; autograd of the reference makes them anew."""
-    q1, k1 = q.clone().requires_grad_(), k.clone().requires_grad_()
-    x = q1 @ k1[:, kmap].transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    if softcap > 0:
-        x = softcap * torch.tanh(x / softcap)
-    seen = visible(*x.shape[2:], causal, window_left, window_right)
-    if attn_bias is not None and attn_bias.dtype == torch.bool:
-        seen = seen & attn_bias
-    elif attn_bias is not None:
-        x = x + attn_bias
-    weights = torch.exp(x - lse[..., None]).masked_fill(~seen, 0.0).nan_to_num(0.0).detach()
-    delta = (dout * out).sum(-1) - (0.0 if dlse is None else dlse)
-    dx = weights * (dout @ v[:, vmap].transpose(-1, -2) - delta[..., None])
-    dq, dk = torch.autograd.grad(x, (q1, k1), dx)
-    dv = torch.zeros_like(v).index_add_(1, vmap, weights.transpose(-1, -2) @ dout)
-    return dq, dk, dv
-
-
 def check_gradients(args, options, use_dlse):
-    out, lse = reference.dha_attention(*args, **options)
+    out, lse = attention(*args, **options)  # its rounding is the kernel's own
     dout, dlse = torch.randn_like(out), torch.randn_like(lse) if use_dlse else None
     got = backward(dout, *args[:3], out, lse, *args[3:], dlse=dlse, **options)
     exact = [x.double() for x in (dout, *args[:3], out, lse)]
     ref = reference.dha_attention_backward(
         *exact, *args[3:], dlse=None if dlse is None else dlse.double(), **options
     )
-    plain = dout.dtype == torch.float32 and "cu_seqlens_q" not in options
-    low = (from_out_and_lse if plain else reference.dha_attention_backward)(
+    low = reference.dha_attention_backward(
         dout, *args[:3], out, lse, *args[3:], dlse=dlse, **options
     )
     for name, x, y, z in zip(("dq", "dk", "dv"), got, ref, low):
@@ -304,7 +285,9 @@ def check_edges():
         out, lse = attention(q, k[:, :, :0], v[:, :, :0], kmap, vmap)
         assert bool((out == 0).all()) and bool(lse.isneginf().all())
         attention(q[:, :, :0], k, v, kmap, vmap)
-        dq, dk, dv = backward(out[:, :, :0], q[:, :, :0], k, v, out[:, :, :0], lse[:, :, :0], kmap, vmap)
+        dq, dk, dv = backward(
+            out[:, :, :0], q[:, :, :0], k, v, out[:, :, :0], lse[:, :, :0], kmap, vmap
+        )
         assert bool((dk == 0).all()) and bool((dv == 0).all())
 
 

@@ -3,6 +3,7 @@
 import subprocess
 
 import pytest
+
 from build import build
 
 IN = list(range(5, 5 + 192))
