@@ -11,7 +11,6 @@ import pytest
 
 from build import build
 
-
 CHECKS = [
     *(
         f"{way}_{dtype}"
