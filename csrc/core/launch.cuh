@@ -23,13 +23,13 @@
   type* const name = name##_storage
 // Above 48 KB a kernel must ask for its shared memory; what the device does not have is reported by
 // the error check after the launch.
-#define TENFOLD_LAUNCH_SHARED(kernel, grid, block, bytes, stream, ...)                    \
-  do {                                                                                    \
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,             \
-                         static_cast<int>(bytes));                                        \
-    kernel<<<(grid), (block), static_cast<size_t>(bytes), (stream)>>>(__VA_ARGS__);       \
+#define TENFOLD_LAUNCH_SHARED(kernel, grid, block, bytes, stream, ...)              \
+  do {                                                                              \
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,       \
+                         static_cast<int>(bytes));                                  \
+    kernel<<<(grid), (block), static_cast<size_t>(bytes), (stream)>>>(__VA_ARGS__); \
   } while (0)
-#define TENFOLD_DYNAMIC_SHARED(name)                     \
+#define TENFOLD_DYNAMIC_SHARED(name)                      \
   extern __shared__ __align__(128) char dynamic_shared[]; \
   char* const name = dynamic_shared
 
@@ -59,9 +59,9 @@ __device__ inline void mma_m16n8k16<fp16_t>(float (&d)[4], const uint32_t (&a)[4
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// Four 8x8 matrices of 16-bit values: lane l gives the address of row l % 8 of matrix l / 8 and gets
-// in r[i] columns 2 (l % 4) + {0, 1} of row l / 4 of matrix i; transposed: rows 2 (l % 4) + {0, 1} of
-// column l / 4.
+// Four 8x8 matrices of 16-bit values. Lane l gives the address of row l % 8 of matrix l / 8; it
+// gets in r[i] columns 2 (l % 4) + {0, 1} of row l / 4 of matrix i, or transposed: rows
+// 2 (l % 4) + {0, 1} of column l / 4.
 __device__ inline void load_matrices(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])

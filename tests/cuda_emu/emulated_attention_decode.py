@@ -56,7 +56,9 @@ def twice(run):
 
 def cache_strides(t, layout):
     s = t.stride()
-    return (0, s[0], s[1]) if layout == RAGGED else (s[0], s[1], s[2]) if layout == PAGED else (s[0], s[2], s[1])  # fmt: skip
+    if layout == RAGGED:
+        return 0, s[0], s[1]
+    return (s[0], s[1], s[2]) if layout == PAGED else (s[0], s[2], s[1])
 
 
 def decode(q, k, v, kmap, vmap, kv_lens, *, block_table=None, scale=None, window_left=-1,

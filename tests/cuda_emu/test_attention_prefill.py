@@ -11,20 +11,18 @@ import pytest
 
 from build import build
 
+CHECKS = [
+    *(
+        f"{way}_{dtype}"
+        for way in ("forward", "backward")
+        for dtype in ("float32", "bfloat16", "float16")
+    ),
+    "packed",
+    "edges",
+]
 
-@pytest.mark.parametrize(
-    "check",
-    [
-        "forward_float32",
-        "forward_bfloat16",
-        "forward_float16",
-        "backward_float32",
-        "backward_bfloat16",
-        "backward_float16",
-        "packed",
-        "edges",
-    ],
-)
+
+@pytest.mark.parametrize("check", CHECKS)
 def test_emulated(check):
     build("kernels_attention_prefill", "-shared", "-fPIC")
     library = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True)

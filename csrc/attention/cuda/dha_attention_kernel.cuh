@@ -17,7 +17,7 @@ struct ForwardTile {
   static constexpr int kM = kHalf && kW <= 128 ? 2 : 1;
   static constexpr int kWarps = !kHalf && kW == 256 ? 2 : 4;
   static constexpr int kKeys = kHalf ? 64 : kW == 256 ? 16 : 32;
-  static constexpr int kBlocks = kHalf && kW == 64 ? 3 : 2;  // on an SM
+  static constexpr int kBlocks = 2;  // on an SM: 8 warps, up to 255 registers a thread
   static constexpr int kN = kKeys / 8, kRows = 16 * kM * kWarps, kThreads = 32 * kWarps;
   static constexpr int kScratch = kWeightScratch<T, kM, kN>;
   static constexpr int kBytes = (kRows + 2 * kKeys) * kW * static_cast<int>(sizeof(T)) +
