@@ -887,7 +887,7 @@ class TestRunner:
 
     def test_wrong_arguments(self, capsys, tmp_path):
         for arguments, words in (
-            (["attention"], "unknown family 'attention'; there are: kv_eviction"),
+            (["nothing"], "unknown family 'nothing'; there are: attention, kv_eviction"),
             (["--select", "nothing-like-this"], "no case of kv_eviction contains"),
             (["--quick", "--select", "32768"], "no quick case"),
             (["--device", "abacus"], "--device takes cpu or cuda, got 'abacus'"),

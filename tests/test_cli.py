@@ -502,7 +502,7 @@ class TestBench:
     @pytest.mark.parametrize(
         "arguments, words",
         [
-            (["attention"], "unknown family 'attention'; there are: kv_eviction"),
+            (["nothing"], "unknown family 'nothing'; there are: attention, kv_eviction"),
             (["--quick", "--select", "nothing-like-this"], "contains 'nothing-like-this'"),
             (["--device", "abacus"], "--device takes cpu or cuda, got 'abacus'"),
         ],

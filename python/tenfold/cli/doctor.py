@@ -6,6 +6,7 @@ import importlib.metadata
 import platform
 import shutil
 import subprocess
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -101,6 +102,39 @@ def _wrong_op(device: str, dtype: torch.dtype) -> str:
         ops.ragged_decode(*move(q[:, :, -1:].contiguous(), flat_k, flat_v, offsets))[0], attended
     ):
         return "ragged_decode"
+    return _wrong_attention(move, near, q, k, v)
+
+
+def _wrong_attention(
+    move: Callable[..., tuple[torch.Tensor, ...]],
+    near: Callable[[torch.Tensor, torch.Tensor], bool],
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+) -> str:
+    """The first op of the attention family that is wrong, or ''; q [1, 6, 24, 64], k and v [1, 2, 200, 64]."""
+    from tenfold import ops, reference
+
+    maps = torch.tensor([0, 1, 1, 0, 1, 0]), torch.tensor([1, 1, 0, 0, 0, 1])
+    wide = q.float(), k.float(), v.float()
+    out, lse = reference.dha_attention(*wide, *maps)
+    given = move(q, k, v), move(*maps)
+    found, found_lse = ops.dha_attention(*given[0], *given[1])
+    if not near(found, out) or not near(found_lse, lse):
+        return "dha_attention"
+    grads = ops.dha_attention_backward(*move(q), *given[0], found, found_lse, *given[1])
+    want = reference.dha_attention_backward(wide[0], *wide, out, lse, *maps)
+    if not all(near(g, w) for g, w in zip(grads, want)):
+        return "dha_attention_backward"
+    lens = torch.tensor([200], dtype=torch.int32)
+    decoded = ops.dha_decode(*move(q[:, :, -4:].contiguous(), k, v), *given[1], *move(lens))[0]
+    if not near(decoded, out[:, :, -4:]):
+        return "dha_decode"
+    weights, groups = k[0].contiguous(), torch.tensor([[0, 1]], dtype=torch.int32)
+    omega = torch.rand(1, 2, 2, 200, generator=torch.Generator().manual_seed(0))
+    fused = ops.fuse_heads(*move(weights, omega, groups))
+    if not near(fused, reference.fuse_heads(wide[1][0], omega, groups)):
+        return "fuse_heads"
     return ""
 
 

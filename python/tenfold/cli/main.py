@@ -70,7 +70,8 @@ def demo(
 @friendly
 def bench(
     families: Annotated[
-        list[str] | None, typer.Argument(help="families of ops; default: all (kv_eviction)")
+        list[str] | None,
+        typer.Argument(help="families of ops; default: all (attention, kv_eviction)"),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="few samples, no torch.compile")] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
