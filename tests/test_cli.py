@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tenfold._bench import ceilings, results, runner
 from typer.testing import CliRunner
 
 import tenfold
 from tenfold import _bench, _load
+from tenfold._bench import ceilings, results, runner
 from tenfold.cli.doctor import facts
 from tenfold.cli.main import app
 from tenfold.data import long_documents

@@ -118,17 +118,17 @@ def _wrong_attention(
     maps = torch.tensor([0, 1, 1, 0, 1, 0]), torch.tensor([1, 1, 0, 0, 0, 1])
     wide = q.float(), k.float(), v.float()
     out, lse = reference.dha_attention(*wide, *maps)
-    given = move(q, k, v), move(*maps)
-    found, found_lse = ops.dha_attention(*given[0], *given[1])
+    (mine, keys, values), (kmap, vmap) = move(q, k, v), move(*maps)
+    found, found_lse = ops.dha_attention(mine, keys, values, kmap, vmap)
     if not near(found, out) or not near(found_lse, lse):
         return "dha_attention"
-    grads = ops.dha_attention_backward(*move(q), *given[0], found, found_lse, *given[1])
+    grads = ops.dha_attention_backward(mine, mine, keys, values, found, found_lse, kmap, vmap)
     want = reference.dha_attention_backward(wide[0], *wide, out, lse, *maps)
     if not all(near(g, w) for g, w in zip(grads, want)):
         return "dha_attention_backward"
-    lens = torch.tensor([200], dtype=torch.int32)
-    decoded = ops.dha_decode(*move(q[:, :, -4:].contiguous(), k, v), *given[1], *move(lens))[0]
-    if not near(decoded, out[:, :, -4:]):
+    newest = mine[:, :, -4:].contiguous()
+    lens = torch.tensor([keys.shape[2]], dtype=torch.int32, device=keys.device)
+    if not near(ops.dha_decode(newest, keys, values, kmap, vmap, lens)[0], out[:, :, -4:]):
         return "dha_decode"
     weights, groups = k[0].contiguous(), torch.tensor([[0, 1]], dtype=torch.int32)
     omega = torch.rand(1, 2, 2, 200, generator=torch.Generator().manual_seed(0))
