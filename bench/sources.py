@@ -22,8 +22,8 @@ def repository_root() -> Path | None:
 
 
 def families(root: Path) -> list[str]:
-    """Names of all families: folders of ``csrc/`` with an ``ops.cpp``, without ``_template``."""
-    found = (p.parent.name for p in (root / "csrc").glob("*/ops.cpp"))
+    """Names of all families: folders of ``csrc/`` with schemas (``*ops.cpp``), without ``_template``."""
+    found = {p.parent.name for p in (root / "csrc").glob("*/*ops.cpp")}
     return sorted(name for name in found if not name.startswith("_"))
 
 
