@@ -1,14 +1,13 @@
-"""Benchmarks of ``dha_attention``: prefill of MHA, GQA and DHA heads, and its backward.
+"""Benchmarks of ``dha_attention``: prefill of MHA, GQA and DHA heads.
 
 ``mha`` is 32 heads of 128, ``gqa`` 32 query / 8 key and value heads, ``dha`` the same counts with maps in
 no order (torch gets expanded keys and values, made outside the timing), ``smollm2`` 9 / 3 of 64. Causal.
-FLOPs are the useful ones: half of 4 H S S D forward, 2.5 times that backward.
+FLOPs are the useful ones: half of 4 H S S D.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +38,7 @@ def _inputs(name: str, s: Shape, dtype: torch.dtype, device: torch.device) -> In
     if name == "dha":
         kmap, vmap = (grouped[torch.randperm(s["h"], generator=made)] for _ in range(2))
     i = Inputs(
-        q=randn(s["h"]), k=randn(s["hkv"]), v=randn(s["hkv"]), dout=randn(s["h"]),
+        q=randn(s["h"]), k=randn(s["hkv"]), v=randn(s["hkv"]),
         kmap=kmap.to(device, torch.int32), vmap=vmap.to(device, torch.int32),
     )  # fmt: skip
     if name == "dha":
@@ -79,58 +78,20 @@ def _float_rows(i: Inputs) -> Tensor:
     return out
 
 
-def _grads(forward: Any, names: tuple[str, str, str]) -> Any:
-    """Forward and backward through autograd."""
-
-    def run(i: Inputs) -> tuple[Tensor, ...]:
-        leaves = [getattr(i, n).detach().requires_grad_() for n in names]
-        traced = Inputs(**(vars(i) | dict(zip(names, leaves))))
-        return torch.autograd.grad(forward(traced), leaves, i.dout)
-
-    return run
-
-
-def _summed(i: Inputs, grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Gradients of expanded heads summed to those of the shared ones."""
-    dq, dk, dv = grads
-    sums = []
-    for wide, like, heads in ((dk, i.k, i.kmap), (dv, i.v, i.vmap)):
-        sums.append(torch.zeros_like(like).index_add_(1, heads.long(), wide))
-    return (dq, *sums)
-
-
-def _cases(backward: bool) -> Iterator[Case]:
+def cases() -> Iterator[Case]:
+    """Causal prompts of three lengths."""
     for dtype in DTYPES:
         for name, heads in HEADS.items():
-            for length in (512, 2048) if backward else (512, 2048, 8192):
+            for length in (512, 2048, 8192):
                 peer = (
-                    ("eager:sdpa-expanded", _sdpa_expanded)
+                    provider("eager:sdpa-expanded", _sdpa_expanded)
                     if name == "dha"
-                    else ("eager:sdpa", _sdpa)
+                    else provider("eager:sdpa", _sdpa)
                 )
-                wide = ("q", "wide_k", "wide_v") if name == "dha" else ("q", "k", "v")
-                ours, theirs, judge = _ours, peer[1], _float_rows
-                if backward:
-                    ours, judge = (
-                        _grads(_ours, ("q", "k", "v")),
-                        _grads(_float_rows, ("q", "k", "v")),
-                    )
-                    grads = _grads(peer[1], wide)
-                    theirs = (lambda i, g=grads: _summed(i, g(i))) if name == "dha" else grads
                 yield Case(
-                    op="dha_attention_backward" if backward else "dha_attention",
-                    variant=name, shape={**heads, "s": length}, dtype=dtype,
+                    op="dha_attention", variant=name, shape={**heads, "s": length}, dtype=dtype,
                     inputs=lambda s, t, device, n=name: _inputs(n, s, t, device),
-                    bytes=lambda s, size, n=3 if backward else 1: n * _bytes(s, size),
-                    flops=lambda s, n=7 if backward else 2: n * _flops(s) // 2,
-                    peak=PEAK[dtype],
-                    providers=[provider("tenfold", ours), provider(peer[0], theirs)],
-                    reference=judge,
-                    tolerance=1e-4 if dtype == torch.float32 else 2e-2,
-                    quick=length == 512,
+                    bytes=_bytes, flops=_flops, peak=PEAK[dtype],
+                    providers=[provider("tenfold", _ours), peer], reference=_float_rows,
+                    tolerance=1e-4 if dtype == torch.float32 else 2e-2, quick=length == 512,
                 )  # fmt: skip
-
-
-def cases() -> list[Case]:
-    """Forward, then forward and backward together."""
-    return [*_cases(backward=False), *_cases(backward=True)]
