@@ -22,12 +22,13 @@ def blocks():
 
 
 def test_readme_has_a_model_example_of_ten_lines_and_an_op_example():
-    model, ops = blocks()
+    model, ops, attention = blocks()
     code = [line for line in model.splitlines() if line.strip() and "import" not in line]
     assert len(code) <= 10 and "NaclPress" in model and "tenfold.ops" in ops
+    assert "dha_attention" in attention and "flash_attn_func" in attention
 
 
-@pytest.mark.parametrize("at", [0, 1])
+@pytest.mark.parametrize("at", range(len(blocks())))
 def test_readme_code_runs(at):
     out = run("-c", blocks()[at])
     if at == 0:

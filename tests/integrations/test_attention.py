@@ -418,8 +418,9 @@ class TestSurface:
         subprocess.run([sys.executable, "-c", code], check=True)
 
     def test_an_old_transformers_is_named(self, monkeypatch):
-        monkeypatch.setattr(transformers, "__version__", "5.4.1.dev0")
+        found = sys.modules["transformers"]  # its loader may have put a new module there
+        monkeypatch.setattr(found, "__version__", "5.4.1.dev0")
         with pytest.raises(ImportError, match=r"x needs transformers >= 5\.5, found 5\.4\.1"):
             hf.require("x", 5, 5)
-        monkeypatch.setattr(transformers, "__version__", "5.10.0")
+        monkeypatch.setattr(found, "__version__", "5.10.0")
         hf.require("x", 5, 5)

@@ -248,7 +248,8 @@ def call(name, **changes):
         },
     }[name]  # fmt: skip
     args |= changes
-    before = {n: x.clone() for n, x in args.items() if isinstance(x, torch.Tensor)}
+    tensors = {n: x for n, x in args.items() if isinstance(x, torch.Tensor)}
+    before = {n: x.clone() for n, x in tensors.items() if x.device.type != "meta"}
     try:
         return getattr(fa, name)(**args)
     finally:
@@ -275,9 +276,25 @@ BAD = [
     (ALL[2], {"k_cache": rand(3, 20, 2, 16)}, "one row per sequence of q .2. or cache_batch_idx"),
     (ALL[2], {"window_size": (-2, 0)}, "window_size must be >= -1"),
     (ALL[2], {"num_splits": -1}, "num_splits"),
+    (ALL[2], {"num_splits": 1 << 21}, "num_splits"),
     (ALL[2], {"block_table": torch.zeros(2, 1).int(), "cache_batch_idx": torch.arange(2)},
      "cache_batch_idx is not for paged caches"),
     (ALL[2], {"rotary_cos": torch.ones(5, 8), "rotary_sin": torch.ones(5, 8)}, "rotary_cos has 5 rows"),
+    (ALL[2], {"rotary_cos": torch.ones(50), "rotary_sin": torch.ones(50)}, r"kvcache: rotary_cos .* got shapes \[50\]"),
+    (ALL[2], {"rotary_cos": torch.ones(50, 8, device="meta"), "rotary_sin": torch.ones(50, 8)},
+     "rotary_cos must be on the device of q, cpu, got meta"),
+    *[(ALL[2], {m: torch.zeros(4, dtype=torch.int32, device="meta")}, f"{m} must be on the device of q, cpu, got meta")
+      for m in ("kmap", "vmap")],
+    (ALL[2], {"k_cache": torch.zeros(2, 20, 2, 16, device="meta")}, "k_cache must be on the device of q"),
+    (ALL[2], {"block_table": torch.zeros(2, 1)}, "block_table must be an int32 or int64 tensor, got torch.float32"),
+    (ALL[2], {"block_table": torch.zeros(3, 1).int()}, r"block_table must be \[2, 1\], got shape \[3, 1\]"),
+    (ALL[2], {"block_table": torch.zeros(2).int()}, r"block_table must be \[2, 2\], got shape \[2\]"),
+    (ALL[2], {"block_table": torch.tensor([[0], [2]])}, r"block_table must be in \[0, 2\) where"),
+    (ALL[2], {"block_table": torch.tensor([[0], [-1]])}, r"block_table must be in \[0, 2\) where"),
+    (ALL[2], {"cache_batch_idx": torch.tensor([0, 2])}, r"cache_batch_idx must be in \[0, 2\)"),
+    (ALL[2], {"cache_seqlens": torch.tensor([3, -1])}, r"cache_seqlens must be in \[0, 20\].*, got \[3, -1\]"),
+    (ALL[2], {"cache_leftpad": torch.tensor([0, -1])}, r"cache_leftpad must be in \[0, 20\]"),
+    (ALL[2], {"softcap": math.nan}, "softcap"),
     (ALL[2], {"rotary_cos": torch.ones(50, 9), "rotary_sin": torch.ones(50, 9)}, "R <= 16"),
     (ALL[0], {"k": rand(2, 6, 3, 16)}, "must divide the 4 query heads or come with maps, got 3"),
 ]  # fmt: skip
@@ -287,6 +304,44 @@ BAD = [
 def test_bad_input(name, changes, message):
     with pytest.raises((ValueError, IndexError), match=message):
         call(name, **changes)
+
+
+def test_pages_without_tokens_may_hold_anything():
+    """Behind the last token, and before the padding's end."""
+    table = torch.tensor([[0, 99], [-1, 1]])
+    pad = torch.tensor([0, 20])
+    q, new = rand(2, 1, 4, 16), rand(2, 1, 2, 16)
+    k_cache, v_cache = rand(2, 20, 2, 16), rand(2, 20, 2, 16)
+    out = fa.flash_attn_with_kvcache(
+        q, k_cache, v_cache, new, new, cache_seqlens=torch.tensor([5, 30]), block_table=table,
+        cache_leftpad=pad,
+    )  # fmt: skip
+    for b, used in enumerate((slice(0, 6), slice(0, 11))):
+        want, _ = attend(q[b], k_cache[b, used], v_cache[b, used], *maps_of((4, 2, 2), "grouped"))
+        torch.testing.assert_close(out[b], want, **TOL)
+
+
+def test_pages_before_the_window_may_hold_anything():
+    table = torch.tensor([[-1, 1, 0]])
+    q, new, cache = rand(1, 2, 4, 16), rand(1, 2, 2, 16), rand(2, 20, 2, 16)
+    how = {"cache_seqlens": torch.tensor([45]), "causal": True, "window_size": (24, 0)}
+    with pytest.raises(ValueError, match="block_table must be in"):
+        fa.flash_attn_with_kvcache(q, cache, cache.clone(), new, new, block_table=table,
+                                   **how | {"window_size": (26, 0)})  # fmt: skip
+    values = cache.clone()
+    out = fa.flash_attn_with_kvcache(q, cache, values, new, new, block_table=table, **how)
+    keys = torch.cat([torch.full((20, 2, 16), 9.0), cache[1], cache[0]])[:47]
+    want, _ = attend(q[0], keys, keys, *maps_of((4, 2, 2), "grouped"), causal=True,
+                     window_size=(24, 0))  # fmt: skip
+    torch.testing.assert_close(out[0], want, **TOL)
+
+
+def test_queries_that_see_all_read_the_cache_once(monkeypatch):
+    decode, calls = fa.ops.dha_decode, []
+    monkeypatch.setattr(fa.ops, "dha_decode", lambda *a, **k: calls.append(a) or decode(*a, **k))
+    cache = rand(2, 20, 2, 16)
+    out = fa.flash_attn_with_kvcache(rand(2, 19, 4, 16), cache, cache, cache_seqlens=9)
+    assert len(calls) == 1 and out.shape == (2, 19, 4, 16)
 
 
 def test_rotary_without_new_keys():

@@ -68,7 +68,13 @@ def _window_of(mask_function: Callable) -> int | None:
 
 
 def _spans(start: Tensor, lens: Tensor, window: int = 0, end: int = 0) -> Tensor:
-    """Packs (start, length) [B] each; both stay contiguous in memory."""
+    """Packs (start, length) [B] each; both stay contiguous in memory.
+
+    Window and end are sizes with stride 0: no memory stands behind them. Whoever makes such a mask
+    contiguous (``.contiguous()``, ``.clone(memory_format=...)``, a transfer to another device) gets the
+    same answers, but ``8 (1 + window) (1 + end)`` bytes a row: expand anew from ``mask[:, :1, :1]`` instead.
+    Sizes and not numbers beside the tensor, because transformers hands on tensors only.
+    """
     both = torch.stack((start, lens)).to(torch.int32)
     return both.t()[:, None, None].expand(-1, 1 + window, 1 + end, -1)
 

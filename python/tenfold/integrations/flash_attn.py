@@ -22,6 +22,7 @@ from tenfold import ops
 from tenfold.integrations.heads import grouped_map
 
 DECODE_STEPS = 16  # queries that dha_decode takes at once
+MAX_SPLITS = 1 << 20  # the op's limit
 
 
 def flash_attn_func(
@@ -191,8 +192,8 @@ def flash_attn_with_kvcache(
         assert k is not None and rotary_sin is not None
         steps = causal or tuple(window_size) != (-1, -1)
         angles = (rotary_cos, rotary_sin, rotary_interleaved)
-        k = _rotate(k, pool.before, True, *angles)
-        q = _rotate(q, pool.before, steps, *angles)
+        k = _rotate(name, k, pool.before, True, *angles)
+        q = _rotate(name, q, pool.before, steps, *angles)
     if k is not None and v is not None:
         pool.append(k, v)
     out, lse = pool.attend(q, maps, settings, num_splits)
@@ -232,6 +233,11 @@ class _Pool:
             table = torch.arange(batch, device=device) if rows is None else rows
             _check_ints(name, "cache_batch_idx", table, (batch,))
             table = table[:, None]
+            self.table_name = "cache_batch_idx"
+        else:
+            columns = table.shape[-1] if isinstance(table, Tensor) and table.dim() else 0
+            _check_ints(name, "block_table", table, (batch, columns))
+            self.table_name = "block_table"
         self.table = table.to(torch.int32)
         self.room = self.table.shape[1] * keys.shape[1]
         if isinstance(seqlens, Tensor):
@@ -255,6 +261,12 @@ class _Pool:
         num_splits: int,
     ) -> None:
         """What the ops would find wrong after the cache was written."""
+        self._check_devices(q, k, v, maps)
+        left = settings["window_left"]
+        if q.shape[1] > 1 and self._reaches_behind(settings):  # then all tokens are copied
+            left = -1
+        new = 0 if k is None or k.dim() < 2 else k.shape[1]
+        self._check_tokens(new, math.inf if left < 0 else q.shape[1] + left)
         fits = q.shape[-1] == self.keys.shape[-1] and q.dtype == self.keys.dtype
         if not fits or self.values.dtype != q.dtype:
             raise ValueError(
@@ -281,21 +293,60 @@ class _Pool:
                 )
         limits = settings["window_left"], settings["window_right"], num_splits - 1
         scale = settings["scale"]
-        if min(limits) < -1 or settings["softcap"] < 0 or (scale and not math.isfinite(scale)):
+        fits = 0 <= settings["softcap"] < math.inf and num_splits <= MAX_SPLITS
+        if min(limits) < -1 or not fits or (scale and not math.isfinite(scale)):
             raise ValueError(
-                f"{self.name}: window_size must be >= -1, num_splits and softcap >= 0 and "
-                f"softmax_scale finite, got {limits[:2]}, {num_splits}, {settings['softcap']} and {scale}"
+                f"{self.name}: window_size must be >= -1, num_splits in [0, {MAX_SPLITS}], softcap >= 0 "
+                f"and finite, softmax_scale finite, got {limits[:2]}, {num_splits}, {settings['softcap']} and {scale}"
+            )
+
+    def _check_devices(
+        self,
+        q: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
+        maps: tuple[Tensor | None, Tensor | None],
+    ) -> None:
+        given = {
+            "k_cache": self.keys, "v_cache": self.values, "k": k, "v": v, "kmap": maps[0],
+            "vmap": maps[1], "cache_seqlens": self.before, "cache_leftpad": self.start,
+            self.table_name: self.table,
+        }  # fmt: skip
+        for arg, x in given.items():
+            if x is not None:
+                _check_device(self.name, arg, x, q.device)
+
+    def _check_tokens(self, new: int, seen: float) -> None:
+        """Lengths, padding and pages, on the CPU, for ``new`` tokens and the last ``seen`` to be read."""
+        if self.table.device.type != "cpu" or not self.table.numel():
+            return
+        start = torch.zeros_like(self.before) if self.start is None else self.start
+        for arg, x in (("cache_seqlens", self.before), ("cache_leftpad", start)):
+            if bool(((x < 0) | (x > self.room)).any()):
+                raise ValueError(
+                    f"{self.name}: {arg} must be in [0, {self.room}], the room of a sequence, got "
+                    f"{x.tolist()}"
+                )
+        end = self.before + new
+        if bool((end > self.room).any()):
+            raise ValueError(
+                f"{self.name}: {new} new tokens do not fit: the cache has room for {self.room} "
+                f"per sequence, cache_seqlens goes up to {int(self.before.max())}"
+            )
+        first = torch.arange(self.table.shape[1]) * self.keys.shape[1]  # token of each page
+        oldest = torch.minimum(torch.maximum(start, end - seen), self.before)[:, None]
+        used = (first < end[:, None]) & (first + self.keys.shape[1] > oldest)
+        pages = self.table[used]
+        if bool(((pages < 0) | (pages >= self.keys.shape[0])).any()):
+            raise ValueError(
+                f"{self.name}: {self.table_name} must be in [0, {self.keys.shape[0]}) where tokens "
+                f"are, got {self.table.tolist()}"
             )
 
     def append(self, k: Tensor, v: Tensor) -> None:
         """Writes [B, S, heads, dim] behind the tokens of each sequence."""
         block, count = self.keys.shape[1], k.shape[1]
         token = self.before[:, None] + torch.arange(count, dtype=torch.int32, device=k.device)
-        if k.device.type == "cpu" and bool((token >= self.room).any()):
-            raise ValueError(
-                f"{self.name}: {count} new tokens do not fit: the cache has room for {self.room} "
-                f"per sequence, cache_seqlens goes up to {int(self.before.max())}"
-            )
         page = self.table.gather(1, (token // block).clamp(max=self.table.shape[1] - 1).long())
         slots = torch.where(token < self.room, page * block + token % block, -1)
         ops.dha_cache_append_(
@@ -310,24 +361,34 @@ class _Pool:
         count = q.shape[1]
         q = q.transpose(1, 2)
         lens = self.lens if self.start is None else (self.lens - self.start).clamp(min=0)
+        packed = count > 1 and self._reaches_behind(settings)
         causal = settings.pop("causal") or settings["window_right"] == 0
         right = settings.pop("window_right")
-        if count > 1 and not causal and (right >= 0 or settings["window_left"] >= 0):
+        if packed:
             return self._packed(q, lens, maps, settings | {"causal": False, "window_right": right})
         how = settings | {"num_splits": num_splits}
-        if causal:
-            parts = [
-                self._decode(q[:, :, at : at + DECODE_STEPS], maps, how,
-                             lens - max(count - at - DECODE_STEPS, 0))
-                for at in range(0, count, DECODE_STEPS)
-            ]  # fmt: skip
-        else:  # every query sees all tokens: as the newest of a sequence of its own
-            parts = [self._decode(q[:, :, at : at + 1], maps, how, lens) for at in range(count)]
-        if not parts:
+        if not count:
             return q.new_empty((*q.shape[:3], self.values.shape[-1])), q.new_empty(
                 q.shape[:3], dtype=torch.float32
             )
+        if (
+            not causal
+        ):  # every query sees all tokens: each is a head of its own, the cache read once
+            own = [m.repeat_interleave(count) for m in maps]
+            out, lse = self._decode(q.flatten(1, 2), own, how, lens)
+            return out.unflatten(1, (-1, count)), lse.unflatten(1, (-1, count))
+        parts = [
+            self._decode(q[:, :, at : at + DECODE_STEPS], maps, how,
+                         lens - max(count - at - DECODE_STEPS, 0))
+            for at in range(0, count, DECODE_STEPS)
+        ]  # fmt: skip
         return torch.cat([out for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)
+
+    @staticmethod
+    def _reaches_behind(settings: dict[str, Any]) -> bool:
+        """A window that is not causal: a query's keys do not end at its own token."""
+        left, right = settings["window_left"], settings["window_right"]
+        return not settings["causal"] and right != 0 and (right > 0 or left >= 0)
 
     def _decode(
         self, q: Tensor, maps: list[Tensor], how: dict[str, Any], lens: Tensor
@@ -368,6 +429,11 @@ def _check_ints(name: str, arg: str, given: Any, shape: tuple[int, ...]) -> None
         raise ValueError(f"{name}: {arg} must be {list(shape)}, got shape {list(given.shape)}")
 
 
+def _check_device(name: str, arg: str, given: Tensor, device: torch.device) -> None:
+    if given.device != device:
+        raise ValueError(f"{name}: {arg} must be on the device of q, {device}, got {given.device}")
+
+
 def _refuse(name: str, dropout_p: float, alibi_slopes: Tensor | None) -> None:
     if dropout_p > 0:
         raise ValueError(f"{name}: dropout is not supported, got dropout_p={dropout_p}")
@@ -395,20 +461,22 @@ def _settings(
 
 
 def _rotate(
-    x: Tensor, before: Tensor, steps: bool, cos: Tensor, sin: Tensor, interleaved: bool
+    name: str, x: Tensor, before: Tensor, steps: bool, cos: Tensor, sin: Tensor, interleaved: bool
 ) -> Tensor:
     """Rotary embedding of x [B, S, heads, D] at positions ``before + s`` (``before`` if not steps)."""
-    count, half = x.shape[1], cos.shape[1]
-    if 2 * half > x.shape[-1] or sin.shape != cos.shape:
+    for arg, table in (("rotary_cos", cos), ("rotary_sin", sin)):
+        _check_device(name, arg, table, x.device)
+    if cos.dim() != 2 or 2 * cos.shape[1] > x.shape[-1] or sin.shape != cos.shape:
         raise ValueError(
-            f"rotary_cos and rotary_sin must be [rows, R / 2] with R <= {x.shape[-1]}, got shapes "
+            f"{name}: rotary_cos and rotary_sin must be [rows, R / 2] with R <= {x.shape[-1]}, got shapes "
             f"{list(cos.shape)} and {list(sin.shape)}"
         )
+    count, half = x.shape[1], cos.shape[1]
     step = torch.arange(count, device=x.device) if steps else torch.zeros_like(before[:1])
     position = before[:, None].long() + step
     if x.device.type == "cpu" and position.numel() and int(position.max()) >= cos.shape[0]:
         raise ValueError(
-            f"rotary_cos has {cos.shape[0]} rows, but position {int(position.max())} is rotated"
+            f"{name}: rotary_cos has {cos.shape[0]} rows, but position {int(position.max())} is rotated"
         )
     c, s = (t[position][:, :, None].float() for t in (cos, sin))
     turned, rest = x[..., : 2 * half].float(), x[..., 2 * half :]

@@ -88,8 +88,8 @@ def dha_decode(
 
     Raises:
         ValueError, TypeError: naming the argument, what came and what is allowed. Values of maps,
-            lengths, offsets and block tables are checked on CPU only; CUDA kernels treat an entry out
-            of range as a token that is not seen.
+            lengths, starts, offsets and block tables are checked on CPU only; CUDA kernels clamp them
+            to what exists.
 
     Example:
         >>> kmap, vmap = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 2, 0])

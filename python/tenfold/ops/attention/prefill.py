@@ -123,8 +123,9 @@ def dha_attention(
         out 0 and lse -inf.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, map entries out of range, values out
-            of range. TypeError: unsupported dtype. RuntimeError: ``attn_bias`` requires grad.
+        ValueError: shapes, dtypes or devices that do not fit, values out of range; on the CPU also
+            map entries and ``cu_seqlens``, which CUDA kernels clamp to what exists. TypeError:
+            unsupported dtype. RuntimeError: ``attn_bias`` requires grad.
 
     Example:
         >>> q, k, v = torch.randn(1, 8, 64, 32), torch.randn(1, 4, 64, 32), torch.randn(1, 2, 64, 32)
@@ -157,11 +158,16 @@ def dha_attention_backward(
     Args:
         dout: gradient of ``out``, its shape and dtype. dlse: gradient of ``lse``, or None.
         q, k, v, kmap, vmap, options: as given to the forward. out, lse: what it returned.
-        deterministic: equal bits from run to run (the CPU kernel always is).
+        deterministic: equal bits from run to run; all kernels always are, on CPU and CUDA.
 
     Returns:
         dq, dk, dv in the shapes, dtypes and memory order of q, k, v. ``dk[n]`` is the sum over the
         query heads with ``kmap[h] == n``, ``dv`` likewise over ``vmap``. Stores no probabilities.
+
+    Raises:
+        ValueError, TypeError: as :func:`dha_attention`, and where ``dout``, ``out``, ``lse`` or ``dlse`` do
+            not fit the forward. RuntimeError: an input requires grad under grad mode (there is no
+            second derivative).
     """
     return call(
         _ops.dha_attention_backward, dout, q, k, v, out, lse, kmap, vmap, dlse=dlse,
