@@ -149,7 +149,10 @@ def test_heads_that_have_not_fused_end_in_one_sentence_and_can_go_on(place, tmp_
 def test_a_loss_that_is_not_a_number_ends_in_one_sentence(place, tmp_path):
     options = ["dha", "convert", "--model", place / "parent", "--text", place / "text.txt", "--out",
                tmp_path / "out", *STEPS, "--learning-rate", "1e30", "--quiet"]  # fmt: skip
-    assert "the loss became" in fails(*options)
+    assert "search-1: the operators are no numbers" in fails(*options)
+    assert "search-1: the loss became nan at step 3" in fails(
+        *options, "--search-steps", "3", "--work-dir", tmp_path
+    )
 
 
 def test_a_bug_is_not_hidden(monkeypatch):

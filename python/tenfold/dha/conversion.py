@@ -271,6 +271,11 @@ class Conversion:
         curve = self.trainer.run(stage, module, config.search_steps, config.batch_size, loss_of)
         omegas = [p.full_omega().detach().cpu() for p in parts]
         distances = [operator_distances(o) for o in omegas]
+        if not all(bool(m.isfinite().all()) for m in distances):  # the last step's loss cannot tell
+            raise ConversionError(
+                f"{stage}: the operators are no numbers after the last step. Lower the learning rates, "
+                "or look at the data"
+            )
         for p in parts:
             p.drop_groups()
         tensors = {f"M.{c}": m for c, m in enumerate(distances)}
