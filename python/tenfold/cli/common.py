@@ -20,7 +20,7 @@ err = Console(stderr=True)
 
 
 def _expected(error: RuntimeError) -> bool:
-    """Is it a conversion that cannot go on? Its module is not imported here: that takes a second."""
+    """Is it a conversion that cannot go on? (Importing its module here would take a second.)"""
     module = sys.modules.get("tenfold.dha.config")
     return module is not None and isinstance(error, module.ConversionError)
 

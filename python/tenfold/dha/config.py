@@ -10,7 +10,7 @@ from typing import Any
 
 
 class ConversionError(RuntimeError):
-    """A conversion that cannot go on, and why: a wrong start, a loss that is no number, unfused heads."""
+    """A conversion cannot go on: a wrong start, a loss that is no number, heads that have not fused."""
 
 
 METHODS = ("dha", "gqa_mean", "cka_mean", "dha_mean")

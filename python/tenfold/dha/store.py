@@ -18,8 +18,8 @@ from typing import Any
 
 from torch import Tensor
 
-# Settings that may change between two runs on one folder: they change what is trained by no more than
-# rounding (micro_batch_size), or not at all.
+# Settings that may change between two runs on one folder: they change what is trained not at all, or
+# (micro_batch_size) by rounding.
 _FREE = ("force", "collapse_mse", "checkpoint_every", "micro_batch_size")
 
 
