@@ -1,6 +1,6 @@
 """Converts SmolLM2-135M (9 query, 3 KV heads) to fewer key and value heads and lets both answer.
 
-python examples/dha.py [--budget 0.25] [--steps 36] [--out FOLDER] [--json FILE]
+python examples/dha.py [--budget 0.25] [--steps 30] [--out FOLDER] [--json FILE]
 
 A few minutes on two cores. --json writes the result with the text that both models say.
 """
@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("--search", type=int, default=SETTINGS["search_steps"])
     parser.add_argument("--steps", type=int, default=SETTINGS["fusion_steps"], help="of fusion")
     parser.add_argument("--recovery", type=int, default=SETTINGS["recovery_steps"])
+    parser.add_argument("--force", action="store_true", help="collapse heads that have not fused")
     parser.add_argument("--out", type=Path, help="where the converted model is saved")
     parser.add_argument("--json", type=Path, help="where the result is written")
     chosen = parser.parse_args()
@@ -42,7 +43,7 @@ def main() -> None:
     rows, held = real_rows(tokenizer)
     settings = SETTINGS | {
         "budget": chosen.budget, "search_steps": chosen.search, "fusion_steps": chosen.steps,
-        "recovery_steps": chosen.recovery,
+        "recovery_steps": chosen.recovery, "force": chosen.force,
     }  # fmt: skip
     small = convert(model, data=rows, config="small", eval_rows=held, quiet=False, **settings)
     record = small.conversion

@@ -2,16 +2,20 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import dha_models as tiny
 import pytest
 import torch
+import typer
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from tenfold.cli.main import app
 
+ROOT = Path(__file__).resolve().parents[2]
 STEPS = ["--search-steps", "2", "--fusion-steps", "3", "--recovery-steps", "2", "--batch-size", "2",
          "--sequence-length", "16", "--force"]  # fmt: skip
 
@@ -62,6 +66,8 @@ def test_convert(place, converted):
     folder = place / "small"
     assert converted["model"] == str(folder) and converted["ratio"] <= 0.25
     assert sum(converted["key_heads"] + converted["value_heads"]) == converted["ratio"] * 32
+    heads = sum(converted["key_heads"] + converted["value_heads"])
+    assert converted["kv_bytes_per_token_16bit"] == heads * 8 * 2
     assert set(converted["losses"]) == {"parent", "collapsed", "final"}
     assert Path(converted["report"]).is_file() and (folder / "conversion.json").is_file()
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -73,7 +79,7 @@ def test_convert_again_goes_on_where_it_was(place, converted):
     again = succeeds("dha", "convert", "--model", place / "parent", "--text", place / "text.txt",
                      "--out", place / "small", "--budget", "0.25", *STEPS, "--quiet")  # fmt: skip
     assert "recovery" in again and f"final {converted['losses']['final']:.3f}" in again
-    assert "belongs to another conversion (budget 0.25 there, 0.5 here)" in fails(
+    assert "belongs to another run (budget 0.25 there, 0.5 here)" in fails(
         "dha", "convert", "--model", place / "parent", "--text", place / "text.txt",
         "--out", place / "small", "--budget", "0.5", *STEPS, "--quiet",
     )  # fmt: skip
@@ -120,12 +126,76 @@ def test_report(place, converted, tmp_path):
         (["--nested", "--progressive"], "nested cannot be combined"),
         (["--dtype", "int8"], "--dtype must be one of"),
         (["--device", "tpu"], "--device takes"),
+        (["--mixed-precision", "fp8"], "mixed_precision must be one of"),
     ],
 )
 def test_bad_options(place, extra, message):
     said = fails("dha", "convert", "--model", place / "parent", "--text", place / "text.txt",
                  "--out", place / "never", *STEPS, *extra)  # fmt: skip
     assert re.search(message, said) and not (place / "never" / "config.json").exists()
+
+
+def test_heads_that_have_not_fused_end_in_one_sentence_and_can_go_on(place, tmp_path):
+    options = ["dha", "convert", "--model", place / "parent", "--text", place / "text.txt", "--out",
+               tmp_path / "out", *STEPS[:-1], "--micro-batch-size", "1", "--quiet"]  # fmt: skip
+    assert "--force" not in options
+    said = fails(*options)
+    assert "have not fused" in said and "(--force)" in said
+    assert not (tmp_path / "out" / "config.json").exists()
+    # As it says: the same folder goes on.
+    assert "recovery" in succeeds(*options, "--force")
+
+
+def test_a_loss_that_is_not_a_number_ends_in_one_sentence(place, tmp_path):
+    options = ["dha", "convert", "--model", place / "parent", "--text", place / "text.txt", "--out",
+               tmp_path / "out", *STEPS, "--learning-rate", "1e30", "--quiet"]  # fmt: skip
+    assert "search-1: the operators are no numbers" in fails(*options)
+    assert "search-1: the loss became nan at step 3" in fails(
+        *options, "--search-steps", "3", "--work-dir", tmp_path
+    )
+
+
+def test_a_bug_is_not_hidden(monkeypatch):
+    """Only the expected failures become a sentence."""
+    from tenfold.cli.common import friendly
+
+    def bug():
+        raise RuntimeError("a bug")
+
+    def missing():
+        raise ImportError("cannot import name")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        friendly(bug)()
+    with pytest.raises(typer.Exit):
+        friendly(missing)()
+
+
+def test_every_rank_has_its_own_gpu(monkeypatch):
+    from tenfold.cli.dha import _device
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert _device("cuda") == "cuda" and _device("cuda:2") == "cuda:2"
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert _device("cuda") == "cuda:3" and _device("cpu") == "cpu"
+    monkeypatch.setenv("LOCAL_RANK", "4")
+    with pytest.raises(ValueError, match="only 4 GPUs"):
+        _device("cuda")
+
+
+@pytest.mark.slow
+def test_the_example_runs(tmp_path):
+    done = subprocess.run(
+        [sys.executable, ROOT / "examples" / "dha.py", "--search", "1", "--steps", "2", "--recovery",
+         "1", "--force", "--json", tmp_path / "r" / "dha.json"],
+        capture_output=True, text=True, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((tmp_path / "r" / "dha.json").read_text())
+    assert sum(found["key_heads"] + found["value_heads"]) <= 0.25 * 2 * 30 * 9
+    parent, small = (a["bytes_per_token"] for a in found["answers"][:2])
+    assert small < parent and "converted" in done.stdout
 
 
 def test_other_errors(place, tmp_path):

@@ -26,8 +26,9 @@ def test_small_differs_only_in_size_and_rates():
     assert changed == {
         "search_steps", "fusion_steps", "recovery_steps", "sequence_length", "batch_size",
         "recovery_batch_size", "learning_rate", "omega_lr", "lambda_lr", "margin_base",
-        "margin_end", "checkpoint_every", "preset",
+        "margin_end", "collapse_mse", "checkpoint_every", "preset",
     }  # fmt: skip
+    assert small.collapse_mse == 1e-2 and small.stop_mse == 1e-3  # it still aims at the paper's
 
 
 @pytest.mark.parametrize(

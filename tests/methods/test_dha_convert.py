@@ -12,12 +12,12 @@ import torch
 from transformers import MistralConfig, MistralForCausalLM
 
 from tenfold.dha import tiny as lm
-from tenfold.dha.config import DhaConfig
+from tenfold.dha.config import ConversionError, DhaConfig
 from tenfold.dha.conversion import Conversion, budgets_of, convert, convert_to_dha
 from tenfold.dha.model import DhaLlamaForCausalLM
 from tenfold.dha.record import ConversionRecord
-from tenfold.dha.recovery import distillation_loss, recover
-from tenfold.dha.training import rate_factor
+from tenfold.dha.recovery import distillation_loss, recover, teaching
+from tenfold.dha.training import make_accelerator, parameter_groups, rate_factor
 
 HERE = Path(__file__).parent
 ROWS = tiny.rows()
@@ -126,6 +126,12 @@ class TestRoutes:
         config = DhaConfig(budget=0.125, progressive=True)
         assert budgets_of(config) == [0.5, 0.25, 0.125]
         assert budgets_of(config.with_changes(progressive=False)) == [0.125]
+        assert budgets_of(config, 0.5) == [0.25, 0.125] and budgets_of(config, 0.2) == [0.125]
+
+    def test_no_round_that_removes_nothing(self):
+        made = run(tiny.make(kv_heads=4), gqa="group", progressive=True)
+        assert set(made.conversion.curves) == {"search-1", "fusion-1", "recovery"}
+        assert made.conversion.ratio <= 0.25
 
 
 class TestFusionStage:
@@ -146,12 +152,19 @@ class TestFusionStage:
 
     def test_collapsing_too_early_raises_and_names_every_layer(self, tmp_path):
         with pytest.raises(
-            RuntimeError, match=r"have not fused: mean mse 0\.\d+ .*layer: 0: .*1: .*force"
+            ConversionError, match=r"have not fused: mean mse 0\.\d+ .*layer: 0: .*1: .*force"
         ):
             run(force=False, work_dir=tmp_path)
-        # nothing is lost: the same folder with force goes straight on
+        with pytest.raises(ConversionError, match="have not fused"):
+            run(force=False, work_dir=tmp_path, collapse_mse=0.02)
+        # nothing is lost: the same folder goes straight on with a larger collapse_mse, or force
         stages = []
-        made = run(work_dir=tmp_path, callback=lambda p: stages.append(p.stage))
+        made = run(
+            force=False,
+            work_dir=tmp_path,
+            collapse_mse=10.0,
+            callback=lambda p: stages.append(p.stage),
+        )
         assert set(stages) == {"recovery"} and made.config.key_heads
 
     def test_a_wrong_start_is_noticed(self, monkeypatch):
@@ -159,14 +172,14 @@ class TestFusionStage:
 
         right = fusion.start_omega
         monkeypatch.setattr(fusion, "start_omega", lambda g, s: right(g, s) + 0.2)
-        with pytest.raises(RuntimeError, match=r"search-1: .*max logit error 0\.\d+"):
+        with pytest.raises(ConversionError, match=r"search-1: .*max logit error 0\.\d+"):
             run()
         run(check_equivalence=False)
 
     def test_a_loss_that_is_not_a_number_stops(self):
         model = tiny.make()
         model.lm_head.weight.data[3] = float("nan")
-        with pytest.raises(RuntimeError, match="search-1: the loss became nan at step 1"):
+        with pytest.raises(ConversionError, match="search-1: the loss became nan at step 1"):
             run(model, check_equivalence=False)
 
 
@@ -211,6 +224,62 @@ class TestErrors:
 
 
 class TestRecovery:
+    def test_the_teacher_is_in_eval_mode_and_left_as_it_was(self):
+        teacher, seen = tiny.make(seed=3), []
+        teacher.train()
+        teacher.model.norm.eval()
+        teacher.register_forward_pre_hook(lambda m, _: seen.append(m.training))
+        modes = [m.training for m in teacher.modules()]
+        recover(tiny.make(), ROWS, tiny.config(distill=0.5), teacher=teacher)
+        assert seen == [False] * 4 and [m.training for m in teacher.modules()] == modes
+
+    def test_the_teacher_goes_back_to_its_device(self):
+        class Spy(torch.nn.Linear):
+            places = ()
+
+            def to(self, device):
+                self.places += (device,)
+                return self
+
+        spy = Spy(2, 2)
+        with pytest.raises(Killed), teaching(spy, torch.device("meta")):
+            raise Killed
+        assert spy.places == (torch.device("meta"), torch.device("cpu")) and spy.training
+
+    def test_the_device_of_the_model_is_obeyed(self):
+        config = tiny.config()
+        assert make_accelerator(config, torch.device("cpu:0")).device == torch.device("cpu:0")
+        assert make_accelerator(config, torch.device("cpu")).device == torch.device("cpu")
+
+    def test_weights_are_clipped_whatever_the_rates(self):
+        model = torch.nn.Module()
+        model.weight = torch.nn.Parameter(torch.ones(2, 2))
+        model.bias = torch.nn.Parameter(torch.ones(2))
+        model.key = torch.nn.Module()
+        model.key.omega = torch.nn.Parameter(torch.ones(2, 2))
+        model.multiplier = torch.nn.Parameter(torch.ones(()))
+        groups = parameter_groups(
+            model, DhaConfig(learning_rate=1e-2, omega_lr=1e-2, lambda_lr=1e-2)
+        )
+        clipped = {id(p) for g in groups if g["clipped"] for p in g["params"]}
+        assert clipped == {id(model.weight), id(model.bias)} and len(groups) == 4
+
+    def test_pieces_change_no_more_than_rounding(self):
+        """Rows with different numbers of predicted tokens, one with none."""
+        labels = ROWS.clone()
+        labels[::4] = -100
+        labels[1::4, 5:] = -100
+        data = {"input_ids": ROWS, "labels": labels}
+        curves = []
+        for micro in (None, 1, 3):
+            config = tiny.config(micro_batch_size=micro, distill=0.5)
+            curve = recover(tiny.make(), data, config, teacher=tiny.make(seed=3))
+            curves.append([[m["loss"], m["lm"], m["kl"]] for m in curve])
+        for other in curves[1:]:
+            torch.testing.assert_close(
+                torch.tensor(other), torch.tensor(curves[0]), atol=1e-4, rtol=1e-4
+            )
+
     def test_distillation_loss(self):
         student, teacher = torch.randn(2, 2, 5, 7)
         labels = torch.tensor([[0, 1, -100, 2, 3]]).repeat(2, 1)
@@ -293,7 +362,35 @@ class TestResume:
         assert again.conversion.key_heads == first.conversion.key_heads
         assert not list(tmp_path.glob("recovery-*")) and not list(tmp_path.glob("fusion-1-*"))
 
-    def test_another_conversions_folder_is_refused(self, tmp_path):
+    def test_recover_killed_and_resumed(self, tmp_path):
+        def start(work_dir=None, callback=None, model=None, data=ROWS, teacher=3, **changes):
+            model = model or tiny.make()
+            config = tiny.config(distill=0.5, **changes)
+            curve = recover(model, data, config, teacher=tiny.make(seed=teacher),
+                            work_dir=work_dir, callback=callback)  # fmt: skip
+            return state(model), curve
+
+        def kill(progress):
+            if progress.step == 3:
+                raise Killed
+
+        whole = start()
+        with pytest.raises(Killed):
+            start(tmp_path, kill)
+        # Another run must not go on from these weights.
+        for changes, message in (({"learning_rate": 1e-2}, "learning_rate 0.0003 there, 0.01 here"),
+                                 ({"model": tiny.make(seed=5)}, "model '"), ({"teacher": 4}, "teacher '"),
+                                 ({"data": tiny.rows(seed=4)}, "data '")):  # fmt: skip
+            with pytest.raises(ValueError, match=message):
+                start(tmp_path, **changes)
+        steps = []
+        resumed = start(tmp_path, lambda p: steps.append(p.step))
+        assert steps == [4]  # a checkpoint of step 3 was there
+        assert same(resumed[0], whole[0]) and resumed[1] == whole[1]
+        assert not list(tmp_path.iterdir())  # finished: free for the next run
+        start(tmp_path, learning_rate=1e-2)
+
+    def test_another_runs_folder_is_refused(self, tmp_path):
         run(work_dir=tmp_path)
         for changes, message in (({"budget": 0.5}, "budget 0.25 there, 0.5 here"),
                                  ({"model": tiny.make(seed=3)}, "parent '"),
@@ -387,4 +484,6 @@ def test_end_to_end(seed):
         assert ours.losses["collapsed"] < gqa.losses["collapsed"]
         assert ours.losses["final"] <= gqa.losses["final"]
         if budget == 0.25:
+            # Not accuracy: after 150 steps this parent itself is right in 0.29 of the recalls (seed 0;
+            # any of the 4 values would be 0.25), so that accuracies differ by chance.
             assert our_recall["log_prob"] >= gqa_recall["log_prob"]

@@ -326,6 +326,13 @@ class TestPlans:
         with pytest.raises(ValueError, match=message):
             grouping.make_plan(self.distances(), 8, DhaConfig(**changes))
 
+    def test_uniform_needs_a_common_head_count(self):
+        sizes = [[3, 9], [2, 8]]
+        message = r"none in common: \[\(2, 8\), \(3, 9\)\]; use allocation dp"
+        with pytest.raises(ValueError, match=message):
+            grouping.head_budget(DhaConfig(budget=1.0, allocation="uniform"), 1, 9, sizes)
+        assert grouping.head_budget(DhaConfig(budget=1.0), 1, 9, sizes) == 17
+
     def test_maps_compose(self):
         base_map = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])  # GQA with four heads
         got = grouping.maps(torch.tensor([[0, 2], [1, 3]]), base_map)

@@ -19,6 +19,12 @@ out = Console(width=None if sys.stdout.isatty() else 150)
 err = Console(stderr=True)
 
 
+def _expected(error: RuntimeError) -> bool:
+    """Is it a conversion that cannot go on? (Importing its module here would take a second.)"""
+    module = sys.modules.get("tenfold.dha.config")
+    return module is not None and isinstance(error, module.ConversionError)
+
+
 def friendly(command: Callable[..., Any]) -> Callable[..., Any]:
     """Ends a command with one sentence and status 2 where the user can do something about it."""
 
@@ -29,7 +35,11 @@ def friendly(command: Callable[..., Any]) -> Callable[..., Any]:
 
         try:
             return command(*args, **kwargs)
-        except (MissingData, LoadError, ModuleNotFoundError, ValueError, TypeError) as error:
+        except (MissingData, LoadError, ImportError, ValueError, TypeError) as error:
+            err.print(f"[red]tenfold:[/red] {error}", highlight=False, soft_wrap=True)
+        except RuntimeError as error:
+            if not _expected(error):
+                raise
             err.print(f"[red]tenfold:[/red] {error}", highlight=False, soft_wrap=True)
         except OSError as error:
             # transformers reports an unknown model as one, over several lines.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -47,6 +48,12 @@ def _rows(tokenizer: Any, files: list[Path] | None, length: int, held: int = 16)
     return rows[:-count], rows[-count:]
 
 
+def _device(name: str) -> str:
+    """``--device``, checked; with torchrun, the GPU of this rank."""
+    found, rank = device_of(name), os.environ.get("LOCAL_RANK")
+    return device_of(f"cuda:{rank}") if rank and found.startswith("cuda") else found
+
+
 def _changes(**values: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
@@ -81,6 +88,10 @@ def convert(
     recovery_steps: Steps = None,
     sequence_length: Annotated[int | None, typer.Option(min=2, help="tokens per row")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="rows per step")] = None,
+    micro_batch_size: Annotated[
+        int | None, typer.Option(min=1, help="rows per forward and rank; default: all")
+    ] = None,
+    mixed_precision: Annotated[str, typer.Option(help="no, bf16 or fp16")] = "no",
     learning_rate: Annotated[float | None, typer.Option(help="of the weights")] = None,
     omega_lr: Annotated[float | None, typer.Option(help="of the fusion operators")] = None,
     force: Annotated[bool, typer.Option("--force", help="collapse in any case")] = False,
@@ -95,28 +106,33 @@ def convert(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Convert a Llama checkpoint (MHA or GQA); several ranks with torchrun."""
+    """Convert a Llama, Mistral or Qwen2 checkpoint (MHA or GQA); several ranks with torchrun."""
     from tenfold.data import load_model
     from tenfold.dha.config import DhaConfig
     from tenfold.dha.conversion import convert as run
-    from tenfold.dha.report import COLUMNS, stage_rows, write_report
 
     settings = DhaConfig.from_preset(preset, budget=budget, method=method, gqa=gqa, init=init,
                                      allocation=allocation, nested=nested, progressive=progressive,
-                                     tp_size=tp_size, distill=distill, seed=seed, force=force)  # fmt: skip
+                                     tp_size=tp_size, distill=distill, seed=seed, force=force,
+                                     mixed_precision=mixed_precision)  # fmt: skip
     settings = settings.with_changes(**_changes(
         search_steps=search_steps, fusion_steps=fusion_steps, recovery_steps=recovery_steps,
         sequence_length=sequence_length, batch_size=batch_size, recovery_batch_size=batch_size,
-        learning_rate=learning_rate, omega_lr=omega_lr,
+        micro_batch_size=micro_batch_size, learning_rate=learning_rate, omega_lr=omega_lr,
     ))  # fmt: skip
-    parent, tokenizer = load_model(model, dtype_of(dtype), device_of(device))
+    parent, tokenizer = load_model(model, dtype_of(dtype), _device(device))
     rows, held = _rows(tokenizer, text, settings.sequence_length)
     made = run(parent, data=rows, config=settings, work_dir=work_dir or folder / "work",
                eval_rows=held, quiet=quiet or json)  # fmt: skip
-    if not _main_process():
-        return
-    _save(made, tokenizer, folder)
-    record = made.conversion
+    if _main_process():
+        _save(made, tokenizer, folder)
+        _tell(made.conversion, folder, model, dtype, json)
+
+
+def _tell(record: Any, folder: Path, model: str, dtype: str, json: bool) -> None:
+    """Writes a conversion's numbers beside its model, and prints them."""
+    from tenfold.dha.report import COLUMNS, stage_rows, write_report
+
     record.write(folder / "conversion.json")
     page = write_report([record], folder / "report" / "index.html", f"{model}, {dtype}")
     if json:
@@ -132,7 +148,7 @@ def convert(
 def _summary(record: Any) -> dict[str, Any]:
     return {
         "ratio": record.ratio, "key_heads": record.key_heads, "value_heads": record.value_heads,
-        "kv_bytes_per_token": record.kv_bytes_per_token(), "losses": record.losses,
+        "kv_bytes_per_token_16bit": record.kv_bytes_per_token(), "losses": record.losses,
         "seconds": record.seconds, "mse_by_layer": record.mse_by_layer,
     }  # fmt: skip
 
@@ -166,8 +182,9 @@ def recover(
         recovery_batch_size=batch_size, learning_rate=learning_rate,
         distill=distill if teacher else 0.0,
     )  # fmt: skip
-    network, tokenizer = load_model(model, dtype_of(dtype), device_of(device))
-    parent = load_model(teacher, dtype_of(dtype), device)[0] if teacher else None
+    place = _device(device)
+    network, tokenizer = load_model(model, dtype_of(dtype), place)
+    parent = load_model(teacher, dtype_of(dtype), place)[0] if teacher else None
     rows, held = _rows(tokenizer, text, sequence_length)
     before = lm_loss(network, held)
     curve = run(network, rows, settings, teacher=parent, work_dir=str(folder / "work"),

@@ -13,7 +13,7 @@ _HOMES = {
     "layout": ("Component", "HeadLayout", "permute_query_heads", "sort_query_heads"),
     "cache": ("DhaStaticCache", "DhaStaticLayer"),
     "model": ("DhaLlamaAttention", "DhaLlamaConfig", "DhaLlamaForCausalLM", "DhaLlamaModel"),
-    "config": ("DhaConfig",),
+    "config": ("ConversionError", "DhaConfig"),
     "conversion": ("convert", "convert_to_dha"),
     "record": ("ConversionRecord",),
     "recovery": ("recover",),

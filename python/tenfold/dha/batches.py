@@ -43,6 +43,15 @@ def sample_digest(tensor: Tensor, digest: Any) -> None:
     digest.update(flat[::step].to("cpu").contiguous().view(torch.uint8).numpy().tobytes())
 
 
+def model_digest(model: Any) -> str:
+    """Identifies a model in a work folder: a hash over samples of all parameters."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(name.encode())
+        sample_digest(parameter, digest)
+    return digest.hexdigest()[:16]
+
+
 class Batches:
     """Rows of tokens in a shuffled order that depends on nothing but the seed, stage and step.
 

@@ -8,6 +8,11 @@ from dataclasses import asdict, dataclass, field, replace
 from numbers import Integral
 from typing import Any
 
+
+class ConversionError(RuntimeError):
+    """A conversion cannot go on: a wrong start, a loss that is no number, heads that have not fused."""
+
+
 METHODS = ("dha", "gqa_mean", "cka_mean", "dha_mean")
 PRESETS = ("paper", "small")
 # Everything that is cut for a small model on a small machine. The rates are those at which the
@@ -16,6 +21,8 @@ _SMALL: dict[str, Any] = {
     "search_steps": 60, "fusion_steps": 200, "recovery_steps": 200, "sequence_length": 256,
     "batch_size": 8, "recovery_batch_size": 8, "learning_rate": 3e-4, "omega_lr": 3e-2,
     "lambda_lr": 3e-2, "margin_base": 0.98, "margin_end": 0.6, "checkpoint_every": 50,
+    # So few steps may end between the two: fusion aims at stop_mse, and an hour is not thrown away.
+    "collapse_mse": 1e-2,
 }  # fmt: skip
 
 
@@ -51,7 +58,7 @@ class DhaConfig:
             ``"summed"``, one hinge on the sum.
         margin_base, margin_end: t(step) = max(0, b ** step * (1 - step / k)), k = margin_end * steps.
         stop_mse: fusion ends when the mean mse is below it. collapse_mse: collapsing above it raises
-            unless ``force``.
+            unless ``force`` (the preset ``"small"``: 1e-2).
         coefficients: ``"full"`` (one per head pair and dimension), ``"scalar"`` (one per pair), or
             ``"tied"`` (keys share them between the two dimensions that RoPE rotates together).
         grouping: what groups heads: ``"search"``, ``"cka"``, or ``"contiguous"`` (GQA's order).

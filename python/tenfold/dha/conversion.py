@@ -9,7 +9,6 @@ recovery    ordinary training, optionally with the parent as its teacher
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,8 +19,8 @@ from torch import Tensor
 
 from tenfold import ops
 from tenfold.dha.align import align
-from tenfold.dha.batches import Batches, Data, lm_loss, sample_digest
-from tenfold.dha.config import DhaConfig
+from tenfold.dha.batches import Batches, Data, lm_loss, model_digest
+from tenfold.dha.config import ConversionError, DhaConfig
 from tenfold.dha.fusion import (
     FusionModel,
     attention_layers,
@@ -54,12 +53,12 @@ def convert(
     quiet: bool = True,
     **changes: Any,
 ) -> Any:
-    """Converts a Llama checkpoint with MHA or GQA to decoupled-head attention.
+    """Converts a Llama, Mistral or Qwen2 model with MHA or GQA to decoupled-head attention.
 
         small = convert(model, budget=0.25, data=token_ids, config="small")
 
     Args:
-        model: a ``LlamaForCausalLM``. It is not changed.
+        model: a causal LM of type Llama, Mistral or Qwen2 with full attention. It is not changed.
         budget: key + value heads kept, as a share of 2 * H per layer; default 0.25 or the config's.
         data: a token stream [n] or rows [R, S] int64, a dict with ``input_ids`` (``labels``,
             ``attention_mask``) [R, S], or a function (stage, step, size) -> rows.
@@ -75,9 +74,10 @@ def convert(
         conversion as ``model.conversion`` (a :class:`ConversionRecord`).
 
     Raises:
-        TypeError: not a plain Llama model. ValueError: settings, budget or sizes that cannot be met,
-            naming what can; a work folder of another conversion. RuntimeError: the start of fusion
-            differs from the parent; collapsing heads that have not fused; a loss that is not a number.
+        TypeError: a model of another kind. ValueError: settings, budget or sizes that cannot be met,
+            naming what can; a work folder of another run. ConversionError (a RuntimeError): the start of
+            fusion differs from the parent; collapsing heads that have not fused; a loss that is not a
+            number.
     """
     if isinstance(config, str):
         config = DhaConfig.from_preset(config)
@@ -92,11 +92,15 @@ def convert(
 convert_to_dha = convert
 
 
-def budgets_of(config: DhaConfig) -> list[float]:
-    """The budget of every round: one, or with ``progressive`` 1/2, 1/4, ... down to ``budget``."""
+def budgets_of(config: DhaConfig, present: float = 1.0) -> list[float]:
+    """The budget of every round: one, or with ``progressive`` 1/2, 1/4, ... down to ``budget``.
+
+    present: the share of 2 * H heads that there are; rounds that would remove none are left out.
+    """
     rounds, share = [], 0.5
     while config.progressive and config.method == "dha" and share > config.budget:
-        rounds.append(share)
+        if share < present:
+            rounds.append(share)
         share /= 2
     return [*rounds, config.budget]
 
@@ -139,10 +143,13 @@ class Conversion:
         searches = c.method in ("dha", "dha_mean") and c.grouping == "search" and c.search_steps > 0
         return searches or (c.method == "dha" and c.fusion_steps > 0) or c.recovery_steps > 0
 
+    def _base_heads(self) -> int:
+        """Key heads, and value heads, of a layer before the first round."""
+        return self.heads if self.config.gqa == "expand" else self.parent.config.num_key_value_heads
+
     def _check_budgets(self) -> None:
         """Refuses now what grouping would refuse after the search."""
-        had = self.parent.config.num_key_value_heads
-        base = self.heads if self.config.gqa == "expand" else had
+        base = self._base_heads()
         if self.config.nested and self.config.progressive:
             raise ValueError("nested cannot be combined with progressive: after the first round keys "
                              "and values are grouped from different heads")  # fmt: skip
@@ -157,11 +164,7 @@ class Conversion:
         return self.config.with_changes(**own.get(self.config.method, {}))
 
     def _identity(self) -> dict[str, Any]:
-        digest = hashlib.sha256()
-        for name, parameter in self.parent.named_parameters():
-            digest.update(name.encode())
-            sample_digest(parameter, digest)
-        return {"config": self.config.to_json(), "parent": digest.hexdigest()[:16],
+        return {"config": self.config.to_json(), "parent": model_digest(self.parent),
                 "data": self.batches.digest()}  # fmt: skip
 
     def run(self) -> Any:
@@ -176,7 +179,8 @@ class Conversion:
             working = working_copy(self.parent, self.config.gqa).to(self.accelerator.device)
             self._evaluate("parent", self.parent)
             self.record.cka = [self._cka(p).cpu() for p in projections(working)]
-            for number, budget in enumerate(budgets_of(self.config), 1):
+            present = self._base_heads() / self.heads
+            for number, budget in enumerate(budgets_of(self.config, present), 1):
                 self._round(working, number, budget)
             model = to_dha(working)
             final_attention = model.config._attn_implementation
@@ -267,6 +271,11 @@ class Conversion:
         curve = self.trainer.run(stage, module, config.search_steps, config.batch_size, loss_of)
         omegas = [p.full_omega().detach().cpu() for p in parts]
         distances = [operator_distances(o) for o in omegas]
+        if not all(bool(m.isfinite().all()) for m in distances):  # the last step's loss cannot tell
+            raise ConversionError(
+                f"{stage}: the operators are no numbers after the last step. Lower the learning rates, "
+                "or look at the data"
+            )
         for p in parts:
             p.drop_groups()
         tensors = {f"M.{c}": m for c, m in enumerate(distances)}
@@ -320,10 +329,12 @@ class Conversion:
         mse = mean_mse(working)
         if mse > self.config.collapse_mse and not self.config.force:
             each = ", ".join(f"{i}: {value:.2g}" for i, value in enumerate(by_layer))
-            raise RuntimeError(
+            raise ConversionError(
                 f"the heads have not fused: mean mse {mse:.3g} is above collapse_mse "
                 f"{self.config.collapse_mse:g}; collapsing now would lose what they do not share. Mean "
-                f"per layer: {each}. Give more fusion_steps or a higher omega_lr, or force=True"
+                f"per layer: {each}. Give more fusion_steps or a higher omega_lr (in a work folder of its "
+                "own), or collapse with force=True (--force) or a larger collapse_mse: on the same "
+                "work folder that goes on from here"
             )
 
     def _recover(self, model: Any, final_attention: str) -> Any:
@@ -402,7 +413,7 @@ class _Unchanged:
             return
         error = float((self._logits() - self.before).abs().max())
         if not error <= EQUAL * (1 + float(self.before.abs().max())):
-            raise RuntimeError(
+            raise ConversionError(
                 f"{self.stage}: the model with its starting operators is not the parent: max logit "
                 f"error {error:.3g}. The operators must start at identity; check_equivalence=False "
                 "goes on regardless"

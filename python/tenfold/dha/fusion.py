@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tenfold import ops
+from tenfold.dha.config import ConversionError
 from tenfold.dha.grouping import maps
 
 
@@ -263,10 +264,10 @@ class FusionModel(nn.Module):
 
     @torch.no_grad()
     def clamp_multiplier(self) -> None:
-        """lambda >= 0. Raises RuntimeError if it is not a number."""
+        """lambda >= 0. Raises ConversionError if it is not a number."""
         value = float(self.multiplier)
         if not math.isfinite(value):
-            raise RuntimeError(
+            raise ConversionError(
                 f"the Lagrange multiplier became {value}: training stopped. Lower lambda_lr, omega_lr "
                 "or learning_rate, and look at the last losses"
             )

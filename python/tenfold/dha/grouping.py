@@ -100,7 +100,12 @@ def head_budget(config: DhaConfig, layers: int, heads: int, sizes: Sequence[Sequ
     least = sum(min(s) for s in sizes)
     if config.allocation == "uniform" or config.method in ("gqa_mean", "cka_mean"):
         common = set.intersection(*(set(s) for s in sizes))
-        least = len(sizes) * min(common) if common else total + 1
+        if not common:
+            raise ValueError(
+                "the same head count everywhere needs one that all components allow, but these have "
+                f"none in common: {sorted(set(map(tuple, sizes)))}; use allocation dp, or other sizes"
+            )
+        least = len(sizes) * min(common)
     if wanted < least:
         raise ValueError(
             f"budget {config.budget} is {wanted} of {total} key + value heads, but at least {least} "
@@ -218,7 +223,6 @@ def make_plan(distances: Sequence[Tensor], query_heads: int, config: DhaConfig) 
     """
     sizes = [allowed_sizes(d.shape[0], config) for d in distances]
     budget = head_budget(config, len(distances) // 2, query_heads, sizes)
-    # A single size per component leaves no choice: the table would only cost time.
     tables = [{n: group_component(d, n, config) for n in s} for d, s in zip(distances, sizes)]
     costs = [
         [0.0 if n == d.shape[0] else inside_cost(d, table[n]) for n in s]

@@ -11,11 +11,11 @@ from torch import Tensor
 from tenfold.dha.record import ConversionRecord
 from tenfold.report import PALETTE, Card, Page, figure, heat_map, png_bytes
 
-SHOWN = 3  # layers whose matrices are drawn: first, middle, last
 COLUMNS = ("stage", "steps", "seconds", "first loss", "last loss", "last mse")
 
 
 def _shown_layers(layers: int) -> list[int]:
+    """Layers whose matrices are drawn: first, middle, last."""
     return sorted({0, layers // 2, layers - 1})
 
 

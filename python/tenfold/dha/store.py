@@ -18,8 +18,9 @@ from typing import Any
 
 from torch import Tensor
 
-# Settings that may change between two runs on one folder: they change no number that is trained.
-_FREE = ("force", "checkpoint_every", "micro_batch_size")
+# Settings that may change between two runs on one folder: they change what is trained not at all, or
+# (micro_batch_size) by rounding.
+_FREE = ("force", "collapse_mse", "checkpoint_every", "micro_batch_size")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -55,9 +56,14 @@ class WorkFolder:
         ]
         if wrong:
             raise ValueError(
-                f"the work folder {self.path} belongs to another conversion ({'; '.join(wrong)}); "
+                f"the work folder {self.path} belongs to another run ({'; '.join(wrong)}); "
                 "give another folder, or remove this one"
             )
+
+    def release(self) -> None:
+        """Ends the claim of a run that leaves nothing in the folder to go on from."""
+        if self.main:
+            (self.path / "run.json").unlink(missing_ok=True)
 
     def load(self, name: str) -> Any | None:
         """The JSON result ``name``, None if that stage has not finished."""

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from tenfold.dha.batches import Batches
-from tenfold.dha.config import DhaConfig
+from tenfold.dha.config import ConversionError, DhaConfig
 from tenfold.dha.store import WorkFolder
 
 Metrics = dict[str, float]
@@ -41,7 +41,10 @@ Callback = Callable[[Progress], None]
 
 
 def make_accelerator(config: DhaConfig, device: torch.device) -> Any:
-    """accelerate's view of this process; ModuleNotFoundError says how to install it."""
+    """accelerate's view of this process, which trains on ``device`` if it is the only one.
+
+    Several have the device of their rank. ModuleNotFoundError says how to install accelerate.
+    """
     if importlib.util.find_spec("accelerate") is None:
         raise ModuleNotFoundError(
             "converting a model needs accelerate; install it with `pip install 'tenfold[train]'`"
@@ -49,7 +52,11 @@ def make_accelerator(config: DhaConfig, device: torch.device) -> Any:
     from accelerate import Accelerator
 
     cpu = {"cpu": True} if device.type == "cpu" else {}
-    return Accelerator(mixed_precision=config.mixed_precision, **cpu)
+    accelerator = Accelerator(mixed_precision=config.mixed_precision, **cpu)
+    if accelerator.num_processes == 1:
+        # On its own, accelerate takes the first GPU, or what an earlier call in this process took.
+        accelerator.state.device = device
+    return accelerator
 
 
 @contextlib.contextmanager
@@ -75,7 +82,10 @@ def rate_factor(step: int, steps: int, config: DhaConfig) -> float:
 
 
 def parameter_groups(module: nn.Module, config: DhaConfig) -> list[dict[str, Any]]:
-    """AdamW's groups: matrices decay, vectors do not; operators and the multiplier have rates of their own."""
+    """AdamW's groups: matrices decay, vectors do not; operators and the multiplier have own rates.
+
+    ``clipped`` tells the model's own weights, whose gradients are clipped.
+    """
     named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
     omega = [p for n, p in named if n.endswith(".omega")]
     multiplier = [p for n, p in named if n.endswith("multiplier")]
@@ -83,13 +93,17 @@ def parameter_groups(module: nn.Module, config: DhaConfig) -> list[dict[str, Any
     rest = [p for _, p in named if id(p) not in special]
     groups = [
         {"params": [p for p in rest if p.ndim > 1], "lr": config.learning_rate,
-         "weight_decay": config.weight_decay},
-        {"params": [p for p in rest if p.ndim <= 1], "lr": config.learning_rate},
+         "weight_decay": config.weight_decay, "clipped": True},
+        {"params": [p for p in rest if p.ndim <= 1], "lr": config.learning_rate, "clipped": True},
         {"params": omega, "lr": config.omega_lr},
         # Ascent: the multiplier grows while a hinge is violated.
         {"params": multiplier, "lr": config.lambda_lr, "maximize": True},
     ]  # fmt: skip
-    return [{"weight_decay": 0.0} | g | {"peak": g["lr"]} for g in groups if g["params"]]
+    return [
+        {"weight_decay": 0.0, "clipped": False} | g | {"peak": g["lr"]}
+        for g in groups
+        if g["params"]
+    ]
 
 
 @contextlib.contextmanager
@@ -113,6 +127,22 @@ def _bar(stage: str, steps: int, done: int, shown: bool) -> Iterator[Callable[[M
             bar.update(task, advance=1, description=text)
 
         yield advance
+
+
+def _pieces(batch: dict[str, Tensor], rows: int | None) -> list[tuple[dict[str, Tensor], float]]:
+    """The batch in pieces of ``rows`` rows, each with its share of the tokens that are predicted.
+
+    A piece's loss is the mean of its tokens, so these shares make the sum the mean of the batch. Pieces
+    that predict nothing are left out.
+    """
+    size = len(batch["input_ids"])
+    if rows is None or rows >= size:
+        return [(batch, 1.0)]
+    counts = (batch["labels"][:, 1:] != -100).sum(1).split(rows)
+    tokens = torch.stack([c.sum() for c in counts]).tolist()
+    parts = [{k: v[at : at + rows] for k, v in batch.items()} for at in range(0, size, rows)]
+    shared = [(p, n / sum(tokens)) for p, n in zip(parts, tokens) if n]
+    return shared or [(batch, 1.0)]
 
 
 class Trainer:
@@ -171,13 +201,10 @@ class Trainer:
         self, model: Any, batch: dict[str, Tensor], loss_of: Callable[..., Any], step: int
     ) -> Metrics:
         """Forward and backward of one batch, in pieces of ``micro_batch_size`` rows."""
-        size = len(batch["input_ids"])
-        micro = self.config.micro_batch_size or size
+        pieces = _pieces(batch, self.config.micro_batch_size)
         sums: dict[str, Tensor] = {}
-        for start in range(0, size, micro):
-            part = {k: v[start : start + micro] for k, v in batch.items()}
-            share = len(part["input_ids"]) / size
-            last = start + micro >= size
+        for i, (part, share) in enumerate(pieces, 1):
+            last = i == len(pieces)
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
                 with self.accelerator.autocast():
                     loss, metrics = loss_of(model, part, step)
@@ -200,7 +227,7 @@ class Trainer:
     ) -> list[Metrics]:
         """Trains ``module`` in place for ``steps`` steps, or until ``after_step`` returns True.
 
-        Returns the metrics of every step. Raises RuntimeError if the loss is not a number.
+        Returns the metrics of every step. Raises ConversionError if the loss is not a number.
         """
         if steps == 0:
             return []
@@ -209,8 +236,7 @@ class Trainer:
         module.to(accelerator.device)
         fused = {"fused": True} if accelerator.device.type in ("cpu", "cuda") else {}
         optimizer = torch.optim.AdamW(parameter_groups(module, config), betas=config.betas, **fused)
-        weights = [p for g in optimizer.param_groups if g["peak"] == config.learning_rate
-                   and not g["maximize"] for p in g["params"]]  # fmt: skip
+        weights = [p for g in optimizer.param_groups if g["clipped"] for p in g["params"]]
         model, optimizer = accelerator.prepare(module, optimizer)
         first, curve = self._resume(stage)
         stopped = bool(curve and curve[-1].get("stopped"))
@@ -224,7 +250,7 @@ class Trainer:
                 batch = self.rank_rows(self.batches.take(stage, step, batch_size))
                 metrics = self._forward(model, batch, loss_of, step)
                 if not math.isfinite(metrics["loss"]):
-                    raise RuntimeError(
+                    raise ConversionError(
                         f"{stage}: the loss became {metrics['loss']} at step {step + 1}; training "
                         "stopped. Lower the learning rates, or look at the data"
                     )
