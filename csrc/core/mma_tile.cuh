@@ -188,6 +188,64 @@ __device__ inline void accumulate(const float (&weights)[kM][kN][4], const T* b,
   }
 }
 
+// As accumulate(), but what has weight 0 does not take part: 0 * NaN must not reach a row that does
+// not see it. Key by key, for the few tiles that hold such values; the weights are not rounded.
+template <class T, int kW, int kM, int kN>
+__device__ inline void accumulate_seen(const float (&weights)[kM][kN][4], const T* b, int dims,
+                                       float (&acc)[kM][kW / 8][4]) {
+  const int lane = threadIdx.x % 32, col = lane % 4 * 2;
+#pragma unroll
+  for (int k = 0; k < 2 * kN; ++k)
+#pragma unroll 1
+    for (int from = 0; from < 4; ++from) {  // the lane of the row's four that has the weights
+      float x[2 * kM];
+#pragma unroll
+      for (int r = 0; r < 2 * kM; ++r)
+        x[r] =
+            __shfl_sync(0xFFFFFFFFu, weights[r / 2][k / 2][r % 2 * 2 + k % 2], lane / 4 * 4 + from);
+#pragma unroll
+      for (int n = 0; n < kW / 8; ++n) {
+        if (8 * n >= dims) break;
+        const T* y = b + Tile<T, kW>::at(k / 2 * 8 + from * 2 + k % 2, 8 * n + col);
+        const float left = to_float(y[0]), right = to_float(y[1]);
+#pragma unroll
+        for (int r = 0; r < 2 * kM; ++r) {
+          if (x[r] == 0.0f) continue;
+          float* const sums = acc[r / 2][n] + r % 2 * 2;
+          sums[0] = fmaf(x[r], left, sums[0]);
+          sums[1] = fmaf(x[r], right, sums[1]);
+        }
+      }
+    }
+}
+
+// Whether 16 bytes hold an infinity or a NaN.
+template <class T>
+__device__ inline bool any_wild(const uint4& x) {
+  constexpr uint32_t kExponent = sizeof(T) == 4              ? 0x7F800000u
+                                 : std::is_same_v<T, bf16_t> ? 0x7F80u
+                                                             : 0x7C00u;
+  bool wild = false;
+  for (const uint32_t word : {x.x, x.y, x.z, x.w}) {
+    wild |= (word & kExponent) == kExponent;
+    if constexpr (sizeof(T) == 2) wild |= (word >> 16 & kExponent) == kExponent;
+  }
+  return wild;
+}
+
+// Sets *wild if the first `dims` columns of a tile hold an infinity or a NaN. The block's threads
+// together; the flag is complete after a barrier.
+template <class T, int kW, int kRows, int kThreads>
+__device__ inline void find_wild(const T* tile, int dims, int* wild) {
+  using Shape = Tile<T, kW>;
+  bool found = false;
+  for (int i = threadIdx.x; i < kRows * Shape::kVectors; i += kThreads) {
+    const int r = i / Shape::kVectors, c = i % Shape::kVectors * Shape::kPer;
+    if (c < dims) found |= any_wild<T>(*reinterpret_cast<const uint4*>(tile + Shape::at(r, c)));
+  }
+  if (found) *wild = 1;
+}
+
 // acc * factor of each row, rounded to T, to rows of global memory: the first `rows` of the warp's,
 // by way of its own rows of a tile that no other warp touches.
 template <class T, int kW, int kM>

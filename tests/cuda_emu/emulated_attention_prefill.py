@@ -291,6 +291,63 @@ def check_edges():
         assert bool((dk == 0).all()) and bool((dv == 0).all())
 
 
+def check_lowest_bias():
+    """The lowest finite number of a dtype is a number: no overflow on the way to weights."""
+    for dtype in (torch.bfloat16, torch.float32):
+        args = inputs(1, 2, 1, 2, 40, 150, 32, 24, dtype)
+        bias = torch.zeros(1, 1, 40, 150, dtype=dtype)
+        bias[..., :64] = torch.finfo(dtype).min  # the first tile of keys, behind which others win
+        check_gradients(args, {"causal": False, "attn_bias": bias}, False)
+        bias[:, :, 7] = torch.finfo(dtype).min  # a row that sees all keys alike
+        out, lse = attention(*args, causal=False, attn_bias=bias)
+        torch.testing.assert_close(
+            out[:, :, 7], args[2][:, args[4]].float().mean(2).to(dtype), atol=1e-3, rtol=1e-2
+        )
+        assert bool(out.isfinite().all()) and bool(lse.isfinite().all())
+
+
+def check_hidden_wild():
+    """NaN and infinities of keys that a row does not see do not reach it, nor its gradients."""
+    nan, inf = float("nan"), float("inf")
+    for dtype in CODES:
+        # The tiles with NaN take another way: rounding differs.
+        near = (
+            {"atol": 1e-5, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 2e-2, "rtol": 2e-2}
+        )
+        q, k, v, kmap, vmap = inputs(1, 1, 1, 1, 150, 150, 32, 24, dtype)
+        bad = v.clone()
+        bad[0, 0, 40, 5], bad[0, 0, 41, 6] = nan, inf
+        for options, hidden in (({}, 40), ({"window_right": 3, "causal": False}, 37)):
+            good, out = (attention(q, k, x, kmap, vmap, **options)[0][0, 0] for x in (v, bad))
+            torch.testing.assert_close(out[:hidden], good[:hidden], **near)
+            assert bool(out[hidden:, 5].isnan().all())
+            assert bool((out[hidden + 1 :, 6] == inf).all())
+        # A bias of -inf for some rows only; then keys hidden from all of them, in every gradient.
+        bias = torch.zeros(1, 1, 150, 150)
+        bias[..., :60, 35:50] = -inf
+        options = {"causal": False, "attn_bias": bias}
+        good, out = (attention(q, k, x, kmap, vmap, **options)[0][0, 0] for x in (v, bad))
+        torch.testing.assert_close(out[:60], good[:60], **near)
+        assert bool(out[60:, 5].isnan().all())
+        bias[..., 35:50] = -inf
+        bad_k, bad_v = k.clone(), v.clone()
+        bad_k[:, :, 36], bad_v[:, :, 37:39] = nan, inf
+        out, lse = attention(q, k, v, kmap, vmap, **options)
+        dout = torch.randn_like(out)
+        want = backward(dout, q, k, v, out, lse, kmap, vmap, **options)
+        got = backward(dout, q, bad_k, bad_v, out, lse, kmap, vmap, **options)
+        for x, y in zip(got, want):
+            torch.testing.assert_close(x, y, **near)
+        # A causal mask: key 140 is for the last rows, query 0 sees key 0 only.
+        bad_k, bad_q = k.clone(), q.clone()
+        bad_k[:, :, 140], bad_q[:, :, 0] = nan, nan
+        out, lse = attention(q, k, v, kmap, vmap)
+        want = backward(dout, q, k, v, out, lse, kmap, vmap)
+        got = backward(dout, bad_q, bad_k, v, out, lse, kmap, vmap)
+        for x, y in zip(got, want):
+            torch.testing.assert_close(x[:, :, 1:140], y[:, :, 1:140], **near)
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     torch.set_num_threads(1)

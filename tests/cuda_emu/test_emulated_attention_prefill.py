@@ -19,6 +19,8 @@ CHECKS = [
     ),
     "packed",
     "edges",
+    "lowest_bias",
+    "hidden_wild",
 ]
 
 

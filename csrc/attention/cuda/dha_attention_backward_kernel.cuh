@@ -58,6 +58,7 @@ struct BackwardBlock {
   T *own_x, *own_y, *other;        // other: [kStages][2][kCols][kW]
   float *other_lse, *other_delta;  // [kStages][kCols] (dK, dV)
   float* scratch;                  // of this warp
+  int* wild;                       // [2]: a tile of the other side has infinities or NaN
   float (&grad)[C::kM][kW / 8][4];
 
   // What the current query head adds.
@@ -83,12 +84,12 @@ struct BackwardBlock {
   __device__ int64_t lse_at(int64_t i) const {
     return b * p.lse_batch + h * p.lse_head + qs.first + i;
   }
-  // The lse of a query in units of the logits; inf, which makes every weight 0, for one that does
+  // The lse of a query; inf, which makes every weight 0, for one that does
   // not exist or sees nothing.
   __device__ float lse_of(int64_t i) const {
     if (i >= qs.count) return bits_to_float(0x7F800000u);
     const float x = p.lse[lse_at(i)];
-    return x == bits_to_float(0xFF800000u) ? -x : x * Units::kPerNatural;
+    return x == bits_to_float(0xFF800000u) ? -x : x;
   }
 
   // Rows of the other side that a row of this one sees, or is seen by.
@@ -168,10 +169,11 @@ struct BackwardBlock {
             if (bias.data != nullptr) {
               const int64_t query = kOwnsQueries ? row : first + col;
               const int64_t key = kOwnsQueries ? first + col : row;
-              logit += bias_at(bias, query * bias.row + key * bias.key);
+              const float add = bias_at(bias, query * bias.row + key * bias.key);
+              logit = add == bits_to_float(0xFF800000u) ? add : logit + add;
             }
             const float lse = kOwnsQueries ? own_lse[m][half] : other_lse[stage + col];
-            value = Units::exp(logit * Units::kPerNatural - lse);
+            value = Units::exp((logit - lse) * Units::kPerNatural);
             if constexpr (kGrad != Grad::v) {
               const float delta = kOwnsQueries ? own_delta[m][half] : other_delta[stage + col];
               // A weight of 0 ends it: what is behind a mask may be anything.
@@ -202,10 +204,12 @@ struct BackwardBlock {
     const int64_t begin = range.first / C::kCols, end = (range.last + C::kCols - 1) / C::kCols;
     load_own();
     load_other(begin, range);
+    if (threadIdx.x == 0) wild[begin % 2] = 0;
     for (int64_t tile = begin; tile < end; ++tile) {
       copy_wait<0>();
       __syncthreads();
       if (C::kStages == 2 && tile + 1 < end) load_other(tile + 1, range);
+      if (threadIdx.x == 0) wild[(tile + 1) % 2] = 0;
       add_tile(tile, bias);
       if (C::kStages == 2) continue;
       __syncthreads();
@@ -222,11 +226,17 @@ struct BackwardBlock {
       multiply_transposed<T, kW>(own_y, warp_row, other_tile(tile, 1), 0, round_up(value_dims, 16),
                                  y);
     make_weights(tile, bias, x, y);
-    if constexpr (kGrad == Grad::v) {
-      accumulate<T, kW>(x, other_tile(tile, 1), value_dims, scratch, grad);
-    } else {
-      accumulate<T, kW>(x, other_tile(tile, 0), dims, scratch, grad);
+    const T* const factors = other_tile(tile, kGrad == Grad::v);
+    const int columns = kGrad == Grad::v ? value_dims : dims;
+    // What a row does not see must not reach it, whatever it holds.
+    const int64_t first = tile * C::kCols;
+    if (bias.data != nullptr || partners(row0 + rows - 1).first > first ||
+        partners(row0).last < first + C::kCols) {
+      find_wild<T, kW, C::kCols, C::kThreads>(factors, columns, wild + tile % 2);
+      __syncthreads();
+      if (wild[tile % 2]) return accumulate_seen<T, kW>(x, factors, columns, grad);
     }
+    accumulate<T, kW>(x, factors, columns, scratch, grad);
   }
 };
 
@@ -238,6 +248,7 @@ __global__ void __launch_bounds__(BackwardTile<T, kW>::kThreads, 2)
   TENFOLD_SHARED(int, chosen, 1);
   TENFOLD_SHARED(float, other_lse, C::kStages* C::kCols);
   TENFOLD_SHARED(float, other_delta, C::kStages* C::kCols);
+  TENFOLD_SHARED(int, wild, 2);
   TENFOLD_DYNAMIC_SHARED(memory);
   const Work w = find_work(kOwnsQueries ? p.queries : p.keys, p.batch,
                            kOwnsQueries       ? p.q_heads
@@ -267,6 +278,7 @@ __global__ void __launch_bounds__(BackwardTile<T, kW>::kThreads, 2)
                                     other_lse,
                                     other_delta,
                                     scratch + warp * C::kScratch,
+                                    wild,
                                     grad,
                                     0,
                                     0,

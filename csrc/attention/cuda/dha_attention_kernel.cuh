@@ -103,15 +103,17 @@ __device__ inline void softmax_step(float factor, RowState<kM>& state, float (&a
       top = fmaxf(top, __shfl_xor_sync(0xFFFFFFFFu, top, 1));
       top = fmaxf(top, __shfl_xor_sync(0xFFFFFFFFu, top, 2));
       // A row that has seen nothing yet: any finite base gives weights of 0.
-      const float base = top == bits_to_float(0xFF800000u) ? 0.0f : top * factor;
-      const float shrink = SoftmaxUnits<T>::exp(state.top[m][half] * factor - base);
+      // The difference comes first: a mask of the lowest finite number times the factor would be
+      // -inf, and an unchanged maximum must give exactly 1 (a fused a * factor - base would not).
+      const float base = top == bits_to_float(0xFF800000u) ? 0.0f : top;
+      const float shrink = SoftmaxUnits<T>::exp((state.top[m][half] - base) * factor);
       state.top[m][half] = top;
       float sum = state.sum[m][half] * shrink;
 #pragma unroll
       for (int n = 0; n < kN; ++n)
 #pragma unroll
         for (int i = 2 * half; i < 2 * half + 2; ++i) {
-          acc[m][n][i] = SoftmaxUnits<T>::exp(acc[m][n][i] * factor - base);
+          acc[m][n][i] = SoftmaxUnits<T>::exp((acc[m][n][i] - base) * factor);
           sum += acc[m][n][i];
         }
       state.sum[m][half] = sum;
@@ -141,7 +143,7 @@ struct ForwardSteps {
   int64_t row0;  // of the block
   T *q_tile, *k_tile, *v_tile;
   float* scratch;  // of this warp
-  int* seen;
+  int *seen, *wild;
 
   __device__ void load(T* tile, const GlobalRows<T>& from, int64_t key0) const {
     const GlobalRows<T> rows{from.first + key0 * from.stride, from.stride, from.dims, from.vectors};
@@ -165,6 +167,7 @@ struct ForwardSteps {
     copy_wait<0>();
     __syncthreads();  // keys (and queries) are there, the last values are used up
     load(v_tile, v, key0);
+    if (threadIdx.x == 0) *wild = 0;
     if (rule.bias.data != nullptr)
       for (int i = threadIdx.x; i < C::kKeys; i += C::kThreads) seen[i] = 0;
     multiply_transposed<T, kW>(q_tile, warp_row, k_tile, 0, round_up(dims, 16), acc);
@@ -178,6 +181,11 @@ struct ForwardSteps {
       clear_hidden_rows<T, kW, C::kKeys, C::kThreads>(v_tile, seen);
       __syncthreads();
     }
+    if (masked || rule.bias.data != nullptr) {
+      find_wild<T, kW, C::kKeys, C::kThreads>(v_tile, value_dims, wild);
+      __syncthreads();
+      if (*wild) return accumulate_seen<T, kW>(acc, v_tile, value_dims, out);
+    }
     accumulate<T, kW>(acc, v_tile, value_dims, scratch, out);
   }
 };
@@ -188,6 +196,7 @@ __global__ void __launch_bounds__(ForwardTile<T, kW>::kThreads, ForwardTile<T, k
   using C = ForwardTile<T, kW>;
   TENFOLD_SHARED(int, chosen, 1);
   TENFOLD_SHARED(int, seen, C::kKeys);
+  TENFOLD_SHARED(int, wild, 1);
   TENFOLD_DYNAMIC_SHARED(memory);
   const Work w = find_work(p.queries, p.batch, p.q_heads, C::kRows, blockIdx.x);
   if (w.first < 0) return;
@@ -211,7 +220,8 @@ __global__ void __launch_bounds__(ForwardTile<T, kW>::kThreads, ForwardTile<T, k
       tiles + C::kRows * kW,
       tiles + (C::kRows + C::kKeys) * kW,
       scratch + warp * C::kScratch,
-      seen};
+      seen,
+      wild};
   const GlobalRows<T> q{row_at<T>(p.q, p.q_at, w.batch, h, qs.first + row0), p.q_at.row, dims,
                         p.q_vectors};
   float out[C::kM][kW / 8][4] = {};
@@ -241,7 +251,7 @@ __global__ void __launch_bounds__(ForwardTile<T, kW>::kThreads, ForwardTile<T, k
       const int row = warp_row + 16 * m + lane / 4 + 8 * half;
       if (lane % 4 == 0 && row < rows)
         p.lse[w.batch * p.lse_batch + h * p.lse_head + qs.first + row0 + row] =
-            sees ? state.top[m][half] * factor * SoftmaxUnits<T>::kNatural + logf(sum)
+            sees ? state.top[m][half] * steps.rule.factor() + logf(sum)
                  : bits_to_float(0xFF800000u);
     }
   T* const to = static_cast<T*>(p.out) + w.batch * p.out_at.batch + h * p.out_at.head +
