@@ -3,6 +3,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "core/dispatch.h"
@@ -154,7 +155,7 @@ DhaDecodeParams check_dha_decode(const Tensor& q, const Tensor& k, const Tensor&
              : layout == CacheLayout::ragged ? k.sizes()[0]
                                              : k.sizes()[2];
   p.block_size = paged ? k.sizes()[1] : 0, p.num_blocks = paged ? k.sizes()[0] : 0;
-  p.window_left = a.window_left, p.num_splits = a.num_splits;
+  p.window_left = std::min(a.window_left, kMaxLength), p.num_splits = a.num_splits;
   p.scale = static_cast<float>(a.scale.value_or(1.0 / std::sqrt(static_cast<double>(d))));
   p.softcap = static_cast<float>(a.softcap);
   p.dtype = to_dtype(q.scalar_type());

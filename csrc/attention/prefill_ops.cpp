@@ -181,8 +181,8 @@ AttentionParams attention_params(const Tensor& q, const Tensor& k, const Tensor&
   p.max_k = varlen ? a.max_k : k.sizes()[2];
   const int64_t rows = varlen ? q.sizes()[0] : q.sizes()[2];
   p.lse_head = rows, p.lse_batch = varlen ? 0 : p.q_heads * rows;
-  p.mask.left = a.window_left < 0 ? kNoLimit : a.window_left;
-  p.mask.right = a.causal ? 0 : a.window_right < 0 ? kNoLimit : a.window_right;
+  p.mask.left = a.window_left < 0 ? kNoLimit : std::min(a.window_left, kNoLimit);
+  p.mask.right = a.causal ? 0 : a.window_right < 0 ? kNoLimit : std::min(a.window_right, kNoLimit);
   if (a.attn_bias) p.bias = bias_params("dha_attention", *a.attn_bias);
   p.scale = static_cast<float>(a.scale.value_or(1.0 / std::sqrt(static_cast<double>(p.head_dim))));
   p.softcap = static_cast<float>(a.softcap);

@@ -2,7 +2,7 @@
 // tests/cuda_emu read the same kernels: one launch macro, one way to declare shared memory.
 //   TENFOLD_LAUNCH(kernel, grid, block, stream, args...);
 //   TENFOLD_SHARED(float, tile, 64 * 40);      // float* tile, once per block
-//   TENFOLD_LAUNCH_SHARED(kernel, grid, block, bytes, stream, args...);
+//   TENFOLD_LAUNCH_SHARED(kernel, grid, block, bytes, most_bytes, stream, args...);
 //   TENFOLD_DYNAMIC_SHARED(memory);            // char* memory: the bytes of that launch
 #pragma once
 
@@ -22,11 +22,12 @@
   __shared__ alignas(16) type name##_storage[count]; \
   type* const name = name##_storage
 // Above 48 KB a kernel must ask for its shared memory; what the device does not have is reported by
-// the error check after the launch.
-#define TENFOLD_LAUNCH_SHARED(kernel, grid, block, bytes, stream, ...)              \
+// the error check after the launch. most_bytes: the most that any launch of this kernel takes. It
+// is one number for all threads, so none of them undoes what another one has asked for.
+#define TENFOLD_LAUNCH_SHARED(kernel, grid, block, bytes, most_bytes, stream, ...)  \
   do {                                                                              \
     cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,       \
-                         static_cast<int>(bytes));                                  \
+                         static_cast<int>(most_bytes));                             \
     kernel<<<(grid), (block), static_cast<size_t>(bytes), (stream)>>>(__VA_ARGS__); \
   } while (0)
 #define TENFOLD_DYNAMIC_SHARED(name)                      \

@@ -329,8 +329,11 @@ T atomicMax(T* at, U value) {
 
 #define TENFOLD_LAUNCH(kernel, grid, block, stream, ...) \
   cuda_emu::launch(kernel, dim3(grid), dim3(block), 0, __VA_ARGS__)
-#define TENFOLD_LAUNCH_SHARED(kernel, grid, block, bytes, stream, ...) \
-  cuda_emu::launch(kernel, dim3(grid), dim3(block), (bytes), __VA_ARGS__)
+#define TENFOLD_LAUNCH_SHARED(kernel, grid, block, bytes, most_bytes, stream, ...)  \
+  do {                                                                              \
+    if ((bytes) > (most_bytes)) cuda_emu::fail("more shared memory than the most"); \
+    cuda_emu::launch(kernel, dim3(grid), dim3(block), (bytes), __VA_ARGS__);        \
+  } while (0)
 #define TENFOLD_DYNAMIC_SHARED(name) \
   char* const name = static_cast<char*>(cuda_emu::shared(-1, cuda_emu::machine().dynamic_bytes))
 #define TENFOLD_SHARED(type, name, count) \

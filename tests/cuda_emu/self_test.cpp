@@ -145,7 +145,8 @@ int main(int argc, char** argv) {
   const auto copies = [&](auto kernel) {
     alignas(16) int aligned[2 * kThreads];
     std::copy(in.begin(), in.end(), aligned);
-    TENFOLD_LAUNCH_SHARED(kernel, 1, 24, 192 * sizeof(int), nullptr, aligned, out.data());
+    TENFOLD_LAUNCH_SHARED(kernel, 1, 24, 192 * sizeof(int), 192 * sizeof(int), nullptr, aligned,
+                          out.data());
   };
   if (name == "copies") copies(copy_kernel<0>);
   if (name == "unfinished_copies") copies(copy_kernel<2>);

@@ -114,7 +114,7 @@ def test_splits_agree(splits, kwargs, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("window", [0, 1, 15, 64, 5000])
+@pytest.mark.parametrize("window", [0, 1, 15, 64, 5000, 2**62])
 def test_window(window, dtype, device):
     hk, hv, kmap, vmap = maps("unequal groups")
     q, (k, v) = fill((2, 6, 5, 64), dtype), caches(2, hk, hv, 400, 64, 64, dtype)

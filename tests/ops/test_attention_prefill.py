@@ -192,6 +192,24 @@ def test_windows_mean_what_flash_attn_says(sq, sk, causal, left, right, device):
     assert torch.equal(lse == -math.inf, nothing) and not out[nothing].any()
 
 
+@pytest.mark.parametrize("wide", [2**40 + 1, 2**62, 2**63 - 1])
+def test_windows_wider_than_any_sequence_limit_nothing(wide, device):
+    args = [x.to(device) for x in inputs((1, 4, 2, 1, 60, 90, 16, 24), torch.float32)]
+    for window in ({"window_left": wide}, {"window_right": wide},
+                   {"window_left": wide, "window_right": wide}):  # fmt: skip
+        for causal in (True, False):
+            out, lse = ops.dha_attention(*args, causal=causal)
+            got = ops.dha_attention(*args, causal=causal, **window)
+            assert torch.equal(got[0], out) and torch.equal(got[1], lse)
+            gradients = [
+                torch.ops.tenfold.dha_attention_backward(
+                    torch.ones_like(out), *args[:3], out, lse, *args[3:], causal=causal, **limits
+                )
+                for limits in ({}, window)
+            ]
+            assert all(map(torch.equal, *gradients))
+
+
 BIASES = [size for size in itertools.product((1, 2), (1, 4), (1, 70), (1, 133))]
 
 

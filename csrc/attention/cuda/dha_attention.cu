@@ -99,8 +99,8 @@ std::tuple<Tensor, Tensor, Tensor> dha_attention_backward_op(
   const OptTensor dlse = contiguous(dlse_in);
   const Tensor delta = new_lse(q);
   const Tensor dq = new_like_rows(q_in, q.sizes()[q.dim() - 1]);
-  const Tensor dk = new_like_rows(k_in, k.sizes()[k.dim() - 1]);
-  const Tensor dv = new_like_rows(v_in, v.sizes()[v.dim() - 1]);
+  Tensor dk = new_like_rows(k_in, k.sizes()[k.dim() - 1]);
+  Tensor dv = new_like_rows(v_in, v.sizes()[v.dim() - 1]);
   BackwardArgs p{};
   fill_common(p, q, k, v, kmap, vmap, a);
   fill_backward(p, dout, out, dq, dk, dv);
@@ -110,6 +110,10 @@ std::tuple<Tensor, Tensor, Tensor> dha_attention_backward_op(
     dispatch_width<T>(p.head_dim, p.value_dim,
                       [&]<int kW>() { launch_backward<T, kW>(op, p, launch.stream); });
   });
+  if (p.k_heads == 0 || p.v_heads == 0) {  // no tiles of keys: nothing wrote these
+    torch::stable::zero_(dk);
+    torch::stable::zero_(dv);
+  }
   launch.check();
   return {dq, dk, dv};
 }

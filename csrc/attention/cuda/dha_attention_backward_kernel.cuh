@@ -254,7 +254,7 @@ __global__ void __launch_bounds__(BackwardTile<T, kW>::kThreads, 2)
                            kOwnsQueries       ? p.q_heads
                            : kGrad == Grad::k ? p.k_heads
                                               : p.v_heads,
-                           C::kRows, blockIdx.x);
+                           C::kRows, blockIdx.x, kOwnsQueries);
   if (w.first < 0) return;
   // Behind the last sequence of a packed side there is nothing on the other one.
   const bool real = w.batch < p.batch;
@@ -329,7 +329,8 @@ void launch_dha_backward(const BackwardArgs& p, cudaStream_t stream) {
   const int64_t blocks = backward_blocks<T, kW, kGrad>(p);
   if (blocks == 0) return;
   TENFOLD_LAUNCH_SHARED((dha_attention_backward_kernel<T, kW, kGrad>),
-                        static_cast<unsigned>(blocks), C::kThreads, C::kBytes, stream, p);
+                        static_cast<unsigned>(blocks), C::kThreads, C::kBytes, C::kBytes, stream,
+                        p);
 }
 
 }  // namespace tenfold::cuda

@@ -198,7 +198,7 @@ __global__ void __launch_bounds__(ForwardTile<T, kW>::kThreads, ForwardTile<T, k
   TENFOLD_SHARED(int, seen, C::kKeys);
   TENFOLD_SHARED(int, wild, 1);
   TENFOLD_DYNAMIC_SHARED(memory);
-  const Work w = find_work(p.queries, p.batch, p.q_heads, C::kRows, blockIdx.x);
+  const Work w = find_work(p.queries, p.batch, p.q_heads, C::kRows, blockIdx.x, true);
   if (w.first < 0) return;
   const int64_t h = ranked_head(p.q_to_k, p.q_heads, w.head, chosen), row0 = w.first;
   const int64_t hk = clamped(p.q_to_k[h], p.k_heads - 1), hv = clamped(p.q_to_v[h], p.v_heads - 1);
@@ -272,7 +272,7 @@ void launch_dha_attention(const ForwardArgs& p, cudaStream_t stream) {
   const int64_t blocks = forward_blocks<T, kW>(p);
   if (blocks == 0) return;
   TENFOLD_LAUNCH_SHARED((dha_attention_kernel<T, kW>), static_cast<unsigned>(blocks), C::kThreads,
-                        C::kBytes, stream, p);
+                        C::kBytes, C::kBytes, stream, p);
 }
 
 }  // namespace tenfold::cuda

@@ -51,11 +51,19 @@ struct DecodeBlock {
   float *logits, *sums;               // [rows][kPitch]; [rows][kSumPitch]
   float *row_top, *row_sum, *shrink;  // [rows]
 
+  // A tile in the block's sequence of tiles. Their number can pass 2^31, that of the chunks not.
+  struct Place {
+    int chunk, rest, stage;  // rest: tile of the chunk; stage: its place in the ring
+  };
   __device__ int tiles_of_chunk() const {
     return (heads.keys.count + heads.values.count) * C::kTiles;
   }
-  __device__ int num_tiles() const {
-    return static_cast<int>((last - first + kDhaChunk - 1) / kDhaChunk) * tiles_of_chunk();
+  __device__ int num_chunks() const {
+    return static_cast<int>((last - first + kDhaChunk - 1) / kDhaChunk);
+  }
+  __device__ void advance(Place& at) const {
+    at.stage = at.stage + 1 == C::kStages ? 0 : at.stage + 1;
+    if (++at.rest == tiles_of_chunk()) at.rest = 0, ++at.chunk;
   }
   __device__ void find_chunk(int chunk) const {
     find_tokens(p, b, tokens.base, first + static_cast<int64_t>(chunk) * kDhaChunk, last,
@@ -80,10 +88,10 @@ struct DecodeBlock {
       row_top[i] = bits_to_float(0xFF800000u), row_sum[i] = 0.0f;
   }
 
-  // Starts the copy of tile n of the block's sequence of tiles; behind its end an empty group.
-  __device__ void load(int n) const {
-    if (n < num_tiles()) {
-      const int chunk = n / tiles_of_chunk(), rest = n % tiles_of_chunk();
+  // Starts the copy of the tile `next` and moves on; behind the last tile an empty group.
+  __device__ void load(Place& next) const {
+    if (next.chunk < num_chunks()) {
+      const int chunk = next.chunk, rest = next.rest;
       const int group = rest / C::kTiles, row0 = rest % C::kTiles * C::kKeys;
       const bool is_key = group < heads.keys.count;
       const int head =
@@ -94,7 +102,7 @@ struct DecodeBlock {
       const TokenPlace* const place = places + chunk % 2 * kDhaChunk + row0;
       const int64_t left = last - first - static_cast<int64_t>(chunk) * kDhaChunk - row0;
       const int rows = left < 0 ? 0 : left < C::kKeys ? static_cast<int>(left) : C::kKeys;
-      T* const tile = ring + n % C::kStages * (C::kKeys * kW);
+      T* const tile = ring + next.stage * (C::kKeys * kW);
       if (is_key ? p.k_vectors : p.v_vectors) {
         copy_rows(tile, data, at, place, rows, dims);
       } else {
@@ -108,6 +116,7 @@ struct DecodeBlock {
       }
     }
     copy_commit();
+    advance(next);
   }
 
   __device__ static void copy_rows(T* tile, const T* data, const CacheStrides& at,
@@ -286,20 +295,21 @@ struct DecodeBlock {
   }
 
   __device__ void run() const {
-    const int count = num_tiles(), per_chunk = tiles_of_chunk();
+    const int chunks = num_chunks();
+    Place now{}, next{};
     find_chunk(0);
     load_queries();
     __syncthreads();
-    for (int n = 0; n < C::kStages - 1; ++n) load(n);
+    for (int n = 0; n < C::kStages - 1; ++n) load(next);
     Sums acc = {};
-    for (int n = 0; n < count; ++n) {
-      const int chunk = n / per_chunk, rest = n % per_chunk;
+    for (; now.chunk < chunks; advance(now)) {
+      const int chunk = now.chunk, rest = now.rest;
       const int group = rest / C::kTiles, column0 = rest % C::kTiles * C::kKeys;
       copy_wait<C::kStages - 2>();
-      __syncthreads();  // tile n is there; everybody is done with tile n - 1
+      __syncthreads();  // this tile is there; everybody is done with the last one
       if (rest == 0) find_chunk(chunk + 1);
-      load(n + C::kStages - 1);
-      const T* const tile = ring + n % C::kStages * (C::kKeys * kW);
+      load(next);
+      const T* const tile = ring + now.stage * (C::kKeys * kW);
       const int64_t key0 = first + static_cast<int64_t>(chunk) * kDhaChunk + column0;
       if (group < heads.keys.count) {
         key_tile(tile, group, key0, column0);
@@ -434,9 +444,10 @@ template <class T, int kW>
 void launch_dha_decode(const DhaDecodeOnDevice& p, cudaStream_t stream) {
   const int64_t blocks = decode_blocks<T, kW>(p);
   if (blocks == 0) return;
-  const int bytes = DecodeTile<T, kW>::bytes(p.block_heads * p.num_queries);
+  using C = DecodeTile<T, kW>;
+  const int bytes = C::bytes(p.block_heads * p.num_queries);
   TENFOLD_LAUNCH_SHARED((dha_decode_kernel<T, kW>), static_cast<unsigned>(blocks), kDhaThreads,
-                        bytes, stream, p);
+                        bytes, C::bytes(C::kMaxRows), stream, p);
   if (p.partial == nullptr) return;
   const int64_t rows = p.batch * p.q_heads * p.num_queries;
   TENFOLD_LAUNCH(dha_combine_kernel<T>, static_cast<unsigned>((rows + kDhaWarps - 1) / kDhaWarps),

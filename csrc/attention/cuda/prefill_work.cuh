@@ -1,7 +1,8 @@
 // Which part of a dha_attention problem a block works on, shared by the forward and the backward.
 // Blocks of one dimension: (batch, head, tile of rows) for a dense batch, (head, slot) for a packed
 // one. Query heads are taken in the order of their key heads, so that blocks that run together read
-// the same keys; tiles from the last one on, which sees the most keys of a causal mask.
+// the same keys. Of a causal mask, the last tile of queries sees the most keys and the first tile
+// of keys is seen by the most queries: a dense batch starts with these.
 #pragma once
 
 #include "attention/dha_attention.h"
@@ -53,11 +54,12 @@ struct Work {
   int64_t batch, head, first;  // first: row of the tile in its sequence; -1: nothing to do
 };
 
-// head: the block's head in launch order.
-TENFOLD_HD Work find_work(const Side& s, int64_t batch, int64_t heads, int tile, int64_t block) {
+// head: the block's head in launch order. last_first: which tiles of a dense batch come first.
+TENFOLD_HD Work find_work(const Side& s, int64_t batch, int64_t heads, int tile, int64_t block,
+                          bool last_first) {
   if (!s.cu.given()) {
     const int64_t tiles = (s.length + tile - 1) / tile, t = block % tiles, rest = block / tiles;
-    return {rest / heads, rest % heads, (tiles - 1 - t) * tile};
+    return {rest / heads, rest % heads, (last_first ? tiles - 1 - t : t) * tile};
   }
   const int64_t slots = tiles_per_head(s, batch, tile), slot = block % slots;
   int64_t lo = 0, hi = batch + 1;  // the sequence is in [lo, hi)

@@ -121,7 +121,8 @@ def dha_cache_append_(
         k: [B, HK, S, D]. v: [B, HV, S, DV]. Dtype of the caches; any strides.
         slots: [B, S] where token s of sequence b goes; -1 skips it. Contiguous caches [B, HK, L, D]:
             a slot of row b. ``paged``: block * block_size + place in it. Ragged caches [N, HK, D]: a
-            row. Two tokens must not share a slot.
+            row. Two tokens must not share a slot: which of them it holds then is undefined (it may
+            even be the key of one and the value of the other).
         paged: the 4-dimensional caches are [blocks, block, HK, D] pools.
         cos, sin: [B or 1, S, D] (transformers' layout); k is written as
             ``k * cos + rotate_half(k) * sin``, computed in float32 and rounded once.
