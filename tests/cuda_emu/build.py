@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import collections
 import hashlib
 import subprocess
+import threading
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 FLAGS = ["-std=c++20", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined",
          "-ffp-contract=off", "-Wno-unknown-pragmas", f"-I{ROOT / 'csrc'}", f"-I{HERE}"]  # fmt: skip
+
+
+_building: dict[str, threading.Lock] = collections.defaultdict(threading.Lock)
 
 
 def _hash(source: Path) -> str:
@@ -21,7 +26,12 @@ def _hash(source: Path) -> str:
 
 
 def build(name: str, *extra: str) -> Path:
-    """Path of the compiled ``name``.cpp."""
+    """Path of the compiled ``name``.cpp; threads that ask for the same one wait for each other."""
+    with _building[name]:
+        return _build(name, *extra)
+
+
+def _build(name: str, *extra: str) -> Path:
     source = HERE / f"{name}.cpp"
     target = ROOT / "build" / "cuda_emu" / f"{name}-{_hash(source)}"
     if not target.exists():

@@ -1,6 +1,6 @@
 """Runs the emulated CUDA kernels against the reference; one op per call: ``emulated.py OP``.
 
-Started by test_kv_eviction.py with ASan preloaded. Every case runs under two thread schedules, whose
+Started by test_emulated.py with ASan preloaded. Every case runs under two thread schedules, whose
 results must be the same bits.
 """
 

@@ -1,7 +1,7 @@
 """Runs the emulated CUDA kernels of dha_decode and dha_cache_append_ against the reference:
 ``emulated_attention_decode.py CHECK``.
 
-Started by test_emulated_attention_decode.py with ASan preloaded. Every case runs under two thread schedules,
+Started by test_emulated.py with ASan preloaded. Every case runs under two thread schedules,
 whose results must be the same bits.
 """
 

@@ -1,6 +1,6 @@
 """Runs the emulated CUDA kernels of the head operations: ``emulated_attention_heads.py OP``.
 
-Started by test_emulated_attention_heads.py with ASan preloaded. Every case runs under two thread schedules,
+Started by test_emulated.py with ASan preloaded. Every case runs under two thread schedules,
 whose results must be the same bits.
 """
 

@@ -1,6 +1,6 @@
 """Runs dha_attention's emulated CUDA kernels against the reference: ``emulated_attention_prefill.py CHECK``.
 
-Started by test_emulated_attention_prefill.py with ASan preloaded. Every case runs under two thread schedules,
+Started by test_emulated.py with ASan preloaded. Every case runs under two thread schedules,
 whose results must be the same bits.
 """
 

@@ -1,0 +1,23 @@
+"""Every CUDA kernel's portable path, emulated on the CPU under ASan and UBSan, against the reference."""
+
+import itertools
+
+import pytest
+
+CHECKS = {  # library -> checks of its script
+    "kernels_attention_prefill": [
+        *map("_".join, itertools.product(("forward", "backward"), ("float32", "bfloat16", "float16"))),
+        "packed", "edges", "lowest_bias", "hidden_wild",
+    ],
+    "kernels_attention_decode": ["float32", "bfloat16", "float16", "edges", "append"],
+    "kernels_attention_heads": ["mix_heads", "fuse_backward", "fusion_mse", "head_cka"],
+    "kernels": ["template", "proxy_scores", "nacl_select", "kv_moves", "ragged_decode"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("library", "check"), [(name, check) for name in CHECKS for check in CHECKS[name]]
+)
+def test_emulated(library, check, emulation):
+    done = emulation(library, check)
+    assert done.returncode == 0 and done.stdout.strip().endswith("ok"), done.stderr[-4000:]
