@@ -37,7 +37,10 @@ def same(a, b):
 
 
 class TestRoutes:
-    @pytest.mark.parametrize("kv_heads", [8, 4, 1])
+    @pytest.mark.parametrize(
+        "kv_heads",
+        [8, pytest.param(4, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.slow)],
+    )
     @pytest.mark.parametrize(
         "changes",
         [
@@ -319,7 +322,7 @@ class TestResume:
     @pytest.mark.parametrize(
         "stage, step", [(s, n) for s, e in STEPS.items() for n in range(1, e + 1)]
     )
-    @pytest.mark.parametrize("every", [1, 2])
+    @pytest.mark.parametrize("every", [1, pytest.param(2, marks=pytest.mark.slow)])
     def test_killed_anywhere(self, tmp_path, stage, step, every):
         def kill(progress):
             if (progress.stage, progress.step) == (stage, step):
