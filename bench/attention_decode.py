@@ -136,9 +136,53 @@ def _case(name: str, length: int, dtype: torch.dtype) -> Case:
     )  # fmt: skip
 
 
+# -- dha_cache_append_ -------------------------------------------------------------------------------
+
+
+def _append_inputs(s: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
+    made = torch.Generator().manual_seed(1)
+
+    def randn(heads: int, rows: int) -> Tensor:
+        return torch.randn(1, heads, rows, s["d"], generator=made).to(device, dtype)
+
+    return Inputs(
+        k=randn(s["hk"], s["l"]), v=randn(s["hv"], s["l"]), new_k=randn(s["hk"], s["s"]),
+        new_v=randn(s["hv"], s["s"]), slots=torch.arange(7, 7 + s["s"], device=device),
+    )  # fmt: skip
+
+
+def _append(i: Inputs) -> tuple[Tensor, Tensor]:
+    ops.dha_cache_append_(i.k, i.v, i.new_k, i.new_v, i.slots[None])
+    return i.k, i.v
+
+
+def _append_by_index(i: Inputs) -> tuple[Tensor, Tensor]:
+    return i.k.index_copy_(2, i.slots, i.new_k), i.v.index_copy_(2, i.slots, i.new_v)
+
+
+def _append_reference(i: Inputs) -> tuple[Tensor, Tensor]:
+    k, v = i.k.clone(), i.v.clone()
+    reference.dha_cache_append_(k, v, i.new_k, i.new_v, i.slots[None])
+    return k, v
+
+
+def _append_case(dtype: torch.dtype) -> Case:
+    return Case(
+        op="dha_cache_append_", variant="dha-4-12", dtype=dtype, mode="inplace", mutates=("k", "v"),
+        shape={"hk": 4, "hv": 12, "d": 128, "l": 8192, "s": 512}, inputs=_append_inputs,
+        bytes=lambda s, size: 2 * (s["hk"] + s["hv"]) * s["s"] * s["d"] * size,
+        providers=[
+            provider("tenfold", _append), provider("eager:index_copy", _append_by_index),
+        ],
+        reference=_append_reference, tolerance=0.0, quick=True,
+    )  # fmt: skip
+
+
 def cases() -> Iterator[Case]:
     """All cases of the decode group, in the order of the table."""
     for dtype in DTYPES:
         for name in HEADS:
             for length in LENGTHS.get(name, (4096, 16384, 32768)):
                 yield _case(name, length, dtype)
+    for dtype in DTYPES:
+        yield _append_case(dtype)
