@@ -20,7 +20,7 @@ _building: dict[str, threading.Lock] = collections.defaultdict(threading.Lock)
 def _hash(source: Path) -> str:
     state = hashlib.sha256(" ".join(FLAGS).encode())
     files = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cuh")]
-    for path in sorted([*files, HERE / "cuda_emu.h", source]):
+    for path in sorted([*files, *HERE.glob("*.h"), source]):
         state.update(path.read_bytes())
     return state.hexdigest()[:16]
 

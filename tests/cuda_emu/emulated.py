@@ -13,46 +13,12 @@ import sys
 import torch
 
 from build import build
+from emu_calls import CODES, index_args, numbers, ptr, shifted, twice
 from tenfold import reference
 from tenfold.testing.tolerance import assert_close_to_ref
 
 LIB = ctypes.CDLL(str(build("kernels", "-shared", "-fPIC")))
-CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 REDUCE = {"mean": 0, "sum": 1, "max": 2}
-
-
-def ptr(t):
-    return ctypes.c_void_p(None if t is None else t.data_ptr())
-
-
-def index_args(tensors):
-    pointers = (ctypes.c_void_p * len(tensors))(
-        *(None if t is None else t.data_ptr() for t in tensors)
-    )
-    wide = (ctypes.c_int64 * len(tensors))(
-        *(int(t is not None and t.dtype == torch.int64) for t in tensors)
-    )
-    return pointers, wide
-
-
-def numbers(*values):
-    return (ctypes.c_int64 * len(values))(*(int(v) for v in values))
-
-
-def shifted(t):
-    """``t`` at a storage offset of one element: no 16-byte loads."""
-    return torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape)
-
-
-def twice(run):
-    """The result of ``run`` under two schedules, asserted equal."""
-    results = []
-    for seed in (1, 77):
-        LIB.emu_schedule(seed)
-        results.append(run())
-    for a, b in zip(*results):
-        assert torch.equal(a.nan_to_num(nan=7.5), b.nan_to_num(nan=7.5)), "depends on the schedule"
-    return results[0]
 
 
 def proxy_scores(q, k, lse=None, *, causal=True, q_offset=-1, q_positions=None, kv_start=None,
@@ -71,7 +37,7 @@ def proxy_scores(q, k, lse=None, *, causal=True, q_offset=-1, q_positions=None, 
                              ctypes.c_float(d**-0.5))  # fmt: skip
         return scores, row_lse
 
-    return twice(run)
+    return twice(LIB, run)
 
 
 def check_proxy_scores():
@@ -137,7 +103,7 @@ def nacl_select(scores, *parts, tau=1.0, logits="score", seed=0, layer=0, kv_sta
         )
         return idx, lens
 
-    return twice(run)
+    return twice(LIB, run)
 
 
 def check_nacl_select():
@@ -188,7 +154,7 @@ def kv_move(k, v, idx, compact, new_lens=None, inv_freq=None, kv_start=None):
         LIB.emu_kv_move(ptr(k1), ptr(v1), ptr(k2), ptr(v2), ptr(inv_freq), pointers, wide, ints)
         return k2, v2
 
-    return twice(run)
+    return twice(LIB, run)
 
 
 def check_kv_moves():
@@ -270,7 +236,7 @@ def check_ragged_decode():
                                   ctypes.c_float(q.shape[-1] ** -0.5))  # fmt: skip
             return out, lse
 
-        got = twice(run)
+        got = twice(LIB, run)
         if d % 8 == 0 and dtype == torch.bfloat16:  # without vector loads
             for x, y in zip(run(k=shifted(k)), got):
                 torch.testing.assert_close(x, y, atol=1e-2, rtol=1e-2)

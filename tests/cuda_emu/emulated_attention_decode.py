@@ -14,44 +14,12 @@ import sys
 import torch
 
 from build import build
+from emu_calls import CODES, index_args, numbers, ptr, shifted, twice
 from tenfold import reference
 from tenfold.testing.tolerance import assert_close_to_ref
 
 LIB = ctypes.CDLL(str(build("kernels_attention_decode", "-shared", "-fPIC")))
-CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 CONTIGUOUS, PAGED, RAGGED = range(3)
-
-
-def ptr(t):
-    return ctypes.c_void_p(None if t is None else t.data_ptr())
-
-
-def index_args(tensors):
-    pointers = (ctypes.c_void_p * len(tensors))(
-        *(None if t is None else t.data_ptr() for t in tensors)
-    )
-    wide = numbers(*(t is not None and t.dtype == torch.int64 for t in tensors))
-    return pointers, wide
-
-
-def numbers(*values):
-    return (ctypes.c_int64 * len(values))(*(int(v) for v in values))
-
-
-def shifted(t):
-    """``t`` at a storage offset of one element: no 16-byte loads."""
-    return torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape)
-
-
-def twice(run):
-    """The result of ``run`` under two schedules, asserted equal."""
-    results = []
-    for seed in (1, 77):
-        LIB.emu_schedule(seed)
-        results.append(run())
-    for a, b in zip(*results):
-        assert torch.equal(a.nan_to_num(nan=7.5), b.nan_to_num(nan=7.5)), "depends on the schedule"
-    return results[0]
 
 
 def cache_strides(t, layout):
@@ -83,7 +51,7 @@ def decode(q, k, v, kmap, vmap, kv_lens, *, block_table=None, scale=None, window
                            ctypes.c_float(softcap))  # fmt: skip
         return out, lse
 
-    return twice(run)
+    return twice(LIB, run)
 
 
 def compare(q, k, v, *index, **options):
@@ -198,7 +166,7 @@ def append(k_cache, v_cache, k, v, slots, *, paged=False, cos=None, sin=None):
         LIB.emu_dha_append(ptr(k1), ptr(v1), ptr(k), ptr(v), ptr(slots), ptr(cos), ptr(sin), ints)
         return k1, v1
 
-    return twice(run)
+    return twice(LIB, run)
 
 
 def check_append():

@@ -13,32 +13,15 @@ import sys
 import torch
 
 from build import build
+from emu_calls import CODES, numbers, ptr, twice
 from tenfold import reference
 from tenfold.testing.tolerance import assert_close_to_ref
 
 LIB = ctypes.CDLL(str(build("kernels_attention_heads", "-shared", "-fPIC")))
-CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # N, g, d, m: one and several column tiles, vectors and odd widths, tiles of domega that are whole
 # groups (g <= 8) and not, several blocks of outputs, more inputs than one chunk of coefficients.
 SHAPES = [(1, 1, 1, 1), (2, 4, 3, 24), (3, 3, 2, 17), (1, 8, 2, 1100), (2, 5, 1, 16), (1, 11, 2, 40),
           (1, 70, 1, 8)]  # fmt: skip
-
-
-def ptr(t):
-    return ctypes.c_void_p(None if t is None else t.data_ptr())
-
-
-def numbers(*values):
-    return (ctypes.c_int64 * len(values))(*(int(v) for v in values))
-
-
-def twice(run):
-    results = []
-    for seed in (1, 77):
-        LIB.emu_schedule(seed)
-        results.append(run())
-    assert torch.equal(*(r.nan_to_num(nan=7.5) for r in results)), "depends on the schedule"
-    return results[0]
 
 
 def inputs(n, g, d, m, dtype):
@@ -56,7 +39,7 @@ def mix(kind, source, omega, groups, out):
         LIB.emu_mix_heads(ptr(source), ptr(omega), ptr(groups), ptr(to), ints)
         return to
 
-    return twice(run)
+    return twice(LIB, run)
 
 
 def check_mix_heads():
@@ -90,7 +73,7 @@ def backward(dout, w, omega, groups, one_pass):
         grads.append(dw)
         return domega
 
-    domega = twice(run)
+    domega = twice(LIB, run)
     if one_pass:
         assert torch.equal(*grads)
         return grads[0], domega
@@ -125,7 +108,7 @@ def check_fusion_mse():
 
         want = omega.double().requires_grad_()
         mse = reference.fusion_mse(want)
-        torch.testing.assert_close(twice(run).double(), mse, rtol=1e-5, atol=0)
+        torch.testing.assert_close(twice(LIB, run).double(), mse, rtol=1e-5, atol=0)
         dout = torch.randn(n, 2)
         mse.backward(dout[:, 0].double())
 
@@ -135,7 +118,7 @@ def check_fusion_mse():
             return out
 
         scale = float(want.grad.abs().max())
-        torch.testing.assert_close(twice(run_backward).double(), want.grad, rtol=1e-3,
+        torch.testing.assert_close(twice(LIB, run_backward).double(), want.grad, rtol=1e-3,
                                    atol=2e-4 * scale)  # fmt: skip
 
 
@@ -153,7 +136,9 @@ def check_head_cka():
             return out
 
         want = reference.head_cka(w.double(), center=center)
-        torch.testing.assert_close(twice(run).double(), want, atol=3e-6, rtol=1e-5, equal_nan=True)
+        torch.testing.assert_close(
+            twice(LIB, run).double(), want, atol=3e-6, rtol=1e-5, equal_nan=True
+        )
 
 
 if __name__ == "__main__":

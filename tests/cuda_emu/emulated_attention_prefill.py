@@ -13,13 +13,12 @@ import sys
 import torch
 
 from build import build
+from emu_calls import CODES, shifted, twice
 from tenfold import reference
 from tenfold.testing.tolerance import assert_close_to_ref
 
 LIB = ctypes.CDLL(str(build("kernels_attention_prefill", "-shared", "-fPIC")))
-CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 BIAS = {torch.bool: 1, torch.float32: 2, torch.bfloat16: 3, torch.float16: 4}
-SCHEDULES = (1, 77)
 _Three = ctypes.c_int64 * 3
 
 
@@ -71,17 +70,6 @@ def problem(q, k, v, kmap, vmap, *, scale=None, causal=True, window_left=-1, cu_
     return n
 
 
-def twice(run):
-    """The result of ``run`` under two schedules, asserted equal."""
-    results = []
-    for seed in SCHEDULES:
-        LIB.emu_schedule(seed)
-        results.append(run())
-    for a, b in zip(*results):
-        assert torch.equal(a.nan_to_num(nan=7.5), b.nan_to_num(nan=7.5)), "depends on the schedule"
-    return results[0]
-
-
 def like_rows(x, dim):
     """Memory order of ``x``, filled with a number that must not stay."""
     if x.dim() == 4 and x.stride(2) > x.stride(1):
@@ -99,12 +87,7 @@ def attention(q, k, v, kmap, vmap, **options):
                               ctypes.c_void_p(lse.data_ptr()))  # fmt: skip
         return out, lse
 
-    return twice(run)
-
-
-def shifted(t):
-    """``t`` at a storage offset of one element: no 16-byte loads."""
-    return torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape)
+    return twice(LIB, run)
 
 
 def inputs(b, h, hk, hv, sq, sk, d, dv, dtype, spread=1.0):
@@ -196,7 +179,7 @@ def backward(dout, q, k, v, out, lse, kmap, vmap, dlse=None, **options):
         LIB.emu_dha_attention_backward(ctypes.byref(n))
         return grads
 
-    return twice(run)
+    return twice(LIB, run)
 
 
 def check_gradients(args, options, use_dlse):

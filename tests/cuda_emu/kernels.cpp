@@ -1,45 +1,11 @@
 // C entry points of the emulated kernels, for ctypes. The launch code is the kernels' own.
 #define TENFOLD_CUDA_EMU
 #include "_template/cuda/template_scale_kernel.cuh"
-#include "core/launch.cuh"
+#include "entry.h"  // after the kernels
 #include "kv_eviction/cuda/kv_gather_kernel.cuh"
 #include "kv_eviction/cuda/nacl_select_kernel.cuh"
 #include "kv_eviction/cuda/proxy_scores_kernel.cuh"
 #include "kv_eviction/cuda/ragged_decode_kernel.cuh"
-
-namespace tenfold::cuda {
-float emu_to_float(bf16_t x) {
-  return to_float(x);
-}
-float emu_to_float(fp16_t x) {
-  return to_float(x);
-}
-}  // namespace tenfold::cuda
-
-using namespace tenfold;
-using namespace tenfold::cuda;
-
-namespace {
-
-// An index array handed over as (pointer or null, is int64).
-IntArray ints(const void* data, int64_t wide) {
-  return {data, wide != 0, 1};
-}
-
-template <class F>
-void with_dtype(int64_t dtype, F f) {
-  if (dtype == 0) f.template operator()<float>();
-  if (dtype == 1) f.template operator()<bf16_t>();
-  if (dtype == 2) f.template operator()<fp16_t>();
-}
-
-}  // namespace
-
-#define API extern "C" __attribute__((visibility("default")))
-
-API void emu_schedule(unsigned seed) {
-  cuda_emu::machine().schedule_seed = seed;
-}
 
 API void emu_template_scale(const void* x, void* y, int64_t n, float scale, int64_t dtype) {
   with_dtype(dtype, [&]<class T>() {

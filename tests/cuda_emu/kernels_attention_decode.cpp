@@ -3,34 +3,12 @@
 #define TENFOLD_CUDA_EMU
 #include "attention/cuda/dha_cache_append_kernel.cuh"
 #include "attention/cuda/dha_decode_kernel.cuh"
-
-namespace tenfold::cuda {
-float emu_to_float(bf16_t x) {
-  return to_float(x);
-}
-float emu_to_float(fp16_t x) {
-  return to_float(x);
-}
-}  // namespace tenfold::cuda
-
-using namespace tenfold;
-using namespace tenfold::cuda;
+#include "entry.h"  // after the kernels
 
 namespace {
 
-IntArray ints(const void* data, int64_t wide) {
-  return {data, wide != 0, 1};
-}
-
 CacheStrides strides(const int64_t* at) {
   return {at[0], at[1], at[2]};
-}
-
-template <class F>
-void with_dtype(int64_t dtype, F f) {
-  if (dtype == 0) f.template operator()<float>();
-  if (dtype == 1) f.template operator()<bf16_t>();
-  if (dtype == 2) f.template operator()<fp16_t>();
 }
 
 bool vectors(const void* data, const CacheStrides& at, int64_t dims, Dtype dtype) {
@@ -39,12 +17,6 @@ bool vectors(const void* data, const CacheStrides& at, int64_t dims, Dtype dtype
 }
 
 }  // namespace
-
-#define API extern "C" __attribute__((visibility("default")))
-
-API void emu_schedule(unsigned seed) {
-  cuda_emu::machine().schedule_seed = seed;
-}
 
 // n: dtype layout B H HK HV Sq D DV length block_size num_blocks table_width window splits
 //    k_strides[3] v_strides[3] (batch, token, head); q contiguous

@@ -3,28 +3,9 @@
 #include "attention/cuda/fuse_heads_kernel.cuh"
 #include "attention/cuda/fusion_mse_kernel.cuh"
 #include "attention/cuda/head_cka_kernel.cuh"
-#include "core/launch.cuh"
-
-namespace tenfold::cuda {
-float emu_to_float(bf16_t x) {
-  return to_float(x);
-}
-float emu_to_float(fp16_t x) {
-  return to_float(x);
-}
-}  // namespace tenfold::cuda
-
-using namespace tenfold;
-using namespace tenfold::cuda;
+#include "entry.h"  // after the kernels
 
 namespace {
-
-template <class F>
-void with_dtype(int64_t dtype, F f) {
-  if (dtype == 0) f.template operator()<float>();
-  if (dtype == 1) f.template operator()<bf16_t>();
-  if (dtype == 2) f.template operator()<fp16_t>();
-}
 
 HeadRows by_groups(void* w, int64_t dims, int64_t length) {
   return {w, 0, dims * length, length, true};
@@ -35,12 +16,6 @@ HeadRows in_order(void* x, int64_t heads, int64_t dims, int64_t length) {
 }
 
 }  // namespace
-
-#define API extern "C" __attribute__((visibility("default")))
-
-API void emu_schedule(unsigned seed) {
-  cuda_emu::machine().schedule_seed = seed;
-}
 
 // n: dtype N g d m groups_wide kind (0: fuse, 1: collapse, 2: dw); all contiguous
 API void emu_mix_heads(void* from, const float* omega, const void* groups, void* to,

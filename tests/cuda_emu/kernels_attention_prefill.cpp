@@ -3,18 +3,7 @@
 #define TENFOLD_CUDA_EMU
 #include "attention/cuda/dha_attention_backward_kernel.cuh"
 #include "attention/cuda/dha_attention_kernel.cuh"
-
-namespace tenfold::cuda {
-float emu_to_float(bf16_t x) {
-  return to_float(x);
-}
-float emu_to_float(fp16_t x) {
-  return to_float(x);
-}
-}  // namespace tenfold::cuda
-
-using namespace tenfold;
-using namespace tenfold::cuda;
+#include "entry.h"  // after the kernels
 
 namespace {
 
@@ -60,20 +49,7 @@ void fill(OnDevice<Params>& p, const Problem& n) {
   p.out_vectors = row_vectors(n.out, p.out_at, p.value_dim, size);
 }
 
-template <class F>
-void with_dtype(int64_t dtype, F f) {
-  if (dtype == 0) f.template operator()<float>();
-  if (dtype == 1) f.template operator()<bf16_t>();
-  if (dtype == 2) f.template operator()<fp16_t>();
-}
-
 }  // namespace
-
-#define API extern "C" __attribute__((visibility("default")))
-
-API void emu_schedule(unsigned seed) {
-  cuda_emu::machine().schedule_seed = seed;
-}
 
 API void emu_dha_attention(const Problem* n, void* out, float* lse) {
   ForwardArgs p{};

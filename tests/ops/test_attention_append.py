@@ -16,15 +16,11 @@ from tenfold.testing import (
     check_op,
     fill,
     layout,
+    on,
 )
 from tenfold.testing.plugin import cuda_only
 
 O = torch.ops.tenfold  # noqa: E741
-
-
-def on(device, tree):
-    """All tensors of the tree on the device."""
-    return pytree.tree_map(lambda x: x.to(device) if isinstance(x, torch.Tensor) else x, tree)
 
 
 def equal(got, want):

@@ -23,6 +23,7 @@ from tenfold.testing import (
     fill,
     forced_isa,
     layout,
+    on,
     peak_growth,
     poisoned_memory,
     threads,
@@ -115,11 +116,10 @@ def grads(attention, tensors, maps_, dout, dlse, **options):
 
 def kernel(tensors, maps_, dout, dlse=None, device="cpu", **options):
     out, lse = from_forward(tensors, maps_, dout, **options)
-    move = lambda x: x.to(device) if isinstance(x, torch.Tensor) else x  # noqa: E731
     args = (dout, *tensors, out, lse, *maps_)
-    options = {n: move(x) for n, x in options.items()}
+    options = on(device, options)
     with poisoned_memory():
-        return ops.dha_attention_backward(*map(move, args), dlse=move(dlse), **options)
+        return ops.dha_attention_backward(*on(device, args), dlse=on(device, dlse), **options)
 
 
 def run(tensors, maps_, dout, dlse, device, **options):
@@ -559,14 +559,13 @@ def test_memory_stays_at_the_gradients():
 
 def check_bad(device, error, *words, **changed):
     """Bad arguments in place of good ones, all on the device."""
-    move = lambda x: x.to(device) if isinstance(x, torch.Tensor) else x  # noqa: E731
     good = {
         "dout": torch.randn(2, 4, 5, 6), "q": torch.randn(2, 4, 5, 8), "k": torch.randn(2, 2, 9, 8),
         "v": torch.randn(2, 2, 9, 6), "out": torch.randn(2, 4, 5, 6), "lse": torch.randn(2, 4, 5),
         "kmap": torch.tensor([0, 0, 1, 1]), "vmap": torch.tensor([0, 1, 1, 1]),
     }  # fmt: skip
-    args = [move(changed.pop(n, x)) for n, x in good.items()]
-    kwargs = {n: move(x) for n, x in changed.items()}
+    args = [on(device, changed.pop(n, x)) for n, x in good.items()]
+    kwargs = {n: on(device, x) for n, x in changed.items()}
     check_errors(ops.dha_attention_backward, backward, args, kwargs, error,
                  "dha_attention_backward", *words)  # fmt: skip
 
@@ -604,7 +603,10 @@ def test_bad_index_values():
         "dout": torch.randn(5, 4, 6), "q": torch.randn(5, 4, 8), "k": torch.randn(9, 2, 8),
         "v": torch.randn(9, 2, 6), "out": torch.randn(5, 4, 6), "lse": torch.randn(4, 5),
     }  # fmt: skip
-    cu = lambda *x: t(x, dtype=torch.int32)  # noqa: E731
+
+    def cu(*x):
+        return t(x, dtype=torch.int32)
+
     bad(ValueError, "cu_seqlens_q", **packed, cu_seqlens_q=cu(0, 4, 3), cu_seqlens_k=cu(0, 4, 9))
     bad(ValueError, "cu_seqlens_k", "9", **packed, cu_seqlens_q=cu(0, 5), cu_seqlens_k=cu(0, 8))
     bad(ValueError, "cu_seqlens_k", "0", **packed, cu_seqlens_q=cu(0, 5), cu_seqlens_k=cu(1, 9))

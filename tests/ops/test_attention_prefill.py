@@ -24,6 +24,7 @@ from tenfold.testing import (
     fill,
     forced_isa,
     layout,
+    on,
     peak_growth,
     poisoned_memory,
 )
@@ -81,8 +82,7 @@ def plain(q, k, v, kmap, vmap, *, causal=True, window_left=-1, window_right=-1, 
 def run(args, device, options):
     """Of ``out`` and ``lse``: the kernel's, the definition's in float64, plain PyTorch's."""
     q, k, v, kmap, vmap = args
-    move = lambda x: x.to(device) if isinstance(x, torch.Tensor) else x  # noqa: E731
-    out, lse = ops.dha_attention(*map(move, args), **{n: move(x) for n, x in options.items()})
+    out, lse = ops.dha_attention(*on(device, args), **on(device, options))
     assert out.dtype == q.dtype and lse.dtype == torch.float32
     ref, ref_lse = reference.dha_attention(
         q.double(), k.double(), v.double(), kmap, vmap, **options
@@ -172,8 +172,12 @@ def test_every_instruction_set(isa, dtype):
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_odd_shapes(data):
-    pick = lambda *of: data.draw(st.sampled_from(of))  # noqa: E731
-    size = lambda most: data.draw(st.integers(1, most))  # noqa: E731
+    def pick(*of):
+        return data.draw(st.sampled_from(of))
+
+    def size(most):
+        return data.draw(st.integers(1, most))
+
     shape = (size(3), size(7), size(4), size(4), size(150), size(300), size(256), size(256))
     options = {
         "causal": pick(True, False),
@@ -482,7 +486,7 @@ BAD = [
 @pytest.mark.parametrize("change, error, words", BAD)
 def test_bad_inputs(change, error, words, device):
     base = {"q": Q, "k": K, "v": V, "kmap": KMAP, "vmap": VMAP} | change
-    base = {n: x.to(device) if isinstance(x, torch.Tensor) else x for n, x in base.items()}
+    base = on(device, base)
     args = [base.pop(n) for n in ("q", "k", "v", "kmap", "vmap")]
     check_errors(ops.dha_attention, op, args, base, error, "dha_attention", *words)
 

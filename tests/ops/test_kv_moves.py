@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch.utils import _pytree as pytree
 
 from tenfold import ops, reference
 from tenfold.testing import (
@@ -20,17 +19,13 @@ from tenfold.testing import (
     check_op,
     fill,
     layout,
+    on,
     peak_growth,
     poisoned_memory,
 )  # fmt: skip
 from tenfold.testing.plugin import cuda_only
 
 O = torch.ops.tenfold  # noqa: E741
-
-
-def on(device, tree):
-    """All tensors of the tree on the device."""
-    return pytree.tree_map(lambda x: x.to(device) if isinstance(x, torch.Tensor) else x, tree)
 
 
 def equal(got, want):

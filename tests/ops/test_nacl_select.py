@@ -19,6 +19,7 @@ from tenfold.testing import (
     fill,
     forced_isa,
     layout,
+    on,
     peak_growth,
     poisoned_memory,
 )  # fmt: skip
@@ -276,7 +277,7 @@ def test_memory_stays_at_a_few_rows():
 def check_bad(device, error, *words, scores=None, args=(1, 1, 1, 1), **kwargs):
     """Bad arguments in place of good ones, all on the device."""
     scores = (torch.zeros(2, 3, 20) if scores is None else scores).to(device)
-    kwargs = {n: x.to(device) if isinstance(x, torch.Tensor) else x for n, x in kwargs.items()}
+    kwargs = on(device, kwargs)
     check_errors(ops.nacl_select, op, (scores, *args), kwargs, error, "nacl_select", *words)
 
 

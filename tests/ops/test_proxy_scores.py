@@ -22,6 +22,7 @@ from tenfold.testing import (
     fill,
     forced_isa,
     layout,
+    on,
     peak_growth,
     poisoned_memory,
     threads,
@@ -58,8 +59,7 @@ def eager(q, k, lse, **kwargs):
 
 def run(q, k, lse=None, device="cpu", **kwargs):
     """Kernel output, float64 reference and eager low-precision result."""
-    move = lambda x: x.to(device) if isinstance(x, torch.Tensor) else x  # noqa: E731
-    out = ops.proxy_scores(move(q), move(k), move(lse), **{n: move(v) for n, v in kwargs.items()})
+    out = ops.proxy_scores(*on(device, (q, k, lse)), **on(device, kwargs))
     ref = reference.proxy_scores(
         q.double(), k.double(), None if lse is None else lse.double(), **kwargs
     )
@@ -281,11 +281,10 @@ def test_matches_a_loop_written_from_the_formula():
 
 def check_bad(device, error, *words, q=None, k=None, lse=None, **kwargs):
     """Bad arguments in place of good ones, all on the device."""
-    move = lambda x: x.to(device) if isinstance(x, torch.Tensor) else x  # noqa: E731
     q, k = torch.randn(2, 4, 5, 8) if q is None else q, torch.randn(2, 2, 20, 8) if k is None else k
-    kwargs = {"scale": 1.0} | {n: move(x) for n, x in kwargs.items()}
+    kwargs = {"scale": 1.0} | on(device, kwargs)
     check_errors(
-        ops.proxy_scores, op, (move(q), move(k), move(lse)), kwargs, error, "proxy_scores", *words
+        ops.proxy_scores, op, on(device, (q, k, lse)), kwargs, error, "proxy_scores", *words
     )
 
 

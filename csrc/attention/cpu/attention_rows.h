@@ -61,22 +61,6 @@ inline T* row_at(const void* base, const RowLayout& at, int64_t sequence, int64_
          (first + row) * at.row;
 }
 
-// tanh to about an ulp: near 0, where the quotient cancels, an odd polynomial (fitted to a relative
-// error of 6e-9 up to 0.64).
-inline VF tanh(VF x) {
-  const VF magnitude = vmax(x, set1(0.0f) - x);
-  const VF e = exp2(magnitude * set1(-2.0f * kLog2e)), one = set1(1.0f);
-  VF far = (one - e) / (one + e);
-  far = select(lt(x, set1(0.0f)), set1(0.0f) - far, far);
-  const VF z = x * x;
-  VF p = set1(-0.00560386f);
-  p = fma(p, z, set1(0.02055167f));
-  p = fma(p, z, set1(-0.05371409f));
-  p = fma(p, z, set1(0.13331153f));
-  p = fma(p, z, set1(-0.33333272f));
-  return select(lt(magnitude, set1(0.625f)), fma(x * z, p, x), far);
-}
-
 inline void cap_logits(float cap, int64_t words, float* s) {
   const VF scale = set1(1.0f / cap), top = set1(cap);
   for (int64_t i = 0; i < words; i += kWidth) store(s + i, tanh(load(s + i) * scale) * top);

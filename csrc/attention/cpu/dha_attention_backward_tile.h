@@ -146,20 +146,5 @@ inline void add_rows(const typename M::Word* a, int64_t a_pitch, const typename 
   add_product<M, kAlong, 1>(a, a_pitch, b, b_pitch, depth, c, c_pitch);
 }
 
-// tanh, about 2 ulp.
-inline VF tanh(VF x) {
-  const VF zero = set1(0.0f), size = vmax(zero - x, x);
-  const VF y = x * x;
-  VF p = set1(-5.70498872745e-3f);
-  p = fma(p, y, set1(2.06390887954e-2f));
-  p = fma(p, y, set1(-5.37397155531e-2f));
-  p = fma(p, y, set1(1.33314422036e-1f));
-  p = fma(p, y, set1(-3.33332819422e-1f));
-  p = fma(p * y, x, x);
-  const VF e = exp2(vmin(set1(20.0f), size) * set1(2.0f * kLog2e));
-  const VF large = set1(1.0f) - set1(2.0f) / (e + set1(1.0f));
-  return select(lt(size, set1(0.625f)), p, select(lt(x, zero), zero - large, large));
-}
-
 }  // namespace
 TENFOLD_ISA_END

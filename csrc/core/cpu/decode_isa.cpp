@@ -188,20 +188,6 @@ void logits_of_head(const DecodeTask& t, const Block& b, const DecodeHead& head,
   }
 }
 
-// tanh to about 2 ulp: a polynomial near 0, else 1 - 2 / (e^2|x| + 1). NaN stays NaN.
-inline VF tanh(VF x) {
-  const VF u = x * x;
-  VF p = set1(-6.104947938e-03f);
-  p = fma(p, u, set1(2.100364116e-02f));
-  p = fma(p, u, set1(-5.385249745e-02f));
-  p = fma(p, u, set1(1.333278226e-01f));
-  p = fma(p, u, set1(-3.333332910e-01f));
-  const VF small = fma(p * u, x, x);
-  const VF one = set1(1.0f), y = vmin(set1(10.0f), vmax(set1(-10.0f), x));
-  const VF large = one - set1(2.0f) / (exp2(y * set1(2.0f * kLog2e)) + one);
-  return select(lt(u, set1(0.390625f)), small, large);
-}
-
 // Turns a row of dot products into weights relative to the running maximum; rescales what was
 // summed. Tokens [from, to) of the block are seen.
 void softmax_row(const DecodeTask& t, int64_t r, int64_t from, int64_t to) {

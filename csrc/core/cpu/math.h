@@ -26,6 +26,22 @@ inline VF exp2(VF x) {
   return ldexp(p, n);
 }
 
+// tanh to about an ulp; NaN stays NaN. Near 0, where the quotient cancels, it is an odd polynomial
+// (fitted to a relative error of 6e-9 up to 0.64).
+inline VF tanh(VF x) {
+  const VF magnitude = vmax(x, set1(0.0f) - x);
+  const VF e = exp2(magnitude * set1(-2.0f * kLog2e)), one = set1(1.0f);
+  VF far = (one - e) / (one + e);
+  far = select(lt(x, set1(0.0f)), set1(0.0f) - far, far);
+  const VF z = x * x;
+  VF p = set1(-0.00560386f);
+  p = fma(p, z, set1(0.02055167f));
+  p = fma(p, z, set1(-0.05371409f));
+  p = fma(p, z, set1(0.13331153f));
+  p = fma(p, z, set1(-0.33333272f));
+  return select(lt(magnitude, set1(0.625f)), fma(x * z, p, x), far);
+}
+
 struct DetVecOps {
   using F = VF;
   static inline VF set1(float x) { return TENFOLD_ISA::set1(x); }

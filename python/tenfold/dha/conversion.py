@@ -249,10 +249,8 @@ class Conversion:
         if config.grouping == "cka":
             return [(1 - self._cka(p)).clamp(min=0).cpu() for p in parts]
         stage = f"search-{number}"
-        found = self.folder.load(stage) if self.folder else None
-        if found is not None:
-            stored = self.folder.load_tensors(stage)  # type: ignore[union-attr]
-            self.record.curves[stage] = found["curve"]
+        stored = self._finished_stage(stage)
+        if stored is not None:
             if config.keep_search_weights:
                 _load_weights(working, stored)
             return [stored[f"M.{c}"] for c in range(len(parts))]
@@ -298,10 +296,9 @@ class Conversion:
         with self._unchanged(working, stage):
             for c, (p, groups) in enumerate(zip(projections(working), plan.groups)):
                 p.set_groups(groups, self._coefficients(c))
-        found = self.folder.load(stage) if self.folder else None
-        if found is not None:
-            self.record.curves[stage] = found["curve"]
-            _load_weights(working, self.folder.load_tensors(stage))  # type: ignore[union-attr]
+        stored = self._finished_stage(stage)
+        if stored is not None:
+            _load_weights(working, stored)
         elif any(g.shape[1] > 1 for g in plan.groups):
             module = FusionModel(working, config.lambda_init, config.fusion_loss, penalised=True)
             steps = config.fusion_steps
@@ -372,6 +369,14 @@ class Conversion:
         self.record = ConversionRecord.read(self.folder.path / "record.json")
         model.conversion = self.record
         return model.to(self.accelerator.device).eval()
+
+    def _finished_stage(self, stage: str) -> dict[str, Tensor] | None:
+        """Tensors of a stage that the work folder has whole; its curve goes into the record."""
+        found = self.folder.load(stage) if self.folder else None
+        if self.folder is None or found is None:
+            return None
+        self.record.curves[stage] = found["curve"]
+        return self.folder.load_tensors(stage)
 
     def _finish(self, stage: str, curve: list[Metrics], tensors: dict[str, Tensor]) -> None:
         self.record.curves[stage] = curve

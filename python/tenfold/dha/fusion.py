@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tenfold import ops
+from tenfold import ops, reference
 from tenfold.dha.config import ConversionError
 from tenfold.dha.grouping import maps
 
@@ -65,7 +65,7 @@ def fuse_states(states: Tensor, omega: Tensor, groups: Tensor, after_rope: bool 
         )
     groups = groups.long()
     grouped = states[:, groups.flatten()].unflatten(1, groups.shape)
-    fused = torch.einsum("bnjsd,nhjd->bnhsd", grouped, omega.to(states.dtype)).flatten(1, 2)
+    fused = reference.fuse_states(grouped, omega).flatten(1, 2)
     return torch.empty_like(fused).index_copy(1, groups.flatten(), fused)
 
 

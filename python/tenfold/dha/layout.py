@@ -122,7 +122,8 @@ class HeadLayout:
         if not maps[0] or not maps[0][0]:
             raise ValueError("key_head_map must have at least one layer with one query head")
         key_heads, value_heads = ([max(row, default=0) + 1 for row in rows] for rows in maps)
-        return cls(len(maps[0][0]), key_heads, value_heads, *maps)  # type: ignore[arg-type]
+        key_map, value_map = (tuple(map(tuple, rows)) for rows in maps)
+        return cls(len(maps[0][0]), tuple(key_heads), tuple(value_heads), key_map, value_map)
 
     @classmethod
     def from_config(cls, config: Any) -> HeadLayout:

@@ -12,7 +12,7 @@ and others get keys and values expanded to the query heads.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +50,7 @@ class DhaLlamaConfig(LlamaConfig):
 
     model_type = "dha_llama"
     # Heads are shared across any split of the query heads, so only the MLP can be sharded by columns.
-    base_model_tp_plan = {  # noqa: RUF012
+    base_model_tp_plan: ClassVar[dict[str, str]] = {
         "layers.*.mlp.gate_proj": "colwise",
         "layers.*.mlp.up_proj": "colwise",
         "layers.*.mlp.down_proj": "rowwise",
@@ -177,7 +177,7 @@ class DhaLlamaPreTrainedModel(LlamaPreTrainedModel):
 
     config: DhaLlamaConfig
     config_class = DhaLlamaConfig
-    _can_record_outputs = {  # noqa: RUF012
+    _can_record_outputs: ClassVar[dict[str, Any]] = {
         **LlamaPreTrainedModel._can_record_outputs,
         "attentions": DhaLlamaAttention,
     }

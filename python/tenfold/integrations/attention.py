@@ -36,13 +36,12 @@ from transformers.masking_utils import (
 
 from tenfold import ops
 from tenfold.integrations import transformers as hf
-from tenfold.integrations.heads import grouped_map
+from tenfold.integrations.heads import DECODE_STEPS, grouped_map
 
 hf.require("tenfold.integrations.attention", 5, 5)  # mask functions took other arguments before
 
 NAME = "tenfold"
 NAMES = (NAME, "dha")
-DECODE_STEPS = 16  # queries that dha_decode takes at once
 
 _UNSUPPORTED = ("s_aux", "sinks", "position_bias", "head_mask")
 
@@ -102,8 +101,8 @@ def attention_mask(
     if window is not None:
         found = _least_mask(batch_size, q_length, kv_length, q_offset, kv_offset, window,
                             attention_mask, device)  # fmt: skip
-    if found is not False:
-        return found  # type: ignore[return-value]
+    if not isinstance(found, bool):
+        return found
     kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     return sdpa_mask(
         batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset,
@@ -171,9 +170,9 @@ def head_maps(
 
     Raises ValueError if the head counts do not divide the query heads and the module has no maps.
     """
-    own = getattr(module, "key_map", None)
-    if own is not None:
-        return [own, module.value_map]  # type: ignore[list-item]
+    own: Any = module
+    if getattr(own, "key_map", None) is not None:
+        return [own.key_map, own.value_map]
     return [grouped_map(heads, count, device) for count in (key_heads, value_heads)]
 
 

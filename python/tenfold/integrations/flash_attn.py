@@ -19,9 +19,8 @@ import torch
 from torch import Tensor
 
 from tenfold import ops
-from tenfold.integrations.heads import grouped_map
+from tenfold.integrations.heads import DECODE_STEPS, grouped_map
 
-DECODE_STEPS = 16  # queries that dha_decode takes at once
 MAX_SPLITS = 1 << 20  # the op's limit
 
 

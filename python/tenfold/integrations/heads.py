@@ -1,10 +1,12 @@
-"""Grouped maps ``h // (H / N)``, made once per device: what models without maps of their own use."""
+"""What the attention integrations share: grouped maps ``h // (H / N)``, made once per device."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+DECODE_STEPS = 16  # queries that dha_decode takes at once
 
 _made: dict[tuple[int, int, torch.device], Tensor] = {}
 

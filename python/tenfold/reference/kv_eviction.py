@@ -12,11 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tenfold.reference.numbers import work
 from tenfold.reference.random import gumbel, philox4x32_10
-
-
-def _work(t: Tensor) -> Tensor:
-    return t if t.dtype == torch.float64 else t.float()
 
 
 def valid_range(
@@ -84,7 +81,7 @@ def proxy_scores(
     pos = proxy_positions(b, w, length, q_offset, q_positions, q.device)
     see = visibility(pos, start, lens, length, causal, window)[:, None]
 
-    logits = _work(q) @ _work(k)[:, heads].transpose(-1, -2) * scale
+    logits = work(q) @ work(k)[:, heads].transpose(-1, -2) * scale
     logits = logits.masked_fill(~see, -math.inf)
     if lse is None:
         lse = torch.logsumexp(logits, -1)
@@ -188,7 +185,7 @@ def nacl_select(
                 token = torch.arange(lo - s, hi - s, device=scores.device)
                 ctr = tuple(torch.tensor(x, device=scores.device) for x in (layer, head))
                 word = philox4x32_10((*ctr, token, torch.tensor(rid, device=token.device)), seed)[0]
-                row = _pool(_work(scores[i, head, lo:hi]), pool_kernel, pool)
+                row = _pool(work(scores[i, head, lo:hi]), pool_kernel, pool)
                 kept = _select_row(row, c, s, n, logits, tau, gumbel(word))
             idx[i, head, : kept.shape[0]] = kept
             new_lens[i, head] = kept.shape[0]
@@ -207,7 +204,7 @@ def _slot_valid(idx: Tensor, new_lens: Tensor | None) -> Tensor:
 
 def _rerotate(k: Tensor, angle: Tensor) -> Tensor:
     """Rotate halves of the last dim by ``angle`` [..., D/2] (rotate_half RoPE convention)."""
-    x1, x2 = _work(k).chunk(2, -1)
+    x1, x2 = work(k).chunk(2, -1)
     cos, sin = angle.cos().to(x1.dtype), angle.sin().to(x1.dtype)
     return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1).to(k.dtype)
 
@@ -327,8 +324,8 @@ def ragged_decode(
     hkv = (offsets.numel() - 1) // max(b, 1)
     group = hq // max(hkv, 1)
     scale = 1.0 / math.sqrt(d) if scale is None else scale
-    out = _work(q4).new_zeros(b, hq, sq, v.shape[1])
-    lse = _work(q4).new_full((b, hq, sq), -math.inf)
+    out = work(q4).new_zeros(b, hq, sq, v.shape[1])
+    lse = work(q4).new_full((b, hq, sq), -math.inf)
     for i in range(b * hkv):
         lo = int(offsets[i])
         n = int(offsets[i + 1]) - lo if lens is None else int(lens[i])
@@ -337,8 +334,8 @@ def ragged_decode(
             seen = n - (sq - 1 - s)
             if seen <= 0:
                 continue
-            logits = _work(q4[i // hkv, heads, s]) @ _work(k[lo : lo + seen]).T * scale
+            logits = work(q4[i // hkv, heads, s]) @ work(k[lo : lo + seen]).T * scale
             lse[i // hkv, heads, s] = torch.logsumexp(logits, -1)
-            out[i // hkv, heads, s] = torch.softmax(logits, -1) @ _work(v[lo : lo + seen])
+            out[i // hkv, heads, s] = torch.softmax(logits, -1) @ work(v[lo : lo + seen])
     out = out.to(q.dtype)
     return (out[:, :, 0], lse[:, :, 0]) if one else (out, lse)

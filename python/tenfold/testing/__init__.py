@@ -19,7 +19,7 @@ from tenfold.testing.checks import (
     poisoned_memory,
     threads,
 )
-from tenfold.testing.matrix import DTYPES, LAYOUTS, LENGTHS, VALUES, fill, layout
+from tenfold.testing.matrix import DTYPES, LAYOUTS, LENGTHS, VALUES, fill, layout, on
 from tenfold.testing.tolerance import assert_close_to_ref, assert_same_pattern, ulp_floor
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "fill",
     "forced_isa",
     "layout",
+    "on",
     "peak_growth",
     "poisoned_memory",
     "threads",

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # 0, 1, around the vector widths (4, 8, 16), primes, more than one tile.
@@ -45,3 +48,8 @@ def layout(x: Tensor, kind: str) -> Tensor:
         flat[1:] = x.reshape(-1)
         return flat[1:].view(x.shape)
     raise ValueError(f"unknown layout {kind!r}; known: {', '.join(LAYOUTS)}")
+
+
+def on(device: torch.device | str, tree: Any) -> Any:
+    """The same lists, dicts and tuples with all tensors on the device; None and numbers stay."""
+    return pytree.tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, tree)

@@ -12,9 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-
-def _work(t: Tensor) -> Tensor:
-    return t if t.dtype == torch.float64 else t.float()
+from tenfold.reference.numbers import work
 
 
 def _rows_of(
@@ -58,7 +56,7 @@ def dha_decode(
     position, and at most ``window_left`` before it. ``num_splits`` is a matter of speed only.
     """
     one = q.dim() == 3
-    q4 = _work(q[:, :, None] if one else q)
+    q4 = work(q[:, :, None] if one else q)
     b, h, sq, d = q4.shape
     scale = 1.0 / math.sqrt(d) if scale is None else scale
     out = q4.new_zeros(b, h, sq, v_cache.shape[-1])
@@ -66,8 +64,8 @@ def dha_decode(
     for i in range(b):
         n = int(kv_lens[i])
         start = 0 if kv_start is None else int(kv_start[i])
-        keys = _work(_rows_of(k_cache, i, n, start, block_table, offsets))[kmap.long()]
-        values = _work(_rows_of(v_cache, i, n, start, block_table, offsets))[vmap.long()]
+        keys = work(_rows_of(k_cache, i, n, start, block_table, offsets))[kmap.long()]
+        values = work(_rows_of(v_cache, i, n, start, block_table, offsets))[vmap.long()]
         for s in range(sq):
             last = n - sq + s  # position of the row's own token
             first = 0 if window_left < 0 else max(0, last - window_left)
@@ -85,7 +83,7 @@ def dha_decode(
 
 def _rotate(k: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """``k * cos + rotate_half(k) * sin`` for k [B, HK, S, D] and cos, sin [B or 1, S, D]."""
-    x = _work(k)
+    x = work(k)
     x1, x2 = x.chunk(2, -1)
     turned = torch.cat([-x2, x1], -1)
     return (x * cos[:, None].to(x.dtype) + turned * sin[:, None].to(x.dtype)).to(k.dtype)

@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from tenfold.reference.numbers import work
 from tenfold.reference.random import philox4x32_10
 
 __all__ = [
@@ -26,13 +27,9 @@ __all__ = [
 SA_START, SA_END, SA_FACTOR = 100.0, 0.001, 0.9  # temperatures of the paper's annealing
 
 
-def _work(t: Tensor) -> Tensor:
-    return t if t.dtype == torch.float64 else t.float()
-
-
 def fuse_heads(w: Tensor, omega: Tensor, groups: Tensor) -> Tensor:
     """``out[n, h, i] = sum_j omega[n, h, j, i] * w[groups[n, j], i]``: each head its own mixture."""
-    x = _work(w)[groups.long()]  # [N, g, d, m]
+    x = work(w)[groups.long()]  # [N, g, d, m]
     return torch.einsum("nhji,njim->nhim", omega.to(x.dtype), x).to(w.dtype)
 
 
@@ -43,13 +40,13 @@ def fuse_states(states: Tensor, omega: Tensor) -> Tensor:
     this equals projecting with the fused weights; after RoPE it does not, unless ``omega`` is tied over
     each rotary pair (i, i + d / 2).
     """
-    x = _work(states)
+    x = work(states)
     return torch.einsum("nhji,bnjsi->bnhsi", omega.to(x.dtype), x).to(states.dtype)
 
 
 def collapse_heads(w: Tensor, omega: Tensor, groups: Tensor) -> Tensor:
     """``out[n, i] = sum_j mean_h(omega[n, h, j, i]) * w[groups[n, j], i]``: one head per group."""
-    x = _work(w)[groups.long()]
+    x = work(w)[groups.long()]
     mean = omega.to(x.dtype).mean(1)
     return torch.einsum("nji,njim->nim", mean, x).to(w.dtype)
 
@@ -72,7 +69,7 @@ def head_cka(w: Tensor, *, center: bool = False) -> Tensor:
 
     ``CKA(X, Y) = ||X^T Y||_F^2 / (||X^T X||_F * ||Y^T Y||_F)``; ``center`` subtracts each column's mean.
     """
-    x = _work(w)
+    x = work(w)
     if center:
         x = x - x.mean(-1, keepdim=True)
     squares = torch.einsum("aim,bjm->abij", x, x).square().sum((2, 3))

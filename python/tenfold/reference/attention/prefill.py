@@ -8,9 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
-def _work(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+from tenfold.reference.numbers import work
 
 
 def visible(num_queries: int, num_keys: int, causal: bool, left: int, right: int) -> Tensor:
@@ -30,20 +28,20 @@ def _one(
     q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float, seen: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """q [H, Sq, D], k [H, Sk, D], v [H, Sk, DV] -> out [H, Sq, DV], lse [H, Sq]."""
-    logits = _work(q) @ _work(k).transpose(-1, -2) * scale
+    logits = work(q) @ work(k).transpose(-1, -2) * scale
     if softcap > 0:
         logits = softcap * torch.tanh(logits / softcap)
     if bias is not None and bias.dtype == torch.bool:
         seen = seen & bias
     elif bias is not None:
         seen = seen & (bias != -math.inf)
-        logits = logits + _work(bias)
+        logits = logits + work(bias)
     logits = logits.masked_fill(~seen, -math.inf)
     lse = torch.logsumexp(logits, -1)
     # exp(-inf - -inf) of a row that sees nothing is 0 by definition, also in the gradient.
     nothing = lse == -math.inf
     weights = torch.exp(logits - lse.masked_fill(nothing, 0.0)[..., None])
-    return _weighted(weights, _work(v), seen), lse
+    return _weighted(weights, work(v), seen), lse
 
 
 def _weighted(weights: Tensor, v: Tensor, seen: Tensor) -> Tensor:
@@ -96,8 +94,8 @@ def dha_attention(
         out, lse = _one(qb, kb[kmap], vb[vmap], scale, softcap, seen, None)
         outs.append(out.transpose(0, 1))
         lses.append(lse)
-    out = torch.cat(outs) if outs else _work(q).new_zeros(q.shape[0], q.shape[1], v.shape[2])
-    lse = torch.cat(lses, 1) if lses else _work(q).new_zeros(q.shape[1], q.shape[0])
+    out = torch.cat(outs) if outs else work(q).new_zeros(q.shape[0], q.shape[1], v.shape[2])
+    lse = torch.cat(lses, 1) if lses else work(q).new_zeros(q.shape[1], q.shape[0])
     return out.to(q.dtype), lse
 
 

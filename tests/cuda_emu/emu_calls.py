@@ -1,0 +1,45 @@
+"""What the scripts that run emulated kernels share: arguments for ctypes, and two schedules."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # with_dtype of entry.h
+
+
+def ptr(t):
+    return ctypes.c_void_p(None if t is None else t.data_ptr())
+
+
+def numbers(*values):
+    return (ctypes.c_int64 * len(values))(*(int(v) for v in values))
+
+
+def index_args(tensors):
+    """(pointers, which are int64) of index tensors, some of them None."""
+    pointers = (ctypes.c_void_p * len(tensors))(
+        *(None if t is None else t.data_ptr() for t in tensors)
+    )
+    return pointers, numbers(*(t is not None and t.dtype == torch.int64 for t in tensors))
+
+
+def shifted(t):
+    """``t`` at a storage offset of one element: no 16-byte loads."""
+    return torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape)
+
+
+def twice(library, run, schedules=(1, 77)):
+    """The result of ``run``, a tensor or several, under two schedules of threads: asserted equal."""
+    results = []
+    for seed in schedules:
+        library.emu_schedule(seed)
+        results.append(run())
+    for other in results[1:]:
+        one, two = ([r] if isinstance(r, torch.Tensor) else r for r in (results[0], other))
+        for a, b in zip(one, two, strict=True):
+            assert torch.equal(a.nan_to_num(nan=7.5), b.nan_to_num(nan=7.5)), (
+                "depends on the schedule"
+            )
+    return results[0]
