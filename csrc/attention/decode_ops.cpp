@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "attention/head_maps.h"
 #include "core/dispatch.h"
 
 namespace tenfold {
@@ -13,12 +14,6 @@ namespace {
 
 constexpr int64_t kMaxLength = int64_t{1} << 30;
 constexpr int64_t kMaxSplits = int64_t{1} << 20;
-
-void check_map(const char* op, const char* arg, const Tensor& map, const Tensor& q) {
-  check_int_dtype(op, arg, map);
-  check_same_device(op, "q", q, arg, map);
-  check_sizes(op, arg, map, {q.sizes()[1]}, "[H] (one entry per query head)");
-}
 
 void check_batch_ints(const char* op, const char* arg, const Tensor& t, const Tensor& q) {
   check_int_dtype(op, arg, t);
@@ -115,13 +110,7 @@ void check_indices(const char* op, const Tensor& q, const Tensor& k, const Tenso
 }
 
 void check_scalars(const char* op, const DhaDecodeArgs& a) {
-  TENFOLD_CHECK_VALUE(!a.scale || std::isfinite(*a.scale), "tenfold::", op,
-                      ": scale must be finite, got ", a.scale.value_or(0.0));
-  TENFOLD_CHECK_VALUE(std::isfinite(a.softcap) && a.softcap >= 0.0, "tenfold::", op,
-                      ": softcap must be 0 (none) or a positive finite number, got ", a.softcap);
-  TENFOLD_CHECK_VALUE(a.window_left >= -1, "tenfold::", op,
-                      ": window_left must be -1 (none) or a number of keys >= 0, got ",
-                      a.window_left);
+  check_logit_options(op, a.scale, a.softcap, a.window_left);
   TENFOLD_CHECK_VALUE(a.num_splits >= 0 && a.num_splits <= kMaxSplits, "tenfold::", op,
                       ": num_splits must be 0 (chosen) or in [1, ", kMaxSplits, "], got ",
                       a.num_splits);
@@ -136,8 +125,8 @@ DhaDecodeParams check_dha_decode(const Tensor& q, const Tensor& k, const Tensor&
   const CacheLayout layout = decode_layout(op, a);
   check_caches(op, k, v, layout);
   check_queries(op, q, k, layout);
-  check_map(op, "kmap", kmap, q);
-  check_map(op, "vmap", vmap, q);
+  check_head_map(op, "kmap", kmap, q);
+  check_head_map(op, "vmap", vmap, q);
   check_indices(op, q, k, kv_lens, a);
   check_scalars(op, a);
   const auto s = q.strides();

@@ -6,17 +6,13 @@
 #include <algorithm>
 #include <cmath>
 
+#include "attention/head_maps.h"
+
 namespace tenfold {
 namespace {
 
 constexpr int64_t kMaxHeadDim = 256;
 constexpr int64_t kMaxLength = int64_t{1} << 30;
-
-void check_map(const char* op, const char* arg, const Tensor& map, const Tensor& q) {
-  check_int_dtype(op, arg, map);
-  check_same_device(op, "q", q, arg, map);
-  check_sizes(op, arg, map, {q.sizes()[1]}, "[H] (one entry per query head)");
-}
 
 void check_dense(const char* op, const Tensor& q, const Tensor& k, const Tensor& v) {
   check_dim(op, "q", q, 4, "[B, H, Sq, D]");
@@ -117,15 +113,9 @@ void check_attention(const char* op, const Tensor& q, const Tensor& k, const Ten
     for (int64_t i = 0; i < t->dim(); ++i)
       TENFOLD_CHECK_VALUE(t->sizes()[i] <= kMaxLength, "tenfold::", op, ": sizes up to ",
                           kMaxLength, " are supported, got ", shape_str(*t));
-  check_map(op, "kmap", kmap, q);
-  check_map(op, "vmap", vmap, q);
-  TENFOLD_CHECK_VALUE(!a.scale || std::isfinite(*a.scale), "tenfold::", op,
-                      ": scale must be finite, got ", a.scale.value_or(0.0));
-  TENFOLD_CHECK_VALUE(std::isfinite(a.softcap) && a.softcap >= 0.0, "tenfold::", op,
-                      ": softcap must be 0 (none) or a positive finite number, got ", a.softcap);
-  TENFOLD_CHECK_VALUE(a.window_left >= -1, "tenfold::", op,
-                      ": window_left must be -1 (none) or a number of keys >= 0, got ",
-                      a.window_left);
+  check_head_map(op, "kmap", kmap, q);
+  check_head_map(op, "vmap", vmap, q);
+  check_logit_options(op, a.scale, a.softcap, a.window_left);
   TENFOLD_CHECK_VALUE(a.window_right >= -1, "tenfold::", op,
                       ": window_right must be -1 (none) or a number of keys >= 0, got ",
                       a.window_right);

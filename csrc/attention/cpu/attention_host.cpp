@@ -3,16 +3,15 @@
 #include <map>
 #include <utility>
 
+#include "attention/head_maps.h"
+
 namespace tenfold::cpu {
 namespace {
 
 std::vector<int32_t> read_map(const char* op, const char* arg, const Tensor& map, int64_t heads,
                               const char* what) {
-  const auto given = read_ints<int64_t>(map);
-  for (size_t h = 0; h < given.size(); ++h)
-    TENFOLD_CHECK_VALUE(given[h] >= 0 && given[h] < heads, "tenfold::", op, ": ", arg, "[", h,
-                        "] must be a ", what, " head in [0, ", heads, "), got ", given[h]);
-  return {given.begin(), given.end()};
+  const auto entries = read_head_map(op, arg, map, heads, what);
+  return {entries.begin(), entries.end()};
 }
 
 std::vector<int32_t> read_cu_seqlens(const char* op, const char* arg, const Tensor& cu,

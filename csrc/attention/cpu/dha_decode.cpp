@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "attention/decode_ops.h"
+#include "attention/head_maps.h"
 #include "core/cpu/decode.h"
 #include "core/parallel.h"
 #include "core/scratch.h"
@@ -27,14 +28,6 @@ struct Component {
   std::vector<int64_t> q_heads;  // in the order of the rows: by key head; Sq rows each
   int64_t rows = 0;
 };
-
-std::vector<int64_t> read_map(const char* arg, const Tensor& map, int64_t heads) {
-  auto values = read_ints<int64_t>(map);
-  for (size_t i = 0; i < values.size(); ++i)
-    TENFOLD_CHECK_VALUE(values[i] >= 0 && values[i] < heads, "tenfold::", kOp, ": ", arg, "[", i,
-                        "] must be in [0, ", heads, "), got ", values[i]);
-  return values;
-}
 
 // Component of every query head: union-find over key heads [0, HK) and value heads [HK, HK + HV).
 std::vector<int64_t> component_roots(const DhaDecodeParams& p, const std::vector<int64_t>& kmap,
@@ -313,8 +306,8 @@ std::tuple<Tensor, Tensor> dha_decode_op(Tensor q, Tensor k_cache, Tensor v_cach
   c.p = check_dha_decode(q, k, v, kmap, vmap, kv_lens, args);
   const DhaDecodeParams& p = c.p;
   c.k = static_cast<const char*>(k.data_ptr()), c.v = static_cast<const char*>(v.data_ptr());
-  c.components =
-      find_components(p, read_map("kmap", kmap, p.k_heads), read_map("vmap", vmap, p.v_heads));
+  c.components = find_components(p, read_head_map(kOp, "kmap", kmap, p.k_heads, "key"),
+                                 read_head_map(kOp, "vmap", vmap, p.v_heads, "value"));
   c.at = read_indices(p, kv_lens, args);
   make_parts(c);
   load_queries(c, q);
