@@ -33,13 +33,20 @@ def cases_of(family: str) -> list[Case]:
 
 
 def choose(family: str, quick: bool, select: str) -> list[Case]:
-    """Cases that are asked for; ValueError if none is."""
-    chosen = [
+    """Cases that are asked for; none where no name contains ``select``."""
+    return [
         c for c in cases_of(family) if (c.quick or not quick) and select.lower() in c.name.lower()
     ]
-    if not chosen:
-        raise ValueError(f"no {'quick ' if quick else ''}case of {family} contains {select!r}")
-    return chosen
+
+
+def families_with(families: Sequence[str], quick: bool, select: str) -> list[str]:
+    """The families that have a case that is asked for; ValueError if none has."""
+    found = [family for family in families if choose(family, quick, select)]
+    if not found:
+        raise ValueError(
+            f"no {'quick ' if quick else ''}case of {', '.join(families)} contains {select!r}"
+        )
+    return found
 
 
 def settle(device: torch.device, most: int = 6 << 30) -> None:
@@ -132,11 +139,12 @@ def run(
     options = Options(device=where)
     if quick:
         options = quick_options(options)
+    asked = families_with(families or FAMILIES, quick, select)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)  # fails now, not after the measurements
     records: list[Record] = []
     paths: list[Path] = []
-    for family in families or FAMILIES:
+    for family in asked:
         if not (json or quiet):
             print(f"{family}: {len(choose(family, quick, select))} cases", file=sys.stderr)
 

@@ -884,11 +884,13 @@ class TestRunner:
         assert some and all("gather" in c.name for c in some)
         quick = runner.choose("kv_eviction", True, "")
         assert len(quick) < len(runner.choose("kv_eviction", False, ""))
+        assert runner.families_with(runner.FAMILIES, True, "nacl_select") == ["kv_eviction"]
+        assert runner.families_with(runner.FAMILIES, True, "decode") == list(runner.FAMILIES)
 
     def test_wrong_arguments(self, capsys, tmp_path):
         for arguments, words in (
             (["nothing"], "unknown family 'nothing'; there are: attention, kv_eviction"),
-            (["--select", "nothing-like-this"], "no case of attention contains"),
+            (["--select", "nothing-like-this"], "no case of attention, kv_eviction contains"),
             (["--quick", "--select", "32768"], "no quick case"),
             (["--device", "abacus"], "--device takes cpu or cuda, got 'abacus'"),
         ):
