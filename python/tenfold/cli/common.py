@@ -20,9 +20,10 @@ err = Console(stderr=True)
 
 
 def _expected(error: RuntimeError) -> bool:
-    """Is it a conversion that cannot go on? (Importing its module here would take a second.)"""
-    module = sys.modules.get("tenfold.dha.config")
-    return module is not None and isinstance(error, module.ConversionError)
+    """Is it a training that cannot go on?"""
+    from tenfold.training.errors import TrainingError
+
+    return isinstance(error, TrainingError)
 
 
 def friendly(command: Callable[..., Any]) -> Callable[..., Any]:

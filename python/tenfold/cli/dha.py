@@ -37,7 +37,7 @@ def _texts(files: list[Path] | None) -> list[str]:
 
 def _rows(tokenizer: Any, files: list[Path] | None, length: int, held: int = 16) -> tuple[Any, Any]:
     """Training rows, and at most ``held`` rows (a tenth, at least one) to evaluate on."""
-    from tenfold.dha.batches import token_rows
+    from tenfold.training.batches import token_rows
 
     rows = token_rows(tokenizer, _texts(files), length)
     count = min(held, max(1, len(rows) // 10))
@@ -59,7 +59,7 @@ def _changes(**values: Any) -> dict[str, Any]:
 
 
 def _main_process() -> bool:
-    from tenfold.dha.training import is_main_process
+    from tenfold.training.loop import is_main_process
 
     return is_main_process()
 
@@ -173,9 +173,9 @@ def recover(
 ) -> None:
     """Train a converted model further; a stopped run goes on where it was."""
     from tenfold.data import load_model
-    from tenfold.dha.batches import lm_loss
     from tenfold.dha.config import DhaConfig
     from tenfold.dha.recovery import recover as run
+    from tenfold.training.batches import lm_loss
 
     settings = DhaConfig.from_preset(
         "small", recovery_steps=steps, sequence_length=sequence_length, seed=seed,

@@ -158,9 +158,7 @@ def _covered(ranges: Ranges) -> int:
     return sum(len(range(*r)) for r in ranges)
 
 
-def _pieces(
-    name: str, parameter: Tensor, transposed: bool, config: Any
-) -> list[tuple[str, Piece]]:
+def _pieces(name: str, parameter: Tensor, transposed: bool, config: Any) -> list[tuple[str, Piece]]:
     """A weight's parts as (suffix of the unit's label, piece)."""
     fused = _fused(name, parameter, transposed, config)
     if fused is None:
@@ -180,7 +178,9 @@ def _bias_pieces(weights: list[tuple[str, Piece]], name: str, bias: Tensor) -> l
         stacked = piece.kind == "col" and bias.ndim == 2  # [experts, outputs]
         size, per = (bias.shape[-1], bias.shape[0]) if stacked else (bias.numel(), 1)
         if max(r[1] for r in ranges) > size:
-            raise ValueError(f"{name}: a bias of {bias.numel()} does not fit the parts of its weight")
+            raise ValueError(
+                f"{name}: a bias of {bias.numel()} does not fit the parts of its weight"
+            )
         kind = "col" if stacked else "element"
         made.append(Piece(name, _covered(ranges) * per, kind, ranges))
     return made

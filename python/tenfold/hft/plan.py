@@ -65,7 +65,9 @@ class Part:
         bits = torch.zeros(n, dtype=torch.bool)
         for start, stop, step in self.ranges or ():
             if stop > n:
-                raise ValueError(f"{self.kind} range {start}:{stop} in a tensor of {n} {self.kind}s")
+                raise ValueError(
+                    f"{self.kind} range {start}:{stop} in a tensor of {n} {self.kind}s"
+                )
             bits[start:stop:step] = True
         return ops.pack_mask(bits.to(parameter.device))
 
@@ -148,7 +150,9 @@ class Plan:
 
     def digest(self) -> str:
         """Identifies what trains and what does not."""
-        text = json.dumps([self.trained, self.frozen, {n: p.to_json() for n, p in self.partial.items()}])
+        text = json.dumps(
+            [self.trained, self.frozen, {n: p.to_json() for n, p in self.partial.items()}]
+        )
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def write(self, path: str | Path) -> None:

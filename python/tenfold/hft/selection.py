@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from tenfold.hft.architecture import CATEGORIES, Architecture, Ranges, Unit, describe
 from tenfold.hft.plan import Part, Plan
+from tenfold.training.checks import one_of
 
 STRATEGIES = ("category", "layer", "model", "element", "importance")
 BALANCES = ("matrices", "params")
@@ -31,11 +32,6 @@ def check_ratio(ratio: float) -> float:
     if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio <= 1:
         raise ValueError(f"ratio must be in [0, 1], the share that trains, got {ratio}")
     return float(ratio)
-
-
-def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
 
 
 def generator(seed: int, round: int) -> random.Random:
@@ -69,9 +65,7 @@ def _quota(ratio: float, category: str, layers: list[list[Unit]], rng: Any) -> l
 
 def _by_category(made: Architecture, ratio: float, rng: random.Random) -> set[int]:
     """ids of the frozen units."""
-    quotas = {
-        c: _quota(ratio, c, [layer[c] for layer in made.layers], rng) for c in _SUBSET_ORDER
-    }
+    quotas = {c: _quota(ratio, c, [layer[c] for layer in made.layers], rng) for c in _SUBSET_ORDER}
     frozen: set[int] = set()
     for i, layer in enumerate(made.layers):
         for category in CATEGORIES:
@@ -126,9 +120,7 @@ def _by_model(made: Architecture, ratio: float, balance: str, rng: random.Random
     return set(map(id, rng.sample(units, frozen_count(ratio, len(units)))))
 
 
-def _by_score(
-    made: Architecture, ratio: float, score: Callable[[Unit], float]
-) -> set[int]:
+def _by_score(made: Architecture, ratio: float, score: Callable[[Unit], float]) -> set[int]:
     """Quotas as ``_by_category``; the units with the lowest scores are frozen.
 
     The layers that freeze one more are those whose next unit scores lowest.
@@ -145,7 +137,9 @@ def _by_score(
             if category == "norm" and size > 2:
                 continue
             more = frozen_count(ratio, size * len(at)) % len(at)
-            following = sorted(at, key=lambda i: score(layers[i][least[i]]) if least[i] < size else 0.0)
+            following = sorted(
+                at, key=lambda i: score(layers[i][least[i]]) if least[i] < size else 0.0
+            )
             frozen.update(id(layers[i][least[i]]) for i in following[:more])
     return frozen
 
@@ -207,7 +201,11 @@ def _merge(ranges: list[Ranges]) -> Ranges:
 
 
 def plan_of(
-    model: nn.Module, made: Architecture, frozen_units: set[int], freeze_embeddings: bool, **about: Any
+    model: nn.Module,
+    made: Architecture,
+    frozen_units: set[int],
+    freeze_embeddings: bool,
+    **about: Any,
 ) -> Plan:
     """The Plan that freezes these units (and the embeddings and head, if asked for)."""
     trained_pieces: dict[str, list[Any]] = {}
@@ -292,8 +290,8 @@ def select(
     Raises:
         ValueError: a setting that cannot be, an unknown architecture, or nothing left to train.
     """
-    _one_of("strategy", strategy, STRATEGIES)
-    _one_of("balance", balance, BALANCES)
+    one_of("strategy", strategy, STRATEGIES)
+    one_of("balance", balance, BALANCES)
     ratio = check_ratio(ratio)
     if (strategy == "importance") != (scores is not None):
         raise ValueError("scores are needed for strategy 'importance', and only there")

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from tenfold import ops
-from tenfold.optim.active import MISMATCH, active_plan, check_states
+from tenfold.optim.active import MISMATCH, ActivePlan, active_plan, check_states
 from tenfold.optim.masks import Mask, collect_masks, is_dense, local
 from tenfold.optim.states import DTYPES, MOMENTS, Layout, code_books
 from tenfold.optim.sums import global_norm
@@ -53,14 +53,14 @@ class _Call:
 def _check(lr: Any, betas: Any, eps: float, weight_decay: float) -> None:
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError("Tensor lr must be 1-element")
-    if not 0.0 <= lr:
+    if not lr >= 0.0:
         raise ValueError(f"Invalid learning rate: {lr}")
-    if not 0.0 <= eps:
+    if not eps >= 0.0:
         raise ValueError(f"Invalid epsilon value: {eps}")
     for i in (0, 1):
         if not 0.0 <= betas[i] < 1.0:
             raise ValueError(f"Invalid beta parameter at index {i}: {betas[i]}")
-    if not 0.0 <= weight_decay:
+    if not weight_decay >= 0.0:
         raise ValueError(f"Invalid weight_decay value: {weight_decay}")
 
 
@@ -74,6 +74,7 @@ class MaskedAdamW(Optimizer):
         lr, betas, eps, weight_decay, amsgrad, maximize: as in torch. lr may be a 0-d tensor.
         masks: what trains: a mapping from parameters, or a list in their order. A mask is bool (True trains)
             or packed by ``ops.pack_mask``, over ``mask_kind``'s units; a pair (mask, kind) has its own kind.
+            None: those of the Plan in force (``hft.apply``), if there is one.
         mask_kind: ``"element"``, ``"row"`` (of the parameter seen as [numel / last, last]), ``"col"`` (last
             dimension) or ``"block"`` (``block_size`` elements in storage order); or a mapping to these.
         mask_scope: ``"all"``, or ``"param_only"``: moments of frozen elements go on, too.
@@ -145,7 +146,11 @@ class MaskedAdamW(Optimizer):
         super().__init__(params, defaults)
         # GradScaler hands its scale and what it found over, instead of dividing first.
         self._step_supports_amp_scaling = True
-        self._set_masks(collect_masks(masks, mask_kind, block_size, self._parameters()))
+        active = active_plan(self._parameters())
+        if masks is None and active is not None:
+            self._set_masks(self._masks_of(active))
+        else:
+            self._set_masks(collect_masks(masks, mask_kind, block_size, self._parameters()))
         self._bind()
 
     def _parameters(self) -> list[Tensor]:
@@ -162,7 +167,9 @@ class MaskedAdamW(Optimizer):
                 self.param_groups.pop()
                 raise ValueError("stochastic_rounding is for bf16 parameters, got float16")
             if torch.float32 in found:
-                warnings.warn("stochastic_rounding does nothing for float32 parameters", stacklevel=3)
+                warnings.warn(
+                    "stochastic_rounding does nothing for float32 parameters", stacklevel=3
+                )
         if self._expected is not None:
             self._bind()
 
@@ -172,6 +179,14 @@ class MaskedAdamW(Optimizer):
         self._prefixes = {p: Layout.prefix(m) for p, m in kept}
 
     # A Plan in force (tenfold.hft.apply): remember it, and see at every step that it still is.
+
+    def _masks_of(self, active: ActivePlan) -> dict[Tensor, Mask]:
+        named, mine = active.parameters(), {id(p) for p in self._parameters()}
+        return {
+            named[n]: Mask(part.mask(named[n]), part.kind, self._block).shard(named[n])
+            for n, part in active.plan.partial.items()
+            if id(named[n]) in mine
+        }
 
     def _bind(self) -> None:
         active = active_plan(self._parameters())
@@ -214,12 +229,8 @@ class MaskedAdamW(Optimizer):
         self._join(named, plan)
         before = self._state_bytes()
         layouts = {p: self._layout(p) for p in self._parameters() if self.state.get(p)}
-        masks = {
-            named[n]: Mask(part.mask(named[n]), part.kind, self._block).shard(named[n])
-            for n, part in plan.partial.items()
-        }
         old = self._masks
-        self._set_masks(masks)
+        self._set_masks(self._masks_of(active))
         for p in self._parameters():
             if not p.requires_grad:
                 p.grad = None
@@ -229,9 +240,11 @@ class MaskedAdamW(Optimizer):
             if states == "drop" or (states == "hand_over" and not p.requires_grad):
                 del self.state[p]
             elif old.get(p) is not self._masks.get(p) and p.requires_grad:
-                dense = layouts[p].dense(state)
                 kept = self._layout(p)
-                self.state[p] = kept.store(dense, state["step"], state["step"].device)
+                # A checkpoint may have been loaded before its Plan was applied.
+                if layouts[p].fits(state) or not kept.fits(state):
+                    dense = layouts[p].dense(state)
+                    self.state[p] = kept.store(dense, state["step"], state["step"].device)
         self._bind()
         return before - self._state_bytes()
 
@@ -313,7 +326,9 @@ class MaskedAdamW(Optimizer):
             state.update(self._layout_in(group, p).zeros(device, group["amsgrad"]))
         return state
 
-    def _add(self, call: _Call, p: Tensor, state: dict[str, Any], mask: Mask | None, number: int) -> None:
+    def _add(
+        self, call: _Call, p: Tensor, state: dict[str, Any], mask: Mask | None, number: int
+    ) -> None:
         here, grad = local(p.detach()), local(p.grad)  # type: ignore[arg-type]
         device = state["step"].device
         if device != here.device:
@@ -375,7 +390,12 @@ class MaskedAdamW(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
-            for key, value in {"amsgrad": False, "maximize": False, "fused": None, **_TORCH_KEYS}.items():
+            for key, value in {
+                "amsgrad": False,
+                "maximize": False,
+                "fused": None,
+                **_TORCH_KEYS,
+            }.items():
                 group.setdefault(key, value)
 
     @torch.no_grad()
@@ -408,9 +428,16 @@ class MaskedAdamW(Optimizer):
         if layout.fits(state):
             return state
         here = local(p)
-        for choice, mask in itertools.product((group["state_dtype"], "int8", "fp32"), (None, layout.mask)):
+        if layout.mask is None and local(state["exp_avg"]).numel() < here.numel():
+            return state  # compact states whose masks a Plan will bring (switch)
+        for choice, mask in itertools.product(
+            (group["state_dtype"], "int8", "fp32"), (None, layout.mask)
+        ):
             other = Layout(p, choice, mask, mask is not None)
-            if other.coded == ("absmax1" in state) and local(state["exp_avg"]).numel() == other.numel:
+            if (
+                other.coded == ("absmax1" in state)
+                and local(state["exp_avg"]).numel() == other.numel
+            ):
                 return layout.store(other.dense(state), state["step"], device)
         raise ValueError(
             f"states of {local(state['exp_avg']).numel()} elements fit neither a parameter "
@@ -432,4 +459,3 @@ class MaskedAdamW(Optimizer):
                     n: dense[n] for n in MOMENTS if n in dense
                 }
         return made
-

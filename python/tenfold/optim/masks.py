@@ -130,7 +130,9 @@ def make_mask(value: Any, kind: str, block: int, parameter: Tensor, name: str) -
         what = value.dtype if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"the mask of {name} must be bool, or packed uint8, got {what}")
     if value.device != parameter.device:
-        raise ValueError(f"the mask of {name} is on {value.device}, the parameter on {parameter.device}")
+        raise ValueError(
+            f"the mask of {name} is on {value.device}, the parameter on {parameter.device}"
+        )
     made = Mask(value, kind, block)
     units = made.units(parameter)
     if value.dtype == torch.uint8:
@@ -140,7 +142,9 @@ def make_mask(value: Any, kind: str, block: int, parameter: Tensor, name: str) -
                 f"{list(parameter.shape)}, got {list(value.shape)}"
             )
         return Mask(value.contiguous(), kind, block)
-    if value.numel() != units or (kind == "element" and value.ndim != 1 and value.shape != parameter.shape):
+    if value.numel() != units or (
+        kind == "element" and value.ndim != 1 and value.shape != parameter.shape
+    ):
         raise ValueError(
             f"the {kind} mask of {name} must have {units} bits for a parameter "
             f"{list(parameter.shape)}, got {list(value.shape)}"

@@ -86,7 +86,9 @@ class Layout:
                 made[name] = value
         return made
 
-    def store(self, dense: dict[str, Tensor], step: Tensor, device: torch.device) -> dict[str, Tensor]:
+    def store(
+        self, dense: dict[str, Tensor], step: Tensor, device: torch.device
+    ) -> dict[str, Tensor]:
         """States in this form, from dense moments; a fresh copy."""
         state = self.zeros(device, "max_exp_avg_sq" in dense and not self.coded)
         state["step"].copy_(step)
@@ -98,14 +100,20 @@ class Layout:
                 raise ValueError(
                     f"a state {name} of {list(value.shape)} for a parameter {list(here.shape)}"
                 )
-            kept = torch.empty_like(here, dtype=torch.float32 if self.coded else self.dtype, device=device)
+            kept = torch.empty_like(
+                here, dtype=torch.float32 if self.coded else self.dtype, device=device
+            )
             kept.copy_(value)
             flat = kept.as_strided((kept.numel(),), (1,))
             if self.coded:
                 at = MOMENTS.index(name)
-                blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % STATE_BLOCK)).view(-1, STATE_BLOCK)
+                blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % STATE_BLOCK)).view(
+                    -1, STATE_BLOCK
+                )
                 scale = blocks.abs().amax(1)
-                unit = torch.where(scale[:, None] == 0, torch.zeros_like(blocks), blocks / scale[:, None])
+                unit = torch.where(
+                    scale[:, None] == 0, torch.zeros_like(blocks), blocks / scale[:, None]
+                )
                 codes = nearest_code(unit.view(-1)[: flat.numel()], code_books(device)[at])
                 state[name].copy_(codes)
                 state[f"absmax{at + 1}"].copy_(scale)

@@ -31,15 +31,15 @@ def global_norm(pieces: Iterable[Piece], block: int, scale: Tensor | None = None
     for kind, grads, masks, like in pieces:
         given = masks if kind != "none" else []
         here = None if scale is None else scale.to(grads[0].device, torch.float32).reshape(())
-        norm = ops.grad_norm(
-            grads, given, mask_kind=kind, block_size=block, grad_scale_tensor=here
-        )
+        norm = ops.grad_norm(grads, given, mask_kind=kind, block_size=block, grad_scale_tensor=here)
         parts.append((norm, like))
     if len(parts) == 1 and parts[0][1] is None:
         return parts[0][0]
     device = parts[0][0].device
     squares = [
-        (_over_mesh(n.double().square(), like) if like is not None else n.double().square()).to(device)
+        (_over_mesh(n.double().square(), like) if like is not None else n.double().square()).to(
+            device
+        )
         for n, like in parts
     ]
     return torch.stack(squares).sum().sqrt().float()
