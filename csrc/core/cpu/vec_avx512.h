@@ -245,6 +245,33 @@ inline void hsum4(VF a, VF b, VF c, VF d, float* out) {
   _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1)));
 }
 
+// The mask of the lanes whose bit is set, and back.
+inline VM lanes_of(uint32_t bits) {
+  return static_cast<VM>(bits);
+}
+inline uint32_t bits_of(VM m) {
+  return m;
+}
+// Bit i: byte i of 64 is not 0. And back: bytes of 0 and 1.
+inline uint64_t bits_of_bytes(const uint8_t* p) {
+  const __m512i bytes = _mm512_loadu_si512(p);
+  return _mm512_test_epi8_mask(bytes, bytes);
+}
+inline void store_bits_as_bytes(uint8_t* p, uint64_t bits) {
+  _mm512_storeu_si512(p, _mm512_maskz_set1_epi8(bits, 1));
+}
+// Transposes the 4 x 4 words of every group of 4 lanes of 4 vectors.
+inline void transpose_words(VI (&a)[4]) {
+  const __m512i ab_lo = _mm512_unpacklo_epi32(a[0].v, a[1].v);
+  const __m512i ab_hi = _mm512_unpackhi_epi32(a[0].v, a[1].v);
+  const __m512i cd_lo = _mm512_unpacklo_epi32(a[2].v, a[3].v);
+  const __m512i cd_hi = _mm512_unpackhi_epi32(a[2].v, a[3].v);
+  a[0].v = _mm512_unpacklo_epi64(ab_lo, cd_lo);
+  a[1].v = _mm512_unpackhi_epi64(ab_lo, cd_lo);
+  a[2].v = _mm512_unpacklo_epi64(ab_hi, cd_hi);
+  a[3].v = _mm512_unpackhi_epi64(ab_hi, cd_hi);
+}
+
 #if defined(TENFOLD_ISA_BF16)
 // c + pairwise dot products of bf16 lanes (two per float lane), products exact, float32 sums.
 inline VF dot_bf16(VF c, VI a, VI b) {
