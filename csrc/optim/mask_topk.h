@@ -1,11 +1,12 @@
 // mask_topk, mask_random: a packed mask with exactly k = floor(fraction * n) set bits.
 //
-//   mask_topk(score, fraction)                  the k largest scores of the flattened tensor
+//   mask_topk(score, fraction)                    the k largest scores of the flattened tensor
 //   mask_random(like, n, fraction, seed, stream)  the k largest of n random words
 //
 // Scores compare as torch.topk compares them: NaN above +inf, -0 = +0; equal ones by index, the
 // lower first. The random word of position i is word i % 4 of Philox4x32-10 at counter
-// (i / 4 low, i / 4 high, stream, 0) with key seed, so a draw depends on nothing but that.
+// (i / 4 low, i / 4 high, stream low, stream high) with key seed, so a draw depends on nothing
+// else.
 //
 // Both become uint32 keys in the same order, and the mask is key > cut, or key = cut and among the
 // first `ties` of those. On the CPU the cut is found in one pass over the scores, mostly: a
@@ -29,8 +30,18 @@ namespace tenfold {
 struct KeySource {
   const void* score;  // n scores, or null: random words
   Dtype dtype;
-  uint32_t seed_lo, seed_hi, stream;
+  uint32_t seed_lo, seed_hi, stream_lo, stream_hi;
 };
+
+static inline KeySource random_source(int64_t seed_bits, int64_t stream_bits) {
+  const auto seed = static_cast<uint64_t>(seed_bits), stream = static_cast<uint64_t>(stream_bits);
+  return {nullptr,
+          Dtype::f32,
+          static_cast<uint32_t>(seed),
+          static_cast<uint32_t>(seed >> 32),
+          static_cast<uint32_t>(stream),
+          static_cast<uint32_t>(stream >> 32)};
+}
 
 constexpr uint32_t kNanKey = 0xFFFFFFFFu;
 
@@ -45,8 +56,8 @@ TENFOLD_HD uint32_t score_key(uint32_t float_bits) {
 TENFOLD_HD uint32_t random_key(const KeySource& s, int64_t i) {
   const auto counter = static_cast<uint64_t>(i) >> 2;
   const Philox4 words =
-      philox4x32_10(static_cast<uint32_t>(counter), static_cast<uint32_t>(counter >> 32), s.stream,
-                    0, s.seed_lo, s.seed_hi);
+      philox4x32_10(static_cast<uint32_t>(counter), static_cast<uint32_t>(counter >> 32),
+                    s.stream_lo, s.stream_hi, s.seed_lo, s.seed_hi);
   return words.word[i & 3];
 }
 

@@ -77,10 +77,8 @@ int64_t check_mask_topk(const Tensor& score, double fraction) {
   return wanted_of("mask_topk", score.numel(), fraction);
 }
 
-int64_t check_mask_random(const Tensor&, int64_t n, double fraction, int64_t, int64_t stream) {
+int64_t check_mask_random(int64_t n, double fraction) {
   TENFOLD_CHECK_VALUE(n >= 0, "tenfold::mask_random: n must be a number of bits >= 0, got ", n);
-  TENFOLD_CHECK_VALUE(stream >= 0 && stream <= 0xFFFFFFFFll,
-                      "tenfold::mask_random: stream must be in [0, 2^32), got ", stream);
   return wanted_of("mask_random", n, fraction);
 }
 

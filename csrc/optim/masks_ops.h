@@ -32,8 +32,7 @@ int64_t wanted_of(const char* op, int64_t n, double fraction);
 int64_t check_mask_topk(const Tensor& score, double fraction);
 
 // k of mask_random.
-int64_t check_mask_random(const Tensor& like, int64_t n, double fraction, int64_t seed,
-                          int64_t stream);
+int64_t check_mask_random(int64_t n, double fraction);
 
 // A dense tensor is one block of memory without gaps or overlaps, in some order of its dims.
 bool is_dense(const Tensor& t);

@@ -258,6 +258,16 @@ inline void mulhilo(VI a, uint32_t m, VI* hi, VI* lo) {
   hi->v = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA);
   lo->v = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA);
 }
+// out[4 i + k] = word i of w_k, over the groups of four lanes i of a half: with counters dealt to
+// lanes as (l % 4) * (kWidth / 4) + l / 4, the words of counter c end up at out + 4 c.
+inline void store_by_four(uint32_t* out, VI w0, VI w1, VI w2, VI w3) {
+  const __m256i a = _mm256_unpacklo_epi32(w0.v, w1.v), b = _mm256_unpackhi_epi32(w0.v, w1.v);
+  const __m256i c = _mm256_unpacklo_epi32(w2.v, w3.v), d = _mm256_unpackhi_epi32(w2.v, w3.v);
+  store(out, {_mm256_unpacklo_epi64(a, c)});
+  store(out + 8, {_mm256_unpackhi_epi64(a, c)});
+  store(out + 16, {_mm256_unpacklo_epi64(b, d)});
+  store(out + 24, {_mm256_unpackhi_epi64(b, d)});
+}
 inline VI bits(VF a) {
   return {_mm256_castps_si256(a.v)};
 }
@@ -318,17 +328,6 @@ inline void store_bits_as_bytes(uint8_t* p, uint64_t bits) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p) + i,
                         _mm256_and_si256(_mm256_cmpeq_epi8(set, each), _mm256_set1_epi8(1)));
   }
-}
-// Transposes the 4 x 4 words of every group of 4 lanes of 4 vectors.
-inline void transpose_words(VI (&a)[4]) {
-  const __m256i ab_lo = _mm256_unpacklo_epi32(a[0].v, a[1].v);
-  const __m256i ab_hi = _mm256_unpackhi_epi32(a[0].v, a[1].v);
-  const __m256i cd_lo = _mm256_unpacklo_epi32(a[2].v, a[3].v);
-  const __m256i cd_hi = _mm256_unpackhi_epi32(a[2].v, a[3].v);
-  a[0].v = _mm256_unpacklo_epi64(ab_lo, cd_lo);
-  a[1].v = _mm256_unpackhi_epi64(ab_lo, cd_lo);
-  a[2].v = _mm256_unpacklo_epi64(ab_hi, cd_hi);
-  a[3].v = _mm256_unpackhi_epi64(ab_hi, cd_hi);
 }
 
 }  // namespace

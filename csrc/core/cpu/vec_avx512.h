@@ -219,6 +219,16 @@ inline void mulhilo(VI a, uint32_t m, VI* hi, VI* lo) {
   hi->v = _mm512_mask_shuffle_epi32(odd, 0x5555, even, static_cast<_MM_PERM_ENUM>(0xF5));
   lo->v = _mm512_mask_shuffle_epi32(even, 0xAAAA, odd, static_cast<_MM_PERM_ENUM>(0xA0));
 }
+// out[4 i + k] = word i of w_k, over the groups of four lanes i of a quarter: with counters dealt
+// to lanes as (l % 4) * (kWidth / 4) + l / 4, the words of counter c end up at out + 4 c.
+inline void store_by_four(uint32_t* out, VI w0, VI w1, VI w2, VI w3) {
+  const __m512i a = _mm512_unpacklo_epi32(w0.v, w1.v), b = _mm512_unpackhi_epi32(w0.v, w1.v);
+  const __m512i c = _mm512_unpacklo_epi32(w2.v, w3.v), d = _mm512_unpackhi_epi32(w2.v, w3.v);
+  _mm512_storeu_si512(out, _mm512_unpacklo_epi64(a, c));
+  _mm512_storeu_si512(out + 16, _mm512_unpackhi_epi64(a, c));
+  _mm512_storeu_si512(out + 32, _mm512_unpacklo_epi64(b, d));
+  _mm512_storeu_si512(out + 48, _mm512_unpackhi_epi64(b, d));
+}
 inline VI bits(VF a) {
   return {_mm512_castps_si512(a.v)};
 }
@@ -259,17 +269,6 @@ inline uint64_t bits_of_bytes(const uint8_t* p) {
 }
 inline void store_bits_as_bytes(uint8_t* p, uint64_t bits) {
   _mm512_storeu_si512(p, _mm512_maskz_set1_epi8(bits, 1));
-}
-// Transposes the 4 x 4 words of every group of 4 lanes of 4 vectors.
-inline void transpose_words(VI (&a)[4]) {
-  const __m512i ab_lo = _mm512_unpacklo_epi32(a[0].v, a[1].v);
-  const __m512i ab_hi = _mm512_unpackhi_epi32(a[0].v, a[1].v);
-  const __m512i cd_lo = _mm512_unpacklo_epi32(a[2].v, a[3].v);
-  const __m512i cd_hi = _mm512_unpackhi_epi32(a[2].v, a[3].v);
-  a[0].v = _mm512_unpacklo_epi64(ab_lo, cd_lo);
-  a[1].v = _mm512_unpackhi_epi64(ab_lo, cd_lo);
-  a[2].v = _mm512_unpacklo_epi64(ab_hi, cd_hi);
-  a[3].v = _mm512_unpackhi_epi64(ab_hi, cd_hi);
 }
 
 #if defined(TENFOLD_ISA_BF16)

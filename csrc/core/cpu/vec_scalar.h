@@ -258,6 +258,16 @@ inline void mulhilo(VI a, uint32_t m, VI* hi, VI* lo) {
     lo->v[i] = static_cast<uint32_t>(p);
   }
 }
+// out[4 i + k] = lane i of w_k. Wider vectors deal counters to lanes as
+// (l % 4) * (kWidth / 4) + l / 4, so that the words of counter c end up at out + 4 c.
+inline void store_by_four(uint32_t* out, VI w0, VI w1, VI w2, VI w3) {
+  TENFOLD_LANES {
+    out[4 * i] = w0.v[i];
+    out[4 * i + 1] = w1.v[i];
+    out[4 * i + 2] = w2.v[i];
+    out[4 * i + 3] = w3.v[i];
+  }
+}
 inline VI bits(VF a) {
   VI r;
   memcpy(&r, &a, sizeof r);
@@ -319,15 +329,6 @@ inline void store_bits_as_bytes(uint8_t* p, uint64_t bits) {
     x = ((x + 0x00406070787C7E7Fu) >> 7) & 0x0101010101010101u;
     memcpy(p + i, &x, 8);
   }
-}
-// Transposes the 4 x 4 words of 4 vectors.
-inline void transpose_words(VI (&a)[4]) {
-  for (int i = 0; i < 4; ++i)
-    for (int j = i + 1; j < 4; ++j) {
-      const uint32_t kept = a[i].v[j];
-      a[i].v[j] = a[j].v[i];
-      a[j].v[i] = kept;
-    }
 }
 
 #undef TENFOLD_LANES

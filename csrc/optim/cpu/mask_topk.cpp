@@ -250,15 +250,13 @@ Tensor mask_topk_op(Tensor score_in, double fraction) {
   const int64_t k = check_mask_topk(score_in, fraction);
   const Tensor score = torch::stable::contiguous(score_in);
   const Dtype dtype = to_dtype(score.scalar_type());
-  return masked_largest(score, {{score.data_ptr(), dtype, 0, 0, 0}, score.numel(), k, nullptr,
+  return masked_largest(score, {{score.data_ptr(), dtype, 0, 0, 0, 0}, score.numel(), k, nullptr,
                                 dtype == Dtype::f32 ? 9.0 : 7.0});
 }
 
 Tensor mask_random_op(Tensor like, int64_t n, double fraction, int64_t seed, int64_t stream) {
-  const int64_t k = check_mask_random(like, n, fraction, seed, stream);
-  const auto key = static_cast<uint64_t>(seed);
-  const KeySource source{nullptr, Dtype::f32, static_cast<uint32_t>(key),
-                         static_cast<uint32_t>(key >> 32), static_cast<uint32_t>(stream)};
+  const int64_t k = check_mask_random(n, fraction);
+  const KeySource source = random_source(seed, stream);
   return masked_largest(like, {source, n, k, nullptr, 40.0});
 }
 

@@ -35,10 +35,10 @@ inline void philox_rounds(VI (&x)[4], uint32_t k0, uint32_t k1) {
   }
 }
 
-// Lanes of counters such that the transposed words of kWidth counters are in order.
+// Counters dealt to lanes as store_by_four() wants them.
 inline VI counter_lanes() {
   uint32_t lanes[kWidth];
-  for (int i = 0; i < kWidth; ++i) lanes[i] = static_cast<uint32_t>(kWidth / 4 * (i % 4) + i / 4);
+  for (int i = 0; i < kWidth; ++i) lanes[i] = static_cast<uint32_t>(i % 4 * (kWidth / 4) + i / 4);
   return load(lanes);
 }
 
@@ -47,10 +47,9 @@ void random_block(const KeySource& s, int64_t begin, int64_t n, uint32_t* keys) 
   for (int64_t i = 0; i < n; i += 4 * kWidth) {
     const auto first = static_cast<uint64_t>(begin + i) >> 2;  // a multiple of kWidth: no carry
     VI x[4] = {seti(static_cast<uint32_t>(first)) + lanes,
-               seti(static_cast<uint32_t>(first >> 32)), seti(s.stream), seti(0)};
+               seti(static_cast<uint32_t>(first >> 32)), seti(s.stream_lo), seti(s.stream_hi)};
     philox_rounds(x, s.seed_lo, s.seed_hi);
-    transpose_words(x);
-    for (int k = 0; k < 4; ++k) store(keys + i + k * kWidth, x[k]);
+    store_by_four(keys + i, x[0], x[1], x[2], x[3]);
   }
 }
 
