@@ -6,8 +6,9 @@
 // Every ISA provides: kWidth; load, load_n, store, store_n of float, bf16_t and fp16_t (rounding to
 // nearest even); load_bytes, store_bytes; gather, lookup32; set1, seti; + - *; fma; vmax, vmin (if
 // either argument is NaN, the *second* is returned); rint, ldexp; lt, gt, ge, eq, above, unordered
-// masks; both, any, select, store_chosen; hsum, hmax, hsum4; VI arithmetic for Philox and float
-// bits.
+// masks; both, any, select, store_chosen; hsum, hmax, hsum4; lanes_of, bits_of,
+// bits_of_bytes, store_bits_as_bytes for packed masks; VI arithmetic for Philox and float bits,
+// store_by_four.
 #pragma once
 
 #include "core/types.h"

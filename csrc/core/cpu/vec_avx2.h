@@ -258,6 +258,16 @@ inline void mulhilo(VI a, uint32_t m, VI* hi, VI* lo) {
   hi->v = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA);
   lo->v = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA);
 }
+// out[4 i + k] = word i of w_k, over the groups of four lanes i of a half: with counters dealt to
+// lanes as (l % 4) * (kWidth / 4) + l / 4, the words of counter c end up at out + 4 c.
+inline void store_by_four(uint32_t* out, VI w0, VI w1, VI w2, VI w3) {
+  const __m256i a = _mm256_unpacklo_epi32(w0.v, w1.v), b = _mm256_unpackhi_epi32(w0.v, w1.v);
+  const __m256i c = _mm256_unpacklo_epi32(w2.v, w3.v), d = _mm256_unpackhi_epi32(w2.v, w3.v);
+  store(out, {_mm256_unpacklo_epi64(a, c)});
+  store(out + 8, {_mm256_unpackhi_epi64(a, c)});
+  store(out + 16, {_mm256_unpacklo_epi64(b, d)});
+  store(out + 24, {_mm256_unpackhi_epi64(b, d)});
+}
 inline VI bits(VF a) {
   return {_mm256_castps_si256(a.v)};
 }
@@ -287,6 +297,37 @@ inline void hsum4(VF a, VF b, VF c, VF d, float* out) {
   const __m256 cd = _mm256_add_ps(_mm256_unpacklo_ps(c.v, d.v), _mm256_unpackhi_ps(c.v, d.v));
   const __m256 s = _mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xEE));
   _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
+}
+
+// The mask of the lanes whose bit is set, and back.
+inline VM lanes_of(uint32_t bits) {
+  const __m256i each = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  const __m256i set = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), each);
+  return {_mm256_castsi256_ps(_mm256_cmpeq_epi32(set, each))};
+}
+inline uint32_t bits_of(VM m) {
+  return static_cast<uint32_t>(_mm256_movemask_ps(m.v));
+}
+// Bit i: byte i of 64 is not 0. And back: bytes of 0 and 1.
+inline uint64_t bits_of_bytes(const uint8_t* p) {
+  uint64_t zeros = 0;
+  for (int i = 0; i < 2; ++i) {
+    const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p) + i);
+    const __m256i zero = _mm256_cmpeq_epi8(bytes, _mm256_setzero_si256());
+    zeros |= static_cast<uint64_t>(static_cast<uint32_t>(_mm256_movemask_epi8(zero))) << (32 * i);
+  }
+  return ~zeros;
+}
+inline void store_bits_as_bytes(uint8_t* p, uint64_t bits) {
+  const __m256i spread = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202,
+                                            0x0303030303030303);  // the byte that holds its bit
+  const __m256i each = _mm256_set1_epi64x(static_cast<int64_t>(0x8040201008040201u));
+  for (int i = 0; i < 2; ++i) {
+    const __m256i word = _mm256_set1_epi32(static_cast<int>(bits >> (32 * i)));
+    const __m256i set = _mm256_and_si256(_mm256_shuffle_epi8(word, spread), each);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p) + i,
+                        _mm256_and_si256(_mm256_cmpeq_epi8(set, each), _mm256_set1_epi8(1)));
+  }
 }
 
 }  // namespace

@@ -219,6 +219,16 @@ inline void mulhilo(VI a, uint32_t m, VI* hi, VI* lo) {
   hi->v = _mm512_mask_shuffle_epi32(odd, 0x5555, even, static_cast<_MM_PERM_ENUM>(0xF5));
   lo->v = _mm512_mask_shuffle_epi32(even, 0xAAAA, odd, static_cast<_MM_PERM_ENUM>(0xA0));
 }
+// out[4 i + k] = word i of w_k, over the groups of four lanes i of a quarter: with counters dealt
+// to lanes as (l % 4) * (kWidth / 4) + l / 4, the words of counter c end up at out + 4 c.
+inline void store_by_four(uint32_t* out, VI w0, VI w1, VI w2, VI w3) {
+  const __m512i a = _mm512_unpacklo_epi32(w0.v, w1.v), b = _mm512_unpackhi_epi32(w0.v, w1.v);
+  const __m512i c = _mm512_unpacklo_epi32(w2.v, w3.v), d = _mm512_unpackhi_epi32(w2.v, w3.v);
+  _mm512_storeu_si512(out, _mm512_unpacklo_epi64(a, c));
+  _mm512_storeu_si512(out + 16, _mm512_unpackhi_epi64(a, c));
+  _mm512_storeu_si512(out + 32, _mm512_unpacklo_epi64(b, d));
+  _mm512_storeu_si512(out + 48, _mm512_unpackhi_epi64(b, d));
+}
 inline VI bits(VF a) {
   return {_mm512_castps_si512(a.v)};
 }
@@ -243,6 +253,22 @@ inline void hsum4(VF a, VF b, VF c, VF d, float* out) {
   const __m512 s = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xEE));
   const __m256 h = _mm256_add_ps(_mm512_castps512_ps256(s), _mm512_extractf32x8_ps(s, 1));
   _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1)));
+}
+
+// The mask of the lanes whose bit is set, and back.
+inline VM lanes_of(uint32_t bits) {
+  return static_cast<VM>(bits);
+}
+inline uint32_t bits_of(VM m) {
+  return m;
+}
+// Bit i: byte i of 64 is not 0. And back: bytes of 0 and 1.
+inline uint64_t bits_of_bytes(const uint8_t* p) {
+  const __m512i bytes = _mm512_loadu_si512(p);
+  return _mm512_test_epi8_mask(bytes, bytes);
+}
+inline void store_bits_as_bytes(uint8_t* p, uint64_t bits) {
+  _mm512_storeu_si512(p, _mm512_maskz_set1_epi8(bits, 1));
 }
 
 #if defined(TENFOLD_ISA_BF16)

@@ -258,6 +258,16 @@ inline void mulhilo(VI a, uint32_t m, VI* hi, VI* lo) {
     lo->v[i] = static_cast<uint32_t>(p);
   }
 }
+// out[4 i + k] = lane i of w_k. Wider vectors deal counters to lanes as
+// (l % 4) * (kWidth / 4) + l / 4, so that the words of counter c end up at out + 4 c.
+inline void store_by_four(uint32_t* out, VI w0, VI w1, VI w2, VI w3) {
+  TENFOLD_LANES {
+    out[4 * i] = w0.v[i];
+    out[4 * i + 1] = w1.v[i];
+    out[4 * i + 2] = w2.v[i];
+    out[4 * i + 3] = w3.v[i];
+  }
+}
 inline VI bits(VF a) {
   VI r;
   memcpy(&r, &a, sizeof r);
@@ -288,6 +298,37 @@ inline void hsum4(VF a, VF b, VF c, VF d, float* out) {
   out[1] = hsum(b);
   out[2] = hsum(c);
   out[3] = hsum(d);
+}
+
+// The mask of the lanes whose bit is set, and back.
+inline VM lanes_of(uint32_t bits) {
+  VM r;
+  TENFOLD_LANES r.v[i] = ((bits >> i) & 1u) != 0;
+  return r;
+}
+inline uint32_t bits_of(VM m) {
+  uint32_t r = 0;
+  TENFOLD_LANES r |= static_cast<uint32_t>(m.v[i]) << i;
+  return r;
+}
+// Bit i: byte i of 64 is not 0. And back: bytes of 0 and 1.
+inline uint64_t bits_of_bytes(const uint8_t* p) {
+  uint64_t r = 0;
+  for (int i = 0; i < 64; i += 8) {
+    uint64_t x;
+    memcpy(&x, p + i, 8);
+    x |= (x & 0x7F7F7F7F7F7F7F7Fu) + 0x7F7F7F7F7F7F7F7Fu;  // the top bit of what is not 0
+    x = (x >> 7) & 0x0101010101010101u;
+    r |= (x * 0x0102040810204080u) >> 56 << i;
+  }
+  return r;
+}
+inline void store_bits_as_bytes(uint8_t* p, uint64_t bits) {
+  for (int i = 0; i < 64; i += 8) {
+    uint64_t x = ((bits >> i) & 0xFFu) * 0x0101010101010101u & 0x8040201008040201u;
+    x = ((x + 0x00406070787C7E7Fu) >> 7) & 0x0101010101010101u;
+    memcpy(p + i, &x, 8);
+  }
 }
 
 #undef TENFOLD_LANES
