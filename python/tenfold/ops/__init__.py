@@ -31,6 +31,7 @@ from tenfold.ops.kv_eviction import (
     proxy_scores,
     ragged_decode,
 )
+from tenfold.ops.optim import masked_adamw_
 from tenfold.ops.template import template_scale
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "head_cka",
     "kv_compact_",
     "kv_gather",
+    "masked_adamw_",
     "nacl_evict",
     "nacl_select",
     "proxy_scores",
