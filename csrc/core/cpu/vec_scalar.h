@@ -175,6 +175,33 @@ inline VF fma(VF a, VF b, VF c) {
   TENFOLD_LANES r.v[i] = a.v[i] * b.v[i] + c.v[i];
   return r;
 }
+// a * b + c rounded once, as the instruction does it: the exact sum of the (exact) double product
+// and c, rounded to odd in double, keeps what the rounding to float needs.
+inline float fused_lane(float a, float b, float c) {
+  const double p = static_cast<double>(a) * b, s = p + c;
+  const double back = s - p, lost = (p - (s - back)) + (c - back);
+  uint64_t x;
+  memcpy(&x, &s, 8);
+  if (lost != 0.0 && lost == lost && (x & 1) == 0) x += (lost > 0.0) == (s > 0.0) ? 1 : -1;
+  double odd;
+  memcpy(&odd, &x, 8);
+  return static_cast<float>(odd);
+}
+inline VF fused(VF a, VF b, VF c) {
+  VF r;
+  TENFOLD_LANES r.v[i] = fused_lane(a.v[i], b.v[i], c.v[i]);
+  return r;
+}
+inline VF fused_from(VF c, VF a, VF b) {
+  VF r;
+  TENFOLD_LANES r.v[i] = fused_lane(-a.v[i], b.v[i], c.v[i]);
+  return r;
+}
+inline VF sqrt(VF a) {
+  VF r;
+  TENFOLD_LANES r.v[i] = sqrtf(a.v[i]);
+  return r;
+}
 inline VF rint(VF a) {  // adding 1.5 * 2^23 rounds to nearest even for |a| < 2^22
   VF r;
   TENFOLD_LANES r.v[i] = (a.v[i] + 12582912.0f) - 12582912.0f;
@@ -224,6 +251,31 @@ inline int store_chosen(uint32_t* p, VM m, VI a) {
     count += m.v[i] ? 1 : 0;
   }
   return count;
+}
+// Lane i takes bit i.
+inline VM lanes_of(uint32_t word) {
+  return {{(word & 1) != 0, (word & 2) != 0, (word & 4) != 0, (word & 8) != 0}};
+}
+// The lanes of m one after another; what follows them is undefined. Back: lane by lane from there.
+inline VF compress(VM m, VF a) {
+  VF r = a;
+  int count = 0;
+  TENFOLD_LANES if (m.v[i]) r.v[count++] = a.v[i];
+  return r;
+}
+inline VF expand(VM m, VF a) {
+  VF r = set1(0.0f);
+  int count = 0;
+  TENFOLD_LANES if (m.v[i]) r.v[i] = a.v[count++];
+  return r;
+}
+// Stores the lanes of m; the others keep their bits.
+template <class T>
+inline void store_where(T* p, VM m, VF a) {
+  TENFOLD_LANES if (m.v[i]) put(p + i, a.v[i]);
+}
+inline VI load_halves(const uint16_t* p) {
+  return {{p[0], p[1], p[2], p[3]}};
 }
 // 1 where m, else 0.
 inline void store_bytes(uint8_t* p, VM m) {

@@ -85,11 +85,12 @@ def _nearest(units: list[Unit], target: float, rng: random.Random) -> tuple[list
 
 
 def _by_parameters(made: Architecture, ratio: float, rng: random.Random) -> set[int]:
-    """As ``_by_category``, counting parameters; what a layer misses is made up by the next."""
+    """As ``_by_category``, counting parameters; what a layer misses is made up by another."""
     frozen: set[int] = set()
     for category in CATEGORIES:
         owed = 0.0
-        for layer in made.layers:
+        # In random order, or every other layer would always get the one more.
+        for layer in rng.sample(made.layers, len(made.layers)):
             owed += (1 - ratio) * sum(u.numel for u in layer[category])
             taken, total = _nearest(layer[category], owed, rng)
             owed -= total

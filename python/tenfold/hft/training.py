@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tenfold.hft.architecture import describe
 from tenfold.hft.config import HFTConfig
-from tenfold.hft.freeze import SoftFreeze, apply, release
+from tenfold.hft.freeze import SoftFreeze, apply, current_plan, release
 from tenfold.hft.plan import Plan
 from tenfold.hft.selection import select
 from tenfold.optim import MaskedAdamW
@@ -122,6 +122,12 @@ class HalfTrainer(Trainer):
         groups = parameter_groups(module, config, lora)
         common: dict[str, Any] = {"betas": config.betas, "eps": config.eps}
         if config.optimizer == "adamw":
+            plan = current_plan(module)
+            if plan is not None and plan.partial:
+                raise ValueError(
+                    f"the Plan trains parts of {len(plan.partial)} tensors, which optimizer='adamw' cannot; "
+                    "use 'masked_adamw'"
+                )
             return torch.optim.AdamW(groups, fused=True, **common)
         # None: the masks of the Plan in force. A penalty needs the gradients of everything.
         masks = None if self.soft is None else {}
