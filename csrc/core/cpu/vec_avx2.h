@@ -355,12 +355,7 @@ inline void hsum4(VF a, VF b, VF c, VF d, float* out) {
   _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
 }
 
-// The mask of the lanes whose bit is set, and back.
-inline VM lanes_of(uint32_t bits) {
-  const __m256i each = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
-  const __m256i set = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), each);
-  return {_mm256_castsi256_ps(_mm256_cmpeq_epi32(set, each))};
-}
+// The inverse of lanes_of.
 inline uint32_t bits_of(VM m) {
   return static_cast<uint32_t>(_mm256_movemask_ps(m.v));
 }

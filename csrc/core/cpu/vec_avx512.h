@@ -292,10 +292,7 @@ inline void hsum4(VF a, VF b, VF c, VF d, float* out) {
   _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1)));
 }
 
-// The mask of the lanes whose bit is set, and back.
-inline VM lanes_of(uint32_t bits) {
-  return static_cast<VM>(bits);
-}
+// The inverse of lanes_of.
 inline uint32_t bits_of(VM m) {
   return m;
 }

@@ -352,12 +352,7 @@ inline void hsum4(VF a, VF b, VF c, VF d, float* out) {
   out[3] = hsum(d);
 }
 
-// The mask of the lanes whose bit is set, and back.
-inline VM lanes_of(uint32_t bits) {
-  VM r;
-  TENFOLD_LANES r.v[i] = ((bits >> i) & 1u) != 0;
-  return r;
-}
+// The inverse of lanes_of.
 inline uint32_t bits_of(VM m) {
   uint32_t r = 0;
   TENFOLD_LANES r |= static_cast<uint32_t>(m.v[i]) << i;
