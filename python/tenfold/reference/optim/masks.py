@@ -134,7 +134,8 @@ def masked_copy_(
     mask_kind: str = "element",
     block_size: int = 256,
 ) -> None:
-    """``dst[i] = src[i]`` where the bit is set, in storage order; no mask: everywhere."""
+    """``dst[i] = src[i]`` where the bit is set, in the storage order of ``dst``; no mask: everywhere."""
     for i, (to, of) in enumerate(zip(dst, src, strict=True)):
         trained = trained_elements(to, masks[i] if len(masks) else None, mask_kind, block_size)
-        storage_flat(to)[trained] = storage_flat(of)[trained].to(to.dtype)
+        new = torch.empty_like(to).copy_(of)  # its strides and its dtype
+        storage_flat(to)[trained] = storage_flat(new)[trained]
