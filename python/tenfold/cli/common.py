@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json as json_module
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -109,6 +110,12 @@ def device_of(name: str) -> str:
         what = f"only {count} GPUs" if count else "no GPU"
         raise ValueError(f"--device {name}: torch finds {what} here; `tenfold doctor` says why")
     return name
+
+
+def rank_device(name: str) -> str:
+    """``--device``, checked; with torchrun, the GPU of this rank."""
+    found, rank = device_of(name), os.environ.get("LOCAL_RANK")
+    return device_of(f"cuda:{rank}") if rank and found.startswith("cuda") else found
 
 
 def dtype_of(name: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from typing import Any
 
@@ -32,7 +33,8 @@ def wrapper_of(model: nn.Module) -> str | None:
 def apply(model: nn.Module, plan: Plan | None = None, **selection: Any) -> Plan:
     """Freezes what a Plan does not train: no gradient is computed for it, and it has none left.
 
-    Tensors that train in part keep ``requires_grad``; their masks work in ``MaskedAdamW`` only.
+    Tensors that train in part keep ``requires_grad``; their masks work in ``MaskedAdamW`` only. Linear
+    layers that train in rows compute the gradient of those rows only (``optim.half_linear``).
 
     Args:
         model: the bare model, or one sharded by FSDP2; not yet wrapped by DDP.
@@ -63,8 +65,48 @@ def apply(model: nn.Module, plan: Plan | None = None, **selection: Any) -> Plan:
         if name not in trainable:
             # Left over, it would still move the weight, and momentum with it.
             parameter.grad = None
+    _restore_forwards(model)
+    _row_forwards(model, plan)
     set_active(model, plan)
     return plan
+
+
+def _restore_forwards(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module.__dict__.get("forward"), _RowForward):
+            del module.forward
+
+
+class _RowForward:
+    """Forward of a linear layer whose weight trains in some rows: only their gradient is computed."""
+
+    def __init__(self, module: nn.Linear, rows: Tensor) -> None:
+        self.module, self.rows = weakref.ref(module), rows
+
+    def __call__(self, input: Tensor) -> Tensor:
+        from tenfold.optim.half_linear import half_linear
+
+        module: Any = self.module()
+        if self.rows.device != module.weight.device:
+            self.rows = self.rows.to(module.weight.device)
+        return half_linear(input, module.weight, module.bias, self.rows)
+
+    # A copy of the layer has its own; a pickled one the ordinary forward.
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return _RowForward(memo.get(id(self.module()), self.module()), self.rows.clone())
+
+    def __reduce__(self) -> Any:
+        return functools.partial, (nn.Linear.forward, self.module())
+
+
+def _row_forwards(model: nn.Module, plan: Plan) -> None:
+    """Linear layers that train in rows compute the gradient of those rows alone."""
+    for name, module in model.named_modules():
+        part = plan.partial.get(f"{name}.weight")
+        if type(module) is nn.Linear and part is not None and part.kind == "row" and part.ranges:
+            rows = torch.cat([torch.arange(*r, dtype=torch.int32) for r in part.ranges])
+            module.forward = _RowForward(module, rows.to(module.weight.device))  # type: ignore[assignment]
 
 
 def current_plan(model: nn.Module) -> Plan | None:
@@ -78,6 +120,7 @@ def release(model: nn.Module) -> None:
     owned = _owners.pop(model, frozenset())
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in owned)
+    _restore_forwards(model)
     set_active(model, None)
 
 
@@ -92,6 +135,7 @@ class SoftFreeze:
         if not weight >= 0:
             raise ValueError(f"soft_freeze must be a number >= 0, got {weight}")
         plan.check(model)
+        _restore_forwards(model)
         self.weight = weight
         self._held: list[tuple[nn.Parameter, Tensor, Tensor | None]] = []
         parameters = dict(model.named_parameters())
