@@ -121,7 +121,7 @@ def test_rounds(tmp_path):
 
 def test_parts_need_the_optimizer(tmp_path):
     made = trainer(tmp_path, tiny.tiny(1), HalfFineTuneCallback("element"), None)
-    with pytest.raises(RuntimeError, match="needs tenfold.optim.MaskedAdamW"):
+    with pytest.raises(RuntimeError, match=r"needs tenfold\.optim.MaskedAdamW"):
         made.train()
 
 

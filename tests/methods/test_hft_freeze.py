@@ -165,7 +165,7 @@ class TestApply:
             pass
 
         with pytest.raises(
-            RuntimeError, match="DistributedDataParallel fixed when it wrapped.*wrap it again"
+            RuntimeError, match=r"DistributedDataParallel fixed when it wrapped.*wrap it again"
         ):
             hft.apply(DistributedDataParallel(), Plan((), ()))
 

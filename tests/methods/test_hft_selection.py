@@ -331,7 +331,7 @@ class TestBadInput:
     def test_nothing_left(self):
         model = nn.ModuleDict({"layers": nn.ModuleList([tiny.tiny(1).model.layers[0]])})
         with pytest.raises(
-            ValueError, match="nothing is left to train: ratio 0.0, embeddings none"
+            ValueError, match=r"nothing is left to train: ratio 0\.0, embeddings none"
         ):
             select(model, ratio=0)
 
