@@ -286,7 +286,6 @@ class TestContinual:
 
 class TestLora:
     def test_trains_adapters_and_merges(self):
-        pytest.importorskip("peft")
         model = tiny.tiny(2)
         before = weights(model)
         record = hft.sft(
@@ -299,7 +298,6 @@ class TestLora:
         assert torch.equal(after["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
 
     def test_continual_and_dpo(self, tmp_path):
-        pytest.importorskip("peft")
         config = small(method="lora", lora_rank=2, lora_lr=1e-2)
         whole, model = tiny.tiny(1), tiny.tiny(1)
         want = hft.continual(whole, tasks()[:2], config)

@@ -30,7 +30,7 @@ def add_lora(model: Any, config: HFTConfig) -> Any:
 
 def merge_lora(model: Any) -> Any:
     """The plain model with the adapters added to its weights."""
-    return model.merge_and_unload()
+    return model.merge_and_unload().requires_grad_(True)
 
 
 def prepared(model: nn.Module, config: HFTConfig) -> Any:

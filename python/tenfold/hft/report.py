@@ -20,7 +20,11 @@ def method_of(record: TuneRecord) -> str:
     if config["method"] != "hft":
         return {"full": "full", "lora": "LoRA", "lisa": "LISA"}[config["method"]]
     name = "half" if config["ratio"] == 0.5 else f"{100 * config['ratio']:g} %"
-    return name if config["strategy"] == "category" else f"{name}, {config['strategy']}-level"
+    if config["strategy"] != "category":
+        name += f", {config['strategy']}-level"
+    if config["soft_freeze"] is not None:
+        name += f", penalty {config['soft_freeze']:g}"
+    return name if config["reselect"] == "round" else f"{name}, drawn {config['reselect']}"
 
 
 def trained_share(record: TuneRecord) -> float:
