@@ -142,8 +142,7 @@ GradNormArgs check_grad_norm(const std::vector<Tensor>& grads, const std::vector
     if (!grads.empty())
       check_same_device(op, "grads", grads[0], "grad_scale_tensor", *grad_scale_tensor);
   }
-  for (const Tensor& g : grads)
-    out.grads.push_back(is_dense(g) ? g : torch::stable::contiguous(g));
+  for (const Tensor& g : grads) out.grads.push_back(is_dense(g) ? g : torch::stable::contiguous(g));
   return out;
 }
 
@@ -172,8 +171,8 @@ std::vector<Mask> check_masked_copy(const std::vector<Tensor>& dst, const std::v
                        dtype_name(to.scalar_type()),
                        ", or both be of float32, bfloat16 and float16; got ",
                        dtype_name(from.scalar_type()));
-    TENFOLD_CHECK_TYPE(to.element_size() <= 8, "tenfold::masked_copy_: dst[", i, "] has elements of ",
-                       to.element_size(), " bytes, at most 8 are supported");
+    TENFOLD_CHECK_TYPE(to.element_size() <= 8, "tenfold::masked_copy_: dst[", i,
+                       "] has elements of ", to.element_size(), " bytes, at most 8 are supported");
     TENFOLD_CHECK_VALUE(is_dense(to), "tenfold::masked_copy_: dst[", i,
                         "] must be dense (no gaps or overlaps in memory), got ", shape_str(to),
                         "; call .contiguous()");

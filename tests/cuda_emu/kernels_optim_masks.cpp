@@ -1,12 +1,12 @@
 // C entry points of the emulated mask operations of `optim`, for ctypes. The launch code is the
 // kernels' own.
 #define TENFOLD_CUDA_EMU
+#include "entry.h"  // after the kernels
 #include "optim/cuda/grad_norm_kernel.cuh"
 #include "optim/cuda/linear_wgrad_rows_kernel.cuh"
 #include "optim/cuda/mask_bits_kernel.cuh"
 #include "optim/cuda/mask_topk_kernel.cuh"
 #include "optim/cuda/masked_copy_kernel.cuh"
-#include "entry.h"  // after the kernels
 
 namespace {
 
@@ -21,7 +21,11 @@ Listed listed(const void* const* from, void* const* to, const void* const* masks
   const auto kind = bits == nullptr ? MaskKind::none : static_cast<MaskKind>(n[1]);
   const int64_t* own = n + 2 + 3 * i;
   void* const out = to == nullptr ? nullptr : to[i];
-  return {from[i], out,    {kind, bits, own[1]}, own[0], static_cast<int32_t>(own[2]),
+  return {from[i],
+          out,
+          {kind, bits, own[1]},
+          own[0],
+          static_cast<int32_t>(own[2]),
           on_vectors(from[i], out)};
 }
 

@@ -1,6 +1,5 @@
-#include "optim/grad_norm.h"
-
 #include "optim/cpu/mask_runs.h"
+#include "optim/grad_norm.h"
 
 TENFOLD_ISA_BEGIN
 namespace {
@@ -39,8 +38,8 @@ void add_masked(const T* g, const uint8_t* bits, int64_t first, int64_t last, in
   };
   const auto few = [&](int64_t i, uint32_t word, int n) {
     for (int k = 0; k < n; k += kWidth)
-      sum->add(0, select(lanes_of(word >> k),
-                         load_n(g + i + k, n - k < kWidth ? n - k : kWidth), zero));
+      sum->add(
+          0, select(lanes_of(word >> k), load_n(g + i + k, n - k < kWidth ? n - k : kWidth), zero));
   };
   cut_masked<4 * kWidth>(bits, first, last, bit, group, few);
 }
@@ -59,8 +58,7 @@ float square_sum(const T* g, const Mask& mask, int64_t begin, int64_t end) {
 
 }  // namespace
 
-float grad_square_sum(const void* grad, Dtype dtype, const Mask& mask, int64_t begin,
-                      int64_t end) {
+float grad_square_sum(const void* grad, Dtype dtype, const Mask& mask, int64_t begin, int64_t end) {
   if (dtype == Dtype::f32) return square_sum(static_cast<const float*>(grad), mask, begin, end);
   if (dtype == Dtype::bf16) return square_sum(static_cast<const bf16_t*>(grad), mask, begin, end);
   return square_sum(static_cast<const fp16_t*>(grad), mask, begin, end);

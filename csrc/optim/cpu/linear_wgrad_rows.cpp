@@ -16,9 +16,8 @@ namespace {
 
 void check_rows(const std::vector<int64_t>& rows, int64_t num_out) {
   for (size_t i = 0; i < rows.size(); ++i) {
-    TENFOLD_CHECK_INDEX(rows[i] >= 0 && rows[i] < num_out,
-                        "tenfold::linear_wgrad_rows: rows[", i, "] = ", rows[i],
-                        " is out of range for out = ", num_out);
+    TENFOLD_CHECK_INDEX(rows[i] >= 0 && rows[i] < num_out, "tenfold::linear_wgrad_rows: rows[", i,
+                        "] = ", rows[i], " is out of range for out = ", num_out);
     TENFOLD_CHECK_VALUE(i == 0 || rows[i] > rows[i - 1],
                         "tenfold::linear_wgrad_rows: rows must be strictly increasing, got rows[",
                         i - 1, "] = ", rows[i - 1], " and rows[", i, "] = ", rows[i]);
@@ -37,9 +36,15 @@ Tensor linear_wgrad_rows_op(Tensor grad_out, Tensor input, Tensor rows_in) {
   check_rows(rows, a.num_out);
   const Tensor out = new_output(a.input, {a.num_rows, a.num_in}, a.input.scalar_type());
   if (out.numel() == 0) return out;
-  const WgradProblem p{a.grad_out.data_ptr(), a.input.data_ptr(), a.grad_out.strides()[0],
-                       a.input.strides()[0],  a.tokens,           rows.data(),
-                       a.num_rows,            a.num_in,           to_dtype(a.input.scalar_type()),
+  const WgradProblem p{a.grad_out.data_ptr(),
+                       a.input.data_ptr(),
+                       a.grad_out.strides()[0],
+                       a.input.strides()[0],
+                       a.tokens,
+                       rows.data(),
+                       a.num_rows,
+                       a.num_in,
+                       to_dtype(a.input.scalar_type()),
                        out.data_ptr()};
   // Enough tiles for all threads; a multiple of every panel's width wastes no lanes in between.
   const int64_t threads = torch::stable::get_num_threads();
@@ -56,8 +61,7 @@ Tensor linear_wgrad_rows_op(Tensor grad_out, Tensor input, Tensor rows_in) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t row = i / across * height, col = i % across * width;
       const WgradTile tile{row, std::min(height, a.num_rows - row), col,
-                           std::min(width, a.num_in - col),
-                           static_cast<float*>(scratch.data())};
+                           std::min(width, a.num_in - col), static_cast<float*>(scratch.data())};
       TENFOLD_ISA_CALL(wgrad_tile, p, tile);
     }
   });

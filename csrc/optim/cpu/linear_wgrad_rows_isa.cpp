@@ -1,9 +1,8 @@
 // Tiles of linear_wgrad_rows. Panels: rows [depth][kTileRows], columns [depth][kLanes]; the product
 // of one of each is a block of kTileRows x kVecs vectors of sums that stays in registers for a
 // strip of tokens.
-#include "optim/linear_wgrad_rows.h"
-
 #include "core/cpu/vec.h"
+#include "optim/linear_wgrad_rows.h"
 
 TENFOLD_ISA_BEGIN
 namespace {

@@ -1,6 +1,5 @@
-#include "optim/mask_bits.h"
-
 #include "core/cpu/vec.h"
+#include "optim/mask_bits.h"
 
 TENFOLD_ISA_BEGIN
 namespace {

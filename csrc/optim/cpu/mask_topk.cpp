@@ -94,7 +94,8 @@ KeyRange guess_scores(const Problem& p) {
   return range_between(low, high);
 }
 
-// -- one pass --------------------------------------------------------------------------------------
+// -- one pass
+// --------------------------------------------------------------------------------------
 
 // What a task found inside the range: keys and positions, in order.
 struct Found {
@@ -153,8 +154,8 @@ bool mark_in_one_pass(const Problem& p, KeyRange range) {
     for (int64_t task = begin; task < end && total.load() <= most; ++task) {
       Found& mine = found[task];
       for_each_block(p, task, [&](int64_t first, int64_t count, const uint32_t* keys) {
-        const int64_t inside = TENFOLD_ISA_CALL(topk_mark, keys, count, range, p.bits + first / 8,
-                                                &above[task], at);
+        const int64_t inside =
+            TENFOLD_ISA_CALL(topk_mark, keys, count, range, p.bits + first / 8, &above[task], at);
         const auto offset = static_cast<uint16_t>(first - task * kTask);
         for (int64_t j = 0; j < inside; ++j) {
           mine.keys.push_back(keys[at[j]]);
@@ -175,7 +176,8 @@ bool mark_in_one_pass(const Problem& p, KeyRange range) {
   return true;
 }
 
-// -- radix selection -------------------------------------------------------------------------------
+// -- radix selection
+// -------------------------------------------------------------------------------
 
 // Keys of a range counted in bins of 2^shift; a histogram of its own for every thread's tasks.
 std::vector<int64_t> histogram(const Problem& p, KeyRange range, int shift) {
@@ -250,7 +252,10 @@ Tensor mask_topk_op(Tensor score_in, double fraction) {
   const int64_t k = check_mask_topk(score_in, fraction);
   const Tensor score = torch::stable::contiguous(score_in);
   const Dtype dtype = to_dtype(score.scalar_type());
-  return masked_largest(score, {{score.data_ptr(), dtype, 0, 0, 0, 0}, score.numel(), k, nullptr,
+  return masked_largest(score, {{score.data_ptr(), dtype, 0, 0, 0, 0},
+                                score.numel(),
+                                k,
+                                nullptr,
                                 dtype == Dtype::f32 ? 9.0 : 7.0});
 }
 

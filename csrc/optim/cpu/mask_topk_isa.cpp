@@ -1,6 +1,5 @@
-#include "optim/mask_topk.h"
-
 #include "core/cpu/vec.h"
+#include "optim/mask_topk.h"
 
 TENFOLD_ISA_BEGIN
 namespace {
@@ -46,8 +45,8 @@ void random_block(const KeySource& s, int64_t begin, int64_t n, uint32_t* keys) 
   const VI lanes = counter_lanes();
   for (int64_t i = 0; i < n; i += 4 * kWidth) {
     const auto first = static_cast<uint64_t>(begin + i) >> 2;  // a multiple of kWidth: no carry
-    VI x[4] = {seti(static_cast<uint32_t>(first)) + lanes,
-               seti(static_cast<uint32_t>(first >> 32)), seti(s.stream_lo), seti(s.stream_hi)};
+    VI x[4] = {seti(static_cast<uint32_t>(first)) + lanes, seti(static_cast<uint32_t>(first >> 32)),
+               seti(s.stream_lo), seti(s.stream_hi)};
     philox_rounds(x, s.seed_lo, s.seed_hi);
     store_by_four(keys + i, x[0], x[1], x[2], x[3]);
   }
@@ -120,8 +119,7 @@ int64_t topk_mark(const uint32_t* keys, int64_t n, KeyRange range, uint8_t* bits
     uint64_t in = (range.first == 0 ? valid : above_bits(keys + i, before) & valid) & ~over;
     put_bits(bits, i, n, over);
     count += __builtin_popcountll(over);
-    for (; in != 0; in &= in - 1)
-      inside[found++] = static_cast<uint16_t>(i + __builtin_ctzll(in));
+    for (; in != 0; in &= in - 1) inside[found++] = static_cast<uint16_t>(i + __builtin_ctzll(in));
   }
   *above += count;
   return found;

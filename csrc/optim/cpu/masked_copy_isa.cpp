@@ -1,6 +1,5 @@
-#include "optim/masked_copy.h"
-
 #include "optim/cpu/mask_runs.h"
+#include "optim/masked_copy.h"
 
 TENFOLD_ISA_BEGIN
 namespace {

@@ -74,10 +74,9 @@ __device__ inline void load_step(const WgradArgs& a, const int64_t* columns, Wgr
                                  int64_t t, T* left, T* right) {
   load_chosen(a, columns, t, left);
   const int64_t width = a.num_cols - at.col, height = a.tokens - t;
-  const GlobalRows<T> from{static_cast<const T*>(a.input) + t * a.input_stride + at.col,
-                           a.input_stride,
-                           static_cast<int>(width < kWgradTile ? width : kWgradTile),
-                           a.input_vectors};
+  const GlobalRows<T> from{
+      static_cast<const T*>(a.input) + t * a.input_stride + at.col, a.input_stride,
+      static_cast<int>(width < kWgradTile ? width : kWgradTile), a.input_vectors};
   load_tile<T, kWgradTile, kWgradSteps, kWgradThreads>(
       right, from, 0, static_cast<int>(height < kWgradSteps ? height : kWgradSteps));
 }
@@ -111,8 +110,7 @@ __global__ void __launch_bounds__(kWgradThreads, 2) wgrad_mma_kernel(WgradArgs a
   const int64_t steps = (a.tokens + kWgradSteps - 1) / kWgradSteps;
   const auto load = [&](int64_t step) {
     T* const stage = tiles + step % kWgradStages * 2 * kTile;
-    if (step < steps)
-      load_step<T>(a, columns, at, step * kWgradSteps, stage, stage + kTile);
+    if (step < steps) load_step<T>(a, columns, at, step * kWgradSteps, stage, stage + kTile);
     copy_commit();
   };
   for (int step = 0; step < kWgradStages - 1; ++step) load(step);
@@ -130,8 +128,8 @@ __global__ void __launch_bounds__(kWgradThreads, 2) wgrad_mma_kernel(WgradArgs a
       uint32_t x[kM][4];
 #pragma unroll
       for (int m = 0; m < kM; ++m)
-        load_matrices_transposed(x[m], left + Shape::at(k + lane / 16 * 8 + lane % 8,
-                                                        row0 + 16 * m + lane / 8 % 2 * 8));
+        load_matrices_transposed(
+            x[m], left + Shape::at(k + lane / 16 * 8 + lane % 8, row0 + 16 * m + lane / 8 % 2 * 8));
 #pragma unroll
       for (int n = 0; n < kN; n += 2) {
         uint32_t y[4];
@@ -159,8 +157,8 @@ __global__ void __launch_bounds__(kWgradThreads, 2) wgrad_mma_kernel(WgradArgs a
 // A thread owns rows 4 y + {0..3} and 64 more, columns alike.
 __global__ void __launch_bounds__(kWgradThreads, 2) wgrad_fma_kernel(WgradArgs a) {
   using Shape = Tile<float, kWgradTile>;
-  TENFOLD_SHARED(float, left, kWgradSteps * kWgradTile);
-  TENFOLD_SHARED(float, right, kWgradSteps * kWgradTile);
+  TENFOLD_SHARED(float, left, kWgradSteps* kWgradTile);
+  TENFOLD_SHARED(float, right, kWgradSteps* kWgradTile);
   TENFOLD_SHARED(int64_t, columns, kWgradTile);
   const WgradPlace at = wgrad_place(a);
   load_row_numbers(a, at.row, columns);

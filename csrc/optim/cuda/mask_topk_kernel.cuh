@@ -69,8 +69,7 @@ __global__ void __launch_bounds__(kTopkThreads) topk_count_kernel(TopkArgs a, in
   }
   __syncthreads();
   for (int i = threadIdx.x; i < kKeyBins; i += kTopkThreads)
-    if (bins[i] != 0)
-      atomicAdd(&a.state->bins[digit][i], static_cast<unsigned long long>(bins[i]));
+    if (bins[i] != 0) atomicAdd(&a.state->bins[digit][i], static_cast<unsigned long long>(bins[i]));
 }
 
 // Thread t owns bins 2 t and 2 t + 1, counted from the largest key down.
@@ -110,9 +109,8 @@ __global__ void __launch_bounds__(kTopkThreads) topk_ties_kernel(TopkArgs a) {
   TENFOLD_SHARED(int64_t, sums, kTopkThreads / 32);
   const uint32_t cut = a.state->prefix;
   int64_t mine = 0;
-  for_each_word(a, blockIdx.x, [&](int64_t, uint32_t key, bool exists) {
-    mine += exists && key == cut ? 1 : 0;
-  });
+  for_each_word(a, blockIdx.x,
+                [&](int64_t, uint32_t key, bool exists) { mine += exists && key == cut ? 1 : 0; });
   mine = warp_sum(mine);
   if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = mine;
   __syncthreads();

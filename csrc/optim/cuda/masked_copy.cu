@@ -23,8 +23,9 @@ void masked_copy_op(std::vector<Tensor> dst, std::vector<Tensor> src, std::vecto
     void* to = dst[i].data_ptr();
     const bool aligned =
         (reinterpret_cast<uintptr_t>(from) | reinterpret_cast<uintptr_t>(to)) % 16 == 0;
-    const Listed t{from, to, mask[i], dst[i].numel(),
-                   static_cast<int32_t>(to_dtype(src[i].scalar_type())), aligned};
+    const Listed t{
+        from,   to, mask[i], dst[i].numel(), static_cast<int32_t>(to_dtype(src[i].scalar_type())),
+        aligned};
     chunks += list_chunks(t.numel);
     if (src[i].scalar_type() == dst[i].scalar_type()) {
       const auto size = dst[i].element_size();

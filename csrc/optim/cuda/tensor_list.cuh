@@ -16,8 +16,8 @@ struct Listed {
   void* to;  // null where nothing is written
   Mask mask;
   int64_t numel;
-  int32_t dtype;    // Dtype of `from`, where that matters
-  bool vectors;     // 16-byte vectors of both are aligned
+  int32_t dtype;  // Dtype of `from`, where that matters
+  bool vectors;   // 16-byte vectors of both are aligned
 };
 
 struct TensorList {

@@ -80,7 +80,8 @@ def half_linear(
         input: [..., in].
         weight: [out, in]. bias: [out] or None; it trains in the same rows.
         rows: [R], int32 or int64, strictly increasing, on the device of ``weight``. Empty: the layer is
-            frozen, stores no input and gives no gradient of weight and bias. None: all rows train, as in ``functional.linear``.
+            frozen, stores no input, and weight and bias get no gradient. None: all rows train, as in
+            ``functional.linear``.
         compact: add the weight's gradient, [R, in], to the attribute ``weight.grad_rows`` (None it to
             clear it) and leave ``weight.grad`` alone: no memory for frozen rows. Hooks of the parameter
             (DDP, FSDP) do not see it.

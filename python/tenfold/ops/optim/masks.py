@@ -66,7 +66,9 @@ def _(like, n, fraction, seed, stream=0):
 
 
 @torch.library.register_fake("tenfold::grad_norm")
-def _(grads, masks, grad_scale=None, *, mask_kind="element", block_size=256, grad_scale_tensor=None):
+def _(
+    grads, masks, grad_scale=None, *, mask_kind="element", block_size=256, grad_scale_tensor=None
+):
     like = grads[0] if grads else grad_scale_tensor
     return like.new_empty((), dtype=torch.float32)
 
@@ -232,7 +234,9 @@ def grad_norm(
         ValueError: devices, a mask or the scale does not fit, both scales. TypeError: dtypes.
     """
     if not grads:
-        return torch.zeros((), device=None if grad_scale_tensor is None else grad_scale_tensor.device)
+        return torch.zeros(
+            (), device=None if grad_scale_tensor is None else grad_scale_tensor.device
+        )
     return call_inference(
         _ops.grad_norm, list(grads), list(masks), grad_scale, mask_kind=mask_kind,
         block_size=block_size, grad_scale_tensor=grad_scale_tensor,
@@ -267,5 +271,3 @@ def masked_copy_(
         _ops.masked_copy_, list(dst), list(src), list(masks), mask_kind=mask_kind,
         block_size=block_size, mutates=(list(dst),),
     )  # fmt: skip
-
-
