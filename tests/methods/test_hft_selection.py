@@ -13,7 +13,14 @@ from torch import nn
 from tenfold import hft
 from tenfold.hft.architecture import CATEGORIES, describe
 from tenfold.hft.plan import Part, Plan
-from tenfold.hft.selection import check_ratio, frozen_count, select
+from tenfold.hft.selection import (
+    _by_category,
+    _by_parameters,
+    check_ratio,
+    frozen_count,
+    generator,
+    select,
+)
 
 ROUNDS = 2000
 
@@ -65,12 +72,15 @@ class TestCategoryLevel:
 
     def test_every_matrix_is_frozen_half_of_the_time(self):
         model = tiny.tiny(4)
+        made = describe(model)
         hits = Counter()
         for r in range(ROUNDS):
-            hits.update(select(model, r).frozen)
-        for n, _ in model.named_parameters():
-            if "layers." in n:
-                assert abs(hits[n] / ROUNDS - 0.5) <= 0.03, n
+            hits.update(_by_category(made, 0.5, generator(0, r)))
+        for unit in made.units():
+            assert abs(hits[id(unit)] / ROUNDS - 0.5) <= 0.03, unit.label
+        drawn = {p.name for u in made.units() for p in u.pieces
+                 if id(u) in _by_category(made, 0.5, generator(0, 3))}  # fmt: skip
+        assert drawn == set(select(model, 3).frozen)
 
     @pytest.mark.parametrize("layers", [1, 3, 5])
     def test_odd_layers(self, layers):
@@ -141,10 +151,11 @@ class TestOtherStrategies:
         by_matrix = [select(model, r).layer_fraction for r in range(20)]
         by_size = [select(model, r, balance="params").layer_fraction for r in range(20)]
         assert max(abs(f - 0.5) for f in by_size) < 0.02 < max(abs(f - 0.5) for f in by_matrix)
+        made = describe(model)
         hits = Counter()
         for r in range(400):
-            hits.update(select(model, r, balance="params").frozen)
-        assert min(hits.values()) / 400 > 0.3 and max(hits.values()) / 400 < 0.7
+            hits.update(_by_parameters(made, 0.5, generator(0, r)))
+        assert 0.3 < min(hits.values()) / 400 and max(hits.values()) / 400 < 0.7
 
     def test_embeddings(self):
         plan = select(tiny.tiny(2), freeze_embeddings=True)
