@@ -19,7 +19,7 @@ int64_t units_of(const AdamwTensor& t) {
   return mask.inner == 0 ? 0 : (t.numel + mask.inner - 1) / mask.inner;
 }
 
-int count_bits(const Mask& mask, int64_t units, int64_t begin, int64_t end) {
+int count_units(const Mask& mask, int64_t units, int64_t begin, int64_t end) {
   int count = 0;
   for (int64_t at = begin; at < end; at += 64)
     count += __builtin_popcountll(
@@ -44,7 +44,7 @@ void check_prefix_values(AdamwTensor* t, size_t index) {
     for (int64_t b = begin; b < end; ++b) {
       const int64_t first = b * kPrefixBlock, last = std::min(first + kPrefixBlock, units);
       const int64_t before = b == 0 ? 0 : t->prefix[b];
-      const int64_t after = before + count_bits(t->mask, units, first, last);
+      const int64_t after = before + count_units(t->mask, units, first, last);
       if (t->prefix[b] != before || (b + 1 < blocks && t->prefix[b + 1] != after)) right = false;
     }
   });
@@ -53,7 +53,7 @@ void check_prefix_values(AdamwTensor* t, size_t index) {
   int64_t trained = 0;
   if (blocks != 0)
     trained =
-        t->prefix[blocks - 1] + count_bits(t->mask, units, (blocks - 1) * kPrefixBlock, units);
+        t->prefix[blocks - 1] + count_units(t->mask, units, (blocks - 1) * kPrefixBlock, units);
   if (t->mask.kind == MaskKind::col) t->col_trained = trained;
   const int64_t want = t->numel == 0 ? 0 : trained_elements(*t, units, trained);
   TENFOLD_CHECK_VALUE(t->state_numel == want, "tenfold::", kOp, ": compact exp_avgs[", index,

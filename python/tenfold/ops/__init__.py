@@ -31,7 +31,7 @@ from tenfold.ops.kv_eviction import (
     proxy_scores,
     ragged_decode,
 )
-from tenfold.ops.optim import masked_adamw_
+from tenfold.ops.optim import masked_adamw_, masked_adamw_8bit_
 from tenfold.ops.template import template_scale
 
 __all__ = [
@@ -50,6 +50,7 @@ __all__ = [
     "kv_compact_",
     "kv_gather",
     "masked_adamw_",
+    "masked_adamw_8bit_",
     "nacl_evict",
     "nacl_select",
     "proxy_scores",
