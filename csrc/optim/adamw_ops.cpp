@@ -316,11 +316,12 @@ Adamw8bitCall check_masked_adamw_8bit(const MaskedAdamw8bitArgs& a) {
 
 }  // namespace tenfold
 
+// A schema cannot have an empty list of tensors as a default: None stands for it.
 STABLE_TORCH_LIBRARY_FRAGMENT(tenfold, m) {
   m.def(
       "masked_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, "
       "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps, Tensor?[] masks, "
-      "Tensor(f!)[] max_exp_avg_sqs=[], Tensor?[] prefixes=[], *, str mask_kind, Tensor lr, "
+      "Tensor(f!)[]? max_exp_avg_sqs=None, Tensor?[]? prefixes=None, *, str mask_kind, Tensor lr, "
       "float beta1, float beta2, float weight_decay, float eps, bool maximize=False, "
       "bool amsgrad=False, Tensor? grad_scale=None, Tensor? found_inf=None, "
       "Tensor? clip_coef=None, bool stochastic_round=False, int seed=0, str mask_scope=\"all\", "

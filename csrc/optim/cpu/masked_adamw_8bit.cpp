@@ -18,13 +18,15 @@ const CodeBook& book_of(const Tensor& code, int which) {
   return *book;
 }
 
-void masked_adamw_8bit_op(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs,
-                          Tensors steps, OptTensors masks, Tensors absmax1, Tensors absmax2,
-                          Tensor code1, Tensor code2, std::string mask_kind, Tensor lr,
+// Lists by reference: boxing copies what is taken by value, tensor by tensor.
+void masked_adamw_8bit_op(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs,
+                          const Tensors& exp_avg_sqs, const Tensors& steps, const OptTensors& masks,
+                          const Tensors& absmax1, const Tensors& absmax2, const Tensor& code1,
+                          const Tensor& code2, const std::string& mask_kind, const Tensor& lr,
                           double beta1, double beta2, double weight_decay, double eps,
-                          bool maximize, OptTensor grad_scale, OptTensor found_inf,
-                          OptTensor clip_coef, bool stochastic_round, int64_t seed,
-                          int64_t block_size, std::vector<int64_t> tensor_ids) {
+                          bool maximize, const OptTensor& grad_scale, const OptTensor& found_inf,
+                          const OptTensor& clip_coef, bool stochastic_round, int64_t seed,
+                          int64_t block_size, const std::vector<int64_t>& tensor_ids) {
   const Adamw8bitCall call = check_masked_adamw_8bit({{params,
                                                        grads,
                                                        exp_avgs,

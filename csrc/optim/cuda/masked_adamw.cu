@@ -7,13 +7,18 @@
 namespace tenfold::cuda {
 namespace {
 
-void masked_adamw_op(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs,
-                     Tensors steps, OptTensors masks, Tensors max_exp_avg_sqs, OptTensors prefixes,
-                     std::string mask_kind, Tensor lr, double beta1, double beta2,
-                     double weight_decay, double eps, bool maximize, bool amsgrad,
-                     OptTensor grad_scale, OptTensor found_inf, OptTensor clip_coef,
-                     bool stochastic_round, int64_t seed, std::string mask_scope,
-                     int64_t block_size, std::vector<int64_t> tensor_ids) {
+// Lists by reference: boxing copies what is taken by value, tensor by tensor.
+void masked_adamw_op(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs,
+                     const Tensors& exp_avg_sqs, const Tensors& steps, const OptTensors& masks,
+                     const std::optional<Tensors>& max_exp_avg_sqs,
+                     const std::optional<OptTensors>& prefixes, const std::string& mask_kind,
+                     const Tensor& lr, double beta1, double beta2, double weight_decay, double eps,
+                     bool maximize, bool amsgrad, const OptTensor& grad_scale,
+                     const OptTensor& found_inf, const OptTensor& clip_coef, bool stochastic_round,
+                     int64_t seed, const std::string& mask_scope, int64_t block_size,
+                     const std::vector<int64_t>& tensor_ids) {
+  const Tensors maxima = max_exp_avg_sqs.value_or(Tensors());
+  const OptTensors starts = prefixes.value_or(OptTensors());
   const MaskedAdamwArgs args{{params,
                               grads,
                               exp_avgs,
@@ -34,8 +39,8 @@ void masked_adamw_op(Tensors params, Tensors grads, Tensors exp_avgs, Tensors ex
                               seed,
                               block_size,
                               tensor_ids},
-                             max_exp_avg_sqs,
-                             prefixes,
+                             maxima,
+                             starts,
                              amsgrad,
                              mask_scope};
   AdamwCall call = check_masked_adamw(args);
