@@ -255,15 +255,82 @@ AdamwCall check_masked_adamw(const MaskedAdamwArgs& a) {
   return call;
 }
 
+namespace {
+
+constexpr auto kOp8 = "masked_adamw_8bit_";
+
+uint8_t* check_codes(const AdamwArgs& a, size_t i, const Named& x) {
+  TENFOLD_CHECK_TYPE(x.t.scalar_type() == ScalarType::Byte, "tenfold::", kOp8, ": ", x.name, "[", i,
+                     "] must be uint8 codes, got ", dtype_name(x.t.scalar_type()));
+  check_device(kOp8, i, a.params[i], x);
+  check_like_param(kOp8, i, a.params[i], x);
+  return data_as<uint8_t>(x.t);
+}
+
+float* check_absmax(const AdamwArgs& a, size_t i, const Named& x) {
+  const int64_t want = (a.params[i].numel() + kStateBlock - 1) / kStateBlock;
+  TENFOLD_CHECK_TYPE(x.t.scalar_type() == ScalarType::Float, "tenfold::", kOp8, ": ", x.name, "[",
+                     i, "] must be float32, got ", dtype_name(x.t.scalar_type()));
+  check_device(kOp8, i, a.params[i], x);
+  TENFOLD_CHECK_VALUE(x.t.dim() == 1 && x.t.is_contiguous() && x.t.numel() == want,
+                      "tenfold::", kOp8, ": ", x.name, "[", i, "] must be contiguous [", want,
+                      "], one per block of ", kStateBlock, " elements of params[", i, "], got ",
+                      shape_str(x.t));
+  return data_as<float>(x.t);
+}
+
+void check_code(const AdamwArgs& a, const Named& x) {
+  TENFOLD_CHECK_TYPE(x.t.scalar_type() == ScalarType::Float, "tenfold::", kOp8, ": ", x.name,
+                     " must be float32, got ", dtype_name(x.t.scalar_type()));
+  TENFOLD_CHECK_VALUE(x.t.dim() == 1 && x.t.is_contiguous() && x.t.numel() == kCodes,
+                      "tenfold::", kOp8, ": ", x.name, " must be contiguous [", kCodes, "], got ",
+                      shape_str(x.t));
+  TENFOLD_CHECK_VALUE(a.params.empty() || x.t.device() == a.params[0].device(), "tenfold::", kOp8,
+                      ": ", x.name, " must be on the device of the parameters, ",
+                      a.params.empty() ? "" : device_str(a.params[0]), ", got ", device_str(x.t));
+}
+
+}  // namespace
+
+Adamw8bitCall check_masked_adamw_8bit(const MaskedAdamw8bitArgs& a) {
+  check_lengths(kOp8, a);
+  const size_t n = a.params.size();
+  check_length(kOp8, "absmax1", a.absmax1.size(), n, false);
+  check_length(kOp8, "absmax2", a.absmax2.size(), n, false);
+  const MaskKind kind = to_mask_kind(kOp8, a.mask_kind);
+  check_block_size(kOp8, a.block_size);
+  Adamw8bitCall call{check_options(kOp8, a), {}};
+  check_code(a, {"code1", a.code1});
+  check_code(a, {"code2", a.code2});
+  call.tensors.reserve(n);
+  for (size_t i = 0; i < n; ++i) {
+    Adamw8Tensor t{check_tensor(kOp8, a, kind, i), nullptr, nullptr};
+    t.exp_avg = check_codes(a, i, {"exp_avgs", a.exp_avgs[i]});
+    t.exp_avg_sq = check_codes(a, i, {"exp_avg_sqs", a.exp_avg_sqs[i]});
+    t.absmax1 = check_absmax(a, i, {"absmax1", a.absmax1[i]});
+    t.absmax2 = check_absmax(a, i, {"absmax2", a.absmax2[i]});
+    call.tensors.push_back(t);
+  }
+  return call;
+}
+
 }  // namespace tenfold
 
+// A schema cannot have an empty list of tensors as a default: None stands for it.
 STABLE_TORCH_LIBRARY_FRAGMENT(tenfold, m) {
   m.def(
       "masked_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, "
       "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps, Tensor?[] masks, "
-      "Tensor(f!)[] max_exp_avg_sqs=[], Tensor?[] prefixes=[], *, str mask_kind, Tensor lr, "
+      "Tensor(f!)[]? max_exp_avg_sqs=None, Tensor?[]? prefixes=None, *, str mask_kind, Tensor lr, "
       "float beta1, float beta2, float weight_decay, float eps, bool maximize=False, "
       "bool amsgrad=False, Tensor? grad_scale=None, Tensor? found_inf=None, "
-      "Tensor? clip_coef=None, bool stochastic_round=False, int seed=0, str mask_scope='all', "
+      "Tensor? clip_coef=None, bool stochastic_round=False, int seed=0, str mask_scope=\"all\", "
       "int block_size=256, int[] tensor_ids=[]) -> ()");
+  m.def(
+      "masked_adamw_8bit_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, "
+      "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps, Tensor?[] masks, Tensor(e!)[] absmax1, "
+      "Tensor(f!)[] absmax2, Tensor code1, Tensor code2, *, str mask_kind, Tensor lr, "
+      "float beta1, float beta2, float weight_decay, float eps, bool maximize=False, "
+      "Tensor? grad_scale=None, Tensor? found_inf=None, Tensor? clip_coef=None, "
+      "bool stochastic_round=False, int seed=0, int block_size=256, int[] tensor_ids=[]) -> ()");
 }

@@ -8,7 +8,7 @@
 
 #include "core/tensor.h"
 #include "optim/mask_args.h"
-#include "optim/masked_adamw.h"
+#include "optim/masked_adamw_8bit.h"
 
 namespace tenfold {
 
@@ -45,6 +45,18 @@ struct AdamwCall {
 };
 
 AdamwCall check_masked_adamw(const MaskedAdamwArgs& a);
+
+struct MaskedAdamw8bitArgs : AdamwArgs {
+  const Tensors &absmax1, &absmax2;
+  const Tensor &code1, &code2;
+};
+
+struct Adamw8bitCall {
+  AdamwOptions options;
+  std::vector<Adamw8Tensor> tensors;
+};
+
+Adamw8bitCall check_masked_adamw_8bit(const MaskedAdamw8bitArgs& a);
 
 // A 0-d floating-point tensor on the CPU.
 double read_scalar(const Tensor& t);

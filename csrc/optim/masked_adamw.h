@@ -55,6 +55,7 @@ struct AdamwScalars {
   int32_t from_gradient;
   int32_t divides;  // 0: divisor is +-2^k and holds its reciprocal, which is exact
   uint32_t count;   // t
+  int32_t skips;    // found_inf: nothing is written
 };
 
 TENFOLD_HD AdamwScalars adamw_scalars(const AdamwOptions& o, double t, float grad_scale,
@@ -77,6 +78,7 @@ TENFOLD_HD AdamwScalars adamw_scalars(const AdamwOptions& o, double t, float gra
   if (!s.divides) s.divisor = 1.0f / s.divisor;
   s.factor = clip_coef;
   s.count = static_cast<uint32_t>(static_cast<int64_t>(t));
+  s.skips = 0;
   return s;
 }
 
@@ -132,6 +134,19 @@ struct AdamwTensor {
   Dtype dtype, state_dtype;
   uint32_t id;  // of the tensor, in the random numbers
 };
+
+// Where the states of element i stand; of a frozen one: those of the next trained element.
+TENFOLD_HD int64_t adamw_state_position(const AdamwTensor& t, int64_t i) {
+  if (t.prefix == nullptr) return i;
+  const Mask& mask = t.mask;
+  const int64_t unit = mask.kind == MaskKind::element ? i
+                       : mask.kind == MaskKind::col   ? i % mask.inner
+                                                      : i / mask.inner;
+  const int64_t rank = mask_rank(mask.bits, t.prefix, unit, kPrefixBlock);
+  if (mask.kind == MaskKind::element) return rank;
+  if (mask.kind == MaskKind::col) return i / mask.inner * t.col_trained + rank;
+  return rank * mask.inner + (mask_bit(mask.bits, unit) ? i % mask.inner : 0);
+}
 
 // The elements [begin, end) of a tensor; begin is a multiple of kAdamwGrain, end too or the numel.
 constexpr int64_t kAdamwGrain = 1024;

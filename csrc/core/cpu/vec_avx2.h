@@ -63,6 +63,13 @@ inline VI load_n(const uint32_t* p, int n) {
 inline VI load_bytes(const uint8_t* p) {
   return {_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))};
 }
+// The lowest byte of every lane.
+inline void store_low_bytes(uint8_t* p, VI a) {
+  const __m256i low = _mm256_and_si256(a.v, _mm256_set1_epi32(255));
+  const __m128i halves =
+      _mm_packs_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(halves, halves));
+}
 // Signed positions.
 inline VF gather(const float* p, VI at) {
   return {_mm256_i32gather_ps(p, at.v, 4)};

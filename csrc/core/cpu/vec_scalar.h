@@ -136,6 +136,10 @@ inline VI load_n(const uint32_t* p, int n) {
 inline VI load_bytes(const uint8_t* p) {
   return {{p[0], p[1], p[2], p[3]}};
 }
+// The lowest byte of every lane.
+inline void store_low_bytes(uint8_t* p, VI a) {
+  TENFOLD_LANES p[i] = static_cast<uint8_t>(a.v[i]);
+}
 inline VF gather(const float* p, VI at) {
   return {{p[at.v[0]], p[at.v[1]], p[at.v[2]], p[at.v[3]]}};
 }

@@ -16,8 +16,9 @@ inline bool is_finite_step(const OptTensor& found_inf) {
 }
 
 // Advances every step; the numbers that go with it, one entry per tensor.
-inline std::vector<AdamwScalars> advance_steps(const AdamwCall& call, const OptTensor& grad_scale,
-                                               const OptTensor& clip_coef) {
+template <class Call>
+std::vector<AdamwScalars> advance_steps(const Call& call, const OptTensor& grad_scale,
+                                        const OptTensor& clip_coef) {
   const float scale = grad_scale ? *data_as<float>(*grad_scale) : 1.0f;
   const float clip = clip_coef ? *data_as<float>(*clip_coef) : 1.0f;
   std::vector<AdamwScalars> scalars;
@@ -37,9 +38,9 @@ inline std::vector<AdamwScalars> advance_steps(const AdamwCall& call, const OptT
 
 // f(tensor, begin, end) over pieces of all tensors, cut at multiples of `grain` elements. Threads
 // take pieces as they get free: masks and a busy machine make equal shares unequal work.
-template <class F>
-void over_all_tensors(const std::vector<AdamwTensor>& tensors, int64_t grain,
-                      double micros_per_grain, const F& f) {
+template <class T, class F>
+void over_all_tensors(const std::vector<T>& tensors, int64_t grain, double micros_per_grain,
+                      const F& f) {
   std::vector<int64_t> starts;  // grains before every tensor
   starts.reserve(tensors.size());
   int64_t total = 0;

@@ -1,5 +1,4 @@
-// Masks as kernels walk over them: 64 elements at a time, whatever the kind; and where a trained
-// element stands among the trained ones (compact states). For CPU kernels; internal linkage.
+// Masks as CPU kernels walk over them: 64 elements at a time, whatever the kind. Internal linkage.
 #pragma once
 
 #include <cstring>
@@ -94,14 +93,6 @@ class MaskWords {
   int64_t at_, unit_ = 0, left_ = 0;
   uint64_t period_ = 0;
 };
-
-// Set bits before `unit`; prefix: those before every `block` bits.
-inline int64_t mask_rank(const uint8_t* bits, const int32_t* prefix, int64_t unit, int64_t block) {
-  int64_t count = prefix[unit / block];
-  for (int64_t byte = unit / block * block / 8; byte < unit / 8; ++byte)
-    count += __builtin_popcount(bits[byte]);
-  return count + __builtin_popcount(bits[unit >> 3] & ((1u << (unit & 7)) - 1));
-}
 
 }  // namespace
 }  // namespace tenfold

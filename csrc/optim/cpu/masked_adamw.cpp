@@ -19,7 +19,7 @@ int64_t units_of(const AdamwTensor& t) {
   return mask.inner == 0 ? 0 : (t.numel + mask.inner - 1) / mask.inner;
 }
 
-int count_bits(const Mask& mask, int64_t units, int64_t begin, int64_t end) {
+int count_units(const Mask& mask, int64_t units, int64_t begin, int64_t end) {
   int count = 0;
   for (int64_t at = begin; at < end; at += 64)
     count += __builtin_popcountll(
@@ -44,7 +44,7 @@ void check_prefix_values(AdamwTensor* t, size_t index) {
     for (int64_t b = begin; b < end; ++b) {
       const int64_t first = b * kPrefixBlock, last = std::min(first + kPrefixBlock, units);
       const int64_t before = b == 0 ? 0 : t->prefix[b];
-      const int64_t after = before + count_bits(t->mask, units, first, last);
+      const int64_t after = before + count_units(t->mask, units, first, last);
       if (t->prefix[b] != before || (b + 1 < blocks && t->prefix[b + 1] != after)) right = false;
     }
   });
@@ -53,7 +53,7 @@ void check_prefix_values(AdamwTensor* t, size_t index) {
   int64_t trained = 0;
   if (blocks != 0)
     trained =
-        t->prefix[blocks - 1] + count_bits(t->mask, units, (blocks - 1) * kPrefixBlock, units);
+        t->prefix[blocks - 1] + count_units(t->mask, units, (blocks - 1) * kPrefixBlock, units);
   if (t->mask.kind == MaskKind::col) t->col_trained = trained;
   const int64_t want = t->numel == 0 ? 0 : trained_elements(*t, units, trained);
   TENFOLD_CHECK_VALUE(t->state_numel == want, "tenfold::", kOp, ": compact exp_avgs[", index,
@@ -61,13 +61,18 @@ void check_prefix_values(AdamwTensor* t, size_t index) {
                       ", got ", t->state_numel);
 }
 
-void masked_adamw_op(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs,
-                     Tensors steps, OptTensors masks, Tensors max_exp_avg_sqs, OptTensors prefixes,
-                     std::string mask_kind, Tensor lr, double beta1, double beta2,
-                     double weight_decay, double eps, bool maximize, bool amsgrad,
-                     OptTensor grad_scale, OptTensor found_inf, OptTensor clip_coef,
-                     bool stochastic_round, int64_t seed, std::string mask_scope,
-                     int64_t block_size, std::vector<int64_t> tensor_ids) {
+// Lists by reference: boxing copies what is taken by value, tensor by tensor.
+void masked_adamw_op(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs,
+                     const Tensors& exp_avg_sqs, const Tensors& steps, const OptTensors& masks,
+                     const std::optional<Tensors>& max_exp_avg_sqs,
+                     const std::optional<OptTensors>& prefixes, const std::string& mask_kind,
+                     const Tensor& lr, double beta1, double beta2, double weight_decay, double eps,
+                     bool maximize, bool amsgrad, const OptTensor& grad_scale,
+                     const OptTensor& found_inf, const OptTensor& clip_coef, bool stochastic_round,
+                     int64_t seed, const std::string& mask_scope, int64_t block_size,
+                     const std::vector<int64_t>& tensor_ids) {
+  const Tensors maxima = max_exp_avg_sqs.value_or(Tensors());
+  const OptTensors starts = prefixes.value_or(OptTensors());
   AdamwCall call = check_masked_adamw({{params,
                                         grads,
                                         exp_avgs,
@@ -88,8 +93,8 @@ void masked_adamw_op(Tensors params, Tensors grads, Tensors exp_avgs, Tensors ex
                                         seed,
                                         block_size,
                                         tensor_ids},
-                                       max_exp_avg_sqs,
-                                       prefixes,
+                                       maxima,
+                                       starts,
                                        amsgrad,
                                        mask_scope});
   for (size_t i = 0; i < call.tensors.size(); ++i)

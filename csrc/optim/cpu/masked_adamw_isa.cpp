@@ -3,84 +3,14 @@
 // to `span`, skips what is frozen and does the rest lane by lane.
 #include <type_traits>
 
-#include "core/cpu/math.h"
-#include "core/cpu/vec.h"
+#include "optim/cpu/adamw_vec.h"
 #include "optim/cpu/mask_words.h"
-#include "optim/masked_adamw.h"
 
 TENFOLD_ISA_BEGIN
 namespace {
 
-struct VecOps {
-  using F = VF;
-  static inline VF set1(float x) { return TENFOLD_ISA::set1(x); }
-  static inline VF add(VF a, VF b) { return a + b; }
-  static inline VF sub(VF a, VF b) { return a - b; }
-  static inline VF mul(VF a, VF b) { return a * b; }
-  static inline VF div(VF a, VF b) { return a / b; }
-  static inline VF sqrt(VF a) { return TENFOLD_ISA::sqrt(a); }
-  static inline VF fma(VF a, VF b, VF c) { return fused(a, b, c); }
-  static inline VF fma_from(VF c, VF a, VF b) { return fused_from(c, a, b); }
-  static inline VF finite(VF q, VF otherwise) {
-    return select(lt(q, from_bits(seti(0x7F800000u))), otherwise, q);
-  }
-};
-
 // Shorter runs are not worth their ragged ends: they are updated lane by lane.
 constexpr int64_t kShortestRun = 64;
-
-// Uniform random 16 bits of every element, for 8 kWidth elements at a time.
-class Noise {
- public:
-  static constexpr int64_t kElements = 8 * kWidth;
-
-  Noise(uint64_t seed, uint32_t id, uint32_t step)
-      : key0_(static_cast<uint32_t>(seed)),
-        key1_(static_cast<uint32_t>(seed >> 32)),
-        id_(id),
-        step_(step) {}
-
-  // Those of element i, a multiple of kWidth, and of the kWidth - 1 after it.
-  inline VI at(int64_t i) {
-    const int64_t first = i / kElements * kElements;
-    if (first != first_) draw(first_ = first);
-    return load_halves(reinterpret_cast<const uint16_t*>(words_) + (i - first));
-  }
-
- private:
-  void draw(int64_t first) {
-    const uint64_t counter = static_cast<uint64_t>(first) >> 3;  // its low bits are zero: no carry
-    alignas(64) uint32_t dealt[kWidth];
-    for (int l = 0; l < kWidth; ++l)
-      dealt[l] = static_cast<uint32_t>(counter) + (l % 4) * (kWidth / 4) + l / 4;
-    VI c0 = load(dealt), c1 = seti(static_cast<uint32_t>(counter >> 32)), c2 = seti(id_),
-       c3 = seti(step_);
-    uint32_t k0 = key0_, k1 = key1_;
-    for (int round = 0; round < 10; ++round) {
-      VI hi0, lo0, hi1, lo1;
-      mulhilo(c0, kPhiloxMul0, &hi0, &lo0);
-      mulhilo(c2, kPhiloxMul1, &hi1, &lo1);
-      c0 = hi1 ^ c1 ^ seti(k0);
-      c1 = lo1;
-      c2 = hi0 ^ c3 ^ seti(k1);
-      c3 = lo0;
-      k0 += kPhiloxWeyl0;
-      k1 += kPhiloxWeyl1;
-    }
-    store_by_four(words_, c0, c1, c2, c3);
-  }
-
-  const uint32_t key0_, key1_, id_, step_;
-  int64_t first_ = -1;
-  alignas(64) uint32_t words_[4 * kWidth];
-};
-
-// x rounded to bf16 up or down with the chance of its distance; Inf and NaN stay.
-inline VF round_stochastic(VF x, VI noise) {
-  const VI b = bits(x), exponent = seti(0x7F800000u);
-  const VI rounded = (b + noise) & seti(0xFFFF0000u);
-  return from_bits(select(eq(b & exponent, exponent), b, rounded));
-}
 
 template <class P, class S>
 struct Task {
@@ -158,64 +88,84 @@ inline void span(Task<P, S>& k, int64_t i, int64_t n, int64_t at) {
 
 enum class Layout { dense, compact };
 
-// Up to kWidth values of compact states from `at` on, to the lanes of `lanes`.
+// Where kWidth elements and their states lie.
+template <class P, class S>
+struct Place {
+  P* p;
+  const P* g;
+  S *m, *v, *max;
+};
+
+// Compact states of the lanes of `on`, `count` of them; `room`: kWidth can be read.
 template <class S>
-inline VF load_compact(const S* from, int64_t at, int64_t numel, VM lanes, int count) {
-  return expand(lanes, at + kWidth <= numel ? load(from + at) : load_n(from + at, count));
+inline VF load_compact(const S* from, VM on, int count, bool room) {
+  return expand(on, room ? load(from) : load_n(from, count));
 }
 
-// kWidth elements, of which those of `word`'s low bits are trained.
+// kWidth elements from i on, of which those of `word`'s low bits are trained.
 template <bool kPlain, Layout kLayout, class P, class S>
-inline void lanes(Task<P, S>& k, int64_t i, uint32_t word, int64_t at) {
+inline void lanes(Task<P, S>& k, const Place<P, S>& at, int64_t i, uint32_t word, bool room) {
   const VM on = lanes_of(word);
   const bool with_max = !kPlain && k.max != nullptr;
   const AdamwConstants<VF> c = k.c;
   Values x;
-  x.p = load(k.p + i), x.g = load(k.g + i);
+  x.p = load(at.p), x.g = load(at.g);
   if constexpr (kLayout == Layout::compact) {
     const int count = __builtin_popcount(word);
-    x.m = load_compact(k.m, at, k.state_numel, on, count);
-    x.v = load_compact(k.v, at, k.state_numel, on, count);
-    if (with_max) x.max = load_compact(k.max, at, k.state_numel, on, count);
+    x.m = load_compact(at.m, on, count, room);
+    x.v = load_compact(at.v, on, count, room);
+    if (with_max) x.max = load_compact(at.max, on, count, room);
     update<kPlain>(k, c, i, &x);
-    store_n(k.m + at, compress(on, x.m), count);
-    store_n(k.v + at, compress(on, x.v), count);
-    if (with_max) store_n(k.max + at, compress(on, x.max), count);
+    store_n(at.m, compress(on, x.m), count);
+    store_n(at.v, compress(on, x.v), count);
+    if (with_max) store_n(at.max, compress(on, x.max), count);
   } else {
-    x.m = load(k.m + i), x.v = load(k.v + i);
-    if (with_max) x.max = load(k.max + i);
+    x.m = load(at.m), x.v = load(at.v);
+    if (with_max) x.max = load(at.max);
     update<kPlain>(k, c, i, &x);
     const VM kept = !kPlain && k.param_only ? lanes_of(~0u) : on;
-    store_where(k.m + i, kept, x.m);
-    store_where(k.v + i, kept, x.v);
-    if (with_max) store_where(k.max + i, kept, x.max);
+    store_where(at.m, kept, x.m);
+    store_where(at.v, kept, x.v);
+    if (with_max) store_where(at.max, kept, x.max);
   }
-  store_where(k.p + i, on, x.p);
+  store_where(at.p, on, x.p);
 }
 
-// The last elements of a tensor, fewer than kWidth: `lanes` on a copy.
+// The last n elements of a tensor, fewer than kWidth: `lanes` on a copy.
 template <bool kPlain, Layout kLayout, class P, class S>
-inline void last_lanes(Task<P, S>& k, int64_t i, int n, uint32_t word, int64_t at) {
+inline void last_lanes(Task<P, S>& k, const Place<P, S>& at, int64_t i, uint32_t word, int n) {
   P p[kWidth] = {}, g[kWidth] = {};
   S state[3][kWidth] = {};
-  constexpr bool kDense = kLayout == Layout::dense;
-  const int states = kDense ? n : __builtin_popcount(word);
-  S* const from[3] = {k.m, k.v, k.max};
-  const int64_t first = kDense ? i : at;
-  memcpy(p, k.p + i, n * sizeof(P));
-  memcpy(g, k.g + i, n * sizeof(P));
+  const size_t bytes = n * sizeof(P);
+  const size_t state_bytes = (kLayout == Layout::dense ? n : __builtin_popcount(word)) * sizeof(S);
+  S* const states[3] = {at.m, at.v, at.max};
+  memcpy(p, at.p, bytes);
+  memcpy(g, at.g, bytes);
   for (int s = 0; s < 3; ++s)
-    if (from[s] != nullptr) memcpy(state[s], from[s] + first, states * sizeof(S));
-  Task<P, S> copy = k;
-  // The noise is that of element i, so positions stay and pointers are moved.
-  copy.p = p - i, copy.g = g - i;
-  copy.m = state[0] - first, copy.v = state[1] - first;
-  copy.max = k.max == nullptr ? nullptr : state[2] - first;
-  copy.state_numel = first + kWidth;
-  lanes<kPlain, kLayout>(copy, i, word, at);
-  memcpy(k.p + i, p, n * sizeof(P));
+    if (states[s] != nullptr) memcpy(state[s], states[s], state_bytes);
+  lanes<kPlain, kLayout>(k, {p, g, state[0], state[1], state[2]}, i, word, true);
+  memcpy(at.p, p, bytes);
   for (int s = 0; s < 3; ++s)
-    if (from[s] != nullptr) memcpy(from[s] + first, state[s], states * sizeof(S));
+    if (states[s] != nullptr) memcpy(states[s], state[s], state_bytes);
+}
+
+// 64 elements (fewer at the end of the tensor) from i on; states of trained ones from `at` on.
+template <bool kPlain, Layout kLayout, class P, class S>
+inline void mixed_word(Task<P, S>& k, int64_t i, int n, uint64_t word, int64_t at) {
+  const bool everywhere = !kPlain && k.param_only;
+  for (int j = 0; j < n; j += kWidth) {
+    const auto bits = static_cast<uint32_t>(word >> j) & static_cast<uint32_t>(low_bits(kWidth));
+    if (bits == 0 && !everywhere) continue;
+    const int64_t state = kLayout == Layout::dense ? i + j : at;
+    const Place<P, S> place{k.p + i + j, k.g + i + j, k.m + state, k.v + state,
+                            k.max == nullptr ? nullptr : k.max + state};
+    if (j + kWidth <= n) {
+      lanes<kPlain, kLayout>(k, place, i + j, bits, state + kWidth <= k.state_numel);
+    } else {
+      last_lanes<kPlain, kLayout>(k, place, i + j, bits, n - j);
+    }
+    at += __builtin_popcount(bits);
+  }
 }
 
 template <bool kPlain, Layout kLayout, class P, class S>
@@ -232,20 +182,7 @@ void words(Task<P, S>& k, const AdamwTensor& t, int64_t begin, int64_t end, int6
     const int trained = __builtin_popcountll(word);
     if (trained != n) {
       flush(i);
-      if (trained != 0 || everywhere) {
-        int64_t state = at;
-        for (int j = 0; j < n; j += kWidth) {
-          const auto bits =
-              static_cast<uint32_t>(word >> j) & static_cast<uint32_t>(low_bits(kWidth));
-          if (bits == 0 && !everywhere) continue;
-          if (j + kWidth <= n) {
-            lanes<kPlain, kLayout>(k, i + j, bits, state);
-          } else {
-            last_lanes<kPlain, kLayout>(k, i + j, n - j, bits, state);
-          }
-          state += __builtin_popcount(bits);
-        }
-      }
+      if (trained != 0 || everywhere) mixed_word<kPlain, kLayout>(k, i, n, word, at);
       run = i + n, run_at = at + trained;
     }
     at += trained;
@@ -273,24 +210,11 @@ void runs(Task<P, S>& k, const AdamwTensor& t, int64_t begin, int64_t end, int64
   if (end > run) span<kPlain>(k, run, end - run, at);
 }
 
-// Where the states of element i stand, if it trains: of the first trained one from i on.
-int64_t state_position(const AdamwTensor& t, int64_t i) {
-  if (t.prefix == nullptr) return i;
-  const Mask& mask = t.mask;
-  const int64_t unit = mask.kind == MaskKind::element ? i
-                       : mask.kind == MaskKind::col   ? i % mask.inner
-                                                      : i / mask.inner;
-  const int64_t rank = mask_rank(mask.bits, t.prefix, unit, kPrefixBlock);
-  if (mask.kind == MaskKind::element) return rank;
-  if (mask.kind == MaskKind::col) return i / mask.inner * t.col_trained + rank;
-  return rank * mask.inner + (mask_bit(mask.bits, unit) ? i % mask.inner : 0);
-}
-
 template <bool kPlain, class P, class S>
 void choose_loop(const AdamwTensor& t, const AdamwScalars& s, const AdamwOptions& o, int64_t begin,
                  int64_t end) {
   auto k = task_of<P, S>(t, s, o);
-  const int64_t at = state_position(t, begin);
+  const int64_t at = adamw_state_position(t, begin);
   const bool units = t.mask.kind == MaskKind::row || t.mask.kind == MaskKind::block;
   if (t.mask.kind == MaskKind::none) {
     span<kPlain>(k, begin, end - begin, at);
