@@ -156,11 +156,24 @@ def assert_lists(got, want, strict=False):
         )
 
 
+class _On:
+    """``with``, any number of times: the instruction set of that name; None: the device as it is."""
+
+    def __init__(self, name=None):
+        self.name = name
+
+    def __enter__(self):
+        self.inside = forced_isa(self.name) if self.name else contextlib.nullcontext()
+        self.inside.__enter__()
+
+    def __exit__(self, *what):
+        return self.inside.__exit__(*what)
+
+
 def each_isa(device):
     """Contexts: every instruction set on the CPU, the device as it is elsewhere."""
-    if torch.device(device).type != "cpu":
-        return [contextlib.nullcontext()]
-    return [forced_isa(name) for name in tenfold.cpu_capabilities()]
+    on_cpu = torch.device(device).type == "cpu"
+    return [_On(name) for name in (tenfold.cpu_capabilities() if on_cpu else [None])]
 
 
 def steps(function, lists, count, kwargs):

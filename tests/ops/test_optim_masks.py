@@ -75,7 +75,7 @@ def test_pack_flattens_any_shape_and_strides(device):
 
 def test_unpack_of_a_part_and_at_an_offset(device):
     packed = reference.pack_mask(random_bits(1000)).to(device)
-    for n in (0, 1, 9, 63, 990):
+    for n in (0, 1, 9, 63, 970):
         part = packed[3 : 3 + -(-n // 8)]
         assert torch.equal(ops.unpack_mask(part, n).cpu(), random_bits(1000)[24 : 24 + n])
 
@@ -448,7 +448,7 @@ def test_bad_norms_and_copies(device):
         bad(ValueError, "mask_kind", "'diag'", masks=[mask], mask_kind="diag")
         bad(ValueError, "masks[0]", "'none'", masks=[mask], mask_kind="none")
         bad(ValueError, "block_size", "48", masks=[rows], mask_kind="block", block_size=48)
-        flat = [[x[0][0]] for x in zip(first)]
+        flat = [[x[0][0]] for x in first]
         bad(ValueError, "'row'", "2 or more", "[9]", masks=[rows], first=flat, mask_kind="row")
         sparse = [[x[0][:, ::2]] for x in first]  # a mask has no order there
         bad(ValueError, "[0]", "dense", masks=[mask[:2]], first=sparse)

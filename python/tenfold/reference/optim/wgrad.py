@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from tenfold.reference.numbers import work
@@ -15,6 +17,7 @@ def linear_wgrad_rows(grad_out: Tensor, input: Tensor, rows: Tensor) -> Tensor:
     grad_out [..., out], input [..., in] -> [R, in] in the dtype of ``input``, accumulated in float32
     (float64 for float64).
     """
-    dy = work(grad_out).reshape(-1, grad_out.shape[-1])[:, rows.long()]
-    x = work(input).reshape(-1, input.shape[-1])
+    tokens = math.prod(input.shape[:-1])
+    dy = work(grad_out).reshape(tokens, grad_out.shape[-1])[:, rows.long()]
+    x = work(input).reshape(tokens, input.shape[-1])
     return (dy.T @ x).to(input.dtype)
