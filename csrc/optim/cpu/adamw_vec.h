@@ -10,6 +10,9 @@ namespace {
 
 struct VecOps {
   using F = VF;
+  using Flag = VM;
+  static inline VM flag(bool x) { return lanes_of(x ? ~0u : 0u); }
+  static inline VF choose(VM which, VF a, VF b) { return select(which, a, b); }
   static inline VF set1(float x) { return TENFOLD_ISA::set1(x); }
   static inline VF add(VF a, VF b) { return a + b; }
   static inline VF sub(VF a, VF b) { return a - b; }

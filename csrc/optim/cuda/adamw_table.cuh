@@ -15,6 +15,9 @@ namespace tenfold::cuda {
 // Operations that are rounded one by one: nvcc would contract a * b + c.
 struct FloatOps {
   using F = float;
+  using Flag = bool;
+  TENFOLD_HD bool flag(bool x) { return x; }
+  TENFOLD_HD float choose(bool which, float a, float b) { return which ? a : b; }
   TENFOLD_HD float set1(float x) { return x; }
 #if defined(__CUDA_ARCH__)
   TENFOLD_HD float add(float a, float b) { return __fadd_rn(a, b); }
