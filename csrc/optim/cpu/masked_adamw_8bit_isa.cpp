@@ -36,7 +36,7 @@ inline float largest(VI a) {
 inline void dequantise(const uint8_t* codes, const CodeBook& book, float absmax, float* out) {
   const VF scale = set1(absmax);
   for (int i = 0; i < kBlock; i += kWidth)
-    store(out + i, gather(book.code, load_bytes(codes + i)) * scale);
+    store(out + i, lookup256(book.code, load_bytes(codes + i)) * scale);
 }
 
 // x / absmax for all of a block: exact without divisions where no remainder can be subnormal.

@@ -57,16 +57,48 @@ struct Values {
   VF p, g, m, v, max;
 };
 
-// kPlain: no scaling of gradients, no maximum, no noise. i: the first element, for the noise.
+// kPlain: no scaling of gradients, no maximum, no noise.
 template <bool kPlain>
-[[gnu::always_inline]] inline Values update(const Rule& r, Noise& noise, int64_t i, Values x) {
+[[gnu::always_inline]] inline Values update(const Rule& r, Values x) {
   if (!kPlain && r.scaled) x.g = (r.divides ? x.g / r.divisor : x.g * r.divisor) * r.factor;
   adamw_moments<VecOps>(r.c, x.g, &x.m, &x.v);
   VF second = x.v;
   if (!kPlain && r.with_max) second = x.max = select(unordered(x.max), x.max, vmax(x.max, x.v));
   x.p = adamw_param<VecOps>(r.c, x.p, x.m, second);
+  return x;
+}
+
+// With the stochastic rounding of elements i, i + 1, ...
+template <bool kPlain>
+[[gnu::always_inline]] inline Values update(const Rule& r, Noise& noise, int64_t i, Values x) {
+  x = update<kPlain>(r, x);
   if (!kPlain && r.stochastic) x.p = round_stochastic(x.p, noise.at(i));
   return x;
+}
+
+// All of p, g, m, v bf16: even and odd elements apart, as many whole pairs of vectors as fit into
+// n. Conversions would cost as much as the update else. How many elements those are.
+template <bool kPlain>
+int64_t span_pairs(Task<bf16_t, bf16_t>& k, int64_t i, int64_t n) {
+  const Rule r = k.rule;
+  const bool with_max = !kPlain && r.with_max;
+  int64_t j = i;
+  for (; j + 2 * kWidth <= i + n; j += 2 * kWidth) {
+    Values even, odd;
+    load_pair(k.p + j, &even.p, &odd.p), load_pair(k.g + j, &even.g, &odd.g);
+    load_pair(k.m + j, &even.m, &odd.m), load_pair(k.v + j, &even.v, &odd.v);
+    if (with_max) load_pair(k.max + j, &even.max, &odd.max);
+    even = update<kPlain>(r, even), odd = update<kPlain>(r, odd);
+    if (!kPlain && r.stochastic) {
+      const VI noise = k.noise.pair_at(j);
+      even.p = round_stochastic(even.p, noise & seti(0xFFFFu));
+      odd.p = round_stochastic(odd.p, shr<16>(noise));
+    }
+    store_pair(k.p + j, even.p, odd.p);
+    store_pair(k.m + j, even.m, odd.m), store_pair(k.v + j, even.v, odd.v);
+    if (with_max) store_pair(k.max + j, even.max, odd.max);
+  }
+  return j - i;
 }
 
 // `n` trained elements from i on; their states from `at` on. With noise, i is a multiple of 64.
@@ -78,12 +110,14 @@ void span(Task<P, S>& k, int64_t i, int64_t n, int64_t at) {
   const P* const g = k.g + i;
   S *const m = k.m + at, *const v = k.v + at, *const max = with_max ? k.max + at : nullptr;
   int64_t j = 0;
+  if constexpr (std::is_same_v<P, bf16_t> && std::is_same_v<S, bf16_t>)
+    if (at == i) j = span_pairs<kPlain>(k, i, n);
   for (; j + kWidth <= n; j += kWidth) {
     Values x{load(p + j), load(g + j), load(m + j), load(v + j), {}};
     if (with_max) x.max = load(max + j);
     x = update<kPlain>(r, k.noise, i + j, x);
-    store(p + j, x.p), store(m + j, x.m), store(v + j, x.v);
-    if (with_max) store(max + j, x.max);
+    store_quick(p + j, x.p), store_quick(m + j, x.m), store_quick(v + j, x.v);
+    if (with_max) store_quick(max + j, x.max);
   }
   if (j == n) return;
   const int left = static_cast<int>(n - j);
