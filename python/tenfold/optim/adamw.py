@@ -44,10 +44,12 @@ class _Call:
     ids: list[int] = field(default_factory=list)
     # (where it lives, its copy here) of offloaded parameters
     copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    views: list[Mask | None] = field(default_factory=list)
     sharded: Any = None  # one of its parameters, where they are DTensors
 
     def state(self, name: str) -> list[Tensor]:
-        return [local(s[name]) for s in self.states]
+        found = [local(s[name]) for s in self.states]
+        return [t if m is None else m.view(t) for t, m in zip(found, self.views)]
 
 
 def _check(lr: Any, betas: Any, eps: float, weight_decay: float) -> None:
@@ -345,6 +347,7 @@ class MaskedAdamW(Optimizer):
         call.grads.append(grad)
         call.states.append(state)
         call.masks.append(packed)
+        call.views.append(mask)
         call.prefixes.append(prefix if prefix is None else prefix.to(device))
         call.ids.append(number)
 
