@@ -83,7 +83,7 @@ class HalfFineTuneCallback(TrainerCallback, ExportableState):
         check_states(states)
         self.rule, self.every = parse_reselect(reselect)
         self.reselect, self.states, self.round = reselect, states, round
-        self.selection = {"strategy": strategy, "ratio": ratio, "balance": balance, "seed": seed,
+        self.selection: dict[str, Any] = {"strategy": strategy, "ratio": ratio, "balance": balance, "seed": seed,
                           "freeze_embeddings": freeze_embeddings}  # fmt: skip
         self.given = Plan.from_json(plan) if isinstance(plan, dict) else plan
         self.drawn = round if self.rule == "round" else 0
