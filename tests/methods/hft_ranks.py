@@ -1,5 +1,6 @@
 """One of several gloo ranks, or a process that kills itself: python hft_ranks.py FOLDER ddp|fsdp2|... [STAGE STEP]."""
 
+import copy
 import os
 import signal
 import sys
@@ -108,7 +109,7 @@ def checkpoint(model, optimizer):
         set_optimizer_state_dict,
     )
 
-    saved = get_optimizer_state_dict(model, optimizer)
+    saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer))
     before = {id(p): s["exp_avg"].to_local().clone() for p, s in optimizer.state.items()}
     for s in optimizer.state.values():
         s["exp_avg"].to_local().zero_()

@@ -96,7 +96,8 @@ def test_new_draws_on_the_way(tmp_path, rule, want, optimizer):
 def test_resumes_exactly(tmp_path, rule, strategy):
     def run(folder, resume=None, **changes):
         model = tiny.tiny(2)
-        callback = HalfFineTuneCallback(strategy, reselect=rule, states="hand_over", seed=2)
+        states = "drop" if strategy == "category" else "hand_over"
+        callback = HalfFineTuneCallback(strategy, reselect=rule, states=states, seed=2)
         made = trainer(folder, model, callback, save_strategy="steps", save_steps=1, **changes)
         made.train(resume_from_checkpoint=resume)
         return weights(model)
@@ -107,6 +108,15 @@ def test_resumes_exactly(tmp_path, rule, strategy):
     for step in (3, 4):
         again = run(tmp_path / "b", str(tmp_path / "a" / f"checkpoint-{step}"))
         assert all(torch.equal(again[n], whole[n]) for n in whole), step
+
+
+def test_a_checkpoint_of_another_draw(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 2}
+    trainer(tmp_path, tiny.tiny(1), HalfFineTuneCallback(seed=1), **settings).train()
+    with pytest.raises(ValueError, match="drawn with seed 1, this callback has 2"):
+        trainer(tmp_path, tiny.tiny(1), HalfFineTuneCallback(seed=2), **settings).train(
+            resume_from_checkpoint=True
+        )
 
 
 def test_rounds(tmp_path):

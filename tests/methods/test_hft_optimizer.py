@@ -13,7 +13,10 @@ from torch import nn
 from tenfold import hft, ops
 from tenfold.optim import MaskedAdamW, check_optimizer, switch_optimizer
 
-SHAPES = [(5, 7), (3,), (), (2, 3, 4), (33, 65), (0, 4)]
+# torch's fused AdamW rounds otherwise in the last numel % 8 elements, which it takes one by one: exact
+# comparisons have none.
+SHAPES = [(5, 8), (8,), (2, 3, 8), (33, 64), (0, 4)]
+ODD = [(5, 7), (3,), (), (2, 3, 5), (33, 65)]
 
 
 def parameters(dtype=torch.float32, shapes=SHAPES, seed=0):
@@ -50,10 +53,11 @@ class TestAsTorch:
             steps(kind(groups, fused=fused, **settings), params, 50)
         assert equal(ours, theirs)
 
-    def test_close_to_the_plain_form(self):
-        ours, theirs = parameters(), parameters()
+    @pytest.mark.parametrize("form", [{"foreach": False}, {"fused": True}])
+    def test_close_in_any_shape(self, form):
+        ours, theirs = parameters(shapes=ODD), parameters(shapes=ODD)
         steps(MaskedAdamW(ours, lr=1e-2), ours, 50)
-        steps(torch.optim.AdamW(theirs, lr=1e-2, foreach=False), theirs, 50)
+        steps(torch.optim.AdamW(theirs, lr=1e-2, **form), theirs, 50)
         for a, b in zip(ours, theirs):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
@@ -70,6 +74,7 @@ class TestAsTorch:
             given = second.dense_state_dict()
             first = torch.optim.AdamW(a, lr=1.0, fused=True)
             first.load_state_dict(copy.deepcopy(given))
+            first.param_groups[0]["fused"] = True  # a loaded group is the saved one
         steps(first, a, 5, 5)
         steps(second, b, 5, 5)
         assert equal(a, b) and second.param_groups[0]["lr"] == 1e-2
@@ -131,16 +136,16 @@ class TestAsTorch:
 
     def test_other_strides(self):
         a, b = (
-            nn.Parameter(torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last))
+            nn.Parameter(torch.randn(2, 8, 4, 5).to(memory_format=torch.channels_last))
             for _ in "ab"
         )
         b.data.copy_(a.data)
         for p, kind in ((a, MaskedAdamW), (b, torch.optim.AdamW)):
-            optimizer = kind([p], lr=0.1, fused=True)
-            p.grad = torch.ones(2, 3, 4, 5).cumsum(-1)  # contiguous
+            optimizer = kind([p], lr=0.1, foreach=False)
+            p.grad = torch.ones(2, 8, 4, 5).cumsum(-1)  # contiguous
             optimizer.step()
             assert optimizer.state[p]["exp_avg"].stride() == p.stride()
-        assert torch.equal(a, b)
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
     def test_gradscaler(self):
         """Its contract: scale and found_inf come as attributes; nothing is divided beforehand."""
@@ -280,6 +285,7 @@ class TestMasks:
         (p,), (q,) = parameters(shapes=[(33, 65)]), parameters(shapes=[(33, 65)])
         mask = KINDS[kind](p)
         bits = self.bits(kind, p, mask)
+        cut = int(bits.sum()) // 8 * 8  # see SHAPES
         start = p.detach().clone()
         part = nn.Parameter(q.detach()[bits].clone())
         optimizer = MaskedAdamW(
@@ -292,11 +298,14 @@ class TestMasks:
             p.grad, part.grad = grad.masked_fill(~bits, float("nan")), grad[bits].clone()
             optimizer.step()
             plain.step()
-        assert torch.equal(p[bits], part) and torch.equal(p[~bits], start[~bits])
+        assert torch.equal(p[bits][:cut], part[:cut]) and torch.equal(p[~bits], start[~bits])
+        torch.testing.assert_close(p[bits], part, rtol=1e-6, atol=1e-6)
         held = optimizer.state[p]["exp_avg"].numel()
         assert held == (int(bits.sum()) if compact else p.numel())
         dense = optimizer.dense_state_dict()["state"][0]
-        assert torch.equal(dense["exp_avg"][bits], plain.state[part]["exp_avg"])
+        torch.testing.assert_close(
+            dense["exp_avg"][bits], plain.state[part]["exp_avg"], rtol=1e-6, atol=1e-8
+        )
         assert dense["exp_avg_sq"].shape == p.shape and not dense["exp_avg_sq"][~bits].any()
 
     def test_each_its_own_kind(self):
@@ -411,7 +420,7 @@ class TestStates:
             p.grad = q.grad = torch.ones_like(p)
             a.step()
             b.step()
-        assert (q == 1).all() and abs(float(p.float().mean()) - (1 - 1e-3)) < 1e-4
+        assert (q == 1).all() and abs(float(p.detach().float().mean()) - (1 - 1e-3)) < 1e-4
 
 
 class TestPlans:

@@ -62,7 +62,7 @@ def test_hyper_parameters(name, bad, device):
         bad(name, ValueError, "Invalid weight_decay value", kwargs={"weight_decay": value})
         if device.type == "cpu":  # CUDA does not wait for a value on the device
             bad(name, ValueError, "Invalid learning rate", kwargs={"lr": torch.tensor(value)})
-    bad(name, ValueError, "lr", "[1]", kwargs={"lr": torch.tensor([0.1])})
+    bad(name, ValueError, "lr", "[2]", kwargs={"lr": torch.tensor([0.1, 0.1])})
     bad(name, TypeError, "lr", "int64", kwargs={"lr": torch.tensor(1)})
 
 
@@ -171,7 +171,11 @@ def test_states(bad):
             name, ValueError, f"{entry}[1]", "[5, 7]", "[7, 5]", put={(entry, 1): torch.zeros(7, 5)}
         )
     bad(
-        name, ValueError, "exp_avg_sqs[1]", "dtype", put={("exp_avg_sqs", 1): torch.Tensor.bfloat16}
+        name,
+        RuntimeError,
+        "exp_avg_sqs[1]",
+        "dtype",
+        put={("exp_avg_sqs", 1): torch.Tensor.bfloat16},
     )
     half = {(n, 1): torch.Tensor.half for n in ("exp_avgs", "exp_avg_sqs")}
     for dtype in (F32, BF16):  # float16 states need float16 parameters
@@ -187,7 +191,7 @@ def test_states(bad):
 @both
 def test_steps_and_scalars(name, bad):
     bad(name, TypeError, "steps[1]", "float32", "int64", put={("steps", 1): torch.tensor(1)})
-    bad(name, ValueError, "steps[1]", "[1]", put={("steps", 1): torch.ones(1)})
+    bad(name, ValueError, "steps[1]", "[2]", put={("steps", 1): torch.ones(2)})
     for scalar in ("grad_scale", "found_inf", "clip_coef"):
         bad(name, TypeError, scalar, "float32", "int64", kwargs={scalar: torch.tensor(1)})
         bad(name, ValueError, scalar, "[2]", kwargs={scalar: torch.ones(2)})
@@ -228,7 +232,6 @@ def test_compact_states(bad, device):
                 name,
                 ValueError,
                 f"{entry}[1]",
-                "trained",
                 **compact,
                 put={(entry, 1): lambda x: x[:-1].clone()},
             )

@@ -42,7 +42,7 @@ def _config(preset: str, **settings: Any) -> Any:
     return HFTConfig.from_preset(preset, **{k: v for k, v in settings.items() if v is not None})
 
 
-def _lines(file: Path, keys: tuple[str, ...]) -> list[tuple[str, ...]]:
+def _lines(file: Path, keys: tuple[str, ...]) -> list[Any]:
     """The objects of a JSON-lines file as tuples."""
     rows = []
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
@@ -153,7 +153,7 @@ def sft(
         end = tokenizer.eos_token_id
         rows = tasks.rows_of_pairs(
             given, tasks.encoder(tokenizer), config.sequence_length, end, end or 0
-        )  # type: ignore[arg-type]
+        )
     base = snapshot(network)
     record = run(network, rows, config, eval_rows=held, work_dir=str(work_dir or folder / "work"),
                  quiet=quiet or json)  # fmt: skip
@@ -210,7 +210,7 @@ def dpo(
     end = tokenizer.eos_token_id
     rows = tasks.preference_rows(
         given, tasks.encoder(tokenizer), config.sequence_length, end, end or 0
-    )  # type: ignore[arg-type]
+    )
     base = snapshot(network)
     record = run(
         network, rows, config, work_dir=str(work_dir or folder / "work"), quiet=quiet or json

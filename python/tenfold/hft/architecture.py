@@ -94,10 +94,14 @@ def category_of(path: list[str]) -> str | None:
 
 
 def _heads(config: Any) -> tuple[int, int, int]:
-    heads = getattr(config, "num_attention_heads", None) or getattr(config, "n_head", 0)
-    kv = getattr(config, "num_key_value_heads", None) or heads
-    width = getattr(config, "hidden_size", None) or getattr(config, "n_embd", 0)
-    return heads, kv, getattr(config, "head_dim", None) or (width // heads if heads else 0)
+    """(query heads, key-value heads, head dimension) of a configuration, 0 where unknown."""
+
+    def first(*names: str) -> int:
+        return next((int(v) for n in names if (v := getattr(config, n, None))), 0)
+
+    heads, width = first("num_attention_heads", "n_head"), first("hidden_size", "n_embd")
+    kv = first("num_key_value_heads") or heads
+    return heads, kv, first("head_dim") or (width // heads if heads else 0)
 
 
 def _spans(sizes: list[int], repeat: int = 1) -> list[Ranges]:

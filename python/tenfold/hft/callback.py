@@ -83,7 +83,7 @@ class HalfFineTuneCallback(TrainerCallback, ExportableState):
         check_states(states)
         self.rule, self.every = parse_reselect(reselect)
         self.reselect, self.states, self.round = reselect, states, round
-        self.selection = {"strategy": strategy, "ratio": ratio, "balance": balance, "seed": seed,
+        self.selection: dict[str, Any] = {"strategy": strategy, "ratio": ratio, "balance": balance, "seed": seed,
                           "freeze_embeddings": freeze_embeddings}  # fmt: skip
         self.given = Plan.from_json(plan) if isinstance(plan, dict) else plan
         self.drawn = round if self.rule == "round" else 0
@@ -117,6 +117,7 @@ class HalfFineTuneCallback(TrainerCallback, ExportableState):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Sees that optimiser and Plan belong together."""
         model, optimizer = kwargs["model"], unwrapped(kwargs["optimizer"])
+        self._resume(state)
         plan = self._plan(model)
         held = current_plan(model)
         if held is None or held.digest() != plan.digest():
@@ -128,6 +129,21 @@ class HalfFineTuneCallback(TrainerCallback, ExportableState):
                 "tenfold.optim.MaskedAdamW (optimizer_cls_and_kwargs=hft.optimizer_cls_and_kwargs(args))"
             )
         check_optimizer(optimizer, model)
+
+    def _resume(self, state: Any) -> None:
+        """Takes the number of the draw from a checkpoint, whether or not Trainer restores callbacks."""
+        saved = state.stateful_callbacks.get(type(self).__name__)
+        saved = saved[0] if isinstance(saved, list) else saved
+        if saved is None:
+            return
+        mine = self.state()["args"]
+        wrong = [k for k, v in saved["args"].items() if mine.get(k) != v]
+        if wrong:
+            raise ValueError(
+                f"the checkpoint was drawn with {wrong[0]} {saved['args'][wrong[0]]!r}, this callback has "
+                f"{mine.get(wrong[0])!r}; resume with the same settings"
+            )
+        self.drawn = saved["attributes"]["drawn"]
 
     def _follow(self, model: Any, optimizer: Any, plan: Plan, states: str) -> None:
         if isinstance(optimizer, MaskedAdamW):

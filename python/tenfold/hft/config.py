@@ -166,4 +166,7 @@ class HFTConfig:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> HFTConfig:
         """The inverse of :meth:`to_json`."""
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        plain: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
+        }
+        return cls(**plain)

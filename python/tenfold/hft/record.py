@@ -53,7 +53,8 @@ class TuneRecord:
 
     def to_json(self) -> dict[str, Any]:
         """All fields, and OP and BWT."""
-        return asdict(self) | {"summary": {m: self.summary(m) for m in self.scores}}
+        done = [m for m, r in self.scores.items() if r and len(r) == len(self.tasks)]
+        return asdict(self) | {"summary": {m: self.summary(m) for m in done}}
 
     def write(self, path: str | Path) -> None:
         """Writes :meth:`to_json` to a file."""

@@ -95,6 +95,7 @@ class HalfTrainer(Trainer):
     config: HFTConfig
     draws: Draws
     plans: dict[int, Plan]
+    soft: SoftFreeze | None
 
     def begin(self, draws: Draws) -> None:
         """Starts a round."""
@@ -109,7 +110,7 @@ class HalfTrainer(Trainer):
 
     def enter(self, stage: str, step: int, module: nn.Module) -> None:
         """Puts the Plan of the first step in force."""
-        self.soft: SoftFreeze | None = None
+        self.soft = None
         if self.config.method == "lora":
             return
         plan = apply(module, self.plan(self.draws.at(step), module))
@@ -130,7 +131,7 @@ class HalfTrainer(Trainer):
                 )
             return torch.optim.AdamW(groups, fused=True, **common)
         # None: the masks of the Plan in force. A penalty needs the gradients of everything.
-        masks = None if self.soft is None else {}
+        masks: Any = None if self.soft is None else {}
         return MaskedAdamW(
             groups, masks=masks, state_dtype=config.state_dtype, seed=config.seed,
             stochastic_rounding=config.stochastic_rounding, max_grad_norm=config.max_grad_norm, **common,

@@ -10,44 +10,22 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from tenfold import ops
 from tenfold.optim.active import MISMATCH, ActivePlan, active_plan, check_states
-from tenfold.optim.masks import Mask, collect_masks, is_dense, local
-from tenfold.optim.states import DTYPES, MOMENTS, Layout, code_books
+from tenfold.optim.calls import Call
+from tenfold.optim.masks import Mask, collect_masks, local
+from tenfold.optim.states import DTYPES, MOMENTS, Layout
 from tenfold.optim.sums import global_norm
 
 # Keys of torch.optim.AdamW's groups that mean nothing here, so that its checkpoints fit both ways.
 _TORCH_KEYS = {"foreach": None, "capturable": False, "differentiable": False,
                "decoupled_weight_decay": True}  # fmt: skip
 SCOPES = ("all", "param_only")
-
-
-@dataclass
-class _Call:
-    """The lists of one kernel call: one group, device, kind of mask and of sharding."""
-
-    group: dict[str, Any]
-    kind: str
-    coded: bool
-    params: list[Tensor] = field(default_factory=list)
-    grads: list[Tensor] = field(default_factory=list)
-    states: list[dict[str, Any]] = field(default_factory=list)
-    masks: list[Tensor | None] = field(default_factory=list)
-    prefixes: list[Tensor | None] = field(default_factory=list)
-    ids: list[int] = field(default_factory=list)
-    # (where it lives, its copy here) of offloaded parameters
-    copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    sharded: Any = None  # one of its parameters, where they are DTensors
-
-    def state(self, name: str) -> list[Tensor]:
-        return [local(s[name]) for s in self.states]
 
 
 def _check(lr: Any, betas: Any, eps: float, weight_decay: float) -> None:
@@ -291,11 +269,11 @@ class MaskedAdamW(Optimizer):
         calls = self._calls()
         clip = self._clip(calls, scale) if self._max_norm is not None and calls else None
         for call in calls:
-            self._run(call, scale, found, clip)
+            call.run(scale, found, clip, self._seed, self._scope, self._block)
         return loss
 
-    def _calls(self) -> list[_Call]:
-        made: dict[Any, _Call] = {}
+    def _calls(self) -> list[Call]:
+        made: dict[Any, Call] = {}
         ids = itertools.count()
         for at, group in enumerate(self.param_groups):
             for p in group["params"]:
@@ -310,8 +288,8 @@ class MaskedAdamW(Optimizer):
                 key = (at, state["step"].device, coded, kind, spread)
                 call = made.get(key)
                 if call is None:
-                    call = made[key] = _Call(group, kind, coded, sharded=p if spread else None)
-                self._add(call, p, state, mask, number)
+                    call = made[key] = Call(group, kind, coded, sharded=p if spread else None)
+                call.add(p, state, mask, self._prefixes.get(p), number)
         return list(made.values())
 
     def _init(self, group: dict[str, Any], p: Tensor) -> dict[str, Any]:
@@ -326,64 +304,12 @@ class MaskedAdamW(Optimizer):
             state.update(self._layout_in(group, p).zeros(device, group["amsgrad"]))
         return state
 
-    def _add(
-        self, call: _Call, p: Tensor, state: dict[str, Any], mask: Mask | None, number: int
-    ) -> None:
-        here, grad = local(p.detach()), local(p.grad)  # type: ignore[arg-type]
-        device = state["step"].device
-        if device != here.device:
-            copy = here.to(device, copy=True)
-            call.copies.append((here, copy))
-            here, grad = copy, grad.to(device)
-        if grad.stride() != here.stride() and is_dense(here):
-            grad = torch.empty_like(here, dtype=grad.dtype).copy_(grad)
-        prefix = self._prefixes.get(p) if not call.coded else None
-        if mask is not None:
-            here, grad = mask.view(here), mask.view(grad)
-        packed = mask.packed.to(device) if mask is not None else None
-        call.params.append(here)
-        call.grads.append(grad)
-        call.states.append(state)
-        call.masks.append(packed)
-        call.prefixes.append(prefix if prefix is None else prefix.to(device))
-        call.ids.append(number)
-
-    def _clip(self, calls: list[_Call], scale: Tensor | None) -> Tensor:
+    def _clip(self, calls: list[Call], scale: Tensor | None) -> Tensor:
         pieces = ((c.kind, c.grads, c.masks, c.sharded) for c in calls)
         norm = global_norm(pieces, self._block, scale)
         self.last_grad_norm = norm
         # torch.nn.utils.clip_grad_norm_'s formula
         return torch.clamp(self._max_norm / (norm + 1e-6), max=1.0)  # type: ignore[operator]
-
-    def _run(self, call: _Call, scale: Any, found: Any, clip: Any) -> None:
-        group, device = call.group, call.states[0]["step"].device
-
-        def here(x: Any) -> Any:
-            return None if x is None else x.to(device=device, dtype=torch.float32).reshape(())
-
-        lr = group["lr"]
-        shared: dict[str, Any] = {
-            "mask_kind": call.kind, "beta1": group["betas"][0], "beta2": group["betas"][1],
-            "lr": lr.reshape(()) if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64),
-            "weight_decay": group["weight_decay"], "eps": group["eps"], "maximize": group["maximize"],
-            "grad_scale": here(scale), "found_inf": here(found), "clip_coef": here(clip),
-            "stochastic_round": group["stochastic_rounding"], "seed": self._seed,
-            "block_size": self._block, "tensor_ids": call.ids,
-        }  # fmt: skip
-        first = [call.params, call.grads, call.state("exp_avg"), call.state("exp_avg_sq"),
-                 call.state("step"), call.masks if call.kind != "none" else []]  # fmt: skip
-        if call.coded:
-            ops.masked_adamw_8bit_(*first, call.state("absmax1"), call.state("absmax2"),
-                                   *code_books(device), **shared)  # fmt: skip
-        else:
-            compact = any(p is not None for p in call.prefixes)
-            ops.masked_adamw_(
-                *first, call.state("max_exp_avg_sq") if group["amsgrad"] else [],
-                call.prefixes if compact else [], amsgrad=group["amsgrad"], mask_scope=self._scope,
-                **shared,
-            )  # fmt: skip
-        for there, copy in call.copies:
-            there.copy_(copy)
 
     # Checkpoints.
 

@@ -53,7 +53,7 @@ class Layout:
         here = local(self.parameter)
         for i, code in enumerate(code_books(device)):
             zero = int((code == 0).nonzero()[0])
-            state[names[i]] = torch.full((here.numel(),), zero, dtype=torch.uint8, device=device)
+            state[names[i]] = torch.full_like(here, zero, dtype=torch.uint8, device=device)
             blocks = -(-here.numel() // STATE_BLOCK)
             state[f"absmax{i + 1}"] = torch.zeros(blocks, device=device)
         return state
@@ -76,7 +76,8 @@ class Layout:
             if self.coded:
                 at = MOMENTS.index(name)
                 code = code_books(value.device)[at]
-                flat = dequantize(value, state[f"absmax{at + 1}"], code)
+                codes = value.as_strided((value.numel(),), (1,))
+                flat = dequantize(codes, state[f"absmax{at + 1}"], code)
                 made[name] = flat.as_strided(here.shape, here.stride())
             elif self.mask is not None:
                 flat = torch.zeros(here.numel(), dtype=value.dtype, device=value.device)
@@ -115,7 +116,7 @@ class Layout:
                     scale[:, None] == 0, torch.zeros_like(blocks), blocks / scale[:, None]
                 )
                 codes = nearest_code(unit.view(-1)[: flat.numel()], code_books(device)[at])
-                state[name].copy_(codes)
+                state[name].as_strided((codes.numel(),), (1,)).copy_(codes)
                 state[f"absmax{at + 1}"].copy_(scale)
             elif self.mask is not None:
                 state[name].copy_(flat[self.mask.elements(here).to(device)])
