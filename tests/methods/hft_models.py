@@ -73,7 +73,9 @@ class Forgetting:
     def __init__(self, seed):
         self.seed = seed
         self.a, self.b = Chain(1000 + seed), Chain(2000 + seed)
-        self.model = llama(seed=seed, tie_word_embeddings=True)  # as the numbers of the checks assume
+        self.model = llama(
+            seed=seed, tie_word_embeddings=True
+        )  # as the numbers of the checks assume
         train(self.model, self.a, 400, 3e-3)
         self.held_a, self.held_b = self.a.batch(256), self.b.batch(256)
         self.start = loss_on(self.model, self.held_a)

@@ -588,3 +588,30 @@ class TestPlans:
         torch.save(model, tmp_path / "m.pt")
         again = torch.load(tmp_path / "m.pt", weights_only=False)
         assert hft.current_plan(again) is None and hft.current_plan(copy.deepcopy(model)) is None
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+class TestCuda:
+    @pytest.mark.parametrize("settings", [{}, {"state_dtype": "int8"}, {"max_grad_norm": 0.5}])
+    @pytest.mark.parametrize("offload", [False, True])
+    def test_cuda_as_on_the_cpu(self, offload, settings):
+        """Also with states on the CPU (``offload``)."""
+        shapes = [(70, 64), (8,)]
+        here = parameters(shapes=shapes)
+        there = [nn.Parameter(p.detach().cuda()) for p in here]
+        masks = [row_mask(70), None]
+        a = MaskedAdamW(here, lr=1e-2, masks=masks, mask_kind="row", **settings)
+        b = MaskedAdamW(there, lr=1e-2, masks=[row_mask(70).cuda(), None], mask_kind="row",
+                        offload=offload, **settings)  # fmt: skip
+        for i in range(5):
+            made = torch.Generator().manual_seed(i)
+            for p, q in zip(here, there):
+                p.grad = torch.randn(p.shape, generator=made)
+                q.grad = p.grad.cuda()
+            a.step()
+            b.step()
+        for p, q in zip(here, there):
+            torch.testing.assert_close(q.cpu(), p, rtol=1e-6, atol=1e-6)
+        places = {s["exp_avg"].device.type for s in b.state.values()}
+        assert places == {"cpu" if offload else "cuda"}
