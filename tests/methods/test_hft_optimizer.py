@@ -12,6 +12,7 @@ from torch import nn
 
 from tenfold import hft, ops
 from tenfold.optim import MaskedAdamW, check_optimizer, switch_optimizer
+from tenfold.testing.plugin import cuda_only
 
 # torch's fused AdamW rounds otherwise in the last numel % 8 elements, which it takes one by one: exact
 # comparisons have none.
@@ -590,12 +591,11 @@ class TestPlans:
         assert hft.current_plan(again) is None and hft.current_plan(copy.deepcopy(model)) is None
 
 
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@cuda_only
 class TestCuda:
     @pytest.mark.parametrize("settings", [{}, {"state_dtype": "int8"}, {"max_grad_norm": 0.5}])
     @pytest.mark.parametrize("offload", [False, True])
-    def test_cuda_as_on_the_cpu(self, offload, settings):
+    def test_as_on_the_cpu(self, device, offload, settings):
         """Also with states on the CPU (``offload``)."""
         shapes = [(70, 64), (8,)]
         here = parameters(shapes=shapes)
