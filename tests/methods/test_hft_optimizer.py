@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import pickle
 import re
 import warnings
 
@@ -93,6 +94,20 @@ class TestAsTorch:
         assert equal(a, b)
         # What was saved is not what is trained on.
         assert all(int(s["step"]) == 5 for s in saved["state"].values())
+
+    def test_copies(self):
+        params = parameters(shapes=[(6, 8)])
+        first = MaskedAdamW(
+            params, lr=1e-2, masks=[row_mask(6)], mask_kind="row", max_grad_norm=1.0
+        )
+        steps(first, params, 2)
+        for second in (copy.deepcopy(first), pickle.loads(pickle.dumps(first))):
+            mine = second.param_groups[0]["params"]
+            assert equal(mine, params) and mine[0] is not params[0]
+            steps(second, mine, 2, 2)
+            assert not second.state[mine[0]]["exp_avg"].numel() == 48
+        steps(first, params, 2, 2)
+        assert equal(mine, params)
 
     def test_states_of_a_plain_run_with_python_steps(self):
         a, b = parameters(), parameters()
