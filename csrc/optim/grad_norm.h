@@ -2,11 +2,11 @@
 //
 //   norm = sqrt(sum of g^2) / |grad_scale|
 //
-// Order of the sums, the same for any number of threads: chunks of 2^15 elements (of each tensor,
-// in storage order) are summed in float32, in vector lanes; the chunks are added in float64 in the
-// order of the list. Rows and blocks that are frozen are not read; frozen elements do not count,
-// even if they are NaN. Squares are float32, as torch's: gradients above 1e19 give inf.
-// Traffic: every trained element once.
+// Order of the sums, the same for any number of threads: each chunk of a tensor (in storage order)
+// is summed in float32 lanes, the lanes every few additions in float64, and the chunks in the order
+// of the list. Rows and blocks that are frozen are not read; frozen elements do not count, even if
+// they are NaN. Squares are float32, as torch's: gradients above 1e19 give inf. Traffic: every
+// trained element once.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +18,7 @@
 namespace tenfold {
 
 // Sum of squares of the trained elements of [begin, end).
-TENFOLD_ISA_DECLARE(float grad_square_sum(const void* grad, Dtype dtype, const Mask& mask,
-                                          int64_t begin, int64_t end))
+TENFOLD_ISA_DECLARE(double grad_square_sum(const void* grad, Dtype dtype, const Mask& mask,
+                                           int64_t begin, int64_t end))
 
 }  // namespace tenfold

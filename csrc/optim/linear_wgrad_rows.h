@@ -6,10 +6,10 @@
 // grad_out [T, out], input [T, in], rows [R] strictly increasing; sums are float32, rounded once.
 // 2 R T in FLOPs: R / out of the whole product.
 //
-// A task owns a tile of the output. For every strip of kWgradDepth tokens it packs the chosen
-// columns of grad_out and its columns of input into panels of a few lanes, as float32 or as pairs
-// of bf16 (two tokens in a word) where there are bf16 dot products, and multiplies the panels,
-// adding to the tile's float32 sums.
+// A task owns a tile of the output. For every strip of kWgradDepth words along the tokens it packs
+// the chosen columns of grad_out and its columns of input into panels of a few lanes, and
+// multiplies the panels, adding to the tile's float32 sums. A word is a float, or where there are
+// bf16 dot products the bf16 of two tokens.
 #pragma once
 
 #include <cstdint>
@@ -19,9 +19,9 @@
 
 namespace tenfold {
 
-constexpr int64_t kWgradDepth = 256;                     // words of a strip along the tokens
-constexpr int64_t kWgradRows = 192, kWgradCols = 384;    // of a tile: multiples of all panels
-constexpr int64_t kWgradRowPad = 16, kWgradColPad = 64;  // a last panel may be partly unused
+constexpr int64_t kWgradDepth = 128;                       // a panel of columns fits L1
+constexpr int64_t kWgradRows = 192, kWgradCols = 768;      // of a tile: whole panels of every ISA
+constexpr int64_t kWgradRowStep = 24, kWgradColStep = 96;  // multiples of every panel's lanes
 
 struct WgradProblem {
   const void* grad_out;
@@ -39,9 +39,14 @@ struct WgradTile {
   float* scratch;  // wgrad_scratch() floats, 64-byte aligned
 };
 
+// Panels lie an odd number of cache lines apart: a power of two would put what is written together
+// into one cache set.
+constexpr int64_t kWgradPanelPad = 16;
+
 constexpr int64_t wgrad_scratch() {
-  constexpr int64_t rows = kWgradRows + kWgradRowPad, cols = kWgradCols + kWgradColPad;
-  return (rows + cols) * kWgradDepth + rows * cols;
+  constexpr int64_t kMostPanels = (kWgradRows + kWgradCols) / 4;
+  return (kWgradRows + kWgradCols) * kWgradDepth + kMostPanels * kWgradPanelPad +
+         kWgradRows * kWgradCols;
 }
 
 TENFOLD_ISA_DECLARE(void wgrad_tile(const WgradProblem& p, const WgradTile& tile))

@@ -76,15 +76,18 @@ TENFOLD_ISA_DECLARE(void topk_keys(const KeySource& source, int64_t begin, int64
 // keys[j] = the key of element at[j].
 TENFOLD_ISA_DECLARE(void topk_sample(const KeySource& source, const int64_t* at, int64_t n,
                                      uint32_t* keys))
-// Bits of the n keys above `range` (n > kKeyBlock: not); positions of those inside to `inside`.
-// Returns how many those are.
+// Bits of the n keys above `range`; keys and positions of those inside go to `inside` and `at`,
+// which have room for 64 more than that. Returns how many those are.
 TENFOLD_ISA_DECLARE(int64_t topk_mark(const uint32_t* keys, int64_t n, KeyRange range,
-                                      uint8_t* bits, int64_t* above, uint16_t* inside))
+                                      uint8_t* bits, int64_t* above, uint32_t* inside,
+                                      uint32_t* at))
 // ++bins[(key - range.first) >> shift] for the keys inside the range. bins: 4 x kKeyBins, whose sum
 // counts.
 TENFOLD_ISA_DECLARE(void topk_histogram(const uint32_t* keys, int64_t n, KeyRange range, int shift,
                                         uint32_t* bins))
-TENFOLD_ISA_DECLARE(int64_t topk_count(const uint32_t* keys, int64_t n, uint32_t key))
+// How many keys equal `key`, and in *above how many more are above it.
+TENFOLD_ISA_DECLARE(int64_t topk_count(const uint32_t* keys, int64_t n, uint32_t key,
+                                       int64_t* above))
 // Bits of the keys above `cut` and of the first `ties` of those equal to it; returns the ties left.
 TENFOLD_ISA_DECLARE(int64_t topk_write(const uint32_t* keys, int64_t n, uint32_t cut, int64_t ties,
                                        uint8_t* bits))

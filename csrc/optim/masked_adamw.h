@@ -82,18 +82,19 @@ TENFOLD_HD AdamwScalars adamw_scalars(const AdamwOptions& o, double t, float gra
   return s;
 }
 
-// The scalars as what the rule works on: floats, or vectors of one value.
-template <class F>
+// The scalars as what the rule works on: floats, or vectors of one value. `Ops` are the operations:
+// each rounded once, `fma_from(c, a, b)` = c - a b, `finite(q, x)` = x where q is finite, else q.
+template <class Ops>
 struct AdamwConstants {
-  F decay, step, lerp, beta2, rest2, correction, inverse, eps;
-  bool from_gradient;
+  typename Ops::F decay, step, lerp, beta2, rest2, correction, inverse, eps;
+  typename Ops::Flag from_gradient;
 };
 
-template <class Ops, class F = typename Ops::F>
-TENFOLD_HD AdamwConstants<F> adamw_constants(const AdamwScalars& s) {
+template <class Ops>
+TENFOLD_HD AdamwConstants<Ops> adamw_constants(const AdamwScalars& s) {
   return {Ops::set1(s.decay),   Ops::set1(s.step),  Ops::set1(s.lerp),
           Ops::set1(s.beta2),   Ops::set1(s.rest2), Ops::set1(s.correction),
-          Ops::set1(s.inverse), Ops::set1(s.eps),   s.from_gradient != 0};
+          Ops::set1(s.inverse), Ops::set1(s.eps),   Ops::flag(s.from_gradient != 0)};
 }
 
 // x / c without a division, for many x and one c: the product with the rounded reciprocal is off by
@@ -107,14 +108,14 @@ TENFOLD_HD F adamw_divide(F x, F c, F inverse) {
 }
 
 template <class Ops, class F = typename Ops::F>
-TENFOLD_HD void adamw_moments(const AdamwConstants<F>& c, F g, F* m, F* v) {
-  *m = Ops::fma(c.lerp, Ops::sub(g, *m), c.from_gradient ? g : *m);
+TENFOLD_HD void adamw_moments(const AdamwConstants<Ops>& c, F g, F* m, F* v) {
+  *m = Ops::fma(c.lerp, Ops::sub(g, *m), Ops::choose(c.from_gradient, g, *m));
   *v = Ops::fma(Ops::mul(c.rest2, g), g, Ops::mul(*v, c.beta2));
 }
 
 // `v`: the second moment, or its maximum so far.
 template <class Ops, class F = typename Ops::F>
-TENFOLD_HD F adamw_param(const AdamwConstants<F>& c, F p, F m, F v) {
+TENFOLD_HD F adamw_param(const AdamwConstants<Ops>& c, F p, F m, F v) {
   const F d = Ops::add(adamw_divide<Ops>(Ops::sqrt(v), c.correction, c.inverse), c.eps);
   return Ops::add(Ops::mul(p, c.decay), Ops::div(Ops::mul(c.step, m), d));
 }

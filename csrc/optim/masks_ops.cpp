@@ -7,6 +7,7 @@
 #include <cmath>
 #include <utility>
 
+#include "core/overlap.h"
 #include "core/tensor.h"
 #include "optim/mask_args.h"
 
@@ -179,6 +180,13 @@ std::vector<Mask> check_masked_copy(const std::vector<Tensor>& dst, const std::v
     const OptTensor mask = masks.empty() ? OptTensor() : masks[i];
     out.push_back(check_mask(op, "dst", static_cast<int64_t>(i), to, mask, kind, block_size));
   }
+  Memory memory(2 * dst.size());
+  for (size_t i = 0; i < dst.size(); ++i) {
+    memory.writes("dst", i, dst[i]);
+    const bool itself = src[i].data_ptr() == dst[i].data_ptr() && same_strides(dst[i], src[i]);
+    if (!itself && is_dense(src[i])) memory.reads("src", i, src[i]);
+  }
+  memory.check(op);
   return out;
 }
 

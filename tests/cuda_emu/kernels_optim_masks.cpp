@@ -65,7 +65,7 @@ API void emu_grad_norm(const void* const* grads, const void* const* masks, const
                        double scale, const float* scale_tensor, float* norm) {
   int64_t chunks = 0;
   for (int64_t i = 0; i < n[0]; ++i) chunks += list_chunks(n[2 + 3 * i]);
-  std::vector<float> sums(chunks);
+  std::vector<double> sums(chunks);
   launch_grad_norm(
       n[0], [&](int64_t i) { return listed(grads, nullptr, masks, n, i); }, sums.data(), chunks,
       scale, scale_tensor, norm, nullptr);

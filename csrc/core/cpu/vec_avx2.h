@@ -78,6 +78,9 @@ inline VF gather(const float* p, VI at) {
 inline VF lookup32(const float* p, VI i) {
   return gather(p, i);
 }
+inline VF lookup256(const float* p, VI i) {
+  return gather(p, i);
+}
 inline void store(uint32_t* p, VI a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.v);
 }
@@ -115,14 +118,29 @@ inline VF load_n(const fp16_t* p, int n) {
   return {_mm256_cvtph_ps(load_halves(p, n))};
 }
 
-inline __m128i to_bf16(VF a) {
+// float32 bits with the upper half rounded to nearest even, NaN kept; the lower half is undefined.
+inline __m256i round_to_upper_half(VF a) {
   const __m256i x = _mm256_castps_si256(a.v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(x, 16), _mm256_set1_epi32(1));
   const __m256i up = _mm256_add_epi32(x, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
   const __m256i quiet = _mm256_or_si256(x, _mm256_set1_epi32(0x400000));
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q));
-  const __m256i r = _mm256_srli_epi32(_mm256_blendv_epi8(up, quiet, nan), 16);
+  return _mm256_blendv_epi8(up, quiet, nan);
+}
+inline __m128i to_bf16(VF a) {
+  const __m256i r = _mm256_srli_epi32(round_to_upper_half(a), 16);
   return _mm_packus_epi32(_mm256_castsi256_si128(r), _mm256_extracti128_si256(r, 1));
+}
+// 2 kWidth neighbours as the even and the odd ones of them: their halves of a word need no shuffle.
+inline void load_pair(const bf16_t* p, VF* even, VF* odd) {
+  const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  even->v = _mm256_castsi256_ps(_mm256_slli_epi32(words, 16));
+  odd->v = _mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32(INT32_MIN >> 15)));
+}
+inline void store_pair(bf16_t* p, VF even, VF odd) {
+  const __m256i low = _mm256_srli_epi32(round_to_upper_half(even), 16);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm256_blend_epi16(low, round_to_upper_half(odd), 0xAA));
 }
 inline void store(bf16_t* p, VF a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), to_bf16(a));
@@ -132,6 +150,10 @@ inline void store_n(bf16_t* p, VF a, int n) {
 }
 inline void store(fp16_t* p, VF a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a.v, 0));
+}
+template <class T>
+inline void store_quick(T* p, VF a) {
+  store(p, a);
 }
 inline void store_n(fp16_t* p, VF a, int n) {
   store_halves(p, _mm256_cvtps_ph(a.v, 0), n);

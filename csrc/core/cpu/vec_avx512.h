@@ -74,6 +74,20 @@ inline VF gather(const float* p, VI at) {
 inline VF lookup32(const float* p, VI i) {
   return {_mm512_permutex2var_ps(_mm512_loadu_ps(p), i.v, _mm512_loadu_ps(p + 16))};
 }
+// p[i] of 256 floats, i < 256: eight look-ups of 32 take less than a gather.
+inline VF lookup256(const float* p, VI i) {
+  const __mmask16 b5 = _mm512_test_epi32_mask(i.v, _mm512_set1_epi32(32));
+  const __mmask16 b6 = _mm512_test_epi32_mask(i.v, _mm512_set1_epi32(64));
+  const __mmask16 b7 = _mm512_test_epi32_mask(i.v, _mm512_set1_epi32(128));
+  const auto pick = [](__mmask16 m, __m512 yes, __m512 no) {
+    return _mm512_mask_mov_ps(no, m, yes);
+  };
+  const auto quarter = [&](const float* q) {
+    return pick(b5, lookup32(q + 32, i).v, lookup32(q, i).v);
+  };
+  return {pick(b7, pick(b6, quarter(p + 192), quarter(p + 128)),
+               pick(b6, quarter(p + 64), quarter(p)))};
+}
 inline void store(uint32_t* p, VI a) {
   _mm512_storeu_si512(p, a.v);
 }
@@ -97,22 +111,66 @@ inline VF load_n(const fp16_t* p, int n) {
   return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_n(n), p))};
 }
 
-inline __m256i to_bf16(VF a) {
+// float32 bits with the upper half rounded to nearest even, NaN kept; the lower half is undefined.
+inline __m512i round_to_upper_half(VF a) {
   const __m512i bits = _mm512_castps_si512(a.v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   const __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
   const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
-  const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
-  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(up, nan, quiet), 16));
+  return _mm512_mask_or_epi32(up, nan, bits, _mm512_set1_epi32(0x400000));
+}
+inline __m256i to_bf16(VF a) {
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(round_to_upper_half(a), 16));
 }
 inline void store(bf16_t* p, VF a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bf16(a));
+}
+// The bits of store, for loops that round all they write: one instruction where the CPU has it and
+// no lane is subnormal (it would give 0 for those).
+constexpr int kSubnormal = 0x20;
+inline __m256i to_bf16_quick(VF a) {
+#if defined(TENFOLD_ISA_BF16)
+  if (_mm512_fpclass_ps_mask(a.v, kSubnormal) == 0) [[likely]]
+    return (__m256i)_mm512_cvtneps_pbh(a.v);
+#endif
+  return to_bf16(a);
+}
+// 2 kWidth neighbours as the even and the odd ones of them: their halves of a word need no shuffle.
+inline void load_pair(const bf16_t* p, VF* even, VF* odd) {
+  const __m512i words = _mm512_loadu_si512(p);
+  even->v = _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
+  odd->v = _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(INT32_MIN >> 15)));
+}
+inline void store_pair(bf16_t* p, VF even, VF odd) {
+#if defined(TENFOLD_ISA_BF16)
+  const __mmask16 small =
+      _mm512_fpclass_ps_mask(even.v, kSubnormal) | _mm512_fpclass_ps_mask(odd.v, kSubnormal);
+  if (small == 0) [[likely]] {
+    const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(odd.v, even.v);
+    const __m512i step = _mm512_set1_epi32(0x00010001);
+    const __m512i order =
+        _mm512_add_epi32(_mm512_mullo_epi16(iota().v, step), _mm512_set1_epi32(0x00100000));
+    _mm512_storeu_si512(p, _mm512_permutexvar_epi16(order, halves));
+    return;
+  }
+#endif
+  const __m512i low = _mm512_srli_epi32(round_to_upper_half(even), 16);
+  _mm512_storeu_si512(p, _mm512_mask_blend_epi16(0xAAAAAAAA, low, round_to_upper_half(odd)));
+}
+inline void store_quick(bf16_t* p, VF a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bf16_quick(a));
+}
+inline void store_quick(float* p, VF a) {
+  store(p, a);
 }
 inline void store_n(bf16_t* p, VF a, int n) {
   _mm256_mask_storeu_epi16(p, first_n(n), to_bf16(a));
 }
 inline void store(fp16_t* p, VF a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.v, 0));
+}
+inline void store_quick(fp16_t* p, VF a) {
+  store(p, a);
 }
 inline void store_n(fp16_t* p, VF a, int n) {
   _mm256_mask_storeu_epi16(p, first_n(n), _mm512_cvtps_ph(a.v, 0));
@@ -210,7 +268,7 @@ inline void store_halves_where(void* p, VM m, __m256i a) {
   _mm256_storeu_si256(static_cast<__m256i*>(p), _mm256_mask_mov_epi16(old, m, a));
 }
 inline void store_where(bf16_t* p, VM m, VF a) {
-  store_halves_where(p, m, to_bf16(a));
+  store_halves_where(p, m, to_bf16_quick(a));
 }
 inline void store_where(fp16_t* p, VM m, VF a) {
   store_halves_where(p, m, _mm512_cvtps_ph(a.v, 0));

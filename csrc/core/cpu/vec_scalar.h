@@ -121,6 +121,23 @@ template <class T>
 inline void store(T* p, VF a) {
   TENFOLD_LANES put(p + i, a.v[i]);
 }
+// 2 kWidth neighbours as the even and the odd ones of them.
+inline void load_pair(const bf16_t* p, VF* even, VF* odd) {
+  TENFOLD_LANES {
+    even->v[i] = element(p + 2 * i);
+    odd->v[i] = element(p + 2 * i + 1);
+  }
+}
+inline void store_pair(bf16_t* p, VF even, VF odd) {
+  TENFOLD_LANES {
+    put(p + 2 * i, even.v[i]);
+    put(p + 2 * i + 1, odd.v[i]);
+  }
+}
+template <class T>
+inline void store_quick(T* p, VF a) {
+  store(p, a);
+}
 inline void stream(float* p, VF a) {
   TENFOLD_LANES p[i] = a.v[i];
 }
@@ -145,6 +162,9 @@ inline VF gather(const float* p, VI at) {
 }
 // p[i] of 32 floats, i < 32.
 inline VF lookup32(const float* p, VI i) {
+  return gather(p, i);
+}
+inline VF lookup256(const float* p, VI i) {
   return gather(p, i);
 }
 inline void store(uint32_t* p, VI a) {

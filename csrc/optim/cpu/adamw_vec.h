@@ -10,6 +10,9 @@ namespace {
 
 struct VecOps {
   using F = VF;
+  using Flag = VM;
+  static inline VM flag(bool x) { return lanes_of(x ? ~0u : 0u); }
+  static inline VF choose(VM which, VF a, VF b) { return select(which, a, b); }
   static inline VF set1(float x) { return TENFOLD_ISA::set1(x); }
   static inline VF add(VF a, VF b) { return a + b; }
   static inline VF sub(VF a, VF b) { return a - b; }
@@ -35,13 +38,18 @@ class Noise {
         step_(step) {}
 
   // Those of element i, a multiple of kWidth, and of the kWidth - 1 after it.
-  inline VI at(int64_t i) {
-    const int64_t first = i / kElements * kElements;
-    if (first != first_) draw(first_ = first);
-    return load_halves(reinterpret_cast<const uint16_t*>(words_) + (i - first));
-  }
+  inline VI at(int64_t i) { return load_halves(reinterpret_cast<const uint16_t*>(words(i))); }
+
+  // Those of 2 kWidth elements, i a multiple of that: the even ones' in the lower halves.
+  inline VI pair_at(int64_t i) { return load(words(i)); }
 
  private:
+  inline const uint32_t* words(int64_t i) {
+    const int64_t first = i / kElements * kElements;
+    if (first != first_) draw(first_ = first);
+    return words_ + (i - first) / 2;
+  }
+
   void draw(int64_t first) {
     const uint64_t counter = static_cast<uint64_t>(first) >> 3;  // its low bits are zero: no carry
     alignas(64) uint32_t dealt[kWidth];
@@ -69,7 +77,7 @@ class Noise {
   alignas(64) uint32_t words_[4 * kWidth];
 };
 
-// x rounded to bf16 up or down with the chance of its distance; Inf and NaN stay.
+// x rounded to bf16 up or down with the chance of its distance; Inf and NaN stay. noise: 16 bits.
 inline VF round_stochastic(VF x, VI noise) {
   const VI b = bits(x), exponent = seti(0x7F800000u);
   const VI rounded = (b + noise) & seti(0xFFFF0000u);

@@ -30,7 +30,7 @@ Tensor grad_norm_op(std::vector<Tensor> grads, std::vector<OptTensor> masks,
   };
   std::vector<Source> sources;
   for (const Tensor& g : a.grads) sources.push_back({g.data_ptr(), to_dtype(g.scalar_type())});
-  std::vector<float> sums(chunks.size());
+  std::vector<double> sums(chunks.size());
   const int64_t stride = chunks.stride(!masks.empty());
   parallel_for(chunks.size(), kMicrosPerChunk, [&](int64_t begin, int64_t end) {
     int64_t at = begin * stride % chunks.size();
@@ -42,7 +42,7 @@ Tensor grad_norm_op(std::vector<Tensor> grads, std::vector<OptTensor> masks,
     }
   });
   double sum = 0.0;
-  for (const float s : sums) sum += s;
+  for (const double s : sums) sum += s;
   const double scale = a.scale_tensor ? *data_as<float>(*a.scale_tensor) : a.scale.value_or(1.0);
   *data_as<float>(out) = static_cast<float>(std::sqrt(sum) / std::abs(scale));
   return out;

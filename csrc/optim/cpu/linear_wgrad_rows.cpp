@@ -48,12 +48,13 @@ Tensor linear_wgrad_rows_op(Tensor grad_out, Tensor input, Tensor rows_in) {
                        out.data_ptr()};
   // Enough tiles for all threads; a multiple of every panel's width wastes no lanes in between.
   const int64_t threads = torch::stable::get_num_threads();
-  int64_t height = part_of(a.num_rows, kWgradRows, 24), width = part_of(a.num_in, kWgradCols, 96);
+  int64_t height = part_of(a.num_rows, kWgradRows, kWgradRowStep),
+          width = part_of(a.num_in, kWgradCols, kWgradColStep);
   const auto tiles = [&] {
     return ((a.num_rows + height - 1) / height) * ((a.num_in + width - 1) / width);
   };
-  while (tiles() % threads != 0 && tiles() < 4 * threads && width > 96)
-    width = (width / 2 + 95) / 96 * 96;
+  while (tiles() % threads != 0 && tiles() < 4 * threads && width > kWgradColStep)
+    width = (width / 2 + kWgradColStep - 1) / kWgradColStep * kWgradColStep;
   const int64_t across = (a.num_in + width - 1) / width;
   const double micros = static_cast<double>(height * width) * static_cast<double>(a.tokens) * 1e-5;
   parallel_for(tiles(), micros, [&](int64_t begin, int64_t end) {

@@ -16,7 +16,13 @@ constexpr int kVecs = 2, kTileRows = 6;
 constexpr int kVecs = 2, kTileRows = 4;
 #endif
 constexpr int kLanes = kVecs * kWidth;
-static_assert(kWgradRows % kTileRows == 0 && kWgradCols % kLanes == 0);
+static_assert(kWgradRowStep % kTileRows == 0 && kWgradColStep % kLanes == 0);
+constexpr int64_t kRowPanel = kWgradDepth * kTileRows + kWgradPanelPad;
+constexpr int64_t kColPanel = kWgradDepth * kLanes + kWgradPanelPad;
+
+inline int64_t whole(int64_t n, int64_t of) {
+  return (n + of - 1) / of * of;
+}
 
 // How words are multiplied: floats, or pairs of bf16.
 enum class Product { fma, dot };
@@ -29,15 +35,24 @@ inline VF multiply(VF a, VF b, VF sum) {
   return fma(a, b, sum);
 }
 
-// sums[R][kLanes] (rows `pitch` apart) += panel of rows * panel of columns.
+// Products that are added one after another before they join the sums; without fused multiply-adds
+// each costs two roundings.
+#if defined(TENFOLD_ISA_AVX512) || defined(TENFOLD_ISA_AVX2)
+constexpr int64_t kChain = kWgradDepth;
+#else
+constexpr int64_t kChain = 16;
+#endif
+
+// sums[kTileRows][kLanes] (rows `pitch` apart) += panel of rows * panel of columns, depth <=
+// kChain.
 template <Product P>
-void multiply_panels(const float* rows, const float* cols, int64_t depth, float* sums,
-                     int64_t pitch) {
+void multiply_chain(const float* rows, const float* cols, int64_t depth, float* sums,
+                    int64_t pitch) {
   VF sum[kTileRows][kVecs];
 #pragma GCC unroll 8
   for (int r = 0; r < kTileRows; ++r)
 #pragma GCC unroll 3
-    for (int v = 0; v < kVecs; ++v) sum[r][v] = load(sums + r * pitch + v * kWidth);
+    for (int v = 0; v < kVecs; ++v) sum[r][v] = set1(0.0f);
 #pragma GCC unroll 2
   for (int64_t d = 0; d < depth; ++d, rows += kTileRows, cols += kLanes) {
     VF right[kVecs];
@@ -53,7 +68,18 @@ void multiply_panels(const float* rows, const float* cols, int64_t depth, float*
 #pragma GCC unroll 8
   for (int r = 0; r < kTileRows; ++r)
 #pragma GCC unroll 3
-    for (int v = 0; v < kVecs; ++v) store(sums + r * pitch + v * kWidth, sum[r][v]);
+    for (int v = 0; v < kVecs; ++v) {
+      float* const to = sums + r * pitch + v * kWidth;
+      store(to, load(to) + sum[r][v]);
+    }
+}
+
+template <Product P>
+inline void multiply_panels(const float* rows, const float* cols, int64_t depth, float* sums,
+                            int64_t pitch) {
+  for (int64_t d = 0; d < depth; d += kChain)
+    multiply_chain<P>(rows + d * kTileRows, cols + d * kLanes,
+                      depth - d < kChain ? depth - d : kChain, sums, pitch);
 }
 
 inline float as_float(const float* p) {
@@ -79,27 +105,28 @@ inline float pair_word(bf16_t low, bf16_t high) {
   return x;
 }
 
-// Chosen columns of grad_out at tokens [t, t + n), panel by panel.
+// Chosen columns of grad_out at tokens [t, t + n). Token by token: tokens lie a multiple of many
+// powers of two apart, and a column's neighbours are in the line that its token has just brought.
+// Rows of the last panel that do not exist repeat the last one.
 template <class T, Product P>
 void pack_rows(const WgradProblem& p, const WgradTile& tile, int64_t t, int64_t n, float* panels) {
   constexpr int kTokens = P == Product::dot ? 2 : 1;  // in a word
-  const int64_t depth = (n + kTokens - 1) / kTokens;
-  for (int64_t r = 0; r < tile.rows; r += kTileRows, panels += kWgradDepth * kTileRows) {
-    int64_t at[kTileRows];
-    for (int i = 0; i < kTileRows; ++i)  // rows past the end: the last one again
-      at[i] = p.rows[tile.row + (r + i < tile.rows ? r + i : tile.rows - 1)];
-    const T* from = static_cast<const T*>(p.grad_out) + t * p.grad_stride;
-    float* to = panels;
-    for (int64_t d = 0; d < depth; ++d, from += kTokens * p.grad_stride, to += kTileRows) {
-      if constexpr (P == Product::dot) {
-        const bool both = 2 * d + 1 < n;
-        const T* next = both ? from + p.grad_stride : from;
-        for (int i = 0; i < kTileRows; ++i)
-          to[i] = pair_word(from[at[i]], both ? next[at[i]] : bf16_t{0});
-      } else {
-        for (int i = 0; i < kTileRows; ++i) to[i] = as_float(from + at[i]);
+  const T* from = static_cast<const T*>(p.grad_out) + t * p.grad_stride;
+  int64_t at[kWgradRows];
+  const int64_t padded = whole(tile.rows, kTileRows);
+  for (int64_t r = 0; r < padded; ++r)
+    at[r] = p.rows[tile.row + (r < tile.rows ? r : tile.rows - 1)];
+  for (int64_t d = 0; kTokens * d < n; ++d, from += kTokens * p.grad_stride) {
+    float* to = panels + d * kTileRows;
+    const T* next = kTokens * d + 1 < n ? from + p.grad_stride : nullptr;
+    for (int64_t r = 0; r < padded; r += kTileRows, to += kRowPanel)
+      for (int i = 0; i < kTileRows; ++i) {
+        if constexpr (P == Product::dot) {
+          to[i] = pair_word(from[at[r + i]], next != nullptr ? next[at[r + i]] : bf16_t{0});
+        } else {
+          to[i] = as_float(from + at[r + i]);
+        }
       }
-    }
   }
 }
 
@@ -123,7 +150,7 @@ void pack_cols(const WgradProblem& p, const WgradTile& tile, int64_t t, int64_t 
   const T* from = static_cast<const T*>(p.input) + t * p.input_stride + tile.col;
   for (int64_t d = 0; d < depth; ++d, from += kTokens * p.input_stride) {
     float* to = panels + d * kLanes;
-    for (int64_t c = 0; c < tile.cols; c += kLanes, to += kWgradDepth * kLanes)
+    for (int64_t c = 0; c < tile.cols; c += kLanes, to += kColPanel)
       for (int v = 0; v < kVecs; ++v) {
         const int64_t x = c + v * kWidth;
         VF words = load_some(from + x, tile.cols - x);
@@ -147,16 +174,12 @@ void store_tile(const WgradProblem& p, const WgradTile& tile, const float* sums,
   }
 }
 
-inline int64_t whole(int64_t n, int64_t of) {
-  return (n + of - 1) / of * of;
-}
-
 template <class T, Product P>
 void run_tile(const WgradProblem& p, const WgradTile& tile) {
   const int64_t rows = whole(tile.rows, kTileRows), pitch = whole(tile.cols, kLanes);
   float* const row_panels = tile.scratch;
-  float* const col_panels = row_panels + (kWgradRows + kWgradRowPad) * kWgradDepth;
-  float* const sums = col_panels + (kWgradCols + kWgradColPad) * kWgradDepth;
+  float* const col_panels = row_panels + rows / kTileRows * kRowPanel;
+  float* const sums = col_panels + pitch / kLanes * kColPanel;
   for (int64_t i = 0; i < rows * pitch; i += kWidth) store(sums + i, set1(0.0f));
   constexpr int64_t kStrip = P == Product::dot ? 2 * kWgradDepth : kWgradDepth;
   for (int64_t t = 0; t < p.tokens; t += kStrip) {
@@ -166,8 +189,8 @@ void run_tile(const WgradProblem& p, const WgradTile& tile) {
     pack_cols<T, P>(p, tile, t, n, col_panels);
     for (int64_t c = 0; c < pitch; c += kLanes)
       for (int64_t r = 0; r < rows; r += kTileRows)
-        multiply_panels<P>(row_panels + r * kWgradDepth, col_panels + c * kWgradDepth, depth,
-                           sums + r * pitch + c, pitch);
+        multiply_panels<P>(row_panels + r / kTileRows * kRowPanel,
+                           col_panels + c / kLanes * kColPanel, depth, sums + r * pitch + c, pitch);
   }
   store_tile<T>(p, tile, sums, pitch);
 }

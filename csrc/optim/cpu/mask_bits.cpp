@@ -22,7 +22,7 @@ int64_t tasks_of(int64_t bytes) {
 
 Tensor pack_mask_op(Tensor mask_in) {
   const int64_t n = check_pack_mask(mask_in);
-  const Tensor mask = torch::stable::contiguous(mask_in);
+  const Tensor mask = as_contiguous(mask_in);
   const Tensor out = new_output(mask, {(n + 7) / 8}, ScalarType::Byte);
   const auto* from = static_cast<const uint8_t*>(mask.data_ptr());
   uint8_t* to = data_as<uint8_t>(out);
@@ -35,7 +35,7 @@ Tensor pack_mask_op(Tensor mask_in) {
 
 Tensor unpack_mask_op(Tensor packed_in, int64_t n) {
   check_unpack_mask(packed_in, n);
-  const Tensor packed = torch::stable::contiguous(packed_in);
+  const Tensor packed = as_contiguous(packed_in);
   const Tensor out = new_output(packed, {n}, ScalarType::Bool);
   const uint8_t* from = data_as<uint8_t>(packed);
   auto* to = static_cast<uint8_t*>(out.data_ptr());
@@ -60,7 +60,7 @@ std::vector<int64_t> count_tasks(const uint8_t* bits, int64_t bytes, int64_t tas
 
 Tensor mask_popcount_op(Tensor packed_in) {
   check_packed("mask_popcount", packed_in);
-  const Tensor packed = torch::stable::contiguous(packed_in);
+  const Tensor packed = as_contiguous(packed_in);
   const Tensor out = new_output(packed, {}, ScalarType::Long);
   int64_t total = 0;
   for (const int64_t c : count_tasks(data_as<uint8_t>(packed), packed.numel(), kBytes)) total += c;
@@ -70,7 +70,7 @@ Tensor mask_popcount_op(Tensor packed_in) {
 
 Tensor mask_prefix_op(Tensor packed_in, int64_t block) {
   const int64_t blocks = check_mask_prefix(packed_in, block);
-  const Tensor packed = torch::stable::contiguous(packed_in);
+  const Tensor packed = as_contiguous(packed_in);
   const Tensor out = new_output(packed, {blocks}, ScalarType::Int);
   const uint8_t* bits = data_as<uint8_t>(packed);
   int32_t* prefix = data_as<int32_t>(out);

@@ -64,7 +64,16 @@ int64_t mask_count(const uint8_t* bits, int64_t bytes) {
 
 void mask_prefix_steps(const uint8_t* bits, int64_t bytes, int64_t step, int32_t before,
                        int32_t* prefix) {
-  for (int64_t at = 0; at < bytes; at += step) {
+  int64_t at = 0;
+  if (step == 32) {  // the default, without the loop over a step
+    for (; at + 32 <= bytes; at += 32) {
+      *prefix++ = before;
+      const int64_t low = popcount(word_at(bits + at)) + popcount(word_at(bits + at + 8));
+      const int64_t high = popcount(word_at(bits + at + 16)) + popcount(word_at(bits + at + 24));
+      before += static_cast<int32_t>(low + high);
+    }
+  }
+  for (; at < bytes; at += step) {
     *prefix++ = before;
     before += static_cast<int32_t>(count(bits + at, bytes - at < step ? bytes - at : step));
   }

@@ -108,20 +108,26 @@ void topk_sample(const KeySource& source, const int64_t* at, int64_t n, uint32_t
   }
 }
 
-int64_t topk_mark(const uint32_t* keys, int64_t n, KeyRange range, uint8_t* bits, int64_t* above,
-                  uint16_t* inside) {
-  const VI last = seti(range.first + range.width - 1);
-  const VI before = seti(range.first - 1);  // of a range from 0 on: handled below
+int64_t topk_mark(const uint32_t* keys, int64_t n, KeyRange range, uint8_t* bits,
+                  int64_t* num_above, uint32_t* inside, uint32_t* at) {
+  const VI first = seti(range.first), last = seti(range.first + range.width - 1);
+  const VI width = seti(range.width);
   int64_t count = 0, found = 0;
   for (int64_t i = 0; i < n; i += kStep) {
-    const uint64_t valid = first_bits(n - i);
-    const uint64_t over = above_bits(keys + i, last) & valid;
-    uint64_t in = (range.first == 0 ? valid : above_bits(keys + i, before) & valid) & ~over;
+    const int64_t left = n - i;
+    const uint64_t over = above_bits(keys + i, last) & first_bits(left);
     put_bits(bits, i, n, over);
     count += __builtin_popcountll(over);
-    for (; in != 0; in &= in - 1) inside[found++] = static_cast<uint16_t>(i + __builtin_ctzll(in));
+    // No branch on whether a vector has any: it would be mispredicted every other time.
+    for (int k = 0; k < kStep; k += kWidth) {
+      const VI key = load(keys + i + k);
+      VM in = above(width, key - first);
+      if (left < kStep) in = both(in, lanes_of(static_cast<uint32_t>(first_bits(left) >> k)));
+      store_chosen(inside + found, in, key);
+      found += store_chosen(at + found, in, seti(static_cast<uint32_t>(i + k)) + iota());
+    }
   }
-  *above += count;
+  *num_above += count;
   return found;
 }
 
@@ -145,11 +151,15 @@ void topk_histogram(const uint32_t* keys, int64_t n, KeyRange range, int shift, 
   for (int64_t j = 0; j < count; ++j) ++bins[(j & 3) * kKeyBins + (chosen[j] >> shift)];
 }
 
-int64_t topk_count(const uint32_t* keys, int64_t n, uint32_t key) {
-  int64_t count = 0;
+int64_t topk_count(const uint32_t* keys, int64_t n, uint32_t key, int64_t* num_above) {
+  int64_t count = 0, over = 0;
   const VI wanted = seti(key);
-  for (int64_t i = 0; i < n; i += kStep)
-    count += __builtin_popcountll(equal_bits(keys + i, wanted) & first_bits(n - i));
+  for (int64_t i = 0; i < n; i += kStep) {
+    const uint64_t valid = first_bits(n - i);
+    count += __builtin_popcountll(equal_bits(keys + i, wanted) & valid);
+    over += __builtin_popcountll(above_bits(keys + i, wanted) & valid);
+  }
+  *num_above += over;
   return count;
 }
 

@@ -36,7 +36,7 @@ inline float largest(VI a) {
 inline void dequantise(const uint8_t* codes, const CodeBook& book, float absmax, float* out) {
   const VF scale = set1(absmax);
   for (int i = 0; i < kBlock; i += kWidth)
-    store(out + i, gather(book.code, load_bytes(codes + i)) * scale);
+    store(out + i, lookup256(book.code, load_bytes(codes + i)) * scale);
 }
 
 // x / absmax for all of a block: exact without divisions where no remainder can be subnormal.
@@ -113,7 +113,7 @@ inline void keep_codes(uint8_t* to, const uint8_t* from, const uint64_t* words) 
 
 template <class P>
 struct Task {
-  AdamwConstants<VF> c;
+  AdamwConstants<VecOps> c;
   VF divisor, factor;
   bool divides, stochastic;
   Noise noise;
@@ -127,7 +127,7 @@ inline void update_block(Task<P>& k, const CodeBook& book1, const CodeBook& book
   Moments x;
   dequantise(codes1, book1, *absmax1, x.m);
   dequantise(codes2, book2, *absmax2, x.v);
-  const AdamwConstants<VF> c = k.c;
+  const AdamwConstants<VecOps> c = k.c;
   VI most1 = seti(0), most2 = seti(0);
   for (int j = 0; j < kBlock; j += kWidth) {
     const auto word =

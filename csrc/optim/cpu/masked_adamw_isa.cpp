@@ -12,15 +12,31 @@ namespace {
 // Shorter runs are not worth their ragged ends: they are updated lane by lane.
 constexpr int64_t kShortestRun = 64;
 
+// What the update of kWidth elements needs; loops take a copy, which no store can alias.
+struct Rule {
+  AdamwConstants<VecOps> c;
+  VF divisor, factor;
+  bool scaled, divides, with_max, stochastic, param_only;
+};
+
+inline Rule rule_of(const AdamwTensor& t, const AdamwScalars& s, const AdamwOptions& o) {
+  return {adamw_constants<VecOps>(s),
+          set1(s.divisor),
+          set1(s.factor),
+          s.divisor != 1.0f || s.factor != 1.0f,
+          s.divides != 0,
+          t.max_exp_avg_sq != nullptr,
+          o.stochastic && t.dtype == Dtype::bf16,
+          o.param_only};
+}
+
 template <class P, class S>
 struct Task {
   P* p;
   const P* g;
   S *m, *v, *max;
   int64_t state_numel;
-  AdamwConstants<VF> c;
-  VF divisor, factor;
-  bool scaled, divides, stochastic, param_only;
+  Rule rule;
   Noise noise;
 };
 
@@ -32,13 +48,7 @@ inline Task<P, S> task_of(const AdamwTensor& t, const AdamwScalars& s, const Ada
           static_cast<S*>(t.exp_avg_sq),
           static_cast<S*>(t.max_exp_avg_sq),
           t.state_numel,
-          adamw_constants<VecOps>(s),
-          set1(s.divisor),
-          set1(s.factor),
-          s.divisor != 1.0f || s.factor != 1.0f,
-          s.divides != 0,
-          o.stochastic && t.dtype == Dtype::bf16,
-          o.param_only,
+          rule_of(t, s, o),
           Noise(o.seed, t.id, s.count)};
 }
 
@@ -48,42 +58,74 @@ struct Values {
 };
 
 // kPlain: no scaling of gradients, no maximum, no noise.
-template <bool kPlain, class P, class S>
-inline void update(Task<P, S>& k, const AdamwConstants<VF>& c, int64_t i, Values* x) {
-  if (!kPlain && k.scaled) x->g = (k.divides ? x->g / k.divisor : x->g * k.divisor) * k.factor;
-  adamw_moments<VecOps>(c, x->g, &x->m, &x->v);
-  VF second = x->v;
-  if (!kPlain && k.max != nullptr)
-    second = x->max = select(unordered(x->max), x->max, vmax(x->max, x->v));
-  x->p = adamw_param<VecOps>(c, x->p, x->m, second);
-  if (!kPlain && k.stochastic) x->p = round_stochastic(x->p, k.noise.at(i));
+template <bool kPlain>
+[[gnu::always_inline]] inline Values update(const Rule& r, Values x) {
+  if (!kPlain && r.scaled) x.g = (r.divides ? x.g / r.divisor : x.g * r.divisor) * r.factor;
+  adamw_moments<VecOps>(r.c, x.g, &x.m, &x.v);
+  VF second = x.v;
+  if (!kPlain && r.with_max) second = x.max = select(unordered(x.max), x.max, vmax(x.max, x.v));
+  x.p = adamw_param<VecOps>(r.c, x.p, x.m, second);
+  return x;
+}
+
+// With the stochastic rounding of elements i, i + 1, ...
+template <bool kPlain>
+[[gnu::always_inline]] inline Values update(const Rule& r, Noise& noise, int64_t i, Values x) {
+  x = update<kPlain>(r, x);
+  if (!kPlain && r.stochastic) x.p = round_stochastic(x.p, noise.at(i));
+  return x;
+}
+
+// All of p, g, m, v bf16: even and odd elements apart, as many whole pairs of vectors as fit into
+// n. Conversions would cost as much as the update else. How many elements those are.
+template <bool kPlain>
+int64_t span_pairs(Task<bf16_t, bf16_t>& k, int64_t i, int64_t n) {
+  const Rule r = k.rule;
+  const bool with_max = !kPlain && r.with_max;
+  int64_t j = i;
+  for (; j + 2 * kWidth <= i + n; j += 2 * kWidth) {
+    Values even, odd;
+    load_pair(k.p + j, &even.p, &odd.p), load_pair(k.g + j, &even.g, &odd.g);
+    load_pair(k.m + j, &even.m, &odd.m), load_pair(k.v + j, &even.v, &odd.v);
+    if (with_max) load_pair(k.max + j, &even.max, &odd.max);
+    even = update<kPlain>(r, even), odd = update<kPlain>(r, odd);
+    if (!kPlain && r.stochastic) {
+      const VI noise = k.noise.pair_at(j);
+      even.p = round_stochastic(even.p, noise & seti(0xFFFFu));
+      odd.p = round_stochastic(odd.p, shr<16>(noise));
+    }
+    store_pair(k.p + j, even.p, odd.p);
+    store_pair(k.m + j, even.m, odd.m), store_pair(k.v + j, even.v, odd.v);
+    if (with_max) store_pair(k.max + j, even.max, odd.max);
+  }
+  return j - i;
 }
 
 // `n` trained elements from i on; their states from `at` on. With noise, i is a multiple of 64.
 template <bool kPlain, class P, class S>
-inline void span(Task<P, S>& k, int64_t i, int64_t n, int64_t at) {
+void span(Task<P, S>& k, int64_t i, int64_t n, int64_t at) {
+  const Rule r = k.rule;
+  const bool with_max = !kPlain && r.with_max;
   P* const p = k.p + i;
   const P* const g = k.g + i;
-  S *const m = k.m + at, *const v = k.v + at;
-  S* const max = k.max + (kPlain || k.max == nullptr ? 0 : at);
-  const AdamwConstants<VF> c = k.c;  // a copy that no store can alias stays in registers
-  Values x;
+  S *const m = k.m + at, *const v = k.v + at, *const max = with_max ? k.max + at : nullptr;
   int64_t j = 0;
+  if constexpr (std::is_same_v<P, bf16_t> && std::is_same_v<S, bf16_t>)
+    if (at == i) j = span_pairs<kPlain>(k, i, n);
   for (; j + kWidth <= n; j += kWidth) {
-    x.p = load(p + j), x.g = load(g + j), x.m = load(m + j), x.v = load(v + j);
-    if (!kPlain && k.max != nullptr) x.max = load(max + j);
-    update<kPlain>(k, c, i + j, &x);
-    store(p + j, x.p), store(m + j, x.m), store(v + j, x.v);
-    if (!kPlain && k.max != nullptr) store(max + j, x.max);
+    Values x{load(p + j), load(g + j), load(m + j), load(v + j), {}};
+    if (with_max) x.max = load(max + j);
+    x = update<kPlain>(r, k.noise, i + j, x);
+    store_quick(p + j, x.p), store_quick(m + j, x.m), store_quick(v + j, x.v);
+    if (with_max) store_quick(max + j, x.max);
   }
   if (j == n) return;
   const int left = static_cast<int>(n - j);
-  x.p = load_n(p + j, left), x.g = load_n(g + j, left);
-  x.m = load_n(m + j, left), x.v = load_n(v + j, left);
-  if (!kPlain && k.max != nullptr) x.max = load_n(max + j, left);
-  update<kPlain>(k, c, i + j, &x);
+  Values x{load_n(p + j, left), load_n(g + j, left), load_n(m + j, left), load_n(v + j, left), {}};
+  if (with_max) x.max = load_n(max + j, left);
+  x = update<kPlain>(r, k.noise, i + j, x);
   store_n(p + j, x.p, left), store_n(m + j, x.m, left), store_n(v + j, x.v, left);
-  if (!kPlain && k.max != nullptr) store_n(max + j, x.max, left);
+  if (with_max) store_n(max + j, x.max, left);
 }
 
 enum class Layout { dense, compact };
@@ -104,26 +146,25 @@ inline VF load_compact(const S* from, VM on, int count, bool room) {
 
 // kWidth elements from i on, of which those of `word`'s low bits are trained.
 template <bool kPlain, Layout kLayout, class P, class S>
-inline void lanes(Task<P, S>& k, const Place<P, S>& at, int64_t i, uint32_t word, bool room) {
+[[gnu::always_inline]] inline void lanes(const Rule& r, Noise& noise, const Place<P, S>& at,
+                                         int64_t i, uint32_t word, bool room) {
   const VM on = lanes_of(word);
-  const bool with_max = !kPlain && k.max != nullptr;
-  const AdamwConstants<VF> c = k.c;
-  Values x;
-  x.p = load(at.p), x.g = load(at.g);
+  const bool with_max = !kPlain && r.with_max;
+  Values x{load(at.p), load(at.g), {}, {}, {}};
   if constexpr (kLayout == Layout::compact) {
     const int count = __builtin_popcount(word);
     x.m = load_compact(at.m, on, count, room);
     x.v = load_compact(at.v, on, count, room);
     if (with_max) x.max = load_compact(at.max, on, count, room);
-    update<kPlain>(k, c, i, &x);
+    x = update<kPlain>(r, noise, i, x);
     store_n(at.m, compress(on, x.m), count);
     store_n(at.v, compress(on, x.v), count);
     if (with_max) store_n(at.max, compress(on, x.max), count);
   } else {
     x.m = load(at.m), x.v = load(at.v);
     if (with_max) x.max = load(at.max);
-    update<kPlain>(k, c, i, &x);
-    const VM kept = !kPlain && k.param_only ? lanes_of(~0u) : on;
+    x = update<kPlain>(r, noise, i, x);
+    const VM kept = !kPlain && r.param_only ? lanes_of(~0u) : on;
     store_where(at.m, kept, x.m);
     store_where(at.v, kept, x.v);
     if (with_max) store_where(at.max, kept, x.max);
@@ -133,7 +174,8 @@ inline void lanes(Task<P, S>& k, const Place<P, S>& at, int64_t i, uint32_t word
 
 // The last n elements of a tensor, fewer than kWidth: `lanes` on a copy.
 template <bool kPlain, Layout kLayout, class P, class S>
-inline void last_lanes(Task<P, S>& k, const Place<P, S>& at, int64_t i, uint32_t word, int n) {
+void last_lanes(const Rule& r, Noise& noise, const Place<P, S>& at, int64_t i, uint32_t word,
+                int n) {
   P p[kWidth] = {}, g[kWidth] = {};
   S state[3][kWidth] = {};
   const size_t bytes = n * sizeof(P);
@@ -143,7 +185,8 @@ inline void last_lanes(Task<P, S>& k, const Place<P, S>& at, int64_t i, uint32_t
   memcpy(g, at.g, bytes);
   for (int s = 0; s < 3; ++s)
     if (states[s] != nullptr) memcpy(state[s], states[s], state_bytes);
-  lanes<kPlain, kLayout>(k, {p, g, state[0], state[1], state[2]}, i, word, true);
+  const Place<P, S> copy{p, g, state[0], state[1], state[2]};
+  lanes<kPlain, kLayout>(r, noise, copy, i, word, true);
   memcpy(at.p, p, bytes);
   for (int s = 0; s < 3; ++s)
     if (states[s] != nullptr) memcpy(states[s], state[s], state_bytes);
@@ -151,8 +194,9 @@ inline void last_lanes(Task<P, S>& k, const Place<P, S>& at, int64_t i, uint32_t
 
 // 64 elements (fewer at the end of the tensor) from i on; states of trained ones from `at` on.
 template <bool kPlain, Layout kLayout, class P, class S>
-inline void mixed_word(Task<P, S>& k, int64_t i, int n, uint64_t word, int64_t at) {
-  const bool everywhere = !kPlain && k.param_only;
+[[gnu::always_inline]] inline void mixed_word(Task<P, S>& k, const Rule& r, int64_t i, int n,
+                                              uint64_t word, int64_t at) {
+  const bool everywhere = !kPlain && r.param_only;
   for (int j = 0; j < n; j += kWidth) {
     const auto bits = static_cast<uint32_t>(word >> j) & static_cast<uint32_t>(low_bits(kWidth));
     if (bits == 0 && !everywhere) continue;
@@ -160,9 +204,9 @@ inline void mixed_word(Task<P, S>& k, int64_t i, int n, uint64_t word, int64_t a
     const Place<P, S> place{k.p + i + j, k.g + i + j, k.m + state, k.v + state,
                             k.max == nullptr ? nullptr : k.max + state};
     if (j + kWidth <= n) {
-      lanes<kPlain, kLayout>(k, place, i + j, bits, state + kWidth <= k.state_numel);
+      lanes<kPlain, kLayout>(r, k.noise, place, i + j, bits, state + kWidth <= k.state_numel);
     } else {
-      last_lanes<kPlain, kLayout>(k, place, i + j, bits, n - j);
+      last_lanes<kPlain, kLayout>(r, k.noise, place, i + j, bits, n - j);
     }
     at += __builtin_popcount(bits);
   }
@@ -170,8 +214,8 @@ inline void mixed_word(Task<P, S>& k, int64_t i, int n, uint64_t word, int64_t a
 
 template <bool kPlain, Layout kLayout, class P, class S>
 void words(Task<P, S>& k, const AdamwTensor& t, int64_t begin, int64_t end, int64_t at) {
+  const Rule r = k.rule;
   MaskWords mask(t.mask, t.numel, begin);
-  const bool everywhere = !kPlain && k.param_only;
   int64_t run = begin, run_at = at;  // trained elements [run, i), not updated yet
   const auto flush = [&](int64_t i) {
     if (i > run) span<kPlain>(k, run, i - run, kLayout == Layout::dense ? run : run_at);
@@ -182,7 +226,8 @@ void words(Task<P, S>& k, const AdamwTensor& t, int64_t begin, int64_t end, int6
     const int trained = __builtin_popcountll(word);
     if (trained != n) {
       flush(i);
-      if (trained != 0 || everywhere) mixed_word<kPlain, kLayout>(k, i, n, word, at);
+      if (trained != 0 || (!kPlain && r.param_only))
+        mixed_word<kPlain, kLayout>(k, r, i, n, word, at);
       run = i + n, run_at = at + trained;
     }
     at += trained;
@@ -218,7 +263,7 @@ void choose_loop(const AdamwTensor& t, const AdamwScalars& s, const AdamwOptions
   const bool units = t.mask.kind == MaskKind::row || t.mask.kind == MaskKind::block;
   if (t.mask.kind == MaskKind::none) {
     span<kPlain>(k, begin, end - begin, at);
-  } else if (units && t.mask.inner >= kShortestRun && !k.stochastic && !k.param_only) {
+  } else if (units && t.mask.inner >= kShortestRun && !k.rule.stochastic && !k.rule.param_only) {
     runs<kPlain>(k, t, begin, end, at);
   } else if (t.prefix != nullptr) {
     words<false, Layout::compact>(k, t, begin, end, at);

@@ -15,6 +15,9 @@ namespace tenfold::cuda {
 // Operations that are rounded one by one: nvcc would contract a * b + c.
 struct FloatOps {
   using F = float;
+  using Flag = bool;
+  TENFOLD_HD bool flag(bool x) { return x; }
+  TENFOLD_HD float choose(bool which, float a, float b) { return which ? a : b; }
   TENFOLD_HD float set1(float x) { return x; }
 #if defined(__CUDA_ARCH__)
   TENFOLD_HD float add(float a, float b) { return __fadd_rn(a, b); }
@@ -63,9 +66,9 @@ struct AdamwSteps {
 };
 
 // Before the update: steps advance (unless found_inf), and every tensor gets its scalars.
-__global__ void adamw_advance_kernel(const __grid_constant__ AdamwSteps steps,
-                                     const AdamwOptions options, const AdamwInputs in,
-                                     AdamwScalars* out) {
+static __global__ void adamw_advance_kernel(const __grid_constant__ AdamwSteps steps,
+                                            const AdamwOptions options, const AdamwInputs in,
+                                            AdamwScalars* out) {
   const int i = static_cast<int>(blockIdx.x) * kAdamwThreads + static_cast<int>(threadIdx.x);
   if (i >= steps.count) return;
   const bool skips = in.found_inf != nullptr && *in.found_inf != 0.0f;

@@ -21,7 +21,7 @@ Tensor grad_norm_op(std::vector<Tensor> grads, std::vector<OptTensor> masks,
   int64_t chunks = 0;
   for (const Tensor& g : a.grads) chunks += list_chunks(g.numel());
   check_grid("grad_norm", chunks);
-  const Tensor sums = new_output(like, {chunks}, ScalarType::Float);
+  const Tensor sums = new_output(like, {chunks}, ScalarType::Double);
   const auto tensor = [&](int64_t i) {
     const Tensor& g = a.grads[i];
     return Listed{g.data_ptr(),
@@ -31,7 +31,7 @@ Tensor grad_norm_op(std::vector<Tensor> grads, std::vector<OptTensor> masks,
                   static_cast<int32_t>(to_dtype(g.scalar_type())),
                   reinterpret_cast<uintptr_t>(g.data_ptr()) % 16 == 0};
   };
-  launch_grad_norm(static_cast<int64_t>(a.grads.size()), tensor, data_as<float>(sums), chunks,
+  launch_grad_norm(static_cast<int64_t>(a.grads.size()), tensor, data_as<double>(sums), chunks,
                    a.scale.value_or(1.0),
                    a.scale_tensor ? data_as<const float>(*a.scale_tensor) : nullptr,
                    data_as<float>(out), launch.stream);

@@ -11,8 +11,8 @@ namespace tenfold::cuda {
 namespace {
 
 Tensor linear_wgrad_rows_op(Tensor grad_out, Tensor input, Tensor rows) {
-  const Launch launch(input);
   const WgradCall c = check_linear_wgrad_rows(grad_out, input, rows);
+  const Launch launch(c.input);
   const Tensor out = new_output(c.input, {c.num_rows, c.num_in}, c.input.scalar_type());
   const int64_t size = dtype_size(to_dtype(c.input.scalar_type()));
   const auto aligned = [&](const Tensor& t) {

@@ -55,9 +55,10 @@ __device__ inline void load_chosen(const WgradArgs& a, const int64_t* columns, i
     const bool valid = t + step < a.tokens;
     const T* from = static_cast<const T*>(a.grad_out) + (valid ? t + step : 0) * a.grad_stride;
     T* const to = tile + Shape::at(step, c);
-    // Columns increase: the last of a run is where it belongs only if all are.
-    if (a.grad_vectors && first >= 0 && first % kPer == 0 &&
-        columns[c + kPer - 1] == first + kPer - 1) {
+    bool run = a.grad_vectors && first >= 0 && first % kPer == 0;
+#pragma unroll
+    for (int k = 1; k < kPer; ++k) run &= columns[c + k] == first + k;
+    if (run) {
       copy16_async(to, from + first, valid);
       continue;
     }

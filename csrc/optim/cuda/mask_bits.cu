@@ -12,7 +12,7 @@ namespace {
 Tensor pack_mask_op(Tensor mask_in) {
   const int64_t n = check_pack_mask(mask_in);
   const Launch launch(mask_in);
-  const Tensor mask = torch::stable::contiguous(mask_in);
+  const Tensor mask = as_contiguous(mask_in);
   const Tensor out = new_output(mask, {(n + 7) / 8}, ScalarType::Byte);
   launch_pack(data_as<const uint8_t>(mask), n, data_as<uint8_t>(out), launch.stream);
   launch.check();
@@ -22,7 +22,7 @@ Tensor pack_mask_op(Tensor mask_in) {
 Tensor unpack_mask_op(Tensor packed_in, int64_t n) {
   check_unpack_mask(packed_in, n);
   const Launch launch(packed_in);
-  const Tensor packed = torch::stable::contiguous(packed_in);
+  const Tensor packed = as_contiguous(packed_in);
   const Tensor out = new_output(packed, {n}, ScalarType::Bool);
   launch_unpack(data_as<const uint8_t>(packed), n, data_as<uint8_t>(out), launch.stream);
   launch.check();
@@ -32,7 +32,7 @@ Tensor unpack_mask_op(Tensor packed_in, int64_t n) {
 Tensor mask_popcount_op(Tensor packed_in) {
   check_packed("mask_popcount", packed_in);
   const Launch launch(packed_in);
-  const Tensor packed = torch::stable::contiguous(packed_in);
+  const Tensor packed = as_contiguous(packed_in);
   Tensor out = new_output(packed, {}, ScalarType::Long);
   torch::stable::zero_(out);
   launch_popcount(data_as<const uint8_t>(packed), packed.numel(), data_as<unsigned long long>(out),
@@ -44,7 +44,7 @@ Tensor mask_popcount_op(Tensor packed_in) {
 Tensor mask_prefix_op(Tensor packed_in, int64_t block) {
   const int64_t steps = check_mask_prefix(packed_in, block);
   const Launch launch(packed_in);
-  const Tensor packed = torch::stable::contiguous(packed_in);
+  const Tensor packed = as_contiguous(packed_in);
   const Tensor out = new_output(packed, {steps}, ScalarType::Int);
   const Tensor of_blocks = new_output(packed, {prefix_blocks(steps)}, ScalarType::Long);
   launch_prefix(data_as<const uint8_t>(packed), packed.numel(), block / 8, steps,

@@ -28,7 +28,7 @@ Tensor masked_largest(const char* op, const Tensor& like, const KeySource& sourc
 Tensor mask_topk_op(Tensor score_in, double fraction) {
   const int64_t k = check_mask_topk(score_in, fraction);
   const Launch launch(score_in);
-  const Tensor score = torch::stable::contiguous(score_in);
+  const Tensor score = as_contiguous(score_in);
   const KeySource source{score.data_ptr(), to_dtype(score.scalar_type()), 0, 0, 0, 0};
   return masked_largest("mask_topk", score, source, score.numel(), k);
 }

@@ -43,7 +43,7 @@ __device__ inline int64_t block_before(int64_t x, int64_t* sums, int64_t* total)
 constexpr int kScanThreads = 1024;
 
 // In place: counts[i] = sum of the counts before i. One block.
-__global__ void __launch_bounds__(kScanThreads) scan_kernel(int64_t* counts, int64_t n) {
+static __global__ void __launch_bounds__(kScanThreads) scan_kernel(int64_t* counts, int64_t n) {
   TENFOLD_SHARED(int64_t, sums, kScanThreads / 32);
   int64_t carry = 0;
   for (int64_t first = 0; first < n; first += kScanThreads) {

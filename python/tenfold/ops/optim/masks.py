@@ -216,8 +216,8 @@ def grad_norm(
     """L2 norm over the trained elements of all gradients, divided by the loss scale.
 
     One pass over all tensors; frozen rows and blocks are not read, and frozen elements do not count
-    even if they are NaN. The same bits for any number of threads: chunks of 2^15 elements are summed in
-    float32, the chunks in float64 in order.
+    even if they are NaN. The same bits for any number of threads: a fixed order of float32 partial sums,
+    added in float64.
 
     Args:
         grads: float32, bfloat16 or float16, mixed; dense ones are read in storage order, others are
