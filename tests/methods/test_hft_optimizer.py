@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import pickle
 import re
 import warnings
 
@@ -12,6 +13,7 @@ from torch import nn
 
 from tenfold import hft, ops
 from tenfold.optim import MaskedAdamW, check_optimizer, switch_optimizer
+from tenfold.testing.plugin import cuda_only
 
 # torch's fused AdamW rounds otherwise in the last numel % 8 elements, which it takes one by one: exact
 # comparisons have none.
@@ -92,6 +94,20 @@ class TestAsTorch:
         assert equal(a, b)
         # What was saved is not what is trained on.
         assert all(int(s["step"]) == 5 for s in saved["state"].values())
+
+    def test_copies(self):
+        params = parameters(shapes=[(6, 8)])
+        first = MaskedAdamW(
+            params, lr=1e-2, masks=[row_mask(6)], mask_kind="row", max_grad_norm=1.0
+        )
+        steps(first, params, 2)
+        for second in (copy.deepcopy(first), pickle.loads(pickle.dumps(first))):
+            mine = second.param_groups[0]["params"]
+            assert equal(mine, params) and mine[0] is not params[0]
+            steps(second, mine, 2, 2)
+            assert second.state[mine[0]]["exp_avg"].numel() == 16
+        steps(first, params, 2, 2)
+        assert equal(mine, params)
 
     def test_states_of_a_plain_run_with_python_steps(self):
         a, b = parameters(), parameters()
@@ -588,3 +604,29 @@ class TestPlans:
         torch.save(model, tmp_path / "m.pt")
         again = torch.load(tmp_path / "m.pt", weights_only=False)
         assert hft.current_plan(again) is None and hft.current_plan(copy.deepcopy(model)) is None
+
+
+@cuda_only
+class TestCuda:
+    @pytest.mark.parametrize("settings", [{}, {"state_dtype": "int8"}, {"max_grad_norm": 0.5}])
+    @pytest.mark.parametrize("offload", [False, True])
+    def test_as_on_the_cpu(self, device, offload, settings):
+        """Also with states on the CPU (``offload``)."""
+        shapes = [(70, 64), (8,)]
+        here = parameters(shapes=shapes)
+        there = [nn.Parameter(p.detach().cuda()) for p in here]
+        masks = [row_mask(70), None]
+        a = MaskedAdamW(here, lr=1e-2, masks=masks, mask_kind="row", **settings)
+        b = MaskedAdamW(there, lr=1e-2, masks=[row_mask(70).cuda(), None], mask_kind="row",
+                        offload=offload, **settings)  # fmt: skip
+        for i in range(5):
+            made = torch.Generator().manual_seed(i)
+            for p, q in zip(here, there):
+                p.grad = torch.randn(p.shape, generator=made)
+                q.grad = p.grad.cuda()
+            a.step()
+            b.step()
+        for p, q in zip(here, there):
+            torch.testing.assert_close(q.cpu(), p, rtol=1e-6, atol=1e-6)
+        places = {s["exp_avg"].device.type for s in b.state.values()}
+        assert places == {"cpu" if offload else "cuda"}

@@ -351,12 +351,12 @@ def test_states_take_a_quarter_and_a_step_needs_no_memory():
     assert size(lists, (*both, "absmax1", "absmax2")) == 2 * (2**16 + 4 * 2**8)
     assert size(full, both) == 8 * 2**16
     setup = """
-        from tenfold import ops
+        from tenfold import ops, reference
         n = 2**22
         p, g = torch.ones(n), torch.ones(n)
         q = [torch.ones(n, dtype=torch.uint8) for _ in range(2)]
         a = [torch.ones(n // 256) for _ in range(2)]
-        codes = ops.dynamic_code(True), ops.dynamic_code(False)
+        codes = [reference.dynamic_code(signed) for signed in (True, False)]
         kw = dict(mask_kind="none", lr=torch.tensor(0.1), beta1=0.9, beta2=0.99, weight_decay=0.1, eps=1e-8)
         def call():
             ops.masked_adamw_8bit_([p], [g], q[:1], q[1:], [torch.tensor(0.0)], [], a[:1], a[1:], *codes, **kw)

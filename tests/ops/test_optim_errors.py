@@ -6,6 +6,7 @@ from optim_cases import BF16, F16, F32, assert_lists, copies, hyper, make, make_
 
 from tenfold import ops
 from tenfold.testing import check_errors
+from tenfold.testing.plugin import cuda_only
 
 raw = torch.ops.tenfold
 SHAPES = [(33,), (5, 7)]
@@ -67,7 +68,7 @@ def test_hyper_parameters(name, bad, device):
 
 
 @both
-def test_masks(name, bad, device):
+def test_masks(name, bad):
     bad(name, ValueError, "mask_kind", "none, row, col, block or element", "'diag'",
         kwargs={"mask_kind": "diag"})  # fmt: skip
     for size in (0, 16, 48, -256):
@@ -89,12 +90,24 @@ def test_masks(name, bad, device):
         bad(name, ValueError, "masks[1]", "[5]", "35", "[5, 7]", f"[{wrong}]",
             put={("masks", 1): torch.zeros(wrong, dtype=torch.uint8)})  # fmt: skip
     bad(name, ValueError, "masks[1]", put={("masks", 1): torch.zeros(5, 1, dtype=torch.uint8)})
-    if device.type == "cuda":
-        lists = copies(make(SHAPES) if name == NAMES[0] else make_8bit(SHAPES), device)
-        lists["masks"] = [mask_of(s, "element") for s in SHAPES]
+
+
+@cuda_only
+@both
+def test_tensors_of_other_devices(name, device):
+    maker = make if name == NAMES[0] else make_8bit
+    names = ["grads", "exp_avgs", "exp_avg_sqs", "steps", "masks"]
+    for entry in names + (["absmax1", "absmax2"] if maker is make_8bit else []):
+        lists = copies(maker(SHAPES, kind="element"), device)
+        lists[entry][1] = lists[entry][1].cpu()
         kwargs = {"mask_kind": "element"} | hyper()
-        with pytest.raises(ValueError, match=r"masks\[0\].*cuda.*cpu"):
-            getattr(ops, name)(*lists.values(), **kwargs)
+        args = getattr(ops, name), getattr(raw, name), tuple(lists.values()), kwargs
+        check_errors(*args, ValueError, name, f"{entry}[1]", "cuda", "cpu")
+    lists = copies(maker(SHAPES), device)
+    for scalar in ("grad_scale", "found_inf", "clip_coef"):
+        kwargs = {"mask_kind": "none", scalar: torch.ones(())} | hyper()
+        args = getattr(ops, name), getattr(raw, name), tuple(lists.values()), kwargs
+        check_errors(*args, ValueError, name, scalar, "cuda", "cpu")
 
 
 def test_row_masks_need_contiguous_tensors(bad):
@@ -180,7 +193,7 @@ def test_states(bad):
     half = {(n, 1): torch.Tensor.half for n in ("exp_avgs", "exp_avg_sqs")}
     for dtype in (F32, BF16):  # float16 states need float16 parameters
         bad(name, TypeError, "exp_avgs[1]", "float16", dtype=dtype, put=half)
-    bad(name, ValueError, "max_exp_avg_sqs", "amsgrad", kwargs={"amsgrad": True})
+    bad(name, ValueError, "max_exp_avg_sqs", "0", "2", kwargs={"amsgrad": True})
     bad(name, ValueError, "max_exp_avg_sqs[1]", "dtype", amsgrad=True, kwargs={"amsgrad": True},
         put={("max_exp_avg_sqs", 1): torch.Tensor.bfloat16})  # fmt: skip
     bad(

@@ -71,6 +71,9 @@ class MaskedAdamW(Optimizer):
         complex gradients, a gradient of another dtype, or a Plan that is not this optimiser's.
     """
 
+    # GradScaler hands its scale and what it found over, instead of dividing first.
+    _step_supports_amp_scaling = True
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -122,8 +125,6 @@ class MaskedAdamW(Optimizer):
         self._digest = ""
         self.last_grad_norm: Tensor | None = None
         super().__init__(params, defaults)
-        # GradScaler hands its scale and what it found over, instead of dividing first.
-        self._step_supports_amp_scaling = True
         active = active_plan(self._parameters())
         if masks is None and active is not None:
             self._set_masks(self._masks_of(active))
@@ -313,8 +314,24 @@ class MaskedAdamW(Optimizer):
 
     # Checkpoints.
 
+    def __getstate__(self) -> dict[str, Any]:
+        kept = (
+            "_seed",
+            "_scope",
+            "_block",
+            "_offload",
+            "_compact",
+            "_max_norm",
+            "_masks",
+            "_prefixes",
+        )
+        return super().__getstate__() | {k: getattr(self, k) for k in kept}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        if "_masks" in state:  # a copy, or unpickled; else part of load_state_dict
+            self.last_grad_norm = None
+            self._bind()
         for group in self.param_groups:
             for key, value in {
                 "amsgrad": False,

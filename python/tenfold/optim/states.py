@@ -29,7 +29,8 @@ def state_dtype(choice: str, parameter: Tensor) -> torch.dtype:
     if choice == "param":
         return parameter.dtype
     if choice == "int8":
-        return torch.uint8 if local(parameter).numel() >= LEAST_INT8 else torch.float32
+        # The whole tensor counts, not a rank's shard.
+        return torch.uint8 if parameter.numel() >= LEAST_INT8 else torch.float32
     return torch.float32 if choice == "fp32" else torch.bfloat16
 
 
