@@ -28,6 +28,14 @@ struct Mask {
   int64_t inner = 1;  // row: elements of a row; col: size of the last dimension; block: its length
 };
 
+TENFOLD_HD int count_bits(uint32_t word) {
+#if defined(__CUDA_ARCH__)
+  return __popc(word);
+#else
+  return __builtin_popcount(word);
+#endif
+}
+
 TENFOLD_HD bool mask_bit(const uint8_t* bits, int64_t unit) {
   return (bits[unit >> 3] >> (unit & 7)) & 1;
 }
@@ -41,6 +49,15 @@ TENFOLD_HD bool mask_trains(const Mask& mask, int64_t i) {
     case MaskKind::element: return mask_bit(mask.bits, i);
     default: return true;
   }
+}
+
+// Set bits before `unit`, a valid one; `prefix` has those before every `block` bits.
+TENFOLD_HD int64_t mask_rank(const uint8_t* bits, const int32_t* prefix, int64_t unit,
+                             int64_t block) {
+  int64_t count = prefix[unit / block];
+  for (int64_t byte = unit / block * block / 8; byte < unit / 8; ++byte)
+    count += count_bits(bits[byte]);
+  return count + count_bits(bits[unit >> 3] & ((1u << (unit & 7)) - 1));
 }
 
 }  // namespace tenfold

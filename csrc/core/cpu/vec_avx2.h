@@ -63,6 +63,13 @@ inline VI load_n(const uint32_t* p, int n) {
 inline VI load_bytes(const uint8_t* p) {
   return {_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))};
 }
+// The lowest byte of every lane.
+inline void store_low_bytes(uint8_t* p, VI a) {
+  const __m256i low = _mm256_and_si256(a.v, _mm256_set1_epi32(255));
+  const __m128i halves =
+      _mm_packs_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(halves, halves));
+}
 // Signed positions.
 inline VF gather(const float* p, VI at) {
   return {_mm256_i32gather_ps(p, at.v, 4)};
@@ -145,6 +152,15 @@ inline VF operator/(VF a, VF b) {
 inline VF fma(VF a, VF b, VF c) {
   return {_mm256_fmadd_ps(a.v, b.v, c.v)};
 }
+inline VF fused(VF a, VF b, VF c) {
+  return fma(a, b, c);
+}
+inline VF fused_from(VF c, VF a, VF b) {
+  return {_mm256_fnmadd_ps(a.v, b.v, c.v)};
+}
+inline VF sqrt(VF a) {
+  return {_mm256_sqrt_ps(a.v)};
+}
 inline VF vmax(VF a, VF b) {
   return {_mm256_max_ps(a.v, b.v)};
 }
@@ -204,6 +220,53 @@ inline int store_chosen(uint32_t* p, VM m, VI a) {
   const __m128i lanes = _mm_cvtsi64_si128(static_cast<int64_t>(kChosenFirst.lanes[mask]));
   store(p, {_mm256_permutevar8x32_epi32(a.v, _mm256_cvtepu8_epi32(lanes))});
   return __builtin_popcount(mask);
+}
+// Lane i takes bit i.
+inline VM lanes_of(uint32_t word) {
+  const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  const __m256i have = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(word)), bit);
+  return {_mm256_castsi256_ps(_mm256_cmpeq_epi32(have, bit))};
+}
+// For every mask of 8 lanes, where in the row of chosen lanes each lane stands: one byte each.
+struct RankOfLane {
+  uint64_t lanes[256] = {};
+  constexpr RankOfLane() {
+    for (uint64_t mask = 0; mask < 256; ++mask)
+      for (uint64_t lane = 0, at = 0; lane < 8; ++lane)
+        if ((mask >> lane & 1) != 0) lanes[mask] |= at++ << (8 * lane);
+  }
+};
+constexpr RankOfLane kRankOfLane;
+inline VF permute_by_bytes(VF a, uint64_t lanes) {
+  const __m128i bytes = _mm_cvtsi64_si128(static_cast<int64_t>(lanes));
+  return {_mm256_permutevar8x32_ps(a.v, _mm256_cvtepu8_epi32(bytes))};
+}
+// The lanes of m one after another; what follows them is undefined. Back: lane by lane from there.
+inline VF compress(VM m, VF a) {
+  return permute_by_bytes(a, kChosenFirst.lanes[_mm256_movemask_ps(m.v)]);
+}
+inline VF expand(VM m, VF a) {
+  return permute_by_bytes(a, kRankOfLane.lanes[_mm256_movemask_ps(m.v)]);
+}
+// Stores the lanes of m; the others keep their bits (they are written with what was there).
+inline void store_where(float* p, VM m, VF a) {
+  _mm256_storeu_ps(p, _mm256_blendv_ps(_mm256_loadu_ps(p), a.v, m.v));
+}
+inline void store_halves_where(void* p, VM m, __m128i a) {
+  const __m256i wide = _mm256_castps_si256(m.v);
+  const __m128i halves =
+      _mm_packs_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+  const __m128i old = _mm_loadu_si128(static_cast<const __m128i*>(p));
+  _mm_storeu_si128(static_cast<__m128i*>(p), _mm_blendv_epi8(old, a, halves));
+}
+inline void store_where(bf16_t* p, VM m, VF a) {
+  store_halves_where(p, m, to_bf16(a));
+}
+inline void store_where(fp16_t* p, VM m, VF a) {
+  store_halves_where(p, m, _mm256_cvtps_ph(a.v, 0));
+}
+inline VI load_halves(const uint16_t* p) {
+  return {_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
 }
 // 1 where m, else 0.
 inline void store_bytes(uint8_t* p, VM m) {
@@ -299,12 +362,7 @@ inline void hsum4(VF a, VF b, VF c, VF d, float* out) {
   _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
 }
 
-// The mask of the lanes whose bit is set, and back.
-inline VM lanes_of(uint32_t bits) {
-  const __m256i each = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
-  const __m256i set = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), each);
-  return {_mm256_castsi256_ps(_mm256_cmpeq_epi32(set, each))};
-}
+// The inverse of lanes_of.
 inline uint32_t bits_of(VM m) {
   return static_cast<uint32_t>(_mm256_movemask_ps(m.v));
 }

@@ -62,6 +62,10 @@ inline VI load_n(const uint32_t* p, int n) {
 inline VI load_bytes(const uint8_t* p) {
   return {_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
 }
+// The lowest byte of every lane.
+inline void store_low_bytes(uint8_t* p, VI a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a.v));
+}
 // Signed positions.
 inline VF gather(const float* p, VI at) {
   return {_mm512_i32gather_ps(at.v, p, 4)};
@@ -129,6 +133,15 @@ inline VF operator/(VF a, VF b) {
 inline VF fma(VF a, VF b, VF c) {
   return {_mm512_fmadd_ps(a.v, b.v, c.v)};
 }
+inline VF fused(VF a, VF b, VF c) {
+  return fma(a, b, c);
+}
+inline VF fused_from(VF c, VF a, VF b) {
+  return {_mm512_fnmadd_ps(a.v, b.v, c.v)};
+}
+inline VF sqrt(VF a) {
+  return {_mm512_sqrt_ps(a.v)};
+}
 inline VF vmax(VF a, VF b) {
   return {_mm512_max_ps(a.v, b.v)};
 }
@@ -176,6 +189,34 @@ inline bool any(VM m) {
 inline int store_chosen(uint32_t* p, VM m, VI a) {
   _mm512_storeu_si512(p, _mm512_maskz_compress_epi32(m, a.v));
   return __builtin_popcount(m);
+}
+// Lane i takes bit i.
+inline VM lanes_of(uint32_t word) {
+  return static_cast<VM>(word);
+}
+// The lanes of m one after another; what follows them is undefined. Back: lane by lane from there.
+inline VF compress(VM m, VF a) {
+  return {_mm512_maskz_compress_ps(m, a.v)};
+}
+inline VF expand(VM m, VF a) {
+  return {_mm512_maskz_expand_ps(m, a.v)};
+}
+// Stores the lanes of m; the others keep their bits (they are written with what was there).
+inline void store_where(float* p, VM m, VF a) {
+  _mm512_storeu_ps(p, _mm512_mask_mov_ps(_mm512_loadu_ps(p), m, a.v));
+}
+inline void store_halves_where(void* p, VM m, __m256i a) {
+  const __m256i old = _mm256_loadu_si256(static_cast<const __m256i*>(p));
+  _mm256_storeu_si256(static_cast<__m256i*>(p), _mm256_mask_mov_epi16(old, m, a));
+}
+inline void store_where(bf16_t* p, VM m, VF a) {
+  store_halves_where(p, m, to_bf16(a));
+}
+inline void store_where(fp16_t* p, VM m, VF a) {
+  store_halves_where(p, m, _mm512_cvtps_ph(a.v, 0));
+}
+inline VI load_halves(const uint16_t* p) {
+  return {_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
 // 1 where m, else 0.
 inline void store_bytes(uint8_t* p, VM m) {
@@ -255,10 +296,7 @@ inline void hsum4(VF a, VF b, VF c, VF d, float* out) {
   _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1)));
 }
 
-// The mask of the lanes whose bit is set, and back.
-inline VM lanes_of(uint32_t bits) {
-  return static_cast<VM>(bits);
-}
+// The inverse of lanes_of.
 inline uint32_t bits_of(VM m) {
   return m;
 }

@@ -136,6 +136,10 @@ inline VI load_n(const uint32_t* p, int n) {
 inline VI load_bytes(const uint8_t* p) {
   return {{p[0], p[1], p[2], p[3]}};
 }
+// The lowest byte of every lane.
+inline void store_low_bytes(uint8_t* p, VI a) {
+  TENFOLD_LANES p[i] = static_cast<uint8_t>(a.v[i]);
+}
 inline VF gather(const float* p, VI at) {
   return {{p[at.v[0]], p[at.v[1]], p[at.v[2]], p[at.v[3]]}};
 }
@@ -173,6 +177,33 @@ TENFOLD_BINARY(operator|, VI, a.v[i] | b.v[i])
 inline VF fma(VF a, VF b, VF c) {
   VF r;
   TENFOLD_LANES r.v[i] = a.v[i] * b.v[i] + c.v[i];
+  return r;
+}
+// a * b + c rounded once, as the instruction does it: the exact sum of the (exact) double product
+// and c, rounded to odd in double, keeps what the rounding to float needs.
+inline float fused_lane(float a, float b, float c) {
+  const double p = static_cast<double>(a) * b, s = p + c;
+  const double back = s - p, lost = (p - (s - back)) + (c - back);
+  uint64_t x;
+  memcpy(&x, &s, 8);
+  if (lost != 0.0 && lost == lost && (x & 1) == 0) x += (lost > 0.0) == (s > 0.0) ? 1 : -1;
+  double odd;
+  memcpy(&odd, &x, 8);
+  return static_cast<float>(odd);
+}
+inline VF fused(VF a, VF b, VF c) {
+  VF r;
+  TENFOLD_LANES r.v[i] = fused_lane(a.v[i], b.v[i], c.v[i]);
+  return r;
+}
+inline VF fused_from(VF c, VF a, VF b) {
+  VF r;
+  TENFOLD_LANES r.v[i] = fused_lane(-a.v[i], b.v[i], c.v[i]);
+  return r;
+}
+inline VF sqrt(VF a) {
+  VF r;
+  TENFOLD_LANES r.v[i] = sqrtf(a.v[i]);
   return r;
 }
 inline VF rint(VF a) {  // adding 1.5 * 2^23 rounds to nearest even for |a| < 2^22
@@ -224,6 +255,31 @@ inline int store_chosen(uint32_t* p, VM m, VI a) {
     count += m.v[i] ? 1 : 0;
   }
   return count;
+}
+// Lane i takes bit i.
+inline VM lanes_of(uint32_t word) {
+  return {{(word & 1) != 0, (word & 2) != 0, (word & 4) != 0, (word & 8) != 0}};
+}
+// The lanes of m one after another; what follows them is undefined. Back: lane by lane from there.
+inline VF compress(VM m, VF a) {
+  VF r = a;
+  int count = 0;
+  TENFOLD_LANES if (m.v[i]) r.v[count++] = a.v[i];
+  return r;
+}
+inline VF expand(VM m, VF a) {
+  VF r = set1(0.0f);
+  int count = 0;
+  TENFOLD_LANES if (m.v[i]) r.v[i] = a.v[count++];
+  return r;
+}
+// Stores the lanes of m; the others keep their bits.
+template <class T>
+inline void store_where(T* p, VM m, VF a) {
+  TENFOLD_LANES if (m.v[i]) put(p + i, a.v[i]);
+}
+inline VI load_halves(const uint16_t* p) {
+  return {{p[0], p[1], p[2], p[3]}};
 }
 // 1 where m, else 0.
 inline void store_bytes(uint8_t* p, VM m) {
@@ -300,12 +356,7 @@ inline void hsum4(VF a, VF b, VF c, VF d, float* out) {
   out[3] = hsum(d);
 }
 
-// The mask of the lanes whose bit is set, and back.
-inline VM lanes_of(uint32_t bits) {
-  VM r;
-  TENFOLD_LANES r.v[i] = ((bits >> i) & 1u) != 0;
-  return r;
-}
+// The inverse of lanes_of.
 inline uint32_t bits_of(VM m) {
   uint32_t r = 0;
   TENFOLD_LANES r |= static_cast<uint32_t>(m.v[i]) << i;

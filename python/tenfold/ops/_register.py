@@ -38,7 +38,7 @@ def inference_only(name: str, mutates: tuple[int, ...] = ()) -> None:
         with torch._C._AutoDispatchBelowAutograd():
             result = op.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
         for at in mutates:
-            if at < len(args):  # else a trailing list that was left out
+            if at < len(args) and args[at] is not None:  # else a list that was left out
                 torch.autograd.graph.increment_version(args[at])
         return result
 

@@ -1,5 +1,6 @@
 """Faces of the ``optim`` family, one module per group of ops."""
 
+from tenfold.ops.optim.adamw import masked_adamw_, masked_adamw_8bit_
 from tenfold.ops.optim.masks import (
     grad_norm,
     mask_popcount,
@@ -19,6 +20,8 @@ __all__ = [
     "mask_prefix",
     "mask_random",
     "mask_topk",
+    "masked_adamw_",
+    "masked_adamw_8bit_",
     "masked_copy_",
     "pack_mask",
     "unpack_mask",
