@@ -9,39 +9,12 @@
 
 #include "core/dispatch.h"
 #include "core/overlap.h"
+#include "core/tensor.h"
 
 namespace tenfold {
 namespace {
 
 constexpr auto kOp = "masked_adamw_";
-
-bool same_sizes(const Tensor& a, const Tensor& b) {
-  const auto x = a.sizes(), y = b.sizes();
-  return x.size() == y.size() && std::equal(x.begin(), x.end(), y.begin());
-}
-
-// Every element has a place of its own and no place is left out, in some order of the dimensions.
-bool is_dense(const Tensor& t) {
-  if (t.is_contiguous()) return true;
-  const int64_t dims = t.dim();
-  std::vector<std::pair<int64_t, int64_t>> steps;  // (stride, size)
-  for (int64_t d = 0; d < dims; ++d)
-    if (t.sizes()[d] != 1) steps.emplace_back(t.strides()[d], t.sizes()[d]);
-  std::sort(steps.begin(), steps.end());
-  int64_t want = 1;
-  for (const auto& [stride, size] : steps) {
-    if (stride != want) return false;
-    want *= size;
-  }
-  return true;
-}
-
-bool same_order(const Tensor& a, const Tensor& b) {
-  if (a.is_contiguous() && b.is_contiguous()) return true;
-  for (int64_t d = 0; d < a.dim(); ++d)
-    if (a.sizes()[d] != 1 && a.strides()[d] != b.strides()[d]) return false;
-  return true;
-}
 
 struct Named {
   const char* name;

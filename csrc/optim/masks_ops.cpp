@@ -29,11 +29,6 @@ void check_mask_list(const char* op, const char* arg, size_t tensors,
                       arg, ", got ", masks.size(), " for ", tensors);
 }
 
-bool same_sizes(const Tensor& a, const Tensor& b) {
-  const auto x = a.sizes(), y = b.sizes();
-  return a.dim() == b.dim() && std::equal(x.begin(), x.end(), y.begin());
-}
-
 }  // namespace
 
 int64_t check_pack_mask(const Tensor& mask) {
@@ -81,26 +76,6 @@ int64_t check_mask_topk(const Tensor& score, double fraction) {
 int64_t check_mask_random(int64_t n, double fraction) {
   TENFOLD_CHECK_VALUE(n >= 0, "tenfold::mask_random: n must be a number of bits >= 0, got ", n);
   return wanted_of("mask_random", n, fraction);
-}
-
-bool is_dense(const Tensor& t) {
-  if (t.is_contiguous() || t.numel() == 0) return true;
-  std::vector<std::pair<int64_t, int64_t>> axes;  // (stride, size), innermost first
-  for (int64_t i = 0; i < t.dim(); ++i)
-    if (t.sizes()[i] > 1) axes.emplace_back(t.strides()[i], t.sizes()[i]);
-  std::sort(axes.begin(), axes.end());
-  int64_t extent = 1;
-  for (const auto& [stride, size] : axes) {
-    if (stride != extent) return false;
-    extent *= size;
-  }
-  return true;
-}
-
-bool same_strides(const Tensor& a, const Tensor& b) {
-  for (int64_t i = 0; i < a.dim(); ++i)
-    if (a.sizes()[i] > 1 && a.strides()[i] != b.strides()[i]) return false;
-  return true;
 }
 
 GradNormArgs check_grad_norm(const std::vector<Tensor>& grads, const std::vector<OptTensor>& masks,
@@ -191,7 +166,7 @@ std::vector<Mask> check_masked_copy(const std::vector<Tensor>& dst, const std::v
 }
 
 Tensor in_order_of(const Tensor& dst, const Tensor& src) {
-  if (same_strides(dst, src)) return src;
+  if (same_order(dst, src)) return src;
   Tensor copy = torch::stable::empty_like(dst);  // keeps the strides of a dense tensor
   return torch::stable::copy_(copy, src);
 }

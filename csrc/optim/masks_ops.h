@@ -40,10 +40,6 @@ int64_t check_mask_topk(const Tensor& score, double fraction);
 // k of mask_random.
 int64_t check_mask_random(int64_t n, double fraction);
 
-// A dense tensor is one block of memory without gaps or overlaps, in some order of its dims.
-bool is_dense(const Tensor& t);
-bool same_strides(const Tensor& a, const Tensor& b);
-
 // Gradients of grad_norm, contiguous where the order of elements does not matter.
 struct GradNormArgs {
   std::vector<Tensor> grads;

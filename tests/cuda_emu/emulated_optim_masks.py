@@ -148,11 +148,11 @@ def check_grad_norm():
 
                 want = reference.grad_norm(grads, masks, 3.0, mask_kind=kind, block_size=64)
                 torch.testing.assert_close(twice(LIB, run), want, rtol=2e-7, atol=0)
-    many = [torch.randn(5) for _ in range(150)]  # several launches
-    ints = numbers(150, 0, *(5, 1, 0) * 150)
+    many = [torch.randn(5) for _ in range(600)]  # several launches
+    ints = numbers(600, 0, *(5, 1, 0) * 600)
     out = torch.zeros(())
     LIB.emu_grad_norm(
-        pointers(many), pointers([None] * 150), ints, ctypes.c_double(1.0), None, ptr(out)
+        pointers(many), pointers([None] * 600), ints, ctypes.c_double(1.0), None, ptr(out)
     )
     torch.testing.assert_close(out, torch.cat(many).norm())
 

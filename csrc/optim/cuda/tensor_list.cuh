@@ -9,7 +9,7 @@ namespace tenfold::cuda {
 
 constexpr int kListThreads = 512;
 constexpr int64_t kListChunk = 65536;  // elements of a block
-constexpr int kListed = 64;            // 64 * 56 bytes: arguments of a kernel are at most 4 KB
+constexpr int kListed = 512;           // 60 bytes each: a launch takes 32,764
 
 struct Listed {
   const void* from;
