@@ -147,9 +147,9 @@ inline void store_pair(bf16_t* p, VF even, VF odd) {
       _mm512_fpclass_ps_mask(even.v, kSubnormal) | _mm512_fpclass_ps_mask(odd.v, kSubnormal);
   if (small == 0) [[likely]] {
     const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(odd.v, even.v);
-    const __m512i step = _mm512_set1_epi32(0x00010001);
+    const __m512i i = iota().v;  // word 2 i is element i of the even ones, 2 i + 1 of the odd ones
     const __m512i order =
-        _mm512_add_epi32(_mm512_mullo_epi16(iota().v, step), _mm512_set1_epi32(0x00100000));
+        _mm512_or_si512(i, _mm512_slli_epi32(_mm512_add_epi32(i, _mm512_set1_epi32(16)), 16));
     _mm512_storeu_si512(p, _mm512_permutexvar_epi16(order, halves));
     return;
   }
