@@ -9,14 +9,13 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import sources
+from . import sources, studies
+from .tables import RESULTS, Record, Rows, markdown
 
-Record = dict[str, Any]
-Rows = list[list[str]]
 COLUMNS = (
     "op",
     "shape",
@@ -28,7 +27,6 @@ COLUMNS = (
     "vs compile",
     "vs copy",
 )
-RESULTS = Path("bench/results")
 LEDGER_NAMES = {"verified": "verified on an H200", "stale": "verified earlier, changed since",
                 "never": "never run on an H200"}  # fmt: skip
 
@@ -78,13 +76,6 @@ def setting(record: Record) -> str:
     )
 
 
-def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; the first three columns are text, the others numbers."""
-    rule = ["---" if i < 3 else "---:" for i in range(len(columns))]
-    lines = [columns, rule, *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def load_records(root: Path) -> list[Record]:
     """All committed result files."""
     from .results import load
@@ -116,53 +107,7 @@ def ops_block(root: Path) -> str:
     return "\n".join([*parts, ledger(root)])
 
 
-def quality_block(root: Path) -> str:
-    """Tables of the quality study of NACL, from its summary."""
-    import json
-
-    path = root / RESULTS / "nacl" / "summary.json"
-    if not path.is_file():
-        return "No study has been committed."
-    found = json.loads(path.read_text())
-    columns = ("task", "length", "budget", "method", "cases", "correct", "log p", "perplexity",
-               "evict ms", "cache MB")  # fmt: skip
-
-    def cell(value: float | None, digits: int = 2) -> str:
-        return "–" if value is None else f"{value:.{digits}f}"
-
-    rows = [
-        [r["task"], str(r["length"]), f"{100 * r['budget']:g} %", r["method"], str(r["cases"]),
-         cell(r["accuracy"]), cell(r["log_prob"], 3), cell(r["perplexity"]),
-         cell(r["evict_ms"], 0), cell(r["cache_mb"], 1)]
-        for r in found["rows"]
-    ]  # fmt: skip
-    return f"{found['setting']}.\n\n{markdown(columns, rows)}"
-
-
-def ablation_block(root: Path) -> str:
-    """One line per variant of NACL, from ``examples/nacl_ablation.py``."""
-    import json
-
-    path = root / RESULTS / "nacl_ablation" / "summary.json"
-    if not path.is_file():
-        return "No ablation has been committed."
-    found = json.loads(path.read_text())
-    cells = {(r["task"], r["method"], r["budget"]): r for r in found["rows"]}
-    tasks = list(dict.fromkeys(r["task"] for r in found["rows"]))
-    columns = ["variant", *(f"{t} {100 * b:g} %" for t in tasks for b in (0.2, 0.5))]
-    rows = []
-    for method in dict.fromkeys(r["method"] for r in found["rows"]):
-        row = [method]
-        for task, budget in ((t, b) for t in tasks for b in (0.2, 0.5)):
-            cell = cells.get((task, method, budget)) or cells.get((task, method, 1.0))
-            key = "perplexity" if task == "perplexity" else "accuracy"
-            row.append("–" if cell is None or cell[key] is None else f"{cell[key]:.2f}")
-        rows.append(row)
-    length = found["rows"][0]["length"]
-    return f"{found['setting']}, prompts of {length} tokens.\n\n{markdown(columns, rows)}"
-
-
-BLOCKS = {"ops": ops_block, "quality": quality_block, "ablation": ablation_block}
+BLOCKS = {"ops": ops_block, **studies.BLOCKS}
 
 
 def rewrite(root: Path, path: Path) -> str:

@@ -8,6 +8,7 @@
 #include <cstring>
 
 #include "core/dispatch.h"
+#include "core/overlap.h"
 
 namespace tenfold {
 namespace {
@@ -166,9 +167,25 @@ AdamwTensor check_tensor(const char* op, const AdamwArgs& a, MaskKind kind, size
   t.param = p.data_ptr(), t.grad = g.data_ptr(), t.step = data_as<float>(step);
   t.numel = p.numel();
   t.dtype = to_dtype(s);
-  t.id = static_cast<uint32_t>(a.tensor_ids.empty() ? i : a.tensor_ids[i]);
+  const int64_t id = a.tensor_ids.empty() ? static_cast<int64_t>(i) : a.tensor_ids[i];
+  TENFOLD_CHECK_VALUE(id >= 0 && id <= UINT32_MAX, "tenfold::", op, ": tensor_ids[", i,
+                      "] must be in [0, 2^32), got ", id);
+  t.id = static_cast<uint32_t>(id);
   if (!a.masks.empty()) t.mask = check_mask(op, "params", i, p, a.masks[i], kind, a.block_size);
   return t;
+}
+
+// What both ops read and write, and must not be the same memory.
+Memory memory_of(const AdamwArgs& a) {
+  Memory memory(a.params.size() * 6);
+  for (size_t i = 0; i < a.params.size(); ++i) {
+    memory.writes("params", i, a.params[i]);
+    memory.reads("grads", i, a.grads[i]);
+    memory.writes("exp_avgs", i, a.exp_avgs[i]);
+    memory.writes("exp_avg_sqs", i, a.exp_avg_sqs[i]);
+    memory.writes("steps", i, a.steps[i]);
+  }
+  return memory;
 }
 
 void check_lengths(const char* op, const AdamwArgs& a) {
@@ -199,6 +216,18 @@ void check_state(const AdamwArgs& a, size_t i, const Named& x, ScalarType dtype,
   TENFOLD_CHECK_VALUE(x.t.numel() == a.exp_avgs[i].numel(), "tenfold::", kOp, ": compact ", x.name,
                       "[", i, "] must have as many elements as exp_avgs[", i, "], ",
                       a.exp_avgs[i].numel(), ", got ", x.t.numel());
+}
+
+// What can be said without the mask's bits, which may be on a GPU.
+void check_compact_size(size_t i, const AdamwTensor& t) {
+  const bool whole =
+      t.mask.kind == MaskKind::row ? t.state_numel % std::max<int64_t>(t.mask.inner, 1) == 0
+      : t.mask.kind == MaskKind::col
+          ? t.state_numel % std::max<int64_t>(t.numel / std::max<int64_t>(t.mask.inner, 1), 1) == 0
+          : true;
+  TENFOLD_CHECK_VALUE(whole && t.state_numel <= t.numel, "tenfold::", kOp, ": compact exp_avgs[", i,
+                      "] must hold the trained elements of params[", i, "] and no others, got ",
+                      t.state_numel, " elements of ", t.numel);
 }
 
 const int32_t* check_prefix(const MaskedAdamwArgs& a, MaskKind kind, size_t i) {
@@ -250,8 +279,13 @@ AdamwCall check_masked_adamw(const MaskedAdamwArgs& a) {
     }
     t.state_dtype = to_dtype(m.scalar_type());
     t.state_numel = m.numel();
+    if (compact) check_compact_size(i, t);
     call.tensors.push_back(t);
   }
+  Memory memory = memory_of(a);
+  if (a.amsgrad)
+    for (size_t i = 0; i < n; ++i) memory.writes("max_exp_avg_sqs", i, a.max_exp_avg_sqs[i]);
+  memory.check(kOp);
   return call;
 }
 
@@ -311,6 +345,12 @@ Adamw8bitCall check_masked_adamw_8bit(const MaskedAdamw8bitArgs& a) {
     t.absmax2 = check_absmax(a, i, {"absmax2", a.absmax2[i]});
     call.tensors.push_back(t);
   }
+  Memory memory = memory_of(a);
+  for (size_t i = 0; i < n; ++i) {
+    memory.writes("absmax1", i, a.absmax1[i]);
+    memory.writes("absmax2", i, a.absmax2[i]);
+  }
+  memory.check(kOp8);
   return call;
 }
 

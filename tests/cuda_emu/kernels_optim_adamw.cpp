@@ -38,9 +38,9 @@ Call begin(int64_t count, void* const* pointers, const int64_t* sizes, const dou
     call.tensors.push_back(tensor_of(pointers + 10 * i, sizes + 8 * i));
     steps.push_back(call.tensors.back().step);
   }
-  call.options = {numbers[0],    numbers[1],    numbers[2],    numbers[3],
-                  numbers[4],    flags[0] != 0, flags[1] != 0, flags[2] != 0,
-                  flags[3] != 0, static_cast<uint64_t>(flags[4])};
+  call.options = {
+      numbers[0],    numbers[1],    numbers[2],    numbers[3],    numbers[4],
+      flags[0] != 0, flags[1] != 0, flags[2] != 0, flags[3] != 0, static_cast<uint64_t>(flags[4])};
   AdamwInputs in;
   in.lr = {inputs[0], static_cast<int>(flags[5])};
   in.grad_scale = static_cast<const float*>(inputs[1]);
@@ -68,11 +68,10 @@ API void emu_masked_adamw(int64_t count, void* const* pointers, const int64_t* s
         at.push_back(static_cast<int>(i));
       }
       if (chosen.empty()) continue;
-      dispatch_adamw(
-          static_cast<Dtype>(dtype), static_cast<Dtype>(state), [&]<class P, class S>() {
-            launch_masked_adamw<P, S>(chosen.data(), at.data(), static_cast<int64_t>(at.size()),
-                                      call.options, call.scalars.data(), nullptr);
-          });
+      dispatch_adamw(static_cast<Dtype>(dtype), static_cast<Dtype>(state), [&]<class P, class S>() {
+        launch_masked_adamw<P, S>(chosen.data(), at.data(), static_cast<int64_t>(at.size()),
+                                  call.options, call.scalars.data(), nullptr);
+      });
     }
 }
 

@@ -56,9 +56,9 @@ constexpr int64_t kDecodeKeyBlock = 64;   // tokens of a block
 constexpr int64_t decode_pitch(int64_t d) {
   return (d + 15) / 16 * 16;
 }  // floats, widest vector
-// Weights of a block, and the queries in bf16 where they are multiplied as such.
+// Weights of a block; queries and weights in bf16 where they are multiplied as such.
 constexpr int64_t decode_scratch(int64_t rows, int64_t head_dim) {
-  return rows * (kDecodeKeyBlock + decode_pitch(head_dim));
+  return rows * (kDecodeKeyBlock + decode_pitch(head_dim) + kDecodeKeyBlock / 2);
 }
 // Result of one task: max [rows], sum [rows], out [rows][pitch].
 constexpr int64_t decode_partial(int64_t rows, int64_t value_dim) {

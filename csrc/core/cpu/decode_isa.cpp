@@ -9,6 +9,9 @@ namespace {
 
 constexpr int kRows = 4, kKeys = 4;
 
+// Without it the compiler keeps accumulators on the stack between a loop and its remainder.
+#define TENFOLD_UNROLL _Pragma("GCC unroll 16")
+
 // The tokens of a block: where their keys and values are, heads not counted.
 struct Block {
   int64_t first, num_keys;
@@ -16,42 +19,22 @@ struct Block {
   const char* v[kDecodeKeyBlock];
 };
 
-// Rows that come next are fetched into the second cache, a few lines at every step of the
-// arithmetic. The tiles are no order that the hardware's prefetcher follows, and keys and values
-// take turns. The pace matters: a whole row at once fills the few buffers for misses of the first
-// cache, and then the arithmetic waits behind them.
+// Rows that come next are fetched into the second cache, a line with every line that is worked on.
+// The tiles are no order that the hardware's prefetcher follows, and keys and values take turns.
+// The pace matters: a whole row at once fills the few buffers for misses of the first cache, and
+// then the arithmetic waits behind them.
 struct Ahead {
-  const char* line = nullptr;
-  const char* row_end = nullptr;
-  const char* const* row = nullptr;
-  const char* const* last = nullptr;
-  int64_t offset = 0, bytes = 0;
-  int64_t pace = 0;  // lines per step
+  const char* const* rows;  // [kDecodeKeyBlock]
+  int64_t offset;           // bytes
 
-  // `num_rows` rows of `row_bytes` bytes, shared out over `steps` steps.
-  inline void start(const char* const* rows, int64_t num_rows, int64_t head_offset,
-                    int64_t row_bytes, int64_t steps) {
-    pace = 0;
-    if (num_rows == 0 || steps <= 0) return;
-    row = rows, last = rows + num_rows, offset = head_offset, bytes = row_bytes;
-    pace = (num_rows * ((row_bytes + 63) / 64) + steps - 1) / steps;
-    line = *row + offset;
-    row_end = line + bytes;
-  }
-  inline void step() {
-    for (int64_t i = 0; i < pace; ++i) {
-      __builtin_prefetch(line, 0, 2);
-      line += 64;
-      if (line < row_end) continue;
-      if (++row == last) {
-        pace = 0;
-        return;
-      }
-      line = *row + offset;
-      row_end = line + bytes;
-    }
-  }
+  inline const char* row(int64_t j) const { return rows[j] + offset; }
 };
+
+// `row` at element i, if a line begins there.
+template <class T>
+inline void fetch(const char* row, int64_t i) {
+  if (i * sizeof(T) % 64 == 0) __builtin_prefetch(row + i * sizeof(T), 0, 2);
+}
 
 // Walks over the runs of a task, a block at a time.
 struct Cursor {
@@ -76,45 +59,54 @@ void next_block(const DecodeTask& t, int64_t size, Cursor* c, Block* block) {
     if (c->at == run.num_keys) c->run += 1, c->at = 0;
   }
   block->num_keys = n;
+  for (int64_t j = n; n > 0 && j < kDecodeKeyBlock; ++j) {
+    block->k[j] = block->k[n - 1];  // so that all may be fetched
+    block->v[j] = block->v[n - 1];
+  }
   c->first += n;
 }
 
-// Logits of rows [r0, r0 + R) and keys [j0, j0 + 4) of one key head; missing keys repeat the last.
+// Logits of rows [r0, r0 + R) and keys [j0, j0 + 4) of one key head; missing keys are the last.
 // Loops over rows and keys have constant bounds: the accumulators must not be indexed at run time,
 // or they live on the stack.
-template <class T, int R>
+template <class T, int R, bool kFetch>
 void logits_tile(const DecodeTask& t, const Block& b, int64_t offset, int64_t r0, int64_t j0,
-                 Ahead& ahead) {
+                 const Ahead& ahead) {
   const float* q[R];
   const T* key[kKeys];
   const int64_t pitch = decode_pitch(t.head_dim);
-  for (int r = 0; r < R; ++r) q[r] = t.q + (r0 + r) * pitch;
-  for (int j = 0; j < kKeys; ++j)
-    key[j] =
-        reinterpret_cast<const T*>(b.k[j0 + j < b.num_keys ? j0 + j : b.num_keys - 1]) + offset;
+  TENFOLD_UNROLL for (int r = 0; r < R; ++r) q[r] = t.q + (r0 + r) * pitch;
+  const char* next[kKeys];
+  TENFOLD_UNROLL for (int j = 0; j < kKeys; ++j) {
+    key[j] = reinterpret_cast<const T*>(b.k[j0 + j]) + offset;
+    next[j] = ahead.row(j0 + j);
+  }
   VF acc[R][kKeys];
-  for (auto& row : acc)
-    for (auto& a : row) a = set1(0.0f);
+  TENFOLD_UNROLL for (int r = 0; r < R; ++r) TENFOLD_UNROLL for (int j = 0; j < kKeys; ++j)
+      acc[r][j] = set1(0.0f);
   int64_t i = 0;
   for (; i + kWidth <= t.head_dim; i += kWidth) {
-    ahead.step();
     VF x[kKeys];
-    for (int j = 0; j < kKeys; ++j) x[j] = load(key[j] + i);
-    for (int r = 0; r < R; ++r) {
+    TENFOLD_UNROLL for (int j = 0; j < kKeys; ++j) {
+      if constexpr (kFetch) fetch<T>(next[j], i);
+      x[j] = load(key[j] + i);
+    }
+    TENFOLD_UNROLL for (int r = 0; r < R; ++r) {
       const VF y = load(q[r] + i);
-      for (int j = 0; j < kKeys; ++j) acc[r][j] = fma(x[j], y, acc[r][j]);
+      TENFOLD_UNROLL for (int j = 0; j < kKeys; ++j) acc[r][j] = fma(x[j], y, acc[r][j]);
     }
   }
   if (i < t.head_dim) {
     VF x[kKeys];
-    for (int j = 0; j < kKeys; ++j) x[j] = load_n(key[j] + i, static_cast<int>(t.head_dim - i));
-    for (int r = 0; r < R; ++r) {
+    TENFOLD_UNROLL for (int j = 0; j < kKeys; ++j) x[j] =
+        load_n(key[j] + i, static_cast<int>(t.head_dim - i));
+    TENFOLD_UNROLL for (int r = 0; r < R; ++r) {
       const VF y = load(q[r] + i);  // zero padded
-      for (int j = 0; j < kKeys; ++j) acc[r][j] = fma(x[j], y, acc[r][j]);
+      TENFOLD_UNROLL for (int j = 0; j < kKeys; ++j) acc[r][j] = fma(x[j], y, acc[r][j]);
     }
   }
-  for (int r = 0; r < R; ++r)
-    hsum4(acc[r][0], acc[r][1], acc[r][2], acc[r][3], t.scratch + (r0 + r) * kDecodeKeyBlock + j0);
+  TENFOLD_UNROLL for (int r = 0; r < R; ++r) hsum4(acc[r][0], acc[r][1], acc[r][2], acc[r][3],
+                                                   t.scratch + (r0 + r) * kDecodeKeyBlock + j0);
 }
 
 #if defined(TENFOLD_ISA_BF16)
@@ -138,53 +130,67 @@ void round_queries(const DecodeTask& t) {
 }
 
 // bf16 dot products: exact products, float sums, and no conversion of the keys.
-template <class T, int R>
-  requires(sizeof(T) == 2 && __is_same(T, bf16_t))
+template <class T, int R, bool kFetch>
+  requires(__is_same(T, bf16_t))
 void logits_tile(const DecodeTask& t, const Block& b, int64_t offset, int64_t r0, int64_t j0,
-                 Ahead& ahead) {
+                 const Ahead& ahead) {
   const uint16_t* q[R];
   const uint16_t* key[kKeys];
   const int64_t pitch = bf16_pitch(t.head_dim);
-  for (int r = 0; r < R; ++r) q[r] = bf16_queries(t) + (r0 + r) * pitch;
-  for (int j = 0; j < kKeys; ++j)
-    key[j] = reinterpret_cast<const uint16_t*>(b.k[j0 + j < b.num_keys ? j0 + j : b.num_keys - 1]) +
-             offset;
+  TENFOLD_UNROLL for (int r = 0; r < R; ++r) q[r] = bf16_queries(t) + (r0 + r) * pitch;
+  const char* next[kKeys];
+  TENFOLD_UNROLL for (int j = 0; j < kKeys; ++j) {
+    key[j] = reinterpret_cast<const uint16_t*>(b.k[j0 + j]) + offset;
+    next[j] = ahead.row(j0 + j);
+  }
   VF acc[R][kKeys];
-  for (auto& row : acc)
-    for (auto& a : row) a = set1(0.0f);
+  TENFOLD_UNROLL for (int r = 0; r < R; ++r) TENFOLD_UNROLL for (int j = 0; j < kKeys; ++j)
+      acc[r][j] = set1(0.0f);
   int64_t i = 0;
   for (; i + kPair <= t.head_dim; i += kPair) {
-    ahead.step();
     VI x[kKeys];
-    for (int j = 0; j < kKeys; ++j) x[j] = {_mm512_loadu_si512(key[j] + i)};
-    for (int r = 0; r < R; ++r) {
+    TENFOLD_UNROLL for (int j = 0; j < kKeys; ++j) {
+      if constexpr (kFetch) fetch<T>(next[j], i);
+      x[j] = {_mm512_loadu_si512(key[j] + i)};
+    }
+    TENFOLD_UNROLL for (int r = 0; r < R; ++r) {
       const VI y = {_mm512_loadu_si512(q[r] + i)};
-      for (int j = 0; j < kKeys; ++j) acc[r][j] = dot_bf16(acc[r][j], x[j], y);
+      TENFOLD_UNROLL for (int j = 0; j < kKeys; ++j) acc[r][j] = dot_bf16(acc[r][j], x[j], y);
     }
   }
   if (i < t.head_dim) {
     const auto some = static_cast<__mmask32>((uint64_t{1} << (t.head_dim - i)) - 1);
     VI x[kKeys];
-    for (int j = 0; j < kKeys; ++j) x[j] = {_mm512_maskz_loadu_epi16(some, key[j] + i)};
-    for (int r = 0; r < R; ++r) {
+    TENFOLD_UNROLL for (int j = 0; j < kKeys; ++j)
+        x[j] = {_mm512_maskz_loadu_epi16(some, key[j] + i)};
+    TENFOLD_UNROLL for (int r = 0; r < R; ++r) {
       const VI y = {_mm512_loadu_si512(q[r] + i)};  // zero padded
-      for (int j = 0; j < kKeys; ++j) acc[r][j] = dot_bf16(acc[r][j], x[j], y);
+      TENFOLD_UNROLL for (int j = 0; j < kKeys; ++j) acc[r][j] = dot_bf16(acc[r][j], x[j], y);
     }
   }
-  for (int r = 0; r < R; ++r)
-    hsum4(acc[r][0], acc[r][1], acc[r][2], acc[r][3], t.scratch + (r0 + r) * kDecodeKeyBlock + j0);
+  TENFOLD_UNROLL for (int r = 0; r < R; ++r) hsum4(acc[r][0], acc[r][1], acc[r][2], acc[r][3],
+                                                   t.scratch + (r0 + r) * kDecodeKeyBlock + j0);
 }
 #endif
 
+// Logits of rows [r, r + R), R = min(4, end - r).
+template <class T, bool kFetch>
+inline void logits_of_rows(const DecodeTask& t, const Block& b, int64_t offset, int64_t r,
+                           int64_t end, int64_t j, const Ahead& ahead) {
+  if (end - r >= 4) return logits_tile<T, 4, kFetch>(t, b, offset, r, j, ahead);
+  if (end - r == 3) return logits_tile<T, 3, kFetch>(t, b, offset, r, j, ahead);
+  if (end - r == 2) return logits_tile<T, 2, kFetch>(t, b, offset, r, j, ahead);
+  logits_tile<T, 1, kFetch>(t, b, offset, r, j, ahead);
+}
+
 template <class T>
-void logits_of_head(const DecodeTask& t, const Block& b, const DecodeHead& head, Ahead& ahead) {
+void logits_of_head(const DecodeTask& t, const Block& b, const DecodeHead& head,
+                    const Ahead& ahead) {
   const int64_t end = head.first_row + head.num_rows;
   for (int64_t j = 0; j < b.num_keys; j += kKeys) {
-    int64_t r = head.first_row;
-    for (; r + kRows <= end; r += kRows) logits_tile<T, 4>(t, b, head.offset, r, j, ahead);
-    if (end - r == 3) logits_tile<T, 3>(t, b, head.offset, r, j, ahead);
-    if (end - r == 2) logits_tile<T, 2>(t, b, head.offset, r, j, ahead);
-    if (end - r == 1) logits_tile<T, 1>(t, b, head.offset, r, j, ahead);
+    logits_of_rows<T, true>(t, b, head.offset, head.first_row, end, j, ahead);
+    for (int64_t r = head.first_row + kRows; r < end; r += kRows)
+      logits_of_rows<T, false>(t, b, head.offset, r, end, j, ahead);
   }
 }
 
@@ -227,8 +233,8 @@ void softmax_row(const DecodeTask& t, int64_t r, int64_t from, int64_t to) {
   t.sum[r] += hsum(sum);
 }
 
-// Two vectors of values. Of bf16 the even and the odd elements: one instruction each, where
-// elements in order would take two. Their sums stay in that order until restore_order.
+// Two vectors of values. Of bf16 they are taken out of the 128-bit lanes: one instruction each,
+// where elements in order would take two. Their sums stay in that order until restore_order.
 template <class T>
 inline void load_two(const T* p, VF* a, VF* b) {
   *a = load(p);
@@ -236,10 +242,9 @@ inline void load_two(const T* p, VF* a, VF* b) {
 }
 #if defined(TENFOLD_ISA_AVX512)
 inline void load_two(const bf16_t* p, VF* a, VF* b) {
-  const __m512i both = _mm512_loadu_si512(p);
-  a->v = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
-  b->v =
-      _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(static_cast<int>(0xFFFF0000u))));
+  const __m512i both = _mm512_loadu_si512(p), zero = _mm512_setzero_si512();
+  a->v = _mm512_castsi512_ps(_mm512_unpacklo_epi16(zero, both));
+  b->v = _mm512_castsi512_ps(_mm512_unpackhi_epi16(zero, both));
 }
 #endif
 
@@ -247,14 +252,14 @@ template <class T>
 void restore_order(const DecodeTask& t) {
 #if defined(TENFOLD_ISA_AVX512)
   if (!__is_same(T, bf16_t)) return;
-  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
   const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
   for (int64_t r = 0; r < t.rows; ++r) {
     float* out = t.out + r * decode_pitch(t.value_dim);
     for (int64_t i = 0; i + 2 * kWidth <= t.value_dim; i += 2 * kWidth) {
-      const VF even = load(out + i), odd = load(out + i + kWidth);
-      store(out + i, {_mm512_permutex2var_ps(even.v, low, odd.v)});
-      store(out + i + kWidth, {_mm512_permutex2var_ps(even.v, high, odd.v)});
+      const VF first = load(out + i), second = load(out + i + kWidth);
+      store(out + i, {_mm512_permutex2var_ps(first.v, low, second.v)});
+      store(out + i + kWidth, {_mm512_permutex2var_ps(first.v, high, second.v)});
     }
   }
 #else
@@ -264,55 +269,115 @@ void restore_order(const DecodeTask& t) {
 
 // out[rows][i0 .. i0 + V vectors) += weights * v over tokens [from, to) of the block; kPart: its
 // only vector is not whole.
-template <class T, int R, int V, bool kPart>
+template <class T, int R, int V, bool kPart, bool kFetch>
 void values_tile(const DecodeTask& t, const Block& b, int64_t offset, const int32_t* rows,
-                 int64_t i0, int64_t from, int64_t to, Ahead& ahead) {
+                 int64_t i0, int64_t from, int64_t to, const Ahead& ahead) {
   const int64_t pitch = decode_pitch(t.value_dim);
   const int last = static_cast<int>(t.value_dim - i0);
   float* out[R];
   const float* w[R];
-  for (int r = 0; r < R; ++r) {
+  TENFOLD_UNROLL for (int r = 0; r < R; ++r) {
     out[r] = t.out + rows[r] * pitch + i0;
     w[r] = t.scratch + rows[r] * kDecodeKeyBlock;
   }
   VF acc[R][V];
-  for (int r = 0; r < R; ++r)
-    for (int x = 0; x < V; ++x) acc[r][x] = load(out[r] + x * kWidth);
+  TENFOLD_UNROLL for (int r = 0; r < R; ++r) TENFOLD_UNROLL for (int x = 0; x < V; ++x) acc[r][x] =
+      load(out[r] + x * kWidth);
   for (int64_t j = from; j < to; ++j) {
     const T* row = reinterpret_cast<const T*>(b.v[j]) + offset + i0;
-    ahead.step();
+    if constexpr (kFetch)
+      TENFOLD_UNROLL for (int x = 0; x < V; ++x) fetch<T>(ahead.row(j), i0 + x * kWidth);
     VF value[V];
     if constexpr (V == 1) {
       value[0] = kPart ? load_n(row, last) : load(row);
     } else {
-      for (int x = 0; x < V; x += 2) load_two(row + x * kWidth, &value[x], &value[x + 1]);
+      TENFOLD_UNROLL for (int x = 0; x < V; x += 2)
+          load_two(row + x * kWidth, &value[x], &value[x + 1]);
     }
-    for (int r = 0; r < R; ++r) {
+    TENFOLD_UNROLL for (int r = 0; r < R; ++r) {
       const VF weight = set1(w[r][j]);
-      for (int x = 0; x < V; ++x) acc[r][x] = fma(weight, value[x], acc[r][x]);
+      TENFOLD_UNROLL for (int x = 0; x < V; ++x) acc[r][x] = fma(weight, value[x], acc[r][x]);
     }
   }
-  for (int r = 0; r < R; ++r)
-    for (int x = 0; x < V; ++x) store(out[r] + x * kWidth, acc[r][x]);
+  TENFOLD_UNROLL for (int r = 0; r < R; ++r) TENFOLD_UNROLL for (int x = 0; x < V; ++x)
+      store(out[r] + x * kWidth, acc[r][x]);
 }
+
+#if defined(TENFOLD_ISA_BF16)
+inline uint16_t* bf16_weights(const DecodeTask& t) {
+  return reinterpret_cast<uint16_t*>(t.scratch +
+                                     t.rows * (kDecodeKeyBlock + decode_pitch(t.head_dim)));
+}
+
+void round_weights(const DecodeTask& t, int64_t r) {
+  const float* from = t.scratch + r * kDecodeKeyBlock;
+  auto* to = reinterpret_cast<bf16_t*>(bf16_weights(t) + r * kDecodeKeyBlock);
+  for (int64_t j = 0; j < kDecodeKeyBlock; j += kWidth) store(to + j, load(from + j));
+}
+
+// Two tokens at a time: their values side by side, and their weights rounded to bf16 as
+// everywhere where such weights are multiplied in bf16. Half the multiplications, no conversion.
+template <class T, int R, int V, bool kPart, bool kFetch>
+  requires(__is_same(T, bf16_t) && V > 1)
+void values_tile(const DecodeTask& t, const Block& b, int64_t offset, const int32_t* rows,
+                 int64_t i0, int64_t from, int64_t to, const Ahead& ahead) {
+  const int64_t pitch = decode_pitch(t.value_dim);
+  float* out[R];
+  const uint16_t* w[R];
+  TENFOLD_UNROLL for (int r = 0; r < R; ++r) {
+    out[r] = t.out + rows[r] * pitch + i0;
+    w[r] = bf16_weights(t) + rows[r] * kDecodeKeyBlock;
+  }
+  VF acc[R][V];
+  TENFOLD_UNROLL for (int r = 0; r < R; ++r) TENFOLD_UNROLL for (int x = 0; x < V; ++x) acc[r][x] =
+      load(out[r] + x * kWidth);
+  for (int64_t j = from; j < to; j += 2) {
+    const bool alone = j + 1 == to;  // beside it zeros: the next token is not everybody's
+    const T* one = reinterpret_cast<const T*>(b.v[j]) + offset + i0;
+    const T* two = reinterpret_cast<const T*>(b.v[alone ? j : j + 1]) + offset + i0;
+    const __mmask16 there = alone ? 0 : 0xFFFF;
+    if constexpr (kFetch) {
+      TENFOLD_UNROLL for (int x = 0; x < V; ++x) {
+        fetch<T>(ahead.row(j), i0 + x * kWidth);
+        fetch<T>(ahead.row(alone ? j : j + 1), i0 + x * kWidth);
+      }
+    }
+    VI value[V];
+    TENFOLD_UNROLL for (int x = 0; x < V; x += 2) {
+      const __m512i first = _mm512_loadu_si512(one + x * kWidth);
+      const __m512i second = _mm512_maskz_loadu_epi32(there, two + x * kWidth);
+      value[x] = {_mm512_unpacklo_epi16(first, second)};
+      value[x + 1] = {_mm512_unpackhi_epi16(first, second)};
+    }
+    TENFOLD_UNROLL for (int r = 0; r < R; ++r) {
+      int32_t pair = w[r][j];
+      if (!alone) __builtin_memcpy(&pair, w[r] + j, sizeof(pair));
+      const VI weight = {_mm512_set1_epi32(pair)};
+      TENFOLD_UNROLL for (int x = 0; x < V; ++x) acc[r][x] = dot_bf16(acc[r][x], weight, value[x]);
+    }
+  }
+  TENFOLD_UNROLL for (int r = 0; r < R; ++r) TENFOLD_UNROLL for (int x = 0; x < V; ++x)
+      store(out[r] + x * kWidth, acc[r][x]);
+}
+#endif
 
 // Vectors of a tile of so many rows: as many accumulators as registers are there for.
 constexpr int vectors(int rows) {
   return kWidth <= 8 ? 2 : rows <= 2 ? 8 : 4;
 }
 
-template <class T, int R>
+template <class T, int R, bool kFetch>
 void values_of_rows(const DecodeTask& t, const Block& b, int64_t offset, const int32_t* rows,
-                    int64_t from, int64_t to, Ahead& ahead) {
+                    int64_t from, int64_t to, const Ahead& ahead) {
   constexpr int V = vectors(R);
   int64_t i = 0;
   for (; i + V * kWidth <= t.value_dim; i += V * kWidth)
-    values_tile<T, R, V, false>(t, b, offset, rows, i, from, to, ahead);
+    values_tile<T, R, V, false, kFetch>(t, b, offset, rows, i, from, to, ahead);
   for (; i + 2 * kWidth <= t.value_dim; i += 2 * kWidth)
-    values_tile<T, R, 2, false>(t, b, offset, rows, i, from, to, ahead);
+    values_tile<T, R, 2, false, kFetch>(t, b, offset, rows, i, from, to, ahead);
   for (; i + kWidth <= t.value_dim; i += kWidth)
-    values_tile<T, R, 1, false>(t, b, offset, rows, i, from, to, ahead);
-  if (i < t.value_dim) values_tile<T, R, 1, true>(t, b, offset, rows, i, from, to, ahead);
+    values_tile<T, R, 1, false, kFetch>(t, b, offset, rows, i, from, to, ahead);
+  if (i < t.value_dim) values_tile<T, R, 1, true, kFetch>(t, b, offset, rows, i, from, to, ahead);
 }
 
 // The same for one token that not every row sees: whatever it holds must not reach the others.
@@ -338,17 +403,25 @@ void value_of_some(const DecodeTask& t, const Block& b, const DecodeHead& head, 
   }
 }
 
+template <class T, bool kFetch>
+inline void values_of_next_rows(const DecodeTask& t, const Block& b, int64_t offset,
+                                const int32_t* rows, const int32_t* end, int64_t from, int64_t to,
+                                const Ahead& ahead) {
+  if (end - rows >= 4) return values_of_rows<T, 4, kFetch>(t, b, offset, rows, from, to, ahead);
+  if (end - rows == 3) return values_of_rows<T, 3, kFetch>(t, b, offset, rows, from, to, ahead);
+  if (end - rows == 2) return values_of_rows<T, 2, kFetch>(t, b, offset, rows, from, to, ahead);
+  values_of_rows<T, 1, kFetch>(t, b, offset, rows, from, to, ahead);
+}
+
 // Tokens [from, to) of the block are seen by all rows.
 template <class T>
 void values_of_head(const DecodeTask& t, const Block& b, const DecodeHead& head, int64_t from,
-                    int64_t to, Ahead& ahead) {
+                    int64_t to, const Ahead& ahead) {
   const int32_t* rows = t.value_rows + head.first_row;
   const int32_t* end = rows + head.num_rows;
-  for (; rows + kRows <= end; rows += kRows)
-    values_of_rows<T, 4>(t, b, head.offset, rows, from, to, ahead);
-  if (end - rows == 3) values_of_rows<T, 3>(t, b, head.offset, rows, from, to, ahead);
-  if (end - rows == 2) values_of_rows<T, 2>(t, b, head.offset, rows, from, to, ahead);
-  if (end - rows == 1) values_of_rows<T, 1>(t, b, head.offset, rows, from, to, ahead);
+  values_of_next_rows<T, true>(t, b, head.offset, rows, end, from, to, ahead);
+  for (rows += kRows; rows < end; rows += kRows)
+    values_of_next_rows<T, false>(t, b, head.offset, rows, end, from, to, ahead);
   for (int64_t j = 0; j < b.num_keys; ++j)
     if (j < from || j >= to) value_of_some<T>(t, b, head, j);
 }
@@ -357,52 +430,36 @@ inline int64_t clamp(int64_t x, int64_t low, int64_t high) {
   return x < low ? low : x > high ? high : x;
 }
 
-// Steps of the arithmetic of a head: what Ahead::start shares lines out over.
-template <class T>
-inline int64_t logit_steps(const DecodeTask& t, const DecodeHead& head, int64_t num_keys) {
-  const int64_t tiles = (num_keys + kKeys - 1) / kKeys * ((head.num_rows + kRows - 1) / kRows);
-#if defined(TENFOLD_ISA_BF16)
-  if (__is_same(T, bf16_t)) return tiles * (t.head_dim / kPair);
-#endif
-  return tiles * (t.head_dim / kWidth);
-}
-inline int64_t value_steps(const DecodeTask& t, const DecodeHead& head, int64_t num_keys) {
-  const int64_t width = (head.num_rows <= 2 ? vectors(2) : vectors(kRows)) * kWidth;
-  return num_keys * ((head.num_rows + kRows - 1) / kRows) * ((t.value_dim + width - 1) / width);
-}
-
 // One block; `next` is the one after it, maybe empty.
 template <class T>
 void run_block(const DecodeTask& t, const Block& b, const Block& next, int64_t all_from,
                int64_t all_to) {
   constexpr int64_t kSize = sizeof(T);
-  const int64_t n = b.num_keys, k_bytes = t.head_dim * kSize, v_bytes = t.value_dim * kSize;
-  Ahead ahead;
+  const int64_t n = b.num_keys;
   for (int64_t h = 0; h < t.num_key_heads; ++h) {
-    const int64_t steps = logit_steps<T>(t, t.key_heads[h], n);
-    if (h + 1 < t.num_key_heads) {
-      ahead.start(b.k, n, t.key_heads[h + 1].offset * kSize, k_bytes, steps);
-    } else {
-      ahead.start(b.v, n, t.value_heads[0].offset * kSize, v_bytes, steps);
-    }
+    const bool last = h + 1 == t.num_key_heads;
+    const Ahead ahead{last ? b.v : b.k,
+                      (last ? t.value_heads[0].offset : t.key_heads[h + 1].offset) * kSize};
     logits_of_head<T>(t, b, t.key_heads[h], ahead);
   }
-  for (int64_t r = 0; r < t.rows; ++r)
+  for (int64_t r = 0; r < t.rows; ++r) {
     softmax_row(t, r, clamp(t.begin[r] - b.first, 0, n), clamp(t.end[r] - b.first, 0, n));
+#if defined(TENFOLD_ISA_BF16)
+    if (__is_same(T, bf16_t)) round_weights(t, r);
+#endif
+  }
   const int64_t from = clamp(all_from - b.first, 0, n), to = clamp(all_to - b.first, from, n);
   for (int64_t h = 0; h < t.num_value_heads; ++h) {
-    const int64_t steps = value_steps(t, t.value_heads[h], to - from);
-    if (h + 1 < t.num_value_heads) {
-      ahead.start(b.v, n, t.value_heads[h + 1].offset * kSize, v_bytes, steps);
-    } else {
-      ahead.start(next.k, next.num_keys, t.key_heads[0].offset * kSize, k_bytes, steps);
-    }
+    const bool last = h + 1 == t.num_value_heads;
+    const Ahead ahead{last ? (next.num_keys > 0 ? next.k : b.k) : b.v,
+                      (last ? t.key_heads[0].offset : t.value_heads[h + 1].offset) * kSize};
     values_of_head<T>(t, b, t.value_heads[h], from, to, ahead);
   }
 }
 
 template <class T>
 void run(const DecodeTask& t) {
+  if (t.rows == 0) return;
   const int64_t width = decode_pitch(t.value_dim);
   for (int64_t r = 0; r < t.rows; ++r) t.max[r] = kDecodeNothing, t.sum[r] = 0.0f;
   for (int64_t i = 0; i < t.rows * width; ++i) t.out[i] = 0.0f;

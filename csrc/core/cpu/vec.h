@@ -8,8 +8,8 @@
 // store_pair; gather, lookup32, lookup256; set1, seti; + - * /; fma, fused (a b + c, rounded once
 // on every ISA) and fused_from (c - a b); sqrt; vmax, vmin (if either argument is NaN, the *second*
 // is returned); rint, ldexp; lt, gt, ge, eq, above, unordered masks; lanes_of, both, any, select,
-// store_chosen, store_where, compress, expand; hsum, hmax, hsum4; VI arithmetic for Philox and
-// float bits, store_by_four.
+// store_chosen, store_where, compress, expand; hsum, hmax, hsum4; bits_of, bits_of_bytes,
+// store_bits_as_bytes for packed masks; VI arithmetic for Philox and float bits, store_by_four.
 #pragma once
 
 #include "core/types.h"

@@ -384,5 +384,31 @@ inline void hsum4(VF a, VF b, VF c, VF d, float* out) {
   _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
 }
 
+// The inverse of lanes_of.
+inline uint32_t bits_of(VM m) {
+  return static_cast<uint32_t>(_mm256_movemask_ps(m.v));
+}
+// Bit i: byte i of 64 is not 0. And back: bytes of 0 and 1.
+inline uint64_t bits_of_bytes(const uint8_t* p) {
+  uint64_t zeros = 0;
+  for (int i = 0; i < 2; ++i) {
+    const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p) + i);
+    const __m256i zero = _mm256_cmpeq_epi8(bytes, _mm256_setzero_si256());
+    zeros |= static_cast<uint64_t>(static_cast<uint32_t>(_mm256_movemask_epi8(zero))) << (32 * i);
+  }
+  return ~zeros;
+}
+inline void store_bits_as_bytes(uint8_t* p, uint64_t bits) {
+  const __m256i spread = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202,
+                                            0x0303030303030303);  // the byte that holds its bit
+  const __m256i each = _mm256_set1_epi64x(static_cast<int64_t>(0x8040201008040201u));
+  for (int i = 0; i < 2; ++i) {
+    const __m256i word = _mm256_set1_epi32(static_cast<int>(bits >> (32 * i)));
+    const __m256i set = _mm256_and_si256(_mm256_shuffle_epi8(word, spread), each);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p) + i,
+                        _mm256_and_si256(_mm256_cmpeq_epi8(set, each), _mm256_set1_epi8(1)));
+  }
+}
+
 }  // namespace
 }  // namespace tenfold::TENFOLD_ISA

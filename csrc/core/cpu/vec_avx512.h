@@ -354,6 +354,19 @@ inline void hsum4(VF a, VF b, VF c, VF d, float* out) {
   _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1)));
 }
 
+// The inverse of lanes_of.
+inline uint32_t bits_of(VM m) {
+  return m;
+}
+// Bit i: byte i of 64 is not 0. And back: bytes of 0 and 1.
+inline uint64_t bits_of_bytes(const uint8_t* p) {
+  const __m512i bytes = _mm512_loadu_si512(p);
+  return _mm512_test_epi8_mask(bytes, bytes);
+}
+inline void store_bits_as_bytes(uint8_t* p, uint64_t bits) {
+  _mm512_storeu_si512(p, _mm512_maskz_set1_epi8(bits, 1));
+}
+
 #if defined(TENFOLD_ISA_BF16)
 // c + pairwise dot products of bf16 lanes (two per float lane), products exact, float32 sums.
 inline VF dot_bf16(VF c, VI a, VI b) {

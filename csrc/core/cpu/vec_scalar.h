@@ -376,6 +376,32 @@ inline void hsum4(VF a, VF b, VF c, VF d, float* out) {
   out[3] = hsum(d);
 }
 
+// The inverse of lanes_of.
+inline uint32_t bits_of(VM m) {
+  uint32_t r = 0;
+  TENFOLD_LANES r |= static_cast<uint32_t>(m.v[i]) << i;
+  return r;
+}
+// Bit i: byte i of 64 is not 0. And back: bytes of 0 and 1.
+inline uint64_t bits_of_bytes(const uint8_t* p) {
+  uint64_t r = 0;
+  for (int i = 0; i < 64; i += 8) {
+    uint64_t x;
+    memcpy(&x, p + i, 8);
+    x |= (x & 0x7F7F7F7F7F7F7F7Fu) + 0x7F7F7F7F7F7F7F7Fu;  // the top bit of what is not 0
+    x = (x >> 7) & 0x0101010101010101u;
+    r |= (x * 0x0102040810204080u) >> 56 << i;
+  }
+  return r;
+}
+inline void store_bits_as_bytes(uint8_t* p, uint64_t bits) {
+  for (int i = 0; i < 64; i += 8) {
+    uint64_t x = ((bits >> i) & 0xFFu) * 0x0101010101010101u & 0x8040201008040201u;
+    x = ((x + 0x00406070787C7E7Fu) >> 7) & 0x0101010101010101u;
+    memcpy(p + i, &x, 8);
+  }
+}
+
 #undef TENFOLD_LANES
 
 }  // namespace

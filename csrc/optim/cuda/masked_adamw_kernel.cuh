@@ -18,13 +18,18 @@ struct AdamwValues {
   Pack<S, N> m, v, max;
 };
 
+// A wrong prefix must not reach further than the states.
+__device__ inline bool inside(int64_t at, int64_t numel) {
+  return static_cast<uint64_t>(at) < static_cast<uint64_t>(numel);
+}
+
 // States of the trained elements one after another from `at` on, into the places of their elements.
 template <class S, int N>
 __device__ inline void load_compact(const void* from, int64_t at, int64_t numel, uint32_t bits,
                                     Pack<S, N>* pack) {
   for (int k = 0; k < N; ++k)
     if (bits >> k & 1) {
-      if (at < numel) pack->x[k] = static_cast<const S*>(from)[at];
+      if (inside(at, numel)) pack->x[k] = static_cast<const S*>(from)[at];
       ++at;
     }
 }
@@ -34,7 +39,7 @@ __device__ inline void store_compact(void* to, int64_t at, int64_t numel, uint32
                                      const Pack<S, N>& pack) {
   for (int k = 0; k < N; ++k)
     if (bits >> k & 1) {
-      if (at < numel) static_cast<S*>(to)[at] = pack.x[k];  // a wrong prefix must not reach further
+      if (inside(at, numel)) static_cast<S*>(to)[at] = pack.x[k];
       ++at;
     }
 }
