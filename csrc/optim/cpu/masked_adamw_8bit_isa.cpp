@@ -52,17 +52,29 @@ struct Quotient {
   }
 };
 
-// One look-up per element; see CodeBook.
-inline VI code_by_table(const CodeBook& book, VF x) {
-  const VI b = bits(x), sign = shr_signed<31>(b);
-  const VI ordered = b ^ (sign & seti(0x7FFFFFFFu));
-  const VI upper = shr_signed<16>(b & seti(0x7FFFFFFFu)), edge = seti(CodeBook::kSmallest - 1);
-  const VI bucket = select(lt(upper, edge), edge, upper) - edge;
-  const auto* middle = reinterpret_cast<const float*>(book.table + CodeBook::kBuckets);
-  const VI entry = bits(gather(middle, (bucket ^ sign) - sign));
-  const VI low = seti(0xFFFFu);
-  const VI q = shr<16>(entry);
-  return select(lt(entry & low, ordered & low), q + seti(1), q);
+// Quantisation by one look-up per element (see CodeBook), in three passes over a block: gathers
+// that nothing waits for overlap.
+inline void quantise_by_table(const CodeBook& book, const float* x, float absmax, uint8_t* codes) {
+  alignas(64) uint32_t ordered[kBlock], entry[kBlock];
+  alignas(64) int32_t bucket[kBlock];
+  const Quotient over(absmax);
+  const VI edge = seti(CodeBook::kSmallest - 1), low = seti(0xFFFFu);
+  for (int i = 0; i < kBlock; i += kWidth) {
+    const VI b = bits(over(load(x + i))), sign = shr_signed<31>(b);
+    const VI magnitude = b & seti(0x7FFFFFFFu), upper = shr<16>(magnitude);
+    const VI at = select(lt(upper, edge), edge, upper) - edge;
+    store(ordered + i, (b ^ (sign & seti(0x7FFFFFFFu))) & low);
+    store(reinterpret_cast<uint32_t*>(bucket) + i, (at ^ sign) - sign);
+  }
+  const uint32_t* const middle = book.table + CodeBook::kBuckets;
+  for (int i = 0; i < kBlock; i += kWidth) {
+    const VI at = load(reinterpret_cast<const uint32_t*>(bucket) + i);
+    store(entry + i, bits(gather(reinterpret_cast<const float*>(middle), at)));
+  }
+  for (int i = 0; i < kBlock; i += kWidth) {
+    const VI e = load(entry + i), q = shr<16>(e);
+    store_low_bytes(codes + i, select(lt(e & low, load(ordered + i)), q + seti(1), q));
+  }
 }
 
 // Any sorted code book, and NaN (which is above no cut).
@@ -82,9 +94,7 @@ inline void quantise(const CodeBook& book, const float* x, float absmax, uint8_t
   } else if (!book.has_table || !(absmax < 0x1p127f)) {
     quantise_by_search(book, x, absmax, codes);
   } else {
-    const Quotient over(absmax);
-    for (int i = 0; i < kBlock; i += kWidth)
-      store_low_bytes(codes + i, code_by_table(book, over(load(x + i))));
+    quantise_by_table(book, x, absmax, codes);
   }
 }
 
@@ -119,38 +129,56 @@ struct Task {
   Noise noise;
 };
 
-// p, g and codes of a whole block. `i`: of its first element.
-template <class P>
-inline void update_block(Task<P>& k, const CodeBook& book1, const CodeBook& book2, P* p, const P* g,
-                         uint8_t* codes1, uint8_t* codes2, float* absmax1, float* absmax2,
-                         const uint64_t* words, int64_t i) {
-  Moments x;
-  dequantise(codes1, book1, *absmax1, x.m);
-  dequantise(codes2, book2, *absmax2, x.v);
+// Dequantised moments to updated ones, and p; the largest magnitudes of trained elements.
+template <bool kAll, class P>
+inline void update_moments(Task<P>& k, Moments* x, P* p, const P* g, const uint64_t* words,
+                           int64_t i, float* absmax1, float* absmax2) {
   const AdamwConstants<VecOps> c = k.c;
+  const VF divisor = k.divisor, factor = k.factor;
+  const bool divides = k.divides, stochastic = k.stochastic;
   VI most1 = seti(0), most2 = seti(0);
   for (int j = 0; j < kBlock; j += kWidth) {
     const auto word =
         static_cast<uint32_t>(words[j / 64] >> (j % 64)) & static_cast<uint32_t>(low_bits(kWidth));
-    if (word == 0) continue;
-    const VM on = lanes_of(word);
-    VF grad = load(g + j);
-    grad = (k.divides ? grad / k.divisor : grad * k.divisor) * k.factor;
-    VF m = load(x.m + j), v = load(x.v + j);
+    if (!kAll && word == 0) continue;
+    VF grad = load(g + j), m = load(x->m + j), v = load(x->v + j);
+    grad = (divides ? grad / divisor : grad * divisor) * factor;
     adamw_moments<VecOps>(c, grad, &m, &v);
     VF param = adamw_param<VecOps>(c, load(p + j), m, v);
-    if (k.stochastic) param = round_stochastic(param, k.noise.at(i + j));
-    store(x.m + j, m), store(x.v + j, v);
-    most1 = larger(most1, select(on, magnitude(m), seti(0)));
-    most2 = larger(most2, select(on, magnitude(v), seti(0)));
-    store_where(p + j, on, param);
+    if (stochastic) param = round_stochastic(param, k.noise.at(i + j));
+    store(x->m + j, m), store(x->v + j, v);
+    if constexpr (kAll) {
+      most1 = larger(most1, magnitude(m)), most2 = larger(most2, magnitude(v));
+      store_quick(p + j, param);
+    } else {
+      const VM on = lanes_of(word);
+      most1 = larger(most1, select(on, magnitude(m), seti(0)));
+      most2 = larger(most2, select(on, magnitude(v), seti(0)));
+      store_where(p + j, on, param);
+    }
   }
   *absmax1 = largest(most1), *absmax2 = largest(most2);
-  uint8_t fresh[kBlock];
-  quantise(book1, x.m, *absmax1, fresh);
-  keep_codes(codes1, fresh, words);
-  quantise(book2, x.v, *absmax2, fresh);
-  keep_codes(codes2, fresh, words);
+}
+
+// p, g and codes of a whole block from element i on; kAll: all of it trains.
+template <bool kAll, class P>
+void update_block(Task<P>& k, const CodeBook& book1, const CodeBook& book2, P* p, const P* g,
+                  uint8_t* codes1, uint8_t* codes2, float* absmax1, float* absmax2,
+                  const uint64_t* words, int64_t i) {
+  Moments x;
+  dequantise(codes1, book1, *absmax1, x.m);
+  dequantise(codes2, book2, *absmax2, x.v);
+  update_moments<kAll>(k, &x, p, g, words, i, absmax1, absmax2);
+  if constexpr (kAll) {
+    quantise(book1, x.m, *absmax1, codes1);
+    quantise(book2, x.v, *absmax2, codes2);
+  } else {
+    uint8_t fresh[kBlock];
+    quantise(book1, x.m, *absmax1, fresh);
+    keep_codes(codes1, fresh, words);
+    quantise(book2, x.v, *absmax2, fresh);
+    keep_codes(codes2, fresh, words);
+  }
 }
 
 template <class P>
@@ -167,16 +195,19 @@ void run(const Adamw8Tensor& t, const AdamwScalars& s, const AdamwOptions& o, co
   const auto* const g = static_cast<const P*>(t.grad);
   MaskWords mask(t.mask, t.numel, begin);
   for (int64_t i = begin; i < end; i += kBlock) {
-    uint64_t words[kWords], any = 0;
-    for (uint64_t& word : words) {
-      word = i + (&word - words) * 64 < t.numel ? mask.next() : 0;
-      any |= word;
+    uint64_t words[kWords], any = 0, all = ~uint64_t{0};
+    for (int w = 0; w < kWords; ++w) {
+      words[w] = i + w * 64 < t.numel ? mask.next() : 0;
+      any |= words[w], all &= words[w];
     }
     if (any == 0) continue;
     float *const absmax1 = t.absmax1 + i / kBlock, *const absmax2 = t.absmax2 + i / kBlock;
-    if (i + kBlock <= end) {
-      update_block(k, book1, book2, p + i, g + i, codes1 + i, codes2 + i, absmax1, absmax2, words,
-                   i);
+    if (all == ~uint64_t{0}) {
+      update_block<true>(k, book1, book2, p + i, g + i, codes1 + i, codes2 + i, absmax1, absmax2,
+                         words, i);
+    } else if (i + kBlock <= end) {
+      update_block<false>(k, book1, book2, p + i, g + i, codes1 + i, codes2 + i, absmax1, absmax2,
+                          words, i);
     } else {  // the short last block: on a copy
       const auto n = static_cast<size_t>(end - i);
       P last_p[kBlock] = {}, last_g[kBlock] = {};
@@ -185,7 +216,8 @@ void run(const Adamw8Tensor& t, const AdamwScalars& s, const AdamwOptions& o, co
       memcpy(last_g, g + i, n * sizeof(P));
       memcpy(last1, codes1 + i, n);
       memcpy(last2, codes2 + i, n);
-      update_block(k, book1, book2, last_p, last_g, last1, last2, absmax1, absmax2, words, i);
+      update_block<false>(k, book1, book2, last_p, last_g, last1, last2, absmax1, absmax2, words,
+                          i);
       memcpy(p + i, last_p, n * sizeof(P));
       memcpy(codes1 + i, last1, n);
       memcpy(codes2 + i, last2, n);
