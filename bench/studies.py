@@ -94,7 +94,7 @@ def dha_smollm2_block(root: Path) -> str:
     return (
         f"{100 * found['ratio']:.1f} % of MHA's heads (the parent: 33.3 %); search "
         f"{chosen['search_steps']}, fusion {chosen['fusion_steps']} and recovery "
-        f"{chosen['recovery_steps']} steps, {found['seconds'] / 60:.0f} minutes on "
+        f"{chosen['recovery_steps']} steps, {sum(found['seconds'].values()) / 60:.0f} minutes on "
         f"{found['threads']} threads; loss on held-out text: {losses}.\n\n"
         f"{markdown(columns, rows)}"
     )

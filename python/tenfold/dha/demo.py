@@ -23,7 +23,7 @@ from tenfold.training.loop import Progress
 
 LENGTH = 128
 SETTINGS: dict[str, Any] = {
-    "budget": 0.25, "gqa": "group", "search_steps": 6, "fusion_steps": 30, "recovery_steps": 10,
+    "budget": 0.25, "gqa": "group", "init": "aligned", "search_steps": 6, "fusion_steps": 30, "recovery_steps": 10,
     "sequence_length": LENGTH, "batch_size": 2, "recovery_batch_size": 2, "omega_lr": 0.12,
     "margin_end": 0.6,
     # So few steps leave a little to average away; a real conversion goes on to 1e-3.
