@@ -18,6 +18,7 @@ namespace {
 
 constexpr int64_t kTask = 1 << 16;  // keys of a task
 constexpr int64_t kLeastSampled = 1 << 14;
+constexpr int64_t kFew = 1 << 10;    // up to here a histogram costs more than the keys
 constexpr double kDeviations = 3.5;  // half the width of the guessed range, in standard deviations
 
 struct Problem {
@@ -263,12 +264,27 @@ void mark_by_radix(const Problem& p) {
   mark_by_key(p, range.first);
 }
 
+void mark_few(const Problem& p) {
+  for_each_block(p, 0, [&](int64_t, int64_t count, const uint32_t* keys) {
+    uint32_t copy[kFew];
+    std::copy_n(keys, count, copy);
+    std::nth_element(copy, copy + (p.k - 1), copy + count, std::greater<>());
+    const uint32_t cut = copy[p.k - 1];
+    const auto ties = p.k - std::count_if(copy, copy + count, [&](uint32_t x) { return x > cut; });
+    TENFOLD_ISA_CALL(topk_write, keys, count, cut, ties, p.bits);
+  });
+}
+
 Tensor masked_largest(const Tensor& like, Problem p) {
   const Tensor out = new_output(like, {(p.n + 7) / 8}, ScalarType::Byte);
   p.bits = data_as<uint8_t>(out);
   if (p.k == 0 || p.k == p.n) {
     std::fill_n(p.bits, out.numel(), p.k == 0 ? uint8_t{0} : uint8_t{0xFF});
     if (p.k != 0 && p.n % 8 != 0) p.bits[p.n / 8] = static_cast<uint8_t>((1 << (p.n % 8)) - 1);
+    return out;
+  }
+  if (p.n <= kFew) {
+    mark_few(p);
     return out;
   }
   if (p.n >= kLeastSampled) {
