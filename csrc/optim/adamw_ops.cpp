@@ -241,7 +241,8 @@ AdamwCall check_masked_adamw(const MaskedAdamwArgs& a) {
   for (size_t i = 0; i < n; ++i) {
     AdamwTensor t = check_tensor(kOp, a, kind, i);
     t.prefix = check_prefix(a, kind, i);
-    const bool compact = t.prefix != nullptr;
+    // Not told from the pointer: that of an empty prefix is null.
+    const bool compact = !a.prefixes.empty() && a.prefixes[i];
     const Tensor &m = a.exp_avgs[i], &v = a.exp_avg_sqs[i];
     check_state(a, i, {"exp_avgs", m}, m.scalar_type(), compact);
     check_state(a, i, {"exp_avg_sqs", v}, m.scalar_type(), compact);

@@ -158,7 +158,7 @@ std::vector<Mask> check_masked_copy(const std::vector<Tensor>& dst, const std::v
   Memory memory(2 * dst.size());
   for (size_t i = 0; i < dst.size(); ++i) {
     memory.writes("dst", i, dst[i]);
-    const bool itself = src[i].data_ptr() == dst[i].data_ptr() && same_strides(dst[i], src[i]);
+    const bool itself = src[i].data_ptr() == dst[i].data_ptr() && same_order(dst[i], src[i]);
     if (!itself && is_dense(src[i])) memory.reads("src", i, src[i]);
   }
   memory.check(op);
