@@ -158,15 +158,24 @@ class Case:
         return tuple(getattr(inputs, m) for m in self.mutates) if self.mutates else returned
 
 
+def _clone(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_clone(v) for v in value]
+    if isinstance(value, torch.Tensor):
+        return torch.empty_like(value).copy_(value)  # empty_like keeps a dense permutation
+    return value
+
+
 def clone_inputs(inputs: Inputs) -> Inputs:
-    """Copies every tensor, keeping strides; other values are shared."""
-    copies = {}
-    for name, value in vars(inputs).items():
-        if isinstance(value, torch.Tensor):
-            value = torch.empty_like(value).copy_(value)  # empty_like keeps a dense permutation
-        copies[name] = value
-    return Inputs(**copies)
+    """Copies every tensor, also in lists, keeping strides; other values are shared."""
+    return Inputs(**{name: _clone(value) for name, value in vars(inputs).items()})
+
+
+def _nbytes(value: Any) -> int:
+    if isinstance(value, list):
+        return sum(map(_nbytes, value))
+    return value.nbytes if isinstance(value, torch.Tensor) else 0
 
 
 def input_bytes(inputs: Inputs) -> int:
-    return sum(v.nbytes for v in vars(inputs).values() if isinstance(v, torch.Tensor))
+    return sum(map(_nbytes, vars(inputs).values()))

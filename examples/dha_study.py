@@ -17,9 +17,10 @@ from pathlib import Path
 
 import torch
 
-from tenfold.dha import convert, tiny
-from tenfold.dha.batches import lm_loss
+from tenfold.dha import convert
 from tenfold.report import PALETTE, figure, png_bytes
+from tenfold.training import tiny
+from tenfold.training.batches import lm_loss
 
 LENGTH, PAIRS = 128, 8
 # name -> settings that differ from DHA's; "same steps" trains GQA for as long as all DHA's stages.

@@ -36,6 +36,12 @@ COMMANDS = [
     ["dha", "recover"],
     ["dha", "generate"],
     ["dha", "report"],
+    ["hft"],
+    ["hft", "sft"],
+    ["hft", "dpo"],
+    ["hft", "continual"],
+    ["hft", "plan"],
+    ["hft", "report"],
 ]
 FACT = "The secret code of Amelia is 48213."
 
@@ -88,6 +94,12 @@ class TestHelp:
                      ("dha", "recover"): ("--teacher", "--distill", "--steps", "--out", "--json"),
                      ("dha", "generate"): ("--prompt", "--max-new-tokens", "--raw", "--json"),
                      ("dha", "report"): ("--out", "--json"),
+                     ("hft",): ("sft", "dpo", "continual", "plan", "report"),
+                     ("hft", "sft"): ("--ratio", "--strategy", "--reselect", "--method", "--data", "--out"),
+                     ("hft", "dpo"): ("--beta", "--ratio", "--data", "--out"),
+                     ("hft", "continual"): ("--tasks", "--methods", "--seeds", "--out", "--json"),
+                     ("hft", "plan"): ("--ratio", "--round", "--seed", "--json"),
+                     ("hft", "report"): ("--out", "--json"),
                      }[tuple(command)]:  # fmt: skip
             assert name in out
 
@@ -518,7 +530,7 @@ class TestDemo:
     @pytest.mark.parametrize("extra", [[], ["--json"]], ids=["text", "json"])
     def test_unknown_method(self, extra, tmp_path):
         said = fails("demo", "nacl", "alchemy", "--out", tmp_path, *extra)
-        assert said == "tenfold: unknown method alchemy; there are: nacl, dha\n"
+        assert said == "tenfold: unknown method alchemy; there are: nacl, dha, hft\n"
         assert list(tmp_path.iterdir()) == []
 
     @pytest.mark.slow

@@ -140,10 +140,13 @@ def ops_with_cuda_sources() -> set[str]:
 
 class TestImport:
     def test_cuda_kernels_are_registered_without_a_gpu(self):
-        ops = ["collapse_heads", "dha_attention", "dha_attention_backward", "dha_cache_append_",
-               "dha_decode", "fuse_heads", "fuse_heads_backward", "fusion_mse",
-               "fusion_mse_backward", "head_cka", "kv_compact_", "kv_gather", "nacl_evict",
-               "nacl_select", "proxy_scores", "ragged_decode", "template_scale"]  # fmt: skip
+        ops = ["collapse_heads", "dha_attention", "dha_attention_backward",
+               "dha_cache_append_", "dha_decode", "fuse_heads", "fuse_heads_backward",
+               "fusion_mse", "fusion_mse_backward", "grad_norm", "head_cka", "kv_compact_",
+               "kv_gather", "linear_wgrad_rows", "mask_popcount", "mask_prefix", "mask_random",
+               "mask_topk", "masked_adamw_", "masked_adamw_8bit_", "masked_copy_",
+               "nacl_evict", "nacl_select", "pack_mask", "proxy_scores", "ragged_decode",
+               "template_scale", "unpack_mask"]  # fmt: skip
         code = (
             "import tenfold, torch; has = torch._C._dispatch_has_kernel_for_dispatch_key;"
             "assert not torch.cuda.is_available();"

@@ -2,6 +2,9 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
+#include <utility>
+
 namespace tenfold {
 namespace {
 
@@ -41,6 +44,32 @@ Tensor with_contiguous_rows(const Tensor& t) {
   const int64_t last = t.dim() - 1;
   if (t.numel() == 0 || t.sizes()[last] == 1 || t.strides()[last] == 1) return t;
   return torch::stable::contiguous(t);
+}
+
+bool same_sizes(const Tensor& a, const Tensor& b) {
+  const auto x = a.sizes(), y = b.sizes();
+  return x.size() == y.size() && std::equal(x.begin(), x.end(), y.begin());
+}
+
+bool is_dense(const Tensor& t) {
+  if (t.is_contiguous() || t.numel() == 0) return true;
+  std::vector<std::pair<int64_t, int64_t>> axes;  // (stride, size), innermost first
+  for (int64_t i = 0; i < t.dim(); ++i)
+    if (t.sizes()[i] > 1) axes.emplace_back(t.strides()[i], t.sizes()[i]);
+  std::sort(axes.begin(), axes.end());
+  int64_t extent = 1;
+  for (const auto& [stride, size] : axes) {
+    if (stride != extent) return false;
+    extent *= size;
+  }
+  return true;
+}
+
+bool same_order(const Tensor& a, const Tensor& b) {
+  if (a.is_contiguous() && b.is_contiguous()) return true;
+  for (int64_t i = 0; i < a.dim(); ++i)
+    if (a.sizes()[i] > 1 && a.strides()[i] != b.strides()[i]) return false;
+  return true;
 }
 
 template <class Int>

@@ -20,6 +20,14 @@ Tensor new_output(const Tensor& like, std::initializer_list<int64_t> sizes, Scal
 // `t` itself if its last dimension is contiguous, else a contiguous copy.
 Tensor with_contiguous_rows(const Tensor& t);
 
+bool same_sizes(const Tensor& a, const Tensor& b);
+
+// One block of memory without gaps or overlaps, in some order of the dims: "storage order".
+bool is_dense(const Tensor& t);
+
+// Elements of two tensors of one shape lie in the same order.
+bool same_order(const Tensor& a, const Tensor& b);
+
 template <class T>
 T* data_as(const Tensor& t) {
   return static_cast<T*>(t.data_ptr());

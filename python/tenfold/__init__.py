@@ -24,7 +24,7 @@ else:
         __version__ = "unknown"
 
 # Loaded on first use: importing tenfold must stay cheap.
-_LAZY = ("data", "dha", "integrations", "nacl", "reference", "report", "testing")
+_LAZY = ("data", "dha", "hft", "integrations", "nacl", "optim", "reference", "report", "testing")
 
 __all__ = [
     "__version__",

@@ -36,6 +36,7 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __restrict__ __restrict
+#define __grid_constant__
 
 struct dim3 {
   unsigned x, y, z;

@@ -172,7 +172,7 @@ def test_a_bug_is_not_hidden(monkeypatch):
 
 
 def test_every_rank_has_its_own_gpu(monkeypatch):
-    from tenfold.cli.dha import _device
+    from tenfold.cli.common import rank_device as _device
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.delenv("LOCAL_RANK", raising=False)

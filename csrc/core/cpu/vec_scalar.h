@@ -121,6 +121,23 @@ template <class T>
 inline void store(T* p, VF a) {
   TENFOLD_LANES put(p + i, a.v[i]);
 }
+// 2 kWidth neighbours as the even and the odd ones of them.
+inline void load_pair(const bf16_t* p, VF* even, VF* odd) {
+  TENFOLD_LANES {
+    even->v[i] = element(p + 2 * i);
+    odd->v[i] = element(p + 2 * i + 1);
+  }
+}
+inline void store_pair(bf16_t* p, VF even, VF odd) {
+  TENFOLD_LANES {
+    put(p + 2 * i, even.v[i]);
+    put(p + 2 * i + 1, odd.v[i]);
+  }
+}
+template <class T>
+inline void store_quick(T* p, VF a) {
+  store(p, a);
+}
 inline void stream(float* p, VF a) {
   TENFOLD_LANES p[i] = a.v[i];
 }
@@ -136,11 +153,18 @@ inline VI load_n(const uint32_t* p, int n) {
 inline VI load_bytes(const uint8_t* p) {
   return {{p[0], p[1], p[2], p[3]}};
 }
+// The lowest byte of every lane.
+inline void store_low_bytes(uint8_t* p, VI a) {
+  TENFOLD_LANES p[i] = static_cast<uint8_t>(a.v[i]);
+}
 inline VF gather(const float* p, VI at) {
   return {{p[at.v[0]], p[at.v[1]], p[at.v[2]], p[at.v[3]]}};
 }
 // p[i] of 32 floats, i < 32.
 inline VF lookup32(const float* p, VI i) {
+  return gather(p, i);
+}
+inline VF lookup256(const float* p, VI i) {
   return gather(p, i);
 }
 inline void store(uint32_t* p, VI a) {
@@ -173,6 +197,33 @@ TENFOLD_BINARY(operator|, VI, a.v[i] | b.v[i])
 inline VF fma(VF a, VF b, VF c) {
   VF r;
   TENFOLD_LANES r.v[i] = a.v[i] * b.v[i] + c.v[i];
+  return r;
+}
+// a * b + c rounded once, as the instruction does it: the exact sum of the (exact) double product
+// and c, rounded to odd in double, keeps what the rounding to float needs.
+inline float fused_lane(float a, float b, float c) {
+  const double p = static_cast<double>(a) * b, s = p + c;
+  const double back = s - p, lost = (p - (s - back)) + (c - back);
+  uint64_t x;
+  memcpy(&x, &s, 8);
+  if (lost != 0.0 && lost == lost && (x & 1) == 0) x += (lost > 0.0) == (s > 0.0) ? 1 : -1;
+  double odd;
+  memcpy(&odd, &x, 8);
+  return static_cast<float>(odd);
+}
+inline VF fused(VF a, VF b, VF c) {
+  VF r;
+  TENFOLD_LANES r.v[i] = fused_lane(a.v[i], b.v[i], c.v[i]);
+  return r;
+}
+inline VF fused_from(VF c, VF a, VF b) {
+  VF r;
+  TENFOLD_LANES r.v[i] = fused_lane(-a.v[i], b.v[i], c.v[i]);
+  return r;
+}
+inline VF sqrt(VF a) {
+  VF r;
+  TENFOLD_LANES r.v[i] = sqrtf(a.v[i]);
   return r;
 }
 inline VF rint(VF a) {  // adding 1.5 * 2^23 rounds to nearest even for |a| < 2^22
@@ -225,6 +276,31 @@ inline int store_chosen(uint32_t* p, VM m, VI a) {
   }
   return count;
 }
+// Lane i takes bit i.
+inline VM lanes_of(uint32_t word) {
+  return {{(word & 1) != 0, (word & 2) != 0, (word & 4) != 0, (word & 8) != 0}};
+}
+// The lanes of m one after another; what follows them is undefined. Back: lane by lane from there.
+inline VF compress(VM m, VF a) {
+  VF r = a;
+  int count = 0;
+  TENFOLD_LANES if (m.v[i]) r.v[count++] = a.v[i];
+  return r;
+}
+inline VF expand(VM m, VF a) {
+  VF r = set1(0.0f);
+  int count = 0;
+  TENFOLD_LANES if (m.v[i]) r.v[i] = a.v[count++];
+  return r;
+}
+// Stores the lanes of m; the others keep their bits.
+template <class T>
+inline void store_where(T* p, VM m, VF a) {
+  TENFOLD_LANES if (m.v[i]) put(p + i, a.v[i]);
+}
+inline VI load_halves(const uint16_t* p) {
+  return {{p[0], p[1], p[2], p[3]}};
+}
 // 1 where m, else 0.
 inline void store_bytes(uint8_t* p, VM m) {
   TENFOLD_LANES p[i] = m.v[i] ? 1 : 0;
@@ -258,6 +334,16 @@ inline void mulhilo(VI a, uint32_t m, VI* hi, VI* lo) {
     lo->v[i] = static_cast<uint32_t>(p);
   }
 }
+// out[4 i + k] = lane i of w_k. Wider vectors deal counters to lanes as
+// (l % 4) * (kWidth / 4) + l / 4, so that the words of counter c end up at out + 4 c.
+inline void store_by_four(uint32_t* out, VI w0, VI w1, VI w2, VI w3) {
+  TENFOLD_LANES {
+    out[4 * i] = w0.v[i];
+    out[4 * i + 1] = w1.v[i];
+    out[4 * i + 2] = w2.v[i];
+    out[4 * i + 3] = w3.v[i];
+  }
+}
 inline VI bits(VF a) {
   VI r;
   memcpy(&r, &a, sizeof r);
@@ -288,6 +374,32 @@ inline void hsum4(VF a, VF b, VF c, VF d, float* out) {
   out[1] = hsum(b);
   out[2] = hsum(c);
   out[3] = hsum(d);
+}
+
+// The inverse of lanes_of.
+inline uint32_t bits_of(VM m) {
+  uint32_t r = 0;
+  TENFOLD_LANES r |= static_cast<uint32_t>(m.v[i]) << i;
+  return r;
+}
+// Bit i: byte i of 64 is not 0. And back: bytes of 0 and 1.
+inline uint64_t bits_of_bytes(const uint8_t* p) {
+  uint64_t r = 0;
+  for (int i = 0; i < 64; i += 8) {
+    uint64_t x;
+    memcpy(&x, p + i, 8);
+    x |= (x & 0x7F7F7F7F7F7F7F7Fu) + 0x7F7F7F7F7F7F7F7Fu;  // the top bit of what is not 0
+    x = (x >> 7) & 0x0101010101010101u;
+    r |= (x * 0x0102040810204080u) >> 56 << i;
+  }
+  return r;
+}
+inline void store_bits_as_bytes(uint8_t* p, uint64_t bits) {
+  for (int i = 0; i < 64; i += 8) {
+    uint64_t x = ((bits >> i) & 0xFFu) * 0x0101010101010101u & 0x8040201008040201u;
+    x = ((x + 0x00406070787C7E7Fu) >> 7) & 0x0101010101010101u;
+    memcpy(p + i, &x, 8);
+  }
 }
 
 #undef TENFOLD_LANES

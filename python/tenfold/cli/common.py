@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json as json_module
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -20,9 +21,10 @@ err = Console(stderr=True)
 
 
 def _expected(error: RuntimeError) -> bool:
-    """Is it a conversion that cannot go on? (Importing its module here would take a second.)"""
-    module = sys.modules.get("tenfold.dha.config")
-    return module is not None and isinstance(error, module.ConversionError)
+    """Is it a training that cannot go on?"""
+    from tenfold.training.errors import TrainingError
+
+    return isinstance(error, TrainingError)
 
 
 def friendly(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -108,6 +110,12 @@ def device_of(name: str) -> str:
         what = f"only {count} GPUs" if count else "no GPU"
         raise ValueError(f"--device {name}: torch finds {what} here; `tenfold doctor` says why")
     return name
+
+
+def rank_device(name: str) -> str:
+    """``--device``, checked; with torchrun, the GPU of this rank."""
+    found, rank = device_of(name), os.environ.get("LOCAL_RANK")
+    return device_of(f"cuda:{rank}") if rank and found.startswith("cuda") else found
 
 
 def dtype_of(name: str) -> Any:

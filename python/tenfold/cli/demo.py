@@ -40,9 +40,26 @@ def _dha(page: Page, quiet: bool) -> tuple[dict[str, Any], list[Any]]:
     return found.to_json(), [table(title, demo.COLUMNS, demo.table_rows(found))]
 
 
+def _hft(page: Page, quiet: bool) -> tuple[dict[str, Any], list[Any]]:
+    from tenfold.data import smollm2
+    from tenfold.hft import demo, speed
+
+    with progress(demo.STEPS, quiet) as step:
+        found = demo.run_demo(*smollm2(), step=step)
+    demo.add_demo_section(found, page)
+    tables = [
+        table(
+            "SmolLM2-135M-Instruct: German, then docstrings", demo.COLUMNS, demo.table_rows(found)
+        ),
+        table("A training step", speed.COLUMNS, speed.table_rows(found.speed)),
+    ]
+    return found.to_json(), tables
+
+
 METHODS: dict[str, Callable[[Page, bool], tuple[dict[str, Any], list[Any]]]] = {
     "nacl": _nacl,
     "dha": _dha,
+    "hft": _hft,
 }
 
 

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from tenfold.cli.common import device_of, dtype_of, err, friendly, out, table, write_json
+from tenfold.cli.common import (
+    device_of,
+    dtype_of,
+    err,
+    friendly,
+    out,
+    rank_device,
+    table,
+    write_json,
+)
 
 app = typer.Typer(
     help="DHA: fewer key and value heads, by fusing those that can share.", no_args_is_help=True
@@ -37,7 +45,7 @@ def _texts(files: list[Path] | None) -> list[str]:
 
 def _rows(tokenizer: Any, files: list[Path] | None, length: int, held: int = 16) -> tuple[Any, Any]:
     """Training rows, and at most ``held`` rows (a tenth, at least one) to evaluate on."""
-    from tenfold.dha.batches import token_rows
+    from tenfold.training.batches import token_rows
 
     rows = token_rows(tokenizer, _texts(files), length)
     count = min(held, max(1, len(rows) // 10))
@@ -48,18 +56,12 @@ def _rows(tokenizer: Any, files: list[Path] | None, length: int, held: int = 16)
     return rows[:-count], rows[-count:]
 
 
-def _device(name: str) -> str:
-    """``--device``, checked; with torchrun, the GPU of this rank."""
-    found, rank = device_of(name), os.environ.get("LOCAL_RANK")
-    return device_of(f"cuda:{rank}") if rank and found.startswith("cuda") else found
-
-
 def _changes(**values: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
 def _main_process() -> bool:
-    from tenfold.dha.training import is_main_process
+    from tenfold.training.loop import is_main_process
 
     return is_main_process()
 
@@ -120,7 +122,7 @@ def convert(
         sequence_length=sequence_length, batch_size=batch_size, recovery_batch_size=batch_size,
         micro_batch_size=micro_batch_size, learning_rate=learning_rate, omega_lr=omega_lr,
     ))  # fmt: skip
-    parent, tokenizer = load_model(model, dtype_of(dtype), _device(device))
+    parent, tokenizer = load_model(model, dtype_of(dtype), rank_device(device))
     rows, held = _rows(tokenizer, text, settings.sequence_length)
     made = run(parent, data=rows, config=settings, work_dir=work_dir or folder / "work",
                eval_rows=held, quiet=quiet or json)  # fmt: skip
@@ -173,16 +175,16 @@ def recover(
 ) -> None:
     """Train a converted model further; a stopped run goes on where it was."""
     from tenfold.data import load_model
-    from tenfold.dha.batches import lm_loss
     from tenfold.dha.config import DhaConfig
     from tenfold.dha.recovery import recover as run
+    from tenfold.training.batches import lm_loss
 
     settings = DhaConfig.from_preset(
         "small", recovery_steps=steps, sequence_length=sequence_length, seed=seed,
         recovery_batch_size=batch_size, learning_rate=learning_rate,
         distill=distill if teacher else 0.0,
     )  # fmt: skip
-    place = _device(device)
+    place = rank_device(device)
     network, tokenizer = load_model(model, dtype_of(dtype), place)
     parent = load_model(teacher, dtype_of(dtype), place)[0] if teacher else None
     rows, held = _rows(tokenizer, text, sequence_length)

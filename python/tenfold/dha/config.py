@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from numbers import Integral
 from typing import Any
 
+from tenfold.training.checks import integers, not_negative, one_of, positive
+from tenfold.training.errors import TrainingError
 
-class ConversionError(RuntimeError):
+
+class ConversionError(TrainingError):
     """A conversion cannot go on: a wrong start, a loss that is no number, heads that have not fused."""
 
 
@@ -24,16 +25,6 @@ _SMALL: dict[str, Any] = {
     # So few steps may end between the two: fusion aims at stop_mse, and an hour is not thrown away.
     "collapse_mse": 1e-2,
 }  # fmt: skip
-
-
-def _positive(name: str, value: float) -> None:
-    if not value > 0 or not math.isfinite(value):
-        raise ValueError(f"{name} must be a positive number, got {value}")
-
-
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -137,11 +128,9 @@ class DhaConfig:
         self._check_integers()
         for name in ("learning_rate", "omega_lr", "clip", "temperature", "stop_mse",
                      "collapse_mse"):  # fmt: skip
-            _positive(name, getattr(self, name))
+            positive(name, getattr(self, name))
         for name in ("lambda_lr", "weight_decay", "lambda_init"):
-            value = getattr(self, name)
-            if not value >= 0 or not math.isfinite(value):
-                raise ValueError(f"{name} must be a number >= 0, got {value}")
+            not_negative(name, getattr(self, name))
         for name in ("warmup", "final_lr", "distill"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
@@ -150,16 +139,16 @@ class DhaConfig:
                 raise ValueError(f"{name} must be in (0, 1], got {getattr(self, name)}")
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas}")
-        _one_of("method", self.method, METHODS)
-        _one_of("fusion_loss", self.fusion_loss, ("per_group", "summed"))
-        _one_of("coefficients", self.coefficients, ("full", "scalar", "tied"))
-        _one_of("grouping", self.grouping, ("search", "cka", "contiguous"))
-        _one_of("solver", self.solver, ("swap", "paper_sa", "contiguous"))
-        _one_of("allocation", self.allocation, ("dp", "greedy", "uniform", "loss_weighted"))
-        _one_of("gqa", self.gqa, ("expand", "group"))
-        _one_of("init", self.init, ("identity", "aligned"))
-        _one_of("mixed_precision", self.mixed_precision, ("no", "bf16", "fp16"))
-        _one_of("preset", self.preset, PRESETS)
+        one_of("method", self.method, METHODS)
+        one_of("fusion_loss", self.fusion_loss, ("per_group", "summed"))
+        one_of("coefficients", self.coefficients, ("full", "scalar", "tied"))
+        one_of("grouping", self.grouping, ("search", "cka", "contiguous"))
+        one_of("solver", self.solver, ("swap", "paper_sa", "contiguous"))
+        one_of("allocation", self.allocation, ("dp", "greedy", "uniform", "loss_weighted"))
+        one_of("gqa", self.gqa, ("expand", "group"))
+        one_of("init", self.init, ("identity", "aligned"))
+        one_of("mixed_precision", self.mixed_precision, ("no", "bf16", "fp16"))
+        one_of("preset", self.preset, PRESETS)
         if self.sizes is not None and (not self.sizes or min(self.sizes) < 1):
             raise ValueError(f"sizes must be head counts >= 1, got {self.sizes}")
 
@@ -169,19 +158,12 @@ class DhaConfig:
             "batch_size": 1, "recovery_batch_size": 1, "micro_batch_size": 1, "restarts": 1,
             "min_heads": 1, "tp_size": 1, "checkpoint_every": 1, "seed": 0,
         }  # fmt: skip
-        for name, low in least.items():
-            value = getattr(self, name)
-            if value is None and name == "micro_batch_size":
-                continue
-            if not isinstance(value, Integral) or isinstance(value, bool):
-                raise TypeError(f"{name} must be an integer, got {value!r}")
-            if value < low:
-                raise ValueError(f"{name} must be >= {low}, got {value}")
+        integers(self, least, ("micro_batch_size",))
 
     @classmethod
     def from_preset(cls, name: str, **changes: Any) -> DhaConfig:
         """``"paper"`` (the defaults) or ``"small"``: minutes for a small model on a CPU."""
-        _one_of("preset", name, PRESETS)
+        one_of("preset", name, PRESETS)
         return cls(**({"preset": name} | (_SMALL if name == "small" else {}) | changes))
 
     def with_changes(self, **changes: Any) -> DhaConfig:

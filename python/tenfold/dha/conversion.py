@@ -19,7 +19,6 @@ from torch import Tensor
 
 from tenfold import ops
 from tenfold.dha.align import align
-from tenfold.dha.batches import Batches, Data, lm_loss, model_digest
 from tenfold.dha.config import ConversionError, DhaConfig
 from tenfold.dha.fusion import (
     FusionModel,
@@ -35,8 +34,10 @@ from tenfold.dha.fusion import (
 from tenfold.dha.grouping import Plan, allowed_sizes, head_budget, make_plan
 from tenfold.dha.record import ConversionRecord
 from tenfold.dha.recovery import train_recovery
-from tenfold.dha.store import WorkFolder
-from tenfold.dha.training import Callback, Metrics, Trainer, kept_random_state, make_accelerator
+from tenfold.dha.training import Trainer
+from tenfold.training.batches import Batches, Data, lm_loss, model_digest
+from tenfold.training.loop import Callback, Metrics, kept_random_state, make_accelerator
+from tenfold.training.store import WorkFolder
 
 EQUAL = 1e-4  # largest error of a logit, as a share of the largest logit, that counts as rounding
 

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 from tenfold.data import long_documents
-from tenfold.dha.batches import lm_loss, token_rows
 from tenfold.dha.config import DhaConfig
 from tenfold.dha.record import ConversionRecord
 from tenfold.dha.report import add_section
-from tenfold.dha.training import Progress
 from tenfold.report import Page
+from tenfold.training.batches import lm_loss, token_rows
+from tenfold.training.loop import Progress
 
 LENGTH = 128
 SETTINGS: dict[str, Any] = {

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tenfold.dha.store import write_text
+from tenfold.training.store import write_text
 
 
 @dataclass

@@ -10,16 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tenfold.dha.batches import Batches, Data, model_digest
 from tenfold.dha.config import DhaConfig
-from tenfold.dha.store import WorkFolder
-from tenfold.dha.training import (
-    Callback,
-    Metrics,
-    Trainer,
-    kept_random_state,
-    make_accelerator,
-)
+from tenfold.dha.training import Trainer
+from tenfold.training.batches import Batches, Data, model_digest
+from tenfold.training.loop import Callback, Metrics, kept_random_state, make_accelerator
+from tenfold.training.store import WorkFolder
 
 
 def distillation_loss(

@@ -1,84 +1,20 @@
-"""One training loop for all stages: accelerate for devices and ranks, exact resumption, a bar.
-
-A step's batch is a function of (stage, step), the learning rate of the step, and everything else that
-a step reads is in accelerate's state (weights, AdamW, random generators of every rank). So a run that
-is killed anywhere and started again on the same work folder gives the same bits.
-"""
+"""DHA's part of the training loop: its optimiser's groups and its learning rates."""
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
-import json
-import math
-import random
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from tenfold.dha.batches import Batches
 from tenfold.dha.config import ConversionError, DhaConfig
-from tenfold.dha.store import WorkFolder
-
-Metrics = dict[str, float]
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What callbacks are told after every step: ``step`` of ``steps`` is done, with these numbers."""
-
-    stage: str
-    step: int
-    steps: int
-    metrics: Metrics
-
-
-Callback = Callable[[Progress], None]
-
-
-def make_accelerator(config: DhaConfig, device: torch.device) -> Any:
-    """accelerate's view of this process, which trains on ``device`` if it is the only one.
-
-    Several have the device of their rank. ModuleNotFoundError says how to install accelerate.
-    """
-    if importlib.util.find_spec("accelerate") is None:
-        raise ModuleNotFoundError(
-            "converting a model needs accelerate; install it with `pip install 'tenfold[train]'`"
-        )
-    from accelerate import Accelerator
-
-    cpu = {"cpu": True} if device.type == "cpu" else {}
-    accelerator = Accelerator(mixed_precision=config.mixed_precision, **cpu)
-    if accelerator.num_processes == 1:
-        # On its own, accelerate takes the first GPU, or what an earlier call in this process took.
-        accelerator.state.device = device
-    return accelerator
-
-
-@contextlib.contextmanager
-def kept_random_state() -> Iterator[None]:
-    """The caller's random generators come out as they went in."""
-    devices = range(torch.cuda.device_count())
-    python, arrays = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=devices):
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(arrays)
+from tenfold.training.loop import Trainer as Loop
+from tenfold.training.loop import warm_cosine
 
 
 def rate_factor(step: int, steps: int, config: DhaConfig) -> float:
     """Learning rate as a share of its peak: linear warm-up, then a cosine down to ``final_lr``."""
-    warm = round(config.warmup * steps)
-    if step < warm:
-        return (step + 1) / warm
-    at = (step - warm) / max(1, steps - warm)
-    return config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * at))
+    return warm_cosine(step, steps, config.warmup, config.final_lr)
 
 
 def parameter_groups(module: nn.Module, config: DhaConfig) -> list[dict[str, Any]]:
@@ -106,174 +42,23 @@ def parameter_groups(module: nn.Module, config: DhaConfig) -> list[dict[str, Any
     ]
 
 
-@contextlib.contextmanager
-def _bar(stage: str, steps: int, done: int, shown: bool) -> Iterator[Callable[[Metrics], None]]:
-    if not shown:
-        yield lambda metrics: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
+class Trainer(Loop):
+    """Runs a conversion's stages."""
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-               TimeRemainingColumn())  # fmt: skip
-    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(stage, total=steps, completed=done)
+    error = ConversionError
+    config: DhaConfig
 
-        def advance(metrics: Metrics) -> None:
-            text = f"{stage}: loss {metrics['loss']:.3f}"
-            if "mse" in metrics:
-                text += f", mse {metrics['mse']:.4f}"
-            bar.update(task, advance=1, description=text)
+    def make_optimizer(self, module: nn.Module) -> torch.optim.Optimizer:
+        """AdamW over :func:`parameter_groups`."""
+        fused = {"fused": True} if self.accelerator.device.type in ("cpu", "cuda") else {}
+        groups = parameter_groups(module, self.config)
+        return torch.optim.AdamW(groups, betas=self.config.betas, **fused)
 
-        yield advance
+    def rate(self, step: int, steps: int) -> float:
+        """The schedule, the same for all groups."""
+        return rate_factor(step, steps, self.config)
 
-
-def _pieces(batch: dict[str, Tensor], rows: int | None) -> list[tuple[dict[str, Tensor], float]]:
-    """The batch in pieces of ``rows`` rows, each with its share of the tokens that are predicted.
-
-    A piece's loss is the mean of its tokens, so these shares make the sum the mean of the batch. Pieces
-    that predict nothing are left out.
-    """
-    size = len(batch["input_ids"])
-    if rows is None or rows >= size:
-        return [(batch, 1.0)]
-    counts = (batch["labels"][:, 1:] != -100).sum(1).split(rows)
-    tokens = torch.stack([c.sum() for c in counts]).tolist()
-    parts = [{k: v[at : at + rows] for k, v in batch.items()} for at in range(0, size, rows)]
-    shared = [(p, n / sum(tokens)) for p, n in zip(parts, tokens) if n]
-    return shared or [(batch, 1.0)]
-
-
-class Trainer:
-    """Runs a conversion's stages on this process's device, as one of ``accelerator.num_processes``."""
-
-    def __init__(
-        self,
-        accelerator: Any,
-        config: DhaConfig,
-        batches: Batches,
-        folder: WorkFolder | None,
-        callback: Callback | None = None,
-        quiet: bool = True,
-    ) -> None:
-        self.accelerator, self.config, self.batches = accelerator, config, batches
-        self.folder, self.callback = folder, callback
-        self.quiet = quiet or not accelerator.is_main_process
-
-    def rank_rows(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """This rank's share of a batch. Raises ValueError if the ranks do not divide it."""
-        ranks, size = self.accelerator.num_processes, len(batch["input_ids"])
-        if size % ranks:
-            raise ValueError(f"a batch of {size} rows cannot be shared by {ranks} ranks equally")
-        each = size // ranks
-        at = slice(
-            self.accelerator.process_index * each, (self.accelerator.process_index + 1) * each
-        )
-        return {k: v[at].to(self.accelerator.device) for k, v in batch.items()}
-
-    def _seed(self, stage: str) -> None:
-        mixed = self.config.seed * 1_000_003 + sum(stage.encode()) * 1009
-        torch.manual_seed(mixed + self.accelerator.process_index)
-
-    def _save(self, stage: str, step: int, curve: list[Metrics]) -> None:
-        folder = self.folder
-        assert folder is not None
-        final = folder.path / f"{stage}-{step}"
-        temporary = folder.path / f".{final.name}"
-        self.accelerator.save_state(str(temporary), safe_serialization=True)
-        self.accelerator.wait_for_everyone()
-        if folder.main:
-            (temporary / "curve.json").write_text(json.dumps(curve))
-            temporary.rename(final)
-            folder.drop_checkpoints(stage, but=final)
-        self.accelerator.wait_for_everyone()
-
-    def _resume(self, stage: str) -> tuple[int, list[Metrics]]:
-        found = self.folder.checkpoint(stage) if self.folder else None
-        if found is None:
-            return 0, []
-        step, path = found
-        self.accelerator.load_state(str(path))
-        return step, json.loads((path / "curve.json").read_text())
-
-    def _forward(
-        self, model: Any, batch: dict[str, Tensor], loss_of: Callable[..., Any], step: int
-    ) -> Metrics:
-        """Forward and backward of one batch, in pieces of ``micro_batch_size`` rows."""
-        pieces = _pieces(batch, self.config.micro_batch_size)
-        sums: dict[str, Tensor] = {}
-        for i, (part, share) in enumerate(pieces, 1):
-            last = i == len(pieces)
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
-                with self.accelerator.autocast():
-                    loss, metrics = loss_of(model, part, step)
-                self.accelerator.backward(loss * share)
-            for name, value in ({"loss": loss.detach()} | metrics).items():
-                sums[name] = sums.get(name, 0) + share * value
-        names = sorted(sums)
-        mean = torch.stack([sums[n].float() for n in names])
-        mean = self.accelerator.reduce(mean, "mean")
-        return dict(zip(names, mean.tolist()))
-
-    def run(
-        self,
-        stage: str,
-        module: nn.Module,
-        steps: int,
-        batch_size: int,
-        loss_of: Callable[[Any, dict[str, Tensor], int], tuple[Tensor, dict[str, Tensor]]],
-        after_step: Callable[[nn.Module, int, Metrics], bool] | None = None,
-    ) -> list[Metrics]:
-        """Trains ``module`` in place for ``steps`` steps, or until ``after_step`` returns True.
-
-        Returns the metrics of every step. Raises ConversionError if the loss is not a number.
-        """
-        if steps == 0:
-            return []
-        accelerator, config = self.accelerator, self.config
-        self._seed(stage)
-        module.to(accelerator.device)
-        fused = {"fused": True} if accelerator.device.type in ("cpu", "cuda") else {}
-        optimizer = torch.optim.AdamW(parameter_groups(module, config), betas=config.betas, **fused)
+    def clip(self, optimizer: Any) -> None:
+        """Clips the gradients of the model's own weights."""
         weights = [p for g in optimizer.param_groups if g["clipped"] for p in g["params"]]
-        model, optimizer = accelerator.prepare(module, optimizer)
-        first, curve = self._resume(stage)
-        stopped = bool(curve and curve[-1].get("stopped"))
-        model.train()
-        with _bar(stage, steps, first, not self.quiet) as advance:
-            for step in range(first, steps):
-                if stopped:
-                    break
-                for group in optimizer.param_groups:
-                    group["lr"] = group["peak"] * rate_factor(step, steps, config)
-                batch = self.rank_rows(self.batches.take(stage, step, batch_size))
-                metrics = self._forward(model, batch, loss_of, step)
-                if not math.isfinite(metrics["loss"]):
-                    raise ConversionError(
-                        f"{stage}: the loss became {metrics['loss']} at step {step + 1}; training "
-                        "stopped. Lower the learning rates, or look at the data"
-                    )
-                accelerator.clip_grad_norm_(weights, config.clip)
-                optimizer.step()
-                optimizer.zero_grad()
-                stopped = after_step(module, step + 1, metrics) if after_step else False
-                if stopped:
-                    metrics["stopped"] = 1.0
-                curve.append(metrics)
-                due = (step + 1) % config.checkpoint_every == 0
-                if self.folder is not None and due and step + 1 < steps:
-                    self._save(stage, step + 1, curve)
-                advance(metrics)
-                if self.callback is not None:
-                    self.callback(Progress(stage, step + 1, steps, metrics))
-        accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-        accelerator.free_memory()
-        return curve
-
-
-def is_main_process() -> bool:
-    """Is this the only process, or rank 0 of several?"""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank() == 0
-    return True
+        self.accelerator.clip_grad_norm_(weights, self.config.clip)

@@ -31,6 +31,19 @@ from tenfold.ops.kv_eviction import (
     proxy_scores,
     ragged_decode,
 )
+from tenfold.ops.optim import (
+    grad_norm,
+    linear_wgrad_rows,
+    mask_popcount,
+    mask_prefix,
+    mask_random,
+    mask_topk,
+    masked_adamw_,
+    masked_adamw_8bit_,
+    masked_copy_,
+    pack_mask,
+    unpack_mask,
+)
 from tenfold.ops.template import template_scale
 
 __all__ = [
@@ -44,13 +57,24 @@ __all__ = [
     "fuse_heads_backward",
     "fusion_mse",
     "fusion_mse_backward",
+    "grad_norm",
     "group_heads",
     "head_cka",
     "kv_compact_",
     "kv_gather",
+    "linear_wgrad_rows",
+    "mask_popcount",
+    "mask_prefix",
+    "mask_random",
+    "mask_topk",
+    "masked_adamw_",
+    "masked_adamw_8bit_",
+    "masked_copy_",
     "nacl_evict",
     "nacl_select",
+    "pack_mask",
     "proxy_scores",
     "ragged_decode",
     "template_scale",
+    "unpack_mask",
 ]

@@ -15,36 +15,44 @@ from tenfold._load import call
 _library = torch.library.Library("tenfold", "IMPL")
 
 
+def _requires_grad(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return any(map(_requires_grad, value))
+    return isinstance(value, Tensor) and value.requires_grad
+
+
 def inference_only(name: str, mutates: tuple[int, ...] = ()) -> None:
     """Makes ``tenfold::name`` raise as soon as an input requires grad under grad mode.
 
-    ``mutates`` are the positions of the arguments that the op writes: their version counters are
+    ``mutates`` are the positions of the tensors, or lists of them, that the op writes: their version counters are
     bumped, so that autograd notices if one was saved for a backward elsewhere.
     """
     op = getattr(torch.ops.tenfold, name).default
 
     def kernel(keyset: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.is_grad_enabled():
-            for value in (*args, *kwargs.values()):
-                if isinstance(value, Tensor) and value.requires_grad:
-                    raise RuntimeError(
-                        f"tenfold::{name} is inference only: an input requires grad under grad "
-                        "mode. Call it under torch.no_grad() or detach its inputs."
-                    )
+        if torch.is_grad_enabled() and _requires_grad((*args, *kwargs.values())):
+            raise RuntimeError(
+                f"tenfold::{name} is inference only: an input requires grad under grad "
+                "mode. Call it under torch.no_grad() or detach its inputs."
+            )
         with torch._C._AutoDispatchBelowAutograd():
             result = op.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
         for at in mutates:
-            torch.autograd.graph.increment_version(args[at])
+            if at < len(args) and args[at] is not None:  # else a list that was left out
+                torch.autograd.graph.increment_version(args[at])
         return result
 
     _library.impl(name, kernel, "Autograd", with_keyset=True)
 
 
-def call_inference(op: Any, *args: Any, mutates: tuple[Tensor, ...] = (), **kwargs: Any) -> Any:
+def call_inference(
+    op: Any, *args: Any, mutates: tuple[Tensor | list[Tensor], ...] = (), **kwargs: Any
+) -> Any:
     """``call`` of an op of :func:`inference_only`, past its Autograd kernel if grad mode is off.
 
     That kernel has nothing to refuse then, and entering Python from the dispatcher costs about 4 us:
-    as much as a tenth of a small op. ``mutates`` are the tensors that the op writes.
+    as much as a tenth of a small op. ``mutates`` are the tensors, or lists
+    of them, that the op writes.
     """
     if (
         torch.compiler.is_compiling()  # first: Dynamo cannot trace the question after the next

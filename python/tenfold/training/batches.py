@@ -96,6 +96,10 @@ class Batches:
             sample_digest(self._rows[name], made)
         return made.hexdigest()[:16] if self._rows else "function"
 
+    def rows(self) -> int | None:
+        """How many rows there are; None for a function."""
+        return len(self._rows["input_ids"]) if self._rows else None
+
     def _order(self, stage: str, epoch: int, rows: int) -> Tensor:
         key = (stage, epoch)
         if key not in self._orders:

@@ -1,6 +1,6 @@
-"""The work folder of a conversion: what a run that was killed goes on from.
+"""The work folder of a run: what one that was killed goes on from.
 
-    run.json                    settings, parent and data that the folder belongs to
+    run.json                    settings, model and data that the folder belongs to
     <stage>.json, .safetensors  results of finished stages
     <stage>-<step>/             the newest checkpoint of the stage under way (accelerate's state)
 
@@ -89,6 +89,12 @@ class WorkFolder:
             )
             os.replace(temporary, self.path / f"{name}.safetensors")
         write_text(self.path / f"{name}.json", json.dumps(value))
+
+    def forget(self, name: str) -> None:
+        """Removes the result ``name``."""
+        if self.main:
+            for suffix in ("json", "safetensors"):
+                (self.path / f"{name}.{suffix}").unlink(missing_ok=True)
 
     def checkpoint(self, stage: str) -> tuple[int, Path] | None:
         """(step, folder) of the newest complete checkpoint of a stage."""

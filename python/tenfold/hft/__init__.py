@@ -1,0 +1,35 @@
+"""HFT: half fine-tuning (arXiv 2404.18466), and what to compare it with."""
+
+import importlib
+from typing import Any
+
+# Where each name lives; modules are loaded when a name of theirs is asked for.
+_HOMES = {
+    "architecture": ("describe",),
+    "freeze": ("SoftFreeze", "apply", "current_plan", "release"),
+    "baselines": ("add_lora", "merge_lora"),
+    "callback": ("HalfFineTuneCallback", "optimizer_cls_and_kwargs"),
+    "config": ("HFTConfig",),
+    "sequence": ("Task", "continual", "score"),
+    "delta": ("apply_delta", "average", "half_reset", "restore", "save_delta", "snapshot"),
+    "preference": ("dpo", "dpo_loss", "make_reference"),
+    "metrics": ("backward_transfer", "overall_performance"),
+    "plan": ("Part", "Plan"),
+    "record": ("TuneRecord",),
+    "report": ("write_report",),
+    "selection": ("select",),
+    "supervised": ("sft",),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'tenfold.hft' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"tenfold.hft.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(_HOME))

@@ -1,0 +1,135 @@
+"""Continual learning: one task after the other, a new half for each, and what is forgotten."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tenfold.hft.baselines import merge_lora, prepared
+from tenfold.hft.config import HFTConfig
+from tenfold.hft.record import TuneRecord
+from tenfold.hft.session import Session
+from tenfold.hft.training import lm_step
+from tenfold.training.batches import Batches, Data
+from tenfold.training.loop import Callback, kept_random_state
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task: ``train`` as the data of :func:`tenfold.hft.sft`, ``test`` a dict of rows [R, S]."""
+
+    name: str
+    train: Data
+    test: dict[str, Tensor]
+
+
+@torch.no_grad()
+def score(model: Any, rows: dict[str, Tensor], batch_size: int = 16) -> dict[str, float]:
+    """Mean loss (nats) per answer token, its negative ``log_prob``, and greedy token ``accuracy``."""
+    device, was = next(model.parameters()).device, model.training
+    model.eval()
+    totals = torch.zeros(3, dtype=torch.float64)
+    labels = rows.get("labels", rows["input_ids"])
+    for at in range(0, len(labels), batch_size):
+        part = {k: v[at : at + batch_size].to(device) for k, v in rows.items() if k != "labels"}
+        want = labels[at : at + batch_size].to(device)[:, 1:]
+        logits = model(**part, use_cache=False).logits[:, :-1].float()
+        used = want != -100
+        loss = F.cross_entropy(logits[used], want[used], reduction="sum")
+        right = (logits[used].argmax(-1) == want[used]).sum()
+        totals += torch.stack([loss, right, used.sum()]).double().cpu()
+    model.train(was)
+    loss, right, count = totals.tolist()
+    return {"log_prob": -loss / max(1.0, count), "accuracy": right / max(1.0, count)}
+
+
+MEASURES = ("log_prob", "accuracy")
+
+
+def continual(
+    model: Any,
+    tasks: Sequence[Task],
+    config: HFTConfig | None = None,
+    *,
+    work_dir: str | None = None,
+    callback: Callback | None = None,
+    quiet: bool = True,
+    **changes: Any,
+) -> TuneRecord:
+    """Trains on one task after the other, in place, and scores all tasks after each.
+
+    Every task is a round: with ``reselect="round"`` each has its own draw, and optimiser and schedule
+    begin anew. Arguments as in :func:`tenfold.hft.sft`.
+
+    Returns:
+        The record: ``scores[measure][t][i]`` on task i after task t, for ``log_prob`` and ``accuracy``.
+    """
+    config = (config or HFTConfig.from_preset("trace")).with_changes(**changes)
+    if not tasks:
+        raise ValueError("continual learning needs at least one task")
+    batches = [
+        Batches(t.train, config.sequence_length, config.seed + i) for i, t in enumerate(tasks)
+    ]
+    session = Session("continual", model, config, batches, work_dir, callback, quiet,
+                      tasks=[t.name for t in tasks])  # fmt: skip
+    record, folder = session.record, session.folder
+    record.tasks = [t.name for t in tasks]
+    record.scores = {m: [] for m in MEASURES}
+
+    def judged(module: Any) -> dict[str, list[float]]:
+        found = [score(module, t.test) for t in tasks]
+        return {m: [f[m] for f in found] for m in MEASURES}
+
+    with kept_random_state():
+        module = prepared(model, config)
+        record.start = judged(module)
+        for number in range(len(tasks)):
+            done = folder.load(f"round-{number}") if folder else None
+            if done is not None:
+                _skip(session, number, module, done)
+                continue
+            session.round(number, module, lm_step)
+            for measure, values in judged(module).items():
+                record.scores[measure].append(values)
+            if folder:
+                _keep(session, number, module)
+    session.finish(module)
+    if folder:
+        for number in range(len(tasks)):
+            folder.forget(f"round-{number}")
+    if config.method == "lora":
+        merge_lora(module)
+    return record
+
+
+def _keep(session: Session, number: int, module: Any) -> None:
+    """Stores a finished round: the weights, and all numbers so far."""
+    folder, stage = session.folder, f"round-{number}"
+    assert folder is not None
+    state = {n: p for n, p in module.named_parameters()}
+    counts = {"steps": session._steps, "epochs": session._epochs}
+    folder.save(stage, {"record": session.record.to_json(), **counts}, state)
+    session.accelerator.wait_for_everyone()
+    folder.drop_checkpoints(stage)
+
+
+def _skip(session: Session, number: int, module: Any, done: dict[str, Any]) -> None:
+    """Goes on after a finished round: weights and numbers come from the folder."""
+    folder = session.folder
+    assert folder is not None
+    if (folder.path / f"round-{number + 1}.json").exists():
+        return  # a later round has all that is needed
+    with torch.no_grad():
+        saved = folder.load_tensors(f"round-{number}")
+        for name, parameter in module.named_parameters():
+            parameter.copy_(saved[name])
+    values = dict(done["record"])
+    values.pop("summary")
+    for key, value in values.items():
+        setattr(session.record, key, value)
+    session._steps, session._epochs = done["steps"], done["epochs"]

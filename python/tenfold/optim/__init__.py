@@ -1,0 +1,7 @@
+"""Optimisers and layers over tenfold's kernels, for parameters that train whole, in part or not at all."""
+
+from tenfold.optim.active import check_optimizer, switch_optimizer
+from tenfold.optim.adamw import MaskedAdamW
+from tenfold.optim.half_linear import HalfLinear, half_linear
+
+__all__ = ["HalfLinear", "MaskedAdamW", "check_optimizer", "half_linear", "switch_optimizer"]

@@ -1,0 +1,1 @@
+"""What the methods' trainers share: batches, the work folder, and one loop over accelerate."""

@@ -1,0 +1,310 @@
+"""One training loop for all methods: accelerate for devices and ranks, exact resumption, a bar.
+
+A step's batch is a function of (stage, step), and so is the learning rate; everything else that a step
+reads is in accelerate's state (weights, optimiser, random generators of every rank). So a run that is
+killed anywhere and started again on the same work folder gives the same bits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import math
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tenfold.training.batches import Batches
+from tenfold.training.errors import TrainingError
+from tenfold.training.store import WorkFolder
+
+Metrics = dict[str, float]
+Pieces = list[tuple[dict[str, Tensor], float]]
+LossOf = Callable[[Any, dict[str, Tensor], int], tuple[Tensor, dict[str, Tensor]]]
+
+
+# What the loop reads of a method's settings: seed, mixed_precision, micro_batch_size, checkpoint_every.
+Settings = Any
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What callbacks are told after every step: ``step`` of ``steps`` is done, with these numbers."""
+
+    stage: str
+    step: int
+    steps: int
+    metrics: Metrics
+
+
+Callback = Callable[[Progress], None]
+
+
+def make_accelerator(config: Settings, device: torch.device) -> Any:
+    """accelerate's view of this process, which trains on ``device`` if it is the only one.
+
+    Several have the device of their rank. ModuleNotFoundError says how to install accelerate.
+    """
+    if importlib.util.find_spec("accelerate") is None:
+        raise ModuleNotFoundError(
+            "training needs accelerate; install it with `pip install 'tenfold[train]'`"
+        )
+    from accelerate import Accelerator
+
+    cpu = {"cpu": True} if device.type == "cpu" else {}
+    accelerator = Accelerator(mixed_precision=config.mixed_precision, **cpu)
+    if accelerator.num_processes == 1:
+        # On its own, accelerate takes the first GPU, or what an earlier call in this process took.
+        accelerator.state.device = device
+    return accelerator
+
+
+@contextlib.contextmanager
+def kept_random_state() -> Iterator[None]:
+    """The caller's random generators come out as they went in."""
+    devices = range(torch.cuda.device_count())
+    python, arrays = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(arrays)
+
+
+def warm_cosine(step: int, steps: int, warmup: float, final: float) -> float:
+    """Learning rate as a share of its peak: linear warm-up, then a cosine down to ``final``."""
+    warm = round(warmup * steps)
+    if step < warm:
+        return (step + 1) / warm
+    at = (step - warm) / max(1, steps - warm)
+    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * at))
+
+
+@contextlib.contextmanager
+def _bar(stage: str, steps: int, done: int, shown: bool) -> Iterator[Callable[[Metrics], None]]:
+    if not shown:
+        yield lambda metrics: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+               TimeRemainingColumn())  # fmt: skip
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(stage, total=steps, completed=done)
+
+        def advance(metrics: Metrics) -> None:
+            text = f"{stage}: loss {metrics['loss']:.3f}"
+            if "mse" in metrics:
+                text += f", mse {metrics['mse']:.4f}"
+            bar.update(task, advance=1, description=text)
+
+        yield advance
+
+
+def _pieces(batch: dict[str, Tensor], rows: int | None) -> Pieces:
+    """The batch in pieces of ``rows`` rows, each with its share of the tokens that are predicted.
+
+    A piece's loss is the mean of its tokens, so these shares make the sum the mean of the batch. Pieces
+    that predict nothing are left out.
+    """
+    size = len(batch["input_ids"])
+    if rows is None or rows >= size:
+        return [(batch, 1.0)]
+    counts = (batch["labels"][:, 1:] != -100).sum(1).split(rows)
+    tokens = torch.stack([c.sum() for c in counts]).tolist()
+    parts = [{k: v[at : at + rows] for k, v in batch.items()} for at in range(0, size, rows)]
+    shared = [(p, n / sum(tokens)) for p, n in zip(parts, tokens) if n]
+    return shared or [(batch, 1.0)]
+
+
+class Trainer:
+    """Runs a method's stages on this process's device, as one of ``accelerator.num_processes``.
+
+    A method says in a subclass what its optimiser is, how gradients are clipped, and, if that changes
+    on the way, what trains.
+    """
+
+    error: type[RuntimeError] = TrainingError
+
+    def __init__(
+        self,
+        accelerator: Any,
+        config: Settings,
+        batches: Batches,
+        folder: WorkFolder | None,
+        callback: Callback | None = None,
+        quiet: bool = True,
+    ) -> None:
+        self.accelerator, self.config, self.batches = accelerator, config, batches
+        self.folder, self.callback = folder, callback
+        self.quiet = quiet or not accelerator.is_main_process
+
+    def rank_rows(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """This rank's share of a batch. Raises ValueError if the ranks do not divide it."""
+        ranks, size = self.accelerator.num_processes, len(batch["input_ids"])
+        if size % ranks:
+            raise ValueError(f"a batch of {size} rows cannot be shared by {ranks} ranks equally")
+        each = size // ranks
+        at = slice(
+            self.accelerator.process_index * each, (self.accelerator.process_index + 1) * each
+        )
+        return {k: v[at].to(self.accelerator.device) for k, v in batch.items()}
+
+    def _seed(self, stage: str) -> None:
+        mixed = self.config.seed * 1_000_003 + sum(stage.encode()) * 1009
+        torch.manual_seed(mixed + self.accelerator.process_index)
+
+    def _save(self, stage: str, step: int, curve: list[Metrics]) -> None:
+        folder = self.folder
+        assert folder is not None
+        final = folder.path / f"{stage}-{step}"
+        temporary = folder.path / f".{final.name}"
+        self.accelerator.save_state(str(temporary), safe_serialization=True)
+        self.accelerator.wait_for_everyone()
+        if folder.main:
+            (temporary / "curve.json").write_text(json.dumps(curve))
+            temporary.rename(final)
+            folder.drop_checkpoints(stage, but=final)
+        self.accelerator.wait_for_everyone()
+
+    def _resume(self, stage: str) -> tuple[int, list[Metrics]]:
+        found = self.folder.checkpoint(stage) if self.folder else None
+        if found is None:
+            return 0, []
+        step, path = found
+        self.accelerator.load_state(str(path))
+        return step, json.loads((path / "curve.json").read_text())
+
+    def _forward(
+        self, model: Any, batch: dict[str, Tensor], loss_of: Callable[..., Any], step: int
+    ) -> Metrics:
+        """Forward and backward of one batch, in pieces of ``micro_batch_size`` rows."""
+        pieces = self.pieces(batch, self.config.micro_batch_size)
+        sums: dict[str, Tensor] = {}
+        for i, (part, share) in enumerate(pieces, 1):
+            last = i == len(pieces)
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                with self.accelerator.autocast():
+                    loss, metrics = loss_of(model, part, step)
+                self.accelerator.backward(loss * share)
+            for name, value in ({"loss": loss.detach()} | metrics).items():
+                sums[name] = sums.get(name, 0) + share * value
+        names = sorted(sums)
+        mean = torch.stack([sums[n].float() for n in names])
+        mean = self.accelerator.reduce(mean, "mean")
+        return dict(zip(names, mean.tolist()))
+
+    # What a method defines.
+
+    def pieces(self, batch: dict[str, Tensor], rows: int | None) -> Pieces:
+        """A batch in parts of ``rows`` rows, each with its share of the loss: that of its tokens."""
+        return _pieces(batch, rows)
+
+    def make_optimizer(self, module: nn.Module) -> torch.optim.Optimizer:
+        """The optimiser of what trains; groups have ``peak``, their learning rate's largest value."""
+        raise NotImplementedError
+
+    def rate(self, step: int, steps: int) -> float:
+        """The learning rate of a step as a share of its peak."""
+        return 1.0
+
+    def clip(self, optimizer: Any) -> None:
+        """Clips the gradients, before the optimiser's step."""
+
+    def enter(self, stage: str, step: int, module: nn.Module) -> None:
+        """Called before the optimiser is made: ``step`` is the first that will be taken."""
+
+    def changes(self, stage: str, step: int) -> bool:
+        """Does something else train from ``step`` on? Then the model is unwrapped, and ``change`` called."""
+        return False
+
+    def change(self, stage: str, step: int, module: nn.Module, optimizer: Any) -> None:
+        """Goes over to what trains from ``step`` on."""
+
+    def after_backward(self, module: nn.Module) -> None:
+        """Called between backward and clipping."""
+
+    def _start(self, stage: str) -> int:
+        found = self.folder.checkpoint(stage) if self.folder else None
+        return found[0] if found else 0
+
+    def _rewrap(self, stage: str, step: int, model: Any, module: nn.Module, optimizer: Any) -> Any:
+        accelerator = self.accelerator
+        accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        inner = optimizer.optimizer
+        del model, optimizer
+        accelerator.free_memory()
+        self.change(stage, step, module, inner)
+        return accelerator.prepare(module, inner)
+
+    def run(
+        self,
+        stage: str,
+        module: nn.Module,
+        steps: int,
+        batch_size: int,
+        loss_of: LossOf,
+        after_step: Callable[[nn.Module, int, Metrics], bool] | None = None,
+    ) -> list[Metrics]:
+        """Trains ``module`` in place for ``steps`` steps, or until ``after_step`` returns True.
+
+        Returns the metrics of every step. Raises :attr:`error` if the loss is not a number.
+        """
+        if steps == 0:
+            return []
+        accelerator, config = self.accelerator, self.config
+        self._seed(stage)
+        module.to(accelerator.device)
+        self.enter(stage, self._start(stage), module)
+        model, optimizer = accelerator.prepare(module, self.make_optimizer(module))
+        first, curve = self._resume(stage)
+        stopped = bool(curve and curve[-1].get("stopped"))
+        model.train()
+        with _bar(stage, steps, first, not self.quiet) as advance:
+            for step in range(first, steps):
+                if stopped:
+                    break
+                for group in optimizer.param_groups:
+                    group["lr"] = group["peak"] * self.rate(step, steps)
+                batch = self.rank_rows(self.batches.take(stage, step, batch_size))
+                metrics = self._forward(model, batch, loss_of, step)
+                if not math.isfinite(metrics["loss"]):
+                    raise self.error(
+                        f"{stage}: the loss became {metrics['loss']} at step {step + 1}; training "
+                        "stopped. Lower the learning rates, or look at the data"
+                    )
+                self.after_backward(module)
+                self.clip(optimizer)
+                optimizer.step()
+                optimizer.zero_grad()
+                stopped = after_step(module, step + 1, metrics) if after_step else False
+                if stopped:
+                    metrics["stopped"] = 1.0
+                curve.append(metrics)
+                if step + 1 < steps and not stopped and self.changes(stage, step + 1):
+                    model, optimizer = self._rewrap(stage, step + 1, model, module, optimizer)
+                due = (step + 1) % config.checkpoint_every == 0
+                if self.folder is not None and due and step + 1 < steps:
+                    self._save(stage, step + 1, curve)
+                advance(metrics)
+                if self.callback is not None:
+                    self.callback(Progress(stage, step + 1, steps, metrics))
+        accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        accelerator.free_memory()
+        return curve
+
+
+def is_main_process() -> bool:
+    """Is this the only process, or rank 0 of several?"""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank() == 0
+    return True
