@@ -157,8 +157,11 @@ inline VI load_bytes(const uint8_t* p) {
 inline void store_low_bytes(uint8_t* p, VI a) {
   TENFOLD_LANES p[i] = static_cast<uint8_t>(a.v[i]);
 }
+// at: signed.
 inline VF gather(const float* p, VI at) {
-  return {{p[at.v[0]], p[at.v[1]], p[at.v[2]], p[at.v[3]]}};
+  VF r;
+  TENFOLD_LANES r.v[i] = p[static_cast<int32_t>(at.v[i])];
+  return r;
 }
 // p[i] of 32 floats, i < 32.
 inline VF lookup32(const float* p, VI i) {

@@ -3,5 +3,13 @@
 from tenfold.optim.active import check_optimizer, switch_optimizer
 from tenfold.optim.adamw import MaskedAdamW
 from tenfold.optim.half_linear import HalfLinear, half_linear
+from tenfold.reference.optim import dynamic_code
 
-__all__ = ["HalfLinear", "MaskedAdamW", "check_optimizer", "half_linear", "switch_optimizer"]
+__all__ = [
+    "HalfLinear",
+    "MaskedAdamW",
+    "check_optimizer",
+    "dynamic_code",
+    "half_linear",
+    "switch_optimizer",
+]

@@ -127,7 +127,8 @@ def masked_adamw_8bit_(
         exp_avgs, exp_avg_sqs: uint8 codes of the shape and strides of the parameters; blocks of 256
             lie along the storage, the last one may be shorter.
         absmax1, absmax2: float32 ``[ceil(n / 256)]`` per tensor, of ``exp_avgs`` and ``exp_avg_sqs``.
-        code1, code2: float32 [256], sorted and finite; of m (signed) and v (not negative).
+        code1, code2: float32 [256], sorted and finite; of m (signed) and v (not negative). For example
+            `tenfold.optim.dynamic_code(True)` and `(False)`.
 
     The other arguments, and what is raised, are those of :func:`masked_adamw_`; ``block_size`` is that of
     the mask.
