@@ -1,5 +1,8 @@
 """Benchmarks of ``masked_adamw_`` and ``masked_adamw_8bit_``: one step over lists of tensors.
 
+Sizes: one matrix of 1M to 105M elements, many small tensors, and the layers of SmolLM2-135M whole and with
+every second matrix frozen: a frozen tensor is not in the list, and moves nothing.
+
 Bytes are what a step must move: p and g read, m and v read, p, m and v written, of the trained rows
 and blocks or of all elements (single frozen elements share sectors with trained ones; compact states
 hold the trained ones only). The fastest eager form without a mask is torch's fused step; with a mask it
@@ -13,10 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 from tenfold import ops
 
-from .case import Case, Inputs, Provider, Shape, compiled, provider, relative_error
+from .case import Case, Inputs, NotAvailable, Provider, Shape, compiled, provider, relative_error
+from .optim_masks import SMOLLM2
 
 HYPER = {"beta1": 0.9, "beta2": 0.999, "weight_decay": 0.1, "eps": 1e-8}
 LR = 1e-3
@@ -33,6 +38,10 @@ def pack(bits: Tensor) -> Tensor:
 
 
 def _shapes(s: Shape) -> list[tuple[int, ...]]:
+    if "layers" in s:
+        matrices = SMOLLM2[0] * s["layers"]
+        # An odd number per layer: one layer's odd ones, the next one's even ones.
+        return matrices[:: 2 if s["frozen"] else 1]
     if "tensors" in s:
         return [(s["n"],)] * s["tensors"]
     return [(s["out"], s["in"])]
@@ -79,6 +88,37 @@ def _fused(i: Inputs) -> None:
     fused(i.p, i.g, i.m, i.v, i.steps)
 
 
+def _foreach(i: Inputs) -> None:
+    adamw(i.p, i.g, i.m, i.v, [], i.steps, foreach=True, fused=False, amsgrad=False, lr=LR,
+          maximize=False, **HYPER)  # fmt: skip
+
+
+def deepspeed() -> Provider:
+    """DeepSpeed's CPU Adam, one call per tensor, as its optimizer makes them; built at first use."""
+
+    def build(inputs: Inputs) -> Callable[[Inputs], None]:
+        if inputs.p[0].is_cuda:
+            raise NotAvailable("DeepSpeed's CPU Adam takes CPU tensors")
+        try:
+            from deepspeed.ops.op_builder import CPUAdamBuilder
+
+            kernel = CPUAdamBuilder().load(verbose=False)
+        except Exception as error:
+            raise NotAvailable(f"DeepSpeed's CPU Adam cannot be had: {error}") from error
+        b1, b2, decay, eps = (HYPER[k] for k in ("beta1", "beta2", "weight_decay", "eps"))
+        kernel.create_adam(0, LR, b1, b2, eps, decay, True, False)
+
+        def step(i: Inputs) -> None:
+            for p, g, m, v, t in zip(i.p, i.g, i.m, i.v, i.steps, strict=True):
+                t += 1
+                kernel.adam_update(0, int(t), LR, b1, b2, eps, decay, True, p, g, m, v)
+
+        return step
+
+    # It divides in another order: within the rounding of a few operations.
+    return Provider("peer:deepspeed", "peer", build)
+
+
 def _fused_clipped(i: Inputs) -> None:
     torch._foreach_mul_(i.g, i.clip)
     _fused(i)
@@ -120,22 +160,29 @@ def _plain_case(variant: str, shape: Shape, dtype: torch.dtype, state: torch.dty
 
 
 BIG = {"out": 4096, "in": 4096}
+SIZES = ({"out": 1024, "in": 1024}, {"out": 10240, "in": 10240})
 
 
 def _plain() -> Iterator[Case]:
     fused_form = provider("eager:fused", _fused)
     both = [fused_form, compiled(_formula_step)]
+    others = [fused_form, provider("eager:foreach", _foreach), deepspeed()]
     wide = [provider("eager:float32", _fused_wide, scratch=8 * _elements(BIG)),
             compiled(_formula_step)]  # fmt: skip
-    yield _plain_case("fp32", BIG, FP32, FP32, both, quick=True)
+    yield _plain_case("fp32", BIG, FP32, FP32, [*others, compiled(_formula_step)], quick=True)
+    for shape in SIZES:
+        yield _plain_case("fp32", shape, FP32, FP32, others)
     yield _plain_case("bf16", BIG, BF16, BF16, both, quick=True, tolerance=1e-2)
     yield _plain_case("bf16-fp32", BIG, BF16, FP32, wide, tolerance=1e-2)
     yield _plain_case("clip", BIG, FP32, FP32, [provider("eager:fused", _fused_clipped)],
                       clip=True, reference=_fused_clipped)  # fmt: skip
     yield _plain_case("stochastic", BIG, BF16, BF16, both, tolerance=1e-2, stochastic_round=True)
     for n, tensors in ((576, 1000), (4096, 1000), (147456, 100)):
-        yield _plain_case("many", {"n": n, "tensors": tensors}, FP32, FP32, [fused_form],
+        yield _plain_case("many", {"n": n, "tensors": tensors}, FP32, FP32, others,
                           quick=n == 576)  # fmt: skip
+    for frozen in (0, 1):
+        shape = {"layers": SMOLLM2[1], "frozen": frozen}
+        yield _plain_case("smollm2-half" if frozen else "smollm2", shape, FP32, FP32, others)
 
 
 # -- masks -------------------------------------------------------------------------------------------
