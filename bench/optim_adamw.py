@@ -68,6 +68,7 @@ def _inputs(s: Shape, dtype: torch.dtype, device: torch.device, state: torch.dty
 
 
 def _ours(**options: Any) -> Callable[[Inputs], None]:
+    @torch.no_grad()
     def step(i: Inputs) -> None:
         clip = i.clip if options.get("clip") else None
         extra = {k: v for k, v in options.items() if k != "clip"}
@@ -77,6 +78,7 @@ def _ours(**options: Any) -> Callable[[Inputs], None]:
     return step
 
 
+@torch.no_grad()
 def fused(p: list[Tensor], g: list[Tensor], m: list[Tensor], v: list[Tensor],
           steps: list[Tensor]) -> None:  # fmt: skip
     """torch's fused step, as its optimizer calls it: it wants the advanced steps."""
@@ -88,6 +90,7 @@ def _fused(i: Inputs) -> None:
     fused(i.p, i.g, i.m, i.v, i.steps)
 
 
+@torch.no_grad()
 def _foreach(i: Inputs) -> None:
     adamw(i.p, i.g, i.m, i.v, [], i.steps, foreach=True, fused=False, amsgrad=False, lr=LR,
           maximize=False, **HYPER)  # fmt: skip
@@ -108,6 +111,7 @@ def deepspeed() -> Provider:
         b1, b2, decay, eps = (HYPER[k] for k in ("beta1", "beta2", "weight_decay", "eps"))
         kernel.create_adam(0, LR, b1, b2, eps, decay, True, False)
 
+        @torch.no_grad()
         def step(i: Inputs) -> None:
             for p, g, m, v, t in zip(i.p, i.g, i.m, i.v, i.steps, strict=True):
                 t += 1
@@ -115,15 +119,16 @@ def deepspeed() -> Provider:
 
         return step
 
-    # It divides in another order: within the rounding of a few operations.
     return Provider("peer:deepspeed", "peer", build)
 
 
+@torch.no_grad()
 def _fused_clipped(i: Inputs) -> None:
     torch._foreach_mul_(i.g, i.clip)
     _fused(i)
 
 
+@torch.no_grad()
 def _fused_wide(i: Inputs) -> None:
     """float32 states of bfloat16 parameters: torch's fused step takes one dtype only."""
     p, g = [x.float() for x in i.p], [x.float() for x in i.g]
@@ -142,6 +147,7 @@ def _formula(p: Tensor, g: Tensor, m: Tensor, v: Tensor, t: Tensor) -> None:
     v.copy_(v2)
 
 
+@torch.no_grad()
 def _formula_step(i: Inputs) -> None:
     for tensors in zip(i.p, i.g, i.m, i.v, i.steps, strict=True):
         _formula(*tensors)
@@ -220,6 +226,7 @@ def _masked_inputs(s: Shape, dtype: torch.dtype, device: torch.device, state: to
 
 
 def _ours_masked(kind: str) -> Callable[[Inputs], None]:
+    @torch.no_grad()
     def step(i: Inputs) -> None:
         ops.masked_adamw_(i.p, i.g, i.m, i.v, i.steps, i.mask, [], i.prefix, mask_kind=kind,
                           lr=i.lr, block_size=BLOCK, **HYPER)  # fmt: skip
@@ -245,6 +252,7 @@ def _view(x: Tensor, kind: str) -> tuple[Tensor, int]:
 def _gather(kind: str) -> Callable[[Inputs], None]:
     """The step on copies of the trained rows, columns or blocks."""
 
+    @torch.no_grad()
     def step(i: Inputs) -> None:
         views = [_view(x[0], kind) for x in (i.p, i.g, i.m, i.v)]
         parts = [[x.index_select(dim, i.index)] for x, dim in views]

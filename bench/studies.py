@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,113 @@ def dha_speed_block(root: Path) -> str:
     return f"Model: {model}; {found['setting']['threads']} threads.\n\n{markdown(columns, rows)}"
 
 
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def hft_study_block(root: Path) -> str:
+    """Forgetting by method over seeds, from ``examples/hft_study.py``."""
+    found = _load(root, "hft", "study")
+    if found is None:
+        return "No study has been committed."
+
+    def values(variant: str, of: Callable[[dict[str, Any]], float]) -> dict[int, float]:
+        return {c["config"]["seed"]: of(c) for c in found["cells"] if c["variant"] == variant}
+
+    measures: list[tuple[str, Callable[[dict[str, Any]], float]]] = [
+        ("OP", lambda c: c["summary"]["log_prob"]["op"]),
+        ("BWT", lambda c: c["summary"]["log_prob"]["bwt"]),
+        ("OP, accuracy %", lambda c: 100 * c["summary"]["accuracy"]["op"]),
+        ("BWT, accuracy %", lambda c: 100 * c["summary"]["accuracy"]["bwt"]),
+        ("text forgotten", lambda c: c["text_loss"]["after"] - c["text_loss"]["before"]),
+    ]
+    full = {name: values("full", of) for name, of in measures}
+    rows = []
+    for variant in dict.fromkeys(c["variant"] for c in found["cells"]):
+        shares = values(variant, lambda c: c["trained_parameters"] / c["parameters"])
+        row = [variant, f"{100 * shares[min(shares)]:.0f} %", str(len(shares))]
+        for name, of in measures:
+            mine, sign = values(variant, of), -1 if name == "text forgotten" else 1
+            both = mine.keys() & full[name].keys()
+            better = sum(sign * mine[s] > sign * full[name][s] for s in both)
+            digits = 1 if "%" in name else 3
+            cell = f"{_mean(list(mine.values())):.{digits}f}"
+            row.append(cell if variant == "full" else f"{cell} ({better}/{len(both)})")
+        rows.append(row)
+    columns = ("method", "trained", "seeds", *(name for name, _ in measures))
+    setting = found["setting"]
+    return (
+        f"Tasks in order: {', '.join(setting['tasks'])}; {setting['steps']} steps each, after "
+        f"{setting['parent_steps']} steps on ordinary text. Means over the seeds; in brackets on how many "
+        "seeds a method is ahead of full fine-tuning. OP and BWT of log-probability (nats per answer token), "
+        f"then of greedy token accuracy.\n\n{markdown(columns, rows)}"
+    )
+
+
+def hft_seeds_block(root: Path) -> str:
+    """BWT and forgotten text of every seed, from ``examples/hft_study.py``."""
+    found = _load(root, "hft", "study")
+    if found is None:
+        return "No study has been committed."
+    seeds = sorted({c["config"]["seed"] for c in found["cells"]})
+    rows = []
+    for variant in dict.fromkeys(c["variant"] for c in found["cells"]):
+        cells = {c["config"]["seed"]: c for c in found["cells"] if c["variant"] == variant}
+        row = [variant]
+        for s in seeds:
+            cell = cells.get(s)
+            row.append("–" if cell is None else (
+                f"{cell['summary']['log_prob']['bwt']:+.3f} / "
+                f"{cell['text_loss']['after'] - cell['text_loss']['before']:.3f}"))  # fmt: skip
+        rows.append(row)
+    columns = ("BWT / text forgotten", *(f"seed {s}" for s in seeds))
+    return markdown(columns, rows)
+
+
+def hft_smollm2_block(root: Path) -> str:
+    """SmolLM2 on two tasks, from ``examples/hft.py``."""
+    found = _load(root, "hft", "smollm2")
+    if found is None:
+        return "No run has been committed."
+    rows = []
+    for r in found["runs"]:
+        by = r["summary"]
+        text = r["text_loss"]
+        rows.append([
+            r["config"]["method"], f"{100 * r['trained_parameters'] / r['parameters']:.1f} %",
+            str(r["config"]["seed"]), f"{by['log_prob']['op']:.3f}", f"{by['log_prob']['bwt']:+.3f}",
+            f"{100 * by['accuracy']['op']:.1f}", f"{100 * by['accuracy']['bwt']:+.1f}",
+            f"{text['before']:.3f}", f"{text['after']:.3f}", f"{sum(r['seconds'].values()):.0f}",
+        ])  # fmt: skip
+    columns = ("method", "trained", "seed", "OP", "BWT", "OP, accuracy %", "BWT, accuracy %",
+               "text loss before", "after", "seconds")  # fmt: skip
+    first = found["runs"][0]
+    return (
+        f"Tasks in order: {', '.join(first['tasks'])}; {first['config']['steps']} steps each of "
+        f"{first['config']['batch_size']} rows, {found['threads']} threads.\n\n{markdown(columns, rows)}"
+    )
+
+
+def hft_speed_block(root: Path) -> str:
+    """Where a training step's time goes, from ``python -m tenfold.hft.speed``."""
+    found = _load(root, "hft", "speed")
+    if found is None:
+        return "No measurement has been committed."
+    parts = ("forward", "backward", "optimizer", "step")
+    columns = ("method", "dtype", "rows x tokens", *(f"{p} ms" for p in parts), "speed",
+               "gradients MB", "states MB", "activations MB")  # fmt: skip
+    rows = [
+        [r["method"], r["dtype"], f"{r['rows']} x {r['length']}", *(f"{1e3 * r[p]:.0f}" for p in parts),
+         f"{r['speedup']:.2f}×",
+         *(f"{r[k] / 1e6:.0f}" for k in ("gradient_bytes", "state_bytes", "activation_bytes"))]
+        for r in found["rows"]
+    ]  # fmt: skip
+    setting = found["setting"]
+    return f"{setting['model']}, {setting['threads']} threads.\n\n{markdown(columns, rows)}"
+
+
 BLOCKS = {
     "quality": quality_block, "ablation": ablation_block, "dha-study": dha_study_block,
-    "dha-smollm2": dha_smollm2_block, "dha-speed": dha_speed_block,
+    "dha-smollm2": dha_smollm2_block, "dha-speed": dha_speed_block, "hft-study": hft_study_block,
+    "hft-seeds": hft_seeds_block, "hft-smollm2": hft_smollm2_block, "hft-speed": hft_speed_block,
 }  # fmt: skip

@@ -1,9 +1,10 @@
 // masked_adamw_: one AdamW step over a list of tensors, on the trained elements only (mask.h).
 //
-//   p = p * f32(1 - lr wd)                              t: the step after its increment
-//   m = fma(f32(1 - b1), g - m, m)                      1 - b1 >= 0.5: fma(f32(1 - b1) - 1, g - m,
-//   g) v = fma(f32(1 - b2) g, g, v f32(b2)) d = sqrt(v) / f32(sqrt(1 - b2^t)) + f32(eps) amsgrad:
-//   of max(v) so far p = p + (f32(-lr / (1 - b1^t)) m) / d
+//   p = p * f32(1 - lr wd)                 t: the step after its increment
+//   m = fma(f32(1 - b1), g - m, m)         1 - b1 >= 0.5: fma(f32(1 - b1) - 1, g - m, g)
+//   v = fma(f32(1 - b2) g, g, v f32(b2))
+//   d = sqrt(v) / f32(sqrt(1 - b2^t)) + f32(eps)         amsgrad: of max(v) so far
+//   p = p + (f32(-lr / (1 - b1^t)) m) / d
 //
 // with g = (maximize ? -g : g) / grad_scale * clip_coef. All of it in float32, every operation
 // rounded once in this order, scalars computed in double and rounded once: the bits of
@@ -58,10 +59,19 @@ struct AdamwScalars {
   int32_t skips;    // found_inf: nothing is written
 };
 
+// 1 - lr wd, each operation rounded: nvcc would contract them.
+TENFOLD_HD double adamw_decay(double lr, double weight_decay) {
+#if defined(__CUDA_ARCH__)
+  return __dsub_rn(1.0, __dmul_rn(lr, weight_decay));
+#else
+  return 1.0 - lr * weight_decay;
+#endif
+}
+
 TENFOLD_HD AdamwScalars adamw_scalars(const AdamwOptions& o, double t, float grad_scale,
                                       float clip_coef) {
   AdamwScalars s;
-  s.decay = static_cast<float>(1.0 - o.lr * o.weight_decay);
+  s.decay = static_cast<float>(adamw_decay(o.lr, o.weight_decay));
   s.step = static_cast<float>(-o.lr / (1.0 - pow(o.beta1, t)));
   s.lerp = static_cast<float>(1.0 - o.beta1);
   s.from_gradient = !(s.lerp < 0.5f);

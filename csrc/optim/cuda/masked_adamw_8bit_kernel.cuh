@@ -140,6 +140,7 @@ __device__ inline void update_state_block(const Adamw8Tensor& t, const AdamwScal
     most2 = b > most2 ? b : most2;
   }
   const float new1 = warp_largest(most1), new2 = warp_largest(most2);
+  __syncwarp();  // all lanes have read the old ones
   if (threadIdx.x % 32 == 0) t.absmax1[block] = new1, t.absmax2[block] = new2;
   if (bits == 0) return;
   store_pack<P, kLaneElements>(p, param, n, whole);

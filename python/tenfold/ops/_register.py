@@ -16,8 +16,8 @@ _library = torch.library.Library("tenfold", "IMPL")
 
 
 def _requires_grad(value: Any) -> bool:
-    if isinstance(value, list | tuple):
-        return any(map(_requires_grad, value))
+    if isinstance(value, list | tuple):  # possibly of a thousand tensors: one fast loop
+        return any(getattr(x, "requires_grad", False) for x in value)
     return isinstance(value, Tensor) and value.requires_grad
 
 
@@ -30,7 +30,7 @@ def inference_only(name: str, mutates: tuple[int, ...] = ()) -> None:
     op = getattr(torch.ops.tenfold, name).default
 
     def kernel(keyset: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.is_grad_enabled() and _requires_grad((*args, *kwargs.values())):
+        if torch.is_grad_enabled() and any(map(_requires_grad, (*args, *kwargs.values()))):
             raise RuntimeError(
                 f"tenfold::{name} is inference only: an input requires grad under grad "
                 "mode. Call it under torch.no_grad() or detach its inputs."
