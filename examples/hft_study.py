@@ -1,10 +1,10 @@
 """What continual fine-tuning forgets: full, half and other methods on a model trained here.
 
-python examples/hft_study.py [--seeds 5] [--out bench/results/hft]
+python examples/hft_study.py [--seeds 0 1 2] [--only full half LoRA] [--out bench/results/hft]
 
 A byte-level Llama (4 layers, width 256, 2.8M parameters) learns standard-library text, then tasks one
 after the other. Judged: OP and BWT over the tasks, and the loss of held-out text before and after.
-Finished cells are kept in OUT: a stopped study goes on.
+Finished cells are kept in the cache: a stopped study goes on, and processes may share the work.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def cell(parent, name: str, seed: int, steps: int, held) -> dict:
     config = hft.HFTConfig.from_preset(
         "small",
         steps=steps,
-        batch_size=16,
+        batch_size=8,
         learning_rate=1e-3,
         warmup=0.05,
         seed=seed,
@@ -108,11 +108,19 @@ def text_plot(cells: list[dict], path: Path) -> None:
     path.write_bytes(png_bytes(made))
 
 
+def gather(folder: Path, setting: dict) -> list[dict]:
+    """All finished cells of this setting, in the order of variants and seeds."""
+    cells = [json.loads(p.read_text()) for p in sorted(folder.glob("cell-*.json"))]
+    cells = [c for c in cells if c.pop("setting") == setting]
+    order = list(VARIANTS)
+    return sorted(cells, key=lambda c: (order.index(c["variant"]), c["config"]["seed"]))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--parent-steps", type=int, default=500)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--parent-steps", type=int, default=400)
     parser.add_argument("--steps", type=int, default=60, help="per task")
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--out", type=Path, default=Path("bench/results/hft"))
@@ -121,13 +129,13 @@ def main() -> None:
     for folder in (chosen.out, chosen.cache):
         folder.mkdir(parents=True, exist_ok=True)
     stream, held_stream = tiny.split(tiny.byte_stream())
-    file = chosen.out / "study.json"
-    done = json.loads(file.read_text()) if file.exists() else {"cells": []}
-    for seed in range(chosen.seeds):
+    setting = {"tasks": list(TASKS), "steps": chosen.steps, "parent_steps": chosen.parent_steps}
+    for seed in chosen.seeds:
         held = tiny.text_rows(held_stream, 64, torch.Generator().manual_seed(seed + 1000), LENGTH)
         parent = None
         for name in chosen.only:
-            if any((c["variant"], c["config"]["seed"]) == (name, seed) for c in done["cells"]):
+            path = chosen.cache / f"cell-{name.replace(', ', '-').replace(' ', '-')}-{seed}.json"
+            if path.exists() and json.loads(path.read_text())["setting"] == setting:
                 continue
             parent = parent or parent_of(seed, chosen.parent_steps, stream, chosen.cache)
             found = cell(parent, name, seed, chosen.steps, held)
@@ -135,18 +143,18 @@ def main() -> None:
             found["curves"] = {
                 k: [{"loss": round(m["loss"], 4)} for m in c] for k, c in found["curves"].items()
             }
-            done["cells"].append(found)
-            done["setting"] = {"torch": torch.__version__, "machine": platform.machine(), "tasks": TASKS,
-                               "threads": torch.get_num_threads(), "steps": chosen.steps,
-                               "parent_steps": chosen.parent_steps}  # fmt: skip
-            file.write_text(json.dumps(done) + "\n")
+            path.write_text(json.dumps(found | {"setting": setting}) + "\n")
             s = found["summary"]["log_prob"]
             print(
                 f"seed {seed} {name}: OP {s['op']:.3f}, BWT {s['bwt']:+.3f}, text {found['text_loss']}",
                 flush=True,
             )
-    (chosen.out / "methods.png").write_bytes(png_bytes(methods_plot(records_of(done["cells"]))))
-    text_plot(done["cells"], chosen.out / "text.png")
+    cells = gather(chosen.cache, setting)
+    about = {"torch": torch.__version__, "machine": platform.machine()}
+    result = {"setting": setting | about, "cells": cells}
+    (chosen.out / "study.json").write_text(json.dumps(result) + "\n")
+    (chosen.out / "methods.png").write_bytes(png_bytes(methods_plot(records_of(cells))))
+    text_plot(cells, chosen.out / "text.png")
 
 
 if __name__ == "__main__":

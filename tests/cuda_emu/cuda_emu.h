@@ -1,13 +1,11 @@
 // Test-only emulation of the CUDA execution model on the host, so that g++ runs the same kernels.
 //
-// Blocks run one after another; the threads of a block are fibers (ucontext), resumed in a seeded
-// random order between barriers, so that a missing barrier shows as a wrong or schedule-dependent
-// result. Shared memory is a fresh heap block per (kernel block, declaration), filled with 0xCD:
-// unwritten reads give garbage, and with ASan accesses outside it are reported. A barrier that not
-// all threads of the block reach, or that they reach at different lines, aborts with a message.
+// Blocks run one after another; the threads of a block are fibers, resumed in a seeded random order
+// between barriers, so that a missing barrier shows as a wrong or schedule-dependent result. Shared
+// memory is a fresh heap block per (kernel block, declaration), filled with 0xCD: unwritten reads
+// give garbage, and with ASan accesses outside it are reported. A barrier that not all threads of
+// the block reach, or that they reach at different lines, aborts with a message.
 #pragma once
-
-#include <ucontext.h>
 
 #include <algorithm>
 #include <cmath>
@@ -15,6 +13,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <map>
 #include <memory>
@@ -24,7 +23,6 @@
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <pthread.h>
-#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
@@ -53,6 +51,44 @@ enum class State { ready, block_barrier, warp_barrier, done };
 
 constexpr size_t kStackBytes = 128 << 10;
 
+// Saves the registers that a call preserves on this stack and its pointer in *from, and goes on
+// with the stack `to`. swapcontext would ask the kernel for the signal mask, each time.
+#if defined(__x86_64__)
+extern "C" void cuda_emu_switch(void** from, void* to);
+asm(R"(
+.text
+.type cuda_emu_switch, @function
+cuda_emu_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size cuda_emu_switch, . - cuda_emu_switch
+)");
+
+// A stack whose first switch calls `entry`, which never returns.
+inline void* first_frame(char* stack, void (*entry)()) {
+  auto* top = reinterpret_cast<void**>(reinterpret_cast<uintptr_t>(stack + kStackBytes) & ~15);
+  *--top = nullptr;  // where entry would return to: calls leave the pointer 8 off a multiple of 16
+  *--top = reinterpret_cast<void*>(entry);
+  for (int saved = 0; saved < 6; ++saved) *--top = nullptr;
+  return top;
+}
+#else
+#error "the emulation switches stacks on x86-64 only"
+#endif
+
 struct Copy {
   void* to;
   const void* from;  // null: zeros
@@ -60,8 +96,8 @@ struct Copy {
 };
 
 struct Fiber {
-  ucontext_t context;
-  std::unique_ptr<char[]> stack;  // kept from block to block
+  std::unique_ptr<char[]> stack;
+  void* pointer = nullptr;  // into the stack, while others run
   State state = State::ready;
   int barrier_line = 0;
   uint64_t slot = 0;  // value offered to the warp
@@ -75,11 +111,11 @@ struct Machine {
   unsigned schedule_seed = 1;
   dim3 grid, block, block_index;
   int current = -1;
-  std::vector<Fiber> fibers;
+  std::deque<Fiber> fibers;  // they live on from block to block, and never move
   std::map<int, std::vector<char>*> shared;
   size_t dynamic_bytes = 0;
   std::function<void()> body;
-  ucontext_t scheduler;
+  void* scheduler = nullptr;
   void* scheduler_fake = nullptr;
   const void* scheduler_stack = nullptr;
   size_t scheduler_size = 0;
@@ -107,28 +143,29 @@ inline void land(const Copy& copy) {
 // -- switching
 // ---------------------------------------------------------------------------------------
 
-inline void to_scheduler(bool dying = false) {
+inline void to_scheduler() {
   Machine& m = machine();
   Fiber& f = m.fibers[m.current];
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(dying ? nullptr : &f.fake_stack, m.scheduler_stack,
-                                 m.scheduler_size);
+  __sanitizer_start_switch_fiber(&f.fake_stack, m.scheduler_stack, m.scheduler_size);
 #endif
-  (void)dying;
-  swapcontext(&f.context, &m.scheduler);
+  cuda_emu_switch(&f.pointer, m.scheduler);
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(f.fake_stack, &m.scheduler_stack, &m.scheduler_size);
 #endif
 }
 
+// A thread of every block to come.
 inline void fiber_main() {
   Machine& m = machine();
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(nullptr, &m.scheduler_stack, &m.scheduler_size);
 #endif
-  m.body();
-  m.fibers[m.current].state = State::done;
-  to_scheduler(true);
+  for (;;) {
+    m.body();
+    m.fibers[m.current].state = State::done;
+    to_scheduler();
+  }
 }
 
 inline void resume(int index) {
@@ -138,7 +175,7 @@ inline void resume(int index) {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(&m.scheduler_fake, f.stack.get(), kStackBytes);
 #endif
-  swapcontext(&m.scheduler, &f.context);
+  cuda_emu_switch(&m.scheduler, f.pointer);
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(m.scheduler_fake, nullptr, nullptr);
 #endif
@@ -178,22 +215,16 @@ inline bool release(int first, int last, State state) {
 inline void run_block() {
   Machine& m = machine();
   const int count = static_cast<int>(m.block.x);
-  m.fibers.resize(count);
+  while (static_cast<int>(m.fibers.size()) < count) {
+    Fiber& f = m.fibers.emplace_back();
+    f.stack.reset(new char[kStackBytes]);
+    f.pointer = first_frame(f.stack.get(), fiber_main);
+  }
   for (int i = 0; i < count; ++i) {
     Fiber& f = m.fibers[i];
-    if (f.stack == nullptr) f.stack.reset(new char[kStackBytes]);
-#if defined(__SANITIZE_ADDRESS__)
-    __asan_unpoison_memory_region(f.stack.get(), kStackBytes);  // frames of the last block
-#endif
     f.state = State::ready;
-    f.fake_stack = nullptr;
     f.turn = f.groups = 0;
     f.copies.clear();
-    getcontext(&f.context);
-    f.context.uc_stack.ss_sp = f.stack.get();
-    f.context.uc_stack.ss_size = kStackBytes;
-    f.context.uc_link = nullptr;
-    makecontext(&f.context, fiber_main, 0);
   }
   std::mt19937 random(m.schedule_seed + m.block_index.x);
   for (;;) {
