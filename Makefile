@@ -17,6 +17,8 @@ PYTEST_ARGS ?=
 PY := $(VENV)/bin/python
 SHOW := $(PY) tools/progress.py
 STAMPS := $(VENV)/.stamps
+# A process per core, but not more memory than four need. Threads of one must not spin while the other works.
+PYTEST = OMP_WAIT_POLICY=passive $(PY) -m pytest tests -n auto --maxprocesses 4 --dist worksteal
 INSTALLED := $(STAMPS)/$(if $(WHEEL),wheel-$(notdir $(WHEEL)),editable)
 REQUIREMENTS := $(wildcard requirements/*.txt)
 # Folders count too: their time changes when a source is removed.
@@ -38,10 +40,10 @@ demo: data ## the methods end to end on real input: a table, and tenfold-report/
 	$(VENV)/bin/tenfold demo
 
 test: data ## all tests but the slow studies; WHEEL=path tests a built wheel in a clean environment
-	$(PY) -m pytest tests -m "not slow" $(PYTEST_ARGS)
+	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
 test-all: data ## the same with all seeds and studies
-	$(PY) -m pytest tests $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 test-hosts: setup ## each host framework's adapter, in an environment of its own
 	bash tools/test_hosts.sh $(PY) '$(TORCH)'

@@ -885,12 +885,15 @@ class TestRunner:
         quick = runner.choose("kv_eviction", True, "")
         assert len(quick) < len(runner.choose("kv_eviction", False, ""))
         assert runner.families_with(runner.FAMILIES, True, "nacl_select") == ["kv_eviction"]
-        assert runner.families_with(runner.FAMILIES, True, "decode") == list(runner.FAMILIES)
+        assert runner.families_with(runner.FAMILIES, True, "decode") == ["attention", "kv_eviction"]
 
     def test_wrong_arguments(self, capsys, tmp_path):
         for arguments, words in (
             (["nothing"], "unknown family 'nothing'; there are: attention, kv_eviction"),
-            (["--select", "nothing-like-this"], "no case of attention, kv_eviction contains"),
+            (
+                ["--select", "nothing-like-this"],
+                "no case of attention, kv_eviction, optim contains",
+            ),
             (["--quick", "--select", "32768"], "no quick case"),
             (["--device", "abacus"], "--device takes cpu or cuda, got 'abacus'"),
         ):

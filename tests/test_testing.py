@@ -498,6 +498,16 @@ class TestSkipPolicy:
         assert status == 1 and "SKIP NOT ALLOWED test_gone.py" in said and "1 passed" in said
         assert skips("", "test_gone.py : *")[0] == 0
 
+    def test_with_several_processes(self, skips, pytester):
+        pytester.makepyfile(
+            test_gone="import pytest\npytest.importorskip('no_such_module_at_all')\n"
+        )
+        status, said = skips(self.SKIP, "", "-n", "2")
+        assert status == 1 and "1 passed" in said
+        for name in ("test_it.py::test_skipped", "test_gone.py"):
+            assert said.count(f"SKIP NOT ALLOWED {name}") == 1
+        assert skips(self.SKIP, "* : *", "-n", "2")[0] == 0
+
     def test_expected_failures_are_no_skips(self, skips):
         source = "@pytest.mark.xfail(reason='known')\ndef test_known():\n    assert False\n"
         assert skips(source)[0] == 0

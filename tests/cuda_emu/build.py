@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import collections
+import fcntl
 import hashlib
 import subprocess
-import threading
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 FLAGS = ["-std=c++20", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined",
          "-ffp-contract=off", "-Wno-unknown-pragmas", f"-I{ROOT / 'csrc'}", f"-I{HERE}"]  # fmt: skip
-
-
-_building: dict[str, threading.Lock] = collections.defaultdict(threading.Lock)
 
 
 def _hash(source: Path) -> str:
@@ -26,19 +22,16 @@ def _hash(source: Path) -> str:
 
 
 def build(name: str, *extra: str) -> Path:
-    """Path of the compiled ``name``.cpp; threads that ask for the same one wait for each other."""
-    with _building[name]:
-        return _build(name, *extra)
-
-
-def _build(name: str, *extra: str) -> Path:
+    """Path of the compiled ``name``.cpp; processes that ask for the same one wait for each other."""
     source = HERE / f"{name}.cpp"
     target = ROOT / "build" / "cuda_emu" / f"{name}-{_hash(source)}"
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_suffix(".part")
-        command = ["g++", *FLAGS, *extra, str(source), "-o", str(part)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        part.rename(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            part = target.with_suffix(".part")
+            command = ["g++", *FLAGS, *extra, str(source), "-o", str(part)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            part.rename(target)
     return target

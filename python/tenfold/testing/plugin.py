@@ -47,6 +47,8 @@ class _SkipPolicy:
         rules = [line.split(" : ", 1) for line in lines if line.strip() and line[0] != "#"]
         self.rules = [(a.strip(), b.strip()) for a, b in rules]
         self.refused: list[str] = []
+        # In a process of pytest-xdist: how it tells the first one, which never collects.
+        self.told: dict[str, object] | None = getattr(config, "workeroutput", None)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Notes every skip of a test without a rule."""
@@ -66,9 +68,17 @@ class _SkipPolicy:
                 return
         self.refused.append(f"{report.nodeid}: {reason}")
 
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node) -> None:
+        """Takes over what a process of pytest-xdist refused; several refuse the same modules."""
+        lines = getattr(node, "workeroutput", {}).get("skips_refused", [])
+        self.refused += [line for line in lines if line not in self.refused]
+
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         """Fails the run if a skip was not allowed."""
-        if self.refused and session.exitstatus == 0:
+        if self.told is not None:
+            self.told["skips_refused"] = self.refused
+        elif self.refused and session.exitstatus == 0:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def pytest_terminal_summary(self, terminalreporter) -> None:
