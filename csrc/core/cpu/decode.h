@@ -52,7 +52,7 @@ struct DecodeTask {
 };
 
 constexpr float kDecodeNothing = -1e30f;  // the maximum of a row that sees nothing
-constexpr int64_t kDecodeKeyBlock = 64;   // tokens of a block
+constexpr int64_t kDecodeKeyBlock = 256;  // tokens of a block
 constexpr int64_t decode_pitch(int64_t d) {
   return (d + 15) / 16 * 16;
 }  // floats, widest vector

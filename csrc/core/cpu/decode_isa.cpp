@@ -8,21 +8,29 @@ TENFOLD_ISA_BEGIN
 namespace {
 
 constexpr int kRows = 4, kKeys = 4;
+// Rows of a tile of values. Two of them leave registers for a whole row of v at 128 elements: it is
+// read from end to end, as the hardware's prefetcher likes it. More rows read it again while it is
+// in the first cache, every kValueTokens tokens.
+constexpr int kValueRows = kWidth <= 8 ? 4 : 2;
+constexpr int64_t kValueTokens = 64;
 
 // Without it the compiler keeps accumulators on the stack between a loop and its remainder.
 #define TENFOLD_UNROLL _Pragma("GCC unroll 16")
 
-// The tokens of a block: where their keys and values are, heads not counted.
+// The tokens of a block: where their keys and values are, heads not counted. A block that all rows
+// see is taken as kStreams runs side by side, a token of each in turn: more prefetches of the
+// hardware are under way at a time, and where one waits at the end of a page the others go on.
+constexpr int kStreams = 4;
 struct Block {
   int64_t first, num_keys;
   const char* k[kDecodeKeyBlock];
   const char* v[kDecodeKeyBlock];
 };
 
-// Rows that come next are fetched into the second cache, a line with every line that is worked on.
-// The tiles are no order that the hardware's prefetcher follows, and keys and values take turns.
-// The pace matters: a whole row at once fills the few buffers for misses of the first cache, and
-// then the arithmetic waits behind them.
+// Rows that come next are fetched into the second cache, a line with every line that is worked on:
+// keys and values take turns, and the hardware's prefetcher begins anew at each. The pace matters:
+// a whole row at once fills the few buffers for misses of the first cache, and then the arithmetic
+// waits behind them.
 struct Ahead {
   const char* const* rows;  // [kDecodeKeyBlock]
   int64_t offset;           // bytes
@@ -41,7 +49,18 @@ struct Cursor {
   int64_t run, at, first;
 };
 
-void next_block(const DecodeTask& t, int64_t size, Cursor* c, Block* block) {
+// Slot 4 i + s holds token s n / 4 + i.
+void interleave(const char** rows, int64_t n) {
+  const char* in_order[kDecodeKeyBlock];
+  __builtin_memcpy(in_order, rows, n * sizeof(*rows));
+  const int64_t part = n / kStreams;
+  for (int64_t i = 0; i < part; ++i)
+    for (int s = 0; s < kStreams; ++s) rows[i * kStreams + s] = in_order[s * part + i];
+}
+
+// [all_from, all_to): tokens that all rows see.
+void next_block(const DecodeTask& t, int64_t size, int64_t all_from, int64_t all_to, Cursor* c,
+                Block* block) {
   block->first = c->first;
   int64_t n = 0;
   while (n < kDecodeKeyBlock && c->run < t.num_runs) {
@@ -59,6 +78,10 @@ void next_block(const DecodeTask& t, int64_t size, Cursor* c, Block* block) {
     if (c->at == run.num_keys) c->run += 1, c->at = 0;
   }
   block->num_keys = n;
+  if (block->first >= all_from && block->first + n <= all_to && n % kStreams == 0) {
+    interleave(block->k, n);
+    interleave(block->v, n);
+  }
   for (int64_t j = n; n > 0 && j < kDecodeKeyBlock; ++j) {
     block->k[j] = block->k[n - 1];  // so that all may be fetched
     block->v[j] = block->v[n - 1];
@@ -194,15 +217,15 @@ void logits_of_head(const DecodeTask& t, const Block& b, const DecodeHead& head,
   }
 }
 
-// Turns a row of dot products into weights relative to the running maximum; rescales what was
+// Turns a row of n dot products into weights relative to the running maximum; rescales what was
 // summed. Tokens [from, to) of the block are seen.
-void softmax_row(const DecodeTask& t, int64_t r, int64_t from, int64_t to) {
+void softmax_row(const DecodeTask& t, int64_t r, int64_t n, int64_t from, int64_t to) {
   float* logits = t.scratch + r * kDecodeKeyBlock;
   const VF hidden = from_bits(seti(0xFF800000u));
   const VF scale = set1(t.softcap > 0.0f ? t.scale / t.softcap : t.scale * kLog2e);
   const VF cap = set1(t.softcap * kLog2e);
   VF top = set1(t.max[r]);
-  for (int64_t j = 0; j < kDecodeKeyBlock; j += kWidth) {
+  for (int64_t j = 0; j < n; j += kWidth) {
     VF x = load(logits + j) * scale;
     if (t.softcap > 0.0f) x = tanh(x) * cap;
     if (j < from || j + kWidth > to) {
@@ -216,7 +239,7 @@ void softmax_row(const DecodeTask& t, int64_t r, int64_t from, int64_t to) {
   }
   const float old = t.max[r], now = hmax(top) > old ? hmax(top) : old;
   VF sum = set1(0.0f);
-  for (int64_t j = 0; j < kDecodeKeyBlock; j += kWidth) {
+  for (int64_t j = 0; j < n; j += kWidth) {
     const VF e = exp2(load(logits + j) - set1(now));
     store(logits + j, e);
     sum = sum + e;
@@ -309,10 +332,10 @@ inline uint16_t* bf16_weights(const DecodeTask& t) {
                                      t.rows * (kDecodeKeyBlock + decode_pitch(t.head_dim)));
 }
 
-void round_weights(const DecodeTask& t, int64_t r) {
+void round_weights(const DecodeTask& t, int64_t r, int64_t n) {
   const float* from = t.scratch + r * kDecodeKeyBlock;
   auto* to = reinterpret_cast<bf16_t*>(bf16_weights(t) + r * kDecodeKeyBlock);
-  for (int64_t j = 0; j < kDecodeKeyBlock; j += kWidth) store(to + j, load(from + j));
+  for (int64_t j = 0; j < n; j += kWidth) store(to + j, load(from + j));
 }
 
 // Two tokens at a time: their values side by side, and their weights rounded to bf16 as
@@ -407,10 +430,16 @@ template <class T, bool kFetch>
 inline void values_of_next_rows(const DecodeTask& t, const Block& b, int64_t offset,
                                 const int32_t* rows, const int32_t* end, int64_t from, int64_t to,
                                 const Ahead& ahead) {
-  if (end - rows >= 4) return values_of_rows<T, 4, kFetch>(t, b, offset, rows, from, to, ahead);
-  if (end - rows == 3) return values_of_rows<T, 3, kFetch>(t, b, offset, rows, from, to, ahead);
-  if (end - rows == 2) return values_of_rows<T, 2, kFetch>(t, b, offset, rows, from, to, ahead);
+  if constexpr (kValueRows == 4) {
+    if (end - rows >= 4) return values_of_rows<T, 4, kFetch>(t, b, offset, rows, from, to, ahead);
+    if (end - rows == 3) return values_of_rows<T, 3, kFetch>(t, b, offset, rows, from, to, ahead);
+  }
+  if (end - rows >= 2) return values_of_rows<T, 2, kFetch>(t, b, offset, rows, from, to, ahead);
   values_of_rows<T, 1, kFetch>(t, b, offset, rows, from, to, ahead);
+}
+
+inline int64_t clamp(int64_t x, int64_t low, int64_t high) {
+  return x < low ? low : x > high ? high : x;
 }
 
 // Tokens [from, to) of the block are seen by all rows.
@@ -419,15 +448,14 @@ void values_of_head(const DecodeTask& t, const Block& b, const DecodeHead& head,
                     int64_t to, const Ahead& ahead) {
   const int32_t* rows = t.value_rows + head.first_row;
   const int32_t* end = rows + head.num_rows;
-  values_of_next_rows<T, true>(t, b, head.offset, rows, end, from, to, ahead);
-  for (rows += kRows; rows < end; rows += kRows)
-    values_of_next_rows<T, false>(t, b, head.offset, rows, end, from, to, ahead);
+  for (int64_t j = from; j < to; j += kValueTokens) {
+    const int64_t stop = clamp(j + kValueTokens, j, to);
+    values_of_next_rows<T, true>(t, b, head.offset, rows, end, j, stop, ahead);
+    for (const int32_t* more = rows + kValueRows; more < end; more += kValueRows)
+      values_of_next_rows<T, false>(t, b, head.offset, more, end, j, stop, ahead);
+  }
   for (int64_t j = 0; j < b.num_keys; ++j)
     if (j < from || j >= to) value_of_some<T>(t, b, head, j);
-}
-
-inline int64_t clamp(int64_t x, int64_t low, int64_t high) {
-  return x < low ? low : x > high ? high : x;
 }
 
 // One block; `next` is the one after it, maybe empty.
@@ -443,9 +471,9 @@ void run_block(const DecodeTask& t, const Block& b, const Block& next, int64_t a
     logits_of_head<T>(t, b, t.key_heads[h], ahead);
   }
   for (int64_t r = 0; r < t.rows; ++r) {
-    softmax_row(t, r, clamp(t.begin[r] - b.first, 0, n), clamp(t.end[r] - b.first, 0, n));
+    softmax_row(t, r, n, clamp(t.begin[r] - b.first, 0, n), clamp(t.end[r] - b.first, 0, n));
 #if defined(TENFOLD_ISA_BF16)
-    if (__is_same(T, bf16_t)) round_weights(t, r);
+    if (__is_same(T, bf16_t)) round_weights(t, r, n);
 #endif
   }
   const int64_t from = clamp(all_from - b.first, 0, n), to = clamp(all_to - b.first, from, n);
@@ -473,9 +501,9 @@ void run(const DecodeTask& t) {
 #endif
   Cursor cursor{0, 0, 0};
   Block blocks[2];
-  next_block(t, sizeof(T), &cursor, &blocks[0]);
+  next_block(t, sizeof(T), all_from, all_to, &cursor, &blocks[0]);
   for (int now = 0; blocks[now].num_keys > 0; now ^= 1) {
-    next_block(t, sizeof(T), &cursor, &blocks[now ^ 1]);
+    next_block(t, sizeof(T), all_from, all_to, &cursor, &blocks[now ^ 1]);
     run_block<T>(t, blocks[now], blocks[now ^ 1], all_from, all_to);
   }
   restore_order<T>(t);
