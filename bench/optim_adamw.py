@@ -19,12 +19,14 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from tenfold import ops
+from tenfold.optim import MaskedAdamW
 
 from .case import Case, Inputs, NotAvailable, Provider, Shape, compiled, provider, relative_error
 from .optim_masks import SMOLLM2
 
 HYPER = {"beta1": 0.9, "beta2": 0.999, "weight_decay": 0.1, "eps": 1e-8}
 LR = 1e-3
+CLIP = 1.0  # of the gradients' norm
 FRACTION = 0.5
 KINDS = ("row", "col", "block", "element")
 BLOCK = 256
@@ -137,12 +139,12 @@ def _fused_wide(i: Inputs) -> None:
 
 
 def _formula(p: Tensor, g: Tensor, m: Tensor, v: Tensor, t: Tensor) -> None:
-    step = t.add_(1.0)
+    step = t.add_(1.0).double()  # 1 - b^t cancels
     x, grad = p.float() * (1 - LR * HYPER["weight_decay"]), g.float()
     m2 = torch.lerp(m.float(), grad, 1 - HYPER["beta1"])
     v2 = v.float() * HYPER["beta2"] + (1 - HYPER["beta2"]) * grad * grad
-    d = v2.sqrt() / (1 - HYPER["beta2"] ** step).sqrt() + HYPER["eps"]
-    p.copy_(x - LR / (1 - HYPER["beta1"] ** step) * m2 / d)
+    d = v2.sqrt() / (1 - HYPER["beta2"] ** step).sqrt().float() + HYPER["eps"]
+    p.copy_(x - (LR / (1 - HYPER["beta1"] ** step)).float() * m2 / d)
     m.copy_(m2)
     v.copy_(v2)
 
@@ -189,6 +191,62 @@ def _plain() -> Iterator[Case]:
     for frozen in (0, 1):
         shape = {"layers": SMOLLM2[1], "frozen": frozen}
         yield _plain_case("smollm2-half" if frozen else "smollm2", shape, FP32, FP32, others)
+
+
+# -- optimizers ---------------------------------------------------------------------------------------
+
+
+def _optimizer(name: str, make: Callable[[list[Tensor]], Any], kind: str | None = None,
+               clip: bool = False, **extra: Any) -> Provider:  # fmt: skip
+    """``step()`` of an optimizer over the parameters, with their gradients in place."""
+    made: dict[int, tuple[Tensor, Any]] = {}
+
+    def step(i: Inputs) -> None:
+        first = i.p[0]
+        if id(first) not in made:
+            for p, g in zip(i.p, i.g, strict=True):
+                p.grad = g
+            made[id(first)] = first, make(i.p)
+        if clip:
+            torch.nn.utils.clip_grad_norm_(i.p, CLIP)
+        made[id(first)][1].step()
+
+    return provider(name, step, kind, **extra)
+
+
+def _step_case(variant: str, shape: Shape, dtype: torch.dtype, clip: bool = False,
+               quick: bool = False) -> Case:  # fmt: skip
+    """``MaskedAdamW.step()`` beside ``torch.optim.AdamW``'s, both as a training loop calls them."""
+    hyper = {"lr": LR, "betas": (HYPER["beta1"], HYPER["beta2"]), "eps": HYPER["eps"],
+             "weight_decay": HYPER["weight_decay"]}  # fmt: skip
+    ours = CLIP if clip else None
+
+    def torchs(**form: bool) -> Callable[[list[Tensor]], Any]:
+        return lambda p: torch.optim.AdamW(p, **hyper, **form)
+
+    def inputs(s: Shape, t: torch.dtype, where: torch.device) -> Inputs:
+        i = _inputs(s, t, where, t)
+        return Inputs(p=i.p, g=i.g)
+
+    fused_form = _optimizer("eager:fused", torchs(fused=True), clip=clip)
+    return Case(
+        op="masked_adamw_", variant=variant, shape=shape, dtype=dtype, mode="inplace",
+        mutates=("p",), inputs=inputs, tolerance=1e-6 if dtype == FP32 else 1e-2, quick=quick,
+        bytes=lambda s, size: _elements(s) * (7 + clip) * size,
+        providers=[
+            _optimizer("tenfold", lambda p: MaskedAdamW(p, **hyper, max_grad_norm=ours)), fused_form,
+            _optimizer("eager:foreach", torchs(foreach=True), clip=clip),
+        ],
+        reference=_optimizer("reference", torchs(fused=True), "eager", clip=clip).build(Inputs()),
+    )  # fmt: skip
+
+
+def _steps() -> Iterator[Case]:
+    layers = {"layers": SMOLLM2[1], "frozen": 0}
+    for dtype in (FP32, BF16):
+        yield _step_case("step", layers, dtype, quick=dtype == FP32)
+        yield _step_case("step-clip", layers, dtype, clip=True)
+        yield _step_case("step", {"n": 576, "tensors": 1000}, dtype)
 
 
 # -- masks -------------------------------------------------------------------------------------------
@@ -266,9 +324,10 @@ def _gather(kind: str) -> Callable[[Inputs], None]:
 
 def _gather_compact(i: Inputs) -> None:
     """States are compact already: only p and g are gathered."""
-    p, g = i.p[0][i.on], i.g[0][i.on]
+    # torch's step takes one dtype only
+    p, g = (x[0][i.on].to(i.m[0].dtype) for x in (i.p, i.g))
     fused([p], [g], i.m, i.v, i.steps)
-    i.p[0].masked_scatter_(i.on, p)
+    i.p[0].masked_scatter_(i.on, p.to(i.p[0].dtype))
 
 
 def _masked_bytes(kind: str, state: int, compact: bool) -> Callable[[Shape, int], int]:
@@ -379,6 +438,7 @@ def _bit8_case(dtype: torch.dtype) -> Case:
 def cases() -> Iterator[Case]:
     """All cases of the group, in the order of the table."""
     yield from _plain()
+    yield from _steps()
     for kind in KINDS:
         yield _masked_case(kind, FP32, FP32)
     for kind in ("row", "element"):

@@ -76,15 +76,27 @@ template <bool kPlain>
   return x;
 }
 
+// What lies `ahead` elements further, where dense states are trained next: runs of a block or a
+// short row are too short for the hardware to see that coming. 0: nothing.
+template <class P, class S>
+[[gnu::always_inline]] inline void fetch(const Task<P, S>& k, int64_t i, int64_t ahead) {
+  if (ahead == 0) return;
+  __builtin_prefetch(k.p + i + ahead, 1, 2);
+  __builtin_prefetch(k.g + i + ahead, 0, 2);
+  __builtin_prefetch(k.m + i + ahead, 1, 2);
+  __builtin_prefetch(k.v + i + ahead, 1, 2);
+}
+
 // All of p, g, m, v bf16: even and odd elements apart, as many whole pairs of vectors as fit into
 // n. Conversions would cost as much as the update else. How many elements those are.
 template <bool kPlain>
-int64_t span_pairs(Task<bf16_t, bf16_t>& k, int64_t i, int64_t n) {
+int64_t span_pairs(Task<bf16_t, bf16_t>& k, int64_t i, int64_t n, int64_t ahead) {
   const Rule r = k.rule;
   const bool with_max = !kPlain && r.with_max;
   int64_t j = i;
   for (; j + 2 * kWidth <= i + n; j += 2 * kWidth) {
     Values even, odd;
+    fetch(k, j, ahead);
     load_pair(k.p + j, &even.p, &odd.p), load_pair(k.g + j, &even.g, &odd.g);
     load_pair(k.m + j, &even.m, &odd.m), load_pair(k.v + j, &even.v, &odd.v);
     if (with_max) load_pair(k.max + j, &even.max, &odd.max);
@@ -103,7 +115,7 @@ int64_t span_pairs(Task<bf16_t, bf16_t>& k, int64_t i, int64_t n) {
 
 // `n` trained elements from i on; their states from `at` on. With noise, i is a multiple of 64.
 template <bool kPlain, class P, class S>
-void span(Task<P, S>& k, int64_t i, int64_t n, int64_t at) {
+void span(Task<P, S>& k, int64_t i, int64_t n, int64_t at, int64_t ahead = 0) {
   const Rule r = k.rule;
   const bool with_max = !kPlain && r.with_max;
   P* const p = k.p + i;
@@ -111,8 +123,9 @@ void span(Task<P, S>& k, int64_t i, int64_t n, int64_t at) {
   S *const m = k.m + at, *const v = k.v + at, *const max = with_max ? k.max + at : nullptr;
   int64_t j = 0;
   if constexpr (std::is_same_v<P, bf16_t> && std::is_same_v<S, bf16_t>)
-    if (at == i) j = span_pairs<kPlain>(k, i, n);
+    if (at == i) j = span_pairs<kPlain>(k, i, n, ahead);
   for (; j + kWidth <= n; j += kWidth) {
+    fetch(k, i + j, ahead);
     Values x{load(p + j), load(g + j), load(m + j), load(v + j), {}};
     if (with_max) x.max = load(max + j);
     x = update<kPlain>(r, k.noise, i + j, x);
@@ -235,24 +248,31 @@ void words(Task<P, S>& k, const AdamwTensor& t, int64_t begin, int64_t end, int6
   flush(end);
 }
 
-// Rows or blocks as runs of neighbours that train.
+// Rows or blocks as runs of neighbours that train; each is updated when the next one is known.
 template <bool kPlain, class P, class S>
 void runs(Task<P, S>& k, const AdamwTensor& t, int64_t begin, int64_t end, int64_t at) {
+  constexpr int64_t kLongRun = 4096;  // whose end the hardware has long caught up with
   const int64_t inner = t.mask.inner;
-  int64_t run = begin;  // trained elements [run, i), not updated yet
+  int64_t first = 0, last = 0;  // trained elements [first, last), not updated yet
+  const auto flush = [&](int64_t next) {
+    const int64_t n = last - first;
+    const bool fetches = t.prefix == nullptr && next > first && n <= kLongRun;
+    if (n > 0) span<kPlain>(k, first, n, at, fetches ? next - first : 0);
+    at += n;
+  };
   for (int64_t unit = begin / inner, i = begin; i < end; ++unit) {
-    const int64_t next = (unit + 1) * inner < end ? (unit + 1) * inner : end;
-    if (!mask_bit(t.mask.bits, unit)) {
-      if (i > run) {
-        span<kPlain>(k, run, i - run, at);
-        at += i - run;
+    const int64_t stop = (unit + 1) * inner < end ? (unit + 1) * inner : end;
+    if (mask_bit(t.mask.bits, unit)) {
+      if (last < i) {
+        flush(i);
+        first = i;
+        if (t.prefix == nullptr) at = i;
       }
-      run = next;
-      if (t.prefix == nullptr) at = next;
+      last = stop;
     }
-    i = next;
+    i = stop;
   }
-  if (end > run) span<kPlain>(k, run, end - run, at);
+  flush(0);
 }
 
 template <bool kPlain, class P, class S>
