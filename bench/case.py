@@ -107,7 +107,7 @@ class Case:
         agree: error of an output against the reference's; at most ``tolerance`` agrees.
         peak: name of the arithmetic ceiling (see ``ceilings``), or None for a pure data movement.
         traffic: name of the bandwidth that the bytes count against: ``read`` where next to nothing is
-            written, else ``copy``.
+            written, ``update`` where what is written has been read, else ``copy``.
         warm: leave the data in the cache; the case is labelled so.
     """
 

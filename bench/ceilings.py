@@ -4,6 +4,7 @@
 |---|---|---|
 | copy | GB/s of a streaming copy, bytes read plus bytes written | the same |
 | read | GB/s of one pass over memory that nothing writes to | sum of a large tensor |
+| update | GB/s of ``mul_``, bytes read plus bytes written: nothing is fetched only to be overwritten | the same |
 | fma_fp32 | GFLOP/s of independent fp32 FMAs in registers | torch matmul, TF32 off |
 | dot_bf16 | GFLOP/s of bf16 dot products in registers | torch matmul |
 
@@ -68,6 +69,13 @@ def torch_read(device: torch.device, tries: int = 10) -> float:
     return _best_rate(source.sum, source.nbytes, device, tries)
 
 
+def torch_update(device: torch.device, tries: int = 10) -> float:
+    """GB/s, read plus written, of an update in place of memory far over the cache."""
+    num_bytes = max(2 * cache_bytes(device), 256 << 20)
+    target = torch.ones(num_bytes // 4, device=device)
+    return _best_rate(lambda: target.mul_(1.0), 2.0 * target.nbytes, device, tries)
+
+
 def native_peak(kind: str, tries: int = 5) -> float | None:
     """Best of several runs of ``torch.ops.tenfold._peak``; None where the build has no such op."""
     op = getattr(torch.ops.tenfold, "_peak", None)
@@ -104,6 +112,7 @@ def measure_ceilings(device: torch.device) -> Ceilings:
         kind: _bandwidth(kind, torch_way(device), how, cpu)
         for kind, torch_way, how in (("copy", torch_copy, "copy_"), ("read", torch_read, "sum"))
     }
+    found["update"] = _entry(torch_update(device), "GB/s", "torch mul_")
     tf32 = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     try:

@@ -159,7 +159,7 @@ def _plain_case(variant: str, shape: Shape, dtype: torch.dtype, state: torch.dty
                 eager: list[Provider], quick: bool = False, tolerance: float = 1e-6,
                 reference: Callable[[Inputs], Any] = _formula_step, **options: Any) -> Case:  # fmt: skip
     return Case(
-        op="masked_adamw_", variant=variant, shape=shape, dtype=dtype, mode="inplace",
+        op="masked_adamw_", variant=variant, shape=shape, dtype=dtype, mode="inplace", traffic="update",
         mutates=("p", "m", "v"), inputs=lambda s, t, where: _inputs(s, t, where, state),
         bytes=lambda s, size: _elements(s) * (3 * size + 4 * state.itemsize),
         providers=[provider("tenfold", _ours(**options)), *eager], reference=reference,
@@ -231,7 +231,7 @@ def _step_case(variant: str, shape: Shape, dtype: torch.dtype, clip: bool = Fals
 
     fused_form = _optimizer("eager:fused", torchs(fused=True), clip=clip)
     return Case(
-        op="masked_adamw_", variant=variant, shape=shape, dtype=dtype, mode="inplace",
+        op="masked_adamw_", variant=variant, shape=shape, dtype=dtype, mode="inplace", traffic="update",
         mutates=("p",), inputs=inputs, tolerance=1e-6 if dtype == FP32 else 1e-2, **about,
         bytes=lambda s, size: _elements(s) * (7 + clip) * size,
         providers=[
@@ -427,7 +427,7 @@ def _agree_8bit(got: Any, want: Any, i: Inputs) -> float:
 def _bit8_case(dtype: torch.dtype) -> Case:
     n = _elements(BIG)
     return Case(
-        op="masked_adamw_8bit_", variant="none", shape=BIG, dtype=dtype, mode="inplace",
+        op="masked_adamw_8bit_", variant="none", shape=BIG, dtype=dtype, mode="inplace", traffic="update",
         mutates=("p", "m", "v", "a1", "a2"), inputs=_bit8_inputs, agree=_agree_8bit,
         bytes=lambda s, size: _elements(s) * (3 * size + 4) + _elements(s) // BLOCK * 16,
         providers=[

@@ -281,10 +281,15 @@ def each_norm(grads: list[Tensor]) -> Tensor:
     )
 
 
+def exact_norm(grads: list[Tensor]) -> Tensor:
+    return sum(g.double().square().sum() for g in grads).sqrt().float()
+
+
 def _norm_cases() -> Iterator[Case]:
     for name in MODELS:
         for dtype in DTYPES:
-            tolerance = 1e-4 if dtype == torch.float32 else 5e-3
+            # of torch's sums over 10^7 numbers
+            tolerance = 1e-3 if dtype == torch.float32 else 5e-3
             yield Case(
                 op="grad_norm", variant=name, shape={"p": _numel(name)}, dtype=dtype,
                 inputs=_list_inputs(name, "none", ("g",)), traffic="read",
@@ -294,7 +299,7 @@ def _norm_cases() -> Iterator[Case]:
                     provider("eager:foreach", lambda i, m=name: foreach_norm(_all(i, "g", m))),
                     provider("eager:norms", lambda i, m=name: each_norm(_all(i, "g", m))),
                 ],
-                reference=lambda i, m=name: each_norm(_all(i, "g", m)),
+                reference=lambda i, m=name: exact_norm(_all(i, "g", m)),
             )  # fmt: skip
     for kind, m in (("row", "wide-layer"), ("element", "wide-layer")):
         read = (lambda s, size: s["p"] * size // 2) if kind == "row" else (

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from tenfold.optim.active import MISMATCH, ActivePlan, active_plan, check_states
-from tenfold.optim.calls import Call
+from tenfold.optim.calls import Call, Slot
 from tenfold.optim.masks import Mask, collect_masks, local
 from tenfold.optim.states import DTYPES, MOMENTS, Layout
 from tenfold.optim.sums import global_norm
@@ -120,6 +120,8 @@ class MaskedAdamW(Optimizer):
         self._compact = compact and mask_scope == "all"
         self._max_norm = max_grad_norm
         self._masks: dict[Tensor, Mask] = {}
+        self._slots: dict[int, Slot] = {}
+        self._made: dict[Any, Call] = {}
         self._prefixes: dict[Tensor, Tensor] = {}
         self._expected: dict[int, bool] | None = None
         self._digest = ""
@@ -154,6 +156,7 @@ class MaskedAdamW(Optimizer):
 
     def _set_masks(self, masks: dict[Tensor, Mask]) -> None:
         self._masks = masks
+        self._slots, self._made = {}, {}  # they hold states
         kept = masks.items() if self._compact else ()
         self._prefixes = {p: Layout.prefix(m) for p, m in kept}
 
@@ -268,42 +271,59 @@ class MaskedAdamW(Optimizer):
         self._check_plan()
         scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         calls = self._calls()
-        clip = self._clip(calls, scale) if self._max_norm is not None and calls else None
-        for call in calls:
-            call.run(scale, found, clip, self._seed, self._scope, self._block)
+        try:
+            clip = self._clip(calls, scale) if self._max_norm is not None and calls else None
+            for call in calls:
+                call.run(scale, found, clip, self._seed, self._scope, self._block)
+        finally:
+            for call in calls:
+                call.clear()
         return loss
 
     def _calls(self) -> list[Call]:
-        made: dict[Any, Call] = {}
-        ids = itertools.count()
+        numbers = itertools.count()
+        used: dict[int, Call] = {}
         for at, group in enumerate(self.param_groups):
             for p in group["params"]:
-                number = next(ids)
-                if p.grad is None:
+                number, grad = next(numbers), p.grad
+                if grad is None:
                     continue
-                state = self._init(group, p)
-                mask = self._masks.get(p)
-                coded = "absmax1" in state
-                kind = mask.kind if mask else "none"
-                spread = (p.device_mesh, p.placements) if hasattr(p, "placements") else None
-                key = (at, state["step"].device, coded, kind, spread)
-                call = made.get(key)
-                if call is None:
-                    call = made[key] = Call(group, kind, coded, sharded=p if spread else None)
-                call.add(p, state, mask, self._prefixes.get(p), number)
-        return list(made.values())
+                if grad.layout is not torch.strided:
+                    raise RuntimeError("MaskedAdamW does not support sparse gradients")
+                slot = self._slots.get(number)
+                if slot is None or not self._is_current(slot, p):
+                    if grad.is_complex():
+                        raise RuntimeError("MaskedAdamW does not support complex gradients")
+                    slot = self._slots[number] = self._slot(at, group, p, number)
+                if id(slot.call) not in used:
+                    used[id(slot.call)] = slot.call
+                    slot.call.clear()
+                slot.call.add(slot, grad)
+        return list(used.values())
 
-    def _init(self, group: dict[str, Any], p: Tensor) -> dict[str, Any]:
-        grad: Any = p.grad
-        if grad.layout != torch.strided:
-            raise RuntimeError("MaskedAdamW does not support sparse gradients")
-        if grad.is_complex():
-            raise RuntimeError("MaskedAdamW does not support complex gradients")
+    # Parameters, groups, masks and states can be changed from outside between two steps.
+
+    def _is_current(self, slot: Slot, p: Tensor) -> bool:
+        return (
+            slot.param is p and self.state.get(p) is slot.state and slot.mask is self._masks.get(p)
+            and "step" in slot.state and slot.state["step"].device == slot.device
+            and ("absmax1" in slot.state) == slot.call.coded
+        )  # fmt: skip
+
+    def _slot(self, at: int, group: dict[str, Any], p: Tensor, number: int) -> Slot:
         state = self.state[p]
         if len(state) == 0:
             device = torch.device("cpu") if self._offload else local(p).device
             state.update(self._layout_in(group, p).zeros(device, group["amsgrad"]))
-        return state
+        mask = self._masks.get(p)
+        coded = "absmax1" in state
+        kind = mask.kind if mask else "none"
+        spread = (p.device_mesh, p.placements) if hasattr(p, "placements") else None
+        key = (at, state["step"].device, coded, kind, spread)
+        call = self._made.get(key)
+        if call is None or call.group is not group:
+            call = self._made[key] = Call(group, kind, coded, sharded=p if spread else None)
+        return Slot.make(p, state, mask, self._prefixes.get(p), number, call)
 
     def _clip(self, calls: list[Call], scale: Tensor | None) -> Tensor:
         pieces = ((c.kind, c.grads, c.masks, c.sharded) for c in calls)
@@ -329,6 +349,7 @@ class MaskedAdamW(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._slots, self._made = {}, {}
         if "_masks" in state:  # a copy, or unpickled; else part of load_state_dict
             self.last_grad_norm = None
             self._bind()

@@ -13,6 +13,38 @@ from tenfold.optim.masks import Mask, is_dense, local
 from tenfold.optim.states import MOMENTS, code_books
 
 
+@dataclass(slots=True)
+class Slot:
+    """What does not change about a parameter from step to step.
+
+    ``simple``: the kernels take it and its gradient as they are: no shard, copy or view. ``number``:
+    its place in the optimiser. ``packed``, ``prefix``: of its mask, on the device of its states.
+    """
+
+    param: Tensor
+    state: dict[str, Any]
+    mask: Mask | None
+    packed: Tensor | None
+    prefix: Tensor | None
+    number: int
+    device: torch.device
+    simple: bool
+    call: Call
+
+    @classmethod
+    def make(
+        cls, p: Tensor, state: dict[str, Any], mask: Mask | None, prefix: Tensor | None,
+        number: int, call: Call,
+    ) -> Slot:  # fmt: skip
+        """``prefix``: where on any device the mask's compact states are, if it has them."""
+        device = state["step"].device
+        return cls(
+            p, state, mask, None if mask is None else mask.packed.to(device),
+            None if prefix is None or call.coded else prefix.to(device), number, device,
+            mask is None and not hasattr(p, "to_local") and p.device == device, call,
+        )  # fmt: skip
+
+
 @dataclass
 class Call:
     """The lists of one kernel call: one group, device, kind of mask and of sharding.
@@ -34,37 +66,40 @@ class Call:
     ids: list[int] = field(default_factory=list)
     copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
-    def add(
-        self,
-        p: Tensor,
-        state: dict[str, Any],
-        mask: Mask | None,
-        prefix: Tensor | None,
-        number: int,
-    ) -> None:
-        """Takes in a parameter with a gradient; ``number`` is its place in the optimiser."""
-        here, grad = local(p.detach()), local(p.grad)  # type: ignore[arg-type]
-        device = state["step"].device
-        if device != here.device:
-            copy = here.to(device, copy=True)
-            self.copies.append((here, copy))
-            here, grad = copy, grad.to(device)
+    def clear(self) -> None:
+        """Empties the lists, before a step and after it: gradients must not live on."""
+        for entries in (self.params, self.grads, self.states, self.views, self.masks, self.prefixes,
+                        self.ids, self.copies):  # fmt: skip
+            entries.clear()
+
+    def add(self, slot: Slot, grad: Tensor) -> None:
+        """Takes in a parameter with its gradient."""
+        here = slot.param
+        if not slot.simple:
+            here, grad = local(here.detach()), local(grad)
+            device = slot.state["step"].device
+            if device != here.device:
+                copy = here.to(device, copy=True)
+                self.copies.append((here, copy))
+                here, grad = copy, grad.to(device)
         if grad.stride() != here.stride() and is_dense(here):
             grad = torch.empty_like(here, dtype=grad.dtype).copy_(grad)
-        if mask is not None:
-            here, grad = mask.view(here), mask.view(grad)
+        if slot.mask is not None:
+            here, grad = slot.mask.view(here), slot.mask.view(grad)
         self.params.append(here)
         self.grads.append(grad)
-        self.states.append(state)
-        self.views.append(mask)
-        self.masks.append(None if mask is None else mask.packed.to(device))
-        self.prefixes.append(None if prefix is None or self.coded else prefix.to(device))
-        self.ids.append(number)
+        self.states.append(slot.state)
+        self.views.append(slot.mask)
+        self.masks.append(slot.packed)
+        self.prefixes.append(slot.prefix)
+        self.ids.append(slot.number)
 
     def state(self, name: str) -> list[Tensor]:
         """One state of all parameters."""
-        found = [local(s[name]) for s in self.states]
-        if name not in MOMENTS:
+        found = [s[name] for s in self.states]
+        if self.sharded is not None:
+            found = [local(t) for t in found]
+        if name not in MOMENTS or self.kind != "row":
             return found
         return [t if m is None else m.view(t) for t, m in zip(found, self.views)]
 
