@@ -49,7 +49,8 @@ def shape_text(case: Record) -> str:
 def row_of(case: Record) -> list[str]:
     """A case as a row of ``COLUMNS``."""
     ours = next(p for p in case["providers"].values() if p["kind"] == "tenfold")
-    head = [case["op"], shape_text(case), case["dtype"]]
+    variant = f" ({case['variant']})" if case["variant"] else ""
+    head = [case["op"] + variant, shape_text(case), case["dtype"]]
     if ours["p50_s"] is None:
         return [*head, ours["status"], *["–"] * 5]
     rate = (
