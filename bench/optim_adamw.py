@@ -351,7 +351,7 @@ def _masked_case(kind: str, dtype: torch.dtype, state: torch.dtype, compact: boo
             forms.append(provider("eager:gather", _gather(kind)))
     return Case(
         op="masked_adamw_", variant=f"{kind}-compact" if compact else kind, shape=BIG, dtype=dtype,
-        mode="inplace", mutates=("p", "m", "v"),
+        mode="inplace", traffic="update", mutates=("p", "m", "v"),
         inputs=lambda s, t, where: _masked_inputs(s, t, where, state, kind, compact),
         bytes=_masked_bytes(kind, state.itemsize, compact),
         providers=[provider("tenfold", _ours_masked(kind)), *forms],
