@@ -143,6 +143,19 @@ class TestAsTorch:
         assert [g["lr"] for g in optimizer.param_groups] == [0.1 / 4, 0.2 / 4]
         assert optimizer.param_groups[1]["param_names"] == ["q"]
 
+    def test_groups_and_states_replaced_between_steps(self):
+        p = torch.nn.Parameter(torch.ones(40))
+        optimizer = MaskedAdamW([p], lr=0.1)
+        p.grad = torch.ones(40)
+        optimizer.step()
+        before = p.detach().clone()
+        optimizer.param_groups[0] = optimizer.param_groups[0] | {"lr": 0.0}
+        optimizer.step()
+        assert torch.equal(p, before) and float(optimizer.state[p]["step"]) == 2
+        optimizer.state.clear()
+        optimizer.step()
+        assert float(optimizer.state[p]["step"]) == 1
+
     def test_a_missing_gradient_is_skipped(self):
         a, b = parameters(shapes=[(3,), (4,)])
         optimizer = MaskedAdamW([a, b], lr=0.1)

@@ -291,7 +291,7 @@ class MaskedAdamW(Optimizer):
                 if grad.layout is not torch.strided:
                     raise RuntimeError("MaskedAdamW does not support sparse gradients")
                 slot = self._slots.get(number)
-                if slot is None or not self._is_current(slot, p):
+                if slot is None or not self._is_current(slot, group, p):
                     if grad.is_complex():
                         raise RuntimeError("MaskedAdamW does not support complex gradients")
                     slot = self._slots[number] = self._slot(at, group, p, number)
@@ -303,9 +303,10 @@ class MaskedAdamW(Optimizer):
 
     # Parameters, groups, masks and states can be changed from outside between two steps.
 
-    def _is_current(self, slot: Slot, p: Tensor) -> bool:
+    def _is_current(self, slot: Slot, group: dict[str, Any], p: Tensor) -> bool:
         return (
-            slot.param is p and self.state.get(p) is slot.state and slot.mask is self._masks.get(p)
+            slot.param is p and slot.call.group is group
+            and self.state.get(p) is slot.state and slot.mask is self._masks.get(p)
             and "step" in slot.state and slot.state["step"].device == slot.device
             and ("absmax1" in slot.state) == slot.call.coded
         )  # fmt: skip

@@ -17,8 +17,9 @@ from tenfold.optim.states import MOMENTS, code_books
 class Slot:
     """What does not change about a parameter from step to step.
 
-    ``simple``: the kernels take it and its gradient as they are: no shard, copy or view. ``number``:
-    its place in the optimiser. ``packed``, ``prefix``: of its mask, on the device of its states.
+    ``simple``: no shard and no view, so the kernels take it and its gradient as they are, where its
+    states are (``device``). ``number``: its place in the optimiser. ``packed``, ``prefix``: of its mask, on
+    that device.
     """
 
     param: Tensor
@@ -41,7 +42,7 @@ class Slot:
         return cls(
             p, state, mask, None if mask is None else mask.packed.to(device),
             None if prefix is None or call.coded else prefix.to(device), number, device,
-            mask is None and not hasattr(p, "to_local") and p.device == device, call,
+            mask is None and not hasattr(p, "to_local"), call,
         )  # fmt: skip
 
 
@@ -75,13 +76,12 @@ class Call:
     def add(self, slot: Slot, grad: Tensor) -> None:
         """Takes in a parameter with its gradient."""
         here = slot.param
-        if not slot.simple:
+        if not slot.simple or here.device != slot.device:
             here, grad = local(here.detach()), local(grad)
-            device = slot.state["step"].device
-            if device != here.device:
-                copy = here.to(device, copy=True)
+            if here.device != slot.device:
+                copy = here.to(slot.device, copy=True)
                 self.copies.append((here, copy))
-                here, grad = copy, grad.to(device)
+                here, grad = copy, grad.to(slot.device)
         if grad.stride() != here.stride() and is_dense(here):
             grad = torch.empty_like(here, dtype=grad.dtype).copy_(grad)
         if slot.mask is not None:
