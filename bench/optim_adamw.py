@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from tenfold import ops
-from tenfold.optim import MaskedAdamW
+from tenfold.optim import MaskedAdamW, dynamic_code
 
 from .case import Case, Inputs, NotAvailable, Provider, Shape, compiled, provider, relative_error
 from .optim_masks import SMOLLM2
@@ -31,12 +31,6 @@ FRACTION = 0.5
 KINDS = ("row", "col", "block", "element")
 BLOCK = 256
 FP32, BF16 = torch.float32, torch.bfloat16
-
-
-def pack(bits: Tensor) -> Tensor:
-    """``pack_mask`` in plain torch."""
-    bits = torch.cat([bits, bits.new_zeros(-bits.numel() % 8)]).view(-1, 8)
-    return (bits.int() << torch.arange(8, dtype=torch.int32)).sum(1).to(torch.uint8)
 
 
 def _shapes(s: Shape) -> list[tuple[int, ...]]:
@@ -275,7 +269,7 @@ def _masked_inputs(s: Shape, dtype: torch.dtype, device: torch.device, state: to
     bits = torch.zeros(units, dtype=torch.bool)
     made = torch.Generator().manual_seed(1)
     bits[torch.randperm(units, generator=made)[: int(FRACTION * units)]] = True
-    i.mask, i.index = [pack(bits).to(device)], bits.nonzero()[:, 0].to(device)
+    i.mask, i.index = [ops.pack_mask(bits).to(device)], bits.nonzero()[:, 0].to(device)
     i.on = _spread(bits, s, kind).contiguous().to(device)
     i.prefix = []
     if compact:
@@ -361,17 +355,6 @@ def _masked_case(kind: str, dtype: torch.dtype, state: torch.dtype, compact: boo
 
 
 # -- 8 bits ------------------------------------------------------------------------------------------
-
-
-def dynamic_code(signed: bool) -> Tensor:
-    """The dynamic map of bitsandbytes: 7 decades, each with twice the values of the one below."""
-    values = [0.0, 1.0]
-    for i in range(7):
-        steps = 2 ** (i + (0 if signed else 1)) + 1
-        edges = torch.linspace(0.1, 1, steps, dtype=torch.float64)
-        means = ((edges[:-1] + edges[1:]) / 2 * 10.0 ** (i - 6)).tolist()
-        values += means + ([-x for x in means] if signed else [])
-    return torch.tensor(sorted(values)).float()
 
 
 def _cuts(code: Tensor) -> Tensor:

@@ -9,21 +9,35 @@ from typing import Any
 
 from .tables import RESULTS, markdown
 
+Found = dict[str, Any]
+BLOCKS: dict[str, Callable[[Path], str]] = {}
 
-def _load(root: Path, folder: str, name: str) -> dict[str, Any] | None:
-    path = root / RESULTS / folder / f"{name}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+def generated(
+    name: str, folder: str, file: str, what: str
+) -> Callable[[Callable[[Found], str]], Any]:
+    """Registers the maker of the block ``name``: Markdown from the result ``folder/file.json``."""
+
+    def register(make: Callable[[Found], str]) -> Callable[[Found], str]:
+        def block(root: Path) -> str:
+            path = root / RESULTS / folder / f"{file}.json"
+            if not path.is_file():
+                return f"No {what} has been committed."
+            return make(json.loads(path.read_text(encoding="utf-8")))
+
+        BLOCKS[name] = block
+        return make
+
+    return register
 
 
 def _number(value: float | None, digits: int = 2) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
-def quality_block(root: Path) -> str:
+@generated("quality", "nacl", "summary", "study")
+def quality_block(found: Found) -> str:
     """Tables of the quality study of NACL, from its summary."""
-    found = _load(root, "nacl", "summary")
-    if found is None:
-        return "No study has been committed."
     columns = ("task", "length", "budget", "method", "cases", "correct", "log p", "perplexity",
                "evict ms", "cache MB")  # fmt: skip
 
@@ -36,11 +50,9 @@ def quality_block(root: Path) -> str:
     return f"{found['setting']}.\n\n{markdown(columns, rows)}"
 
 
-def ablation_block(root: Path) -> str:
+@generated("ablation", "nacl_ablation", "summary", "ablation")
+def ablation_block(found: Found) -> str:
     """One line per variant of NACL, from ``examples/nacl_ablation.py``."""
-    found = _load(root, "nacl_ablation", "summary")
-    if found is None:
-        return "No ablation has been committed."
     cells = {(r["task"], r["method"], r["budget"]): r for r in found["rows"]}
     tasks = list(dict.fromkeys(r["task"] for r in found["rows"]))
     columns = ["variant", *(f"{t} {100 * b:g} %" for t in tasks for b in (0.2, 0.5))]
@@ -56,11 +68,9 @@ def ablation_block(root: Path) -> str:
     return f"{found['setting']}, prompts of {length} tokens.\n\n{markdown(columns, rows)}"
 
 
-def dha_study_block(root: Path) -> str:
+@generated("dha-study", "dha", "study", "study")
+def dha_study_block(found: Found) -> str:
     """Losses right after conversion and after recovery, from ``examples/dha_study.py``."""
-    found = _load(root, "dha", "study")
-    if found is None:
-        return "No study has been committed."
     columns = ("budget", "variant", "seed", "recovery steps", "text loss after conversion",
                "after recovery", "recall loss after conversion", "after recovery")  # fmt: skip
     rows = [
@@ -80,11 +90,9 @@ def dha_study_block(root: Path) -> str:
     )
 
 
-def dha_smollm2_block(root: Path) -> str:
+@generated("dha-smollm2", "dha", "smollm2", "conversion")
+def dha_smollm2_block(found: Found) -> str:
     """What SmolLM2 and its conversion say, from ``examples/dha.py``."""
-    found = _load(root, "dha", "smollm2")
-    if found is None:
-        return "No conversion has been committed."
     losses = ", ".join(f"{name} {value:.3f}" for name, value in found["losses"].items())
     columns = ("model", "question", "answer", "bytes per token")
     rows = [
@@ -101,11 +109,9 @@ def dha_smollm2_block(root: Path) -> str:
     )
 
 
-def dha_speed_block(root: Path) -> str:
+@generated("dha-speed", "dha", "speed", "measurement")
+def dha_speed_block(found: Found) -> str:
     """Decoding end to end, from ``python -m tenfold.dha.speed``."""
-    found = _load(root, "dha", "speed")
-    if found is None:
-        return "No measurement has been committed."
     columns = ("dtype", "context", "heads kept", "cache MB", "ms per token", "speed-up")
     rows = [
         [r["dtype"], str(r["context"]), f"{100 * r['budget']:g} %",
@@ -120,16 +126,14 @@ def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-def hft_study_block(root: Path) -> str:
+@generated("hft-study", "hft", "study", "study")
+def hft_study_block(found: Found) -> str:
     """Forgetting by method over seeds, from ``examples/hft_study.py``."""
-    found = _load(root, "hft", "study")
-    if found is None:
-        return "No study has been committed."
 
-    def values(variant: str, of: Callable[[dict[str, Any]], float]) -> dict[int, float]:
+    def values(variant: str, of: Callable[[Found], float]) -> dict[int, float]:
         return {c["config"]["seed"]: of(c) for c in found["cells"] if c["variant"] == variant}
 
-    measures: list[tuple[str, Callable[[dict[str, Any]], float]]] = [
+    measures: list[tuple[str, Callable[[Found], float]]] = [
         ("OP", lambda c: c["summary"]["log_prob"]["op"]),
         ("BWT", lambda c: c["summary"]["log_prob"]["bwt"]),
         ("OP, accuracy %", lambda c: 100 * c["summary"]["accuracy"]["op"]),
@@ -159,11 +163,9 @@ def hft_study_block(root: Path) -> str:
     )
 
 
-def hft_seeds_block(root: Path) -> str:
+@generated("hft-seeds", "hft", "study", "study")
+def hft_seeds_block(found: Found) -> str:
     """BWT and forgotten text of every seed, from ``examples/hft_study.py``."""
-    found = _load(root, "hft", "study")
-    if found is None:
-        return "No study has been committed."
     seeds = sorted({c["config"]["seed"] for c in found["cells"]})
     rows = []
     for variant in dict.fromkeys(c["variant"] for c in found["cells"]):
@@ -179,11 +181,9 @@ def hft_seeds_block(root: Path) -> str:
     return markdown(columns, rows)
 
 
-def hft_smollm2_block(root: Path) -> str:
+@generated("hft-smollm2", "hft", "smollm2", "run")
+def hft_smollm2_block(found: Found) -> str:
     """SmolLM2 on two tasks, from ``examples/hft.py``."""
-    found = _load(root, "hft", "smollm2")
-    if found is None:
-        return "No run has been committed."
     rows = []
     for r in found["runs"]:
         by = r["summary"]
@@ -203,11 +203,9 @@ def hft_smollm2_block(root: Path) -> str:
     )
 
 
-def hft_speed_block(root: Path) -> str:
+@generated("hft-speed", "hft", "speed", "measurement")
+def hft_speed_block(found: Found) -> str:
     """Where a training step's time goes, from ``python -m tenfold.hft.speed``."""
-    found = _load(root, "hft", "speed")
-    if found is None:
-        return "No measurement has been committed."
     parts = ("forward", "backward", "optimizer", "step")
     columns = ("method", "dtype", "rows x tokens", *(f"{p} ms" for p in parts), "speed",
                "gradients MB", "states MB", "activations MB")  # fmt: skip
@@ -219,10 +217,3 @@ def hft_speed_block(root: Path) -> str:
     ]  # fmt: skip
     setting = found["setting"]
     return f"{setting['model']}, {setting['threads']} threads.\n\n{markdown(columns, rows)}"
-
-
-BLOCKS = {
-    "quality": quality_block, "ablation": ablation_block, "dha-study": dha_study_block,
-    "dha-smollm2": dha_smollm2_block, "dha-speed": dha_speed_block, "hft-study": hft_study_block,
-    "hft-seeds": hft_seeds_block, "hft-smollm2": hft_smollm2_block, "hft-speed": hft_speed_block,
-}  # fmt: skip

@@ -7,15 +7,14 @@ import pytest
 import torch
 
 from tenfold import hft
+from tenfold.testing import threads
 
 
 @pytest.fixture(autouse=True)
 def _one_thread():
     """The matrices are too small for more, and threads that wait for each other cost the most."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with threads(1):
+        yield
 
 
 SEEDS = [0, *(pytest.param(s, marks=pytest.mark.slow) for s in range(1, 5))]
