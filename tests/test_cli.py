@@ -486,7 +486,7 @@ class TestBench:
         assert case["ratios"]["best_other"] == pytest.approx(
             min(case["ratios"]["eager"], case["ratios"]["peer"])
         )
-        assert set(record["ceilings"]) == {"copy", "read", "fma_fp32", "dot_bf16"}
+        assert set(record["ceilings"]) == {"copy", "read", "update", "fma_fp32", "dot_bf16"}
         assert all(c["value"] > 0.1 for c in record["ceilings"].values())
         assert record["ceilings"]["fma_fp32"]["torch_matmul"] > 0.1
 
