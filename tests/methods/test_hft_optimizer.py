@@ -5,6 +5,7 @@ import gc
 import pickle
 import re
 import warnings
+import weakref
 
 import hft_models as tiny
 import pytest
@@ -156,6 +157,53 @@ class TestAsTorch:
         optimizer.step()
         assert float(optimizer.state[p]["step"]) == 1
 
+    @pytest.mark.parametrize(
+        "change", ["fewer", "strides", "group", "states", "copied", "foreign", "added", "storage"]
+    )
+    def test_changes_between_steps(self, change):
+        """A step goes on from the last one's lists; what changes in between is seen as by torch."""
+        made = {}
+        # torch's fused step takes gradients in storage order, whatever their strides.
+        for kind, fused in ((MaskedAdamW, None), (torch.optim.AdamW, change != "strides")):
+            params = parameters(shapes=[(2, 8), (4, 8), (16,)])
+            optimizer = kind(params, lr=0.1, weight_decay=0.1, fused=fused)
+            steps(optimizer, params, 3)
+            if change == "group":
+                optimizer.param_groups[0] = optimizer.param_groups[0] | {"lr": 0.01}
+            elif change == "states":
+                del optimizer.state[params[1]]
+            elif change == "copied":
+                optimizer.state[params[1]] = copy.deepcopy(optimizer.state[params[1]])
+                optimizer.state[params[1]]["exp_avg"].zero_()
+            elif change == "foreign":
+                optimizer.state["seen"] = 3
+            elif change == "added":
+                params += parameters(shapes=[(8,)])
+                optimizer.add_param_group({"params": params[3:], "lr": 0.3})
+            elif change == "storage":
+                params[0].data = params[0].detach().clone()
+            for i in range(3):
+                for p in params:
+                    p.grad = p.detach() * 0.5 + i
+                if change == "fewer" and i != 1:
+                    params[1].grad = None
+                if change == "strides" and i != 1:
+                    params[0].grad = params[0].grad.t().contiguous().t()
+                optimizer.step()
+            made[kind] = [*params, *(s["exp_avg"] for s in optimizer.state.values()
+                                     if isinstance(s, dict))]  # fmt: skip
+        if change != "strides":
+            assert equal(*made.values())
+        torch.testing.assert_close(*made.values(), rtol=0, atol=1e-6)
+
+    def test_gradients_do_not_outlive_a_step(self):
+        params = parameters()
+        optimizer = MaskedAdamW(params)
+        steps(optimizer, params, 2)
+        gone = [weakref.ref(p.grad) for p in params]
+        optimizer.zero_grad()
+        assert not any(r() is not None for r in gone)
+
     def test_a_missing_gradient_is_skipped(self):
         a, b = parameters(shapes=[(3,), (4,)])
         optimizer = MaskedAdamW([a, b], lr=0.1)
@@ -263,8 +311,11 @@ class TestErrors:
     def test_gradients(self):
         a, b = parameters(shapes=[(3,), (4,)])
         optimizer = MaskedAdamW([a, b], lr=0.1)
-        a.grad = torch.ones(3).to_sparse()
-        with pytest.raises(RuntimeError, match="sparse"):
+        for settled in (False, True):
+            a.grad = torch.ones(3).to_sparse()
+            with pytest.raises(RuntimeError, match="sparse"):
+                optimizer.step()
+            a.grad = None if settled else torch.ones(3)
             optimizer.step()
 
     def test_stochastic_rounding_is_for_bf16(self):

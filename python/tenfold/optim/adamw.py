@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from tenfold.optim.active import MISMATCH, ActivePlan, active_plan, check_states
-from tenfold.optim.calls import Call, Slot
+from tenfold.optim.calls import Call, Settled, Slot
 from tenfold.optim.masks import Mask, collect_masks, local
 from tenfold.optim.states import DTYPES, MOMENTS, Layout
 from tenfold.optim.sums import global_norm
@@ -122,6 +122,7 @@ class MaskedAdamW(Optimizer):
         self._masks: dict[Tensor, Mask] = {}
         self._slots: dict[int, Slot] = {}
         self._made: dict[Any, Call] = {}
+        self._settled: Settled | None = None
         self._prefixes: dict[Tensor, Tensor] = {}
         self._expected: dict[int, bool] | None = None
         self._digest = ""
@@ -156,7 +157,7 @@ class MaskedAdamW(Optimizer):
 
     def _set_masks(self, masks: dict[Tensor, Mask]) -> None:
         self._masks = masks
-        self._slots, self._made = {}, {}  # they hold states
+        self._slots, self._made, self._settled = {}, {}, None  # they hold states
         kept = masks.items() if self._compact else ()
         self._prefixes = {p: Layout.prefix(m) for p, m in kept}
 
@@ -277,15 +278,28 @@ class MaskedAdamW(Optimizer):
                 call.run(scale, found, clip, self._seed, self._scope, self._block)
         finally:
             for call in calls:
-                call.clear()
+                call.release()
         return loss
 
     def _calls(self) -> list[Call]:
+        params = self._parameters()
+        grads = [p.grad for p in params]
+        if self._settled is not None:
+            if self._settled.repeat(self.param_groups, self.state, params, grads):
+                return self._settled.calls
+            self._settled = None
+        calls = self._sort(grads)
+        if Settled.can_be(calls, self._slots):
+            self._settled = Settled(self.param_groups, self.state, params, grads, calls)
+        return calls
+
+    def _sort(self, grads: list[Tensor | None]) -> list[Call]:
         numbers = itertools.count()
         used: dict[int, Call] = {}
         for at, group in enumerate(self.param_groups):
             for p in group["params"]:
-                number, grad = next(numbers), p.grad
+                number = next(numbers)
+                grad = grads[number]
                 if grad is None:
                     continue
                 if grad.layout is not torch.strided:
@@ -350,7 +364,7 @@ class MaskedAdamW(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._slots, self._made = {}, {}
+        self._slots, self._made, self._settled = {}, {}, None
         if "_masks" in state:  # a copy, or unpickled; else part of load_state_dict
             self.last_grad_norm = None
             self._bind()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import is_
 from typing import Any
 
 import torch
@@ -68,10 +70,15 @@ class Call:
     copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def clear(self) -> None:
-        """Empties the lists, before a step and after it: gradients must not live on."""
+        """Empties the lists."""
         for entries in (self.params, self.grads, self.states, self.views, self.masks, self.prefixes,
                         self.ids, self.copies):  # fmt: skip
             entries.clear()
+
+    def release(self) -> None:
+        """After a step: gradients and copies must not live on."""
+        self.grads.clear()
+        self.copies.clear()
 
     def add(self, slot: Slot, grad: Tensor) -> None:
         """Takes in a parameter with its gradient."""
@@ -133,3 +140,63 @@ class Call:
             )  # fmt: skip
         for there, copy in self.copies:
             there.copy_(copy)
+
+
+def _same(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """The same objects in the same order; at the speed of C, as a step asks it of every tensor."""
+    return len(a) == len(b) and all(map(is_, a, b))
+
+
+def _steps(states: list[Any]) -> list[Any]:
+    # torch lets users keep anything in an optimiser's state.
+    return [s.get("step") for s in states if isinstance(s, dict)]
+
+
+class Settled:
+    """The calls of the last step, for the next one to repeat with its gradients.
+
+    Sorting parameters into calls costs more than a small tensor's update. Nothing is taken on trust: what
+    may have been replaced from outside is compared, object by object.
+    """
+
+    def __init__(
+        self, groups: list[dict[str, Any]], state: dict[Tensor, Any], params: list[Tensor],
+        grads: list[Tensor | None], calls: list[Call],
+    ) -> None:  # fmt: skip
+        self.groups, self.params, self.calls = list(groups), params, calls
+        self.states = list(state.values())
+        self.steps = _steps(self.states)
+        self.trains = [g is not None for g in grads]
+        self.strides = [g.stride() for g in grads if g is not None]
+        self.devices = list(map(Tensor.get_device, params))
+
+    @staticmethod
+    def can_be(calls: list[Call], slots: dict[int, Slot]) -> bool:
+        """Are parameters and gradients taken as they are, without a shard, view, copy or new order?"""
+        return not any(c.copies for c in calls) and all(
+            slots[n].simple and c.params[i] is slots[n].param and c.grads[i] is c.params[i].grad
+            for c in calls
+            for i, n in enumerate(c.ids)
+        )
+
+    def repeat(
+        self, groups: list[dict[str, Any]], state: dict[Tensor, Any], params: list[Tensor],
+        grads: list[Tensor | None],
+    ) -> bool:  # fmt: skip
+        """Puts ``grads`` into the calls, if all else is as it was; False: nothing was changed."""
+        states = list(state.values())
+        if not (
+            _same(groups, self.groups) and _same(params, self.params) and _same(states, self.states)
+            and _same(_steps(states), self.steps)
+            and [g is not None for g in grads] == self.trains
+            and list(map(Tensor.get_device, params)) == self.devices
+        ):  # fmt: skip
+            return False
+        given = [g for g in grads if g is not None]
+        if any(g.layout is not torch.strided for g in given):
+            return False
+        if list(map(Tensor.stride, given)) != self.strides:
+            return False
+        for call in self.calls:
+            call.grads[:] = [grads[n] for n in call.ids]  # type: ignore[misc]
+        return True
