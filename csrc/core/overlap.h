@@ -26,10 +26,11 @@ class Memory {
   };
   void add(const char* name, size_t index, const Tensor& t, bool written) {
     const auto begin = reinterpret_cast<uintptr_t>(t.data_ptr());
-    const auto bytes = static_cast<uintptr_t>(t.numel() * t.element_size());
+    const auto bytes = static_cast<uintptr_t>(t.numel()) * t.element_size();
     if (bytes > 0)
       spans_.push_back({begin, begin + bytes, name, static_cast<uint32_t>(index), written});
   }
+  void sort();
   std::vector<Span> spans_;
 };
 

@@ -21,20 +21,38 @@ struct Named {
   const Tensor& t;
 };
 
-// Size, device and order of a tensor that goes with params[i].
-void check_like_param(const char* op, size_t i, const Tensor& param, const Named& x) {
-  TENFOLD_CHECK_VALUE(same_sizes(param, x.t), "tenfold::", op, ": ", x.name, "[", i,
-                      "] must have the shape of params[", i, "] ", shape_str(param), ", got ",
-                      shape_str(x.t));
-  TENFOLD_CHECK_VALUE(same_order(param, x.t), "tenfold::", op, ": ", x.name, "[", i,
-                      "] must have the strides of params[", i,
-                      "]: elements are taken in storage order");
+// What is asked of params[i] again and again: every question is a call into torch.
+struct Param {
+  size_t i;
+  const Tensor& t;
+  torch::headeronly::IntHeaderOnlyArrayRef sizes;
+  torch::stable::Device device;
+  bool contiguous;
+
+  Param(const Tensors& params, size_t at)
+      : i(at),
+        t(params[at]),
+        sizes(t.sizes()),
+        device(t.device()),
+        contiguous(t.is_contiguous()) {}
+};
+
+void check_device(const char* op, const Param& p, const Named& x) {
+  TENFOLD_CHECK_VALUE(x.t.device() == p.device, "tenfold::", op, ": ", x.name, "[", p.i,
+                      "] must be on the device of params[", p.i, "], ", device_str(p.t), ", got ",
+                      device_str(x.t));
 }
 
-void check_device(const char* op, size_t i, const Tensor& param, const Named& x) {
-  TENFOLD_CHECK_VALUE(x.t.device() == param.device(), "tenfold::", op, ": ", x.name, "[", i,
-                      "] must be on the device of params[", i, "], ", device_str(param), ", got ",
-                      device_str(x.t));
+// Size and order of a tensor that goes with params[i].
+void check_like_param(const char* op, const Param& p, const Named& x) {
+  const auto sizes = x.t.sizes();
+  TENFOLD_CHECK_VALUE(
+      sizes.size() == p.sizes.size() && std::equal(sizes.begin(), sizes.end(), p.sizes.begin()),
+      "tenfold::", op, ": ", x.name, "[", p.i, "] must have the shape of params[", p.i, "] ",
+      shape_str(p.t), ", got ", shape_str(x.t));
+  TENFOLD_CHECK_VALUE((p.contiguous && x.t.is_contiguous()) || same_order(p.t, x.t), "tenfold::",
+                      op, ": ", x.name, "[", p.i, "] must have the strides of params[", p.i,
+                      "]: elements are taken in storage order");
 }
 
 void check_length(const char* op, const char* name, size_t got, size_t want, bool may_be_empty) {
@@ -110,8 +128,10 @@ AdamwOptions check_options(const char* op, const AdamwArgs& a) {
 }
 
 // What both ops ask of params[i], its gradient, step and mask.
-AdamwTensor check_tensor(const char* op, const AdamwArgs& a, MaskKind kind, size_t i) {
-  const Tensor &p = a.params[i], &g = a.grads[i], &step = a.steps[i];
+AdamwTensor check_tensor(const char* op, const AdamwArgs& a, MaskKind kind, const Param& param,
+                         const torch::stable::Device& first) {
+  const size_t i = param.i;
+  const Tensor &p = param.t, &g = a.grads[i], &step = a.steps[i];
   const auto s = p.scalar_type();
   TENFOLD_CHECK_TYPE(s == ScalarType::Float || s == ScalarType::BFloat16 || s == ScalarType::Half,
                      "tenfold::", op, ": params[", i,
@@ -123,15 +143,15 @@ AdamwTensor check_tensor(const char* op, const AdamwArgs& a, MaskKind kind, size
   TENFOLD_CHECK_KIND(ErrorKind::runtime, g.scalar_type() == s, "tenfold::", op, ": grads[", i,
                      "] must have the dtype of params[", i, "], ", dtype_name(s), ", got ",
                      dtype_name(g.scalar_type()));
-  TENFOLD_CHECK_VALUE(p.device() == a.params[0].device(), "tenfold::", op, ": params[", i,
+  TENFOLD_CHECK_VALUE(param.device == first, "tenfold::", op, ": params[", i,
                       "] must be on the device of params[0], ", device_str(a.params[0]), ", got ",
                       device_str(p));
-  check_device(op, i, p, {"grads", g});
-  TENFOLD_CHECK_VALUE(is_dense(p), "tenfold::", op, ": params[", i,
+  check_device(op, param, {"grads", g});
+  TENFOLD_CHECK_VALUE(param.contiguous || is_dense(p), "tenfold::", op, ": params[", i,
                       "] must be dense (no gaps, no overlap), got shape ", shape_str(p),
                       "; call .contiguous()");
-  check_like_param(op, i, p, {"grads", g});
-  check_device(op, i, p, {"steps", step});
+  check_like_param(op, param, {"grads", g});
+  check_device(op, param, {"steps", step});
   TENFOLD_CHECK_TYPE(step.scalar_type() == ScalarType::Float, "tenfold::", op, ": steps[", i,
                      "] must be float32, got ", dtype_name(step.scalar_type()));
   TENFOLD_CHECK_VALUE(step.numel() == 1, "tenfold::", op, ": steps[", i,
@@ -171,19 +191,20 @@ void check_lengths(const char* op, const AdamwArgs& a) {
   check_length(op, "tensor_ids", a.tensor_ids.size(), n, true);
 }
 
-void check_state(const AdamwArgs& a, size_t i, const Named& x, ScalarType dtype, bool compact) {
-  const Tensor& p = a.params[i];
+void check_state(const AdamwArgs& a, const Param& p, const Named& x, ScalarType dtype,
+                 bool compact) {
+  const size_t i = p.i;
   const auto s = x.t.scalar_type();
   TENFOLD_CHECK_TYPE(s == ScalarType::Float || s == ScalarType::BFloat16 ||
-                         (s == ScalarType::Half && p.scalar_type() == ScalarType::Half),
+                         (s == ScalarType::Half && p.t.scalar_type() == ScalarType::Half),
                      "tenfold::", kOp, ": ", x.name, "[", i,
                      "] must be float32 or bfloat16 (or float16 with float16 parameters), got ",
                      dtype_name(s));
   TENFOLD_CHECK_KIND(ErrorKind::runtime, s == dtype, "tenfold::", kOp, ": ", x.name, "[", i,
                      "] must have the dtype of exp_avgs[", i, "], ", dtype_name(dtype), ", got ",
                      dtype_name(s));
-  check_device(kOp, i, p, x);
-  if (!compact) return check_like_param(kOp, i, p, x);
+  check_device(kOp, p, x);
+  if (!compact) return check_like_param(kOp, p, x);
   TENFOLD_CHECK_VALUE(x.t.is_contiguous(), "tenfold::", kOp, ": compact ", x.name, "[", i,
                       "] must be contiguous");
   TENFOLD_CHECK_VALUE(x.t.numel() == a.exp_avgs[i].numel(), "tenfold::", kOp, ": compact ", x.name,
@@ -203,7 +224,8 @@ void check_compact_size(size_t i, const AdamwTensor& t) {
                       t.state_numel, " elements of ", t.numel);
 }
 
-const int32_t* check_prefix(const MaskedAdamwArgs& a, MaskKind kind, size_t i) {
+const int32_t* check_prefix(const MaskedAdamwArgs& a, MaskKind kind, const Param& p) {
+  const size_t i = p.i;
   if (a.prefixes.empty() || !a.prefixes[i]) return nullptr;
   const Tensor& prefix = *a.prefixes[i];
   TENFOLD_CHECK_VALUE(!a.masks.empty() && a.masks[i], "tenfold::", kOp, ": prefixes[", i,
@@ -213,8 +235,8 @@ const int32_t* check_prefix(const MaskedAdamwArgs& a, MaskKind kind, size_t i) {
                       "]) have room for the trained elements only");
   TENFOLD_CHECK_TYPE(prefix.scalar_type() == ScalarType::Int, "tenfold::", kOp, ": prefixes[", i,
                      "] must be int32 (see mask_prefix), got ", dtype_name(prefix.scalar_type()));
-  check_device(kOp, i, a.params[i], {"prefixes", prefix});
-  const int64_t units = mask_units(kOp, "params", i, a.params[i], kind, a.block_size);
+  check_device(kOp, p, {"prefixes", prefix});
+  const int64_t units = mask_units(kOp, "params", i, p.t, kind, a.block_size);
   const int64_t want = ((units + 7) / 8 * 8 + kPrefixBlock - 1) / kPrefixBlock;
   TENFOLD_CHECK_VALUE(prefix.dim() == 1 && prefix.is_contiguous() && prefix.numel() == want,
                       "tenfold::", kOp, ": prefixes[", i, "] must be contiguous [", want,
@@ -238,21 +260,25 @@ AdamwCall check_masked_adamw(const MaskedAdamwArgs& a) {
   call.options.amsgrad = a.amsgrad;
   call.options.param_only = a.mask_scope == "param_only";
   call.tensors.reserve(n);
+  torch::stable::Device first(torch::headeronly::DeviceType::CPU);
   for (size_t i = 0; i < n; ++i) {
-    AdamwTensor t = check_tensor(kOp, a, kind, i);
-    t.prefix = check_prefix(a, kind, i);
+    const Param param(a.params, i);
+    if (i == 0) first = param.device;
+    AdamwTensor t = check_tensor(kOp, a, kind, param, first);
+    t.prefix = check_prefix(a, kind, param);
     // Not told from the pointer: that of an empty prefix is null.
     const bool compact = !a.prefixes.empty() && a.prefixes[i];
     const Tensor &m = a.exp_avgs[i], &v = a.exp_avg_sqs[i];
-    check_state(a, i, {"exp_avgs", m}, m.scalar_type(), compact);
-    check_state(a, i, {"exp_avg_sqs", v}, m.scalar_type(), compact);
+    const ScalarType dtype = m.scalar_type();
+    check_state(a, param, {"exp_avgs", m}, dtype, compact);
+    check_state(a, param, {"exp_avg_sqs", v}, dtype, compact);
     t.exp_avg = m.data_ptr(), t.exp_avg_sq = v.data_ptr();
     if (a.amsgrad) {
-      check_state(a, i, {"max_exp_avg_sqs", a.max_exp_avg_sqs[i]}, m.scalar_type(), compact);
+      check_state(a, param, {"max_exp_avg_sqs", a.max_exp_avg_sqs[i]}, dtype, compact);
       t.max_exp_avg_sq = a.max_exp_avg_sqs[i].data_ptr();
     }
-    t.state_dtype = to_dtype(m.scalar_type());
-    t.state_numel = m.numel();
+    t.state_dtype = to_dtype(dtype);
+    t.state_numel = compact ? m.numel() : t.numel;
     if (compact) check_compact_size(i, t);
     call.tensors.push_back(t);
   }
@@ -267,22 +293,22 @@ namespace {
 
 constexpr auto kOp8 = "masked_adamw_8bit_";
 
-uint8_t* check_codes(const AdamwArgs& a, size_t i, const Named& x) {
-  TENFOLD_CHECK_TYPE(x.t.scalar_type() == ScalarType::Byte, "tenfold::", kOp8, ": ", x.name, "[", i,
+uint8_t* check_codes(const Param& p, const Named& x) {
+  TENFOLD_CHECK_TYPE(x.t.scalar_type() == ScalarType::Byte, "tenfold::", kOp8, ": ", x.name, "[", p.i,
                      "] must be uint8 codes, got ", dtype_name(x.t.scalar_type()));
-  check_device(kOp8, i, a.params[i], x);
-  check_like_param(kOp8, i, a.params[i], x);
+  check_device(kOp8, p, x);
+  check_like_param(kOp8, p, x);
   return data_as<uint8_t>(x.t);
 }
 
-float* check_absmax(const AdamwArgs& a, size_t i, const Named& x) {
-  const int64_t want = (a.params[i].numel() + kStateBlock - 1) / kStateBlock;
+float* check_absmax(const Param& p, const Named& x) {
+  const int64_t want = (p.t.numel() + kStateBlock - 1) / kStateBlock;
   TENFOLD_CHECK_TYPE(x.t.scalar_type() == ScalarType::Float, "tenfold::", kOp8, ": ", x.name, "[",
-                     i, "] must be float32, got ", dtype_name(x.t.scalar_type()));
-  check_device(kOp8, i, a.params[i], x);
+                     p.i, "] must be float32, got ", dtype_name(x.t.scalar_type()));
+  check_device(kOp8, p, x);
   TENFOLD_CHECK_VALUE(x.t.dim() == 1 && x.t.is_contiguous() && x.t.numel() == want,
-                      "tenfold::", kOp8, ": ", x.name, "[", i, "] must be contiguous [", want,
-                      "], one per block of ", kStateBlock, " elements of params[", i, "], got ",
+                      "tenfold::", kOp8, ": ", x.name, "[", p.i, "] must be contiguous [", want,
+                      "], one per block of ", kStateBlock, " elements of params[", p.i, "], got ",
                       shape_str(x.t));
   return data_as<float>(x.t);
 }
@@ -311,12 +337,15 @@ Adamw8bitCall check_masked_adamw_8bit(const MaskedAdamw8bitArgs& a) {
   check_code(a, {"code1", a.code1});
   check_code(a, {"code2", a.code2});
   call.tensors.reserve(n);
+  torch::stable::Device first(torch::headeronly::DeviceType::CPU);
   for (size_t i = 0; i < n; ++i) {
-    Adamw8Tensor t{check_tensor(kOp8, a, kind, i), nullptr, nullptr};
-    t.exp_avg = check_codes(a, i, {"exp_avgs", a.exp_avgs[i]});
-    t.exp_avg_sq = check_codes(a, i, {"exp_avg_sqs", a.exp_avg_sqs[i]});
-    t.absmax1 = check_absmax(a, i, {"absmax1", a.absmax1[i]});
-    t.absmax2 = check_absmax(a, i, {"absmax2", a.absmax2[i]});
+    const Param param(a.params, i);
+    if (i == 0) first = param.device;
+    Adamw8Tensor t{check_tensor(kOp8, a, kind, param, first), nullptr, nullptr};
+    t.exp_avg = check_codes(param, {"exp_avgs", a.exp_avgs[i]});
+    t.exp_avg_sq = check_codes(param, {"exp_avg_sqs", a.exp_avg_sqs[i]});
+    t.absmax1 = check_absmax(param, {"absmax1", a.absmax1[i]});
+    t.absmax2 = check_absmax(param, {"absmax2", a.absmax2[i]});
     call.tensors.push_back(t);
   }
   Memory memory = memory_of(a);
