@@ -248,9 +248,13 @@ def _steps() -> Iterator[Case]:
 # -- masks -------------------------------------------------------------------------------------------
 
 
+def _block(s: Shape) -> int:
+    return s.get("block", BLOCK)
+
+
 def _units(s: Shape, kind: str) -> int:
     n = _elements(s)
-    return {"row": s["out"], "col": s["in"], "block": n // BLOCK, "element": n}[kind]
+    return {"row": s["out"], "col": s["in"], "block": n // _block(s), "element": n}[kind]
 
 
 def _spread(bits: Tensor, s: Shape, kind: str) -> Tensor:
@@ -258,7 +262,7 @@ def _spread(bits: Tensor, s: Shape, kind: str) -> Tensor:
         return bits[:, None].expand(s["out"], s["in"])
     if kind == "col":
         return bits.expand(s["out"], s["in"])
-    each = BLOCK if kind == "block" else 1
+    each = _block(s) if kind == "block" else 1
     return bits.repeat_interleave(each).view(s["out"], s["in"])
 
 
@@ -270,7 +274,7 @@ def _masked_inputs(s: Shape, dtype: torch.dtype, device: torch.device, state: to
     made = torch.Generator().manual_seed(1)
     bits[torch.randperm(units, generator=made)[: int(FRACTION * units)]] = True
     i.mask, i.index = [ops.pack_mask(bits).to(device)], bits.nonzero()[:, 0].to(device)
-    i.on = _spread(bits, s, kind).contiguous().to(device)
+    i.on, i.block = _spread(bits, s, kind).contiguous().to(device), _block(s)
     i.prefix = []
     if compact:
         counts = bits.view(-1, 256).sum(1)
@@ -283,7 +287,7 @@ def _ours_masked(kind: str) -> Callable[[Inputs], None]:
     @torch.no_grad()
     def step(i: Inputs) -> None:
         ops.masked_adamw_(i.p, i.g, i.m, i.v, i.steps, i.mask, [], i.prefix, mask_kind=kind,
-                          lr=i.lr, block_size=BLOCK, **HYPER)  # fmt: skip
+                          lr=i.lr, block_size=i.block, **HYPER)  # fmt: skip
 
     return step
 
@@ -296,11 +300,11 @@ def _restore(i: Inputs) -> None:
         now[0].copy_(torch.where(i.on, now[0], old[0]))
 
 
-def _view(x: Tensor, kind: str) -> tuple[Tensor, int]:
+def _view(x: Tensor, kind: str, block: int) -> tuple[Tensor, int]:
     """A view of the tensor in units, and the dimension that counts them."""
     if kind == "col":
         return x, 1
-    return (x, 0) if kind == "row" else (x.view(-1, BLOCK), 0)
+    return (x, 0) if kind == "row" else (x.view(-1, block), 0)
 
 
 def _gather(kind: str) -> Callable[[Inputs], None]:
@@ -308,7 +312,7 @@ def _gather(kind: str) -> Callable[[Inputs], None]:
 
     @torch.no_grad()
     def step(i: Inputs) -> None:
-        views = [_view(x[0], kind) for x in (i.p, i.g, i.m, i.v)]
+        views = [_view(x[0], kind, i.block) for x in (i.p, i.g, i.m, i.v)]
         parts = [[x.index_select(dim, i.index)] for x, dim in views]
         fused(*parts, i.steps)
         for (x, dim), part in zip(views, parts, strict=True):
@@ -336,7 +340,8 @@ def _masked_bytes(kind: str, state: int, compact: bool) -> Callable[[Shape, int]
     return count
 
 
-def _masked_case(kind: str, dtype: torch.dtype, state: torch.dtype, compact: bool = False) -> Case:
+def _masked_case(kind: str, dtype: torch.dtype, state: torch.dtype, compact: bool = False,
+                 **extra: int) -> Case:  # fmt: skip
     if compact:
         forms = [provider("eager:gather", _gather_compact)]
     else:
@@ -344,7 +349,7 @@ def _masked_case(kind: str, dtype: torch.dtype, state: torch.dtype, compact: boo
         if kind != "element":
             forms.append(provider("eager:gather", _gather(kind)))
     return Case(
-        op="masked_adamw_", variant=f"{kind}-compact" if compact else kind, shape=BIG, dtype=dtype,
+        op="masked_adamw_", variant=f"{kind}-compact" if compact else kind, shape=BIG | extra, dtype=dtype,
         mode="inplace", traffic="update", mutates=("p", "m", "v"),
         inputs=lambda s, t, where: _masked_inputs(s, t, where, state, kind, compact),
         bytes=_masked_bytes(kind, state.itemsize, compact),
@@ -426,6 +431,8 @@ def cases() -> Iterator[Case]:
     yield from _steps()
     for kind in KINDS:
         yield _masked_case(kind, FP32, FP32)
+    for block in (1024, 4096):  # longer runs of memory
+        yield _masked_case("block", FP32, FP32, block=block)
     for kind in ("row", "element"):
         yield _masked_case(kind, BF16, BF16)
     yield _masked_case("element", FP32, FP32, compact=True)

@@ -24,7 +24,7 @@ from tenfold.training.batches import lm_loss, token_rows
 
 NAMES = ("german", "docstring")
 LENGTH, TEXT_LENGTH = 96, 128
-SETTINGS: dict[str, Any] = {"steps": 12, "batch_size": 4, "learning_rate": 1e-4, "schedule": "constant",
+SETTINGS: dict[str, Any] = {"steps": 10, "batch_size": 2, "learning_rate": 1e-4, "schedule": "constant",
                             "warmup": 0.1}  # fmt: skip
 METHODS = ("full", "hft")
 STEPS = len(METHODS) * (len(NAMES) * SETTINGS["steps"] + 1) + 1
@@ -57,7 +57,7 @@ def text_rows(tokenizer: Any, count: int = 8) -> torch.Tensor:
 def run_demo(model: Any, tokenizer: Any, step: Callable[[str], None] = lambda text: None) -> Demo:
     """Runs the methods; ``step`` is told after each piece."""
     end = tokenizer.eos_token_id
-    tasks = make_tasks(NAMES, encoder(tokenizer), LENGTH, end, end, train=64, test=16)
+    tasks = make_tasks(NAMES, encoder(tokenizer), LENGTH, end, end, train=32, test=8)
     held = text_rows(tokenizer)
     records, text = [], []
     for method in METHODS:
@@ -72,7 +72,7 @@ def run_demo(model: Any, tokenizer: Any, step: Callable[[str], None] = lambda te
         records.append(record)
         del own
         step(method)
-    found = speed.measure(model, 4, LENGTH, steps=4)
+    found = speed.measure(model, 2, LENGTH, steps=3)
     step("step times")
     setting = (f"SmolLM2-135M-Instruct, float32, {torch.get_num_threads()} threads; {SETTINGS['steps']} steps of "
                f"{SETTINGS['batch_size']} x {LENGTH} tokens per task.")  # fmt: skip
