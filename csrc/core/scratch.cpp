@@ -1,5 +1,7 @@
 #include "core/scratch.h"
 
+#include <sys/mman.h>
+
 #include <cstddef>
 #include <new>
 
@@ -32,10 +34,20 @@ Block* free_block(int64_t bytes) {
 
 }  // namespace
 
+void advise_huge_pages(void* data, int64_t bytes) {
+  constexpr int64_t kFrom = int64_t{4} << 20;
+  constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
+  if (bytes < kFrom) return;
+  const auto begin = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) & ~(kHugePage - 1);
+  const auto end = (reinterpret_cast<uintptr_t>(data) + bytes) & ~(kHugePage - 1);
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+}
+
 Scratch::Scratch(int64_t bytes) {
   Block* const block = free_block(bytes);
   if (block == nullptr) {
     data_ = allocate(bytes);
+    advise_huge_pages(data_, bytes);
     return;
   }
   if (block->bytes < bytes) {

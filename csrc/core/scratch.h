@@ -6,6 +6,10 @@
 
 namespace tenfold {
 
+// Advises fresh memory of 4 MB and more to huge pages: first-touch page faults otherwise cost more
+// than a memory-bound kernel.
+void advise_huge_pages(void* data, int64_t bytes);
+
 class Scratch {
  public:
   explicit Scratch(int64_t bytes);

@@ -1,21 +1,12 @@
 #include "core/tensor.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <utility>
 
+#include "core/scratch.h"
+
 namespace tenfold {
 namespace {
-
-constexpr int64_t kHugePageFrom = int64_t{4} << 20;
-constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
-
-void advise_huge_pages(void* data, int64_t bytes) {
-  const auto begin = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) & ~(kHugePage - 1);
-  const auto end = (reinterpret_cast<uintptr_t>(data) + bytes) & ~(kHugePage - 1);
-  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-}
 
 int64_t element_size(ScalarType t) {
   switch (t) {
@@ -35,8 +26,7 @@ int64_t element_size(ScalarType t) {
 
 Tensor new_output(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
   Tensor out = torch::stable::new_empty(like, sizes, dtype);
-  const int64_t bytes = out.numel() * element_size(dtype);
-  if (out.is_cpu() && bytes >= kHugePageFrom) advise_huge_pages(out.data_ptr(), bytes);
+  if (out.is_cpu()) advise_huge_pages(out.data_ptr(), out.numel() * element_size(dtype));
   return out;
 }
 

@@ -20,12 +20,11 @@ static_assert(kWgradRowStep % kTileRows == 0 && kWgradColStep % kLanes == 0);
 constexpr int64_t kRowPanel = kWgradDepth * kTileRows + kWgradPanelPad;
 constexpr int64_t kColPanel = kWgradDepth * kLanes + kWgradPanelPad;
 
-inline int64_t whole(int64_t n, int64_t of) {
-  return (n + of - 1) / of * of;
-}
-
 // How words are multiplied: floats, or pairs of bf16.
 enum class Product { fma, dot };
+
+template <Product P>
+constexpr int64_t kStripTokens = P == Product::dot ? 2 * kWgradDepth : kWgradDepth;
 
 template <Product P>
 inline VF multiply(VF a, VF b, VF sum) {
@@ -109,13 +108,13 @@ inline float pair_word(bf16_t low, bf16_t high) {
 // powers of two apart, and a column's neighbours are in the line that its token has just brought.
 // Rows of the last panel that do not exist repeat the last one.
 template <class T, Product P>
-void pack_rows(const WgradProblem& p, const WgradTile& tile, int64_t t, int64_t n, float* panels) {
+void pack_rows(const WgradProblem& p, int64_t row, int64_t rows, int64_t t, int64_t n,
+               float* panels) {
   constexpr int kTokens = P == Product::dot ? 2 : 1;  // in a word
   const T* from = static_cast<const T*>(p.grad_out) + t * p.grad_stride;
   int64_t at[kWgradRows];
-  const int64_t padded = whole(tile.rows, kTileRows);
-  for (int64_t r = 0; r < padded; ++r)
-    at[r] = p.rows[tile.row + (r < tile.rows ? r : tile.rows - 1)];
+  const int64_t padded = wgrad_whole(rows, kTileRows);
+  for (int64_t r = 0; r < padded; ++r) at[r] = p.rows[row + (r < rows ? r : rows - 1)];
   for (int64_t d = 0; kTokens * d < n; ++d, from += kTokens * p.grad_stride) {
     float* to = panels + d * kTileRows;
     const T* next = kTokens * d + 1 < n ? from + p.grad_stride : nullptr;
@@ -144,19 +143,20 @@ inline VF pair_up(VF low, VF high) {  // bf16 as float32: bits in the upper half
 
 // Columns of input at tokens [t, t + n).
 template <class T, Product P>
-void pack_cols(const WgradProblem& p, const WgradTile& tile, int64_t t, int64_t n, float* panels) {
+void pack_cols(const WgradProblem& p, int64_t col, int64_t cols, int64_t t, int64_t n,
+               float* panels) {
   constexpr int kTokens = P == Product::dot ? 2 : 1;
   const int64_t depth = (n + kTokens - 1) / kTokens;
-  const T* from = static_cast<const T*>(p.input) + t * p.input_stride + tile.col;
+  const T* from = static_cast<const T*>(p.input) + t * p.input_stride + col;
   for (int64_t d = 0; d < depth; ++d, from += kTokens * p.input_stride) {
     float* to = panels + d * kLanes;
-    for (int64_t c = 0; c < tile.cols; c += kLanes, to += kColPanel)
+    for (int64_t c = 0; c < cols; c += kLanes, to += kColPanel)
       for (int v = 0; v < kVecs; ++v) {
         const int64_t x = c + v * kWidth;
-        VF words = load_some(from + x, tile.cols - x);
+        VF words = load_some(from + x, cols - x);
 #if defined(TENFOLD_ISA_BF16)
         if constexpr (P == Product::dot)
-          words = pair_up(words, 2 * d + 1 < n ? load_some(from + p.input_stride + x, tile.cols - x)
+          words = pair_up(words, 2 * d + 1 < n ? load_some(from + p.input_stride + x, cols - x)
                                                : set1(0.0f));
 #endif
         store(to + v * kWidth, words);
@@ -176,35 +176,59 @@ void store_tile(const WgradProblem& p, const WgradTile& tile, const float* sums,
 
 template <class T, Product P>
 void run_tile(const WgradProblem& p, const WgradTile& tile) {
-  const int64_t rows = whole(tile.rows, kTileRows), pitch = whole(tile.cols, kLanes);
-  float* const row_panels = tile.scratch;
-  float* const col_panels = row_panels + rows / kTileRows * kRowPanel;
-  float* const sums = col_panels + pitch / kLanes * kColPanel;
-  for (int64_t i = 0; i < rows * pitch; i += kWidth) store(sums + i, set1(0.0f));
-  constexpr int64_t kStrip = P == Product::dot ? 2 * kWgradDepth : kWgradDepth;
+  const int64_t rows = wgrad_whole(tile.rows, kTileRows), pitch = wgrad_whole(tile.cols, kLanes);
+  for (int64_t i = 0; i < rows * pitch; i += kWidth) store(tile.sums + i, set1(0.0f));
+  const float *row_panels = tile.row_panels, *col_panels = tile.col_panels;
+  constexpr int64_t kStrip = kStripTokens<P>;
   for (int64_t t = 0; t < p.tokens; t += kStrip) {
     const int64_t n = p.tokens - t < kStrip ? p.tokens - t : kStrip;
     const int64_t depth = P == Product::dot ? (n + 1) / 2 : n;
-    pack_rows<T, P>(p, tile, t, n, row_panels);
-    pack_cols<T, P>(p, tile, t, n, col_panels);
     for (int64_t c = 0; c < pitch; c += kLanes)
       for (int64_t r = 0; r < rows; r += kTileRows)
         multiply_panels<P>(row_panels + r / kTileRows * kRowPanel,
-                           col_panels + c / kLanes * kColPanel, depth, sums + r * pitch + c, pitch);
+                           col_panels + c / kLanes * kColPanel, depth,
+                           tile.sums + r * pitch + c, pitch);
+    row_panels += tile.row_strip, col_panels += tile.col_strip;
   }
-  store_tile<T>(p, tile, sums, pitch);
+  store_tile<T>(p, tile, tile.sums, pitch);
+}
+
+// f<element, product>(), as this ISA computes the dtype.
+template <class F>
+inline auto with_product(Dtype dtype, const F& f) {
+  if (dtype == Dtype::f32) return f.template operator()<float, Product::fma>();
+  if (dtype == Dtype::f16) return f.template operator()<fp16_t, Product::fma>();
+#if defined(TENFOLD_ISA_BF16)
+  return f.template operator()<bf16_t, Product::dot>();
+#else
+  return f.template operator()<bf16_t, Product::fma>();
+#endif
 }
 
 }  // namespace
 
+int64_t wgrad_strip_tokens(Dtype dtype) {
+  return with_product(dtype, []<class T, Product P>() { return kStripTokens<P>; });
+}
+
+void wgrad_pack_rows(const WgradProblem& p, int64_t row, int64_t rows, int64_t strip,
+                     float* panels) {
+  with_product(p.dtype, [&]<class T, Product P>() {
+    const int64_t t = strip * kStripTokens<P>, left = p.tokens - t;
+    pack_rows<T, P>(p, row, rows, t, left < kStripTokens<P> ? left : kStripTokens<P>, panels);
+  });
+}
+
+void wgrad_pack_cols(const WgradProblem& p, int64_t col, int64_t cols, int64_t strip,
+                     float* panels) {
+  with_product(p.dtype, [&]<class T, Product P>() {
+    const int64_t t = strip * kStripTokens<P>, left = p.tokens - t;
+    pack_cols<T, P>(p, col, cols, t, left < kStripTokens<P> ? left : kStripTokens<P>, panels);
+  });
+}
+
 void wgrad_tile(const WgradProblem& p, const WgradTile& tile) {
-  if (p.dtype == Dtype::f32) return run_tile<float, Product::fma>(p, tile);
-  if (p.dtype == Dtype::f16) return run_tile<fp16_t, Product::fma>(p, tile);
-#if defined(TENFOLD_ISA_BF16)
-  run_tile<bf16_t, Product::dot>(p, tile);
-#else
-  run_tile<bf16_t, Product::fma>(p, tile);
-#endif
+  with_product(p.dtype, [&]<class T, Product P>() { run_tile<T, P>(p, tile); });
 }
 
 TENFOLD_ISA_END
