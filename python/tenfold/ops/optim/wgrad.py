@@ -31,7 +31,8 @@ def linear_wgrad_rows(grad_out: Tensor, input: Tensor, rows: Tensor) -> Tensor:
         rows: [R], int32 or int64, strictly increasing: the rows of ``weight`` that train.
 
     Returns:
-        [R, in], dtype of ``input``, contiguous; sums are float32 and rounded once.
+        [R, in], dtype of ``input``, contiguous; sums are float32 and rounded once. On a CPU the chosen
+        columns of ``grad_out`` and a block of ``input`` are copied for the time of the call.
 
     Raises:
         ValueError: shapes or devices, rows not increasing. IndexError: a row out of range. TypeError:
