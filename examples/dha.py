@@ -34,6 +34,9 @@ def main() -> None:
     parser.add_argument("--search", type=int, default=SETTINGS["search_steps"])
     parser.add_argument("--steps", type=int, default=SETTINGS["fusion_steps"], help="of fusion")
     parser.add_argument("--recovery", type=int, default=SETTINGS["recovery_steps"])
+    parser.add_argument(
+        "--distill", type=float, default=0.5, help="share of the parent in recovery"
+    )
     parser.add_argument("--force", action="store_true", help="collapse heads that have not fused")
     parser.add_argument("--out", type=Path, help="where the converted model is saved")
     parser.add_argument("--json", type=Path, help="where the result is written")
@@ -43,7 +46,7 @@ def main() -> None:
     rows, held = real_rows(tokenizer)
     settings = SETTINGS | {
         "budget": chosen.budget, "search_steps": chosen.search, "fusion_steps": chosen.steps,
-        "recovery_steps": chosen.recovery, "force": chosen.force,
+        "recovery_steps": chosen.recovery, "force": chosen.force, "distill": chosen.distill,
     }  # fmt: skip
     small = convert(model, data=rows, config="small", eval_rows=held, quiet=False, **settings)
     record = small.conversion

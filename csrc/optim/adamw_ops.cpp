@@ -30,11 +30,7 @@ struct Param {
   bool contiguous;
 
   Param(const Tensors& params, size_t at)
-      : i(at),
-        t(params[at]),
-        sizes(t.sizes()),
-        device(t.device()),
-        contiguous(t.is_contiguous()) {}
+      : i(at), t(params[at]), sizes(t.sizes()), device(t.device()), contiguous(t.is_contiguous()) {}
 };
 
 void check_device(const char* op, const Param& p, const Named& x) {
@@ -50,9 +46,9 @@ void check_like_param(const char* op, const Param& p, const Named& x) {
       sizes.size() == p.sizes.size() && std::equal(sizes.begin(), sizes.end(), p.sizes.begin()),
       "tenfold::", op, ": ", x.name, "[", p.i, "] must have the shape of params[", p.i, "] ",
       shape_str(p.t), ", got ", shape_str(x.t));
-  TENFOLD_CHECK_VALUE((p.contiguous && x.t.is_contiguous()) || same_order(p.t, x.t), "tenfold::",
-                      op, ": ", x.name, "[", p.i, "] must have the strides of params[", p.i,
-                      "]: elements are taken in storage order");
+  TENFOLD_CHECK_VALUE((p.contiguous && x.t.is_contiguous()) || same_order(p.t, x.t),
+                      "tenfold::", op, ": ", x.name, "[", p.i, "] must have the strides of params[",
+                      p.i, "]: elements are taken in storage order");
 }
 
 void check_length(const char* op, const char* name, size_t got, size_t want, bool may_be_empty) {
@@ -294,8 +290,8 @@ namespace {
 constexpr auto kOp8 = "masked_adamw_8bit_";
 
 uint8_t* check_codes(const Param& p, const Named& x) {
-  TENFOLD_CHECK_TYPE(x.t.scalar_type() == ScalarType::Byte, "tenfold::", kOp8, ": ", x.name, "[", p.i,
-                     "] must be uint8 codes, got ", dtype_name(x.t.scalar_type()));
+  TENFOLD_CHECK_TYPE(x.t.scalar_type() == ScalarType::Byte, "tenfold::", kOp8, ": ", x.name, "[",
+                     p.i, "] must be uint8 codes, got ", dtype_name(x.t.scalar_type()));
   check_device(kOp8, p, x);
   check_like_param(kOp8, p, x);
   return data_as<uint8_t>(x.t);

@@ -7,9 +7,9 @@
 // 2 R T in FLOPs: R / out of the whole product.
 //
 // First the chosen columns of grad_out and a block of columns of input are packed, once: strips of
-// kWgradDepth words along the tokens, in each of them panels of a few lanes. Then a task owns a tile of
-// the output and multiplies panels, strip by strip, adding to the tile's float32 sums. A word is a
-// float, or where there are bf16 dot products the bf16 of two tokens.
+// kWgradDepth words along the tokens, in each of them panels of a few lanes. Then a task owns a
+// tile of the output and multiplies panels, strip by strip, adding to the tile's float32 sums. A
+// word is a float, or where there are bf16 dot products the bf16 of two tokens.
 #pragma once
 
 #include <cstdint>
@@ -39,7 +39,7 @@ struct WgradTile {
   int64_t row, rows, col, cols;
   const float *row_panels, *col_panels;
   int64_t row_strip, col_strip;  // floats from strip to strip
-  float* sums;  // wgrad_sums(), like the panels 64-byte aligned
+  float* sums;                   // wgrad_sums(), like the panels 64-byte aligned
 };
 
 // Panels lie an odd number of cache lines apart: a power of two would put what is written together

@@ -158,18 +158,38 @@ class TestAsTorch:
         assert float(optimizer.state[p]["step"]) == 1
 
     @pytest.mark.parametrize(
-        "change", ["fewer", "strides", "group", "states", "copied", "foreign", "added", "storage"]
+        "change",
+        [
+            "fewer",
+            "strides",
+            "group",
+            "bounds",
+            "states",
+            "swapped",
+            "copied",
+            "foreign",
+            "added",
+            "storage",
+        ],
     )
     def test_changes_between_steps(self, change):
         """A step goes on from the last one's lists; what changes in between is seen as by torch."""
         made = {}
         # torch's fused step takes gradients in storage order, whatever their strides.
         for kind, fused in ((MaskedAdamW, None), (torch.optim.AdamW, change != "strides")):
-            params = parameters(shapes=[(2, 8), (4, 8), (16,)])
-            optimizer = kind(params, lr=0.1, weight_decay=0.1, fused=fused)
+            params = parameters(shapes=[(2, 8), (4, 8), (4, 8)])
+            groups = [{"params": params[:1]}, {"params": params[1:], "lr": 0.05}]
+            optimizer = kind(groups, lr=0.1, weight_decay=0.1, fused=fused)
             steps(optimizer, params, 3)
             if change == "group":
                 optimizer.param_groups[0] = optimizer.param_groups[0] | {"lr": 0.01}
+            elif change == "bounds":
+                first, second = (g["params"] for g in optimizer.param_groups)
+                first.append(second.pop(0))
+            elif change == "swapped":
+                a, b, c = optimizer.state.values()
+                optimizer.state.clear()
+                optimizer.state.update({params[0]: a, params[2]: b, params[1]: c})
             elif change == "states":
                 del optimizer.state[params[1]]
             elif change == "copied":
@@ -196,9 +216,11 @@ class TestAsTorch:
             assert equal(*made.values())
         torch.testing.assert_close(*made.values(), rtol=0, atol=1e-6)
 
-    def test_gradients_do_not_outlive_a_step(self):
+    @pytest.mark.parametrize("masked", [False, True])
+    def test_gradients_do_not_outlive_a_step(self, masked):
         params = parameters()
-        optimizer = MaskedAdamW(params)
+        masks = [p > 0 for p in params] if masked else None
+        optimizer = MaskedAdamW(params, masks=masks)
         steps(optimizer, params, 2)
         gone = [weakref.ref(p.grad) for p in params]
         optimizer.zero_grad()

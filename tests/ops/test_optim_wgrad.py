@@ -21,7 +21,7 @@ raw = torch.ops.tenfold
 # tokens, out, in, rows: zero of each, one, odd sizes, past the tiles of a GEMM, past what is packed at once
 SHAPES = [(1, 1, 1, 1), (0, 5, 7, 3), (3, 0, 7, 0), (3, 5, 0, 2), (3, 5, 7, 0), (7, 31, 33, 15), (64, 48, 32, 24),
           (33, 257, 65, 130), (130, 64, 300, 64), (257, 100, 129, 1),
-          (2700, 60, 2100, 27)]  # fmt: skip
+          (2700, 60, 2100, 27), (2100, 250, 2500, 210)]  # fmt: skip
 
 
 def problem(tokens, out, in_, rows, dtype=torch.float32):

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <numeric>
 
 #include "core/dispatch.h"
 #include "core/parallel.h"
@@ -59,13 +60,16 @@ Tensor linear_wgrad_rows_op(Tensor grad_out, Tensor input, Tensor rows_in) {
   const auto tiles = [&] { return down.count * across.count; };
   while (tiles() % threads != 0 && tiles() < 4 * threads && across.count < across.units())
     ++across.count;
-  const int64_t tokens = TENFOLD_ISA_CALL(wgrad_strip_tokens, p.dtype);
+  const Isa isa = active_isa();  // one for all tasks: they must agree on the panels
+  const int64_t tokens = TENFOLD_ISA_CALL_AS(isa, wgrad_strip_tokens, p.dtype);
   const int64_t strips = (a.tokens + tokens - 1) / tokens;
   const int64_t height = down.longest(), width = across.longest();
   const int64_t row_strip = wgrad_row_strip(height), col_strip = wgrad_col_strip(width);
-  // Columns are packed and multiplied in rounds, as many in each as kPackedCols has room for.
+  // Columns are packed and multiplied in rounds, as many in each as kPackedCols has room for, and
+  // as give every thread as many tiles.
+  const int64_t even = threads / std::gcd(threads, down.count);
   const int64_t room = kPackedCols / std::max<int64_t>(strips * col_strip, 1);
-  const Parts rounds(across.count, 1, std::max<int64_t>(room, 1));
+  const Parts rounds(across.count, even, std::max(room, even));
   const Scratch packed((down.count * row_strip + rounds.longest() * col_strip) * strips * 4);
   float* const row_panels = static_cast<float*>(packed.data());
   float* const col_panels = row_panels + down.count * row_strip * strips;
@@ -73,18 +77,18 @@ Tensor linear_wgrad_rows_op(Tensor grad_out, Tensor input, Tensor rows_in) {
   parallel_for(down.count * strips, strip_micros * static_cast<double>(height),
                [&](int64_t begin, int64_t end) {
                  for (int64_t i = begin; i < end; ++i)
-                   TENFOLD_ISA_CALL(wgrad_pack_rows, p, down.begin(i / strips),
-                                    down.length(i / strips), i % strips,
-                                    row_panels + i * row_strip);
+                   TENFOLD_ISA_CALL_AS(isa, wgrad_pack_rows, p, down.begin(i / strips),
+                                       down.length(i / strips), i % strips,
+                                       row_panels + i * row_strip);
                });
   for (int64_t round = 0; round < rounds.count; ++round) {
     const int64_t first = rounds.begin(round), count = rounds.length(round);
     parallel_for(count * strips, strip_micros * static_cast<double>(width) / 8,
                  [&](int64_t begin, int64_t end) {
                    for (int64_t i = begin; i < end; ++i)
-                     TENFOLD_ISA_CALL(wgrad_pack_cols, p, across.begin(first + i / strips),
-                                      across.length(first + i / strips), i % strips,
-                                      col_panels + i * col_strip);
+                     TENFOLD_ISA_CALL_AS(isa, wgrad_pack_cols, p, across.begin(first + i / strips),
+                                         across.length(first + i / strips), i % strips,
+                                         col_panels + i * col_strip);
                  });
     const double micros =
         static_cast<double>(height * width) * static_cast<double>(a.tokens) * 1e-5;
@@ -92,11 +96,11 @@ Tensor linear_wgrad_rows_op(Tensor grad_out, Tensor input, Tensor rows_in) {
       const Scratch sums(wgrad_sums(height, width) * 4);
       for (int64_t i = begin; i < end; ++i) {
         const int64_t row = i / count, col = i % count;
-        TENFOLD_ISA_CALL(wgrad_tile, p,
-                         {down.begin(row), down.length(row), across.begin(first + col),
-                          across.length(first + col), row_panels + row * strips * row_strip,
-                          col_panels + col * strips * col_strip, row_strip, col_strip,
-                          static_cast<float*>(sums.data())});
+        TENFOLD_ISA_CALL_AS(isa, wgrad_tile, p,
+                            {down.begin(row), down.length(row), across.begin(first + col),
+                             across.length(first + col), row_panels + row * strips * row_strip,
+                             col_panels + col * strips * col_strip, row_strip, col_strip,
+                             static_cast<float*>(sums.data())});
       }
     });
   }

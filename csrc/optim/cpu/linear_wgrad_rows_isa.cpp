@@ -156,8 +156,8 @@ void pack_cols(const WgradProblem& p, int64_t col, int64_t cols, int64_t t, int6
         VF words = load_some(from + x, cols - x);
 #if defined(TENFOLD_ISA_BF16)
         if constexpr (P == Product::dot)
-          words = pair_up(words, 2 * d + 1 < n ? load_some(from + p.input_stride + x, cols - x)
-                                               : set1(0.0f));
+          words = pair_up(
+              words, 2 * d + 1 < n ? load_some(from + p.input_stride + x, cols - x) : set1(0.0f));
 #endif
         store(to + v * kWidth, words);
       }
@@ -186,8 +186,8 @@ void run_tile(const WgradProblem& p, const WgradTile& tile) {
     for (int64_t c = 0; c < pitch; c += kLanes)
       for (int64_t r = 0; r < rows; r += kTileRows)
         multiply_panels<P>(row_panels + r / kTileRows * kRowPanel,
-                           col_panels + c / kLanes * kColPanel, depth,
-                           tile.sums + r * pitch + c, pitch);
+                           col_panels + c / kLanes * kColPanel, depth, tile.sums + r * pitch + c,
+                           pitch);
     row_panels += tile.row_strip, col_panels += tile.col_strip;
   }
   store_tile<T>(p, tile, tile.sums, pitch);

@@ -277,8 +277,11 @@ class MaskedAdamW(Optimizer):
             for call in calls:
                 call.run(scale, found, clip, self._seed, self._scope, self._block)
         finally:
-            for call in calls:
-                call.release()
+            for call in calls:  # gradients and copies must not live on
+                if self._settled is None:
+                    call.clear()
+                else:
+                    call.grads.clear()
         return loss
 
     def _calls(self) -> list[Call]:
@@ -287,6 +290,8 @@ class MaskedAdamW(Optimizer):
         if self._settled is not None:
             if self._settled.repeat(self.param_groups, self.state, params, grads):
                 return self._settled.calls
+            for call in self._settled.calls:
+                call.clear()
             self._settled = None
         calls = self._sort(grads)
         if Settled.can_be(calls, self._slots):

@@ -75,11 +75,6 @@ class Call:
                         self.ids, self.copies):  # fmt: skip
             entries.clear()
 
-    def release(self) -> None:
-        """After a step: gradients and copies must not live on."""
-        self.grads.clear()
-        self.copies.clear()
-
     def add(self, slot: Slot, grad: Tensor) -> None:
         """Takes in a parameter with its gradient."""
         here = slot.param
@@ -147,11 +142,6 @@ def _same(a: Sequence[Any], b: Sequence[Any]) -> bool:
     return len(a) == len(b) and all(map(is_, a, b))
 
 
-def _steps(states: list[Any]) -> list[Any]:
-    # torch lets users keep anything in an optimiser's state.
-    return [s.get("step") for s in states if isinstance(s, dict)]
-
-
 class Settled:
     """The calls of the last step, for the next one to repeat with its gradients.
 
@@ -164,11 +154,25 @@ class Settled:
         grads: list[Tensor | None], calls: list[Call],
     ) -> None:  # fmt: skip
         self.groups, self.params, self.calls = list(groups), params, calls
-        self.states = list(state.values())
-        self.steps = _steps(self.states)
-        self.trains = [g is not None for g in grads]
+        self.keys = list(state)
+        self.states, self.steps, self.about = self._look(groups, state, params, grads)
         self.strides = [g.stride() for g in grads if g is not None]
-        self.devices = list(map(Tensor.get_device, params))
+
+    @staticmethod
+    def _look(
+        groups: list[dict[str, Any]], state: dict[Tensor, Any], params: list[Tensor],
+        grads: list[Tensor | None],
+    ) -> tuple[list[Any], list[Any], list[Any]]:  # fmt: skip
+        """States and their steps, and what of all else can be compared by value."""
+        # torch lets users keep anything in an optimiser's state.
+        states = [s for s in state.values() if isinstance(s, dict)]
+        steps = [s.get("step") for s in states]
+        about = [
+            [len(g["params"]) for g in groups], [g is not None for g in grads],
+            list(map(len, states)), [t.get_device() for t in steps if isinstance(t, Tensor)],
+            list(map(Tensor.get_device, params)), list(map(Tensor.stride, params)),
+        ]  # fmt: skip
+        return states, steps, about
 
     @staticmethod
     def can_be(calls: list[Call], slots: dict[int, Slot]) -> bool:
@@ -184,12 +188,14 @@ class Settled:
         grads: list[Tensor | None],
     ) -> bool:  # fmt: skip
         """Puts ``grads`` into the calls, if all else is as it was; False: nothing was changed."""
-        states = list(state.values())
         if not (
-            _same(groups, self.groups) and _same(params, self.params) and _same(states, self.states)
-            and _same(_steps(states), self.steps)
-            and [g is not None for g in grads] == self.trains
-            and list(map(Tensor.get_device, params)) == self.devices
+            _same(groups, self.groups) and _same(params, self.params)
+            and _same(list(state), self.keys)
+        ):  # fmt: skip
+            return False
+        states, steps, about = self._look(groups, state, params, grads)
+        if not (
+            _same(states, self.states) and _same(steps, self.steps) and about == self.about
         ):  # fmt: skip
             return False
         given = [g for g in grads if g is not None]
