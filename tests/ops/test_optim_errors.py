@@ -269,3 +269,26 @@ def test_8bit_states(bad):
         lists = make_8bit(SHAPES, kind="element")
         bad(name, ValueError, code, "[256]", "[255]", lists=lists | {code: lists[code][1:].clone()})
         bad(name, TypeError, code, "float32", "float64", lists=lists | {code: lists[code].double()})
+
+
+@both
+@pytest.mark.parametrize("count", [2, 150])  # sorted by comparing, and digit by digit
+def test_what_is_written_shares_no_memory(name, count, device):
+    maker = make if name == "masked_adamw_" else make_8bit
+    kwargs = moved({"mask_kind": "none"} | hyper(), device)
+    last, shape = count - 1, (40,)
+    for entry, other, words in (
+        ("params", ("params", 0), ("params[0]", f"params[{last}]", "both are written")),
+        ("params", ("grads", 0), ("grads[0]", f"params[{last}]", "one of them is written")),
+        ("exp_avgs", ("exp_avg_sqs", last), (f"exp_avgs[{last}]", f"exp_avg_sqs[{last}]")),
+    ):
+        lists = copies(maker([shape] * count, F32), device)
+        source = lists[other[0]][other[1]]
+        wide = torch.zeros(60, dtype=source.dtype, device=device)
+        lists[other[0]][other[1]] = wide[:40].copy_(source)
+        lists[entry][last] = wide[20:]  # half of it
+        args = tuple(lists.values())
+        check_errors(getattr(ops, name), getattr(raw, name), args, kwargs, ValueError, name, *words)
+    lists = copies(maker([shape] * count, F32), device)
+    lists["grads"][last] = lists["grads"][0]  # only read
+    getattr(ops, name)(*lists.values(), **kwargs)
