@@ -133,7 +133,13 @@ def hft_study_block(found: Found) -> str:
     def values(variant: str, of: Callable[[Found], float]) -> dict[int, float]:
         return {c["config"]["seed"]: of(c) for c in found["cells"] if c["variant"] == variant}
 
+    def learnt(c: Found) -> float:
+        """Mean over the tasks, each right after its round."""
+        scores = c["scores"]["log_prob"]
+        return _mean([row[i] for i, row in enumerate(scores)])
+
     measures: list[tuple[str, Callable[[Found], float]]] = [
+        ("learnt", learnt),
         ("OP", lambda c: c["summary"]["log_prob"]["op"]),
         ("BWT", lambda c: c["summary"]["log_prob"]["bwt"]),
         ("OP, accuracy %", lambda c: 100 * c["summary"]["accuracy"]["op"]),
@@ -158,8 +164,9 @@ def hft_study_block(found: Found) -> str:
     return (
         f"Tasks in order: {', '.join(setting['tasks'])}; {setting['steps']} steps each, after "
         f"{setting['parent_steps']} steps on ordinary text. Means over the seeds; in brackets on how many "
-        "seeds a method is ahead of full fine-tuning. OP and BWT of log-probability (nats per answer token), "
-        f"then of greedy token accuracy.\n\n{markdown(columns, rows)}"
+        "seeds a method is ahead of full fine-tuning. What was learnt (each task right after its round), OP and BWT "
+        "of log-probability (nats per answer token), then OP and BWT of greedy token accuracy."
+        f"\n\n{markdown(columns, rows)}"
     )
 
 
