@@ -5,13 +5,14 @@ import math
 import pytest
 import torch
 
+from tenfold.ops import rl as ops_rl
 from tenfold.reference import rl
 
 V = torch.tensor([[0.2, 0.4, 0.6, 0.8, 1.0]])
 K = torch.tensor([[0.1, 0.3, -0.2, 0.4, 0.0]])
 SCORE = torch.tensor([2.0])
 MASK = torch.ones(1, 5, dtype=torch.bool)
-MODULES = [pytest.param(rl, id="reference")]
+MODULES = [pytest.param(rl, id="reference"), pytest.param(ops_rl, id="ops")]
 each = pytest.mark.parametrize("m", MODULES)
 
 

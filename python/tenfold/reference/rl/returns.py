@@ -70,9 +70,8 @@ def macro_gae(
     """
     wide = torch.promote_types(value_m.dtype, torch.float32)
     value_m, reward_m = value_m.to(wide), reward_m.to(wide)
-    batch, num = value_m.shape
     adv, ret = torch.zeros_like(value_m), torch.zeros_like(value_m)
-    for b in range(batch):
+    for b in range(value_m.shape[0]):
         later = value_m.new_zeros(()) if bootstrap is None else bootstrap[b].to(wide)
         carry = value_m.new_zeros(())
         for t in range(int(nseg[b]) - 1, -1, -1):

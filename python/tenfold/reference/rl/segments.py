@@ -102,6 +102,7 @@ def macro_segment_ppl(
     starts = torch.zeros_like(mask)
     for b in range(mask.shape[0]):
         places = mask[b].nonzero()[:, 0].tolist()
+        cut = [holes == "split" and j > 0 and places[j - 1] < x - 1 for j, x in enumerate(places)]
         u = nll[b, mask[b]].float().tolist()
         begins = [False] * len(u)
         total, count = 0.0, 0
@@ -114,7 +115,7 @@ def macro_segment_ppl(
                 begins[j] = j > 0 and x * j > total
                 total += x
             else:
-                begins[j] = count > 0 and x * count > total
+                begins[j] = cut[j] or (count > 0 and x * count > total)
                 total, count = (x, 1) if begins[j] or count == 0 else (total + x, count + 1)
         for place, begin in zip(places, begins):
             starts[b, place] = begin
