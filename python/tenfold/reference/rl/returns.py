@@ -20,6 +20,8 @@ def _places(seg: Tensor, num: int) -> tuple[Tensor, Tensor, Tensor]:
     """valid [B, R]; place of every token in its segment; length of its segment (1 where invalid)."""
     seg = seg.long()
     valid = seg >= 0
+    if num == 0:
+        return valid, torch.zeros_like(seg), torch.ones_like(seg)
     at = seg.clamp_min(0)
     lengths = torch.zeros(seg.shape[0], num, dtype=torch.long, device=seg.device)
     lengths.scatter_add_(1, at, valid.long())
@@ -56,7 +58,7 @@ def macro_pool(x: Tensor, seg: Tensor, T: int, weight: str = "equal") -> Tensor:
         x, w = x.float(), w.float()
     terms = torch.where(seg >= 0, x, 0.0) * w
     out = terms.new_zeros(seg.shape[0], T)
-    return out.scatter_add(1, seg.long().clamp_min(0), terms) if T > 0 else out
+    return out.scatter_add(1, seg.long().clamp_min(0), terms) if T > 0 else out + terms.sum()
 
 
 def macro_gae(
@@ -133,7 +135,7 @@ def ma_ppo_prepare(
     else:
         rho = gamma**place if discount == "per_token" else torch.ones_like(reward)
         reward_m = macro_pool(reward * rho.to(wide), seg, num, "sum")
-        end = (nseg.long() - 1).clamp_min(0)[:, None]
+        end = (nseg.long() - 1).clamp_min(0)[:, None][:, :num]
         reward_m = reward_m.scatter_add(1, end, torch.where(count > 0, clipped[:, None], 0.0))
     length = macro_pool(torch.ones_like(reward), seg, num, "sum").long()
     adv_m, ret_m = macro_gae(

@@ -15,10 +15,14 @@ PPL_MODES = ("macro_prefix", "response_prefix", "token_rise", "token_rise_ref")
 
 
 def _check_holes(mask: Tensor, holes: str) -> None:
+    if holes not in HOLES:
+        raise ValueError(f"holes must be one of {', '.join(HOLES)}, got {holes!r}")
+    if holes != "error" or mask.shape[1] == 0:
+        return
     inside = mask.int().diff(dim=1) == 1  # a valid token after an invalid one
     first = mask.int().argmax(1, keepdim=True)
     later = torch.arange(1, mask.shape[1], device=mask.device) > first
-    if holes == "error" and bool((inside & later).any()):
+    if bool((inside & later).any()):
         rows = (inside & later).any(1).nonzero()[:, 0].tolist()
         raise ValueError(f"mask has holes in rows {rows}; holes must be bridge or split for these")
 
@@ -79,7 +83,7 @@ def macro_segment_lengths(
                 cuts.add(at)
             if tail == "one_segment":
                 break
-        here = torch.tensor([int(x) in cuts for x in q[b]], device=mask.device)
+        here = torch.tensor([int(x) in cuts for x in q[b]], dtype=torch.bool, device=mask.device)
         if isolate_last:
             here = (here & (q[b] < count[b] - 1)) | (q[b] == count[b] - 1)
         starts[b] = here
