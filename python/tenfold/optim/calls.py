@@ -204,5 +204,5 @@ class Settled:
         if list(map(Tensor.stride, given)) != self.strides:
             return False
         for call in self.calls:
-            call.grads[:] = [grads[n] for n in call.ids]  # type: ignore[misc]
+            call.grads[:] = [g for n in call.ids if (g := grads[n]) is not None]
         return True
