@@ -31,6 +31,9 @@ from tenfold.ops.kv_eviction import (
     proxy_scores,
     ragged_decode,
 )
+from tenfold.ops.loss import (
+    selective_logprob,
+)
 from tenfold.ops.optim import (
     grad_norm,
     linear_wgrad_rows,
@@ -43,6 +46,18 @@ from tenfold.ops.optim import (
     masked_copy_,
     pack_mask,
     unpack_mask,
+)
+from tenfold.ops.rl import (
+    gae,
+    ma_ppo_policy_loss,
+    ma_ppo_prepare,
+    ma_ppo_value_loss,
+    macro_gae,
+    macro_pool,
+    macro_segment_fixed,
+    macro_segment_lengths,
+    macro_segment_ppl,
+    macro_segment_starts,
 )
 from tenfold.ops.template import template_scale
 
@@ -57,12 +72,22 @@ __all__ = [
     "fuse_heads_backward",
     "fusion_mse",
     "fusion_mse_backward",
+    "gae",
     "grad_norm",
     "group_heads",
     "head_cka",
     "kv_compact_",
     "kv_gather",
     "linear_wgrad_rows",
+    "ma_ppo_policy_loss",
+    "ma_ppo_prepare",
+    "ma_ppo_value_loss",
+    "macro_gae",
+    "macro_pool",
+    "macro_segment_fixed",
+    "macro_segment_lengths",
+    "macro_segment_ppl",
+    "macro_segment_starts",
     "mask_popcount",
     "mask_prefix",
     "mask_random",
@@ -75,6 +100,7 @@ __all__ = [
     "pack_mask",
     "proxy_scores",
     "ragged_decode",
+    "selective_logprob",
     "template_scale",
     "unpack_mask",
 ]

@@ -24,6 +24,9 @@ from tenfold.reference.kv_eviction import (
     proxy_scores,
     ragged_decode,
 )
+from tenfold.reference.loss import (
+    selective_logprob,
+)
 from tenfold.reference.optim import (
     dynamic_code,
     grad_norm,
@@ -39,6 +42,18 @@ from tenfold.reference.optim import (
     unpack_mask,
 )
 from tenfold.reference.random import gumbel, philox4x32_10
+from tenfold.reference.rl import (
+    gae,
+    ma_ppo_policy_loss,
+    ma_ppo_prepare,
+    ma_ppo_value_loss,
+    macro_gae,
+    macro_pool,
+    macro_segment_fixed,
+    macro_segment_lengths,
+    macro_segment_ppl,
+    macro_segment_starts,
+)
 from tenfold.reference.template import template_scale
 
 __all__ = [
@@ -52,6 +67,7 @@ __all__ = [
     "fuse_heads",
     "fuse_states",
     "fusion_mse",
+    "gae",
     "grad_norm",
     "group_heads",
     "gumbel",
@@ -59,6 +75,15 @@ __all__ = [
     "kv_compact_",
     "kv_gather",
     "linear_wgrad_rows",
+    "ma_ppo_policy_loss",
+    "ma_ppo_prepare",
+    "ma_ppo_value_loss",
+    "macro_gae",
+    "macro_pool",
+    "macro_segment_fixed",
+    "macro_segment_lengths",
+    "macro_segment_ppl",
+    "macro_segment_starts",
     "mask_popcount",
     "mask_prefix",
     "mask_random",
@@ -72,6 +97,7 @@ __all__ = [
     "philox4x32_10",
     "proxy_scores",
     "ragged_decode",
+    "selective_logprob",
     "template_scale",
     "unpack_mask",
 ]

@@ -1,0 +1,324 @@
+"""The family ``rl`` against its definitions: random ragged batches with holes and poisoned padding."""
+
+import pytest
+import torch
+
+from tenfold.ops import rl as ops
+from tenfold.reference import rl as ref
+from tenfold.testing import check_errors, check_op
+
+raw = torch.ops.tenfold
+SHAPES = [(1, 1), (3, 7), (4, 64), (2, 301), (0, 5), (3, 0)]
+WEIGHTS = ("sum", "equal", "unit", "position", "position_early")
+RATIOS = [("token", "macro"), ("joint", "macro"), ("joint", "length"), ("geo_mean", "length")]
+AGGREGATIONS = ("token_mean", "seq_mean_token_mean")
+
+
+class Batch:
+    """Ragged rows, some with holes, one of them empty; NaN wherever nothing may be read."""
+
+    def __init__(self, shape, device, dtype=torch.float32, holes=True, seed=0):
+        made = torch.Generator().manual_seed(seed + sum(shape))
+        b, r = shape
+        length = torch.randint(0, r + 1, (b, 1), generator=made)
+        if b > 1:
+            length[0], length[1] = r, 0
+        mask = torch.arange(r)[None] < length
+        if holes:
+            mask &= torch.rand(shape, generator=made) > 0.1
+        self.mask = mask.to(device)
+        self.made, self.dtype, self.device, self.shape = made, dtype, device, shape
+
+    def rows(self, scale=1.0):
+        x = torch.randn(self.shape, generator=self.made, dtype=torch.float64) * scale
+        x[~self.mask.cpu()] = float("nan")
+        return x.to(self.dtype).to(self.device)
+
+    def vector(self):
+        return torch.randn(self.shape[0], generator=self.made).to(self.dtype).to(self.device)
+
+    def segments(self, n=3):
+        return ops.macro_segment_fixed(self.mask, n)
+
+
+def same(got, want, **limits):
+    got, want = (x if isinstance(x, tuple) else (x,) for x in (got, want))
+    assert len(got) == len(want)
+    for g, w in zip(got, want):
+        assert g.dtype == w.dtype and g.shape == w.shape
+        torch.testing.assert_close(g.cpu(), w.cpu(), **(limits or {"rtol": 0, "atol": 0}))
+
+
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+@pytest.mark.parametrize("holes", ["bridge", "split"])
+@pytest.mark.parametrize("shape", SHAPES)
+class TestSegments:
+    @pytest.mark.parametrize("n", [1, 2, 5, 1000])
+    @pytest.mark.parametrize("isolated", [False, True])
+    def test_fixed(self, shape, n, isolated, holes, device):
+        mask = Batch(shape, device).mask
+        want = ref.macro_segment_fixed(mask.cpu(), n, isolated, holes=holes)
+        for m in (mask, mask.to(torch.int8), mask.long() * 3):
+            same(ops.macro_segment_fixed(m, n, isolated, holes=holes), want)
+        from tenfold.ops.rl.returns import check_segments
+
+        check_segments(want[0], want[1])
+
+    @pytest.mark.parametrize("tail", ["one_segment", "recycle"])
+    @pytest.mark.parametrize("count", [0, 1, 6])
+    def test_lengths(self, shape, tail, count, holes, device):
+        batch = Batch(shape, device)
+        lengths = torch.randint(1, 9, (shape[0], count), generator=batch.made, dtype=torch.int32)
+        for isolated in (False, True):
+            want = ref.macro_segment_lengths(batch.mask.cpu(), lengths, tail, isolate_last=isolated,
+                                             holes=holes)  # fmt: skip
+            got = ops.macro_segment_lengths(batch.mask, lengths.to(device), tail, isolate_last=isolated,
+                                            holes=holes)  # fmt: skip
+            same(got, want)
+
+    @pytest.mark.parametrize(
+        "mode", ["macro_prefix", "response_prefix", "token_rise", "token_rise_ref"]
+    )
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_ppl(self, shape, mode, dtype, holes, device):
+        batch = Batch(shape, device, dtype)
+        nll = batch.rows().abs()
+        want = ref.macro_segment_ppl(nll.cpu(), batch.mask.cpu(), mode, holes=holes)
+        same(ops.macro_segment_ppl(nll, batch.mask, mode, holes=holes), want)
+
+    def test_starts(self, shape, holes, device):
+        batch = Batch(shape, device)
+        starts = torch.rand(shape, generator=batch.made) < 0.3
+        want = ref.macro_segment_starts(starts, batch.mask.cpu(), holes=holes)
+        same(ops.macro_segment_starts(starts.to(device), batch.mask, holes=holes), want)
+        wide = torch.cat([batch.mask, batch.mask], 1)[:, : shape[1]]  # a view with longer rows
+        same(ops.macro_segment_starts(starts.to(device), wide, holes=holes), want)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_pool(shape, weight, device):
+    for dtype, limits in ((torch.float32, CLOSE), (torch.bfloat16, CLOSE)):
+        batch = Batch(shape, device, dtype)
+        x, (seg, _) = batch.rows(), batch.segments()
+        for index in (seg, seg.long()):
+            got = ops.macro_pool(x, index, shape[1], weight)
+            same(got, ref.macro_pool(x.cpu(), seg.cpu(), shape[1], weight), **limits)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("per_token", [False, True])
+def test_gae_of_macro_actions(shape, per_token, device):
+    batch = Batch(shape, device)
+    _, nseg = batch.segments()
+    value, reward = torch.randn(2, *shape, generator=batch.made).to(device)
+    beyond = torch.arange(shape[1], device=device) >= nseg[:, None]
+    value[beyond], reward[beyond] = float("nan"), float("nan")
+    length = torch.randint(1, 4, shape, generator=batch.made, dtype=torch.int32).to(device)
+    args = (value, reward, nseg, length if per_token else None, 0.9, 0.7)
+    for bootstrap in (None, batch.vector()):
+        want = ref.macro_gae(*(a.cpu() if isinstance(a, torch.Tensor) else a for a in args),
+                             None if bootstrap is None else bootstrap.cpu())  # fmt: skip
+        same(ops.macro_gae(*args, bootstrap), want, **CLOSE)
+
+
+def test_gae_of_tokens(device):
+    batch = Batch((4, 40), device)
+    value, reward = batch.rows(), batch.rows()
+    want = ref.gae(value.cpu(), reward.cpu(), batch.mask.cpu(), 0.95, 0.9)
+    same(ops.gae(value, reward, batch.mask, 0.95, 0.9), want, **CLOSE)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("reduce", ["sum", "sigma"])
+@pytest.mark.parametrize("discount", ["per_macro", "per_token"])
+def test_prepare(shape, reduce, discount, device):
+    for sigma in WEIGHTS[1:]:
+        for kl in ("k1", "k2", "k3"):
+            batch = Batch(shape, device)
+            args = [batch.rows(0.5) for _ in range(3)] + [batch.vector() * 5, *batch.segments()]
+            rest = (0.1, 0.9, 0.8, 2.5, sigma, reduce, discount, kl)
+            for bootstrap in (None, batch.vector()):
+                there = None if bootstrap is None else bootstrap.cpu()
+                want = ref.ma_ppo_prepare(*(a.cpu() for a in args), *rest, there)
+                got = ops.ma_ppo_prepare(*args, *rest, bootstrap)
+                same(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("agg", AGGREGATIONS)
+@pytest.mark.parametrize("ratio", RATIOS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_policy_loss(shape, ratio, agg, device):
+    for denom in (0.0, 77.0):
+        batch = Batch(shape, device)
+        new, old, adv = batch.rows(0.3), batch.rows(0.3), batch.rows()
+        seg, _ = batch.segments(2)
+        both = []
+        for module, where in ((ops, device), (ref, "cpu")):
+            x = new.to(where).clone().requires_grad_()
+            loss, stats = module.ma_ppo_policy_loss(
+                x, old.to(where), adv.to(where), seg.to(where), 0.2, 0.3, ratio[0], agg, denom,
+                weight=ratio[1],
+            )  # fmt: skip
+            (grad,) = torch.autograd.grad(loss * 3, x)
+            both.append((loss.detach(), stats, grad))
+        same(*both, rtol=2e-5, atol=1e-6)
+        assert (both[0][2][~batch.mask] == 0).all()
+
+
+@pytest.mark.parametrize("agg", AGGREGATIONS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_value_loss(shape, agg, device):
+    for denom in (0.0, 77.0):
+        batch = Batch(shape, device)
+        new, old, target = batch.rows(0.3), batch.rows(0.3), batch.rows()
+        both = []
+        for module, where in ((ops, device), (ref, "cpu")):
+            x = new.to(where).clone().requires_grad_()
+            loss, stats = module.ma_ppo_value_loss(
+                x, old.to(where), target.to(where), batch.mask.to(where), 0.2, agg, denom
+            )
+            (grad,) = torch.autograd.grad(loss * 3, x)
+            both.append((loss.detach(), stats, grad))
+        same(*both, rtol=2e-5, atol=1e-6)
+
+
+class TestGradients:
+    """In float64, on the CPU."""
+
+    @pytest.mark.parametrize("weight", WEIGHTS)
+    def test_pool(self, weight):
+        batch = Batch((3, 9), "cpu", torch.float64)
+        x, (seg, _) = batch.rows().nan_to_num(1.0).requires_grad_(), batch.segments(2)
+        assert torch.autograd.gradcheck(lambda t: ops.macro_pool(t, seg, 9, weight), x)
+
+    @pytest.mark.parametrize("ratio", RATIOS)
+    @pytest.mark.parametrize("agg", AGGREGATIONS)
+    def test_policy(self, ratio, agg):
+        batch = Batch((3, 9), "cpu", torch.float64)
+        new, old, adv = (
+            x.nan_to_num(0.5) for x in (batch.rows(0.3), batch.rows(0.3), batch.rows())
+        )
+        seg, _ = batch.segments(2)
+
+        def loss(x):
+            return ops.ma_ppo_policy_loss(
+                x, old, adv, seg, 0.2, 0.2, ratio[0], agg, weight=ratio[1]
+            )[0]
+
+        assert torch.autograd.gradcheck(loss, new.requires_grad_())
+
+    @pytest.mark.parametrize("agg", AGGREGATIONS)
+    def test_value(self, agg):
+        batch = Batch((3, 9), "cpu", torch.float64)
+        new, old, target = (x.nan_to_num(0.5) for x in (batch.rows(), batch.rows(), batch.rows()))
+        assert torch.autograd.gradcheck(
+            lambda x: ops.ma_ppo_value_loss(x, old, target, batch.mask, 0.2, agg)[0],
+            new.requires_grad_(),
+        )
+
+    def test_zero_where_clipped(self):
+        new = torch.tensor([[0.5, -0.5, 0.1, 30.0, -30.0]], requires_grad=True)
+        adv = torch.tensor([[1.0, -1.0, 1.0, -1.0, 1.0]])
+        seg, _ = ops.macro_segment_fixed(torch.ones(1, 5, dtype=torch.bool), 1)
+        loss, stats = ops.ma_ppo_policy_loss(new, torch.zeros(1, 5), adv, seg)
+        loss.backward()
+        assert new.grad[0, [0, 1, 3, 4]].eq(0).all() and new.grad[0, 2] != 0
+        assert stats[:2].tolist() == pytest.approx([0.2, 0.2])
+
+
+def test_padding_rows_and_order(device):
+    """More padding, another order of rows and rows alone change nothing but rounding."""
+    batch = Batch((5, 33), device)
+    args = [batch.rows(0.5) for _ in range(3)] + [batch.vector(), *batch.segments()]
+    whole = ops.ma_ppo_prepare(*args)
+    order = torch.tensor([3, 0, 4, 2, 1], device=device)
+    same(ops.ma_ppo_prepare(*(a[order] for a in args)), tuple(x[order] for x in whole))
+    for b in range(5):
+        one = ops.ma_ppo_prepare(*(a[b : b + 1] for a in args))
+        same(one, tuple(x[b : b + 1] for x in whole))
+
+    def wider(x):
+        if x.ndim == 1:
+            return x
+        fill = -1 if x.dtype == torch.int32 else float("nan")
+        return torch.nn.functional.pad(x, (0, 11), value=fill)
+
+    padded = ops.ma_ppo_prepare(*map(wider, args))
+    same(tuple(x[:, :33] if x.ndim == 2 else x for x in padded), whole)
+
+
+def test_no_valid_token(device):
+    seg = torch.full((2, 4), -1, dtype=torch.int32, device=device)
+    x = torch.full((2, 4), float("nan"), device=device, requires_grad=True)
+    loss, _ = ops.ma_ppo_policy_loss(x, x.detach(), x.detach(), seg)
+    loss.backward()
+    assert float(loss) == 0.0 and x.grad.eq(0).all()
+
+
+class TestErrors:
+    def test_names(self, device):
+        mask = torch.ones(2, 4, dtype=torch.bool, device=device)
+        seg, _ = ops.macro_segment_fixed(mask, 2)
+        x = torch.zeros(2, 4, device=device)
+        check_errors(
+            ops.macro_segment_fixed, raw.macro_segment_fixed, (mask, 0), {}, ValueError, "n must be"
+        )
+        check_errors(ops.macro_segment_ppl, raw.macro_segment_ppl, (x, mask, "best"), {}, ValueError,
+                     "macro_prefix", "best")  # fmt: skip
+        check_errors(
+            ops.macro_pool, raw.macro_pool, (x, seg, 4, "mean"), {}, ValueError, "equal", "mean"
+        )
+        args = (x, x, x, seg, 0.2, 0.2, "both")
+        check_errors(
+            ops.ma_ppo_policy_loss, raw.ma_ppo_policy_loss, args, {}, ValueError, "geo_mean", "both"
+        )
+        args = (x, x, x, seg, 1.0)
+        check_errors(ops.ma_ppo_policy_loss, raw.ma_ppo_policy_loss, args, {}, ValueError, "eps_lo")
+        args = (x, x, x, mask, 0.2, "sum")
+        check_errors(
+            ops.ma_ppo_value_loss, raw.ma_ppo_value_loss, args, {}, ValueError, "token_mean", "sum"
+        )
+
+    @pytest.mark.parametrize(
+        "wrong", [[0, 2, 2, -1], [1, 1, 2, 2], [1, 0, 0, 0], [0, 1, -1, 0], [0, -2, 1, 1]]
+    )
+    def test_segments(self, wrong, device):
+        seg = torch.tensor([[0, 1, 1, -1], wrong], device=device)
+        x = torch.zeros(2, 4, device=device)
+        with pytest.raises(ValueError, match=r"rows \[1\]"):
+            ops.macro_pool(x, seg, 4)
+        raw.macro_pool(x, seg, 4)  # no check, and no memory but its own
+
+    def test_ranges(self, device):
+        x, seg = (
+            torch.zeros(1, 3, device=device),
+            torch.zeros(1, 3, dtype=torch.int32, device=device),
+        )
+        one = torch.ones(1, device=device)
+        count = torch.ones(1, dtype=torch.int32, device=device)
+        for place, value, word in (
+            (0, -0.1, "beta"),
+            (1, 1.1, "gamma"),
+            (2, -0.5, "lam"),
+            (3, 0.0, "score_clip"),
+        ):
+            rest = [0.1, 1.0, 0.9, 2.5]
+            rest[place] = value
+            args = (x, x, x, one, seg, count, *rest)
+            check_errors(ops.ma_ppo_prepare, raw.ma_ppo_prepare, args, {}, ValueError, word)
+        args = (x, x[:, :2], x, one, seg, count)
+        check_errors(ops.ma_ppo_prepare, raw.ma_ppo_prepare, args, {}, ValueError, "logp_ref")
+
+
+def test_registration(device):
+    batch = Batch((3, 9), device, holes=False)
+    seg, nseg = batch.segments(2)
+    x = [batch.rows().nan_to_num() for _ in range(3)]
+    check_op(raw.macro_segment_fixed, (batch.mask, 2))
+    check_op(raw.macro_pool, (x[0].requires_grad_(), seg, 9))
+    check_op(raw.ma_ppo_prepare, (x[0].detach(), x[1], x[2], batch.vector(), seg, nseg))
+    check_op(raw.ma_ppo_policy_loss, (x[0], x[1], x[2], seg))
+    check_op(raw.ma_ppo_value_loss, (x[0], x[1], x[2], batch.mask))
