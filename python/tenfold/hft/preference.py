@@ -17,6 +17,7 @@ from tenfold.hft.session import Session
 from tenfold.hft.training import HalfTrainer
 from tenfold.training.batches import Batches, Data
 from tenfold.training.loop import Callback, Pieces, kept_random_state
+from tenfold.training.recipe import even_pieces
 
 
 def make_reference(model: nn.Module, plan: Plan | None = None) -> Any:
@@ -56,11 +57,7 @@ class _DpoTrainer(HalfTrainer):
     """Pairs count equally, however many tokens they have."""
 
     def pieces(self, batch: dict[str, Tensor], rows: int | None) -> Pieces:
-        size = len(batch["input_ids"])
-        if rows is None or rows >= size:
-            return [(batch, 1.0)]
-        parts = [{k: v[at : at + rows] for k, v in batch.items()} for at in range(0, size, rows)]
-        return [(p, len(p["input_ids"]) / size) for p in parts]
+        return even_pieces(batch, rows)
 
 
 class _DpoSession(Session):

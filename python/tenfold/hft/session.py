@@ -10,9 +10,10 @@ from torch import nn
 from tenfold.hft.config import HFTConfig
 from tenfold.hft.freeze import release
 from tenfold.hft.record import TuneRecord, plan_summary
-from tenfold.hft.training import Draws, HalfTrainer, steps_of
+from tenfold.hft.training import Draws, HalfTrainer
 from tenfold.training.batches import Batches, model_digest
 from tenfold.training.loop import Callback, LossOf, make_accelerator
+from tenfold.training.recipe import steps_of
 from tenfold.training.store import WorkFolder
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -15,26 +14,13 @@ from tenfold.hft.plan import Plan
 from tenfold.hft.selection import select
 from tenfold.optim import MaskedAdamW
 from tenfold.optim.active import switch_optimizer
-from tenfold.training.loop import Trainer, warm_cosine
+from tenfold.training.loop import Trainer
+from tenfold.training.recipe import decay_groups, scheduled
 
 
 def rate_factor(step: int, steps: int, config: HFTConfig) -> float:
     """Learning rate of a step as a share of its peak."""
-    if config.schedule == "cosine":
-        return warm_cosine(step, steps, config.warmup, 0.0)
-    warm = round(config.warmup * steps)
-    if step < warm:
-        return (step + 1) / warm
-    return 1.0 if config.schedule == "constant" else 1 - (step - warm) / max(1, steps - warm)
-
-
-def steps_of(config: HFTConfig, rows: int | None) -> int:
-    """Steps of a round over so many rows (None: a function, whose rows cannot be counted)."""
-    if config.steps is not None:
-        return config.steps
-    if rows is None:
-        raise ValueError("data given as a function has no epochs; say how many steps")
-    return max(1, math.ceil(config.epochs * rows / config.batch_size))
+    return scheduled(step, steps, config.schedule, config.warmup)
 
 
 def parameter_groups(
@@ -47,11 +33,7 @@ def parameter_groups(
     """
     named = [p for _, p in module.named_parameters() if p.requires_grad or not lora]
     rate = config.lora_lr if lora else config.learning_rate
-    groups = [
-        {"params": [p for p in named if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in named if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return [g | {"lr": rate, "peak": rate} for g in groups if g["params"]]
+    return decay_groups(named, rate, config.weight_decay)
 
 
 class Draws:
