@@ -30,7 +30,7 @@ class FixedKL:
 class AdaptiveKL(FixedKL):
     """Proportional control of the weight (Ziegler et al., arXiv 1909.08593, section 2.2).
 
-    ``beta <- beta (1 + clip(kl / target - 1, -0.2, 0.2) rows / horizon)``, with the KL in nats per response
+    ``beta <- beta (1 + clip(kl / target - 1, -0.2, 0.2) min(rows / horizon, 1))``, with the KL in nats per response
     (:attr:`Experience.kl_response`, its mean over all ranks) and the responses since the last update.
     """
 
@@ -47,8 +47,8 @@ class AdaptiveKL(FixedKL):
         if not abs(kl) < float("inf"):
             raise ValueError(f"kl must be a finite number, got {kl}")
         error = min(max(kl / self.target - 1, -self.bound), self.bound)
-        # a rollout longer than the horizon must not turn the weight's sign
-        self.beta *= max(1 + error * rows / self.horizon, 0.0)
+        # at most one horizon at a time: a huge rollout must not turn the weight to 0 or below
+        self.beta *= 1 + error * min(rows / self.horizon, 1.0)
         return self.beta
 
 
