@@ -201,13 +201,8 @@ class MARLHFConfig:
             raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas}")
 
     def _check_together(self) -> None:
-        if self.phantom_step and not (self.isolate_last and self.termination == "fixed"):
-            raise ValueError(
-                "phantom_step reproduces the published code's fixed n-grams: it needs termination='fixed' and "
-                f"isolate_last=True, got termination={self.termination!r} and isolate_last={self.isolate_last}"
-            )
-        if self.phantom_step and self.critic_free:
-            raise ValueError(f"phantom_step needs advantage='gae', got {self.advantage!r}")
+        if self.phantom_step:
+            self._check_phantom()
         if self.critic_free:
             self._check_critic_free()
         if self.batch_size % self.minibatches:
@@ -224,6 +219,18 @@ class MARLHFConfig:
                 "last token in its macro action (use isolate_last=True or reward_reduce='sum')",
                 UserWarning,
                 stacklevel=4,
+            )
+
+    def _check_phantom(self) -> None:
+        if self.critic_free:
+            raise ValueError(f"phantom_step needs advantage='gae', got {self.advantage!r}")
+        need = {"termination": "fixed", "isolate_last": True, "discount": "per_macro"}
+        got = {name: getattr(self, name) for name in need}
+        if got != need or self.holes == "split":
+            raise ValueError(
+                "phantom_step reproduces the published code's fixed n-grams: it needs termination='fixed', "
+                "isolate_last=True, discount='per_macro', and holes other than 'split', got "
+                + ", ".join(f"{k}={v!r}" for k, v in (got | {"holes": self.holes}).items())
             )
 
     def _check_critic_free(self) -> None:
