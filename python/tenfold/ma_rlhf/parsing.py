@@ -155,6 +155,8 @@ def split_sentences(text: str, splitter: str = "rule") -> list[Span]:
     """
     if splitter == "pysbd":
         found = [(s.start, s.end) for s in _segmenter().segment(text)]
+        if any(later[0] < sooner[1] for sooner, later in zip(found, found[1:])):
+            raise Mismatch("pysbd's sentences overlap")
     else:
         ends = [m.end() for m in re.finditer(r"[.!?]+(?=\s)|\n+", text)]
         found = list(zip([0, *ends], [*ends, len(text)]))
@@ -180,7 +182,7 @@ def installed(module: str, need: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise ImportError(
-            f"{need} needs {module}: pip install 'tenfold[parse]' (extra parse)"
+            f"{need} needs {module} ({error}): pip install 'tenfold[parse]' (extra parse)"
         ) from error
 
 
@@ -257,6 +259,7 @@ def _word_starts(words: Sequence[str], text: str, first: int, last: int) -> list
             )
         made.append(at)
         at += len(word)
-    if text[at:last].strip():
-        raise Mismatch(f"the parser left out {text[at:last][:20]!r}")
+    rest = text[at:last].strip()
+    if rest:
+        raise Mismatch(f"the parser left out {rest[:20]!r}")
     return made

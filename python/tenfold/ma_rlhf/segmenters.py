@@ -81,7 +81,7 @@ class Randomised:
             key = keys.cpu().long()[:, None]
             place = torch.arange(len(base))[None]
             high, low, *_ = philox4x32_10((key, key >> 32, place, torch.tensor(_DOMAIN)), self.seed)
-            order = ((high << 31) ^ low).argsort(1, stable=True)
+            order = ((high << 31) ^ low).argsort(dim=1, stable=True)
         elif generator is not None:
             if generator.device.type != "cpu":
                 raise ValueError(

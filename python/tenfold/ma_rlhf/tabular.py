@@ -31,7 +31,10 @@ class TabularTask:
     updates: int = 150
 
     def __post_init__(self) -> None:
-        integers(self, {"positions": 1, "tokens": 2, "good": 0, "batch_size": 1, "epochs": 1, "updates": 1})
+        integers(
+            self,
+            {"positions": 1, "tokens": 2, "good": 0, "batch_size": 1, "epochs": 1, "updates": 1},
+        )
         positive("learning_rate", self.learning_rate)
         if self.good >= self.tokens:
             raise ValueError(f"good must be one of {self.tokens} tokens, got {self.good}")
@@ -72,7 +75,9 @@ def train(config: MARLHFConfig, seed: int, task: TabularTask | None = None) -> T
     for _ in range(task.updates + 1):
         with torch.no_grad():
             share = torch.softmax(logits, 1)
-            ids = torch.multinomial(share, task.batch_size, True, generator=generator).T.contiguous()
+            ids = torch.multinomial(
+                share, task.batch_size, True, generator=generator
+            ).T.contiguous()
             score = 2.0 * (ids == task.good).float().mean(1)
             run.probability.append(share[:, task.good].mean().item())
             run.score.append(score.mean().item())
