@@ -90,6 +90,7 @@ class TestValidation:
             ({"reward_reduce": "sigma", "n": 1}, False),
             ({"reward_reduce": "sigma", "sigma": "unit"}, False),
             ({"reward_reduce": "sigma", "termination": "ppl", "n": 1}, True),
+            ({"reward_reduce": "sigma", "termination": "ppl", "ppl_mode": "token_rise_ref"}, False),
             ({}, False),
         ],
         ids=str,

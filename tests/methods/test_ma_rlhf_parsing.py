@@ -1,11 +1,12 @@
 """Macro actions of text: the walk over constituents, sentences, statements, tokens' texts, and parsers."""
 
-import importlib
 import random
 import sys
 import types
 
 import pytest
+import tokenizers
+import transformers
 
 from tenfold.ma_rlhf import parsers, parsing
 from tenfold.ma_rlhf.parsing import (
@@ -286,10 +287,6 @@ class TestTokenPieces:
         assert len(pieces) == len(ids) and "".join(pieces).startswith("a\ufffdb")
 
     def test_real_tokenizers(self):
-        tokenizers, transformers = (
-            pytest.importorskip("tokenizers"),
-            pytest.importorskip("transformers"),
-        )
         text = "The cat's né 🙂 sat.\n\nOn a mat, naïvely (12.5%)!"
         for kind in ("bytes", "pieces"):
             if kind == "bytes":

@@ -253,7 +253,11 @@ class MARLHFConfig:
     @property
     def dilutes_score(self) -> bool:
         """Whether a part of the score is lost in pooling (paper: never)."""
-        single = self.isolate_last or (self.termination == "fixed" and self.n == 1)
+        single = (
+            self.isolate_last
+            or (self.termination == "fixed" and self.n == 1)
+            or (self.termination == "ppl" and self.ppl_mode == "token_rise_ref")
+        )
         return self.reward_reduce == "sigma" and self.sigma != "unit" and not single
 
     @classmethod

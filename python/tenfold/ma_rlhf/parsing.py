@@ -12,6 +12,7 @@ from __future__ import annotations
 import bisect
 import functools
 import importlib
+import itertools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -155,7 +156,7 @@ def split_sentences(text: str, splitter: str = "rule") -> list[Span]:
     """
     if splitter == "pysbd":
         found = [(s.start, s.end) for s in _segmenter().segment(text)]
-        if any(later[0] < sooner[1] for sooner, later in zip(found, found[1:])):
+        if any(later[0] < sooner[1] for sooner, later in itertools.pairwise(found)):
             raise Mismatch("pysbd's sentences overlap")
     else:
         ends = [m.end() for m in re.finditer(r"[.!?]+(?=\s)|\n+", text)]
