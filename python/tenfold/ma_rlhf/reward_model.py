@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tenfold.data.models import quiet_transformers
-from tenfold.ma_rlhf.critic import hidden_size, model_inputs, trunk_of
+from tenfold.ma_rlhf.critic import apply_head, hidden_size, model_inputs, trunk_of
 
 
 def _classifier_class(config: Any) -> type[Any]:
@@ -78,6 +78,7 @@ class RewardModel(nn.Module):
                 f"{type(model).__name__} has {head}"
             )
         self.model = model
+        self.train(model.training)
 
     @classmethod
     def from_pretrained(cls, name: str | Path, *, seed: int = 0, **options: Any) -> RewardModel:
@@ -93,7 +94,7 @@ class RewardModel(nn.Module):
         config = options.pop("config", None) or AutoConfig.from_pretrained(name)
         config.num_labels = 1
         kind = _classifier_class(config)
-        with quiet_transformers():
+        with quiet_transformers(), torch.random.fork_rng(devices=[]):
             model, report = kind.from_pretrained(
                 name, config=config, output_loading_info=True, **({"dtype": "auto"} | options)
             )
@@ -117,9 +118,8 @@ class RewardModel(nn.Module):
         with torch.device("meta"):
             model = _classifier_class(config)(config)
         setattr(model, model.base_model_prefix, trunk)
-        model.score = nn.Linear(
-            hidden_size(trunk), 1, bias=False, device=weight.device, dtype=weight.dtype
-        )
+        head = {"bias": False, "device": weight.device, "dtype": weight.dtype}
+        model.score = nn.utils.skip_init(nn.Linear, hidden_size(trunk), 1, **head)
         made = cls(model.eval())
         made.new_head(seed)
         return made
@@ -161,17 +161,12 @@ class RewardModel(nn.Module):
 
         Arguments as of :meth:`forward`.
         """
-        mask = self._mask(input_ids, attention_mask)
-        text = self.config.get_text_config()
-        # Whatever stands in the padding, the trunk sees one token there.
-        pad = text.pad_token_id if text.pad_token_id is not None and text.pad_token_id >= 0 else 0
-        ids = input_ids.masked_fill(~mask, pad if pad < text.vocab_size else 0)
-        inputs = model_inputs(self.trunk, ids, mask.long())
-        hidden = self.trunk(**inputs, use_cache=False).last_hidden_state
-        return self.head(hidden.to(self.head.weight.dtype)).squeeze(-1).float()
+        return self(input_ids, attention_mask, values=True)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Scores [B], float32.
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, values: bool = False
+    ) -> Tensor:
+        """Scores [B], float32; with ``values`` the head's output [B, S] at every position.
 
         Args:
             input_ids: int64 [B, S]; padding may be on either side and hold anything.
@@ -184,7 +179,13 @@ class RewardModel(nn.Module):
         """
         mask = self._mask(input_ids, attention_mask)
         at = last_index(mask)
-        return self.values(input_ids, mask).gather(1, at[:, None]).squeeze(1)
+        text = self.config.get_text_config()
+        # Whatever stands in the padding, the trunk sees one token there.
+        pad = text.pad_token_id if text.pad_token_id is not None and text.pad_token_id >= 0 else 0
+        ids = input_ids.masked_fill(~mask, pad if pad < text.vocab_size else 0)
+        hidden = self.trunk(**model_inputs(self.trunk, ids, mask.long()), use_cache=False)
+        found = apply_head(self.head, hidden.last_hidden_state, None)
+        return found if values else found.gather(1, at[:, None]).squeeze(1)
 
     def _mask(self, ids: Tensor, mask: Tensor | None) -> Tensor:
         if ids.ndim != 2 or ids.is_floating_point():
