@@ -7,7 +7,7 @@ import ma_rlhf_reward_ranks as tiny
 import pytest
 import torch
 
-from tenfold.ma_rlhf.best_of_n import (
+from tenfold.ma_rlhf.best_of import (
     SIZES,
     BestOfN,
     best_of_n,
@@ -174,3 +174,41 @@ class TestCurves:
         assert curve[8][0] > curve[1][0]
         best = made.best()
         assert [score for _, score in best] == made.scores.amax(1).tolist()
+
+
+class TestReport:
+    def test_page(self, tmp_path):
+        from tenfold.ma_rlhf.reward_report import COLUMNS, add_section, table_rows
+        from tenfold.ma_rlhf.reward_training import RewardRecord
+        from tenfold.report import Page
+
+        config = {"rm_loss": "bradley_terry", "seed": 1}
+        curve = [{"loss": 0.7, "accuracy": 0.5}, {"loss": 0.5, "accuracy": 0.75}]
+        before, after = {"accuracy": 0.5, "margin": 0.0}, {"accuracy": 0.875, "margin": 1.25}
+        full = RewardRecord(config, curve, before, after, 2.0, 16, 100)
+        bare = RewardRecord({**config, "rm_loss": "token_span"}, curve)
+        rows = table_rows([full, bare])
+        assert rows[0] == ["bradley_terry", "1", "2", "16", "50.0 %", "87.5 %", "1.250", "2.0"]
+        assert rows[1][3:7] == ["–"] * 4 and len(rows[0]) == len(COLUMNS)
+        scores = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
+        samples = BestOfN(["p"] * 5, [["a"] * 8] * 5, scores)
+        page = Page("Reward")
+        drawn = add_section([full, bare], page, "Reward models", {"SFT": samples})
+        assert [name for name, _ in drawn] == ["reward-training", "best-of-n"]
+        assert all(png.startswith(b"\x89PNG") for _, png in drawn)
+        text = page.write(tmp_path / "index.html").read_text()
+        assert "87.5 %" in text and "of held-out pairs ranked right" in text
+
+
+def test_names_of_the_package():
+    import tenfold.ma_rlhf as package
+
+    for name in (
+        "BestOfN",
+        "best_of_n",
+        "RewardModel",
+        "train_reward_model",
+        "ProgramReward",
+        "pass_at_k",
+    ):
+        assert callable(getattr(package, name)) and name in dir(package)

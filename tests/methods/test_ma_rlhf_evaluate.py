@@ -7,7 +7,7 @@ import ma_rlhf_reward_ranks as tiny
 import pytest
 import torch
 
-from tenfold.ma_rlhf.best_of_n import rm_scores, sample_answers
+from tenfold.ma_rlhf.best_of import rm_scores, sample_answers
 from tenfold.ma_rlhf.evaluate import (
     Protocol,
     compare_policies,

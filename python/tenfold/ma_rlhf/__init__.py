@@ -5,10 +5,39 @@ from typing import Any
 
 # Where each name lives; modules are loaded when a name of theirs is asked for.
 _HOMES = {
+    "best_of": ("BestOfN", "best_of_n", "expected_max", "rm_scores", "sample_answers"),
     "config": ("MARLHFConfig",),
+    "evaluate": (
+        "Protocol",
+        "WinRate",
+        "compare_policies",
+        "judge_pairs",
+        "pass_at_k",
+        "score_policy",
+        "win_rate",
+    ),
     "experience": ("Experience", "prepare", "response_mask"),
     "kl": ("AdaptiveKL", "FixedKL", "kl_controller"),
     "losses": ("policy_loss", "value_loss"),
+    "preferences": (
+        "Preference",
+        "encode_preferences",
+        "load_preferences",
+        "packaged_preferences",
+        "save_preferences",
+    ),
+    "programs": (
+        "AssertTest",
+        "CallTest",
+        "ProgramReward",
+        "StdioTest",
+        "program_reward",
+        "run_program",
+    ),
+    "reward_config": ("RewardConfig",),
+    "reward_model": ("RewardModel",),
+    "reward_training": ("RewardRecord", "score_pairs", "train_reward_model"),
+    "sandbox": ("Limits", "Sandbox", "SandboxError"),
     "segmenters": ("Segmenter", "make_segmenter"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
