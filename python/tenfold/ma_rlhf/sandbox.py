@@ -158,7 +158,7 @@ class Sandbox:
             "-X",
             "utf8",
         ]
-        self._command += ["-B", str(_JAIL)] if packages else ["-S", "-B", str(_JAIL)]
+        self._command += [str(_JAIL)] if packages else ["-S", str(_JAIL)]
         prefix = Path(base).parents[1]
         here = sysconfig.get_paths()
         paths = [*_SYSTEM, str(prefix / "lib"), str(prefix / "lib64"), *readable]

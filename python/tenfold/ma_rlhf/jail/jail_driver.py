@@ -17,11 +17,19 @@ import json
 import os
 import sys
 import threading
-import traceback
 import types
 from collections.abc import Callable
 
 _FLUSHED = ("stdout", "stderr")
+
+
+def _print_trace(error: BaseException, limit: int | None = None) -> None:
+    try:
+        import traceback  # few programs need it, and it takes as long to load as all the rest
+
+        traceback.print_exception(error, limit=limit)
+    except BaseException:  # no memory or no files left: the report says what was raised
+        return
 
 
 def report(result: int, values: dict) -> None:
@@ -79,7 +87,7 @@ def _failure(error: BaseException) -> dict:
     first = error.__traceback__
     while first is not None and first.tb_frame.f_code.co_filename == __file__:
         first = first.tb_next
-    traceback.print_exception(error.with_traceback(first))
+    _print_trace(error.with_traceback(first))
     last = first
     while last is not None and last.tb_next is not None:
         last = last.tb_next
@@ -96,7 +104,7 @@ def run(task: dict, result: int) -> int:
     try:
         code = compile(task["source"], "<program>", "exec", dont_inherit=True)
     except (SyntaxError, ValueError, RecursionError, MemoryError, OverflowError) as error:
-        traceback.print_exception(error, limit=0)
+        _print_trace(error, limit=0)
         say(result, {"kind": "syntax", "error": f"{type(error).__name__}: {error}"[:2000]})
         return 1
     if task["mode"] == "compile":
@@ -104,7 +112,7 @@ def run(task: dict, result: int) -> int:
         return 0
     sys.argv = ["program.py"]
     sys.path[:] = [p for p in sys.path if p != os.path.dirname(os.path.abspath(__file__))]
-    for name in ("jail_linux", "jail_driver"):
+    for name in ("jail_keeper", "jail_linux", "jail_driver"):
         sys.modules.pop(name, None)
     status, made = 0, {}
     try:
@@ -121,7 +129,7 @@ def run(task: dict, result: int) -> int:
     try:
         atexit._run_exitfuncs()
     except BaseException as error:
-        traceback.print_exception(error)
+        _print_trace(error)
     for name in _FLUSHED:
         try:
             getattr(sys, name).flush()

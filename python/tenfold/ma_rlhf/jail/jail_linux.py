@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import platform
 import resource
 import struct
 
@@ -151,14 +150,14 @@ def landlock(readable: list[str], writable: list[str]) -> None:
 
 def seccomp_known() -> bool:
     """Are this machine's system call numbers in the tables here?"""
-    return platform.machine() in _MACHINES and struct.calcsize("P") == 8
+    return os.uname().machine in _MACHINES and struct.calcsize("P") == 8
 
 
 def seccomp(deny_signals: bool, deny_forks: bool) -> None:
     """Denies ``_DENIED``; signals to others if asked for; new processes (not threads) if asked for."""
     if not seccomp_known():
-        raise OSError(errno.ENOSYS, f"no system call numbers of {platform.machine()}")
-    column, arch = _MACHINES[platform.machine()]
+        raise OSError(errno.ENOSYS, f"no system call numbers of {os.uname().machine}")
+    column, arch = _MACHINES[os.uname().machine]
     load, jump_equal, jump_above, jump_set, give = 0x20, 0x15, 0x35, 0x45, 0x06
     allow, refuse = 0x7FFF0000, 0x00050000 | errno.EPERM
     code = [
