@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from tenfold.ma_rlhf import sandbox as sandbox_module
 from tenfold.ma_rlhf.programs import (
@@ -25,6 +26,7 @@ from tenfold.ma_rlhf.programs import (
     run_program,
     same_output,
 )
+from tenfold.ma_rlhf.rewards import Answers, Rewards
 from tenfold.ma_rlhf.sandbox import Limits, Sandbox, SandboxError
 
 QUICK = Limits(
@@ -72,6 +74,16 @@ class TestReward:
         programs = [f"import time; time.sleep({0.02 * (8 - i)}); print({i})" for i in range(8)]
         tests = [[{"input": "", "output": str(i)}] for i in range(8)]
         assert ProgramReward(SANDBOX, workers=8)([""] * 8, programs, tests=tests) == [1.0] * 8
+
+    def test_in_the_trainers_hands(self):
+        """As one reward of several, its tests from a column of the data set."""
+        rewards = Rewards([ProgramReward(SANDBOX), lambda completions: [0.5] * len(completions)])
+        assert rewards.names[0] == "program_reward"
+        none = torch.zeros(2, 2, dtype=torch.int64)
+        answers = Answers(["a", "b"], ["a", "b"], ["print(2 * int(input()))", "1 +"], none, none.bool(), 1,
+                          {"tests": [DOUBLE[:1]] * 2})  # fmt: skip
+        made = rewards(answers)
+        assert made.score.tolist() == [1.5, -0.5] and made.parts[:, 0].tolist() == [1.0, -1.0]
 
     def test_bad_input(self):
         reward = ProgramReward(SANDBOX)

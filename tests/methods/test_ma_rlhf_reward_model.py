@@ -16,6 +16,7 @@ import transformers
 from tenfold.data import Document, long_documents
 from tenfold.ma_rlhf import preferences as prefs
 from tenfold.ma_rlhf import recipes
+from tenfold.ma_rlhf.critic import Critic
 from tenfold.ma_rlhf.reward_config import PRESETS, RewardConfig
 from tenfold.ma_rlhf.reward_losses import (
     RM_LOSSES,
@@ -32,6 +33,7 @@ from tenfold.ma_rlhf.reward_training import (
     score_pairs,
     train_reward_model,
 )
+from tenfold.ma_rlhf.rewards import Answers, Rewards
 from tenfold.ma_rlhf.small import ByteTokenizer, make_policy
 from tenfold.training.errors import TrainingError
 
@@ -186,6 +188,19 @@ class TestModel:
             ValueError, match="one output and no bias; LlamaForSequenceClassification has"
         ):
             RewardModel(two)
+
+    def test_as_reward_and_as_critic(self):
+        """The trainer's two uses: scores of the policy's tokens, and values that begin as these scores."""
+        model = tiny.model()
+        ids, mask = batch(vocab=250)
+        left, seen = shifted(ids[:, :3], mask[:, :3])
+        whole, held = torch.cat([left, ids[:, 3:]], 1), torch.cat([seen, mask[:, 3:]], 1)
+        answers = Answers(["p"] * 4, ["p"] * 4, ["c"] * 4, whole, held.bool(), left.shape[1])
+        with torch.no_grad():
+            want = model(ids, mask)
+            torch.testing.assert_close(Rewards(model)(answers).score, want, atol=1e-5, rtol=1e-5)
+            values = Critic.from_reward_model(model)(ids, mask)
+        torch.testing.assert_close(values.gather(1, last_index(mask)[:, None])[:, 0], want)
 
     def test_gradients_reach_everything(self):
         model = tiny.model()
