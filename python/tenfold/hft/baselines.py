@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 from torch import nn
 
 from tenfold.hft.config import HFTConfig
+from tenfold.training.lora import with_lora
 
 
 def add_lora(model: Any, config: HFTConfig) -> Any:
@@ -15,17 +15,7 @@ def add_lora(model: Any, config: HFTConfig) -> Any:
 
     ModuleNotFoundError says how to install PEFT.
     """
-    if importlib.util.find_spec("peft") is None:
-        raise ModuleNotFoundError(
-            "the LoRA baseline needs peft; install it with `pip install 'tenfold[train]'`"
-        )
-    from peft import LoraConfig, get_peft_model
-
-    settings = LoraConfig(
-        r=config.lora_rank, lora_alpha=config.lora_alpha, lora_dropout=0.0, bias="none",
-        target_modules="all-linear", task_type="CAUSAL_LM",
-    )  # fmt: skip
-    return get_peft_model(model, settings)
+    return with_lora(model, config.lora_rank, config.lora_alpha)
 
 
 def merge_lora(model: Any) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 _HOMES = {
     "best_of": ("BestOfN", "best_of_n", "expected_max", "rm_scores", "sample_answers"),
     "config": ("MARLHFConfig",),
+    "critic": ("ActorCritic", "Critic"),
     "evaluate": (
         "Protocol",
         "WinRate",
@@ -17,6 +18,7 @@ _HOMES = {
         "win_rate",
     ),
     "experience": ("Experience", "prepare", "response_mask"),
+    "generation": ("hf_generate", "sampler"),
     "kl": ("AdaptiveKL", "FixedKL", "kl_controller"),
     "losses": ("policy_loss", "value_loss"),
     "preferences": (
@@ -34,11 +36,15 @@ _HOMES = {
         "program_reward",
         "run_program",
     ),
+    "record": ("PPORecord",),
+    "report": ("write_report",),
     "reward_config": ("RewardConfig",),
     "reward_model": ("RewardModel",),
     "reward_training": ("RewardRecord", "score_pairs", "train_reward_model"),
+    "rewards": ("ModelReward", "Rewards"),
     "sandbox": ("Limits", "Sandbox", "SandboxError"),
     "segmenters": ("Segmenter", "make_segmenter"),
+    "trainer": ("MAPPOTrainer",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -29,6 +29,11 @@ Pieces = list[tuple[dict[str, Tensor], float]]
 LossOf = Callable[[Any, dict[str, Tensor], int], tuple[Tensor, dict[str, Tensor]]]
 
 
+# What a bar shows of a step's metrics, where they are there: name, label, digits.
+_SHOWN = (("loss", "loss", 3), ("mse", "mse", 4), ("objective/scores", "score", 3),
+          ("objective/kl", "KL", 2))  # fmt: skip
+
+
 # What the loop reads of a method's settings: seed, mixed_precision, micro_batch_size, checkpoint_every.
 Settings = Any
 
@@ -87,8 +92,41 @@ def warm_cosine(step: int, steps: int, warmup: float, final: float) -> float:
     return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * at))
 
 
+def save_checkpoint(
+    accelerator: Any, folder: WorkFolder, stage: str, step: int, curve: list[Metrics]
+) -> None:
+    """Stores accelerate's state and the curve of a stage after so many steps, instead of older ones."""
+    final = folder.path / f"{stage}-{step}"
+    temporary = folder.path / f".{final.name}"
+    accelerator.save_state(str(temporary), safe_serialization=True)
+    accelerator.wait_for_everyone()
+    if folder.main:
+        (temporary / "curve.json").write_text(json.dumps(curve))
+        temporary.rename(final)
+        folder.drop_checkpoints(stage, but=final)
+    accelerator.wait_for_everyone()
+
+
+def load_checkpoint(
+    accelerator: Any, folder: WorkFolder | None, stage: str, **kwargs: Any
+) -> tuple[int, list[Metrics]]:
+    """(steps done, their metrics) of a stage's newest checkpoint, which is loaded; (0, []) without one.
+
+    ``kwargs`` go to ``load_state``.
+    """
+    found = folder.checkpoint(stage) if folder else None
+    if found is None:
+        return 0, []
+    step, path = found
+    accelerator.load_state(str(path), **kwargs)
+    return step, json.loads((path / "curve.json").read_text())
+
+
 @contextlib.contextmanager
-def _bar(stage: str, steps: int, done: int, shown: bool) -> Iterator[Callable[[Metrics], None]]:
+def progress_bar(
+    stage: str, steps: int, done: int, shown: bool
+) -> Iterator[Callable[[Metrics], None]]:
+    """A bar on stderr; the function it gives is called with the metrics of every step."""
     if not shown:
         yield lambda metrics: None
         return
@@ -102,10 +140,8 @@ def _bar(stage: str, steps: int, done: int, shown: bool) -> Iterator[Callable[[M
         task = bar.add_task(stage, total=steps, completed=done)
 
         def advance(metrics: Metrics) -> None:
-            text = f"{stage}: loss {metrics['loss']:.3f}"
-            if "mse" in metrics:
-                text += f", mse {metrics['mse']:.4f}"
-            bar.update(task, advance=1, description=text)
+            parts = [f"{label} {metrics[k]:.{n}f}" for k, label, n in _SHOWN if k in metrics]
+            bar.update(task, advance=1, description=f"{stage}: {', '.join(parts)}")
 
         yield advance
 
@@ -162,27 +198,6 @@ class Trainer:
     def _seed(self, stage: str) -> None:
         mixed = self.config.seed * 1_000_003 + sum(stage.encode()) * 1009
         torch.manual_seed(mixed + self.accelerator.process_index)
-
-    def _save(self, stage: str, step: int, curve: list[Metrics]) -> None:
-        folder = self.folder
-        assert folder is not None
-        final = folder.path / f"{stage}-{step}"
-        temporary = folder.path / f".{final.name}"
-        self.accelerator.save_state(str(temporary), safe_serialization=True)
-        self.accelerator.wait_for_everyone()
-        if folder.main:
-            (temporary / "curve.json").write_text(json.dumps(curve))
-            temporary.rename(final)
-            folder.drop_checkpoints(stage, but=final)
-        self.accelerator.wait_for_everyone()
-
-    def _resume(self, stage: str) -> tuple[int, list[Metrics]]:
-        found = self.folder.checkpoint(stage) if self.folder else None
-        if found is None:
-            return 0, []
-        step, path = found
-        self.accelerator.load_state(str(path))
-        return step, json.loads((path / "curve.json").read_text())
 
     def _forward(
         self, model: Any, batch: dict[str, Tensor], loss_of: Callable[..., Any], step: int
@@ -266,10 +281,10 @@ class Trainer:
         module.to(accelerator.device)
         self.enter(stage, self._start(stage), module)
         model, optimizer = accelerator.prepare(module, self.make_optimizer(module))
-        first, curve = self._resume(stage)
+        first, curve = load_checkpoint(accelerator, self.folder, stage)
         stopped = bool(curve and curve[-1].get("stopped"))
         model.train()
-        with _bar(stage, steps, first, not self.quiet) as advance:
+        with progress_bar(stage, steps, first, not self.quiet) as advance:
             for step in range(first, steps):
                 if stopped:
                     break
@@ -294,7 +309,7 @@ class Trainer:
                     model, optimizer = self._rewrap(stage, step + 1, model, module, optimizer)
                 due = (step + 1) % config.checkpoint_every == 0
                 if self.folder is not None and due and step + 1 < steps:
-                    self._save(stage, step + 1, curve)
+                    save_checkpoint(accelerator, self.folder, stage, step + 1, curve)
                 advance(metrics)
                 if self.callback is not None:
                     self.callback(Progress(stage, step + 1, steps, metrics))
