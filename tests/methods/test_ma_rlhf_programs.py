@@ -30,7 +30,7 @@ from tenfold.ma_rlhf.rewards import Answers, Rewards
 from tenfold.ma_rlhf.sandbox import Limits, Sandbox, SandboxError
 
 QUICK = Limits(
-    cpu_seconds=1, wall_seconds=2.0, memory_bytes=256 << 20, processes=4, output_bytes=1 << 16
+    cpu_seconds=1, wall_seconds=5.0, memory_bytes=256 << 20, processes=4, output_bytes=1 << 16
 )
 SANDBOX = Sandbox(QUICK)
 DOUBLE = [{"input": f"{i}\n", "output": f"{2 * i}\n"} for i in range(1, 5)]
@@ -257,9 +257,10 @@ class TestEscapes:
         count = "import os, time\nn = 0\ntry:\n    while True:\n        if os.fork() == 0: time.sleep(30)\n"
         run = sandbox.run(count + "        n += 1\nexcept OSError: print(n)")
         # Descendants end with the program: the run does not wait for their sleep.
-        assert run.kind == "done" and int(run.stdout) < QUICK.processes and run.seconds < 1.5
+        assert run.kind == "done" and int(run.stdout) < QUICK.processes
         bomb = "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass"
-        assert sandbox.run(bomb).kind == "timeout"
+        short, _ = marked(replace(QUICK, wall_seconds=1.0), python=python)
+        assert short.run(bomb).kind == "timeout"
         assert not left()
 
     def test_memory(self):
@@ -365,14 +366,12 @@ class TestEscapes:
 class TestFallbacks:
     """Every mechanism taken away: either another one does its work, or no program runs."""
 
-    def test_without_namespaces(self, marked):
-        sandbox, left = marked(QUICK, without=("namespaces",))
+    @pytest.mark.parametrize("python", PYTHONS)
+    def test_without_namespaces(self, python, marked):
+        sandbox, left = marked(QUICK, without=("namespaces",), python=python)
         found = sandbox.protection()
         assert (found["network"], found["signals"], found["files"]) == (
-            "seccomp",
-            "seccomp",
-            "Landlock",
-        )
+            "seccomp", "seccomp", "Landlock")  # fmt: skip
         blocked("import socket; socket.socket()", sandbox=sandbox)
         blocked("import os; os.kill(os.getppid(), 9)", sandbox=sandbox)
         assert sandbox.run("import signal; signal.raise_signal(15)").exit == 143
@@ -380,7 +379,11 @@ class TestFallbacks:
             "import os, time\nif os.fork() == 0:\n    os.setsid()\n    time.sleep(30)\nprint('x')"
         )
         run = sandbox.run(daemon)
-        assert run.seconds < 1.5 and not left()
+        if found["processes"] == "limit":
+            assert (run.kind, run.stdout) == ("done", "x\n")
+        else:
+            assert run.error.startswith("PermissionError")
+        assert not left()
 
     def test_without_seccomp(self):
         sandbox = Sandbox(QUICK, without=("seccomp",), require=("network", "signals", "files"))
