@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from .case import Case, Function, Inputs, NotAvailable, Provider, clone_inputs
+from .memory import peak_memory
 from .timing import Clock, Limits, Rotation, interleave, make_clock, percentile
 
 SLOWER_FORM = 1.5  # an eager form this many times slower than the best one is not sampled further
@@ -45,7 +46,7 @@ def quick_options(options: Options) -> Options:
 
 @dataclass
 class Measured:
-    """One provider in one case. Times are seconds per call."""
+    """One provider in one case. Times are seconds per call; ``peak_bytes`` is what one call allocates."""
 
     kind: str
     status: str
@@ -60,6 +61,7 @@ class Measured:
     share: float | None = None
     timing: str = ""
     calls: int = 0
+    peak_bytes: int | None = None
     samples: list[float] = field(default_factory=list)
 
 
@@ -262,6 +264,10 @@ def measure(case: Case, options: Options, ceilings: dict[str, Any]) -> Result:
         }
         _drop_slower_forms(measured, clocks)
         interleave(clocks, options.limits)
+        for name in clocks:  # last: memory given back to the system is slow to touch again
+            measured[name].peak_bytes = peak_memory(
+                lambda n=name: functions[n](ring.next()), device
+            )
     floor, bound = floor_seconds(case, ceilings)
     for name, clock in clocks.items():
         _numbers(measured[name], clock, case_bytes, flops, floor)

@@ -20,7 +20,7 @@ from .ceilings import measure_ceilings, merge
 from .harness import Options, Result, measure, quick_options
 from .results import Record, environment, make_record, plain, problems, save, source_state, wrong
 
-FAMILIES = ("attention", "kv_eviction", "optim")
+FAMILIES = ("attention", "kv_eviction", "loss", "optim", "rl")
 PARTIAL = ".json.partial"  # a run that has not ended, or that was stopped
 _PAGE = 1 << 12
 
