@@ -123,7 +123,8 @@ class Critic(nn.Module):
 
 def value_head(trunk: nn.Module) -> nn.Linear:
     """A bias-free head of zeros for a trunk, in float32."""
-    head = nn.Linear(hidden_size(trunk), 1, bias=False, device=next(trunk.parameters()).device)
+    device = next(trunk.parameters()).device
+    head = nn.utils.skip_init(nn.Linear, hidden_size(trunk), 1, bias=False, device=device)
     nn.init.zeros_(head.weight)
     return head
 

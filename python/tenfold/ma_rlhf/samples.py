@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from tenfold.ma_rlhf.experience import Experience
+from tenfold.ma_rlhf.parsing import token_pieces
 from tenfold.ma_rlhf.rollout import Rollout
 from tenfold.training.store import write_text
 
@@ -24,22 +25,12 @@ MOST_DROPPED = 8  # rows of a step that are kept to be looked at
 def segment_texts(tokenizer: Any, ids: list[int], seg: list[int]) -> list[str]:
     """The text of every macro action of one row: ids and their segments, both of valid tokens only.
 
-    Together they are the text of the whole, also where a boundary is inside a character, which then belongs to
-    the later one.
+    A character of several tokens belongs to the last of them.
     """
-    ends = [i + 1 for i in range(len(seg)) if i + 1 == len(seg) or seg[i + 1] != seg[i]]
-    texts, before = [], 0
-    whole = tokenizer.decode(ids, skip_special_tokens=True)
-    for end in ends:
-        text = tokenizer.decode(ids[:end], skip_special_tokens=True) if end < len(ids) else whole
-        # What is not yet a character decodes to a replacement, or to something else than the whole has there.
-        common = end == len(ids)
-        size = len(text)
-        while not common and not whole.startswith(text[:size]):
-            size -= 1
-        texts.append(whole[before : max(size, before)])
-        before = max(size, before)
-    return texts
+    made = [""] * (max(seg, default=-1) + 1)
+    for piece, at in zip(token_pieces(tokenizer, ids), seg):
+        made[at] += piece
+    return made
 
 
 def take_samples(
@@ -54,7 +45,7 @@ def take_samples(
 def _sample(rollout: Rollout, exp: Experience, tokenizer: Any, step: int, row: int) -> Sample:
     on = rollout.response_mask[row].cpu()
     ids = rollout.response[row].cpu()[on].tolist()
-    seg = exp.seg[row].cpu()[on].tolist()
+    seg = exp.seg[row].cpu()[on].clamp_min(0).tolist()  # a dropped row has no macro actions
     kl = torch.where(on, (rollout.logp_old[row] - rollout.logp_ref[row]).cpu(), 0.0).sum()
     gone, score = bool(exp.dropped[row]), float(rollout.score[row])
     short = len(ids) > 0 and math.isfinite(score) and math.isfinite(float(kl))

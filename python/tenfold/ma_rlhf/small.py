@@ -28,7 +28,7 @@ class ByteTokenizer:
         """``input_ids`` of a text, one per byte of its UTF-8."""
         return {"input_ids": list(text.encode("utf-8"))}
 
-    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True, **kwargs: Any) -> str:
         """The text of some bytes; what is not UTF-8 becomes U+FFFD."""
         special = (self.pad_token_id, self.eos_token_id) if skip_special_tokens else ()
         return bytes(int(i) for i in ids if int(i) not in special).decode("utf-8", "replace")

@@ -1,0 +1,65 @@
+"""One of several gloo ranks, or a process that kills itself: python ma_rlhf_ranks.py FOLDER KIND,... [STEP]."""
+
+import os
+import signal
+import sys
+
+import ma_rlhf_models as small
+import torch
+
+import tenfold
+
+KINDS = {
+    "own": {"batch_size": 12, "minibatches": 3, "ppo_epochs": 2, "micro_batch_size": 1, "termination": "random",
+            "lengths": (1, 2, 3), "whiten_adv": "macro", "kl_controller": "adaptive"},
+    # Of 4 rows some are dropped, and then a rank has none of a minibatch.
+    "shared": {"batch_size": 4, "minibatches": 2, "min_response": 6, "agg": "seq_mean_token_mean",
+               "bootstrap_truncated": True, "missing_eos_penalty": 0.5},
+    "free": {"batch_size": 8, "minibatches": 2, "advantage": "rloo", "group_size": 4, "lora_rank": 2},
+}  # fmt: skip
+
+
+def make(kind, **kwargs):
+    # Small rates: AdamW's update is the gradient's sign where that is nearly 0, and rounding decides it.
+    changes = {"steps": 3, "learning_rate": 1e-4, "critic_learning_rate": 1e-4} | KINDS[kind]
+    critic = "shared" if kind == "shared" else None
+    return small.trainer(critic=critic, config=small.settings(**changes), sample_every=2, **kwargs)
+
+
+def main(folder, kinds, step=None):
+    def callback(progress):
+        if step is not None and progress.step == int(step):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    for kind in kinds.split(","):
+        trainer = make(kind, folder=os.path.join(folder, kind), callback=callback)
+        trainer.train()
+        if torch.distributed.is_initialized():
+            agree(trainer.module)
+        if trainer.accelerator.is_main_process:
+            torch.save(small.weights(trainer.module), os.path.join(folder, f"{kind}.pt"))
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+def agree(module):
+    total = torch.stack([p.double().sum() for p in module.parameters()])
+    other = [torch.empty_like(total) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(other, total)
+    assert all(torch.equal(total, o) for o in other)
+
+
+def environment():
+    """Of such a process: it finds the package where this one did, and has one thread."""
+    package = os.path.dirname(os.path.dirname(tenfold.__file__))
+    return os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+        "PYTHONPATH": package,
+    }
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(*sys.argv[1:])

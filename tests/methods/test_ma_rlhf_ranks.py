@@ -1,0 +1,57 @@
+"""Two gloo ranks give what one process gives, with rows dropped, uneven shares and a kill on the way."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import ma_rlhf_models as small
+import pytest
+import torch
+from ma_rlhf_ranks import KINDS, environment, make
+
+from tenfold.ma_rlhf.record import PPORecord
+from tenfold.ma_rlhf.trainer import _check_ranks
+
+HERE = Path(__file__).resolve().parent
+
+
+def ranks(folder, *arguments):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone",
+               str(HERE / "ma_rlhf_ranks.py"), str(folder), *arguments]  # fmt: skip
+    return subprocess.run(command, cwd=HERE, env=environment(), capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What two ranks made, killed once on the way."""
+    made = tmp_path_factory.mktemp("ranks")
+    killed = ranks(made, "own", "2")
+    assert killed.returncode != 0 and (made / "own" / "ppo-2").is_dir(), killed.stderr[-3000:]
+    done = ranks(made, ",".join(KINDS))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return made
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_agree_with_one_process(folder, kind):
+    alone = make(kind)
+    want = alone.train()
+    made = torch.load(folder / f"{kind}.pt")
+    small.close(made, small.weights(alone.module), atol=2e-5, rtol=1e-3)
+    got = PPORecord.read(folder / kind / "record.json")
+    assert got.ranks == 2
+    assert [s["segments"] for s in got.samples] == [s["segments"] for s in want.samples]
+    for a, b in zip(got.curve, want.curve):
+        assert a.keys() == b.keys()
+        for name in a:
+            assert a[name] == pytest.approx(b[name], rel=2e-3, abs=1e-5), name
+    if kind == "shared":
+        # Minibatches of one row: one rank worked on a row for nothing.
+        assert any(0 < d < 4 for d in want.series("rows/dropped"))
+
+
+def test_ranks_share_the_batch():
+    with pytest.raises(
+        ValueError, match="batch_size must be a multiple of the number of ranks, got 8 and 3"
+    ):
+        _check_ranks(small.settings(), 3)
