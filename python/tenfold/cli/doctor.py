@@ -17,8 +17,9 @@ from tenfold.cli.common import out, write_json
 
 DRIVER_NEEDED = 580  # of the static CUDA 13 runtime
 EXTRAS = {
-    "transformers": "hf", "gguf": "hf", "accelerate": "train", "matplotlib": "report",
-    "pytest": "bench", "kvpress": "",
+    "transformers": "hf", "gguf": "hf", "accelerate": "train", "peft": "train", "matplotlib": "report",
+    "spacy": "parse", "pysbd": "parse", "pytest": "bench", "kvpress": "", "verl": "", "openrlhf": "",
+    "skyrl": "", "trl": "",
 }  # fmt: skip
 
 
