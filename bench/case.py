@@ -109,6 +109,7 @@ class Case:
         traffic: name of the bandwidth that the bytes count against: ``read`` where next to nothing is
             written, ``update`` where what is written has been read, else ``copy``.
         warm: leave the data in the cache; the case is labelled so.
+        memory: also find what a call of each provider allocates at its peak.
     """
 
     op: str
@@ -128,6 +129,7 @@ class Case:
     variant: str = ""
     quick: bool = False
     warm: bool = False
+    memory: bool = False
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:

@@ -9,6 +9,7 @@ status (``ok``, ``n/a``, ``slower form``, ``disagrees``, ``error``) and a note.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import signal
 import threading
@@ -264,10 +265,9 @@ def measure(case: Case, options: Options, ceilings: dict[str, Any]) -> Result:
         }
         _drop_slower_forms(measured, clocks)
         interleave(clocks, options.limits)
-        for name in clocks:  # last: memory given back to the system is slow to touch again
-            measured[name].peak_bytes = peak_memory(
-                lambda n=name: functions[n](ring.next()), device
-            )
+        for name in clocks if case.memory else ():
+            call = functools.partial(functions[name], ring.next())
+            measured[name].peak_bytes = peak_memory(call, device)
     floor, bound = floor_seconds(case, ceilings)
     for name, clock in clocks.items():
         _numbers(measured[name], clock, case_bytes, flops, floor)

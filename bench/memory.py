@@ -1,45 +1,53 @@
-"""What one call allocates at its peak: its results and everything that it needs in between.
+"""What one call allocates at its peak: its results, and all tensors in between that live at once.
 
-On a GPU the caching allocator says it. On Linux the kernel does: the resident memory's high-water
-mark starts anew, after glibc has given back what earlier calls left, so that native scratch counts
-like tensors. That is good to a few hundred kB: for large tensors, not for small ops.
+Torch's allocator says it, on the CPU through its profiler: exact, and the same on every machine. Memory
+that native code takes elsewhere does not count; the ops' own is bounded by tests
+(``tenfold.testing.peak_growth``), because the resident memory of a process that has measured before
+says little.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import gc
-from collections.abc import Callable
+import os
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 
-def _status(key: str) -> int:
-    with open("/proc/self/status") as lines:
-        return next(int(line.split()[1]) for line in lines if line.startswith(key)) << 10
+@contextlib.contextmanager
+def _no_stderr() -> Iterator[None]:
+    """The profiler's native code writes a line at every start and stop."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
-def _give_back() -> None:
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def peak_memory(call: Callable[[], Any], device: torch.device) -> int | None:
-    """Bytes of one call at its peak, its results included; None where the system does not say."""
+def peak_memory(call: Callable[[], Any], device: torch.device) -> int:
+    """Bytes of one call at its peak, its results included."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         call()
         return torch.cuda.max_memory_allocated(device) - before
-    _give_back()
-    try:
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")  # the high-water mark falls to what is resident now
-        before = _status("VmRSS:")
-        call()
-        return max(0, _status("VmHWM:") - before)
-    except (OSError, StopIteration):
-        return None
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with (
+        _no_stderr(),
+        torch.profiler.profile(activities=cpu, profile_memory=True, acc_events=True) as trace,
+    ):
+        result = call()
+    del result
+    found = [e for e in trace.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(found, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +108,42 @@ def ops_block(root: Path) -> str:
     return "\n".join([*parts, ledger(root)])
 
 
-BLOCKS = {"ops": ops_block, **studies.BLOCKS}
+MEMORY_COLUMNS = (
+    "op",
+    "shape",
+    "dtype",
+    "tenfold MB",
+    "least of the others MB",
+    "fastest other MB",
+)
+
+
+def memory_row(case: Record) -> list[str]:
+    """What one call of ours allocates at its peak, beside others: a row of ``MEMORY_COLUMNS``."""
+    others = [p for p in case["providers"].values()
+              if p["kind"] in ("eager", "compile", "peer") and p.get("peak_bytes") is not None]  # fmt: skip
+    ours = next(p for p in case["providers"].values() if p["kind"] == "tenfold").get("peak_bytes")
+    least = min((p["peak_bytes"] for p in others), default=None)
+    fastest = min(others, key=lambda p: p["p50_s"], default={"peak_bytes": None})["peak_bytes"]
+    sizes = ["–" if x is None else f"{x / 1e6:.1f}" for x in (ours, least, fastest)]
+    return [*row_of(case)[:3], *sizes]
+
+
+def memory_block(family: str) -> Callable[[Path], str]:
+    """A table of the peaks of a family's cases."""
+
+    def block(root: Path) -> str:
+        parts = []
+        for record in load_records(root):
+            if record["family"] == family:
+                parts += [f"{setting(record)}.", "",
+                          markdown(MEMORY_COLUMNS, map(memory_row, record["cases"])), ""]  # fmt: skip
+        return "\n".join(parts).strip() or "No measurement has been committed."
+
+    return block
+
+
+BLOCKS = {"ops": ops_block, "loss-memory": memory_block("loss"), **studies.BLOCKS}
 
 
 def rewrite(root: Path, path: Path) -> str:

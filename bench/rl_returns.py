@@ -46,19 +46,20 @@ def _built(name: str, form: Callable[[Inputs, Scan], Any],
     return Provider(name, name.split(":")[0], build, **extra)
 
 
-def _scans(form: Callable[[Inputs, Scan], Any], width: int, compiles: bool) -> list[Provider]:
+def _scans(form: Callable[[Inputs, Scan], Any], width: int, compiles: bool,
+           graph: bool = True) -> list[Provider]:  # fmt: skip
     """The form with each scan."""
 
     def chunks(i: Inputs) -> Scan:
-        return chunked_scan(C, width, i.seg.device if "seg" in vars(i) else i.value.device)
+        return chunked_scan(C, width, i.value.device)
 
     def build(i: Inputs) -> Function:
         scan = chunks(i)
         return compiled(lambda now: form(now, scan)).build(i)
 
     found = [
-        _built("eager:chunks", form, chunks),
-        _built("eager:columns", form, lambda _: column_scan(C)),
+        _built("eager:chunks", form, chunks, graph=graph),
+        _built("eager:columns", form, lambda _: column_scan(C), graph=graph),
         _built("peer:lfilter", form, filter_scan(C), graph=False),
     ]
     return [*found, Provider("compile", "compile", build)] if compiles else found
@@ -244,6 +245,43 @@ def prepare_eager(i: Inputs, scan: Scan) -> tuple[Tensor, ...]:
     return adv_m.gather(1, at), ret_m.gather(1, at), *wide, k.sum(1) / count.sum(1)
 
 
+def _packed_inputs(s: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
+    """The valid tokens of the rows, one row after the other."""
+    i, mask = _prepare_inputs(s, dtype, device), mask_of(s).to(device)
+    tokens = {name: getattr(i, name)[mask] for name in ("old", "ref", "value", "seg")}
+    cu = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0)).int()
+    return Inputs(**{**vars(i), **tokens}, cu=cu, width=s["r"])
+
+
+def _padded(i: Inputs) -> tuple[Inputs, Tensor]:
+    """Rows of the packed tokens, and which of their places are filled."""
+    at = torch.arange(i.width, device=i.cu.device)
+    mask = at < i.cu.diff()[:, None]
+
+    def rows(x: Tensor) -> Tensor:
+        fill = 0 if x.is_floating_point() else -1
+        return x.new_full(mask.shape, fill).masked_scatter_(mask, x)
+
+    tokens = {name: rows(getattr(i, name)) for name in ("old", "ref", "value", "seg")}
+    return Inputs(**{**vars(i), **tokens}), mask
+
+
+def _unpadded(found: tuple[Tensor, ...], mask: Tensor) -> tuple[Tensor, ...]:
+    """Macro actions, too, are packed into the places of their row."""
+    return *(x[mask] for x in found[:4]), found[4]
+
+
+def packed_eager(i: Inputs, scan: Scan) -> tuple[Tensor, ...]:
+    """To rows and back."""
+    rows, mask = _padded(i)
+    return _unpadded(prepare_eager(rows, scan), mask)
+
+
+def packed_loop(i: Inputs) -> tuple[Tensor, ...]:
+    rows, mask = _padded(i)
+    return _unpadded(prepare_loop(rows), mask)
+
+
 def prepare_loop(i: Inputs) -> tuple[Tensor, ...]:
     """Row by row and macro action by macro action, as the method's code does it for one row."""
     adv, ret, adv_m, ret_m = (torch.zeros_like(i.old) for _ in range(4))
@@ -268,27 +306,39 @@ def prepare_loop(i: Inputs) -> tuple[Tensor, ...]:
     return adv, ret, adv_m, ret_m, kl_row
 
 
+def _prepare_case(shape: Shape, variant: str = "") -> Case:
+    packed, first = variant == "packed", shape == SIZES[0]
+    form, loop = (packed_eager, packed_loop) if packed else (prepare_eager, prepare_loop)
+
+    def run(i: Inputs) -> tuple[Tensor, ...]:
+        extra = {"cu_seqlens": i.cu} if packed else {}
+        return ops.ma_ppo_prepare(
+            i.old, i.ref, i.value, i.score, i.seg, i.nseg, BETA, score_clip=SCORE_CLIP,
+            validate=variant == "checked", **RULE, **extra,
+        )  # fmt: skip
+
+    def tokens(s: Shape) -> int:
+        return int(lengths(s["b"], s["r"]).sum()) if packed else s["b"] * s["r"]
+
+    return Case(
+        op="ma_ppo_prepare", variant=variant, shape=shape, dtype=FP32,
+        inputs=_packed_inputs if packed else _prepare_inputs,
+        bytes=lambda s, size: tokens(s) * (7 * size + 4) + s["b"] * (2 * size + 4),
+        providers=[
+            provider("tenfold", run, graph=variant != "checked"),
+            # Boolean masks wait for a GPU.
+            *_scans(form, padded(num_segments(shape) + 1), first and not variant, not packed),
+            *([provider("peer:loop", loop, graph=False)] if shape != LONG and not variant else []),
+        ],
+        reference=loop, quick=first,
+    )  # fmt: skip
+
+
 def _prepare_cases() -> Iterator[Case]:
-    for shape in (SIZES[0], {"b": 256, "r": 512}, LONG):
-        first = shape == SIZES[0]
-        for checked in (False, True) if first else (False,):
-
-            def run(i: Inputs, checked: bool = checked) -> tuple[Tensor, ...]:
-                return ops.ma_ppo_prepare(i.old, i.ref, i.value, i.score, i.seg, i.nseg, BETA,
-                                          score_clip=SCORE_CLIP, validate=checked, **RULE)  # fmt: skip
-
-            yield Case(
-                op="ma_ppo_prepare", variant="checked" if checked else "", shape=shape, dtype=FP32,
-                inputs=_prepare_inputs,
-                bytes=lambda s, size: s["b"] * (s["r"] * (7 * size + 4) + 2 * size + 4),
-                providers=[
-                    provider("tenfold", run, graph=not checked),
-                    *_scans(prepare_eager, padded(num_segments(shape) + 1), first and not checked),
-                    *([provider("peer:loop", prepare_loop, graph=False)]
-                      if shape != LONG and not checked else []),
-                ],
-                reference=prepare_loop, quick=first,
-            )  # fmt: skip
+    for variant in ("", "checked", "packed"):
+        yield _prepare_case(SIZES[0], variant)
+    for shape in ({"b": 256, "r": 512}, LONG):
+        yield _prepare_case(shape)
 
 
 def cases() -> Iterator[Case]:

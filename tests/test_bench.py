@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -850,6 +851,22 @@ class TestReport:
         made["providers"]["tenfold"].update(p50_s=None, status="disagrees")
         assert report.row_of(made)[3:] == ["disagrees", *["–"] * 5]
 
+    def test_memory(self, record, checkout):
+        made = copy.deepcopy(record["cases"][0])
+        kinds = [("tenfold", 1.5, 1_260_000), ("eager", 2.0, 4_000_000), ("peer", 1.0, 9_000_000),
+                 ("bound", 0.1, 0)]  # fmt: skip
+        made["providers"] = {
+            kind: asdict(Measured(kind, "ok", p50_s=t, gb_s=1.0, share=0.5, peak_bytes=peak))
+            for kind, t, peak in kinds
+        }
+        assert report.memory_row(made)[3:] == ["1.3", "4.0", "9.0"]
+        for p in made["providers"].values():
+            del p["peak_bytes"]  # as in results from before peaks were measured
+        assert report.memory_row(made)[3:] == ["–", "–", "–"]
+        assert report.memory_block("loss")(checkout) == "No measurement has been committed."
+        found = report.memory_block(record["family"])(checkout)
+        assert "| double |" in found and report.MEMORY_COLUMNS[3] in found
+
     def test_ledger(self, tree):
         assert report.ledger(tree) == (
             "CUDA kernels: `alpha`: never run on an H200; `beta`: never run on an H200."
@@ -892,7 +909,7 @@ class TestRunner:
             (["nothing"], "unknown family 'nothing'; there are: attention, kv_eviction"),
             (
                 ["--select", "nothing-like-this"],
-                "no case of attention, kv_eviction, optim contains",
+                "no case of attention, kv_eviction, loss, optim, rl contains",
             ),
             (["--quick", "--select", "32768"], "no quick case"),
             (["--device", "abacus"], "--device takes cpu or cuda, got 'abacus'"),
