@@ -6,7 +6,6 @@ import importlib.metadata
 import platform
 import shutil
 import subprocess
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -63,90 +62,15 @@ def _gpu() -> dict[str, Any]:
     return found
 
 
-def _wrong_op(device: str, dtype: torch.dtype) -> str:
-    """The first op whose result differs from its definition, or ''."""
-    from tenfold import ops, reference
-
-    made = torch.Generator().manual_seed(0)
-    q, k, v = (
-        torch.randn(1, h, n, 64, generator=made).to(dtype) for h, n in ((6, 24), (2, 200), (2, 200))
-    )
-    close = 1e-4 if dtype == torch.float32 else 2e-2
-    move = lambda *tensors: tuple(t.to(device) for t in tensors)  # noqa: E731
-
-    def near(got: torch.Tensor, want: torch.Tensor) -> bool:
-        return torch.allclose(got.cpu().float(), want.float(), rtol=close, atol=close)
-
-    scores = reference.proxy_scores(q.float(), k.float())[0]
-    if not near(ops.proxy_scores(*move(q, k))[0], scores):
-        return "proxy_scores"
-    counts: dict[str, Any] = {"n_sink": 4, "n_recent": 8, "n_topk": 20, "n_random": 12, "seed": 1}
-    idx, _ = reference.nacl_select(scores, **counts)
-    if not torch.equal(ops.nacl_select(*move(scores), **counts)[0].cpu(), idx):
-        return "nacl_select"
-    want = reference.kv_gather(k, v, idx)
-    if not all(torch.equal(g.cpu(), w) for g, w in zip(ops.kv_gather(*move(k, v, idx)), want)):
-        return "kv_gather"
-    mine = move(k.clone(), v.clone())
-    ops.kv_compact_(*mine, *move(idx))
-    if not all(torch.equal(m.cpu()[:, :, : idx.shape[-1]], w) for m, w in zip(mine, want)):
-        return "kv_compact_"
-    evicted = ops.nacl_evict(*move(q, k, v), **counts)
-    if evicted[0].shape != want[0].shape or not bool(evicted[0].isfinite().all()):
-        return "nacl_evict"
-    flat_k, flat_v = (t.reshape(-1, 64).contiguous() for t in want)
-    offsets = torch.arange(3) * idx.shape[-1]
-    attended = reference.ragged_decode(
-        q[:, :, -1:].float(), flat_k.float(), flat_v.float(), offsets
-    )[0]
-    if not near(
-        ops.ragged_decode(*move(q[:, :, -1:].contiguous(), flat_k, flat_v, offsets))[0], attended
-    ):
-        return "ragged_decode"
-    return _wrong_attention(move, near, q, k, v)
-
-
-def _wrong_attention(
-    move: Callable[..., tuple[torch.Tensor, ...]],
-    near: Callable[[torch.Tensor, torch.Tensor], bool],
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-) -> str:
-    """The first op of the attention family that is wrong, or ''; q [1, 6, 24, 64], k and v [1, 2, 200, 64]."""
-    from tenfold import ops, reference
-
-    maps = torch.tensor([0, 1, 1, 0, 1, 0]), torch.tensor([1, 1, 0, 0, 0, 1])
-    wide = q.float(), k.float(), v.float()
-    out, lse = reference.dha_attention(*wide, *maps)
-    (mine, keys, values), (kmap, vmap) = move(q, k, v), move(*maps)
-    found, found_lse = ops.dha_attention(mine, keys, values, kmap, vmap)
-    if not near(found, out) or not near(found_lse, lse):
-        return "dha_attention"
-    grads = ops.dha_attention_backward(mine, mine, keys, values, found, found_lse, kmap, vmap)
-    want = reference.dha_attention_backward(wide[0], *wide, out, lse, *maps)
-    if not all(near(g, w) for g, w in zip(grads, want)):
-        return "dha_attention_backward"
-    newest = mine[:, :, -4:].contiguous()
-    lens = torch.tensor([keys.shape[2]], dtype=torch.int32, device=keys.device)
-    if not near(ops.dha_decode(newest, keys, values, kmap, vmap, lens)[0], out[:, :, -4:]):
-        return "dha_decode"
-    weights, groups = k[0].contiguous(), torch.tensor([[0, 1]], dtype=torch.int32)
-    omega = torch.rand(1, 2, 2, 200, generator=torch.Generator().manual_seed(0))
-    fused = ops.fuse_heads(*move(weights, omega, groups))
-    if not near(fused, reference.fuse_heads(wide[1][0], omega, groups)):
-        return "fuse_heads"
-    return ""
-
-
 def _self_test(gpu: bool) -> list[dict[str, Any]]:
-    """Every op in every dtype on every path against its definition."""
+    """Ops of every family in every dtype on every path against their definitions."""
+    from tenfold.cli.self_test import wrong_op
     from tenfold.testing import forced_isa
 
     def check(path: str, device: str) -> dict[str, Any]:
         try:
             for dtype in (torch.float32, torch.bfloat16, torch.float16):
-                if wrong := _wrong_op(device, dtype):
+                if wrong := wrong_op(device, dtype):
                     name = str(dtype).removeprefix("torch.")
                     return {"path": path, "ok": False, "note": f"wrong result: {wrong}, {name}"}
             return {"path": path, "ok": True, "note": ""}

@@ -1,0 +1,148 @@
+"""``tenfold doctor``'s self-test: ops of every family against their definitions, on one device and dtype."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tenfold import ops, reference
+
+
+class Check:
+    """One device and dtype: where inputs go, and what counts as equal."""
+
+    def __init__(self, device: str, dtype: torch.dtype) -> None:
+        self.device, self.dtype = device, dtype
+        self.close = 1e-4 if dtype == torch.float32 else 2e-2
+
+    def move(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The tensors on the device."""
+        return tuple(t.to(self.device) for t in tensors)
+
+    def near(self, got: Tensor, want: Tensor) -> bool:
+        """Whether a result is the definition's within the dtype's rounding."""
+        return torch.allclose(got.cpu().float(), want.float(), rtol=self.close, atol=self.close)
+
+
+def wrong_op(device: str, dtype: torch.dtype) -> str:
+    """The first op whose result differs from its definition, or ''."""
+    check = Check(device, dtype)
+    made = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(1, h, n, 64, generator=made).to(dtype) for h, n in ((6, 24), (2, 200), (2, 200))
+    )
+    return (
+        _kv_eviction(check, q, k, v) or _attention(check, q, k, v) or _optim(check, made)
+        or _rl(check, made) or _loss(check, made)
+    )  # fmt: skip
+
+
+def _kv_eviction(check: Check, q: Tensor, k: Tensor, v: Tensor) -> str:
+    move, near = check.move, check.near
+    scores = reference.proxy_scores(q.float(), k.float())[0]
+    if not near(ops.proxy_scores(*move(q, k))[0], scores):
+        return "proxy_scores"
+    counts: dict[str, Any] = {"n_sink": 4, "n_recent": 8, "n_topk": 20, "n_random": 12, "seed": 1}
+    idx, _ = reference.nacl_select(scores, **counts)
+    if not torch.equal(ops.nacl_select(*move(scores), **counts)[0].cpu(), idx):
+        return "nacl_select"
+    want = reference.kv_gather(k, v, idx)
+    if not all(torch.equal(g.cpu(), w) for g, w in zip(ops.kv_gather(*move(k, v, idx)), want)):
+        return "kv_gather"
+    mine = move(k.clone(), v.clone())
+    ops.kv_compact_(*mine, *move(idx))
+    if not all(torch.equal(m.cpu()[:, :, : idx.shape[-1]], w) for m, w in zip(mine, want)):
+        return "kv_compact_"
+    evicted = ops.nacl_evict(*move(q, k, v), **counts)
+    if evicted[0].shape != want[0].shape or not bool(evicted[0].isfinite().all()):
+        return "nacl_evict"
+    flat_k, flat_v = (t.reshape(-1, 64).contiguous() for t in want)
+    offsets = torch.arange(3) * idx.shape[-1]
+    attended = reference.ragged_decode(
+        q[:, :, -1:].float(), flat_k.float(), flat_v.float(), offsets
+    )[0]
+    if not near(
+        ops.ragged_decode(*move(q[:, :, -1:].contiguous(), flat_k, flat_v, offsets))[0], attended
+    ):
+        return "ragged_decode"
+    return ""
+
+
+def _attention(check: Check, q: Tensor, k: Tensor, v: Tensor) -> str:
+    """Of q [1, 6, 24, 64], k and v [1, 2, 200, 64]."""
+    move, near = check.move, check.near
+    maps = torch.tensor([0, 1, 1, 0, 1, 0]), torch.tensor([1, 1, 0, 0, 0, 1])
+    wide = q.float(), k.float(), v.float()
+    out, lse = reference.dha_attention(*wide, *maps)
+    (mine, keys, values), (kmap, vmap) = move(q, k, v), move(*maps)
+    found, found_lse = ops.dha_attention(mine, keys, values, kmap, vmap)
+    if not near(found, out) or not near(found_lse, lse):
+        return "dha_attention"
+    grads = ops.dha_attention_backward(mine, mine, keys, values, found, found_lse, kmap, vmap)
+    want = reference.dha_attention_backward(wide[0], *wide, out, lse, *maps)
+    if not all(near(g, w) for g, w in zip(grads, want)):
+        return "dha_attention_backward"
+    newest = mine[:, :, -4:].contiguous()
+    lens = torch.tensor([keys.shape[2]], dtype=torch.int32, device=keys.device)
+    if not near(ops.dha_decode(newest, keys, values, kmap, vmap, lens)[0], out[:, :, -4:]):
+        return "dha_decode"
+    weights, groups = k[0].contiguous(), torch.tensor([[0, 1]], dtype=torch.int32)
+    omega = torch.rand(1, 2, 2, 200, generator=torch.Generator().manual_seed(0))
+    fused = ops.fuse_heads(*move(weights, omega, groups))
+    if not near(fused, reference.fuse_heads(wide[1][0], omega, groups)):
+        return "fuse_heads"
+    return ""
+
+
+def _optim(check: Check, made: torch.Generator) -> str:
+    param, grad = (torch.randn(40, 24, generator=made).to(check.dtype) for _ in range(2))
+    rows = torch.rand(40, generator=made) < 0.5
+    settings: dict[str, Any] = {"mask_kind": "row", "beta1": 0.9, "beta2": 0.99, "weight_decay": 0.1,
+                                "eps": 1e-8}  # fmt: skip
+
+    def updated(module: Any, device: str) -> Tensor:
+        own = [
+            t.clone().to(device) for t in (param, grad, torch.zeros(40, 24), torch.zeros(40, 24))
+        ]
+        step, mask = torch.zeros((), device=device), reference.pack_mask(rows).to(device)
+        lr = torch.tensor(1e-2, device=device)
+        module.masked_adamw_(*([t] for t in own), [step], [mask], lr=lr, **settings)
+        return own[0]
+
+    if not check.near(updated(ops, check.device), updated(reference, "cpu")):
+        return "masked_adamw_"
+    norm = ops.grad_norm([*check.move(grad)])
+    return "" if check.near(norm.reshape(()), grad.double().norm()) else "grad_norm"
+
+
+def _rl(check: Check, made: torch.Generator) -> str:
+    old, ref, value = (torch.randn(3, 50, generator=made) for _ in range(3))
+    mask = torch.arange(50) < torch.tensor([50, 31, 7])[:, None]
+    score = torch.randn(3, generator=made)
+    seg, nseg = reference.macro_segment_fixed(mask, 5)
+    (there,) = check.move(mask)
+    found = ops.macro_segment_fixed(there, 5)
+    if not all(torch.equal(f.cpu(), w) for f, w in zip(found, (seg, nseg))):
+        return "macro_segment_fixed"
+    want = reference.ma_ppo_prepare(old, ref, value, score, seg, nseg)
+    a, b, c, d = check.move(old, ref, value, score)
+    got = ops.ma_ppo_prepare(a, b, c, d, *found)
+    if not all(check.near(g, w) for g, w in zip(got, want)):
+        return "ma_ppo_prepare"
+    loss = ops.ma_ppo_policy_loss(b, a, got[0], found[0])[0]
+    if not check.near(loss, reference.ma_ppo_policy_loss(ref, old, want[0], seg)[0]):
+        return "ma_ppo_policy_loss"
+    return ""
+
+
+def _loss(check: Check, made: torch.Generator) -> str:
+    logits = torch.randn(5, 1003, generator=made).to(check.dtype)
+    ids = torch.tensor([3, 1002, 0, -100, 500])
+    want = reference.selective_logprob(logits.float(), ids)
+    if not all(
+        check.near(g, w) for g, w in zip(ops.selective_logprob(*check.move(logits, ids)), want)
+    ):
+        return "selective_logprob"
+    return ""
