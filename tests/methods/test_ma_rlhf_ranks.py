@@ -3,10 +3,12 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import ma_rlhf_models as small
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from ma_rlhf_ranks import KINDS, environment, make
 
 from tenfold.ma_rlhf.record import PPORecord
@@ -50,8 +52,14 @@ def test_agree_with_one_process(folder, kind):
         assert any(0 < d < 4 for d in want.series("rows/dropped"))
 
 
-def test_ranks_share_the_batch():
+def test_what_ranks_can_do():
+    def of(ranks, kind):
+        return SimpleNamespace(num_processes=ranks, distributed_type=kind)
+
+    _check_ranks(small.settings(), of(4, DistributedType.MULTI_GPU))
+    with pytest.raises(ValueError, match=r"whole policy on every rank.*not FSDP"):
+        _check_ranks(small.settings(), of(2, DistributedType.FSDP))
     with pytest.raises(
         ValueError, match="batch_size must be a multiple of the number of ranks, got 8 and 3"
     ):
-        _check_ranks(small.settings(), 3)
+        _check_ranks(small.settings(), of(3, DistributedType.MULTI_CPU))

@@ -102,6 +102,23 @@ def test_without_checkpoints_it_begins_anew(tmp_path):
     assert steps == [1, 2, 3, 4]
 
 
+def test_tied_embeddings(tmp_path):
+    def policy():
+        made = small.tiny()
+        made.config.tie_word_embeddings = True
+        made.lm_head.weight = made.model.embed_tokens.weight
+        return made
+
+    whole = small.trainer(policy(), critic="shared")
+    want = whole.train()
+    with pytest.raises(small.Killed):
+        small.trainer(policy(), critic="shared", folder=tmp_path, callback=small.kill_at(2)).train()
+    resumed = small.trainer(policy(), critic="shared", folder=tmp_path)
+    assert resumed.train().curve == want.curve
+    assert resumed.policy.lm_head.weight is resumed.policy.model.embed_tokens.weight
+    assert small.same(small.weights(resumed.module), small.weights(whole.module))
+
+
 def test_lora_checkpoints_are_small(tmp_path):
     with pytest.raises(small.Killed):
         small.trainer(

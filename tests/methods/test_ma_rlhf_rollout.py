@@ -284,6 +284,7 @@ class TestRollout:
         trainer = small.trainer(
             batch_size=6, temperature=0.9, missing_eos_penalty=0.25, bootstrap_truncated=True
         )
+        torch.nn.init.normal_(trainer.critic.head.weight)
         rollout = trainer.roller(trainer.module, 0)
         policy, on = trainer.policy, rollout.response_mask
         assert (
@@ -301,6 +302,11 @@ class TestRollout:
             want = sum(i < 128 for i in ids) / n - 0.25 * (ids[-1] not in small.ENDS)
             assert rollout.score[b].item() == pytest.approx(want)
             assert rollout.completions[b] == TOKENIZER.decode(ids)
+            after = trainer.critic(
+                *(x[b : b + 1, : rollout.prompt + n] for x in (rollout.ids, rollout.mask))
+            )
+            want = after[0, -1].item() if rollout.truncated[b] else 0.0
+            assert rollout.bootstrap[b].item() == pytest.approx(want, abs=1e-4)
 
     def test_micro_batches_and_time_do_not_matter(self):
         whole = small.trainer(batch_size=6)

@@ -38,7 +38,7 @@ class Rollout:
     Attributes:
         batch: the prompts. ids, mask: int64 and bool [B, P + R], padding on both sides. prompt: P.
         logp_old, logp_ref: float32 [B, R]; value_old the same, or None. bootstrap: [B] or None, the value
-            after the last token. truncated: bool [B], responses without an end.
+            after the last token of ``truncated`` responses (bool [B], those without an end), else 0.
         score: float32 [B], after the penalty of a missing end; parts: [B, F], of each reward, NaN where it
             does not apply. completions: texts. logs: what rewards log. seconds: where the time went.
     """
@@ -108,7 +108,7 @@ class Roller:
         draws = torch.rand(size, config.max_response, generator=seeded(config.seed, "draws", step))
         with self._timed("generate"):
             ids, mask, truncated = self._respond(module, batch, draws, mine, step)
-        known = self._read(module, ids, mask, batch.ids.shape[1])
+        known = self._read(module, ids, mask, batch.ids.shape[1], truncated)
         with self._timed("reward"):
             answers = self._answers(batch, ids, mask, mine)
             judged = self.rewards(answers)
@@ -158,16 +158,19 @@ class Roller:
         return torch.cat([prompt, ids], 1), torch.cat([on, answered], 1), truncated
 
     def _read(
-        self, module: ActorCritic, ids: Tensor, mask: Tensor, prompt: int
+        self, module: ActorCritic, ids: Tensor, mask: Tensor, prompt: int, truncated: Tensor
     ) -> dict[str, Tensor | None]:
-        """Log-probabilities, values and values after the end, ``micro_batch_size`` rows at a time."""
+        """Log-probabilities, values, and values after the last token of truncated rows (else 0).
+
+        ``micro_batch_size`` rows at a time.
+        """
         config = self.config
         found: dict[str, list[Tensor]] = {"logp_old": [], "logp_ref": []}
         if module.critic is not None:
             found |= {"value_old": []} | ({"bootstrap": []} if config.bootstrap_truncated else {})
         size = config.micro_batch_size or len(ids)
         for at in range(0, len(ids), size):
-            part, on = ids[at : at + size], mask[at : at + size]
+            part, on, cut = (x[at : at + size] for x in (ids, mask, truncated))
             with self.accelerator.autocast():
                 with self._timed("policy and values"):
                     out = module(part, on, prompt)
@@ -175,7 +178,10 @@ class Roller:
                     if "value_old" in found:
                         found["value_old"].append(out.value)
                     if "bootstrap" in found:
-                        found["bootstrap"].append(module.value_after(part, on))
+                        after = torch.zeros(len(part), device=part.device)
+                        if bool(cut.any()):
+                            after[cut] = module.value_after(part[cut], on[cut])
+                        found["bootstrap"].append(after)
                 with self._timed("reference"):
                     found["logp_ref"].append(self._referred(module, part, on, prompt, out.logp))
         return {"value_old": None, "bootstrap": None} | {k: torch.cat(v) for k, v in found.items()}

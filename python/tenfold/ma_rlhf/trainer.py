@@ -72,9 +72,11 @@ class MAPPOTrainer:
         callback: told after every step. quiet: no progress bar.
         samples, sample_every: rows of the sample table, and steps between two.
 
+    Several ranks (torchrun) are data-parallel: each holds policy, critic, reference and reward models whole.
+
     Raises:
-        ValueError, TypeError: settings that do not go together, ranks that do not divide the batch, a folder
-            of another run. ModuleNotFoundError: accelerate or peft is missing.
+        ValueError, TypeError: settings that do not go together, ranks that do not divide the batch, sharded
+            models, a folder of another run. ModuleNotFoundError: accelerate or peft is missing.
     """
 
     def __init__(
@@ -108,7 +110,7 @@ class MAPPOTrainer:
         )
         _check_reference(config, ref)
         self.accelerator = make_accelerator(config, next(policy.parameters()).device)
-        _check_ranks(config, self.accelerator.num_processes)
+        _check_ranks(config, self.accelerator)
         self.quiet = quiet or not self.accelerator.is_main_process
         self.samples, self.sample_every = samples, sample_every
         made = _critic(critic, policy, self.rewards, config)
@@ -312,7 +314,12 @@ def _check_reference(config: MARLHFConfig, ref: Any) -> None:
         raise TypeError(f"ref must be a model, None or False, got {type(ref).__name__}")
 
 
-def _check_ranks(config: MARLHFConfig, ranks: int) -> None:
+def _check_ranks(config: MARLHFConfig, accelerator: Any) -> None:
+    ranks, kind = accelerator.num_processes, str(accelerator.distributed_type).rsplit(".", 1)[-1]
+    if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        raise ValueError(
+            f"sampling needs the whole policy on every rank: use data parallelism (torchrun), not {kind}"
+        )
     if config.batch_size % ranks:
         raise ValueError(
             f"batch_size must be a multiple of the number of ranks, got {config.batch_size} and {ranks}"
