@@ -9,7 +9,6 @@ status (``ok``, ``n/a``, ``slower form``, ``disagrees``, ``error``) and a note.
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 import signal
 import threading
@@ -21,7 +20,6 @@ from typing import Any
 import torch
 
 from .case import Case, Function, Inputs, NotAvailable, Provider, clone_inputs
-from .memory import peak_memory
 from .timing import Clock, Limits, Rotation, interleave, make_clock, percentile
 
 SLOWER_FORM = 1.5  # an eager form this many times slower than the best one is not sampled further
@@ -265,9 +263,6 @@ def measure(case: Case, options: Options, ceilings: dict[str, Any]) -> Result:
         }
         _drop_slower_forms(measured, clocks)
         interleave(clocks, options.limits)
-        for name in clocks if case.memory else ():
-            call = functools.partial(functions[name], ring.next())
-            measured[name].peak_bytes = peak_memory(call, device)
     floor, bound = floor_seconds(case, ceilings)
     for name, clock in clocks.items():
         _numbers(measured[name], clock, case_bytes, flops, floor)

@@ -18,6 +18,7 @@ import torch
 from .case import Case
 from .ceilings import measure_ceilings, merge
 from .harness import Options, Result, measure, quick_options
+from .memory import measure_peaks
 from .results import Record, environment, make_record, plain, problems, save, source_state, wrong
 
 FAMILIES = ("attention", "kv_eviction", "loss", "optim", "rl")
@@ -90,6 +91,19 @@ def rescale(result: Result, old: dict[str, Any], new: dict[str, Any]) -> None:
             m.share = floor / m.p50_s
 
 
+def add_peaks(
+    family: str, cases: Sequence[Case], results: Sequence[Result], device: torch.device
+) -> None:
+    """What a call allocates, of the providers that were timed in cases that ask for it."""
+    wanted = {c.name for c in cases if c.memory}
+    timed = {r.name: [n for n, m in r.providers.items() if m.p50_s is not None]
+             for r in results if r.name in wanted}  # fmt: skip
+    peaks = measure_peaks(family, timed, device)
+    for result in results:
+        for name, peak in peaks.get(result.name, {}).items():
+            result.providers[name].peak_bytes = peak
+
+
 def line_of(result: Result) -> str:
     """One case as a line of text."""
     ours, r = result.tenfold, result.ratios
@@ -122,6 +136,7 @@ def run_family(
             save(record(results, ceilings, True), out, PARTIAL)
 
     results, ceilings = run_cases(chosen, options, after)
+    add_peaks(family, chosen, results, options.device)
     return record(results, ceilings, bool(select))
 
 

@@ -1,62 +1,78 @@
 """What the benchmarks say about memory, and their forward-and-backward providers."""
 
 import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from bench.case import Case, Inputs, provider
+from bench import memory, runner
+from bench.case import Inputs
 from bench.gradients import autograd, with_gradients
-from bench.harness import Options, measure
-from bench.memory import peak_memory
-from bench.timing import Limits
+from bench.harness import Measured
 
+ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 MB = 1 << 20
-CEILINGS = {"copy": {"value": 10.0}}
-SQUARE = torch.ones(512, 512)
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux only")
 
 
-def numbers(mb):
-    return torch.zeros(mb * MB // 4).add_(1)
+def run(code):
+    """A fresh process in which every large block is mapped for itself."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT,
+                          env={**os.environ, **memory.MAPPED})  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
-@pytest.mark.parametrize(
-    "call, mb", [(lambda: numbers(8), 8), (lambda: (numbers(8), numbers(4)), 12),
-                 (lambda: (numbers(16), None)[1], 16),
-                 (lambda: [numbers(4).sum() for _ in range(5)], 4),
-                 (lambda: torch.matmul(SQUARE, SQUARE.T) @ SQUARE, 2), (lambda: None, 0)],
-    ids=["result", "results", "scratch", "one after the other", "inside", "nothing"],
-)  # fmt: skip
-def test_peak(call, mb, capfd):
-    assert peak_memory(call, CPU) / MB == pytest.approx(mb, abs=1e-3)
-    assert capfd.readouterr() == ("", "")
+@linux
+def test_peak():
+    """Results and scratch, torch's or not; what was given back before is neither free nor counted."""
+    out = run(
+        "import numpy as np, torch\n"
+        "from bench.memory import peak_memory\n"
+        "def numbers(mb): return torch.zeros(mb << 18).add_(1)\n"
+        "for call in (lambda: numbers(24), lambda: (numbers(16), numbers(8)),\n"
+        "             lambda: (numbers(32), None)[1], lambda: [numbers(8).sum() for _ in range(5)],\n"
+        "             lambda: np.ones(12 << 20, dtype=np.uint8), lambda: None):\n"
+        "    call()\n"
+        "    print(peak_memory(call, torch.device('cpu')) / 2**20)\n"
+    )
+    assert [float(x) for x in out.split()] == pytest.approx([24, 24, 32, 8, 12, 0], abs=1)
 
 
-def test_peak_of_a_call_that_raises(capfd):
-    with pytest.raises(RuntimeError, match="shape"):
-        peak_memory(lambda: numbers(1).view(3, 5), CPU)
-    os.write(2, b"here again")
-    assert capfd.readouterr().err.endswith("here again")
+@linux
+def test_of_the_providers_that_were_timed(monkeypatch):
+    """selective_logprob makes nothing of the logits' size; a log-softmax does."""
+    case = next(c for c in runner.cases_of("loss") if c.quick and c.op == "selective_logprob")
+    whole = 4 * case.shape["n"] * case.shape["v"]
+    names = {case.name: ["tenfold", "eager:log_softmax"]}
+    peaks = memory.measure_peaks("loss", names, CPU)[case.name]
+    assert peaks["tenfold"] < 2 * MB
+    assert 0.98 * whole < peaks["eager:log_softmax"] < 1.1 * whole
+    made = measure_nothing(case)
+    monkeypatch.setattr(runner, "measure_peaks", lambda family, names, device: {
+        name: {p: 7 for p in providers} for name, providers in names.items()})  # fmt: skip
+    runner.add_peaks("loss", [case], [made], CPU)
+    assert {n: p.peak_bytes for n, p in made.providers.items()} == {"tenfold": 7, "eager": None}
+    runner.add_peaks("loss", [replace(case, memory=False)], [made], CPU)  # nobody asks
 
 
-def test_a_case_says_what_each_provider_allocates():
-    def wasteful(i):
-        return (i.x + 1 - 1) * 2
+def measure_nothing(case):
+    """A result in which only ours was timed."""
+    providers = {"tenfold": Measured("tenfold", "ok", p50_s=1.0), "eager": Measured("eager", "n/a")}
+    return SimpleNamespace(name=case.name, providers=providers)
 
-    case = Case(
-        op="double", shape={"n": 8 * MB}, dtype=torch.float32,
-        inputs=lambda s, dtype, device: Inputs(x=torch.arange(s["n"], dtype=dtype)),
-        bytes=lambda s, size: 2 * size * s["n"],
-        providers=[provider("tenfold", lambda i: i.x * 2), provider("eager", wasteful),
-                   provider("eager:wrong", lambda i: i.x)],
-        reference=lambda i: i.x * 2, warm=True, memory=True,
-    )  # fmt: skip
-    limits = Limits(seconds=0.01, min_samples=3, max_samples=3, min_sample_seconds=0)
-    found = measure(case, Options(limits=limits), CEILINGS).providers
-    assert found["tenfold"].peak_bytes / MB == pytest.approx(32, abs=1e-3)
-    assert found["eager"].peak_bytes / MB == pytest.approx(64, abs=1e-3)
-    assert found["eager:wrong"].peak_bytes is None  # it was not timed, either
+
+def test_a_failure_is_told():
+    with pytest.raises(
+        RuntimeError, match=r"(?s)memory of nothing could not be measured.*unknown family"
+    ):
+        memory.measure_peaks("nothing", {"x": ["y"]}, CPU)
 
 
 class TestGradients:
