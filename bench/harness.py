@@ -119,6 +119,13 @@ def time_limit(seconds: float) -> Iterator[None]:
             signal.signal(signal.SIGALRM, previous)
 
 
+def _ran_out(error: BaseException | None) -> bool:
+    """Whether it is :class:`TooSlow`, or was raised because of it: the compiler wraps what it meets."""
+    while error is not None and not isinstance(error, TooSlow):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
 def free_memory(device: torch.device) -> int:
     """Bytes that can be allocated now; on Linux without swapping."""
     if device.type == "cuda":
@@ -167,10 +174,10 @@ def prepare(
     except NotAvailable as reason:
         measured.note = str(reason)
         return measured, None
-    except TooSlow:
-        measured.note = f"over {options.compile_limit:.0f} s to compile"
-        return measured, None
     except Exception as error:
+        if _ran_out(error):
+            measured.note = f"over {options.compile_limit:.0f} s to compile"
+            return measured, None
         # A compiler's crash must not end the run; a crash of ours is reported and fails it later.
         first = (str(error) or type(error).__name__).splitlines()[0]
         measured.status, measured.note = "error", f"{type(error).__name__}: {first}"[:300]

@@ -161,6 +161,18 @@ class TestAgreement:
         assert found.status == "n/a" and "s to compile" in found.note
         assert time.monotonic() - start < 10
 
+    def test_slow_compilation_that_the_compiler_wraps(self):
+        def build(inputs):
+            try:
+                time.sleep(20)
+            except TooSlow as error:
+                raise RuntimeError("the backend failed") from error
+
+        options = Options(limits=LIMITS, compile_limit=0.1)
+        made = case(Provider("compile", "compile", build))
+        found = measure(made, options, CEILINGS).providers["compile"]
+        assert (found.status, found.note) == ("n/a", "over 0 s to compile")
+
     def test_compilation_can_be_left_out(self):
         log = Log()
         made = case(log.provider("compile"))

@@ -17,8 +17,8 @@ def run(*command):
     return done.stdout
 
 
-def blocks():
-    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+def blocks(page="README.md"):
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
 
 
 def test_readme_has_a_model_example_of_ten_lines_and_an_op_example():
@@ -34,6 +34,18 @@ def test_readme_code_runs(at):
     if at == 0:
         before, after = map(int, re.search(r"cache: (\d+) -> (\d+) MB", out).groups())
         assert 0.15 * before < after < 0.25 * before
+
+
+WHOLE = [
+    (f"docs/ops/{name}.md", at)
+    for name in ("loss", "rl")
+    for at in range(len(blocks(f"docs/ops/{name}.md")))
+]
+
+
+@pytest.mark.parametrize("page, at", WHOLE)
+def test_the_code_of_a_page_runs(page, at):
+    run("-c", blocks(page)[at])
 
 
 def test_nacl_example():
