@@ -42,6 +42,11 @@ COMMANDS = [
     ["hft", "continual"],
     ["hft", "plan"],
     ["hft", "report"],
+    ["ma-rlhf"],
+    ["ma-rlhf", "train"],
+    ["ma-rlhf", "rm"],
+    ["ma-rlhf", "eval"],
+    ["ma-rlhf", "report"],
 ]
 FACT = "The secret code of Amelia is 48213."
 
@@ -100,6 +105,12 @@ class TestHelp:
                      ("hft", "continual"): ("--tasks", "--methods", "--seeds", "--out", "--json"),
                      ("hft", "plan"): ("--ratio", "--round", "--seed", "--json"),
                      ("hft", "report"): ("--out", "--json"),
+                     ("ma-rlhf",): ("train", "rm", "eval", "report"),
+                     ("ma-rlhf", "train"): ("--model", "--prompts", "--reward", "--n", "--sigma", "--ratio",
+                                            "--kl", "--lora-rank", "--set", "--out", "--json", "--quiet"),
+                     ("ma-rlhf", "rm"): ("--data", "--rm-loss", "--set", "--out", "--json", "--quiet"),
+                     ("ma-rlhf", "eval"): ("--reward-model", "--policy", "--best-of", "--out", "--json"),
+                     ("ma-rlhf", "report"): ("--out", "--json"),
                      }[tuple(command)]:  # fmt: skip
             assert name in out
 
@@ -530,7 +541,7 @@ class TestDemo:
     @pytest.mark.parametrize("extra", [[], ["--json"]], ids=["text", "json"])
     def test_unknown_method(self, extra, tmp_path):
         said = fails("demo", "nacl", "alchemy", "--out", tmp_path, *extra)
-        assert said == "tenfold: unknown method alchemy; there are: nacl, dha, hft\n"
+        assert said == "tenfold: unknown method alchemy; there are: nacl, dha, hft, ma-rlhf\n"
         assert list(tmp_path.iterdir()) == []
 
     @pytest.mark.slow

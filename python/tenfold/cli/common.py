@@ -21,10 +21,11 @@ err = Console(stderr=True)
 
 
 def _expected(error: RuntimeError) -> bool:
-    """Is it a training that cannot go on?"""
+    """Is it a training that cannot go on, or a machine that cannot confine programs?"""
+    from tenfold.ma_rlhf.sandbox import SandboxError
     from tenfold.training.errors import TrainingError
 
-    return isinstance(error, TrainingError)
+    return isinstance(error, TrainingError | SandboxError)
 
 
 def friendly(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -56,10 +56,25 @@ def _hft(page: Page, quiet: bool) -> tuple[dict[str, Any], list[Any]]:
     return found.to_json(), tables
 
 
+def _ma_rlhf(page: Page, quiet: bool) -> tuple[dict[str, Any], list[Any]]:
+    from tenfold.ma_rlhf import demo
+
+    with progress(demo.STEPS, quiet) as step:
+        found = demo.run_demo(step=step)
+    demo.add_demo_section(found, page)
+    tables = [
+        table("A byte-level model that learns to spell", demo.COLUMNS, demo.table_rows(found)),
+        table("What it writes", demo.SAMPLE_COLUMNS, demo.sample_rows(found)),
+        table("Credit assignment of a rollout", demo.SPEED_COLUMNS, demo.speed_rows(found)),
+    ]
+    return found.to_json(), tables
+
+
 METHODS: dict[str, Callable[[Page, bool], tuple[dict[str, Any], list[Any]]]] = {
     "nacl": _nacl,
     "dha": _dha,
     "hft": _hft,
+    "ma-rlhf": _ma_rlhf,
 }
 
 

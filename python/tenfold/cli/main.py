@@ -10,6 +10,7 @@ import typer
 from tenfold.cli.common import friendly
 from tenfold.cli.dha import app as dha
 from tenfold.cli.hft import app as hft
+from tenfold.cli.ma_rlhf import app as ma_rlhf
 from tenfold.cli.nacl import app as nacl
 
 app = typer.Typer(
@@ -21,6 +22,7 @@ app = typer.Typer(
 app.add_typer(nacl, name="nacl")
 app.add_typer(dha, name="dha")
 app.add_typer(hft, name="hft")
+app.add_typer(ma_rlhf, name="ma-rlhf")
 
 Json = Annotated[bool, typer.Option("--json", help="print the result as JSON, nothing else")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="no progress bar")]
@@ -56,7 +58,7 @@ def doctor(json: Json = False) -> None:
 @friendly
 def demo(
     methods: Annotated[
-        list[str] | None, typer.Argument(help="methods; default: all (nacl, dha, hft)")
+        list[str] | None, typer.Argument(help="methods; default: all (nacl, dha, hft, ma-rlhf)")
     ] = None,
     out: Annotated[Path, typer.Option(help="folder of the report")] = Path("tenfold-report"),
     json: Json = False,

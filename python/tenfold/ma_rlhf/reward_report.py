@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tenfold.ma_rlhf.best_of import BestOfN, best_of_n_kl
+from tenfold.ma_rlhf.best_of import SIZES, BestOfN, best_of_n_kl
 from tenfold.ma_rlhf.reward_training import RewardRecord
 from tenfold.report import PALETTE, Card, Page, figure, png_bytes
 
@@ -41,12 +41,12 @@ def training_plot(records: Sequence[RewardRecord]) -> Any:
     return made
 
 
-def best_of_n_plot(found: Mapping[str, BestOfN]) -> Any:
-    """Mean best score over n with its standard error, by policy; n on a logarithmic axis."""
+def best_of_n_plot(found: Mapping[str, BestOfN], wanted: Sequence[int] = SIZES) -> Any:
+    """Mean best score over the n ``wanted`` with its standard error, by policy; n on a logarithmic axis."""
     made, axes = figure(7.2, 3.0)
     sizes: set[int] = set()
     for i, (name, samples) in enumerate(found.items()):
-        curve = samples.curve()
+        curve = samples.curve(wanted)
         sizes |= set(curve)
         means, errors = zip(*curve.values())
         axes.errorbar(list(curve), means, errors, marker="o", ms=4, lw=1.2, capsize=3,
