@@ -20,11 +20,6 @@ Tensor new_output(const Tensor& like, std::initializer_list<int64_t> sizes, Scal
 // `t` itself if its last dimension is contiguous, else a contiguous copy.
 Tensor with_contiguous_rows(const Tensor& t);
 
-// `t` itself if it is contiguous: a call of the dispatcher costs as much as a small kernel.
-inline Tensor as_contiguous(const Tensor& t) {
-  return t.is_contiguous() ? t : torch::stable::contiguous(t);
-}
-
 bool same_sizes(const Tensor& a, const Tensor& b);
 
 // One block of memory without gaps or overlaps, in some order of the dims: "storage order".

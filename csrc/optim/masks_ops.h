@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "core/check.h"
+#include "core/contiguous.h"
 #include "core/tensor.h"
 #include "optim/mask.h"
 

@@ -5,6 +5,7 @@
 #include <tuple>
 
 #include "core/check.h"
+#include "core/contiguous.h"
 #include "core/tensor.h"
 #include "rl/rows.h"
 
