@@ -354,7 +354,7 @@ def test_no_valid_token(device):
     x = torch.full((2, 4), float("nan"), device=device, requires_grad=True)
     loss, _ = ops.ma_ppo_policy_loss(x, x.detach(), x.detach(), seg)
     loss.backward()
-    assert float(loss) == 0.0 and x.grad.eq(0).all()
+    assert loss.item() == 0.0 and x.grad.eq(0).all()
 
 
 class TestErrors:
