@@ -35,19 +35,33 @@ bool needs_places(PoolBy by) {
 class Pool {
  public:
   explicit Pool(int64_t longest)
-      : a(longest), b(longest), sum_a(longest), sum_b(longest), length(longest), place_(longest) {}
+      : a(longest), b(longest), sum_a(longest), sum_b(longest), length(longest), place_(longest), ends_(longest + 16) {}
 
   Doubles a, b;          // of tokens; b is left out if `two` is false
   Doubles sum_a, sum_b;  // of segments, 0 where there is none
   std::vector<int32_t> length;
 
-  // `segments`: how many sums are asked for.
+  // Sums of the first `segments` segments; what a and b hold is lost.
   void run(const ValidTokens& tokens, int64_t segments, bool two) {
-    std::fill_n(sum_a.begin(), segments, 0.0);
-    std::fill_n(length.begin(), segments, 0);
-    if (two) std::fill_n(sum_b.begin(), segments, 0.0);
-    TENFOLD_ISA_CALL(segment_sums, tokens.segments(), tokens.count(), a.data(),
-                     two ? b.data() : nullptr, sum_a.data(), sum_b.data(), length.data());
+    const int32_t* const seg = tokens.segments();
+    const int64_t n = tokens.count();
+    double* const second = two ? b.data() : nullptr;
+    if (tokens.consecutive()) {
+      found_ = TENFOLD_ISA_CALL(consecutive_sums, seg, n, a.data(), second, ends_.data(),
+                                sum_a.data(), sum_b.data(), length.data());
+      return fill(found_, segments, two);
+    }
+    fill(0, segments, two);
+    TENFOLD_ISA_CALL(segment_sums, seg, n, a.data(), second, sum_a.data(), sum_b.data(),
+                     length.data());
+  }
+
+  // After `run`: to_x[q] = x of the segment of token q.
+  template <class T>
+  void spread(const ValidTokens& tokens, const T* x, const T* y, T* to_x, T* to_y) const {
+    if (tokens.consecutive())
+      return (void)TENFOLD_ISA_CALL(spread_runs, ends_.data(), found_, x, y, to_x, to_y);
+    TENFOLD_ISA_CALL(spread, tokens.segments(), tokens.count(), x, y, to_x, to_y);
   }
 
   void places(const ValidTokens& tokens) { read_places(tokens, place_.data(), length.data()); }
@@ -63,6 +77,8 @@ class Pool {
   // After `run`: norms of segments.
   void norm(PoolBy by, int64_t segments, Doubles* sum) const {
     if (by == PoolBy::sum || by == PoolBy::unit) return;
+    if (by == PoolBy::equal)
+      return (void)TENFOLD_ISA_CALL(divide, length.data(), segments, sum->data());
     for (int64_t t = 0; t < segments; ++t)
       if (length[t] > 1) (*sum)[t] *= pool_norm(by, length[t]);
   }
@@ -70,7 +86,14 @@ class Pool {
   int32_t place(int64_t q) const { return place_[q]; }
 
  private:
+  void fill(int64_t begin, int64_t end, bool two) {
+    for (int64_t t = begin; t < end; ++t) sum_a[t] = 0.0, length[t] = 0;
+    for (int64_t t = begin; t < end && two; ++t) sum_b[t] = 0.0;
+  }
+
   std::vector<int32_t> place_;
+  std::vector<uint32_t> ends_;
+  int64_t found_ = 0;
 };
 
 Tensor macro_pool_op(Tensor x, Tensor seg, int64_t count, std::string weight,
@@ -212,7 +235,7 @@ class Prepare {
     std::fill(ret_m + n, ret_m + width, T{0});
     T *const adv = tokens_.target(p_.adv + at, &memory_[0]), *const ret = tokens_.target(
                                                                  p_.ret + at, &memory_[1]);
-    TENFOLD_ISA_CALL(spread, tokens_.segments(), tokens_.count(), adv_m, ret_m, adv, ret);
+    pool_.spread(tokens_, adv_m, ret_m, adv, ret);
     tokens_.place(adv, p_.adv + at), tokens_.place(ret, p_.ret + at);
     p_.kl_row[row] = static_cast<T>(count > 0 ? kl / static_cast<double>(count) : 0.0);
   }
@@ -234,7 +257,7 @@ class Prepare {
     const PrepareRule& rule = p_.rule;
     const double score =
         std::clamp<double>(static_cast<double>(p_.score[row]), -rule.score_clip, rule.score_clip);
-    const int64_t count = tokens_.count(), segments = p_.seg.rows[row].width;
+    const int64_t count = tokens_.count();
     if (needs_places(rule.sigma) || !power_.empty()) pool_.places(tokens_);
     if (rule.reduce_sigma) {
       if (count > 0) pool_.a[count - 1] += score;
@@ -243,10 +266,10 @@ class Prepare {
       for (int64_t q = 0; q < count; ++q) pool_.a[q] *= power_[pool_.place(q)];
     }
     pool_.weigh(rule.sigma, tokens_, &pool_.b);
-    pool_.run(tokens_, segments, true);
-    pool_.norm(rule.sigma, segments, &pool_.sum_b);
+    pool_.run(tokens_, n, true);
+    pool_.norm(rule.sigma, n, &pool_.sum_b);
     if (rule.reduce_sigma) {
-      pool_.norm(rule.sigma, segments, &pool_.sum_a);
+      pool_.norm(rule.sigma, n, &pool_.sum_a);
     } else if (n > 0) {
       pool_.sum_a[n - 1] += score;
     }
@@ -279,16 +302,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ma_ppo_prepare_op(
   return {call.adv, call.ret, call.adv_m, call.ret_m, call.kl_row};
 }
 
+// All masked tokens of a row are -1.
+bool is_minus_one(const Ints& ids, int64_t width, int64_t valid) {
+  int64_t found = 0;
+  if (ids.wide) {
+    for (int64_t j = 0; j < width; ++j) found += ids[j] == -1;
+  } else {
+    const auto* seg = static_cast<const int32_t*>(ids.data);
+    found = TENFOLD_ISA_CALL(count_equal, seg, width, -1);
+  }
+  return found == width - valid;
+}
+
 bool is_wrong(const CheckParams& p, int64_t row, ValidTokens* tokens) {
   const Span span = p.rows[row];
   const SegmentRow all{p.seg.from(span.begin), INT32_MAX};
   tokens->read(all, span.width);
   const int64_t count = tokens->count();
-  for (int64_t j = 0; j < span.width && count < span.width; ++j) {
-    const int64_t s = all.ids[j];
-    if (s < -1 || s >= INT32_MAX) return true;
-  }
-  if (!TENFOLD_ISA_CALL(is_consecutive, tokens->segments(), count)) return true;
+  if (count < span.width && !is_minus_one(all.ids, span.width, count)) return true;
+  if (!tokens->consecutive()) return true;
   const int64_t found = count > 0 ? tokens->segments()[count - 1] + 1 : 0;
   return found > p.limit || (p.nseg.data != nullptr && p.nseg[row] != found);
 }

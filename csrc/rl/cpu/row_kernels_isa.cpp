@@ -9,6 +9,19 @@ namespace {
 
 constexpr int kLanes = 8;  // sums in parallel, added in the same order on every instruction set
 
+template <class Wanted>
+int64_t count_if(const int32_t* x, int64_t n, Wanted wanted) {
+  constexpr int64_t kPart = int64_t{1} << 20;  // counted in 32 bits, as wide as what is counted
+  int64_t count = 0;
+  for (int64_t first = 0; first < n; first += kPart) {
+    const int64_t end = first + kPart < n ? first + kPart : n;
+    int32_t part = 0;
+    for (int64_t i = first; i < end; ++i) part += wanted(x[i]) ? 1 : 0;
+    count += part;
+  }
+  return count;
+}
+
 template <class T>
 double kl_terms_of(const T* now, const T* old, int64_t n, KlBy by, double scale, double* out) {
   double sums[kLanes] = {};
@@ -67,25 +80,62 @@ void sums_of(const int32_t* seg, int64_t n, const double* a, const double* b, do
   }
 }
 
-// From the end: A_t = d_t + c A_{t+1}. Blocks of 8 are summed on their own, so that only one step
-// of eight waits for the one before it.
-void scan_back(double* d, int64_t n, double c) {
-  constexpr int kBlock = 8;
-  double power[kBlock + 1] = {1.0};
-  for (int i = 1; i <= kBlock; ++i) power[i] = power[i - 1] * c;
-  double carry = 0.0;
-  int64_t t = n;
-  for (; t >= kBlock; t -= kBlock) {
-    double* const x = d + t - kBlock;
-    double sum = x[kBlock - 1];
-    for (int i = kBlock - 2; i >= 0; --i) x[i] = sum = x[i] + c * sum;
-    for (int i = 0; i < kBlock; ++i) x[i] += power[kBlock - i] * carry;
-    carry = x[0];
+constexpr int64_t kWindow = 8, kChunk = 512;
+
+// x_i becomes the sum of the last kWindow ones up to i of its segment, for a chunk of tokens with
+// kWindow ones before it: in three steps, each doubling the window, none of which waits for another
+// token.
+inline void widen_window(const int32_t* seg, int64_t n, int64_t by, const double* from,
+                         double* to) {
+  for (int64_t i = by; i < n; ++i) to[i] = from[i] + (seg[i] == seg[i - by] ? from[i - by] : 0.0);
+}
+
+void window_sums(const int32_t* seg, int64_t n, double* x) {
+  int32_t ids[kWindow + kChunk];
+  double one[kWindow + kChunk], two[kWindow + kChunk];
+  for (int64_t i = 0; i < kWindow; ++i) ids[i] = -1, one[i] = two[i] = 0.0;
+  for (int64_t first = 0; first < n; first += kChunk) {
+    const int64_t some = n - first < kChunk ? n - first : kChunk;
+    memcpy(ids + kWindow, seg + first, static_cast<size_t>(some) * sizeof(int32_t));
+    memcpy(one + kWindow, x + first, static_cast<size_t>(some) * sizeof(double));
+    double last[kWindow];
+    memcpy(last, one + some, sizeof(last));
+    two[0] = one[0];
+    widen_window(ids, kWindow + some, 1, one, two);
+    one[0] = two[0], one[1] = two[1];
+    widen_window(ids, kWindow + some, 2, two, one);
+    for (int i = 0; i < 4; ++i) two[i] = one[i];
+    widen_window(ids, kWindow + some, 4, one, two);
+    memcpy(x + first, two + kWindow, static_cast<size_t>(some) * sizeof(double));
+    memcpy(one, last, sizeof(last));
+    memcpy(ids, ids + some, kWindow * sizeof(int32_t));
   }
-  while (t > 0) {
-    --t;
-    carry = d[t] = d[t] + c * carry;
+}
+
+// Where each segment ends; seg is consecutive.
+int64_t find_ends(const int32_t* seg, int64_t n, uint32_t* ends) {
+  const auto* ids = reinterpret_cast<const uint32_t*>(seg);
+  int64_t count = 0, i = 0;
+  for (; i + kWidth < n; i += kWidth)
+    count += store_chosen(ends + count, above(load(ids + i + 1), load(ids + i)),
+                          iota() + seti(static_cast<uint32_t>(i + 1)));
+  for (; i < n; ++i)
+    if (i + 1 == n || seg[i] != seg[i + 1]) ends[count++] = static_cast<uint32_t>(i + 1);
+  return count;
+}
+
+// A_t = x_t + c A_{t+1}, in place. Sums of the next 8 terms come first, in three steps that double
+// them; only the rest waits for what is later, a step of 8 at a time.
+void scan_back(double* x, int64_t n, double c) {
+  double power = c;
+  for (int64_t by = 1; by < kWindow; by *= 2) {
+    for (int64_t i = 0; i < n - by; ++i) x[i] += power * x[i + by];
+    power *= power;
   }
+  int64_t t = n - kWindow;  // x is done from here on
+  for (; t >= kWindow; t -= kWindow)
+    for (int64_t i = t - kWindow; i < t; ++i) x[i] += power * x[i + kWindow];
+  for (int64_t i = 0; i < t; ++i) x[i] += power * x[i + kWindow];
 }
 
 template <class From, class T>
@@ -123,15 +173,44 @@ void spread_of(const int32_t* seg, int64_t n, const T* a, const T* b, T* to_a, T
   }
 }
 
+// A vector may be written beyond the end of its segment where the next one follows.
+void spread_run(float* to, int64_t begin, int64_t end, int64_t n, float x) {
+  const VF all = set1(x);
+  int64_t j = begin;
+  for (; j < end && j + kWidth <= n; j += kWidth) store(to + j, all);
+  for (; j < end; ++j) to[j] = x;
+}
+void spread_run(double* to, int64_t begin, int64_t end, int64_t, double x) {
+  for (int64_t j = begin; j < end; ++j) to[j] = x;
+}
+
+template <class T>
+void spread_runs_of(const uint32_t* ends, int64_t segments, const T* a, const T* b, T* to_a,
+                    T* to_b) {
+  const int64_t n = segments > 0 ? ends[segments - 1] : 0;
+  if (n == segments) {
+    memcpy(to_a, a, static_cast<size_t>(n) * sizeof(T));
+    memcpy(to_b, b, static_cast<size_t>(n) * sizeof(T));
+    return;
+  }
+  int64_t begin = 0;
+  for (int64_t t = 0; t < segments; ++t) {
+    const int64_t end = ends[t];
+    spread_run(to_a, begin, end, n, a[t]);
+    spread_run(to_b, begin, end, n, b[t]);
+    begin = end;
+  }
+}
+
 }  // namespace
 
-ValidCount count_valid(const int32_t* seg, int64_t width, int64_t limit) {
+int64_t count_valid(const int32_t* seg, int64_t width, int64_t limit) {
   const auto most = static_cast<uint32_t>(limit < INT32_MAX ? limit : INT32_MAX);
-  int64_t count = 0;
-  for (int64_t j = 0; j < width; ++j) count += static_cast<uint32_t>(seg[j]) < most;
-  int64_t first = 0;
-  for (int64_t j = 0; j < count; ++j) first += static_cast<uint32_t>(seg[j]) < most;
-  return {count, first == count};
+  return count_if(seg, width, [=](int32_t s) { return static_cast<uint32_t>(s) < most; });
+}
+
+int64_t count_equal(const int32_t* seg, int64_t width, int32_t value) {
+  return count_if(seg, width, [=](int32_t s) { return s == value; });
 }
 
 double kl_terms(const float* now, const float* old, int64_t n, KlBy by, double scale, double* out) {
@@ -153,6 +232,34 @@ void segment_sums(const int32_t* seg, int64_t n, const double* a, const double* 
                   double* sum_b, int32_t* length) {
   if (b == nullptr) return sums_of<false>(seg, n, a, b, sum_a, sum_b, length);
   sums_of<true>(seg, n, a, b, sum_a, sum_b, length);
+}
+
+int64_t consecutive_sums(const int32_t* seg, int64_t n, double* a, double* b, uint32_t* ends,
+                         double* sum_a, double* sum_b, int32_t* length) {
+  const int64_t segments = find_ends(seg, n, ends);
+  double* const from[] = {a, b};
+  double* const to[] = {sum_a, sum_b};
+  int64_t begin = 0;
+  for (int64_t t = 0; t < segments; ++t) {
+    length[t] = static_cast<int32_t>(ends[t] - begin);
+    begin = ends[t];
+  }
+  for (int k = 0; k < 2; ++k) {
+    double *const x = from[k], *const sums = to[k];
+    if (x == nullptr) continue;
+    if (segments < n) window_sums(seg, n, x);
+    for (int64_t t = 0; t < segments; ++t) {
+      const double* const last = x + ends[t] - 1;
+      double sum = *last;
+      for (int64_t i = kWindow; i < length[t]; i += kWindow) sum += last[-i];
+      sums[t] = sum;
+    }
+  }
+  return segments;
+}
+
+void divide(const int32_t* length, int64_t n, double* x) {
+  for (int64_t t = 0; t < n; ++t) x[t] /= length[t] > 1 ? static_cast<double>(length[t]) : 1.0;
 }
 
 void gae_steps(const double* value, const double* reward, int64_t n, const GaeRule& rule,
@@ -177,12 +284,21 @@ void spread(const int32_t* seg, int64_t n, const double* a, const double* b, dou
   spread_of(seg, n, a, b, to_a, to_b);
 }
 
+void spread_runs(const uint32_t* ends, int64_t segments, const float* a, const float* b,
+                 float* to_a, float* to_b) {
+  spread_runs_of(ends, segments, a, b, to_a, to_b);
+}
+void spread_runs(const uint32_t* ends, int64_t segments, const double* a, const double* b,
+                 double* to_a, double* to_b) {
+  spread_runs_of(ends, segments, a, b, to_a, to_b);
+}
+
 bool is_consecutive(const int32_t* seg, int64_t n) {
   if (n == 0) return true;
-  bool wrong = seg[0] != 0;
+  uint32_t wrong = seg[0] != 0 ? 1u : 0u;
   for (int64_t j = 1; j < n; ++j)
-    wrong |= static_cast<uint32_t>(seg[j]) - static_cast<uint32_t>(seg[j - 1]) > 1u;
-  return !wrong;
+    wrong |= static_cast<uint32_t>(seg[j]) - static_cast<uint32_t>(seg[j - 1]) > 1u ? 1u : 0u;
+  return wrong == 0;
 }
 
 TENFOLD_ISA_END

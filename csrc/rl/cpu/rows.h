@@ -18,13 +18,15 @@ class ValidTokens {
   void read(const SegmentRow& row, int64_t width) {
     width_ = width;
     if (!row.ids.wide) {
-      const auto* seg = static_cast<const int32_t*>(row.ids.data);
-      const ValidCount valid = TENFOLD_ISA_CALL(count_valid, seg, width, row.limit);
-      segments_ = seg, count_ = valid.count, first_ = valid.first;
+      segments_ = static_cast<const int32_t*>(row.ids.data);
+      count_ = TENFOLD_ISA_CALL(count_valid, segments_, width, row.limit);
+      // If as many tokens as are valid come first and are consecutive, they are the valid ones.
+      first_ = consecutive_ = TENFOLD_ISA_CALL(is_consecutive, segments_, count_);
       if (first_) return;
     }
     gather(width, [&](int64_t j) { return row[j]; });
     segments_ = seg_.data();
+    consecutive_ = TENFOLD_ISA_CALL(is_consecutive, segments_, count_);
   }
 
   void read_mask(const uint8_t* mask, int64_t width) {
@@ -35,6 +37,8 @@ class ValidTokens {
   int64_t width() const { return width_; }
   int64_t count() const { return count_; }
   const int32_t* segments() const { return segments_; }
+  // The segments are 0, 1, ... one after the other.
+  bool consecutive() const { return consecutive_; }
 
   // The values x of the valid tokens.
   template <class T>
@@ -78,7 +82,7 @@ class ValidTokens {
   std::vector<int32_t> seg_, column_;
   const int32_t* segments_ = nullptr;
   int64_t width_ = 0, count_ = 0;
-  bool first_ = true;
+  bool first_ = true, consecutive_ = false;
 };
 
 // f(b, span, tokens) for every row.

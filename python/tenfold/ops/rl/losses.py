@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tenfold._load import call
 from tenfold.ops._register import differentiable_by, inference_only
-from tenfold.ops.rl.returns import check_segments, real, rows_of
+from tenfold.ops.rl.returns import check_segments, constant, real, rows_of
 from tenfold.ops.rl.segments import as_bytes, check_offsets
 
 _ops = torch.ops.tenfold
@@ -84,12 +84,6 @@ def _with_slope(name: str) -> type[torch.autograd.Function]:
 
 _policy = differentiable_by("ma_ppo_policy_loss", _with_slope("ma_ppo_policy_loss"))
 _value = differentiable_by("ma_ppo_value_loss", _with_slope("ma_ppo_value_loss"))
-
-
-def constant(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """``x`` in that dtype, without its graph."""
-    x = x.detach() if x.requires_grad else x
-    return x if x.dtype == dtype else x.to(dtype)
 
 
 def ma_ppo_policy_loss(

@@ -71,9 +71,20 @@ def _backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
 differentiable("macro_pool", _save, _backward)
 
 
+def wide_of(x: Tensor) -> torch.dtype:
+    """float32, or float64 of float64."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 def real(x: Tensor) -> Tensor:
-    """float32 or float64."""
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+    """``x`` in that dtype."""
+    return x if x.dtype == wide_of(x) else x.to(wide_of(x))
+
+
+def constant(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x`` in that dtype, without its graph."""
+    x = x.detach() if x.requires_grad else x
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def check_segments(
@@ -205,8 +216,8 @@ def ma_ppo_prepare(
     """
     if validate:
         check_segments(seg, nseg, None, cu_seqlens)
-    old = real(logp_old.detach())
-    ref, value, points = (x.detach().to(old.dtype) for x in (logp_ref, value_old, score))
+    old = constant(logp_old, wide_of(logp_old))
+    ref, value, points = (constant(x, old.dtype) for x in (logp_ref, value_old, score))
     return call_inference(
         _ops.ma_ppo_prepare, old, ref, value, points, seg, nseg, beta, gamma, lam, score_clip, sigma,
         reward_reduce, discount, kl, None if bootstrap is None else bootstrap.to(old.dtype),
