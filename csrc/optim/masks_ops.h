@@ -7,17 +7,13 @@
 #include <vector>
 
 #include "core/check.h"
+#include "core/contiguous.h"
 #include "core/tensor.h"
 #include "optim/mask.h"
 
 namespace tenfold {
 
 using OptTensor = std::optional<Tensor>;
-
-// `t` itself if it is contiguous: a call of the dispatcher costs as much as a small kernel.
-inline Tensor as_contiguous(const Tensor& t) {
-  return t.is_contiguous() ? t : torch::stable::contiguous(t);
-}
 
 // Number of elements of a bool tensor; anything else: TypeError.
 int64_t check_pack_mask(const Tensor& mask);

@@ -1,38 +1,120 @@
-// What the CPU and CUDA registrations of PPO's losses share: argument checks.
+// What the CPU and CUDA registrations of PPO's losses share: checked calls, with their outputs.
 #pragma once
 
 #include <string>
 
-#include "core/check.h"
 #include "rl/losses.h"
+#include "rl/rows_ops.h"
 
 namespace tenfold {
 
-inline AggregateBy to_aggregate(const char* op, const std::string& agg) {
-  TENFOLD_CHECK_VALUE(agg == "token_mean" || agg == "seq_mean_token_mean", "tenfold::", op,
-                      ": agg must be token_mean or seq_mean_token_mean, got '", agg, "'");
-  return agg == "token_mean" ? AggregateBy::token_mean : AggregateBy::seq_mean_token_mean;
-}
+// Of both losses. slope and scale: only of the forms that a backward follows.
+struct LossOut {
+  MeanRule mean;
+  Tensor loss, stats;
+  OptTensor slope;  // d term / d input, as the input
+  OptTensor scale;  // float64 [B]: of a row's terms in the loss
 
-inline PolicyRule check_policy(const char* op, double eps_lo, double eps_hi,
-                               const std::string& ratio, const std::string& agg, double denom,
-                               const std::string& weight) {
-  TENFOLD_CHECK_VALUE(eps_lo >= 0.0 && eps_lo < 1.0, "tenfold::", op,
-                      ": eps_lo must be in [0, 1), got ", eps_lo);
-  TENFOLD_CHECK_VALUE(eps_hi >= 0.0, "tenfold::", op, ": eps_hi must be at least 0, got ", eps_hi);
-  TENFOLD_CHECK_VALUE(ratio == "token" || ratio == "joint" || ratio == "geo_mean", "tenfold::", op,
-                      ": ratio must be token, joint or geo_mean, got '", ratio, "'");
-  TENFOLD_CHECK_VALUE(weight == "macro" || weight == "length", "tenfold::", op,
-                      ": weight must be macro or length, got '", weight, "'");
-  TENFOLD_CHECK_VALUE(denom >= 0.0, "tenfold::", op, ": denom must be at least 0, got ", denom);
-  return {eps_lo,
-          eps_hi,
-          ratio == "token"   ? RatioBy::token
-          : ratio == "joint" ? RatioBy::joint
-                             : RatioBy::geo_mean,
-          to_aggregate(op, agg),
-          weight == "length",
-          denom};
-}
+  std::tuple<Tensor, Tensor, Tensor, Tensor> all() const { return {loss, stats, *slope, *scale}; }
+};
+
+struct PolicyCall {
+  Segments seg;
+  Tensor now, old, adv;
+  PolicyRule rule;
+  LossOut out;
+
+  template <class T>
+  PolicyParams<T> params() const {
+    return {seg.rows(),
+            data_as<T>(now),
+            data_as<T>(old),
+            data_as<T>(adv),
+            rule,
+            out.slope ? data_as<T>(*out.slope) : nullptr};
+  }
+};
+
+struct ValueCall {
+  Layout layout;
+  Tensor mask, now, old, ret;
+  double clip;
+  LossOut out;
+
+  template <class T>
+  ValueParams<T> params() const {
+    return {layout.rows,
+            static_cast<const uint8_t*>(mask.data_ptr()),
+            data_as<T>(now),
+            data_as<T>(old),
+            data_as<T>(ret),
+            clip,
+            out.slope ? data_as<T>(*out.slope) : nullptr};
+  }
+};
+
+struct SlopeCall {
+  Layout layout;
+  Tensor grad, slope, scale, out;
+
+  template <class T>
+  SlopeParams<T> params() const {
+    return {layout.rows, data_as<T>(slope), data_as<T>(grad), data_as<double>(scale),
+            data_as<T>(out)};
+  }
+};
+
+SlopeCall check_slope(const Tensor& grad, const Tensor& slope, const Tensor& scale,
+                      const OptTensor& cu_seqlens);
+
+PolicyCall check_policy(bool with_slope, const Tensor& logp_new, const Tensor& logp_old,
+                        const Tensor& adv, const Tensor& seg, double eps_lo, double eps_hi,
+                        const std::string& ratio, const std::string& agg, double denom,
+                        const std::string& weight, const OptTensor& cu_seqlens);
+
+ValueCall check_value(bool with_slope, const Tensor& v_new, const Tensor& v_old, const Tensor& ret,
+                      const Tensor& mask, double clip, const std::string& agg, double denom,
+                      const OptTensor& cu_seqlens);
+
+// The ops, with policy(call), value(call) and slope(call) of a backend.
+template <auto kPolicy, auto kValue, auto kSlope>
+struct LossOps {
+  using Loss = std::tuple<Tensor, Tensor>;
+  using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+  static Loss policy(Tensor now, Tensor old, Tensor adv, Tensor seg, double lo, double hi,
+                     std::string ratio, std::string agg, double denom, std::string weight,
+                     OptTensor cu) {
+    const PolicyCall call =
+        check_policy(false, now, old, adv, seg, lo, hi, ratio, agg, denom, weight, cu);
+    kPolicy(call);
+    return {call.out.loss, call.out.stats};
+  }
+  static Forward policy_forward(Tensor now, Tensor old, Tensor adv, Tensor seg, double lo,
+                                double hi, std::string ratio, std::string agg, double denom,
+                                std::string weight, OptTensor cu) {
+    const PolicyCall call =
+        check_policy(true, now, old, adv, seg, lo, hi, ratio, agg, denom, weight, cu);
+    kPolicy(call);
+    return call.out.all();
+  }
+  static Loss value(Tensor now, Tensor old, Tensor ret, Tensor mask, double clip, std::string agg,
+                    double denom, OptTensor cu) {
+    const ValueCall call = check_value(false, now, old, ret, mask, clip, agg, denom, cu);
+    kValue(call);
+    return {call.out.loss, call.out.stats};
+  }
+  static Forward value_forward(Tensor now, Tensor old, Tensor ret, Tensor mask, double clip,
+                               std::string agg, double denom, OptTensor cu) {
+    const ValueCall call = check_value(true, now, old, ret, mask, clip, agg, denom, cu);
+    kValue(call);
+    return call.out.all();
+  }
+  static Tensor backward(Tensor grad, Tensor slope, Tensor scale, OptTensor cu) {
+    const SlopeCall call = check_slope(grad, slope, scale, cu);
+    kSlope(call);
+    return call.out;
+  }
+};
 
 }  // namespace tenfold

@@ -6,14 +6,14 @@
 namespace tenfold {
 namespace {
 
-// A mask of one byte per token, rows contiguous.
+// Padded rows may be apart: [B, R] with contiguous rows.
 Tensor check_mask(const char* op, const char* arg, const Tensor& t) {
-  const auto s = t.scalar_type();
-  TENFOLD_CHECK_TYPE(s == ScalarType::Bool || s == ScalarType::Byte || s == ScalarType::Char,
-                     "tenfold::", op, ": ", arg, " must be bool, int8 or uint8, got ",
-                     dtype_name(s));
-  check_dim(op, arg, t, 2, "[B, R]");
+  check_bytes(op, arg, t);
   return with_contiguous_rows(t);
+}
+
+int64_t row_stride(const Tensor& t) {
+  return t.dim() == 2 ? t.strides()[0] : 0;
 }
 
 void check_like_mask(const char* op, const char* arg, const Tensor& t, const Tensor& mask) {
@@ -42,18 +42,18 @@ SegmentCall check_segments(const Tensor& mask_in, const SegmentArgs& a) {
   TENFOLD_CHECK_VALUE(a.tail == "one_segment" || a.tail == "recycle", "tenfold::", a.op,
                       ": tail must be one_segment or recycle, got '", a.tail, "'");
   TENFOLD_CHECK_VALUE(a.n >= 1, "tenfold::", a.op, ": n must be at least 1, got ", a.n);
-  const int64_t rows = mask.sizes()[0], width = mask.sizes()[1];
-  TENFOLD_CHECK_VALUE(width <= INT32_MAX, "tenfold::", a.op, ": mask must have fewer than 2^31 ",
-                      "columns, got ", width);
+  const Layout layout = check_layout(a.op, "mask", mask, a.cu_seqlens);
+  const int64_t rows = layout.rows.count;
   SegmentCall call{{},
+                   layout,
                    mask,
-                   new_output(mask, {rows, width}, ScalarType::Int),
+                   new_tokens(mask, layout, ScalarType::Int),
                    new_output(mask, {rows}, ScalarType::Int),
                    a.lengths,
                    a.nll,
                    a.starts};
   SegmentParams& p = call.p;
-  p.rows = rows, p.width = width, p.mask_stride = mask.strides()[0];
+  p.rows = layout.rows, p.mask_stride = row_stride(mask);
   p.by = a.by, p.isolate_last = a.isolate_last, p.n = a.n;
   p.split = a.holes == "split", p.recycle = a.tail == "recycle";
   p.mask = static_cast<const uint8_t*>(mask.data_ptr());
@@ -64,9 +64,9 @@ SegmentCall check_segments(const Tensor& mask_in, const SegmentArgs& a) {
                        ": lengths must be int32, got ", dtype_name(t.scalar_type()));
     check_dim(a.op, "lengths", t, 2, "[B, K]");
     TENFOLD_CHECK_VALUE(t.sizes()[0] == rows, "tenfold::", a.op, ": lengths must be [", rows,
-                        ", K] like mask ", shape_str(mask), ", got ", shape_str(t));
+                        ", K], one row per row of mask, got ", shape_str(t));
     check_same_device(a.op, "lengths", t, "mask", mask);
-    if (!t.is_contiguous()) t = torch::stable::contiguous(t);
+    t = as_contiguous(t);
     p.lengths = data_as<const int32_t>(t), p.num_lengths = t.sizes()[1];
   }
   if (call.nll) {
@@ -74,14 +74,14 @@ SegmentCall check_segments(const Tensor& mask_in, const SegmentArgs& a) {
     TENFOLD_CHECK_TYPE(t.scalar_type() == ScalarType::Float, "tenfold::", a.op,
                        ": nll must be float32, got ", dtype_name(t.scalar_type()));
     check_like_mask(a.op, "nll", t, mask);
-    if (!t.is_contiguous()) t = torch::stable::contiguous(t);
+    t = as_contiguous(t);
     p.nll = data_as<const float>(t);
   }
   if (call.starts) {
     check_like_mask(a.op, "starts", *call.starts, mask);
     call.starts = check_mask(a.op, "starts", *call.starts);
     p.starts = static_cast<const uint8_t*>(call.starts->data_ptr());
-    p.starts_stride = call.starts->strides()[0];
+    p.starts_stride = row_stride(*call.starts);
   }
   return call;
 }
@@ -90,15 +90,16 @@ SegmentCall check_segments(const Tensor& mask_in, const SegmentArgs& a) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(tenfold, m) {
   m.def(
-      "macro_segment_fixed(Tensor mask, int n, bool isolate_last=False, *, str holes=\"bridge\") "
-      "-> (Tensor seg, Tensor nseg)");
+      "macro_segment_fixed(Tensor mask, int n, bool isolate_last=False, *, str holes=\"bridge\", "
+      "Tensor? cu_seqlens=None) -> (Tensor seg, Tensor nseg)");
   m.def(
       "macro_segment_lengths(Tensor mask, Tensor lengths, str tail=\"one_segment\", *, "
-      "bool isolate_last=False, str holes=\"bridge\") -> (Tensor seg, Tensor nseg)");
+      "bool isolate_last=False, str holes=\"bridge\", Tensor? cu_seqlens=None) "
+      "-> (Tensor seg, Tensor nseg)");
   m.def(
       "macro_segment_ppl(Tensor nll, Tensor mask, str mode=\"macro_prefix\", *, "
-      "str holes=\"bridge\") -> (Tensor seg, Tensor nseg)");
+      "str holes=\"bridge\", Tensor? cu_seqlens=None) -> (Tensor seg, Tensor nseg)");
   m.def(
-      "macro_segment_starts(Tensor starts, Tensor mask, *, str holes=\"bridge\") "
-      "-> (Tensor seg, Tensor nseg)");
+      "macro_segment_starts(Tensor starts, Tensor mask, *, str holes=\"bridge\", "
+      "Tensor? cu_seqlens=None) -> (Tensor seg, Tensor nseg)");
 }

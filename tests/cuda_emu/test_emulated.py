@@ -17,6 +17,7 @@ CHECKS = {  # library -> checks of its script
     ],
     "kernels_attention_decode": ["float32", "bfloat16", "float16", "edges", "append"],
     "kernels_attention_heads": ["mix_heads", "fuse_backward", "fusion_mse", "head_cka"],
+    "kernels_rl": ["segments", "returns", "prepare", "losses", "long", "wrong"],
     "kernels_optim_masks": ["bits", "topk", "grad_norm", "masked_copy", "wgrad"],
     "kernels_optim_adamw": ["float32", "bfloat16", "float16", "many", "8bit"],
     "kernels": ["template", "proxy_scores", "nacl_select", "kv_moves", "ragged_decode"],

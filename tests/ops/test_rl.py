@@ -52,6 +52,31 @@ def same(got, want, **limits):
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
+class Packed:
+    """The same rows one after the other, cut at random places beyond their last valid token."""
+
+    def __init__(self, batch):
+        width = batch.shape[1]
+        valid = batch.mask.cpu()
+        used = [int(row.nonzero().max()) + 1 if row.any() else 0 for row in valid]
+        self.lengths = [
+            int(torch.randint(n, width + 1, (), generator=batch.made)) if b % 2 else n
+            for b, n in enumerate(used)
+        ]
+        self.cu = torch.tensor([0, *self.lengths]).cumsum(0).int().to(batch.device)
+
+    def __call__(self, x):
+        if x is None or x.dim() == 1:
+            return x
+        rows = [row[:n] for row, n in zip(x, self.lengths)]
+        return torch.cat(rows) if rows else x.reshape(-1)
+
+
+def same_packed(packed, got, padded):
+    """``got`` of packed inputs is bit for bit what padded ones give."""
+    same(got, tuple(map(packed, padded if isinstance(padded, tuple) else (padded,))))
+
+
 @pytest.mark.parametrize("holes", ["bridge", "split"])
 @pytest.mark.parametrize("shape", SHAPES)
 class TestSegments:
@@ -95,6 +120,80 @@ class TestSegments:
         same(ops.macro_segment_starts(starts.to(device), batch.mask, holes=holes), want)
         wide = torch.cat([batch.mask, batch.mask], 1)[:, : shape[1]]  # a view with longer rows
         same(ops.macro_segment_starts(starts.to(device), wide, holes=holes), want)
+
+
+@pytest.mark.parametrize("holes", ["bridge", "split"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_packed_segments(shape, holes, device):
+    batch = Batch(shape, device)
+    packed = Packed(batch)
+    nll, starts = batch.rows().abs(), torch.rand(shape, generator=batch.made).to(device) < 0.3
+    lengths = torch.randint(1, 9, (shape[0], 4), generator=batch.made, dtype=torch.int32).to(device)
+    mask, n = batch.mask, packed(batch.mask)
+    for cu in (packed.cu, packed.cu.long()):
+        for module in (ops, ref):
+            for name, args, rest in (
+                ("fixed", (mask, 3), {"isolate_last": True}),
+                ("lengths", (mask, lengths, "recycle"), {}),
+                ("ppl", (nll, mask), {}),
+                ("ppl", (nll, mask, "token_rise_ref"), {}),
+                ("starts", (starts, mask), {}),
+            ):
+                op = getattr(module, f"macro_segment_{name}")
+                many = [packed(x) if isinstance(x, torch.Tensor) and x is not lengths else x
+                        for x in args]  # fmt: skip
+                got = op(*many, **rest, holes=holes, cu_seqlens=cu)
+                seg, nseg = op(*args, **rest, holes=holes)
+                same(got, (packed(seg), nseg))
+    assert n.dim() == 1
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_packed_returns(shape, device):
+    batch = Batch(shape, device)
+    packed = Packed(batch)
+    seg, nseg = batch.segments()
+    x, old, value = batch.rows(), batch.rows(0.5), batch.rows()
+    score = batch.vector()
+    for module in (ops, ref):
+        for weight in WEIGHTS:
+            got = module.macro_pool(packed(x), packed(seg), shape[1], weight, cu_seqlens=packed.cu)
+            same(got, module.macro_pool(x, seg, shape[1], weight))
+        args = (x, value, batch.mask)
+        got = module.gae(*map(packed, args), 0.9, 0.8, score, cu_seqlens=packed.cu)
+        same_packed(packed, got, module.gae(*args, 0.9, 0.8, score))
+        for rest in ((), (0.1, 0.9, 0.8, 2.5, "position", "sum", "per_token", "k3", score)):
+            args = (x, old, value, score, seg, nseg)
+            got = module.ma_ppo_prepare(*map(packed, args), *rest, cu_seqlens=packed.cu)
+            same_packed(packed, got, module.ma_ppo_prepare(*args, *rest))
+
+
+@pytest.mark.parametrize("agg", AGGREGATIONS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_packed_losses(shape, agg, device):
+    batch = Batch(shape, device)
+    packed = Packed(batch)
+    new, old, adv = batch.rows(0.3), batch.rows(0.3), batch.rows()
+    seg, _ = batch.segments(2)
+
+    def with_grad(loss, x, *args, **kwargs):
+        x = x.clone().requires_grad_()
+        loss, stats = loss(x, *args, agg=agg, **kwargs)
+        return loss.detach(), stats, torch.autograd.grad(loss, x)[0]
+
+    for ratio, weight in RATIOS:
+        kwargs = {"ratio": ratio, "weight": weight}
+        args = (new, old, adv, seg)
+        want = with_grad(ops.ma_ppo_policy_loss, *args, **kwargs)
+        got = with_grad(ops.ma_ppo_policy_loss, *map(packed, args), **kwargs, cu_seqlens=packed.cu)
+        same(got, (*want[:2], packed(want[2])))
+        defined = with_grad(ref.ma_ppo_policy_loss, *map(packed, args), **kwargs,
+                            cu_seqlens=packed.cu)  # fmt: skip
+        same(got, defined, rtol=2e-5, atol=1e-6)
+    args = (new, old, adv, batch.mask)
+    want = with_grad(ops.ma_ppo_value_loss, *args)
+    got = with_grad(ops.ma_ppo_value_loss, *map(packed, args), cu_seqlens=packed.cu)
+    same(got, (*want[:2], packed(want[2])))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -255,7 +354,7 @@ def test_no_valid_token(device):
     x = torch.full((2, 4), float("nan"), device=device, requires_grad=True)
     loss, _ = ops.ma_ppo_policy_loss(x, x.detach(), x.detach(), seg)
     loss.backward()
-    assert float(loss) == 0.0 and x.grad.eq(0).all()
+    assert loss.item() == 0.0 and x.grad.eq(0).all()
 
 
 class TestErrors:
@@ -312,6 +411,37 @@ class TestErrors:
         args = (x, x[:, :2], x, one, seg, count)
         check_errors(ops.ma_ppo_prepare, raw.ma_ppo_prepare, args, {}, ValueError, "logp_ref")
 
+    @pytest.mark.parametrize(
+        ("cu", "word"),
+        [([1, 2, 4], "begin with 0"), ([0, 3, 2, 4], "fall"), ([0, 2, 3], "end with"),
+         ([[0, 4]], "[B + 1]"), ([0.0, 4.0], "int32 or int64")],
+    )  # fmt: skip
+    def test_offsets(self, cu, word, device):
+        mask, x = torch.ones(4, dtype=torch.bool, device=device), torch.zeros(4, device=device)
+        seg, cu = torch.zeros(4, dtype=torch.int32, device=device), torch.tensor(cu, device=device)
+        error = TypeError if cu.is_floating_point() else ValueError
+        for call in (
+            lambda: ops.macro_segment_fixed(mask, 2, cu_seqlens=cu),
+            lambda: ops.macro_pool(x, seg, 4, cu_seqlens=cu),
+            lambda: ops.gae(x, x, mask, cu_seqlens=cu),
+            lambda: ops.ma_ppo_policy_loss(x, x, x, seg, cu_seqlens=cu),
+            lambda: ops.ma_ppo_value_loss(x, x, x, mask, cu_seqlens=cu),
+        ):
+            with pytest.raises(error, match=r"cu_seqlens") as raised:
+                call()
+            assert word in str(raised.value)
+
+    def test_layouts(self, device):
+        cu = torch.tensor([0, 4], dtype=torch.int32, device=device)
+        for mask, kwargs in ((torch.ones(1, 4), {"cu_seqlens": cu}), (torch.ones(4), {})):
+            mask = mask.bool().to(device)
+            check_errors(ops.macro_segment_fixed, raw.macro_segment_fixed, (mask, 2), kwargs,
+                         ValueError, "mask", "cu_seqlens")  # fmt: skip
+        holes = torch.tensor([1, 1, 1, 0, 1], device=device).bool()
+        cu = torch.tensor([0, 2, 5], device=device)
+        with pytest.raises(ValueError, match=r"rows \[1\]"):
+            ops.macro_segment_fixed(holes, 2, holes="error", cu_seqlens=cu)
+
 
 def test_registration(device):
     batch = Batch((3, 9), device, holes=False)
@@ -322,3 +452,23 @@ def test_registration(device):
     check_op(raw.ma_ppo_prepare, (x[0].detach(), x[1], x[2], batch.vector(), seg, nseg))
     check_op(raw.ma_ppo_policy_loss, (x[0], x[1], x[2], seg))
     check_op(raw.ma_ppo_value_loss, (x[0], x[1], x[2], batch.mask))
+    check_op(raw.gae, (x[0].detach(), x[1], batch.mask))
+    check_op(raw.macro_gae, (x[1], x[2], nseg))
+    check_op(raw.macro_segment_check, (seg, nseg, 9))
+    packed = Packed(batch)
+    more = {"cu_seqlens": packed.cu}
+    mask, ids, flat = packed(batch.mask), packed(seg), [packed(t.detach()) for t in x]
+    check_op(raw.macro_segment_starts, (mask, mask), more)
+    check_op(raw.macro_segment_lengths, (mask, nseg[:, None] + 1), more)
+    check_op(raw.macro_segment_ppl, (flat[0], mask), more)
+    check_op(raw.macro_pool, (flat[0].requires_grad_(), ids, 9), more)
+    check_op(raw.ma_ppo_policy_loss, (flat[0], flat[1], flat[2], ids), more)
+    check_op(raw.ma_ppo_value_loss, (flat[0], flat[1], flat[2], mask), more)
+    flat[0] = flat[0].detach()
+    check_op(raw.ma_ppo_policy_loss_forward, (flat[0], flat[1], flat[2], ids), more)
+    check_op(raw.ma_ppo_value_loss_forward, (flat[0], flat[1], flat[2], mask), more)
+    scale = torch.rand(3, device=device, dtype=torch.float64)
+    check_op(raw.ma_ppo_loss_backward, (batch.vector()[:1], flat[0], scale), more)
+    check_op(raw.gae, (flat[0], flat[1], mask), more)
+    check_op(raw.ma_ppo_prepare, (*flat, batch.vector(), ids, nseg), more)
+    check_op(raw.macro_segment_check, (ids, nseg, 9), more)

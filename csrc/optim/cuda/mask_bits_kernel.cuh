@@ -1,7 +1,7 @@
 // Device code of pack_mask, unpack_mask, mask_popcount and mask_prefix.
 #pragma once
 
-#include "optim/cuda/scan.cuh"
+#include "core/scan.cuh"
 
 namespace tenfold::cuda {
 

@@ -6,7 +6,7 @@
 #pragma once
 
 #include "core/convert.cuh"
-#include "optim/cuda/scan.cuh"
+#include "core/scan.cuh"
 #include "optim/mask_topk.h"
 
 namespace tenfold::cuda {

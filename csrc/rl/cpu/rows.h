@@ -1,78 +1,102 @@
-// A row's tokens in their segments, for the CPU registrations of the family.
+// The valid tokens of a row, one after the other, for the CPU registrations of the family.
 #pragma once
 
-#include <algorithm>
 #include <vector>
 
 #include "core/parallel.h"
-#include "core/tensor.h"
-#include "rl/returns.h"
+#include "rl/cpu/row_kernels.h"
+#include "rl/rows_ops.h"
 
 namespace tenfold::cpu {
 
-constexpr double kMicrosPerToken = 0.004;
-
-// What a thread reuses from row to row. Tokens whose segment is not in [0, count) are masked.
-class Row {
+// What a thread reuses from row to row. Where valid tokens are not the first ones of their row,
+// they are copied together on the way in and apart on the way out.
+class ValidTokens {
  public:
-  Row(const Tensor& seg, int64_t count)
-      : width_(seg.sizes()[1]),
-        count_(count),
-        wide_(seg.scalar_type() == ScalarType::Long),
-        seg_(width_),
-        place_(width_),
-        length_(count),
-        harmonic_(width_ + 1) {
-    for (int64_t l = 1; l <= width_; ++l)
-      harmonic_[l] = harmonic_[l - 1] + 1.0 / static_cast<double>(l);
+  explicit ValidTokens(int64_t longest) : seg_(longest), column_(longest) {}
+
+  void read(const SegmentRow& row, int64_t width) {
+    width_ = width;
+    if (!row.ids.wide) {
+      segments_ = static_cast<const int32_t*>(row.ids.data);
+      count_ = TENFOLD_ISA_CALL(count_valid, segments_, width, row.limit);
+      // If as many tokens as are valid come first and are consecutive, they are the valid ones.
+      first_ = consecutive_ = TENFOLD_ISA_CALL(is_consecutive, segments_, count_);
+      if (first_) return;
+    }
+    gather(width, [&](int64_t j) { return row[j]; });
+    segments_ = seg_.data();
+    consecutive_ = TENFOLD_ISA_CALL(is_consecutive, segments_, count_);
   }
 
-  void read(const void* seg, int64_t row) {
-    std::fill(length_.begin(), length_.end(), 0);
-    for (int64_t j = 0; j < width_; ++j) {
-      const int64_t at = row * width_ + j;
-      const int64_t s =
-          wide_ ? static_cast<const int64_t*>(seg)[at] : static_cast<const int32_t*>(seg)[at];
-      seg_[j] = s >= 0 && s < count_ ? static_cast<int32_t>(s) : -1;
-      if (seg_[j] >= 0) place_[j] = length_[seg_[j]]++;
-    }
+  void read_mask(const uint8_t* mask, int64_t width) {
+    width_ = width, segments_ = nullptr;
+    gather(width, [&](int64_t j) { return mask[j] != 0 ? 0 : -1; });
   }
 
   int64_t width() const { return width_; }
-  int32_t segment(int64_t j) const { return seg_[j]; }
-  int32_t place(int64_t j) const { return place_[j]; }
-  const int32_t* lengths() const { return length_.data(); }
-  double weight(PoolBy by, int64_t j) const {
-    const int64_t l = length_[seg_[j]];
-    return pool_weight(by, place_[j], l, harmonic_[l]);
+  int64_t count() const { return count_; }
+  const int32_t* segments() const { return segments_; }
+  // The segments are 0, 1, ... one after the other.
+  bool consecutive() const { return consecutive_; }
+
+  // The values x of the valid tokens.
+  template <class T>
+  const T* pick(const T* x, std::vector<T>* memory) const {
+    if (first_) return x;
+    memory->resize(count_);
+    for (int64_t q = 0; q < count_; ++q) (*memory)[q] = x[column_[q]];
+    return memory->data();
+  }
+
+  // Where to write values of the valid tokens, before `place`.
+  template <class T>
+  T* target(T* out, std::vector<T>* memory) const {
+    if (first_) return out;
+    memory->resize(count_);
+    return memory->data();
+  }
+  // `made`: what `target` gave. Masked tokens get 0.
+  template <class T>
+  void place(const T* made, T* out) const {
+    if (first_) {
+      std::fill(out + count_, out + width_, T{0});
+      return;
+    }
+    std::fill(out, out + width_, T{0});
+    for (int64_t q = 0; q < count_; ++q) out[column_[q]] = made[q];
   }
 
  private:
-  int64_t width_, count_;
-  bool wide_;
-  std::vector<int32_t> seg_, place_, length_;
-  std::vector<double> harmonic_;
+  template <class F>
+  void gather(int64_t width, const F& segment) {
+    count_ = 0;
+    for (int64_t j = 0; j < width; ++j) {
+      const int32_t s = segment(j);
+      seg_[count_] = s, column_[count_] = static_cast<int32_t>(j);
+      count_ += s >= 0;
+    }
+    first_ = count_ == 0 || column_[count_ - 1] == count_ - 1;
+  }
+
+  std::vector<int32_t> seg_, column_;
+  const int32_t* segments_ = nullptr;
+  int64_t width_ = 0, count_ = 0;
+  bool first_ = true, consecutive_ = false;
 };
 
-// f(b, row) for every row of seg [B, R].
+// f(b, span, tokens) for every row.
 template <class F>
-void over_rows(const Tensor& seg, int64_t count, const F& f) {
-  const void* data = seg.data_ptr();
-  parallel_for(seg.sizes()[0], kMicrosPerToken * static_cast<double>(seg.sizes()[1] + 1),
+void over_rows(const SegmentRows& seg, double micros_per_token, const F& f) {
+  parallel_for(seg.rows.count, micros_per_token * static_cast<double>(seg.rows.width + 16),
                [&](int64_t begin, int64_t end) {
-                 Row row(seg, count);
+                 ValidTokens tokens(seg.rows.width);
                  for (int64_t b = begin; b < end; ++b) {
-                   row.read(data, b);
-                   f(b, row);
+                   const Span span = seg.rows[b];
+                   tokens.read(seg[b], span.width);
+                   f(b, span, tokens);
                  }
                });
-}
-
-// f<T>() for float32 or float64.
-template <class F>
-void with_real(const Tensor& t, const F& f) {
-  if (t.scalar_type() == ScalarType::Double) return f.template operator()<double>();
-  f.template operator()<float>();
 }
 
 }  // namespace tenfold::cpu

@@ -8,76 +8,95 @@ import torch
 from torch import Tensor
 
 from tenfold._load import call
-from tenfold.ops._register import differentiable, inference_only
-from tenfold.ops.rl.returns import check_segments, real
+from tenfold.ops._register import differentiable_by, inference_only
+from tenfold.ops.rl.returns import check_segments, constant, real, rows_of
+from tenfold.ops.rl.segments import as_bytes, check_offsets
 
 _ops = torch.ops.tenfold
 POLICY_STATS = ("clip_high", "clip_low", "ratio_mean", "ratio_max", "kl_old_new", "count")
 VALUE_STATS = ("clip", "error", "count")
 
-inference_only("ma_ppo_policy_loss_backward")
-inference_only("ma_ppo_value_loss_backward")
+for _name in ("ma_ppo_policy_loss_forward", "ma_ppo_value_loss_forward", "ma_ppo_loss_backward"):
+    inference_only(_name)
+
+
+def _loss_like(x: Tensor, stats: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+    return x.new_empty(()), x.new_empty((len(stats),), dtype=torch.float32)
+
+
+def _saved_like(x: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    rows = rows_of(x, cu_seqlens)
+    return x.new_empty(x.shape), x.new_empty((rows,), dtype=torch.float64)
 
 
 @torch.library.register_fake("tenfold::ma_ppo_policy_loss")
 def _(logp_new, *args, **kwargs):
-    return logp_new.new_empty(()), logp_new.new_empty((len(POLICY_STATS),), dtype=torch.float32)
+    return _loss_like(logp_new, POLICY_STATS)
 
 
-@torch.library.register_fake("tenfold::ma_ppo_policy_loss_backward")
-def _(grad, logp_new, *args):
-    return torch.empty_like(logp_new)
+@torch.library.register_fake("tenfold::ma_ppo_policy_loss_forward")
+def _(logp_new, *args, weight="macro", cu_seqlens=None, **kwargs):
+    return *_loss_like(logp_new, POLICY_STATS), *_saved_like(logp_new, cu_seqlens)
 
 
 @torch.library.register_fake("tenfold::ma_ppo_value_loss")
 def _(v_new, *args, **kwargs):
-    return v_new.new_empty(()), v_new.new_empty((len(VALUE_STATS),), dtype=torch.float32)
+    return _loss_like(v_new, VALUE_STATS)
 
 
-@torch.library.register_fake("tenfold::ma_ppo_value_loss_backward")
-def _(grad, v_new, *args):
-    return torch.empty_like(v_new)
+@torch.library.register_fake("tenfold::ma_ppo_value_loss_forward")
+def _(v_new, *args, cu_seqlens=None, **kwargs):
+    return *_loss_like(v_new, VALUE_STATS), *_saved_like(v_new, cu_seqlens)
 
 
-def _saver(defaults: tuple[Any, ...], *keywords: str) -> Any:
-    def save(ctx: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        ctx.save_for_backward(*args[:4])
-        ctx.rest = (
-            *args[4:],
-            *defaults[len(args) - 4 :],
-            *(kwargs.get(k, "macro") for k in keywords),
-        )
-        ctx.inputs = len(args)
-        ctx.mark_non_differentiable(result[1])
-
-    return save
+@torch.library.register_fake("tenfold::ma_ppo_loss_backward")
+def _(grad, slope, scale, *, cu_seqlens=None):
+    return slope.new_empty(slope.shape)
 
 
-def _backward_of(op: Any) -> Any:
-    def backward(ctx: Any, grad: Tensor | None, _stats: Any) -> tuple[Tensor | None, ...]:
-        made = None if grad is None else op(grad, *ctx.saved_tensors, *ctx.rest)
-        return (made, *[None] * (ctx.inputs - 1))
+def _with_slope(name: str) -> type[torch.autograd.Function]:
+    """A loss whose forward makes the derivatives of its terms in the same pass, for its backward."""
+    forward_op = getattr(_ops, f"{name}_forward").default
+    backward_op = _ops.ma_ppo_loss_backward.default
 
-    return backward
+    class Loss(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, kwargs: dict[str, Any], *args: Any) -> tuple[Tensor, Tensor]:
+            with torch._C._AutoDispatchBelowAutograd():
+                loss, stats, slope, scale = forward_op(*args, **kwargs)
+            ctx.set_materialize_grads(False)
+            ctx.save_for_backward(slope, scale)
+            ctx.cu_seqlens = kwargs.get("cu_seqlens")
+            ctx.mark_non_differentiable(stats)
+            ctx.inputs = len(args)
+            return loss, stats
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx: Any, grad: Tensor | None, _stats: Any) -> tuple[Tensor | None, ...]:
+            if grad is None:
+                return (None,) * (1 + ctx.inputs)
+            made = backward_op(grad, *ctx.saved_tensors, cu_seqlens=ctx.cu_seqlens)
+            return (None, made, *[None] * (ctx.inputs - 1))
+
+    return Loss
 
 
-differentiable("ma_ppo_policy_loss", _saver((0.2, 0.2, "token", "token_mean", 0.0), "weight"),
-               _backward_of(_ops.ma_ppo_policy_loss_backward))  # fmt: skip
-differentiable("ma_ppo_value_loss", _saver((0.2, "token_mean", 0.0)),
-               _backward_of(_ops.ma_ppo_value_loss_backward))  # fmt: skip
+_policy = differentiable_by("ma_ppo_policy_loss", _with_slope("ma_ppo_policy_loss"))
+_value = differentiable_by("ma_ppo_value_loss", _with_slope("ma_ppo_value_loss"))
 
 
 def ma_ppo_policy_loss(
     logp_new: Tensor, logp_old: Tensor, adv: Tensor, seg: Tensor, eps_lo: float = 0.2,
     eps_hi: float = 0.2, ratio: str = "token", agg: str = "token_mean", denom: float = 0.0, *,
-    weight: str = "macro", validate: bool = True,
+    weight: str = "macro", cu_seqlens: Tensor | None = None, validate: bool = True,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """PPO's clipped surrogate: ``max(-A q, -A clip(q, 1 - eps_lo, 1 + eps_hi))``, averaged.
 
     Args:
-        logp_new, logp_old, adv: [B, R], any floating dtype; masked entries are not read. Of ``logp_new``
-            the loss is differentiable.
-        seg: int32 or int64 [B, R]; -1 is masked.
+        logp_new, logp_old, adv: [B, R], or [N] with ``cu_seqlens``; any floating dtype; masked entries are
+            not read. Of ``logp_new`` the loss is differentiable, once.
+        seg: int32 or int64 of the same shape; -1 is masked.
         ratio: q is ``exp(logp_new - logp_old)`` of each token (``"token"``), or of a macro action the
             product over its tokens (``"joint"``) or their geometric mean (``"geo_mean"``); its A is the mean.
         agg: over all terms (``"token_mean"``), or of each sequence first (``"seq_mean_token_mean"``).
@@ -85,6 +104,8 @@ def ma_ppo_policy_loss(
             weights of macro actions), or sequences. 0: those of this batch.
         weight: with the last two ratios, a macro action counts once (``"macro"``) or per token
             (``"length"``).
+        cu_seqlens: int32 or int64 [B + 1], where the rows of a packed batch begin, and N.
+        validate: check ``seg`` (and on a GPU ``cu_seqlens``) first, which waits for a GPU.
 
     Returns:
         (loss, stats): 0-d, and float32 [6] ``POLICY_STATS``: shares of terms clipped above and below, mean
@@ -95,29 +116,33 @@ def ma_ppo_policy_loss(
         MA-RLHF (arXiv 2410.02743), objective of MA-PPO.
     """
     if validate:
-        check_segments(seg, None)
+        check_segments(seg, None, None, cu_seqlens)
     new = real(logp_new)
-    old, a = (x.detach().to(new.dtype) for x in (logp_old, adv))
-    return call(_ops.ma_ppo_policy_loss, new, old, a, seg, eps_lo, eps_hi, ratio, agg, denom,
-                weight=weight)  # fmt: skip
+    old, a = (constant(x, new.dtype) for x in (logp_old, adv))
+    return call(_policy, new, old, a, seg, eps_lo, eps_hi, ratio, agg, denom, weight=weight,
+                cu_seqlens=cu_seqlens)  # fmt: skip
 
 
 def ma_ppo_value_loss(
     v_new: Tensor, v_old: Tensor, ret: Tensor, mask: Tensor, clip: float = 0.2,
-    agg: str = "token_mean", denom: float = 0.0,
+    agg: str = "token_mean", denom: float = 0.0, *, cu_seqlens: Tensor | None = None,
+    validate: bool = True,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """``0.5 max((v - ret)^2, (clamp(v, v_old - clip, v_old + clip) - ret)^2)``, averaged.
 
     Args:
-        v_new, v_old, ret: [B, R], any floating dtype; masked entries are not read. Differentiable in v_new.
-        mask: [B, R].
-        agg, denom: as in :func:`ma_ppo_policy_loss`.
+        v_new, v_old, ret: [B, R], or [N] with ``cu_seqlens``; any floating dtype; masked entries are not read.
+            Differentiable in v_new, once.
+        mask: of the same shape, bool, int8 or uint8 (other dtypes: nonzero is valid).
+        agg, denom, cu_seqlens: as in :func:`ma_ppo_policy_loss`.
+        validate: the values of ``cu_seqlens`` are checked on a GPU too, which waits for it.
 
     Returns:
         (loss, stats): 0-d, and float32 [3] ``VALUE_STATS``: share of clipped tokens, mean squared error of
         ``v_new``, number of tokens.
     """
+    if validate:
+        check_offsets(cu_seqlens, mask.shape[0])
     new = real(v_new)
-    old, target = (x.detach().to(new.dtype) for x in (v_old, ret))
-    on = mask if mask.dtype in (torch.bool, torch.uint8, torch.int8) else mask != 0
-    return call(_ops.ma_ppo_value_loss, new, old, target, on, clip, agg, denom)
+    old, target = (constant(x, new.dtype) for x in (v_old, ret))
+    return call(_value, new, old, target, as_bytes(mask), clip, agg, denom, cu_seqlens=cu_seqlens)

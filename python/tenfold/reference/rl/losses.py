@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tenfold.reference.rl.packed import pad_rows
 from tenfold.reference.rl.returns import _one_of, macro_pool
 
 RATIOS = ("token", "joint", "geo_mean")
@@ -33,7 +34,7 @@ def _where(valid: Tensor, x: Tensor) -> Tensor:
 def ma_ppo_policy_loss(
     logp_new: Tensor, logp_old: Tensor, adv: Tensor, seg: Tensor, eps_lo: float = 0.2,
     eps_hi: float = 0.2, ratio: str = "token", agg: str = "token_mean", denom: float = 0.0, *,
-    weight: str = "macro",
+    weight: str = "macro", cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The clipped surrogate, and ``POLICY_STATS``.
 
@@ -41,6 +42,10 @@ def ma_ppo_policy_loss(
     geometric mean. The last two have a term per macro action, of weight 1 or its length (``weight``).
     ``denom``: what the sum is divided by (tokens or macro actions, or sequences), 0: what is here.
     """
+    if cu_seqlens is not None:
+        rows = (pad_rows(x, cu_seqlens) for x in (logp_new, logp_old, adv))
+        return ma_ppo_policy_loss(*rows, pad_rows(seg, cu_seqlens, -1), eps_lo, eps_hi, ratio, agg, denom,
+                                  weight=weight)  # fmt: skip
     _one_of("ratio", ratio, RATIOS)
     _one_of("weight", weight, UNITS)
     seg = seg.long()
@@ -71,9 +76,12 @@ def ma_ppo_policy_loss(
 
 def ma_ppo_value_loss(
     v_new: Tensor, v_old: Tensor, ret: Tensor, mask: Tensor, clip: float = 0.2,
-    agg: str = "token_mean", denom: float = 0.0,
+    agg: str = "token_mean", denom: float = 0.0, *, cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Half the squared error to the returns, of the clipped or unclipped value, whichever is worse."""
+    if cu_seqlens is not None:
+        rows = (pad_rows(x, cu_seqlens) for x in (v_new, v_old, ret, mask))
+        return ma_ppo_value_loss(*rows, clip, agg, denom)
     valid = mask.bool()
     new, old, target = (_where(valid, x) for x in (v_new, v_old, ret))
     bounded = torch.minimum(torch.maximum(new, old - clip), old + clip)

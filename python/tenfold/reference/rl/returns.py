@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tenfold.reference.rl.packed import pack_rows, pad_rows
+
 WEIGHTS = ("sum", "equal", "unit", "position", "position_early")
 KL = ("k1", "k2", "k3")
 REDUCE = ("sum", "sigma")
@@ -51,8 +53,12 @@ def token_weights(seg: Tensor, num: int, weight: str) -> Tensor:
     return torch.where(valid, w, 0.0)
 
 
-def macro_pool(x: Tensor, seg: Tensor, T: int, weight: str = "equal") -> Tensor:
+def macro_pool(
+    x: Tensor, seg: Tensor, T: int, weight: str = "equal", *, cu_seqlens: Tensor | None = None
+) -> Tensor:
     """[B, T] weighted sums of the tokens of every segment; 0 for segments that do not exist."""
+    if cu_seqlens is not None:
+        return macro_pool(pad_rows(x, cu_seqlens), pad_rows(seg, cu_seqlens, -1), T, weight)
     w = token_weights(seg, T, weight)
     if x.dtype != torch.float64:
         x, w = x.float(), w.float()
@@ -87,9 +93,13 @@ def macro_gae(
 
 def gae(
     value: Tensor, reward: Tensor, mask: Tensor, gamma: float = 1.0, lam: float = 0.95,
-    bootstrap: Tensor | None = None,
+    bootstrap: Tensor | None = None, *, cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Token-level GAE [B, R]: macro actions of one token, over the valid ones."""
+    if cu_seqlens is not None:
+        rows = (pad_rows(x, cu_seqlens) for x in (value, reward, mask))
+        adv, ret = (pack_rows(x, cu_seqlens) for x in gae(*rows, gamma, lam, bootstrap))
+        return adv, ret
     seg, nseg = torch.where(mask.bool(), mask.bool().int().cumsum(1) - 1, -1), mask.bool().sum(1)
     num = seg.shape[1]
     made = macro_gae(macro_pool(value, seg, num, "sum"), macro_pool(reward, seg, num, "sum"), nseg,
@@ -109,7 +119,7 @@ def ma_ppo_prepare(
     logp_old: Tensor, logp_ref: Tensor, value_old: Tensor, score: Tensor, seg: Tensor, nseg: Tensor,
     beta: float = 0.05, gamma: float = 1.0, lam: float = 0.95, score_clip: float = 2.5,
     sigma: str = "equal", reward_reduce: str = "sum", discount: str = "per_macro", kl: str = "k1",
-    bootstrap: Tensor | None = None,
+    bootstrap: Tensor | None = None, *, cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Everything that PPO's update needs of a rollout: adv, ret, adv_m, ret_m [B, R], kl_row [B].
 
@@ -118,6 +128,12 @@ def ma_ppo_prepare(
     with the values' weights. ``discount="per_token"``: within a macro action by gamma per token, between
     them by ``gamma ** length``.
     """
+    if cu_seqlens is not None:
+        rows = (pad_rows(x, cu_seqlens) for x in (logp_old, logp_ref, value_old))
+        made = ma_ppo_prepare(*rows, score, pad_rows(seg, cu_seqlens, -1), nseg, beta, gamma, lam,
+                              score_clip, sigma, reward_reduce, discount, kl, bootstrap)  # fmt: skip
+        adv, ret, adv_m, ret_m = (pack_rows(x, cu_seqlens) for x in made[:4])
+        return adv, ret, adv_m, ret_m, made[4]
     _one_of("reward_reduce", reward_reduce, REDUCE)
     _one_of("discount", discount, DISCOUNTS)
     num = seg.shape[1]

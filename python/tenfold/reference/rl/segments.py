@@ -1,13 +1,16 @@
 """Where macro actions begin (section 3.3 of the method): rows of valid tokens cut into segments.
 
 Valid tokens of a row are numbered q = 0, 1, ... across holes of the mask. ``seg`` [B, R] int32 is the
-segment of every valid token, from 0, and -1 elsewhere; ``nseg`` [B] int32 counts them.
+segment of every valid token, from 0, and -1 elsewhere; ``nseg`` [B] int32 counts them. With ``cu_seqlens``
+rows are packed: what is [B, R] is [N] (:mod:`tenfold.reference.rl.packed`).
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from tenfold.reference.rl.packed import pack_rows, pad_rows
 
 HOLES = ("bridge", "split", "error")
 TAILS = ("one_segment", "recycle")
@@ -48,10 +51,18 @@ def _rank(mask: Tensor) -> tuple[Tensor, Tensor]:
     return mask.int().cumsum(1) - 1, mask.sum(1, keepdim=True)
 
 
+def _packed(seg: Tensor, nseg: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    return pack_rows(seg, cu_seqlens), nseg
+
+
 def macro_segment_fixed(
-    mask: Tensor, n: int, isolate_last: bool = False, *, holes: str = "bridge"
-) -> tuple[Tensor, Tensor]:
+    mask: Tensor, n: int, isolate_last: bool = False, *, holes: str = "bridge",
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Segments of ``n`` tokens: ``q // n``; with ``isolate_last`` the last token is one of its own."""
+    if cu_seqlens is not None:
+        made = macro_segment_fixed(pad_rows(mask, cu_seqlens), n, isolate_last, holes=holes)
+        return _packed(*made, cu_seqlens)
     if n < 1:
         raise ValueError(f"n must be at least 1, got {n}")
     q, count = _rank(mask)
@@ -63,12 +74,16 @@ def macro_segment_fixed(
 
 def macro_segment_lengths(
     mask: Tensor, lengths: Tensor, tail: str = "one_segment", *, isolate_last: bool = False,
-    holes: str = "bridge",
+    holes: str = "bridge", cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Segments of the given ``lengths`` [B, K], one after the other.
 
     ``tail``: tokens beyond their sum are one segment, or (``"recycle"``) the lengths begin anew.
     """
+    if cu_seqlens is not None:
+        made = macro_segment_lengths(pad_rows(mask, cu_seqlens), lengths, tail,
+                                     isolate_last=isolate_last, holes=holes)  # fmt: skip
+        return _packed(*made, cu_seqlens)
     if tail not in TAILS:
         raise ValueError(f"tail must be one of {', '.join(TAILS)}, got {tail!r}")
     if lengths.numel() and int(lengths.min()) < 1:
@@ -91,8 +106,9 @@ def macro_segment_lengths(
 
 
 def macro_segment_ppl(
-    nll: Tensor, mask: Tensor, mode: str = "macro_prefix", *, holes: str = "bridge"
-) -> tuple[Tensor, Tensor]:
+    nll: Tensor, mask: Tensor, mode: str = "macro_prefix", *, holes: str = "bridge",
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Segments from token NLLs ``u`` under the reference model; which token j begins one:
 
     - ``macro_prefix``: ``u_j`` is above the mean of the running segment;
@@ -102,6 +118,9 @@ def macro_segment_ppl(
     """
     if mode not in PPL_MODES:
         raise ValueError(f"mode must be one of {', '.join(PPL_MODES)}, got {mode!r}")
+    if cu_seqlens is not None:
+        rows = (pad_rows(x, cu_seqlens) for x in (nll, mask))
+        return _packed(*macro_segment_ppl(*rows, mode, holes=holes), cu_seqlens)
     mask = mask.bool()
     starts = torch.zeros_like(mask)
     for b in range(mask.shape[0]):
@@ -127,7 +146,10 @@ def macro_segment_ppl(
 
 
 def macro_segment_starts(
-    starts: Tensor, mask: Tensor, *, holes: str = "bridge"
+    starts: Tensor, mask: Tensor, *, holes: str = "bridge", cu_seqlens: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Segments that begin where ``starts`` [B, R] says; the first valid token always begins one."""
+    if cu_seqlens is not None:
+        rows = (pad_rows(x, cu_seqlens) for x in (starts, mask))
+        return _packed(*number_starts(*rows, holes), cu_seqlens)
     return number_starts(starts, mask, holes)

@@ -1,0 +1,143 @@
+#include "core/cpu/math.h"
+#include "core/cpu/vec.h"
+#include "rl/cpu/loss_kernels.h"
+
+TENFOLD_ISA_BEGIN
+namespace {
+
+constexpr int64_t kBlock = 1024;
+
+// e^x for |x| <= 20: the error of x log2(e) is carried along.
+inline VF exp_of(VF x) {
+  const VF log2e = set1(kLog2e), t = x * log2e;
+  const VF lost = fused(x, log2e, set1(0.0f) - t) + x * set1(1.9259629e-8f);
+  const VF y = exp2(t);
+  return fma(y, lost * set1(kLn2), y);
+}
+
+inline VF zero() {
+  return set1(0.0f);
+}
+
+inline VF chosen(VM m, VF x) {
+  return select(m, x, zero());
+}
+
+inline VI load_ids(const int32_t* p, int n) {  // beyond n: masked
+  if (n >= kWidth) return load(reinterpret_cast<const uint32_t*>(p));
+  const VM there = lt(iota(), seti(static_cast<uint32_t>(n)));
+  return select(there, load_n(reinterpret_cast<const uint32_t*>(p), n), seti(0xFFFFFFFFu));
+}
+
+inline VI load_mask(const uint8_t* p, int n) {
+  if (n >= kWidth) return load_bytes(p);
+  uint8_t bytes[kWidth] = {};
+  for (int i = 0; i < n; ++i) bytes[i] = p[i];
+  return load_bytes(bytes);
+}
+
+inline VF load_some(const float* p, int n) {
+  return n >= kWidth ? load(p) : load_n(p, n);
+}
+
+inline void store_some(float* p, VF x, int n) {
+  if (n >= kWidth) {
+    store(p, x);
+  } else {
+    store_n(p, x, n);
+  }
+}
+
+}  // namespace
+
+RowSums policy_tokens(const PolicyParams<float>& p, const int32_t* seg, int64_t width,
+                      int64_t begin) {
+  const float *now = p.now + begin, *old = p.old + begin, *adv = p.adv + begin;
+  float* const slope = p.slope != nullptr ? p.slope + begin : nullptr;
+  const VF low = set1(static_cast<float>(1.0 - p.rule.eps_lo));
+  const VF high = set1(static_cast<float>(1.0 + p.rule.eps_hi));
+  const VF bound = set1(static_cast<float>(kLogRatioBound)), one = set1(1.0f);
+  const VI limit = seti(static_cast<uint32_t>(width));
+  RowSums all;
+  for (int64_t first = 0; first < width; first += kBlock) {
+    const int64_t end = first + kBlock < width ? first + kBlock : width;
+    VF loss = zero(), ratio = zero(), most = zero(), sum = zero();
+    VF tokens = zero(), above_high = zero(), below_low = zero();
+    for (int64_t j = first; j < end; j += kWidth) {
+      const int n = static_cast<int>(end - j < kWidth ? end - j : kWidth);
+      const VM valid = above(limit, load_ids(seg + j, n));
+      const VF d = chosen(valid, load_some(now + j, n) - load_some(old + j, n));
+      const VF a = chosen(valid, load_some(adv + j, n));
+      // The second operand of vmax and vmin is what survives if one is NaN.
+      const VF q = exp_of(vmin(bound, vmax(zero() - bound, d)));
+      const VF plain = zero() - a * q, other = zero() - a * vmin(high, vmax(low, q));
+      const VM is_high = both(gt(a, zero()), gt(q, high)), is_low = both(lt(a, zero()), lt(q, low));
+      loss = loss + vmax(other, plain);
+      const VF in_row = chosen(valid, q);
+      ratio = ratio + in_row, most = vmax(in_row, most), sum = sum + d;
+      tokens = tokens + chosen(valid, one);
+      above_high = above_high + chosen(is_high, one);
+      below_low = below_low + chosen(is_low, one);
+      if (slope == nullptr) continue;
+      VF s = select(is_high, zero(), select(is_low, zero(), plain));
+      s = select(gt(vmax(d, zero() - d), bound), zero(), s);
+      store_some(slope + j, chosen(valid, s), n);
+    }
+    all.loss += static_cast<double>(hsum(loss)), all.ratio += static_cast<double>(hsum(ratio));
+    all.log_ratio += static_cast<double>(hsum(sum));
+    all.tokens += static_cast<double>(hsum(tokens));
+    all.high += static_cast<double>(hsum(above_high));
+    all.low += static_cast<double>(hsum(below_low));
+    const double top = static_cast<double>(hmax(most));
+    all.most = top > all.most ? top : all.most;
+  }
+  all.weight = all.terms = all.tokens;
+  return all;
+}
+
+RowSums value_tokens(const ValueParams<float>& p, int64_t width, int64_t begin) {
+  const float *now = p.now + begin, *old = p.old + begin, *ret = p.ret + begin;
+  const uint8_t* mask = p.mask + begin;
+  float* const slope = p.slope != nullptr ? p.slope + begin : nullptr;
+  const VF clip = set1(static_cast<float>(p.clip)), one = set1(1.0f);
+  RowSums all;
+  for (int64_t first = 0; first < width; first += kBlock) {
+    const int64_t end = first + kBlock < width ? first + kBlock : width;
+    VF loss = zero(), error = zero(), tokens = zero(), count = zero();
+    for (int64_t j = first; j < end; j += kWidth) {
+      const int n = static_cast<int>(end - j < kWidth ? end - j : kWidth);
+      const VM valid = above(load_mask(mask + j, n), seti(0));
+      const VF v = chosen(valid, load_some(now + j, n)), o = chosen(valid, load_some(old + j, n));
+      const VF r = chosen(valid, load_some(ret + j, n));
+      const VF bounded = vmin(o + clip, vmax(o - clip, v));
+      const VF a = v - r, b = bounded - r, aa = a * a, bb = b * b;
+      const VM clipped = gt(bb, aa);
+      loss = loss + select(clipped, bb, aa), error = error + aa;
+      tokens = tokens + chosen(valid, one), count = count + chosen(clipped, one);
+      if (slope == nullptr) continue;
+      // Where the bound holds, the worse term does not depend on the value.
+      const VF s = select(clipped, select(eq(bounded, v), b, zero()), a);
+      store_some(slope + j, chosen(valid, s), n);
+    }
+    all.loss += 0.5 * static_cast<double>(hsum(loss));
+    all.ratio += static_cast<double>(hsum(error));
+    all.weight += static_cast<double>(hsum(tokens));
+    all.high += static_cast<double>(hsum(count));
+  }
+  return all;
+}
+
+void scale_slopes(const float* slope, int64_t n, double by, float* out) {
+  const VF scale = set1(static_cast<float>(by));
+  for (int64_t j = 0; j < n; j += kWidth) {
+    const int some = static_cast<int>(n - j < kWidth ? n - j : kWidth);
+    const VF x = load_some(slope + j, some);
+    store_some(out + j, select(eq(x, zero()), zero(), x * scale), some);
+  }
+}
+
+void scale_slopes(const double* slope, int64_t n, double by, double* out) {
+  for (int64_t j = 0; j < n; ++j) out[j] = slope[j] == 0.0 ? 0.0 : slope[j] * by;
+}
+
+TENFOLD_ISA_END

@@ -1,0 +1,304 @@
+#include <cmath>
+#include <cstring>
+
+#include "core/cpu/vec.h"
+#include "rl/cpu/row_kernels.h"
+
+TENFOLD_ISA_BEGIN
+namespace {
+
+constexpr int kLanes = 8;  // sums in parallel, added in the same order on every instruction set
+
+template <class Wanted>
+int64_t count_if(const int32_t* x, int64_t n, Wanted wanted) {
+  constexpr int64_t kPart = int64_t{1} << 20;  // counted in 32 bits, as wide as what is counted
+  int64_t count = 0;
+  for (int64_t first = 0; first < n; first += kPart) {
+    const int64_t end = first + kPart < n ? first + kPart : n;
+    int32_t part = 0;
+    for (int64_t i = first; i < end; ++i) part += wanted(x[i]) ? 1 : 0;
+    count += part;
+  }
+  return count;
+}
+
+template <class T>
+double kl_terms_of(const T* now, const T* old, int64_t n, KlBy by, double scale, double* out) {
+  double sums[kLanes] = {};
+  const auto run = [&](auto term) {
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes)
+      for (int l = 0; l < kLanes; ++l) {
+        const double k = term(static_cast<double>(now[i + l]) - static_cast<double>(old[i + l]));
+        sums[l] += k;
+        out[i + l] = scale * k;
+      }
+    for (int l = 0; i < n; ++i, ++l) {
+      const double k = term(static_cast<double>(now[i]) - static_cast<double>(old[i]));
+      sums[l] += k;
+      out[i] = scale * k;
+    }
+  };
+  if (by == KlBy::k1) {
+    run([](double k) { return k; });
+  } else if (by == KlBy::k2) {
+    run([](double k) { return 0.5 * k * k; });
+  } else {
+    run([](double k) { return kl_term(KlBy::k3, k); });
+  }
+  for (int step = kLanes / 2; step > 0; step /= 2)
+    for (int l = 0; l < step; ++l) sums[l] += sums[l + step];
+  return sums[0];
+}
+
+// x where `keep` is all ones, 0 where it is 0, without a branch.
+inline double kept(double x, int64_t keep) {
+  int64_t bits;
+  memcpy(&bits, &x, 8);
+  bits &= keep;
+  memcpy(&x, &bits, 8);
+  return x;
+}
+
+template <bool kTwo>
+void sums_of(const int32_t* seg, int64_t n, const double* a, const double* b, double* sum_a,
+             double* sum_b, int32_t* length) {
+  int32_t before = -1, count = 0;
+  double x = 0.0, y = 0.0;
+  for (int64_t i = 0; i < n; ++i) {
+    const int32_t s = seg[i];
+    const int64_t same = -static_cast<int64_t>(s == before);
+    x = kept(x, same) + a[i];
+    sum_a[s] = x;
+    if (kTwo) {
+      y = kept(y, same) + b[i];
+      sum_b[s] = y;
+    }
+    count = (count & static_cast<int32_t>(same)) + 1;
+    length[s] = count;
+    before = s;
+  }
+}
+
+constexpr int64_t kWindow = 8, kChunk = 512;
+
+// x_i becomes the sum of the last kWindow ones up to i of its segment, for a chunk of tokens with
+// kWindow ones before it: in three steps, each doubling the window, none of which waits for another
+// token.
+inline void widen_window(const int32_t* seg, int64_t n, int64_t by, const double* from,
+                         double* to) {
+  for (int64_t i = by; i < n; ++i) to[i] = from[i] + (seg[i] == seg[i - by] ? from[i - by] : 0.0);
+}
+
+void window_sums(const int32_t* seg, int64_t n, double* x) {
+  int32_t ids[kWindow + kChunk];
+  double one[kWindow + kChunk], two[kWindow + kChunk];
+  for (int64_t i = 0; i < kWindow; ++i) ids[i] = -1, one[i] = two[i] = 0.0;
+  for (int64_t first = 0; first < n; first += kChunk) {
+    const int64_t some = n - first < kChunk ? n - first : kChunk;
+    memcpy(ids + kWindow, seg + first, static_cast<size_t>(some) * sizeof(int32_t));
+    memcpy(one + kWindow, x + first, static_cast<size_t>(some) * sizeof(double));
+    double last[kWindow];
+    memcpy(last, one + some, sizeof(last));
+    two[0] = one[0];
+    widen_window(ids, kWindow + some, 1, one, two);
+    one[0] = two[0], one[1] = two[1];
+    widen_window(ids, kWindow + some, 2, two, one);
+    for (int i = 0; i < 4; ++i) two[i] = one[i];
+    widen_window(ids, kWindow + some, 4, one, two);
+    memcpy(x + first, two + kWindow, static_cast<size_t>(some) * sizeof(double));
+    memcpy(one, last, sizeof(last));
+    memcpy(ids, ids + some, kWindow * sizeof(int32_t));
+  }
+}
+
+// Where each segment ends; seg is consecutive.
+int64_t find_ends(const int32_t* seg, int64_t n, uint32_t* ends) {
+  const auto* ids = reinterpret_cast<const uint32_t*>(seg);
+  int64_t count = 0, i = 0;
+  for (; i + kWidth < n; i += kWidth)
+    count += store_chosen(ends + count, above(load(ids + i + 1), load(ids + i)),
+                          iota() + seti(static_cast<uint32_t>(i + 1)));
+  for (; i < n; ++i)
+    if (i + 1 == n || seg[i] != seg[i + 1]) ends[count++] = static_cast<uint32_t>(i + 1);
+  return count;
+}
+
+// A_t = x_t + c A_{t+1}, in place. Sums of the next 8 terms come first, in three steps that double
+// them; only the rest waits for what is later, a step of 8 at a time.
+void scan_back(double* x, int64_t n, double c) {
+  double power = c;
+  for (int64_t by = 1; by < kWindow; by *= 2) {
+    for (int64_t i = 0; i < n - by; ++i) x[i] += power * x[i + by];
+    power *= power;
+  }
+  int64_t t = n - kWindow;  // x is done from here on
+  for (; t >= kWindow; t -= kWindow)
+    for (int64_t i = t - kWindow; i < t; ++i) x[i] += power * x[i + kWindow];
+  for (int64_t i = 0; i < t; ++i) x[i] += power * x[i + kWindow];
+}
+
+template <class From, class T>
+void gae_of(const From* value, const From* reward, int64_t n, const GaeRule& rule, const double* g,
+            double bootstrap, double* work, T* adv, T* ret) {
+  if (n == 0) return;
+  const auto delta = [&](int64_t t, double gamma, double later) {
+    return static_cast<double>(reward[t]) + gamma * later - static_cast<double>(value[t]);
+  };
+  if (g == nullptr) {
+    const double gamma = rule.gamma;
+    for (int64_t t = 0; t + 1 < n; ++t)
+      work[t] = delta(t, gamma, static_cast<double>(value[t + 1]));
+    work[n - 1] = delta(n - 1, gamma, bootstrap);
+    scan_back(work, n, gamma * rule.lam);
+  } else {
+    double carry = 0.0, later = bootstrap;
+    for (int64_t t = n - 1; t >= 0; --t) {
+      carry = work[t] = delta(t, g[t], later) + g[t] * rule.lam * carry;
+      later = static_cast<double>(value[t]);
+    }
+  }
+  for (int64_t t = 0; t < n; ++t) {
+    ret[t] = static_cast<T>(work[t] + static_cast<double>(value[t]));
+    adv[t] = static_cast<T>(work[t]);
+  }
+}
+
+template <class T>
+void spread_of(const int32_t* seg, int64_t n, const T* a, const T* b, T* to_a, T* to_b) {
+  for (int64_t j = 0; j < n; ++j) {
+    const int32_t s = seg[j];
+    to_a[j] = a[s];
+    to_b[j] = b[s];
+  }
+}
+
+// A vector may be written beyond the end of its segment where the next one follows.
+void spread_run(float* to, int64_t begin, int64_t end, int64_t n, float x) {
+  const VF all = set1(x);
+  int64_t j = begin;
+  for (; j < end && j + kWidth <= n; j += kWidth) store(to + j, all);
+  for (; j < end; ++j) to[j] = x;
+}
+void spread_run(double* to, int64_t begin, int64_t end, int64_t, double x) {
+  for (int64_t j = begin; j < end; ++j) to[j] = x;
+}
+
+template <class T>
+void spread_runs_of(const uint32_t* ends, int64_t segments, const T* a, const T* b, T* to_a,
+                    T* to_b) {
+  const int64_t n = segments > 0 ? ends[segments - 1] : 0;
+  if (n == segments) {
+    memcpy(to_a, a, static_cast<size_t>(n) * sizeof(T));
+    memcpy(to_b, b, static_cast<size_t>(n) * sizeof(T));
+    return;
+  }
+  int64_t begin = 0;
+  for (int64_t t = 0; t < segments; ++t) {
+    const int64_t end = ends[t];
+    spread_run(to_a, begin, end, n, a[t]);
+    spread_run(to_b, begin, end, n, b[t]);
+    begin = end;
+  }
+}
+
+}  // namespace
+
+int64_t count_valid(const int32_t* seg, int64_t width, int64_t limit) {
+  const auto most = static_cast<uint32_t>(limit < INT32_MAX ? limit : INT32_MAX);
+  return count_if(seg, width, [=](int32_t s) { return static_cast<uint32_t>(s) < most; });
+}
+
+int64_t count_equal(const int32_t* seg, int64_t width, int32_t value) {
+  return count_if(seg, width, [=](int32_t s) { return s == value; });
+}
+
+double kl_terms(const float* now, const float* old, int64_t n, KlBy by, double scale, double* out) {
+  return kl_terms_of(now, old, n, by, scale, out);
+}
+double kl_terms(const double* now, const double* old, int64_t n, KlBy by, double scale,
+                double* out) {
+  return kl_terms_of(now, old, n, by, scale, out);
+}
+
+void widen(const float* x, int64_t n, double* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = static_cast<double>(x[i]);
+}
+void widen(const double* x, int64_t n, double* out) {
+  memcpy(out, x, static_cast<size_t>(n) * sizeof(double));
+}
+
+void segment_sums(const int32_t* seg, int64_t n, const double* a, const double* b, double* sum_a,
+                  double* sum_b, int32_t* length) {
+  if (b == nullptr) return sums_of<false>(seg, n, a, b, sum_a, sum_b, length);
+  sums_of<true>(seg, n, a, b, sum_a, sum_b, length);
+}
+
+int64_t consecutive_sums(const int32_t* seg, int64_t n, double* a, double* b, uint32_t* ends,
+                         double* sum_a, double* sum_b, int32_t* length) {
+  const int64_t segments = find_ends(seg, n, ends);
+  double* const from[] = {a, b};
+  double* const to[] = {sum_a, sum_b};
+  int64_t begin = 0;
+  for (int64_t t = 0; t < segments; ++t) {
+    length[t] = static_cast<int32_t>(ends[t] - begin);
+    begin = ends[t];
+  }
+  for (int k = 0; k < 2; ++k) {
+    double *const x = from[k], *const sums = to[k];
+    if (x == nullptr) continue;
+    if (segments < n) window_sums(seg, n, x);
+    for (int64_t t = 0; t < segments; ++t) {
+      const double* const last = x + ends[t] - 1;
+      double sum = *last;
+      for (int64_t i = kWindow; i < length[t]; i += kWindow) sum += last[-i];
+      sums[t] = sum;
+    }
+  }
+  return segments;
+}
+
+void divide(const int32_t* length, int64_t n, double* x) {
+  for (int64_t t = 0; t < n; ++t) x[t] /= length[t] > 1 ? static_cast<double>(length[t]) : 1.0;
+}
+
+void gae_steps(const double* value, const double* reward, int64_t n, const GaeRule& rule,
+               const double* g, double bootstrap, double* work, float* adv, float* ret) {
+  gae_of(value, reward, n, rule, g, bootstrap, work, adv, ret);
+}
+void gae_steps(const double* value, const double* reward, int64_t n, const GaeRule& rule,
+               const double* g, double bootstrap, double* work, double* adv, double* ret) {
+  gae_of(value, reward, n, rule, g, bootstrap, work, adv, ret);
+}
+void gae_steps(const float* value, const float* reward, int64_t n, const GaeRule& rule,
+               const double* g, double bootstrap, double* work, float* adv, float* ret) {
+  gae_of(value, reward, n, rule, g, bootstrap, work, adv, ret);
+}
+
+void spread(const int32_t* seg, int64_t n, const float* a, const float* b, float* to_a,
+            float* to_b) {
+  spread_of(seg, n, a, b, to_a, to_b);
+}
+void spread(const int32_t* seg, int64_t n, const double* a, const double* b, double* to_a,
+            double* to_b) {
+  spread_of(seg, n, a, b, to_a, to_b);
+}
+
+void spread_runs(const uint32_t* ends, int64_t segments, const float* a, const float* b,
+                 float* to_a, float* to_b) {
+  spread_runs_of(ends, segments, a, b, to_a, to_b);
+}
+void spread_runs(const uint32_t* ends, int64_t segments, const double* a, const double* b,
+                 double* to_a, double* to_b) {
+  spread_runs_of(ends, segments, a, b, to_a, to_b);
+}
+
+bool is_consecutive(const int32_t* seg, int64_t n) {
+  if (n == 0) return true;
+  uint32_t wrong = seg[0] != 0 ? 1u : 0u;
+  for (int64_t j = 1; j < n; ++j)
+    wrong |= static_cast<uint32_t>(seg[j]) - static_cast<uint32_t>(seg[j - 1]) > 1u ? 1u : 0u;
+  return wrong == 0;
+}
+
+TENFOLD_ISA_END
