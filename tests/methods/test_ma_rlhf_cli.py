@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from tenfold.cli import ma_rlhf as cli
 from tenfold.cli.main import app
-from tenfold.ma_rlhf import inputs, pages, preferences, trainer
+from tenfold.ma_rlhf import inputs, pages, preferences, report, trainer
 from tenfold.ma_rlhf.config import MARLHFConfig
 from tenfold.ma_rlhf.critic import Critic
 from tenfold.ma_rlhf.record import PPORecord
@@ -70,6 +70,14 @@ def save_tokenizer(folder, shift=0):
     PreTrainedTokenizerFast(tokenizer_object=made, eos_token=end, pad_token=end).save_pretrained(
         folder
     )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_plots():
+    """All the curves are drawn in the report's own tests."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(report, "CURVES", report.CURVES[:1])
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -64,7 +64,8 @@ def _ma_rlhf(page: Page, quiet: bool) -> tuple[dict[str, Any], list[Any]]:
     demo.add_demo_section(found, page)
     tables = [
         table("A byte-level model that learns to spell", demo.COLUMNS, demo.table_rows(found)),
-        table("What it writes", demo.SAMPLE_COLUMNS, demo.sample_rows(found)),
+        table("What it writes", demo.ANSWER_COLUMNS, demo.answer_rows(found)),
+        table("Ways to cut", demo.CUT_COLUMNS, demo.cut_rows(found)),
         table("Credit assignment of a rollout", demo.SPEED_COLUMNS, demo.speed_rows(found)),
     ]
     return found.to_json(), tables
