@@ -318,6 +318,16 @@ class TestGradients:
             new.requires_grad_(),
         )
 
+    def test_once(self):
+        x = torch.randn(2, 3, requires_grad=True)
+        for loss, last in (
+            (ops.ma_ppo_policy_loss, torch.zeros(2, 3, dtype=torch.int32)),
+            (ops.ma_ppo_value_loss, torch.ones(2, 3)),
+        ):
+            with pytest.raises(RuntimeError, match="differentiable once"):
+                made = loss(x, x.detach(), x.detach(), last)[0]
+                torch.autograd.grad(made, x, create_graph=True)
+
     def test_zero_where_clipped(self):
         new = torch.tensor([[0.5, -0.5, 0.1, 30.0, -30.0]], requires_grad=True)
         adv = torch.tensor([[1.0, -1.0, 1.0, -1.0, 1.0]])
@@ -390,6 +400,34 @@ class TestErrors:
         with pytest.raises(ValueError, match=r"rows \[1\]"):
             ops.macro_pool(x, seg, 4)
         raw.macro_pool(x, seg, 4)  # no check, and no memory but its own
+
+    def test_wild_segments(self, device):
+        """Without validation the results are some numbers; other rows are what they are alone."""
+        made = torch.Generator().manual_seed(1)
+        for trial in range(20):
+            batch = Batch((5, 40), device, seed=trial)
+            seg, nseg = batch.segments()
+            seg, x = seg.long(), [batch.rows(0.3) for _ in range(3)]
+            wild = torch.randint(-3, 4 if trial % 2 else 80, (40,), generator=made)
+            wild[trial], x[0][2] = 1 << 40, 0.5
+            seg[2], nseg[2] = wild.to(device), 99 if trial % 3 else -7
+            if trial % 4 == 0:
+                seg[2] = torch.arange(40, device=device)  # consecutive, beyond T
+            others = torch.tensor([0, 1, 3, 4], device=device)
+            for ids in (seg, seg.clamp(-9, 1 << 20).int()):
+                args = [*x, batch.vector(), ids, nseg]
+                whole = ops.ma_ppo_prepare(*args, validate=False)
+                same(tuple(y[others] for y in whole),
+                     ops.ma_ppo_prepare(*(y[others] for y in args), validate=False))  # fmt: skip
+                y = x[0].clone().requires_grad_()
+                pooled = ops.macro_pool(y, ids, 14, validate=False)
+                same(pooled[others].detach(), ops.macro_pool(x[0][others], ids[others], 14))
+                (grad,) = torch.autograd.grad(pooled.sum(), y)
+                assert (grad[others][ids[others] < 0] == 0).all()
+                for ratio in ("token", "joint"):
+                    ops.ma_ppo_policy_loss(y, x[1], x[2], ids, ratio=ratio, validate=False)[
+                        0
+                    ].backward()
 
     def test_ranges(self, device):
         x, seg = (

@@ -29,7 +29,8 @@ class PolicyRows {
         adv_(ratio_),
         sum_r_(ratio_),
         sum_a_(ratio_),
-        length_(ratio_.size()) {}
+        length_(ratio_.size()),
+        ends_(ratio_.size() + 16) {}
 
   RowSums run(int64_t row) {
     const Span span = p_.seg.rows[row];
@@ -60,10 +61,16 @@ class PolicyRows {
  private:
   // Leaves the slopes of tokens in ratio_.
   void macro_terms(int64_t n, int64_t width, RowSums* sums) {
-    std::fill_n(length_.begin(), width, 0);
-    TENFOLD_ISA_CALL(segment_sums, tokens_.segments(), n, ratio_.data(), adv_.data(), sum_r_.data(),
-                     sum_a_.data(), length_.data());
-    for (int64_t t = 0; t < width; ++t) {
+    int64_t found = width;
+    if (tokens_.consecutive()) {
+      found = TENFOLD_ISA_CALL(consecutive_sums, tokens_.segments(), n, ratio_.data(), adv_.data(),
+                               ends_.data(), sum_r_.data(), sum_a_.data(), length_.data());
+    } else {
+      std::fill_n(length_.begin(), width, 0);
+      TENFOLD_ISA_CALL(segment_sums, tokens_.segments(), n, ratio_.data(), adv_.data(),
+                       sum_r_.data(), sum_a_.data(), length_.data());
+    }
+    for (int64_t t = 0; t < found; ++t) {
       const int32_t l = length_[t];
       if (l == 0) continue;
       const double share = macro_share(p_.rule, l), weight = macro_weight(p_.rule, l);
@@ -79,6 +86,7 @@ class PolicyRows {
   ValidTokens tokens_;
   Doubles ratio_, adv_, sum_r_, sum_a_;
   std::vector<int32_t> length_;
+  std::vector<uint32_t> ends_;
   std::vector<T> memory_[2];
 };
 

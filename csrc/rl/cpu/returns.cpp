@@ -35,7 +35,13 @@ bool needs_places(PoolBy by) {
 class Pool {
  public:
   explicit Pool(int64_t longest)
-      : a(longest), b(longest), sum_a(longest), sum_b(longest), length(longest), place_(longest), ends_(longest + 16) {}
+      : a(longest),
+        b(longest),
+        sum_a(longest),
+        sum_b(longest),
+        length(longest),
+        place_(longest),
+        ends_(longest + 16) {}
 
   Doubles a, b;          // of tokens; b is left out if `two` is false
   Doubles sum_a, sum_b;  // of segments, 0 where there is none

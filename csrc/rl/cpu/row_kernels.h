@@ -14,6 +14,9 @@ TENFOLD_ISA_DECLARE(int64_t count_valid(const int32_t* seg, int64_t width, int64
 
 TENFOLD_ISA_DECLARE(int64_t count_equal(const int32_t* seg, int64_t width, int32_t value))
 
+// Bytes that are not 0.
+TENFOLD_ISA_DECLARE(int64_t count_marked(const uint8_t* mask, int64_t width))
+
 // out = scale * kl_term(now - old), and the sum of these terms. k1 with scale 1: differences.
 TENFOLD_ISA_DECLARE(double kl_terms(const float* now, const float* old, int64_t n, KlBy by,
                                     double scale, double* out))
@@ -31,8 +34,8 @@ TENFOLD_ISA_DECLARE(void segment_sums(const int32_t* seg, int64_t n, const doubl
 // The same where is_consecutive(seg, n). What it gets in a and b is lost. Back: how many
 // segments there are, and their ends; those have memory for n + 16.
 TENFOLD_ISA_DECLARE(int64_t consecutive_sums(const int32_t* seg, int64_t n, double* a, double* b,
-                                          uint32_t* ends, double* sum_a, double* sum_b,
-                                          int32_t* length))
+                                             uint32_t* ends, double* sum_a, double* sum_b,
+                                             int32_t* length))
 
 // Generalised advantages of n steps (gae of rl/returns.h). g, null: rule.gamma for all of them.
 // `work`: n + 1 numbers.

@@ -9,8 +9,8 @@ namespace {
 
 constexpr int kLanes = 8;  // sums in parallel, added in the same order on every instruction set
 
-template <class Wanted>
-int64_t count_if(const int32_t* x, int64_t n, Wanted wanted) {
+template <class T, class Wanted>
+int64_t count_if(const T* x, int64_t n, Wanted wanted) {
   constexpr int64_t kPart = int64_t{1} << 20;  // counted in 32 bits, as wide as what is counted
   int64_t count = 0;
   for (int64_t first = 0; first < n; first += kPart) {
@@ -211,6 +211,10 @@ int64_t count_valid(const int32_t* seg, int64_t width, int64_t limit) {
 
 int64_t count_equal(const int32_t* seg, int64_t width, int32_t value) {
   return count_if(seg, width, [=](int32_t s) { return s == value; });
+}
+
+int64_t count_marked(const uint8_t* mask, int64_t width) {
+  return count_if(mask, width, [](uint8_t m) { return m != 0; });
 }
 
 double kl_terms(const float* now, const float* old, int64_t n, KlBy by, double scale, double* out) {

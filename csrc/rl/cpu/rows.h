@@ -20,8 +20,9 @@ class ValidTokens {
     if (!row.ids.wide) {
       segments_ = static_cast<const int32_t*>(row.ids.data);
       count_ = TENFOLD_ISA_CALL(count_valid, segments_, width, row.limit);
-      // If as many tokens as are valid come first and are consecutive, they are the valid ones.
-      first_ = consecutive_ = TENFOLD_ISA_CALL(is_consecutive, segments_, count_);
+      // If so many tokens come first and are consecutive below the limit, they are the valid ones.
+      consecutive_ = TENFOLD_ISA_CALL(is_consecutive, segments_, count_);
+      first_ = consecutive_ = consecutive_ && (count_ == 0 || segments_[count_ - 1] < row.limit);
       if (first_) return;
     }
     gather(width, [&](int64_t j) { return row[j]; });
@@ -31,6 +32,9 @@ class ValidTokens {
 
   void read_mask(const uint8_t* mask, int64_t width) {
     width_ = width, segments_ = nullptr;
+    count_ = TENFOLD_ISA_CALL(count_marked, mask, width);
+    first_ = TENFOLD_ISA_CALL(count_marked, mask, count_) == count_;
+    if (first_) return;
     gather(width, [&](int64_t j) { return mask[j] != 0 ? 0 : -1; });
   }
 

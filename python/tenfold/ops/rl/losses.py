@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tenfold._load import call
-from tenfold.ops._register import differentiable_by, inference_only
+from tenfold.ops._register import call_inference, differentiable_by, inference_only
 from tenfold.ops.rl.returns import check_segments, constant, real, rows_of
 from tenfold.ops.rl.segments import as_bytes, check_offsets
 
@@ -61,23 +61,26 @@ def _with_slope(name: str) -> type[torch.autograd.Function]:
 
     class Loss(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, kwargs: dict[str, Any], *args: Any) -> tuple[Tensor, Tensor]:
+        def forward(
+            ctx: Any, x: Tensor, others: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[Tensor, Tensor]:
             with torch._C._AutoDispatchBelowAutograd():
-                loss, stats, slope, scale = forward_op(*args, **kwargs)
+                loss, stats, slope, scale = forward_op(x, *others, **kwargs)
             ctx.set_materialize_grads(False)
             ctx.save_for_backward(slope, scale)
             ctx.cu_seqlens = kwargs.get("cu_seqlens")
             ctx.mark_non_differentiable(stats)
-            ctx.inputs = len(args)
             return loss, stats
 
         @staticmethod
-        @torch.autograd.function.once_differentiable
         def backward(ctx: Any, grad: Tensor | None, _stats: Any) -> tuple[Tensor | None, ...]:
+            if torch.is_grad_enabled():
+                raise RuntimeError(f"tenfold::{name} is differentiable once, not with create_graph")
             if grad is None:
-                return (None,) * (1 + ctx.inputs)
-            made = backward_op(grad, *ctx.saved_tensors, cu_seqlens=ctx.cu_seqlens)
-            return (None, made, *[None] * (ctx.inputs - 1))
+                return None, None, None
+            slope, scale = ctx.saved_tensors
+            made = call_inference(backward_op, grad, slope, scale, cu_seqlens=ctx.cu_seqlens)
+            return made, None, None
 
     return Loss
 

@@ -43,8 +43,8 @@ def ma_ppo_policy_loss(
     ``denom``: what the sum is divided by (tokens or macro actions, or sequences), 0: what is here.
     """
     if cu_seqlens is not None:
-        rows = (pad_rows(x, cu_seqlens) for x in (logp_new, logp_old, adv))
-        return ma_ppo_policy_loss(*rows, pad_rows(seg, cu_seqlens, -1), eps_lo, eps_hi, ratio, agg, denom,
+        new, old, a = (pad_rows(x, cu_seqlens) for x in (logp_new, logp_old, adv))
+        return ma_ppo_policy_loss(new, old, a, pad_rows(seg, cu_seqlens, -1), eps_lo, eps_hi, ratio, agg, denom,
                                   weight=weight)  # fmt: skip
     _one_of("ratio", ratio, RATIOS)
     _one_of("weight", weight, UNITS)
@@ -80,8 +80,8 @@ def ma_ppo_value_loss(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Half the squared error to the returns, of the clipped or unclipped value, whichever is worse."""
     if cu_seqlens is not None:
-        rows = (pad_rows(x, cu_seqlens) for x in (v_new, v_old, ret, mask))
-        return ma_ppo_value_loss(*rows, clip, agg, denom)
+        new, old, target, on = (pad_rows(x, cu_seqlens) for x in (v_new, v_old, ret, mask))
+        return ma_ppo_value_loss(new, old, target, on, clip, agg, denom)
     valid = mask.bool()
     new, old, target = (_where(valid, x) for x in (v_new, v_old, ret))
     bounded = torch.minimum(torch.maximum(new, old - clip), old + clip)

@@ -97,8 +97,8 @@ def gae(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Token-level GAE [B, R]: macro actions of one token, over the valid ones."""
     if cu_seqlens is not None:
-        rows = (pad_rows(x, cu_seqlens) for x in (value, reward, mask))
-        adv, ret = (pack_rows(x, cu_seqlens) for x in gae(*rows, gamma, lam, bootstrap))
+        v, r, on = (pad_rows(x, cu_seqlens) for x in (value, reward, mask))
+        adv, ret = (pack_rows(x, cu_seqlens) for x in gae(v, r, on, gamma, lam, bootstrap))
         return adv, ret
     seg, nseg = torch.where(mask.bool(), mask.bool().int().cumsum(1) - 1, -1), mask.bool().sum(1)
     num = seg.shape[1]
@@ -129,8 +129,8 @@ def ma_ppo_prepare(
     them by ``gamma ** length``.
     """
     if cu_seqlens is not None:
-        rows = (pad_rows(x, cu_seqlens) for x in (logp_old, logp_ref, value_old))
-        made = ma_ppo_prepare(*rows, score, pad_rows(seg, cu_seqlens, -1), nseg, beta, gamma, lam,
+        old, ref, value = (pad_rows(x, cu_seqlens) for x in (logp_old, logp_ref, value_old))
+        made = ma_ppo_prepare(old, ref, value, score, pad_rows(seg, cu_seqlens, -1), nseg, beta, gamma, lam,
                               score_clip, sigma, reward_reduce, discount, kl, bootstrap)  # fmt: skip
         adv, ret, adv_m, ret_m = (pack_rows(x, cu_seqlens) for x in made[:4])
         return adv, ret, adv_m, ret_m, made[4]

@@ -119,8 +119,8 @@ def macro_segment_ppl(
     if mode not in PPL_MODES:
         raise ValueError(f"mode must be one of {', '.join(PPL_MODES)}, got {mode!r}")
     if cu_seqlens is not None:
-        rows = (pad_rows(x, cu_seqlens) for x in (nll, mask))
-        return _packed(*macro_segment_ppl(*rows, mode, holes=holes), cu_seqlens)
+        u, on = (pad_rows(x, cu_seqlens) for x in (nll, mask))
+        return _packed(*macro_segment_ppl(u, on, mode, holes=holes), cu_seqlens)
     mask = mask.bool()
     starts = torch.zeros_like(mask)
     for b in range(mask.shape[0]):
@@ -150,6 +150,6 @@ def macro_segment_starts(
 ) -> tuple[Tensor, Tensor]:
     """Segments that begin where ``starts`` [B, R] says; the first valid token always begins one."""
     if cu_seqlens is not None:
-        rows = (pad_rows(x, cu_seqlens) for x in (starts, mask))
-        return _packed(*number_starts(*rows, holes), cu_seqlens)
+        begins, on = (pad_rows(x, cu_seqlens) for x in (starts, mask))
+        return _packed(*number_starts(begins, on, holes), cu_seqlens)
     return number_starts(starts, mask, holes)
