@@ -6,7 +6,7 @@ import importlib
 
 from .case import Case
 
-GROUPS = ("logprob", "linear")
+GROUPS = ("logprob",)
 
 
 def cases() -> list[Case]:

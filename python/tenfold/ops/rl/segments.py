@@ -73,13 +73,15 @@ def check_offsets(cu_seqlens: Tensor | None, total: int) -> None:
 
 
 def _refuse_holes(mask: Tensor, cu_seqlens: Tensor | None) -> None:
-    on = mask != 0
-    cuts = None if cu_seqlens is None else cu_seqlens[1:-1].cpu().long()
-    wrong = []
-    for b, row in enumerate(on if cuts is None else on.tensor_split(cuts)):
-        places = row.nonzero()[:, 0]
-        if len(places) and int(places[-1] - places[0]) + 1 != len(places):
-            wrong.append(b)
+    rows = mask.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    widths = mask.shape[1] if cu_seqlens is None else cu_seqlens.diff()
+    row = torch.arange(rows, device=mask.device).repeat_interleave(widths)
+    at = (mask != 0).flatten().nonzero()[:, 0]
+    row = row[at]
+    count = row.bincount(minlength=rows)
+    first = torch.full_like(count, mask.numel()).scatter_reduce(0, row, at, "amin")
+    last = torch.full_like(count, -1).scatter_reduce(0, row, at, "amax")
+    wrong = ((count > 0) & (last - first + 1 != count)).nonzero()[:, 0].tolist()
     if wrong:
         raise ValueError(f"mask has holes in rows {wrong}; holes must be bridge or split for these")
 
