@@ -362,7 +362,7 @@ class TestInputs:
     def test_settings(self):
         fields = ["n", "lengths", "sigma", "gamma", "isolate_last"]
         given = ["n=inf", "lengths=2,3", "sigma=unit", "gamma=.5", "isolate-last=true"]
-        found = inputs.named_settings(given[:3] + ["gamma=0.5", given[4]], fields)
+        found = inputs.named_settings([*given[:3], "gamma=0.5", given[4]], fields)
         assert found == {"n": None, "lengths": (2, 3), "sigma": "unit", "gamma": 0.5,
                          "isolate_last": True}  # fmt: skip
         assert MARLHFConfig(**found).n is None
