@@ -1,10 +1,8 @@
-// The shared pieces of the CPU attention kernels. For ISA sources.
+// Products of packed panels, and the packing. For ISA sources.
 //
-// Lanes hold query rows. A tile is kTileRows rows; all that depends on a row (q^T, logits, weights,
-// out^T) is stored transposed, [anything][kTileRows], so that softmax is lane-wise arithmetic and
-// both matrix products are the same loop: vectors of rows times broadcast elements of packed
-// panels.
-//   panel: [depth][kPanel] 32-bit words, kPanel columns (keys, or dims of a value) side by side
+// A left operand is packed as tiles [depth][kTileRows], what lies along the lanes, a right operand as
+// panels [depth][kPanel], whose elements are broadcast. The attention kernels hold query rows in the
+// lanes, so that softmax is lane-wise arithmetic.
 // A word is a float, or two neighbouring bf16 along the depth (Dot) for dot products.
 #pragma once
 
@@ -50,6 +48,16 @@ inline void multiply(const float* rows, const float* panel, int64_t depth, VF (&
     }
   }
 }
+
+#if defined(TENFOLD_ISA_BF16)
+// Lane by lane the pair (a, b) rounded to bf16.
+inline VF to_pairs(VF a, VF b) {
+  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(b.v, a.v);
+  const __m512i lanes = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24,
+                                         8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return {_mm512_castsi512_ps(_mm512_permutexvar_epi16(lanes, both))};
+}
+#endif
 
 // to[j][i] = from[i][j] for 8 x 8 words.
 #if defined(TENFOLD_ISA_AVX512) || defined(TENFOLD_ISA_AVX2)
