@@ -59,9 +59,9 @@ OptTensor check_row_floats(const char* op, const char* arg, const OptTensor& t, 
   TENFOLD_CHECK_TYPE(t->scalar_type() == ScalarType::Float, "tenfold::", op, ": ", arg,
                      " must be float32, got ", dtype_name(t->scalar_type()));
   const bool fits = scalar ? t->dim() == 0 : t->dim() == 1 && t->sizes()[0] == rows;
-  TENFOLD_CHECK_VALUE(fits, "tenfold::", op, ": ", arg, " must be ",
-                      scalar ? std::string("0-d") : "[" + std::to_string(rows) + "]", ", got ",
+  TENFOLD_CHECK_VALUE(fits || scalar, "tenfold::", op, ": ", arg, " must be [", rows, "], got ",
                       shape_str(*t));
+  TENFOLD_CHECK_VALUE(fits, "tenfold::", op, ": ", arg, " must be 0-d, got ", shape_str(*t));
   return t->is_contiguous() ? t : torch::stable::contiguous(*t);
 }
 
