@@ -52,7 +52,7 @@ struct LceChunk {
 constexpr int64_t kLcePad = 16;
 constexpr int64_t kLceLanes = 48;  // a multiple of every ISA's lanes of a tile
 constexpr int64_t kLceTile = 256;  // tokens of the vocabulary: a whole number of strips
-constexpr int64_t kLceCols = 768;  // of a tile of a gradient
+constexpr int64_t kLceCols = 384;  // of a tile of a gradient
 constexpr int64_t kLceRows = 512;  // of a chunk: a tile's logits fit the second cache
 constexpr int64_t kLceWorkspace = int64_t{128} << 20;
 // Below so many rows the traffic of a chunk (weight twice, sums of its gradient) costs more than

@@ -18,6 +18,8 @@ LinearLossCall check_layer(const char* op, const Tensor& hidden, const Tensor& w
   const int64_t rows = hidden.sizes()[0], dim = hidden.sizes()[1];
   TENFOLD_CHECK_VALUE(weight.sizes()[1] == dim, "tenfold::", op, ": weight must be [V, ", dim,
                       "] to match hidden ", shape_str(hidden), ", got ", shape_str(weight));
+  TENFOLD_CHECK_VALUE(dim > 0, "tenfold::", op, ": hidden must have H > 0, got ",
+                      shape_str(hidden));
   TENFOLD_CHECK_VALUE(weight.sizes()[0] > 0, "tenfold::", op,
                       ": weight must have at least one row, got ", shape_str(weight));
   TENFOLD_CHECK_VALUE(target.dim() == 1 && target.sizes()[0] == rows, "tenfold::", op, ": ", name,
