@@ -55,9 +55,11 @@ LossReduction parse_reduction(const char* op, const std::string& name) {
 
 }  // namespace
 
-OptTensor check_row_floats(const char* op, const char* arg, const OptTensor& t, int64_t rows,
-                           bool scalar) {
+OptTensor check_row_floats(const char* op, const char* arg, const OptTensor& t,
+                           const Tensor& hidden, bool scalar) {
   if (!t) return t;
+  const int64_t rows = hidden.sizes()[0];
+  check_same_device(op, "hidden", hidden, arg, *t);
   TENFOLD_CHECK_TYPE(t->scalar_type() == ScalarType::Float, "tenfold::", op, ": ", arg,
                      " must be float32, got ", dtype_name(t->scalar_type()));
   const bool fits = scalar ? t->dim() == 0 : t->dim() == 1 && t->sizes()[0] == rows;
@@ -72,8 +74,7 @@ LinearLossCall check_linear_loss(const char* op, const Tensor& hidden, const Ten
                                  int64_t ignore_index, const std::string& reduction, double softcap,
                                  double z_loss, double temperature) {
   LinearLossCall c = check_layer(op, hidden, weight, "target", target, temperature);
-  c.row_weight = check_row_floats(op, "row_weight", row_weight, c.rows);
-  if (row_weight) check_same_device(op, "hidden", hidden, "row_weight", *row_weight);
+  c.row_weight = check_row_floats(op, "row_weight", row_weight, hidden);
   c.reduction = parse_reduction(op, reduction);
   TENFOLD_CHECK_VALUE(softcap >= 0.0, "tenfold::", op, ": softcap must be 0 (none) or above, got ",
                       softcap);

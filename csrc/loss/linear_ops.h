@@ -31,8 +31,8 @@ LinearLossCall check_linear_loss(const char* op, const Tensor& hidden, const Ten
 LinearLossCall check_linear_logprob(const char* op, const Tensor& hidden, const Tensor& weight,
                                     const Tensor& ids, double temperature);
 
-// float32 [N], or 0-d where `scalar`; contiguous.
-OptTensor check_row_floats(const char* op, const char* arg, const OptTensor& t, int64_t rows,
-                           bool scalar = false);
+// float32 [N], one per row of hidden and on its device, or 0-d where `scalar`; contiguous.
+OptTensor check_row_floats(const char* op, const char* arg, const OptTensor& t,
+                           const Tensor& hidden, bool scalar = false);
 
 }  // namespace tenfold

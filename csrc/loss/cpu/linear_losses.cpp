@@ -142,10 +142,10 @@ std::tuple<Tensor, Tensor> linear_cross_entropy_backward_op(
   const LinearLossCall c = check_linear_loss(kOp, hidden, weight, target, row_weight, ignore_index,
                                              reduction, softcap, z_loss, temperature);
   const bool each = c.reduction == LossReduction::none;
-  const OptTensor of_loss = check_row_floats(kOp, "grad_loss", grad_loss, c.rows, !each);
-  const OptTensor of_lse = check_row_floats(kOp, "grad_lse", grad_lse, c.rows);
+  const OptTensor of_loss = check_row_floats(kOp, "grad_loss", grad_loss, hidden, !each);
+  const OptTensor of_lse = check_row_floats(kOp, "grad_lse", grad_lse, hidden);
   const CountedRows rows = counted_rows(kOp, c);
-  const std::vector<float> lses = gathered(rows, check_row_floats(kOp, "lse", lse, c.rows));
+  const std::vector<float> lses = gathered(rows, check_row_floats(kOp, "lse", lse, hidden));
   const std::vector<float> up = gathered(rows, each ? of_loss : std::nullopt);
   const std::vector<float> up_lse = gathered(rows, of_lse);
   const double one = !each && of_loss ? *data_as<float>(*of_loss) / divisor(c, rows) : 0.0;
@@ -179,7 +179,7 @@ std::tuple<Tensor, Tensor> linear_logprob_backward_op(OptTensor grad_logp, OptTe
   const LinearLossCall c = check_linear_logprob(kOp, hidden, weight, ids, temperature);
   const CountedRows rows = rows_with_id(c);
   const auto floats = [&](const char* name, const OptTensor& t) {
-    return gathered(rows, check_row_floats(kOp, name, t, c.rows));
+    return gathered(rows, check_row_floats(kOp, name, t, hidden));
   };
   const std::vector<float> of_logp = floats("grad_logp", grad_logp);
   const std::vector<float> of_lse = floats("grad_lse", grad_lse);

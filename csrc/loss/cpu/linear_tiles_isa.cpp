@@ -9,48 +9,6 @@ namespace {
 constexpr float kLowest = -3.402823466e38f;
 static_assert(kLceLanes % kTileRows == 0);
 
-// Words whose products are added one after another before they join a sum in memory. Without fused
-// multiply-adds each costs two roundings.
-#if defined(TENFOLD_ISA_AVX512) || defined(TENFOLD_ISA_AVX2)
-constexpr int64_t kStrip = 128;
-#else
-constexpr int64_t kStrip = 16;
-#endif
-
-// sums[8][V vectors] (+)= panel * lanes
-template <int V, bool Dot>
-inline void multiply_block(const float* lanes, const float* panel, int64_t depth, float* sums,
-                           int64_t pitch, bool add) {
-  for (int c = 0; c < kPanel; c += kCols) {
-    VF acc[kCols][V];
-#pragma GCC unroll 8
-    for (int j = 0; j < kCols; ++j)
-      for (int v = 0; v < V; ++v) acc[j][v] = set1(0.0f);
-    multiply<V, Dot>(lanes, panel + c, depth, acc);
-    float* const to = sums + c * pitch;
-#pragma GCC unroll 8
-    for (int j = 0; j < kCols; ++j)
-      for (int v = 0; v < V; ++v) {
-        float* const at = to + j * pitch + v * kWidth;
-        store(at, add ? acc[j][v] + load(at) : acc[j][v]);
-      }
-  }
-}
-
-template <bool Dot>
-inline void multiply_panels(const float* lanes, const float* panels, int64_t stride, int64_t count,
-                            int64_t left, int64_t depth, float* sums, int64_t pitch, bool add) {
-  for (int64_t r = 0; r < count; ++r, panels += stride, sums += kPanel * pitch) {
-    if (left > 2 * kWidth) {
-      multiply_block<3, Dot>(lanes, panels, depth, sums, pitch, add);
-    } else if (left > kWidth) {
-      multiply_block<2, Dot>(lanes, panels, depth, sums, pitch, add);
-    } else {
-      multiply_block<1, Dot>(lanes, panels, depth, sums, pitch, add);
-    }
-  }
-}
-
 // sums[8 count][cols] (+)= panels * tiles of lanes, over `depth` words.
 template <bool Dot>
 void multiply_tile(const float* panels, int64_t stride, int64_t count, const float* lanes,
@@ -69,61 +27,22 @@ inline int64_t lane_stride(int64_t depth) {
 }
 
 template <class T>
-inline VF load_some(const T* p, int64_t n) {
-  return n >= kWidth ? load(p) : n > 0 ? load_n(p, static_cast<int>(n)) : set1(0.0f);
-}
-
-// Rows i of [0, n) (at(i): where row i lies), columns [0, cols), to words from `word` on of tiles
-// of lanes.
-template <class T, bool Dot, class At>
-inline void pack_tiles(const At& at, int64_t n, int64_t cols, int64_t stride, float* to) {
-  for (int64_t i = 0; i < n; i += Dot ? 2 : 1, to += kTileRows) {
-    const T* const row = at(i);
-    [[maybe_unused]] const T* const next = Dot && i + 1 < n ? at(i + 1) : nullptr;
-    float* tile = to;
-    for (int64_t c = 0; c < cols; c += kTileRows, tile += stride)
-      for (int v = 0; v < kVecs; ++v) {
-        const int64_t x = c + v * kWidth;
-        if (x >= cols) break;
-        VF words = load_some(row + x, cols - x);
-#if defined(TENFOLD_ISA_BF16)
-        if constexpr (Dot) {
-          const VF high = next != nullptr ? load_some(next + x, cols - x) : set1(0.0f);
-          words = from_bits(shr<16>(bits(words)) | bits(high));
-        }
-#endif
-        store(tile + v * kWidth, words);
-      }
-  }
-}
-
-template <class T>
 inline const T* row_of(const void* from, int64_t stride, int64_t row) {
   return static_cast<const T*>(from) + row * stride;
 }
 
-// f<element, whether dot products>(), as this ISA multiplies the dtype.
-template <class F>
-inline auto with_dtype(Dtype dtype, const F& f) {
-  if (dtype == Dtype::f32) return f.template operator()<float, false>();
-  if (dtype == Dtype::f16) return f.template operator()<fp16_t, false>();
-#if defined(TENFOLD_ISA_BF16)
-  return f.template operator()<bf16_t, true>();
-#else
-  return f.template operator()<bf16_t, false>();
-#endif
-}
-
 // d of a logit from the logit, lane by lane for rows.
 struct Delta {
-  VF scale, log2e, softcap, most;
+  VF scale, log2e, uncap, most;
+  bool capped;
   const LceChunk& c;
 
   Delta(const LceProblem& p, const LceChunk& c)
       : scale(set1(p.scale)),
         log2e(set1(kLog2e)),
-        softcap(set1(p.softcap > 0.0f ? 1.0f / p.softcap : 0.0f)),
+        uncap(set1(1.0f / p.softcap)),
         most(set1(-kLowest)),
+        capped(p.softcap > 0.0f),
         c(c) {}
 
   // Rows from m on; `id`: added where the target is.
@@ -134,7 +53,9 @@ struct Delta {
       const VF d = load(c.base + m) - x * scale;  // infinite where p is 0
       slope = fma(load(c.of_entropy + m), select(lt(most, d), set1(0.0f), d), slope);
     }
-    const VF y = fma(e, slope, id), t = x * softcap;
+    const VF y = fma(e, slope, id);
+    if (!capped) return y;
+    const VF t = x * uncap;
     return fma(set1(0.0f) - t * t, y, y);
   }
 };
@@ -257,7 +178,7 @@ void lce_pack_lanes(const LceProblem& p, const LceChunk& c, int64_t tile, float*
 void lce_pack_cols(const LceProblem& p, const LceChunk& c, int64_t col, int64_t n) {
   with_dtype(p.dtype, [&]<class T, bool Dot>() {
     const int64_t stride = lane_stride(words<Dot>(c.count));
-    pack_tiles<T, Dot>(
+    pack_lanes<T, Dot>(
         [&](int64_t i) { return row_of<T>(p.hidden, p.hidden_stride, c.row[i]) + col; }, c.count, n,
         stride, c.cols + col / kTileRows * stride);
   });
@@ -341,7 +262,7 @@ void lce_deltas(const LceProblem& p, const LceChunk& c, int64_t v, int64_t n, co
 void lce_pack_weight(const LceProblem& p, int64_t v, int64_t n, int64_t at, int64_t depth,
                      float* cols) {
   with_dtype(p.dtype, [&]<class T, bool Dot>() {
-    pack_tiles<T, Dot>([&](int64_t i) { return row_of<T>(p.weight, p.weight_stride, v + i); }, n,
+    pack_lanes<T, Dot>([&](int64_t i) { return row_of<T>(p.weight, p.weight_stride, v + i); }, n,
                        p.dim, lane_stride(depth), cols + at * kTileRows);
   });
 }
