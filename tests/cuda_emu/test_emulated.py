@@ -19,6 +19,7 @@ CHECKS = {  # library -> checks of its script
     "kernels_attention_heads": ["mix_heads", "fuse_backward", "fusion_mse", "head_cka"],
     "kernels_optim_masks": ["bits", "topk", "grad_norm", "masked_copy", "wgrad"],
     "kernels_optim_adamw": ["float32", "bfloat16", "float16", "many", "8bit"],
+    "kernels_loss": ["logprob", "logprob_alignment"],
     "kernels": ["template", "proxy_scores", "nacl_select", "kv_moves", "ragged_decode"],
 }  # fmt: skip
 
