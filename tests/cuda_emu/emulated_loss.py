@@ -17,10 +17,14 @@ import torch
 
 from build import build
 from emu_calls import CODES, numbers, ptr, shifted, twice
+from tenfold import reference
 from tenfold.ops import loss as ops
 
 LIB = ctypes.CDLL(str(build("kernels_loss", "-shared", "-fPIC")))
 OPS = Path(__file__).resolve().parents[1] / "ops"
+EMULATED = ("selective_logprob", "selective_logprob_backward", "linear_cross_entropy",
+            "linear_cross_entropy_grads", "linear_cross_entropy_backward", "linear_logprob",
+            "linear_logprob_backward")  # fmt: skip
 library = torch.library.Library("tenfold", "IMPL")
 
 
@@ -63,6 +67,81 @@ def selective_logprob_backward(of_logp, of_lse, of_entropy, logits, ids, lse, en
     return twice(LIB, run)
 
 
+LIMITS = (8192, 4096, 1 << 26, 1 << 26, 256, 128)  # of LceLimits
+SMALL = (128, 256, 1, 1 << 20, 4, 2)  # several chunks of rows, blocks, segments, ranges
+
+
+class Linear:
+    """Arguments that the linear ops share, and the limits under test."""
+
+    limits = LIMITS
+
+    def __init__(self, hidden, weight, target, *, row_weight=None, ignore_index=-100, ids=False,
+                 reduction="mean", softcap=0.0, z_loss=0.0, temperature=1.0):  # fmt: skip
+        self.hidden, self.weight = rows_of(hidden), rows_of(weight)
+        self.target = target.contiguous()
+        self.row_weight = None if row_weight is None else row_weight.contiguous()
+        strides = [t.stride(0) if len(t) else 0 for t in (self.hidden, self.weight)]
+        n, h = hidden.shape
+        self.ints = numbers(CODES[hidden.dtype], n, h, len(weight), *strides,
+                            target.dtype == torch.int64, ids, ignore_index, reduction == "none",
+                            reduction == "mean", *self.limits)  # fmt: skip
+        self.floats = (ctypes.c_double * 3)(softcap, z_loss, temperature)
+        self.scalar = reduction != "none" and not ids
+
+    def inputs(self):
+        return [ptr(t) for t in (self.hidden, self.weight, self.target, self.row_weight)]
+
+    def forward(self, ids=False):
+        def run():
+            rows = [torch.full(self.target.shape, float("nan")) for _ in range(3)]
+            loss = torch.full(() if self.scalar else self.target.shape, float("nan"))
+            out = [None, *rows] if ids else [loss, rows[0], None, None]
+            LIB.emu_linear_forward(*self.inputs(), pointers(*out), self.ints, self.floats)
+            return [rows[1], rows[0], rows[2]] if ids else out[:2]
+
+        return tuple(twice(LIB, run))
+
+    def backward(self, of_hidden, of_weight, *rows, one=False):
+        rows = [None if t is None else t.contiguous() for t in rows]
+
+        def run():
+            grads = [x.new_full(x.shape if wanted else (0,), float("nan"))
+                     for x, wanted in ((self.hidden, of_hidden), (self.weight, of_weight))]  # fmt: skip
+            places = [ptr(g) if w else None for g, w in zip(grads, (of_hidden, of_weight))]
+            LIB.emu_linear_backward(*self.inputs(), pointers(*rows), ctypes.c_int64(one), *places,
+                                    self.ints, self.floats)  # fmt: skip
+            return grads
+
+        return tuple(twice(LIB, run))
+
+
+def linear_cross_entropy(*args, **options):
+    return Linear(*args, **options).forward()
+
+
+def linear_cross_entropy_grads(hidden, weight, target, of_hidden, of_weight, **options):
+    call = Linear(hidden, weight, target, **options)
+    loss, lse = call.forward()
+    return loss, lse, *call.backward(of_hidden, of_weight, lse, *[None] * 5, one=True)
+
+
+def linear_cross_entropy_backward(of_loss, of_lse, hidden, weight, target, lse, of_hidden, of_weight,
+                                  **options):  # fmt: skip
+    call = Linear(hidden, weight, target, **options)
+    return call.backward(of_hidden, of_weight, lse, None, of_loss, None, of_lse, None)
+
+
+def linear_logprob(hidden, weight, ids, temperature=1.0):
+    return Linear(hidden, weight, ids, ids=True, temperature=temperature).forward(ids=True)
+
+
+def linear_logprob_backward(of_logp, of_lse, of_entropy, hidden, weight, ids, lse, entropy, of_hidden,
+                            of_weight, temperature):  # fmt: skip
+    call = Linear(hidden, weight, ids, ids=True, temperature=temperature)
+    return call.backward(of_hidden, of_weight, lse, entropy, None, of_logp, of_lse, of_entropy)
+
+
 def run_tests(file, *choice):
     """The tests of a file, those of argument checks aside: these are not the kernels'."""
     with contextlib.redirect_stdout(sys.stderr):
@@ -94,10 +173,27 @@ def check_logprob_alignment():
             torch.testing.assert_close(some.grad.float(), want, atol=4e-3, rtol=4e-3)
 
 
+def check_linear_raw():
+    raw = torch.ops.tenfold
+    for dtype in CODES:
+        n, h, v = 150, 70, 600
+        hidden, weight = torch.randn(n, h).to(dtype), torch.randn(v, h).to(dtype) * 0.2
+        target = torch.randint(0, v, (n,))
+        target[::7] = -100
+        hidden[::7] = float("nan")
+        ref_args = [hidden.double().requires_grad_(), weight.double().requires_grad_(), target]
+        options = {"softcap": 3.0, "z_loss": 0.01, "temperature": 0.7}
+        want = reference.linear_cross_entropy(*ref_args, **options)
+        wg = torch.autograd.grad(want[0], ref_args[:2])
+        got = raw.linear_cross_entropy_grads(hidden, weight, target, True, True, **options)
+        for g, w in zip(got, (*want, *wg)):
+            print(dtype, float((g.double() - w).abs().max()), float(w.abs().max()))
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    for name in ("selective_logprob", "selective_logprob_backward"):
+    for name in EMULATED:
         library.impl(name, globals()[name], "CPU", allow_override=True)
     globals()[f"check_{sys.argv[1]}"]()
     print("ok")

@@ -188,12 +188,14 @@ __global__ void __launch_bounds__(kLogitThreads, 3) logit_grad_kernel(LogprobGra
   vectors.load(from + threadIdx.x * kPer, blockDim.x * kPer, held);
   const int64_t id = a.ids[row];
   const LogitGrad g = logit_grad_of(a, row, id);
-  const float of_p = g.of_p * g.scale, of_entropy = g.of_entropy * g.scale;
+  const float of_p = g.of_p * g.scale, of_entropy = g.of_entropy * g.scale,
+              of_id = g.of_id * g.scale;
   const auto scale_rest = static_cast<float>(a.scale - static_cast<double>(g.scale));
 #pragma unroll
   for (int j = 0; j < kLogitGradVectors; ++j) {
     const int64_t i = from + (static_cast<int64_t>(j) * blockDim.x + threadIdx.x) * kPer;
     if (i >= n) break;
+    const int at = id >= i && id < i + kPer ? static_cast<int>(id - i) : -1;
     float x[kPer], y[kPer];
     to_floats<T>(held[j], x);
 #pragma unroll
@@ -203,9 +205,7 @@ __global__ void __launch_bounds__(kLogitThreads, 3) logit_grad_kernel(LogprobGra
       const float e = fast_exp2((scaled - g.lse) * kLog2E), d = g.base - scaled;
       // d is infinite where p is 0.
       const float slope = fmaf(of_entropy, d > -kLowestFloat ? 0.0f : d, of_p);
-      y[k] = e * slope;
-      // With one rounding.
-      if (i + k == id) y[k] = fmaf(e, slope, g.of_id * g.scale);
+      y[k] = fmaf(e, slope, k == at ? of_id : 0.0f);
     }
     if (i >= 0 && i + kPer <= n) {
       *reinterpret_cast<uint4*>(out + i) = from_floats<T>(y);
