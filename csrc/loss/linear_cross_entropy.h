@@ -15,8 +15,9 @@
 //   2. with every row's lse: gradients d of the logits of a tile, packed for both products,
 //      grad_weight[tile] += d^T hidden, owned by the tile's task, then
 //      grad_hidden[rows] += d weight, owned by the rows' task, a block of tiles at a time.
-// Between 1 and 2 the logits of a chunk are kept in a workspace of at most kLceWorkspace bytes (the
-// forward pass makes the gradients too), or they are multiplied again (backward by lse).
+// Backward multiplies the logits again: 8 N H V with the forward pass. Where the upstream gradient is
+// one number, the forward pass makes the gradients too, from logits that it keeps between 1 and 2, in
+// 6 N H V: in the memory of grad_weight if they fit into it, else in at most kLceWorkspace bytes.
 #pragma once
 
 #include <cstdint>
@@ -35,7 +36,8 @@ struct LceProblem {
   float softcap, scale;  // 0: none; 1 / temperature
 };
 
-// Rows that count, packed. Arrays of a row have `pitch` floats, those past `count` are 0.
+// Rows that count, packed. Arrays of a row have `pitch` floats, those past `count` are 0; so have the
+// rows of x.
 struct LceChunk {
   int64_t count, pitch;
   const int64_t *row, *target;  // of hidden; in [0, vocab)
@@ -50,7 +52,12 @@ struct LceChunk {
 constexpr int64_t kLcePad = 16;
 constexpr int64_t kLceLanes = 48;  // a multiple of every ISA's lanes of a tile
 constexpr int64_t kLceTile = 256;  // tokens of the vocabulary: a whole number of strips
-constexpr int64_t kLceCols = 768;  // of a tile of a gradient
+constexpr int64_t kLceCols = 384;  // of a tile of a gradient
+constexpr int64_t kLceRows = 512;  // of a chunk: a tile's logits fit the second cache
+constexpr int64_t kLceWorkspace = int64_t{128} << 20;
+// Below so many rows the traffic of a chunk (weight twice, sums of its gradient) costs more than
+// multiplying logits again.
+constexpr int64_t kLceFewRows = 128;
 
 constexpr int64_t lce_whole(int64_t n, int64_t of) {
   return (n + of - 1) / of * of;
@@ -86,10 +93,12 @@ TENFOLD_ISA_DECLARE(void lce_sums(const LceProblem& p, const LceChunk& c, int64_
                                   bool weighted, float* sums))
 // Of all `tiles`, in order, into the first ones'.
 TENFOLD_ISA_DECLARE(void lce_join(const LceChunk& c, int64_t tiles, bool weighted, float* sums))
-// Step 2: d of a tile as panels of 8 rows `stride` apart, the depth along the tokens, and of 8
+TENFOLD_ISA_DECLARE(void lce_keep(const LceChunk& c, int64_t n, const float* x, float* kept,
+                                  int64_t kept_pitch))
+// Step 2: from x (rows `x_pitch` apart) d of a tile as panels of 8 rows `stride` apart, the depth along the tokens, and of 8
 // tokens, the depth along the rows. Either may be null.
 TENFOLD_ISA_DECLARE(void lce_deltas(const LceProblem& p, const LceChunk& c, int64_t v, int64_t n,
-                                    const float* x, float* by_row, int64_t stride,
+                                    const float* x, int64_t x_pitch, float* by_row, int64_t stride,
                                     float* by_token))
 // Tokens [v, v + n) of weight -> tiles of lanes, `depth` words of tokens each; these from `at` on.
 TENFOLD_ISA_DECLARE(void lce_pack_weight(const LceProblem& p, int64_t v, int64_t n, int64_t at,

@@ -18,6 +18,8 @@ LinearLossCall check_layer(const char* op, const Tensor& hidden, const Tensor& w
   const int64_t rows = hidden.sizes()[0], dim = hidden.sizes()[1];
   TENFOLD_CHECK_VALUE(weight.sizes()[1] == dim, "tenfold::", op, ": weight must be [V, ", dim,
                       "] to match hidden ", shape_str(hidden), ", got ", shape_str(weight));
+  TENFOLD_CHECK_VALUE(dim > 0, "tenfold::", op, ": hidden must have H > 0, got ",
+                      shape_str(hidden));
   TENFOLD_CHECK_VALUE(weight.sizes()[0] > 0, "tenfold::", op,
                       ": weight must have at least one row, got ", shape_str(weight));
   TENFOLD_CHECK_VALUE(target.dim() == 1 && target.sizes()[0] == rows, "tenfold::", op, ": ", name,
@@ -59,9 +61,9 @@ OptTensor check_row_floats(const char* op, const char* arg, const OptTensor& t, 
   TENFOLD_CHECK_TYPE(t->scalar_type() == ScalarType::Float, "tenfold::", op, ": ", arg,
                      " must be float32, got ", dtype_name(t->scalar_type()));
   const bool fits = scalar ? t->dim() == 0 : t->dim() == 1 && t->sizes()[0] == rows;
-  TENFOLD_CHECK_VALUE(fits, "tenfold::", op, ": ", arg, " must be ",
-                      scalar ? std::string("0-d") : "[" + std::to_string(rows) + "]", ", got ",
+  TENFOLD_CHECK_VALUE(fits || scalar, "tenfold::", op, ": ", arg, " must be [", rows, "], got ",
                       shape_str(*t));
+  TENFOLD_CHECK_VALUE(fits, "tenfold::", op, ": ", arg, " must be 0-d, got ", shape_str(*t));
   return t->is_contiguous() ? t : torch::stable::contiguous(*t);
 }
 

@@ -2,9 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
-#include <limits>
+#include <memory>
 #include <numeric>
 #include <optional>
 
@@ -14,52 +13,68 @@
 namespace tenfold::cpu {
 namespace {
 
-int64_t env(const char* name, int64_t x) {
-  const char* v = std::getenv(name);
-  return v ? std::atoll(v) : x;
+constexpr int64_t kBlockBytes = int64_t{8} << 20;  // of packed operands of grad_hidden
+
+double micros(int64_t flops) {
+  return static_cast<double>(flops) / 5e4;  // of a thread; for the size of tasks only
 }
-
-constexpr double kFlopsPerMicro = 5e4;  // of a thread; for the size of tasks only
-
-// [0, n) in `count` parts of whole units (the last may be shorter), as equal as can be.
-struct Parts {
-  int64_t n, unit, count;
-  int64_t begin(int64_t i) const { return std::min(n, i * ((n + unit - 1) / unit) / count * unit); }
-  int64_t length(int64_t i) const { return begin(i + 1) - begin(i); }
-};
 
 int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
+// [0, n) in `count` parts of whole units (the last may be shorter), as equal as can be.
+struct Parts {
+  int64_t n, unit, count;
+  int64_t begin(int64_t i) const { return std::min(n, i * ceil_div(n, unit) / count * unit); }
+  int64_t length(int64_t i) const { return begin(i + 1) - begin(i); }
+};
+
+// One allocation in parts of some floats each (rounded to cache lines).
+class Floats {
+ public:
+  explicit Floats(std::initializer_list<int64_t> sizes) : memory_(4 * total(sizes)) {
+    auto* at = static_cast<float*>(memory_.data());
+    for (const int64_t n : sizes) {
+      parts_.push_back(at);
+      at += lce_whole(n, 16);
+    }
+  }
+  float* operator[](size_t i) const { return parts_[i]; }
+
+ private:
+  static int64_t total(std::initializer_list<int64_t> sizes) {
+    int64_t sum = 16;
+    for (const int64_t n : sizes) sum += lce_whole(n, 16);
+    return sum;
+  }
+  Scratch memory_;
+  std::vector<float*> parts_;
+};
+
 }  // namespace
 
-// Rows of a chunk, packed.
 struct LinearLoss::Chunk : LceChunk {
-  int64_t first;  // of the rows that count
-  std::optional<Scratch> lane_memory, col_memory;
+  int64_t index, first;  // the latter of the rows that count
+  std::shared_ptr<Floats> packed;
   std::vector<float> of_rows;  // arrays of `pitch`
 
   float* array(int64_t i) { return of_rows.data() + i * pitch; }
 };
 
-// Tiles [first, first + tiles) of the vocabulary and what their gradients are packed into.
+// Tiles [first, first + tiles) of the vocabulary, `tokens` in all, and what their gradients are
+// packed into: room for `depth` words.
 struct LinearLoss::Block {
-  int64_t first, tiles, tokens, depth;  // of which `tokens`; room for `depth` words
+  int64_t first, tiles, tokens, depth;
   float *by_row, *weight;
 };
 
-// Sums of grad_weight of rows from `first` on: what is there before, and where they go.
+// Rows of grad_weight from token `first` on: where they go (or null), and what is there before.
 struct LinearLoss::WeightSums {
-  char* out;
+  void* out;
   Dtype dtype;
   const float* before;
   int64_t first;
-};
-
-// Working memory of a task, in floats.
-struct LinearLoss::TaskMemory {
-  float *panels = nullptr, *staged = nullptr, *x = nullptr, *by_token = nullptr, *sums = nullptr;
 };
 
 LinearLoss::LinearLoss(const LinearLossCall& c, const CountedRows& rows, bool wants_entropy)
@@ -80,69 +95,71 @@ LinearLoss::LinearLoss(const LinearLossCall& c, const CountedRows& rows, bool wa
       threads_(torch::stable::get_num_threads()),
       wants_entropy_(wants_entropy) {}
 
-LinearLoss::~LinearLoss() = default;
-
-double LinearLoss::micros(int64_t flops) const {
-  return static_cast<double>(flops) / kFlopsPerMicro;
-}
-
 // Equal chunks.
 void LinearLoss::plan(int64_t most_rows) {
-  const int64_t chunks = std::max<int64_t>(1, ceil_div(count(), most_rows));
-  chunk_rows_ = std::max<int64_t>(16, lce_whole(ceil_div(count(), chunks), 16));
+  const int64_t most = std::max<int64_t>(16, most_rows / 16 * 16);
+  const int64_t parts = std::max<int64_t>(1, ceil_div(count(), most));
+  chunk_rows_ = std::max<int64_t>(16, lce_whole(ceil_div(count(), parts), 16));
 }
 
-std::unique_ptr<LinearLoss::Chunk> LinearLoss::pack(int64_t first, bool for_weight) const {
-  auto c = std::make_unique<Chunk>();
-  c->first = first;
-  c->count = std::min(chunk_rows_, count() - first);
-  c->pitch = lce_pitch(c->count);
-  c->row = rows_.row.data() + first;
-  c->target = rows_.target.data() + first;
-  c->of_rows.assign(6 * c->pitch, 0.0f);
-  c->lse = c->array(0), c->of_p = c->array(1), c->of_id = c->array(2);
-  c->of_entropy = wants_entropy_ ? c->array(3) : nullptr;
-  c->base = wants_entropy_ ? c->array(4) : nullptr;
-  c->chosen = c->array(5);
-  c->lanes = static_cast<float*>(
-      c->lane_memory.emplace(4 * lce_lanes_size(c->count, words(p_.dim))).data());
-  const int64_t staged = 8 * lce_whole(p_.dim, 16);
-  parallel_for(ceil_div(c->count, kLceLanes), 1e-3 * kLceLanes * p_.dim,
+float* LinearLoss::kept_logits(const Kept& k, int64_t chunk) const {
+  const int64_t i = chunk - k.first;
+  return i >= 0 && i < k.chunks ? k.data + i * p_.vocab * k.pitch : nullptr;
+}
+
+LinearLoss::Chunk LinearLoss::pack(int64_t chunk, bool for_weight) const {
+  Chunk c{};
+  c.index = chunk, c.first = chunk * chunk_rows_;
+  c.count = std::min(chunk_rows_, count() - c.first);
+  c.pitch = lce_pitch(c.count);
+  c.row = rows_.row.data() + c.first;
+  c.target = rows_.target.data() + c.first;
+  c.of_rows.assign(6 * c.pitch, 0.0f);
+  c.lse = c.array(0), c.of_p = c.array(1), c.of_id = c.array(2);
+  c.of_entropy = wants_entropy_ ? c.array(3) : nullptr;
+  c.base = wants_entropy_ ? c.array(4) : nullptr;
+  c.chosen = c.array(5);
+  c.packed = std::make_shared<Floats>(std::initializer_list<int64_t>{
+      lce_lanes_size(c.count, words(p_.dim)),
+      for_weight ? lce_lanes_size(p_.dim, words(c.count)) : 0});
+  c.lanes = (*c.packed)[0], c.cols = (*c.packed)[1];
+  const double column_micros = 1e-3 * kLceLanes;
+  parallel_for(ceil_div(c.count, kLceLanes), column_micros * static_cast<double>(p_.dim),
                [&](int64_t begin, int64_t end) {
-                 const Scratch room(4 * staged);
+                 const Floats staged{8 * lce_whole(p_.dim, 16)};
                  for (int64_t i = begin; i < end; ++i)
-                   TENFOLD_ISA_CALL_AS(isa_, lce_pack_lanes, p_, *c, i,
-                                       static_cast<float*>(room.data()));
+                   TENFOLD_ISA_CALL_AS(isa_, lce_pack_lanes, p_, c, i, staged[0]);
                });
   if (!for_weight) return c;
-  c->cols = static_cast<float*>(
-      c->col_memory.emplace(4 * lce_lanes_size(p_.dim, words(c->count))).data());
-  parallel_for(ceil_div(p_.dim, kLceLanes), 1e-3 * kLceLanes * c->count,
+  parallel_for(ceil_div(p_.dim, kLceLanes), column_micros * static_cast<double>(c.count),
                [&](int64_t begin, int64_t end) {
                  const int64_t col = begin * kLceLanes;
-                 TENFOLD_ISA_CALL_AS(isa_, lce_pack_cols, p_, *c, col,
+                 TENFOLD_ISA_CALL_AS(isa_, lce_pack_cols, p_, c, col,
                                      std::min(p_.dim, end * kLceLanes) - col);
                });
   return c;
 }
 
-// Step 1 of the whole vocabulary, kept in [vocab][pitch] if there is room; sums of the rows.
-void LinearLoss::logits(Chunk& c, float* kept, RowSums* sums) const {
-  const Scratch parts(4 * 3 * c.pitch * tiles_);
-  auto* const of_tiles = static_cast<float*>(parts.data());
-  const int64_t panels = lce_panels_size(kLceTile, words(p_.dim));
-  const int64_t staged = 8 * lce_whole(p_.dim, 16);
-  const int64_t room = kept != nullptr ? 0 : kLceTile * c.pitch;
+// Step 1 of the whole vocabulary.
+void LinearLoss::logits(Chunk& c, const Kept& kept, RowSums* sums) const {
+  const Floats parts{3 * c.pitch * tiles_};
+  float* const keep = kept_logits(kept, c.index);
   parallel_for(tiles_, micros(2 * kLceTile * c.count * p_.dim), [&](int64_t begin, int64_t end) {
-    const Scratch memory(4 * (panels + staged + room));
-    auto* const at = static_cast<float*>(memory.data());
+    const Floats at{lce_panels_size(kLceTile, words(p_.dim)), 8 * lce_whole(p_.dim, 16),
+                    kLceTile * c.pitch};
     for (int64_t t = begin; t < end; ++t) {
       const int64_t v = t * kLceTile, n = std::min(kLceTile, p_.vocab - v);
-      float* const x = kept != nullptr ? kept + v * c.pitch : at + panels + staged;
-      TENFOLD_ISA_CALL_AS(isa_, lce_logits, p_, c, v, n, at, at + panels, x);
-      TENFOLD_ISA_CALL_AS(isa_, lce_sums, p_, c, n, x, wants_entropy_, of_tiles + t * 3 * c.pitch);
+      TENFOLD_ISA_CALL_AS(isa_, lce_logits, p_, c, v, n, at[0], at[1], at[2]);
+      TENFOLD_ISA_CALL_AS(isa_, lce_sums, p_, c, n, at[2], wants_entropy_,
+                          parts[0] + t * 3 * c.pitch);
+      if (keep != nullptr)
+        TENFOLD_ISA_CALL_AS(isa_, lce_keep, c, n, at[2], keep + v * kept.pitch, kept.pitch);
     }
   });
+  add_up(c, parts[0], sums);
+}
+
+void LinearLoss::add_up(Chunk& c, float* of_tiles, RowSums* sums) const {
   TENFOLD_ISA_CALL_AS(isa_, lce_join, c, tiles_, wants_entropy_, of_tiles);
   for (int64_t m = 0; m < c.count; ++m) {
     const double top = of_tiles[m], sum = of_tiles[c.pitch + m];
@@ -166,49 +183,42 @@ void LinearLoss::set_slopes(Chunk& c, const float* lse, const Slopes& slopes) co
   }
 }
 
-// Tiles whose gradients are packed at a time: as many as fit the last cache, the same number for
-// every thread.
+// Tiles whose gradients are packed at a time: what the last cache holds, as many for every thread.
 int64_t LinearLoss::block_tiles() const {
-  const int64_t bytes = 4 * kLceTile * (chunk_rows_ + p_.dim) / word_;
-  const int64_t most = env("LCE_BLOCK", int64_t{8} << 20) / bytes;
+  const int64_t most = kBlockBytes / (4 * kLceTile * (chunk_rows_ + p_.dim) / word_);
   return std::min(tiles_, std::max<int64_t>(1, most / threads_) * threads_);
 }
 
-// Step 2 of a block.
-void LinearLoss::gradients(const Chunk& c, const Block& b, const float* kept,
-                           const WeightSums& weight, float* hidden, bool add) const {
-  const int64_t depth = words(p_.dim), stride = lce_panel_stride(b.depth);
-  const int64_t col_parts = ceil_div(p_.dim, kLceCols);
-  const Parts across{p_.dim, kLceLanes, col_parts};
-  const int64_t widest = lce_whole(ceil_div(p_.dim, col_parts), kLceLanes) + kLceLanes;
+// Step 2 of a block of tiles.
+void LinearLoss::block_gradients(const Chunk& c, const Block& b, const Kept& kept,
+                                 const WeightSums& weight, float* hidden, bool add) const {
+  const int64_t stride = lce_panel_stride(b.depth), size = dtype_size(weight.dtype);
+  const Parts across{p_.dim, kLceLanes, ceil_div(p_.dim, kLceCols)};
+  const int64_t widest = lce_whole(ceil_div(p_.dim, across.count), kLceLanes) + kLceLanes;
   const bool for_weight = weight.out != nullptr;
-  const int64_t sizes[] = {kept != nullptr ? 0 : lce_panels_size(kLceTile, depth),
-                           kept != nullptr ? 0 : 8 * lce_whole(p_.dim, 16),
-                           kept != nullptr ? 0 : kLceTile * c.pitch,
-                           for_weight ? lce_panels_size(kLceTile, words(lce_whole(c.count, 16))) : 0,
-                           for_weight ? kLceTile * lce_pitch(widest) : 0};
-  const int64_t size = dtype_size(weight.dtype);
+  const float* const keep = kept_logits(kept, c.index);
+  const bool again = keep == nullptr;
   parallel_for(b.tiles, micros(2 * kLceTile * c.count * p_.dim), [&](int64_t begin, int64_t end) {
-    const Scratch memory(4 * std::accumulate(sizes, sizes + 5, int64_t{16}));
-    float* at[5] = {static_cast<float*>(memory.data())};
-    for (int i = 1; i < 5; ++i) at[i] = at[i - 1] + sizes[i - 1];
+    const Floats at{again ? lce_panels_size(kLceTile, words(p_.dim)) : 0,
+                    again ? 8 * lce_whole(p_.dim, 16) : 0, again ? kLceTile * c.pitch : 0,
+                    for_weight ? lce_panels_size(kLceTile, words(lce_whole(c.count, 16))) : 0,
+                    for_weight ? kLceTile * lce_pitch(widest) : 0};
     for (int64_t t = begin; t < end; ++t) {
       const int64_t from = t * kLceTile, v = b.first * kLceTile + from;
       const int64_t n = std::min(kLceTile, p_.vocab - v);
-      const float* const x = kept != nullptr ? kept + v * c.pitch : at[2];
-      if (kept == nullptr) TENFOLD_ISA_CALL_AS(isa_, lce_logits, p_, c, v, n, at[0], at[1], at[2]);
-      TENFOLD_ISA_CALL_AS(isa_, lce_deltas, p_, c, v, n, x,
+      if (again) TENFOLD_ISA_CALL_AS(isa_, lce_logits, p_, c, v, n, at[0], at[1], at[2]);
+      TENFOLD_ISA_CALL_AS(isa_, lce_deltas, p_, c, v, n, again ? at[2] : keep + v * kept.pitch,
+                          again ? c.pitch : kept.pitch,
                           hidden != nullptr ? b.by_row + from / word_ * 8 : nullptr, stride,
                           for_weight ? at[3] : nullptr);
       if (hidden != nullptr)
         TENFOLD_ISA_CALL_AS(isa_, lce_pack_weight, p_, v, n, from / word_, b.depth, b.weight);
-      for (int64_t i = 0; for_weight && i < col_parts; ++i) {
-        const int64_t row = (v - weight.first) * p_.dim + across.begin(i);
-        TENFOLD_ISA_CALL_AS(
-            isa_, lce_weight_tile, c, p_.dtype,
-            {n, across.begin(i), across.length(i), at[3], at[4],
-             weight.before != nullptr ? weight.before + row : nullptr, p_.dim, weight.dtype,
-             weight.out + row * size, p_.dim});
+      for (int64_t i = 0; for_weight && i < across.count; ++i) {
+        const int64_t col = across.begin(i), out = (v - weight.first) * p_.dim + col;
+        TENFOLD_ISA_CALL_AS(isa_, lce_weight_tile, c, p_.dtype,
+                            {n, col, across.length(i), at[3], at[4],
+                             weight.before != nullptr ? weight.before + out : nullptr, p_.dim,
+                             weight.dtype, static_cast<char*>(weight.out) + out * size, p_.dim});
       }
     }
   });
@@ -221,142 +231,123 @@ void LinearLoss::hidden_tiles(const Chunk& c, const Block& b, float* sums, bool 
   const int64_t row_parts = std::min(panels, ceil_div(ceil_div(panels, 16), even) * even);
   const Parts across{p_.dim, kLceLanes, col_parts}, down{c.count, 8, row_parts};
   const int64_t stride = lce_panel_stride(b.depth), pitch = hidden_pitch();
-  parallel_for(row_parts * col_parts, micros(2 * c.count * p_.dim * b.tokens / row_parts),
+  const int64_t tasks = row_parts * col_parts;
+  parallel_for(tasks, micros(2 * c.count * p_.dim * b.tokens / tasks),
                [&](int64_t begin, int64_t end) {
                  for (int64_t i = begin; i < end; ++i) {
                    const int64_t m = down.begin(i / col_parts), col = across.begin(i % col_parts);
-                   TENFOLD_ISA_CALL_AS(isa_, lce_hidden_tile, p_.dtype,
-                                       down.length(i / col_parts), across.length(i % col_parts),
-                                       words(b.tokens), b.by_row + m / 8 * stride, stride, b.weight,
-                                       b.depth, col, sums + m * pitch + col, pitch, add);
+                   TENFOLD_ISA_CALL_AS(isa_, lce_hidden_tile, p_.dtype, down.length(i / col_parts),
+                                       across.length(i % col_parts), words(b.tokens),
+                                       b.by_row + m / 8 * stride, stride, b.weight, b.depth, col,
+                                       sums + m * pitch + col, pitch, add);
                  }
                });
 }
 
-void LinearLoss::store_hidden(const Chunk& c, const float* sums, void* out) const {
+void LinearLoss::store_hidden(int64_t chunk, const float* sums, void* out) const {
   const int64_t size = dtype_size(p_.dtype) * p_.dim, pitch = hidden_pitch();
-  parallel_for(c.count, 1e-4 * p_.dim, [&](int64_t begin, int64_t end) {
+  const int64_t first = chunk * chunk_rows_, n = std::min(chunk_rows_, count() - first);
+  parallel_for(n, 1e-4 * static_cast<double>(p_.dim), [&](int64_t begin, int64_t end) {
     for (int64_t m = begin; m < end; ++m)
       TENFOLD_ISA_CALL_AS(isa_, lce_store, sums + m * pitch, p_.dim, p_.dtype,
-                          static_cast<char*>(out) + c.row[m] * size);
+                          static_cast<char*>(out) + rows_.row[first + m] * size);
   });
 }
 
 // Zeros where nothing will be written: rows that do not count; weight if none does.
 void LinearLoss::clear(const GradientsOut& out) const {
   const int64_t size = dtype_size(p_.dtype) * p_.dim;
-  if (out.hidden != nullptr) {
-    int64_t next = 0;
-    for (int64_t i = 0; i < num_rows_; ++i) {
-      if (next < count() && rows_.row[next] == i) {
-        ++next;
-      } else {
-        std::memset(static_cast<char*>(out.hidden) + i * size, 0, size);
-      }
+  const auto zero = [&](void* rows, int64_t begin, int64_t end) {
+    std::memset(static_cast<char*>(rows) + begin * size, 0, (end - begin) * size);
+  };
+  int64_t next = 0;
+  for (int64_t i = 0; out.hidden != nullptr && i < num_rows_; ++i) {
+    if (next < count() && rows_.row[next] == i) {
+      ++next;
+    } else {
+      zero(out.hidden, i, i + 1);
     }
   }
   if (out.weight != nullptr && count() == 0)
-    parallel_for(p_.vocab, 1e-4 * size, [&](int64_t begin, int64_t end) {
-      std::memset(static_cast<char*>(out.weight) + begin * size, 0, (end - begin) * size);
-    });
+    parallel_for(p_.vocab, 1e-4 * static_cast<double>(size),
+                 [&](int64_t begin, int64_t end) { zero(out.weight, begin, end); });
+}
+
+// Step 2 of chunks [first, last). What grad_weight holds from chunks before is added to.
+void LinearLoss::gradients(int64_t first, int64_t last, const Kept& kept, const float* lse,
+                           const Slopes& slopes, const GradientsOut& out) const {
+  const bool for_weight = out.weight != nullptr, for_hidden = out.hidden != nullptr;
+  const int64_t tiles = block_tiles(), depth = words(tiles * kLceTile), many = last - first;
+  // Sums of more than one chunk cannot wait in 16 bits.
+  const bool wide = for_weight && p_.dtype != Dtype::f32 && many > 1;
+  const int64_t hidden_size = for_hidden ? lce_whole(chunk_rows_, 16) * hidden_pitch() : 0;
+  const Floats memory{for_hidden ? lce_panels_size(lce_whole(chunk_rows_, 16), depth) : 0,
+                      for_hidden ? lce_lanes_size(p_.dim, depth) : 0, many * hidden_size,
+                      wide ? tiles * kLceTile * p_.dim : 0};
+  std::optional<Chunk> c;
+  for (int64_t t = 0; t < tiles_; t += tiles) {
+    const int64_t n = std::min(tiles, tiles_ - t), v = t * kLceTile;
+    const Block block{t, n, std::min(p_.vocab - v, n * kLceTile), depth, memory[0], memory[1]};
+    void* const to = for_weight ? static_cast<char*>(out.weight) +
+                                      v * p_.dim * dtype_size(p_.dtype)
+                                : nullptr;
+    float* const floats = wide ? memory[3] : static_cast<float*>(to);
+    for (int64_t i = first; i < last; ++i) {
+      if (!c || many > 1) {
+        c = pack(i, for_weight);
+        set_slopes(*c, lse, slopes);
+      }
+      const bool stored = i + 1 == last || !wide;
+      const WeightSums weight{stored ? to : floats, stored ? p_.dtype : Dtype::f32,
+                              for_weight && i > (wide ? first : 0) ? floats : nullptr, v};
+      block_gradients(*c, block, kept, weight,
+                      for_hidden ? memory[2] + (i - first) * hidden_size : nullptr, t > 0);
+    }
+  }
+  for (int64_t i = first; for_hidden && i < last; ++i)
+    store_hidden(i, memory[2] + (i - first) * hidden_size, out.hidden);
 }
 
 void LinearLoss::forward(RowSums* sums) {
-  plan(env("LCE_ROWS", 512));
-  for (int64_t first = 0; first < count(); first += chunk_rows_)
-    logits(*pack(first, false), nullptr, sums);
-}
-
-namespace {
-
-struct BlockMemory {
-  int64_t rows, cols;
-  Scratch memory;
-  BlockMemory(int64_t rows, int64_t cols) : rows(rows), cols(cols), memory(4 * (rows + cols + 16)) {}
-  float* by_row() const { return static_cast<float*>(memory.data()); }
-  float* weight() const { return by_row() + rows; }
-};
-
-}  // namespace
-
-void LinearLoss::forward_gradients(RowSums* sums, const Slopes& slopes, const GradientsOut& out) {
-  clear(out);
-  if (count() == 0) return;
-  const int64_t most = env("LCE_WS", int64_t{64} << 20) / (4 * p_.vocab) / 16 * 16;
-  plan(std::clamp(most, kLceLanes, env("LCE_ROWS", 512)));
-  const bool for_weight = out.weight != nullptr, for_hidden = out.hidden != nullptr;
-  const int64_t pitch = lce_pitch(chunk_rows_), tiles = block_tiles();
-  const int64_t depth = words(tiles * kLceTile);
-  const Scratch kept(4 * p_.vocab * pitch);
-  const BlockMemory block(for_hidden ? lce_panels_size(lce_whole(chunk_rows_, 16), depth) : 0,
-                          for_hidden ? lce_lanes_size(p_.dim, depth) : 0);
-  const Scratch hidden_sums(for_hidden ? 4 * lce_whole(chunk_rows_, 16) * hidden_pitch() : 64);
-  const bool wide = for_weight && p_.dtype != Dtype::f32 && chunk_rows_ < count();
-  const Scratch weight_sums(wide ? 4 * p_.vocab * p_.dim : 64);
-  auto* const hidden = for_hidden ? static_cast<float*>(hidden_sums.data()) : nullptr;
-  auto* const x = static_cast<float*>(kept.data());
-  for (int64_t first = 0; first < count(); first += chunk_rows_) {
-    const auto c = pack(first, for_weight);
-    logits(*c, x, sums);
-    set_slopes(*c, sums->lse.data(), slopes);
-    const bool last = first + chunk_rows_ >= count();
-    float* const floats = wide ? static_cast<float*>(weight_sums.data())
-                               : static_cast<float*>(out.weight);
-    const WeightSums weight{
-        static_cast<char*>(!for_weight || last || !wide ? out.weight : floats),
-        last ? p_.dtype : Dtype::f32, first > 0 && for_weight ? floats : nullptr, 0};
-    for (int64_t t = 0; t < tiles_; t += tiles) {
-      const int64_t n = std::min(tiles, tiles_ - t);
-      const int64_t tokens = std::min(p_.vocab - t * kLceTile, n * kLceTile);
-      gradients(*c, {t, n, tokens, depth, block.by_row(), block.weight()}, x, weight, hidden,
-                t > 0);
-    }
-    if (for_hidden) store_hidden(*c, hidden, out.hidden);
+  plan(kLceRows);
+  for (int64_t i = 0; i < chunks(); ++i) {
+    Chunk c = pack(i, false);
+    logits(c, {}, sums);
   }
 }
 
 void LinearLoss::backward(const float* lse, const Slopes& slopes, const GradientsOut& out) {
   clear(out);
+  plan(kLceRows);
+  if (count() > 0) gradients(0, chunks(), {}, lse, slopes, out);
+}
+
+// Chunk by chunk where sums of grad_weight can wait in it, as floats; all logits are kept then. Else
+// block by block of the vocabulary, so that they wait in a block's memory, with the logits of as many
+// chunks as there is room for; the others' are multiplied again.
+void LinearLoss::forward_gradients(RowSums* sums, const Slopes& slopes, const GradientsOut& out) {
+  clear(out);
   if (count() == 0) return;
-  plan(env("LCE_ROWS", 512));
-  const bool for_weight = out.weight != nullptr, for_hidden = out.hidden != nullptr;
-  const int64_t tiles = block_tiles(), depth = words(tiles * kLceTile);
-  const int64_t chunks = ceil_div(count(), chunk_rows_);
-  const BlockMemory block(for_hidden ? lce_panels_size(lce_whole(chunk_rows_, 16), depth) : 0,
-                          for_hidden ? lce_lanes_size(p_.dim, depth) : 0);
-  const int64_t chunk_sums = lce_whole(chunk_rows_, 16) * hidden_pitch();
-  const Scratch hidden_sums(for_hidden ? 4 * chunks * chunk_sums : 64);
-  const bool wide = for_weight && p_.dtype != Dtype::f32 && chunks > 1;
-  const Scratch weight_sums(wide ? 4 * tiles * kLceTile * p_.dim : 64);
-  const int64_t row_bytes = p_.dim * dtype_size(p_.dtype);
-  std::unique_ptr<Chunk> c;
-  for (int64_t t = 0; t < tiles_; t += tiles) {
-    const int64_t n = std::min(tiles, tiles_ - t), v = t * kLceTile;
-    const int64_t tokens = std::min(p_.vocab - v, n * kLceTile);
-    char* const to = for_weight ? static_cast<char*>(out.weight) + v * row_bytes : nullptr;
-    auto* const floats = wide ? static_cast<float*>(weight_sums.data())
-                              : reinterpret_cast<float*>(to);
-    for (int64_t i = 0; i < chunks; ++i) {
-      if (c == nullptr || chunks > 1) {
-        c = pack(i * chunk_rows_, for_weight);
-        set_slopes(*c, lse, slopes);
-      }
-      const bool last = i + 1 == chunks;
-      const WeightSums weight{wide && !last ? reinterpret_cast<char*>(floats) : to,
-                              last ? p_.dtype : Dtype::f32,
-                              i > 0 && for_weight ? floats : nullptr, v};
-      gradients(*c, {t, n, tokens, depth, block.by_row(), block.weight()}, nullptr, weight,
-                for_hidden ? static_cast<float*>(hidden_sums.data()) + i * chunk_sums : nullptr,
-                t > 0);
-    }
+  const int64_t row_floats = p_.dim * dtype_size(p_.dtype) / 4;
+  const int64_t fits = kLceWorkspace / (4 * p_.vocab) / 16 * 16;
+  const bool inside =
+      out.weight != nullptr && count() <= kLceRows && lce_whole(count(), 16) <= row_floats;
+  const bool keeps = inside || fits >= std::min(kLceFewRows, count());
+  plan(keeps && !inside ? std::min(kLceRows, fits) : kLceRows);
+  const int64_t pitch = lce_pitch(chunk_rows_), size = p_.vocab * pitch;
+  const bool by_chunk = keeps && (p_.dtype == Dtype::f32 || out.weight == nullptr);
+  Kept kept{nullptr, inside ? row_floats : pitch, 0, keeps ? 1 : 0};
+  if (keeps && !inside && !by_chunk)
+    kept.chunks = std::clamp<int64_t>(kLceWorkspace / (4 * size), 1, chunks());
+  const Floats workspace{inside ? 0 : kept.chunks * size};
+  kept.data = inside ? static_cast<float*>(out.weight) : workspace[0];
+  for (int64_t i = 0; i < chunks(); ++i) {
+    if (by_chunk) kept.first = i;
+    Chunk c = pack(i, false);
+    logits(c, kept, sums);
+    if (by_chunk) gradients(i, i + 1, kept, sums->lse.data(), slopes, out);
   }
-  for (int64_t i = 0; for_hidden && i < chunks; ++i) {
-    const Chunk rows{{std::min(chunk_rows_, count() - i * chunk_rows_), 0,
-                      rows_.row.data() + i * chunk_rows_, nullptr, nullptr, nullptr, nullptr,
-                      nullptr, nullptr, nullptr, nullptr, nullptr},
-                     0, {}, {}, {}};
-    store_hidden(rows, static_cast<const float*>(hidden_sums.data()) + i * chunk_sums, out.hidden);
-  }
+  if (!by_chunk) gradients(0, chunks(), kept, sums->lse.data(), slopes, out);
 }
 
 }  // namespace tenfold::cpu

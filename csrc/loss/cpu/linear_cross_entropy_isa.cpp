@@ -187,7 +187,7 @@ inline void put_one(float* panel, int64_t along, int64_t lane, float x) {
 
 template <bool Dot>
 void make_deltas(const LceProblem& p, const LceChunk& c, int64_t first, int64_t n, const float* x,
-                 float* by_row, int64_t stride, float* by_token) {
+                 int64_t pitch, float* by_row, int64_t stride, float* by_token) {
   const Delta delta(p, c);
   constexpr int kWord = Dot ? 2 : 1;
   const VF none = set1(0.0f);
@@ -197,7 +197,7 @@ void make_deltas(const LceProblem& p, const LceChunk& c, int64_t first, int64_t 
     for (int64_t m = 0; m < rows; m += kSpan) {
       for (int i = 0; i < 8; ++i)
         for (int lane = 0; lane < kSpan; lane += kWidth) {
-          const float* const at = x + (v + i) * c.pitch + m + lane;
+          const float* const at = x + (v + i) * pitch + m + lane;
           store(d + i * kSpan + lane, v + i < n ? delta(load(at), m + lane, none) : none);
         }
       if (by_row != nullptr) put_by_row<Dot>(d, by_row + m / 8 * stride + v / kWord * 8, stride);
@@ -211,7 +211,7 @@ void make_deltas(const LceProblem& p, const LceChunk& c, int64_t first, int64_t 
     float one[kWidth];
     const int64_t lane = m % kWidth;
     for (int i = 0; i < kWidth; ++i) one[i] = i == lane ? c.of_id[m] : 0.0f;
-    store(one, delta(load(x + v * c.pitch + m - lane), m - lane, load(one)));
+    store(one, delta(load(x + v * pitch + m - lane), m - lane, load(one)));
     if (by_row != nullptr) put_one<Dot>(by_row + m / 8 * stride, v, m % 8, one[lane]);
     if (by_token != nullptr) put_one<Dot>(by_token + v / 8 * token_stride, m, v % 8, one[lane]);
   }
@@ -328,10 +328,15 @@ void lce_join(const LceChunk& c, int64_t tiles, bool weighted, float* sums) {
   }
 }
 
+void lce_keep(const LceChunk& c, int64_t n, const float* x, float* kept, int64_t kept_pitch) {
+  for (int64_t r = 0; r < n; ++r, x += c.pitch, kept += kept_pitch)
+    for (int64_t m = 0; m < lce_whole(c.count, 16); m += kWidth) store(kept + m, load(x + m));
+}
+
 void lce_deltas(const LceProblem& p, const LceChunk& c, int64_t v, int64_t n, const float* x,
-                float* by_row, int64_t stride, float* by_token) {
+                int64_t x_pitch, float* by_row, int64_t stride, float* by_token) {
   with_dtype(p.dtype, [&]<class T, bool Dot>() {
-    make_deltas<Dot>(p, c, v, n, x, by_row, stride, by_token);
+    make_deltas<Dot>(p, c, v, n, x, x_pitch, by_row, stride, by_token);
   });
 }
 
