@@ -1,5 +1,5 @@
 // What the CPU and CUDA registrations of linear_cross_entropy and linear_logprob share: argument
-// checks, and (row_slopes.h) the numbers of a row. Values of targets are checked on the CPU only.
+// checks. Values of targets are checked on the CPU only.
 #pragma once
 
 #include <optional>
@@ -7,7 +7,6 @@
 
 #include "core/check.h"
 #include "core/tensor.h"
-#include "loss/row_slopes.h"
 
 namespace tenfold {
 

@@ -2,8 +2,9 @@
 //
 //   lse = log sum exp x,  logp = x[id] - lse,  entropy = lse - sum softmax(x) x
 //
-// in one pass over the logits, and backward in another, nothing of size V in between. A task takes a
-// chunk of a row; chunks are combined in order, so results do not depend on the number of threads.
+// in one pass over the logits, and backward in another, nothing of size V in between. A task takes
+// a chunk of a row; chunks are combined in order, so results do not depend on the number of
+// threads.
 #pragma once
 
 #include <cmath>
@@ -18,7 +19,8 @@ namespace tenfold {
 constexpr int64_t kLogitChunk = 16384;
 constexpr int64_t kLogitBlock = 512;  // stays in the first cache between its maximum and its sums
 
-// Of the scaled logits x of a chunk: their maximum m, the sum of exp(x - m), and of (x - m) exp(x - m).
+// Of the scaled logits x of a chunk: their maximum m, the sum of exp(x - m), and of (x - m) exp(x -
+// m).
 struct LogitSums {
   double max, sum, weighted;
 };
@@ -37,8 +39,8 @@ TENFOLD_HD LogitSums join(const LogitSums& a, const LogitSums& b) {
   return {max, x.sum + y.sum, x.weighted + y.weighted};
 }
 
-// d loss / d logits of a row = p (of_p + of_entropy (base - x)), plus of_id at its id, times `scale`;
-// base = lse - entropy.
+// d loss / d logits of a row = p (of_p + of_entropy (base - x)), plus of_id at its id, times
+// `scale`; base = lse - entropy.
 struct LogitGrad {
   float lse, base, of_p, of_entropy, of_id, scale;
 };

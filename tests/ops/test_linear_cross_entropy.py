@@ -73,7 +73,8 @@ def test_every_instruction_set_meets_the_rule(isa, dtype):
 )  # fmt: skip
 def test_odd_shapes(device, n, h, v, dtype, face, name, seed):
     options = OPTIONS[name] if face == "cross_entropy" else {"temperature": 0.5 + seed / 50}
-    compare((n, h, v), dtype, device, face, seed=seed, samples=4, **options)
+    samples = max(4, 300 // (n * h)) if n else 1  # numbers enough
+    compare((n, h, v), dtype, device, face, seed=seed, samples=samples, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

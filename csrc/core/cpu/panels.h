@@ -1,9 +1,9 @@
 // Products of packed panels, and the packing. For ISA sources.
 //
-// A left operand is packed as tiles [depth][kTileRows], what lies along the lanes, a right operand as
-// panels [depth][kPanel], whose elements are broadcast. The attention kernels hold query rows in the
-// lanes, so that softmax is lane-wise arithmetic.
-// A word is a float, or two neighbouring bf16 along the depth (Dot) for dot products.
+// A left operand is packed as tiles [depth][kTileRows], what lies along the lanes, a right operand
+// as panels [depth][kPanel], whose elements are broadcast. The attention kernels hold query rows in
+// the lanes, so that softmax is lane-wise arithmetic. A word is a float, or two neighbouring bf16
+// along the depth (Dot) for dot products.
 #pragma once
 
 #include "core/cpu/math.h"

@@ -13,6 +13,11 @@
 namespace tenfold::cpu {
 namespace {
 
+constexpr int64_t kRows = 512;  // of a chunk: a tile's logits fit the second cache
+constexpr int64_t kWorkspaceBytes = int64_t{128} << 20;  // of kept logits
+// Below so many rows the traffic of a chunk (weight twice, sums of its gradient) costs more than
+// multiplying logits again.
+constexpr int64_t kFewRows = 128;
 constexpr int64_t kBlockBytes = int64_t{8} << 20;  // of packed operands of grad_hidden
 
 double micros(int64_t flops) {
@@ -119,9 +124,9 @@ LinearLoss::Chunk LinearLoss::pack(int64_t chunk, bool for_weight) const {
   c.of_entropy = wants_entropy_ ? c.array(3) : nullptr;
   c.base = wants_entropy_ ? c.array(4) : nullptr;
   c.chosen = c.array(5);
-  c.packed = std::make_shared<Floats>(std::initializer_list<int64_t>{
-      lce_lanes_size(c.count, words(p_.dim)),
-      for_weight ? lce_lanes_size(p_.dim, words(c.count)) : 0});
+  c.packed = std::make_shared<Floats>(
+      std::initializer_list<int64_t>{lce_lanes_size(c.count, words(p_.dim)),
+                                     for_weight ? lce_lanes_size(p_.dim, words(c.count)) : 0});
   c.lanes = (*c.packed)[0], c.cols = (*c.packed)[1];
   const double column_micros = 1e-3 * kLceLanes;
   parallel_for(ceil_div(c.count, kLceLanes), column_micros * static_cast<double>(p_.dim),
@@ -288,9 +293,8 @@ void LinearLoss::gradients(int64_t first, int64_t last, const Kept& kept, const 
   for (int64_t t = 0; t < tiles_; t += tiles) {
     const int64_t n = std::min(tiles, tiles_ - t), v = t * kLceTile;
     const Block block{t, n, std::min(p_.vocab - v, n * kLceTile), depth, memory[0], memory[1]};
-    void* const to = for_weight ? static_cast<char*>(out.weight) +
-                                      v * p_.dim * dtype_size(p_.dtype)
-                                : nullptr;
+    void* const to =
+        for_weight ? static_cast<char*>(out.weight) + v * p_.dim * dtype_size(p_.dtype) : nullptr;
     float* const floats = wide ? memory[3] : static_cast<float*>(to);
     for (int64_t i = first; i < last; ++i) {
       if (!c || many > 1) {
@@ -309,7 +313,7 @@ void LinearLoss::gradients(int64_t first, int64_t last, const Kept& kept, const 
 }
 
 void LinearLoss::forward(RowSums* sums) {
-  plan(kLceRows);
+  plan(kRows);
   for (int64_t i = 0; i < chunks(); ++i) {
     Chunk c = pack(i, false);
     logits(c, {}, sums);
@@ -318,27 +322,27 @@ void LinearLoss::forward(RowSums* sums) {
 
 void LinearLoss::backward(const float* lse, const Slopes& slopes, const GradientsOut& out) {
   clear(out);
-  plan(kLceRows);
+  plan(kRows);
   if (count() > 0) gradients(0, chunks(), {}, lse, slopes, out);
 }
 
-// Chunk by chunk where sums of grad_weight can wait in it, as floats; all logits are kept then. Else
-// block by block of the vocabulary, so that they wait in a block's memory, with the logits of as many
-// chunks as there is room for; the others' are multiplied again.
+// Chunk by chunk where sums of grad_weight can wait in it, as floats; all logits are kept then.
+// Else block by block of the vocabulary, so that they wait in a block's memory, with the logits of
+// as many chunks as there is room for; the others' are multiplied again.
 void LinearLoss::forward_gradients(RowSums* sums, const Slopes& slopes, const GradientsOut& out) {
   clear(out);
   if (count() == 0) return;
   const int64_t row_floats = p_.dim * dtype_size(p_.dtype) / 4;
-  const int64_t fits = kLceWorkspace / (4 * p_.vocab) / 16 * 16;
+  const int64_t fits = kWorkspaceBytes / (4 * p_.vocab) / 16 * 16;
   const bool inside =
-      out.weight != nullptr && count() <= kLceRows && lce_whole(count(), 16) <= row_floats;
-  const bool keeps = inside || fits >= std::min(kLceFewRows, count());
-  plan(keeps && !inside ? std::min(kLceRows, fits) : kLceRows);
+      out.weight != nullptr && count() <= kRows && lce_whole(count(), 16) <= row_floats;
+  const bool keeps = inside || fits >= std::min(kFewRows, count());
+  plan(keeps && !inside ? std::min(kRows, fits) : kRows);
   const int64_t pitch = lce_pitch(chunk_rows_), size = p_.vocab * pitch;
   const bool by_chunk = keeps && (p_.dtype == Dtype::f32 || out.weight == nullptr);
   Kept kept{nullptr, inside ? row_floats : pitch, 0, keeps ? 1 : 0};
   if (keeps && !inside && !by_chunk)
-    kept.chunks = std::clamp<int64_t>(kLceWorkspace / (4 * size), 1, chunks());
+    kept.chunks = std::clamp<int64_t>(kWorkspaceBytes / (4 * size), 1, chunks());
   const Floats workspace{inside ? 0 : kept.chunks * size};
   kept.data = inside ? static_cast<float*>(out.weight) : workspace[0];
   for (int64_t i = 0; i < chunks(); ++i) {

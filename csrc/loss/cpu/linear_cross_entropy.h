@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "core/scratch.h"
+#include "loss/cpu/linear_tiles.h"
 #include "loss/linear_cross_entropy.h"
 #include "loss/linear_ops.h"
 

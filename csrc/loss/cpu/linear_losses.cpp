@@ -17,8 +17,8 @@ CountedRows counted_rows(const char* op, const LinearLossCall& c) {
   for (int64_t i = 0; i < c.rows; ++i) {
     const int64_t target = integer_at(c.target, i);
     if (target == c.ignore_index || (weights != nullptr && weights[i] == 0.0f)) continue;
-    TENFOLD_CHECK_INDEX(target >= 0 && target < c.vocab, "tenfold::", op, ": target[", i, "] = ",
-                        target, " is out of range for V = ", c.vocab,
+    TENFOLD_CHECK_INDEX(target >= 0 && target < c.vocab, "tenfold::", op, ": target[", i,
+                        "] = ", target, " is out of range for V = ", c.vocab,
                         "; rows that do not count have ignore_index = ", c.ignore_index);
     rows.row.push_back(i);
     rows.target.push_back(target);
@@ -91,11 +91,10 @@ struct Gradients {
 // Room for those that are wanted; the others are empty.
 Gradients room_for_gradients(const LinearLossCall& c, bool of_hidden, bool of_weight) {
   const ScalarType dtype = c.hidden.scalar_type();
-  Gradients g{of_hidden ? new_output(c.hidden, {c.rows, c.dim}, dtype)
-                        : new_output(c.hidden, {0}, dtype),
-              of_weight ? new_output(c.hidden, {c.vocab, c.dim}, dtype)
-                        : new_output(c.hidden, {0}, dtype),
-              {}};
+  Gradients g{
+      of_hidden ? new_output(c.hidden, {c.rows, c.dim}, dtype) : new_output(c.hidden, {0}, dtype),
+      of_weight ? new_output(c.hidden, {c.vocab, c.dim}, dtype) : new_output(c.hidden, {0}, dtype),
+      {}};
   g.out = {of_hidden ? g.hidden.data_ptr() : nullptr, of_weight ? g.weight.data_ptr() : nullptr};
   return g;
 }
@@ -164,8 +163,7 @@ std::tuple<Tensor, Tensor> linear_cross_entropy_backward_op(
 
 std::tuple<Tensor, Tensor, Tensor> linear_logprob_op(Tensor hidden, Tensor weight, Tensor ids,
                                                      double temperature) {
-  const LinearLossCall c =
-      check_linear_logprob("linear_logprob", hidden, weight, ids, temperature);
+  const LinearLossCall c = check_linear_logprob("linear_logprob", hidden, weight, ids, temperature);
   const CountedRows rows = rows_with_id(c);
   RowSums sums = room_for_sums(rows, true);
   LinearLoss(c, rows, true).forward(&sums);

@@ -81,8 +81,8 @@ Tensor selective_logprob_backward_op(OptTensor grad_logp, OptTensor grad_lse,
   const char* const names[] = {"grad_logp", "grad_lse", "grad_entropy", "lse", "entropy"};
   for (int i = 0; i < 5; ++i) {
     if (!all[i]) continue;
-    TENFOLD_CHECK_TYPE(all[i]->scalar_type() == ScalarType::Float, "tenfold::", kOp, ": ",
-                       names[i], " must be float32, got ", dtype_name(all[i]->scalar_type()));
+    TENFOLD_CHECK_TYPE(all[i]->scalar_type() == ScalarType::Float, "tenfold::", kOp, ": ", names[i],
+                       " must be float32, got ", dtype_name(all[i]->scalar_type()));
     TENFOLD_CHECK_VALUE(all[i]->dim() == 1 && all[i]->sizes()[0] == c.rows, "tenfold::", kOp, ": ",
                         names[i], " must be [", c.rows, "], got ", shape_str(*all[i]));
     if (!all[i]->is_contiguous()) all[i] = torch::stable::contiguous(*all[i]);
@@ -97,10 +97,9 @@ Tensor selective_logprob_backward_op(OptTensor grad_logp, OptTensor grad_lse,
       const int64_t n = std::min(kLogitChunk, c.vocab - column), id = id_at(c.ids, r);
       const float top = has_id(c, id) ? grad_at(all[0], r) : 0.0f, of_entropy = grad_at(all[2], r);
       const float total = data_as<float>(*all[3])[r];
-      const LogitGrad g{total,      total - data_as<float>(*all[4])[r],
-                        grad_at(all[1], r) - top,
-                        of_entropy, top,
-                        scale};
+      const LogitGrad g{
+          total, total - data_as<float>(*all[4])[r], grad_at(all[1], r) - top, of_entropy, top,
+          scale};
       char* const to = static_cast<char*>(out.data_ptr()) + (r * c.vocab + column) * size;
       TENFOLD_ISA_CALL(logit_grad, row_at(c, dtype, r, column), dtype, n, scale, g, to);
       if (top == 0.0f || id < column || id >= column + n) continue;

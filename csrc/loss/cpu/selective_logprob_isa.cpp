@@ -1,7 +1,6 @@
-#include "loss/selective_logprob.h"
-
 #include "core/cpu/math.h"
 #include "core/cpu/vec.h"
+#include "loss/selective_logprob.h"
 
 TENFOLD_ISA_BEGIN
 namespace {

@@ -4,7 +4,7 @@
 #pragma once
 
 #include "core/convert.cuh"
-#include "loss/row_slopes.h"
+#include "loss/linear_cross_entropy.h"
 #include "loss/selective_logprob.h"
 
 namespace tenfold::cuda {

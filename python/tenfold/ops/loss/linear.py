@@ -117,18 +117,18 @@ differentiable("linear_logprob", _save_logprob, _backward_logprob)
 
 def _flat(op: str, hidden: Tensor, weight: Tensor, **of_rows: Tensor | None) -> Any:
     """``hidden`` as [N, H], ``weight``, and what is [...] as [N]; under autocast in its dtype, as F.linear."""
-    if hidden.dim() < 1:
-        raise ValueError(f"tenfold::{op}: hidden must be [..., H], got {list(hidden.shape)}")
-    for name, x in of_rows.items():
-        if x is not None and x.shape != hidden.shape[:-1]:
-            raise ValueError(f"tenfold::{op}: {name} must be {list(hidden.shape[:-1])}, one per row "
-                             f"of hidden {list(hidden.shape)}, got {list(x.shape)}")  # fmt: skip
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
-    rows = hidden if hidden.dim() == 2 else hidden.reshape(-1, hidden.shape[-1])
-    return rows, weight, *(None if x is None else x.reshape(-1) for x in of_rows.values())
+    if hidden.dim() in (0, 2):  # checked by the op
+        return hidden, weight, *of_rows.values()
+    for name, x in of_rows.items():
+        if x is not None and x.shape != hidden.shape[:-1]:
+            raise ValueError(f"tenfold::{op}: {name} must be {list(hidden.shape[:-1])}, one per row "
+                             f"of hidden {list(hidden.shape)}, got {list(x.shape)}")  # fmt: skip
+    flat = (None if x is None else x.reshape(-1) for x in of_rows.values())
+    return hidden.reshape(-1, hidden.shape[-1]), weight, *flat
 
 
 def linear_cross_entropy(
@@ -157,7 +157,7 @@ def linear_cross_entropy(
         to evaluate), and a workspace whose size does not grow with V.
 
     Raises:
-        ValueError: shapes, devices, options out of range. TypeError: dtypes. IndexError: a target
+        ValueError: shapes, devices, different dtypes, options out of range. TypeError: dtypes. IndexError: a target
         outside [0, V) that is not ``ignore_index`` (on the CPU; elsewhere its row is undefined).
 
     Source:
@@ -189,7 +189,7 @@ def linear_logprob(
         logp and entropy, float32 [...], both differentiable in ``hidden`` and ``weight``.
 
     Raises:
-        ValueError: shapes, devices, temperature <= 0. TypeError: dtypes.
+        ValueError: shapes, devices, different dtypes, temperature <= 0. TypeError: dtypes.
 
     Source:
         MA-RLHF (arXiv 2410.02743), section 7 of the method's specification.

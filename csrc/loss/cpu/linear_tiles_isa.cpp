@@ -1,8 +1,7 @@
-// Tiles of linear_cross_entropy. All three products are multiply_tile: panels of 8 broadcast
-// elements times tiles of lanes, in strips of words that stay in the first cache.
-#include "loss/linear_cross_entropy.h"
-
+// See linear_tiles.h.
 #include "core/cpu/panels.h"
+#include "loss/cpu/linear_tiles.h"
+#include "loss/linear_cross_entropy.h"
 
 TENFOLD_ISA_BEGIN
 namespace {
@@ -74,8 +73,8 @@ inline VF load_some(const T* p, int64_t n) {
   return n >= kWidth ? load(p) : n > 0 ? load_n(p, static_cast<int>(n)) : set1(0.0f);
 }
 
-// Rows i of [0, n) (at(i): where row i lies), columns [0, cols), to words from `word` on of tiles of
-// lanes.
+// Rows i of [0, n) (at(i): where row i lies), columns [0, cols), to words from `word` on of tiles
+// of lanes.
 template <class T, bool Dot, class At>
 inline void pack_tiles(const At& at, int64_t n, int64_t cols, int64_t stride, float* to) {
   for (int64_t i = 0; i < n; i += Dot ? 2 : 1, to += kTileRows) {
@@ -279,10 +278,9 @@ void lce_logits(const LceProblem& p, const LceChunk& c, int64_t v, int64_t n, fl
     // The last tokens by way of 8 rows of their own: x has room for n.
     alignas(64) float last[8 * kTileRows];
     for (int64_t m = 0; m < c.count; m += kTileRows) {
-      multiply_tile<Dot>(panels + whole / 8 * stride, stride, 1,
-                         c.lanes + m / kTileRows * lane_stride(depth), 0,
-                         c.count - m < kTileRows ? c.count - m : kTileRows, depth, last, kTileRows,
-                         false);
+      multiply_tile<Dot>(
+          panels + whole / 8 * stride, stride, 1, c.lanes + m / kTileRows * lane_stride(depth), 0,
+          c.count - m < kTileRows ? c.count - m : kTileRows, depth, last, kTileRows, false);
       const int64_t here = lce_whole(c.count - m < kTileRows ? c.count - m : kTileRows, kWidth);
       for (int64_t r = whole; r < n; ++r)
         __builtin_memcpy(x + r * c.pitch + m, last + (r - whole) * kTileRows,
