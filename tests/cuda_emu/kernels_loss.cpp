@@ -66,8 +66,16 @@ struct LinearCall {
              n[2] * size % 16 == 0;
     };
     const auto temperature = static_cast<float>(x[2]);
-    m = {hidden,          weight,      n[4], n[5], n[2], n[3], vectors(hidden, n[4]),
-         vectors(weight, n[5]), static_cast<float>(x[0]), 1.0f / temperature};
+    m = {hidden,
+         weight,
+         n[4],
+         n[5],
+         n[2],
+         n[3],
+         vectors(hidden, n[4]),
+         vectors(weight, n[5]),
+         static_cast<float>(x[0]),
+         1.0f / temperature};
     count.rows = n[1], count.vocab = n[3];
     count.target = ints(target, n[6]);
     count.row_weight = row_weight;

@@ -48,8 +48,11 @@ __device__ inline void load_operand(T* tile, const T* aligned, int64_t cols, boo
   constexpr int kWidth = Shape::kVectors * Shape::kPer;
   constexpr int kTileRows = kLies == Lies::along ? kSide : ProductTile<T>::kDepth;
   if (vectors) {
+    constexpr int kEach = kTileRows * Shape::kVectors / ProductTile<T>::kThreads;
+    static_assert(kTileRows * Shape::kVectors % ProductTile<T>::kThreads == 0);
 #pragma unroll
-    for (int i = threadIdx.x; i < kTileRows * Shape::kVectors; i += ProductTile<T>::kThreads) {
+    for (int j = 0; j < kEach; ++j) {
+      const int i = static_cast<int>(threadIdx.x) + j * ProductTile<T>::kThreads;
       const int r = i / Shape::kVectors, c = i % Shape::kVectors * Shape::kPer;
       const T* const row = row_at(r);
       const bool valid = row != nullptr && c < cols;
