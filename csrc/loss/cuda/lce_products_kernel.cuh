@@ -18,8 +18,6 @@ struct LceMatrices {
   float softcap, scale;                 // 0: none; 1 / temperature
 };
 
-constexpr float kLceLog2E = 1.44269504f, kLceLowest = -3.402823466e38f;
-
 template <class T>
 __device__ inline int depth_steps(int64_t depth) {
   return static_cast<int>((depth + ProductTile<T>::kDepth - 1) / ProductTile<T>::kDepth);
@@ -86,7 +84,7 @@ struct RunningSums {
 template <bool kWeighted>
 __device__ inline void move_to(RunningSums* a, float max, float factor) {
   const float d = (a->max - max) * factor, by = fast_exp2(d);
-  if constexpr (kWeighted) a->weighted = fmaf(a->sum, fmaxf(d, -1000.0f), a->weighted) * by;
+  if constexpr (kWeighted) a->weighted = fmaf(a->sum, fmaxf(d, kZeroExponent), a->weighted) * by;
   a->sum *= by;
   a->max = max;
 }
@@ -128,12 +126,12 @@ __global__ void __launch_bounds__(ProductTile<T>::kThreads, 1) lce_sums_kernel(L
   const int first_tile = range * a.tiles_of_range;
   const int tiles =
       all_tiles - first_tile < a.tiles_of_range ? all_tiles - first_tile : a.tiles_of_range;
-  const float factor = a.m.scale * kLceLog2E;
+  const float factor = a.m.scale * kLog2E;
   RunningSums seen[P::kM][2];
 #pragma unroll
   for (int m = 0; m < P::kM; ++m)
 #pragma unroll
-    for (int half = 0; half < 2; ++half) seen[m][half] = {kLceLowest, 0.0f, 0.0f};
+    for (int half = 0; half < 2; ++half) seen[m][half] = {kLowestFloat, 0.0f, 0.0f};
   const int row0 = P::first_row();
   const auto use = [&](int64_t v, typename P::Sums& x) {
 #pragma unroll
@@ -152,7 +150,7 @@ __global__ void __launch_bounds__(ProductTile<T>::kThreads, 1) lce_sums_kernel(L
           for (int i = 0; i < 2; ++i) {
             const float d = (x[m][n][2 * half + i] - max) * factor, e = fast_exp2(d);
             s.sum += e;
-            if constexpr (kWeighted) s.weighted = fmaf(fmaxf(d, -1000.0f), e, s.weighted);
+            if constexpr (kWeighted) s.weighted = fmaf(fmaxf(d, kZeroExponent), e, s.weighted);
           }
         const int at = row0 + 16 * m + 8 * half;
         const int64_t chosen = target[at] - v - P::first_col();  // of this thread's columns
@@ -188,8 +186,8 @@ __global__ void __launch_bounds__(ProductTile<T>::kThreads, 1) lce_sums_kernel(L
   RunningSums all = parts[r];
   for (int w = 1; w < P::kWarpsAcross; ++w)
     join_running<kWeighted>(&all, parts[w * P::kRows + r], factor);
-  a.parts[(tile * P::kRows + r) * a.ranges + range] = {
-      all.max, all.sum, all.weighted * static_cast<float>(0.693147180559945309)};
+  a.parts[(tile * P::kRows + r) * a.ranges + range] = {all.max, all.sum,
+                                                       all.weighted * static_cast<float>(kLn2)};
 }
 
 // d of a chunk of rows and a block of the vocabulary: [chunk rows][pitch], 0 beyond the vocabulary.
@@ -253,9 +251,9 @@ __global__ void __launch_bounds__(ProductTile<T>::kThreads, 1) lce_deltas_kernel
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
             const float logit = x[m][n][2 * half + i], scaled = logit * a.m.scale;
-            const float e = fast_exp2((scaled - s.lse) * kLceLog2E);
+            const float e = fast_exp2((scaled - s.lse) * kLog2E);
             const float away = s.base - scaled;  // infinite where p is 0
-            const float slope = fmaf(s.of_entropy, away > -kLceLowest ? 0.0f : away, s.of_p);
+            const float slope = fmaf(s.of_entropy, away > -kLowestFloat ? 0.0f : away, s.of_p);
             const float y = fmaf(e, slope, chosen == 8 * n + i ? s.of_id : 0.0f);
             const float t = logit * rate;
             d[i] = a.m.softcap > 0.0f ? fmaf(-t * t, y, y) : y;

@@ -4,8 +4,8 @@
 #pragma once
 
 #include "core/convert.cuh"
+#include "loss/cuda/softmax.cuh"
 #include "loss/linear_cross_entropy.h"
-#include "loss/selective_logprob.h"
 
 namespace tenfold::cuda {
 
@@ -131,25 +131,10 @@ static __global__ void __launch_bounds__(kJoinRowsThreads) join_ranges_kernel(Jo
   const int64_t at = a.first + warp;
   if (at >= a.rows.state->count) return;
   const RangeSums* const parts = a.parts + warp * a.ranges;
-  const int lane = threadIdx.x % 32;
-  double max = -INFINITY;
-  for (int i = lane; i < a.ranges; i += 32) max = parts[i].max > max ? parts[i].max : max;
-  for (int step = 16; step > 0; step /= 2) {
-    const double other = __shfl_xor_sync(0xFFFFFFFFu, max, step);
-    max = other > max ? other : max;
-  }
-  LogitSums all{max * a.scale, 0.0, 0.0};
-  for (int i = lane; i < a.ranges; i += 32) {
-    const LogitSums part =
-        seen_from(all.max, {parts[i].max * a.scale, parts[i].sum, parts[i].weighted});
-    all.sum += part.sum;
-    all.weighted += part.weighted;
-  }
-  for (int step = 16; step > 0; step /= 2) {
-    all.sum += __shfl_xor_sync(0xFFFFFFFFu, all.sum, step);
-    all.weighted += __shfl_xor_sync(0xFFFFFFFFu, all.weighted, step);
-  }
-  if (lane != 0) return;
+  const LogitSums all = join_in_warp(a.ranges, [&](int i) {
+    return LogitSums{parts[i].max * a.scale, parts[i].sum, parts[i].weighted};
+  });
+  if (threadIdx.x % 32 != 0) return;
   const int64_t row = a.rows.row[at];
   const double log_sum = all.max == INFINITY ? 0.0 : log(all.sum);
   const auto lse = static_cast<float>(all.max + log_sum);

@@ -5,7 +5,7 @@
 #pragma once
 
 #include "loss/cuda/row_vectors.cuh"
-#include "loss/selective_logprob.h"
+#include "loss/cuda/softmax.cuh"
 
 namespace tenfold::cuda {
 
@@ -13,8 +13,6 @@ constexpr int kLogitThreads = 256;  // at most
 // 16-byte vectors of a thread, all in flight at once: with 3 blocks on a multiprocessor 96 KB,
 // several times what hides the latency of memory.
 constexpr int kLogitVectors = 8, kLogitGradVectors = 4;
-constexpr float kLowestFloat = -3.402823466e38f, kLog2E = 1.44269504f;
-constexpr double kLn2 = 0.693147180559945309;
 
 struct LogprobArgs {
   const void* logits;
@@ -103,7 +101,7 @@ __global__ void __launch_bounds__(kLogitThreads, 3) logit_sums_kernel(LogprobArg
     for (int k = 0; k < kPer; ++k) {
       const float d = (x[k] - top) * factor, e = fast_exp2(d);
       sum[k % 2] += e;
-      weighted[k % 2] = fmaf(fmaxf(d, -1000.0f), e, weighted[k % 2]);  // not -inf times 0
+      weighted[k % 2] = fmaf(fmaxf(d, kZeroExponent), e, weighted[k % 2]);
     }
   }
   sum[0] += sum[1], weighted[0] += weighted[1];
@@ -135,25 +133,8 @@ static __global__ void __launch_bounds__(kJoinThreads)
   const int64_t row = static_cast<int64_t>(blockIdx.x) * (kJoinThreads / 32) + threadIdx.x / 32;
   if (row >= a.rows) return;
   const LogitSums* const parts = a.parts + row * a.chunks;
-  const int lane = threadIdx.x % 32;
-  double max = -INFINITY;
-  for (int i = lane; i < a.chunks; i += 32) max = parts[i].max > max ? parts[i].max : max;
-  for (int step = 16; step > 0; step /= 2) {
-    const double other = __shfl_xor_sync(0xFFFFFFFFu, max, step);
-    max = other > max ? other : max;
-  }
-  LogitSums all{max, 0.0, 0.0};
-  for (int i = lane; i < a.chunks; i += 32) {
-    if (!(parts[i].max > -INFINITY)) continue;
-    const LogitSums part = seen_from(max, parts[i]);
-    all.sum += part.sum;
-    all.weighted += part.weighted;
-  }
-  for (int step = 16; step > 0; step /= 2) {
-    all.sum += __shfl_xor_sync(0xFFFFFFFFu, all.sum, step);
-    all.weighted += __shfl_xor_sync(0xFFFFFFFFu, all.weighted, step);
-  }
-  if (lane == 0) store_logprob(a, dtype, row, all);
+  const LogitSums all = join_in_warp(a.chunks, [&](int i) { return parts[i]; });
+  if (threadIdx.x % 32 == 0) store_logprob(a, dtype, row, all);
 }
 
 struct LogprobGradArgs {
