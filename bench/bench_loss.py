@@ -6,7 +6,7 @@ import importlib
 
 from .case import Case
 
-GROUPS = ("logprob",)
+GROUPS = ("logprob", "linear")
 
 
 def cases() -> list[Case]:

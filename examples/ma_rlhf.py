@@ -32,7 +32,13 @@ def own_loop(model, tokenizer, prompt: str, score, rows: int = 4, width: int = 1
     """One step without any trainer: sample, cut, assign credit, and the loss with its gradient."""
     ids = torch.tensor([tokenizer(prompt)["input_ids"]] * rows)
     end = model.generation_config.eos_token_id
-    made = model.generate(ids, do_sample=True, max_new_tokens=width, pad_token_id=end)
+    made = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=True,
+        max_new_tokens=width,
+        pad_token_id=end,
+    )
     answers = made[:, ids.shape[1] :]
     ended = (answers == end).int()
     mask = ended.cumsum(1) - ended == 0  # up to the first end, with it
@@ -81,9 +87,9 @@ def main() -> None:
     for name in methods:
         model, _ = smollm2()
         config = ma_rlhf.MARLHFConfig.from_preset(
-            "small", **METHODS[name], steps=chosen.steps, batch_size=16, max_response=32, beta=0.01,
+            "small", **METHODS[name], steps=chosen.steps, batch_size=8, max_response=24, beta=0.01,
             learning_rate=chosen.learning_rate, critic_learning_rate=1e-4, lora_rank=16, ppo_epochs=1,
-            micro_batch_size=8, schedule="constant", seed=chosen.seed, checkpoint_every=None,
+            schedule="constant", seed=chosen.seed, checkpoint_every=None,
         )  # fmt: skip
         trainer = ma_rlhf.MAPPOTrainer(
             model, reward=reward, prompts=prompts, tokenizer=tokenizer, config=config, quiet=False,

@@ -33,7 +33,8 @@ LIBRARIES = ("libtorch_cpu.", "libstdc++.", "libm.", "libgcc_s.", "libc.", "libd
              "libpthread.", "librt.", "ld-linux")  # fmt: skip
 CPU_ONLY = {"_peak"}
 # What the faces of other ops call: checks, and forward and backward halves of what autograd sees as one.
-INNER = {"ma_ppo_loss_backward", "ma_ppo_policy_loss_forward", "ma_ppo_value_loss_forward",
+INNER = {"linear_cross_entropy_backward", "linear_cross_entropy_grads", "linear_logprob_backward",
+         "ma_ppo_loss_backward", "ma_ppo_policy_loss_forward", "ma_ppo_value_loss_forward",
          "macro_pool_backward", "macro_segment_check", "selective_logprob_backward"}  # fmt: skip
 
 
@@ -146,7 +147,7 @@ class TestImport:
         ops = ["collapse_heads", "dha_attention", "dha_attention_backward",
                "dha_cache_append_", "dha_decode", "fuse_heads", "fuse_heads_backward",
                "fusion_mse", "fusion_mse_backward", "gae", "grad_norm", "head_cka", "kv_compact_",
-               "kv_gather", "linear_wgrad_rows", "ma_ppo_policy_loss", "ma_ppo_prepare",
+               "kv_gather", "linear_cross_entropy", "linear_logprob", "linear_wgrad_rows", "ma_ppo_policy_loss", "ma_ppo_prepare",
                "ma_ppo_value_loss", "macro_gae", "macro_pool", "macro_segment_fixed",
                "macro_segment_lengths", "macro_segment_ppl", "macro_segment_starts", *INNER,
                "mask_popcount", "mask_prefix", "mask_random",

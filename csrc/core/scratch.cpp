@@ -3,6 +3,7 @@
 #include <sys/mman.h>
 
 #include <cstddef>
+#include <mutex>
 #include <new>
 
 namespace tenfold {
@@ -32,6 +33,77 @@ Block* free_block(int64_t bytes) {
   return nullptr;
 }
 
+// Large blocks of the process. Those that wait for their next use hold kMostWaiting at most.
+constexpr int64_t kMostWaiting = int64_t{256} << 20;
+constexpr int kLarge = 16;
+
+struct Large {
+  void* data;
+  int64_t bytes;
+  bool used;
+};
+
+class LargeBlocks {
+ public:
+  // The smallest that waits and is not much too large, or a fresh one.
+  void* take(int64_t bytes) {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      Large* best = nullptr;
+      for (Large& x : blocks_)
+        if (x.data != nullptr && !x.used && x.bytes >= bytes && x.bytes / 2 <= bytes &&
+            (best == nullptr || x.bytes < best->bytes))
+          best = &x;
+      if (best != nullptr) {
+        best->used = true;
+        waiting_ -= best->bytes;
+        return best->data;
+      }
+    }
+    const auto whole = (bytes + kHugePage - 1) / kHugePage * kHugePage;
+    void* const data = ::operator new(static_cast<std::size_t>(whole), std::align_val_t{kHugePage});
+    advise_huge_pages(data, whole);
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (Large& x : blocks_)
+      if (x.data == nullptr) {
+        x = {data, whole, true};
+        break;
+      }
+    return data;
+  }
+
+  void give_back(void* data) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (Large& x : blocks_) {
+      if (x.data != data) continue;
+      x.used = false;
+      waiting_ += x.bytes;
+      madvise(x.data, static_cast<std::size_t>(x.bytes), MADV_FREE);
+      for (Large& old : blocks_)
+        if (waiting_ > kMostWaiting && old.data != nullptr && !old.used) free(&old);
+      return;
+    }
+    ::operator delete(data, std::align_val_t{kHugePage});  // there was no room to list it
+  }
+
+ private:
+  static constexpr int64_t kHugePage = int64_t{2} << 20;
+  void free(Large* x) {
+    waiting_ -= x->bytes;
+    ::operator delete(x->data, std::align_val_t{kHugePage});
+    *x = {};
+  }
+  std::mutex mutex_;
+  Large blocks_[kLarge] = {};
+  int64_t waiting_ = 0;
+};
+
+// Never destroyed: threads may still work at exit.
+LargeBlocks& large_blocks() {
+  static auto* const all = new LargeBlocks;
+  return *all;
+}
+
 }  // namespace
 
 void advise_huge_pages(void* data, int64_t bytes) {
@@ -46,8 +118,8 @@ void advise_huge_pages(void* data, int64_t bytes) {
 Scratch::Scratch(int64_t bytes) {
   Block* const block = free_block(bytes);
   if (block == nullptr) {
-    data_ = allocate(bytes);
-    advise_huge_pages(data_, bytes);
+    data_ = bytes > kMostKept ? large_blocks().take(bytes) : allocate(bytes);
+    large_ = bytes > kMostKept;
     return;
   }
   if (block->bytes < bytes) {
@@ -64,6 +136,8 @@ Scratch::Scratch(int64_t bytes) {
 Scratch::~Scratch() {
   if (in_use_ != nullptr) {
     *in_use_ = false;
+  } else if (large_) {
+    large_blocks().give_back(data_);
   } else {
     ::operator delete(data_, kAlign);
   }

@@ -1,5 +1,7 @@
-// Working memory of a CPU kernel: 64-byte aligned bytes that a thread keeps from call to call.
-// Fresh pages cost about a microsecond each, which is more than the small kernels themselves.
+// Working memory of a CPU kernel: 64-byte aligned bytes that are kept from call to call, up to 4 MB
+// by each thread and larger ones by the process. Fresh pages cost about a microsecond each, in a
+// virtual machine up to a millisecond per megabyte: more than many a kernel itself. Large memory
+// that is not in use may be taken back by the kernel at any time (MADV_FREE).
 #pragma once
 
 #include <cstdint>
@@ -20,7 +22,8 @@ class Scratch {
 
  private:
   void* data_;
-  bool* in_use_ = nullptr;  // mark of the thread's block; null: the memory is this object's own
+  bool* in_use_ = nullptr;  // mark of the thread's block; null: its own, or the process's
+  bool large_ = false;
 };
 
 }  // namespace tenfold

@@ -1,8 +1,8 @@
 """Runs the tests of ``loss`` on its emulated CUDA kernels: ``emulated_loss.py CHECK``.
 
 Started by test_emulated.py with ASan preloaded. The emulated kernels stand in for the CPU's, so that the
-tests of ``tests/ops`` see them through the public ops. Every call runs under two thread schedules, whose
-results must be the same bits.
+tests of ``tests/ops`` see them through the public ops. Calls run under two thread schedules, whose results must
+be the same bits.
 """
 
 from __future__ import annotations
@@ -17,10 +17,18 @@ import torch
 
 from build import build
 from emu_calls import CODES, numbers, ptr, shifted, twice
+from tenfold import reference
 from tenfold.ops import loss as ops
+from tenfold.testing import assert_close_to_ref
+
+OPS = Path(__file__).resolve().parents[1] / "ops"
+sys.path.insert(0, str(OPS))
+from linear_loss_cases import eager_cross_entropy  # noqa: E402
 
 LIB = ctypes.CDLL(str(build("kernels_loss", "-shared", "-fPIC")))
-OPS = Path(__file__).resolve().parents[1] / "ops"
+EMULATED = ("selective_logprob", "selective_logprob_backward", "linear_cross_entropy",
+            "linear_cross_entropy_grads", "linear_cross_entropy_backward", "linear_logprob",
+            "linear_logprob_backward")  # fmt: skip
 library = torch.library.Library("tenfold", "IMPL")
 
 
@@ -31,6 +39,16 @@ def pointers(*tensors):
 def sizes(logits, ids):
     stride = logits.stride(0) if len(logits) else 0
     return numbers(CODES[logits.dtype], *logits.shape, stride, ids.dtype == torch.int64)
+
+
+calls = 0
+
+
+def scheduled(run):
+    """Under two schedules, in one call of four: the others would find the same."""
+    global calls
+    calls += 1
+    return twice(LIB, run) if calls % 4 == 1 else run()
 
 
 def rows_of(t):
@@ -46,7 +64,7 @@ def selective_logprob(logits, ids, temperature=1.0):
                                   ctypes.c_double(1 / temperature))  # fmt: skip
         return out
 
-    return tuple(twice(LIB, run))
+    return tuple(scheduled(run))
 
 
 def selective_logprob_backward(of_logp, of_lse, of_entropy, logits, ids, lse, entropy, temperature):
@@ -60,13 +78,89 @@ def selective_logprob_backward(of_logp, of_lse, of_entropy, logits, ids, lse, en
                                            ctypes.c_double(1 / temperature))  # fmt: skip
         return out
 
-    return twice(LIB, run)
+    return scheduled(run)
+
+
+LIMITS = (8192, 4096, 1 << 26, 1 << 26, 256, 128)  # of LceLimits
+
+
+class Linear:
+    """Arguments that the linear ops share, and the limits under test."""
+
+    limits = LIMITS
+
+    def __init__(self, hidden, weight, target, *, row_weight=None, ignore_index=-100, ids=False,
+                 reduction="mean", softcap=0.0, z_loss=0.0, temperature=1.0):  # fmt: skip
+        self.hidden, self.weight = rows_of(hidden), rows_of(weight)
+        self.target = target.contiguous()
+        self.row_weight = None if row_weight is None else row_weight.contiguous()
+        strides = [t.stride(0) if len(t) else 0 for t in (self.hidden, self.weight)]
+        n, h = hidden.shape
+        self.ints = numbers(CODES[hidden.dtype], n, h, len(weight), *strides,
+                            target.dtype == torch.int64, ids, ignore_index, reduction == "none",
+                            reduction == "mean", *self.limits)  # fmt: skip
+        self.floats = (ctypes.c_double * 3)(softcap, z_loss, temperature)
+        self.scalar = reduction != "none" and not ids
+
+    def inputs(self):
+        return [ptr(t) for t in (self.hidden, self.weight, self.target, self.row_weight)]
+
+    def forward(self, ids=False):
+        def run():
+            rows = [torch.full(self.target.shape, float("nan")) for _ in range(3)]
+            loss = torch.full(() if self.scalar else self.target.shape, float("nan"))
+            out = [None, *rows] if ids else [loss, rows[0], None, None]
+            LIB.emu_linear_forward(*self.inputs(), pointers(*out), self.ints, self.floats)
+            return [rows[1], rows[0], rows[2]] if ids else out[:2]
+
+        return tuple(scheduled(run))
+
+    def backward(self, of_hidden, of_weight, *rows, one=False):
+        rows = [None if t is None else t.contiguous() for t in rows]
+
+        def run():
+            grads = [x.new_full(x.shape if wanted else (0,), float("nan"))
+                     for x, wanted in ((self.hidden, of_hidden), (self.weight, of_weight))]  # fmt: skip
+            places = [ptr(g) if w else None for g, w in zip(grads, (of_hidden, of_weight))]
+            LIB.emu_linear_backward(*self.inputs(), pointers(*rows), ctypes.c_int64(one), *places,
+                                    self.ints, self.floats)  # fmt: skip
+            return grads
+
+        return tuple(scheduled(run))
+
+
+def linear_cross_entropy(*args, **options):
+    return Linear(*args, **options).forward()
+
+
+def linear_cross_entropy_grads(hidden, weight, target, of_hidden, of_weight, **options):
+    call = Linear(hidden, weight, target, **options)
+    loss, lse = call.forward()
+    return loss, lse, *call.backward(of_hidden, of_weight, lse, *[None] * 5, one=True)
+
+
+def linear_cross_entropy_backward(of_loss, of_lse, hidden, weight, target, lse, of_hidden, of_weight,
+                                  **options):  # fmt: skip
+    call = Linear(hidden, weight, target, **options)
+    return call.backward(of_hidden, of_weight, lse, None, of_loss, None, of_lse, None)
+
+
+def linear_logprob(hidden, weight, ids, temperature=1.0):
+    return Linear(hidden, weight, ids, ids=True, temperature=temperature).forward(ids=True)
+
+
+def linear_logprob_backward(of_logp, of_lse, of_entropy, hidden, weight, ids, lse, entropy, of_hidden,
+                            of_weight, temperature):  # fmt: skip
+    call = Linear(hidden, weight, ids, ids=True, temperature=temperature)
+    return call.backward(of_hidden, of_weight, lse, entropy, None, of_logp, of_lse, of_entropy)
 
 
 def run_tests(file, *choice):
     """The tests of a file, those of argument checks aside: these are not the kernels'."""
     with contextlib.redirect_stdout(sys.stderr):
-        code = pytest.main(["-q", "-x", "-p", "no:cacheprovider", str(OPS / file), *choice])
+        code = pytest.main(
+            ["-q", "-x", "--capture=sys", "-p", "no:cacheprovider", str(OPS / file), *choice]
+        )
     assert code == 0, code
 
 
@@ -94,10 +188,63 @@ def check_logprob_alignment():
             torch.testing.assert_close(some.grad.float(), want, atol=4e-3, rtol=4e-3)
 
 
+def check_linear_limits():
+    """Chunks of rows, blocks, segments and ranges of the vocabulary: one of each, or several."""
+    raw = torch.ops.tenfold
+    options = {"softcap": 3.0, "z_loss": 0.01, "temperature": 0.7, "reduction": "sum"}
+    segments, few, many = 256, (1 << 26, 1 << 26, 1, 2), (1 << 26, 1 << 26, 9, 2)
+    for dtype in CODES:
+        hidden, weight = torch.randn(200, 40).to(dtype), (torch.randn(700, 40) / 3).to(dtype)
+        target = torch.randint(0, 700, (200,))
+        target[::7] = -100
+        hidden[::7] = float("nan")
+        results = []
+        for limits in (
+            (8192, segments, *few),
+            (8192, segments, *many),
+            (128, segments, 1, 1, 9, 2),
+            LIMITS,
+        ):
+            Linear.limits = limits
+            results.append(
+                raw.linear_cross_entropy_grads(hidden, weight, target, True, True, **options)
+            )
+        one, split, several, usual = results
+        assert all(torch.equal(a, b) for a, b in zip(one, split))
+        assert all(torch.equal(a, b) for a, b in zip(one[:3], several))
+        exact = [hidden.double().requires_grad_(), weight.double().requires_grad_()]
+        loss, lse = reference.linear_cross_entropy(*exact, target, **options)
+        plain = [x.clone().requires_grad_() for x in (hidden.nan_to_num(), weight)]
+        simple = eager_cross_entropy(*plain, target, **options)
+        low = [None, None, *torch.autograd.grad(simple[0], plain)]
+        want = [loss.detach(), lse.detach(), *torch.autograd.grad(loss, exact)]
+        for result in (one, several, usual):
+            for got, w, simple in zip(result, want, low):
+                assert_close_to_ref(got, w, simple)
+
+
+def check_linear_target_out_of_range():
+    """Cannot be reported by the device: the loss and the gradients are NaN, and nothing else is read."""
+    hidden, weight = torch.randn(5, 8), torch.randn(11, 8)
+    for wrong in (11, -1, 2**31 + 3, -(2**40)):
+        args = [x.clone().requires_grad_() for x in (hidden, weight)]
+        target = torch.tensor([0, 1, wrong, -100, 4])
+        loss, lse = ops.linear_cross_entropy(*args, target, reduction="none")
+        assert loss.isnan().tolist() == [False, False, True, False, False]
+        assert lse.isfinite().all()
+        grads = torch.autograd.grad(loss.nan_to_num().sum(), args)
+        assert grads[0].isnan().any(-1).tolist() == [False, False, True, False, False]
+        assert grads[1].isnan().all()
+
+
+def check_try():
+    run_tests(sys.argv[2], "--durations=15", "-k", sys.argv[3])
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    for name in ("selective_logprob", "selective_logprob_backward"):
+    for name in EMULATED:
         library.impl(name, globals()[name], "CPU", allow_override=True)
     globals()[f"check_{sys.argv[1]}"]()
     print("ok")

@@ -2,6 +2,7 @@
 // own.
 #define TENFOLD_CUDA_EMU
 #include "entry.h"  // after the kernels
+#include "loss/cuda/lce_launch.cuh"
 #include "loss/cuda/selective_logprob_kernel.cuh"
 
 // n: dtype rows vocab stride ids_wide
@@ -32,4 +33,97 @@ API void emu_selective_logprob_backward(const void* logits, const void* ids,
   a.scale = scale, a.out = out;
   with_dtype(n[0],
              [&]<class T>() { launch_selective_logprob_backward<T>(with_blocks<T>(a), nullptr); });
+}
+
+namespace {
+
+// Of just the size that was asked for, so that the sanitizer sees accesses beyond it.
+struct Memory {
+  std::vector<std::unique_ptr<char[]>> held;
+  Room room() {
+    return [this](int64_t bytes) {
+      auto& got = held.emplace_back(new char[bytes]);
+      std::memset(got.get(), 0xCD, bytes);
+      return static_cast<void*>(got.get());
+    };
+  }
+};
+
+// n: dtype N H V hidden_stride weight_stride target_wide ids ignore_index none mean
+//    chunk_rows segment delta_bytes split_bytes blocks ranges
+struct LinearCall {
+  const int64_t* n;
+  LceMatrices m;
+  CountArgs count{};
+  LceLimits limits;
+
+  LinearCall(const void* hidden, const void* weight, const void* target, const float* row_weight,
+             const int64_t* n, const double* x)
+      : n(n) {
+    const int64_t size = n[0] == 0 ? 4 : 2;
+    const auto vectors = [&](const void* at, int64_t stride) {
+      return reinterpret_cast<uintptr_t>(at) % 16 == 0 && stride * size % 16 == 0 &&
+             n[2] * size % 16 == 0;
+    };
+    const auto temperature = static_cast<float>(x[2]);
+    m = {hidden,
+         weight,
+         n[4],
+         n[5],
+         n[2],
+         n[3],
+         vectors(hidden, n[4]),
+         vectors(weight, n[5]),
+         static_cast<float>(x[0]),
+         1.0f / temperature};
+    count.rows = n[1], count.vocab = n[3];
+    count.target = ints(target, n[6]);
+    count.row_weight = row_weight;
+    count.ids = n[7] != 0, count.ignore_index = n[8];
+    limits = {n[11], n[12], n[13], n[14], n[15], n[16]};
+  }
+};
+
+}  // namespace
+
+// out: loss lse logp entropy, or null. x: softcap z_loss temperature
+API void emu_linear_forward(const void* hidden, const void* weight, const void* target,
+                            const float* row_weight, float* const* out, const int64_t* n,
+                            const double* x) {
+  LinearCall c(hidden, weight, target, row_weight, n, x);
+  Memory memory;
+  const bool none = n[9] != 0, reduced = !none && out[0] != nullptr;
+  c.count.zeroed[0] = out[1];
+  c.count.zeroed[1] = none ? out[0] : out[2];
+  c.count.zeroed[2] = out[3];
+  const PackedRows rows = pack_rows(c.count, false, memory.room(), nullptr);
+  JoinArgs to{};
+  to.scale = c.m.scale, to.z_loss = static_cast<float>(x[1]);
+  to.lse = out[1], to.logp = out[2], to.entropy = out[3];
+  if (none) to.loss = out[0];
+  if (reduced) to.packed_loss = static_cast<float*>(memory.room()(n[1] * 4));
+  with_dtype(n[0], [&]<class T>() {
+    lce_forward<T>(c.m, rows, n[1], to, c.limits, memory.room(), nullptr);
+  });
+  if (reduced) launch_total_loss(rows, to.packed_loss, n[10] != 0, out[0], nullptr);
+}
+
+// rows: lse entropy grad_loss grad_logp grad_lse grad_entropy, or null. one: grad_loss is 1
+API void emu_linear_backward(const void* hidden, const void* weight, const void* target,
+                             const float* row_weight, const float* const* of_rows, int64_t one,
+                             void* grad_hidden, void* grad_weight, const int64_t* n,
+                             const double* x) {
+  LinearCall c(hidden, weight, target, row_weight, n, x);
+  Memory memory;
+  const PackedRows rows = pack_rows(c.count, true, memory.room(), nullptr);
+  SlopesArgs a{};
+  a.rows = rows;
+  a.lse = of_rows[0], a.entropy = of_rows[1], a.grad_loss = of_rows[2];
+  a.grad_logp = of_rows[3], a.grad_lse = of_rows[4], a.grad_entropy = of_rows[5];
+  a.loss_is_one = one != 0, a.each = n[9] != 0, a.mean = n[10] != 0;
+  a.z_loss = static_cast<float>(x[1]), a.scale = c.m.scale, a.small = n[0] == 2;
+  launch_slopes(a, nullptr);
+  with_dtype(n[0], [&]<class T>() {
+    lce_backward<T>(c.m, rows, n[1], grad_hidden, grad_weight, c.limits, memory.room(), nullptr);
+  });
 }

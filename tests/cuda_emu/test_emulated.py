@@ -28,8 +28,11 @@ CHECKS = {  # library -> checks of its script
 def run(library: str, check: str) -> subprocess.CompletedProcess:
     """One check of ``emulated*.py`` in a process of its own, with ASan loaded first."""
     build(library, "-shared", "-fPIC")
-    asan = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True)
-    env = os.environ | {"LD_PRELOAD": asan.stdout.strip(), "ASAN_OPTIONS": "detect_leaks=0",
+    # libstdc++ too: else ASan does not know how torch throws.
+    preload = [subprocess.run(["g++", f"-print-file-name={name}.so"], capture_output=True, text=True)
+               for name in ("libasan", "libstdc++")]  # fmt: skip
+    env = os.environ | {"LD_PRELOAD": " ".join(p.stdout.strip() for p in preload),
+                        "ASAN_OPTIONS": "detect_leaks=0",
                         "OMP_NUM_THREADS": "1"}  # fmt: skip
     script = Path(__file__).parent / f"{library.replace('kernels', 'emulated')}.py"
     return subprocess.run([sys.executable, str(script), check], env=env, capture_output=True,

@@ -362,7 +362,7 @@ class TestInputs:
     def test_settings(self):
         fields = ["n", "lengths", "sigma", "gamma", "isolate_last"]
         given = ["n=inf", "lengths=2,3", "sigma=unit", "gamma=.5", "isolate-last=true"]
-        found = inputs.named_settings([*given[:3], "gamma=0.5", given[4]], fields)
+        found = inputs.named_settings(given, fields)
         assert found == {"n": None, "lengths": (2, 3), "sigma": "unit", "gamma": 0.5,
                          "isolate_last": True}  # fmt: skip
         assert MARLHFConfig(**found).n is None
@@ -388,3 +388,19 @@ def test_the_example_runs(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((tmp_path / "ma.json").read_text())
     assert [r["config"]["n"] for r in found["runs"]] == [1, 5]
+
+
+DOCS = re.findall(r"```python\n(.*?)```", (ROOT / "docs/methods/ma_rlhf.md").read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("at", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_the_documentation_runs(at, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", DOCS[at]], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    if at == 1:
+        seg, adv = map(json.loads, re.findall(r"\[\[.*?\]\]", done.stdout))
+        assert seg == [[0, 0, 1, 1, 2]] and adv[0] == pytest.approx([0.55, 0.55, 0.7, 0.7, 1.0])
+    else:
+        assert (tmp_path / "ma-rlhf-run" / "record.json").is_file()

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "attention/cpu/attention_task.h"
-#include "attention/cpu/attention_tile.h"
+#include "core/cpu/panels.h"
 
 TENFOLD_ISA_BEGIN
 namespace {

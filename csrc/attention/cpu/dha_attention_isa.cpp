@@ -1,6 +1,6 @@
 // CPU kernel of dha_attention: flash attention on tiles of query rows.
 //
-// Lanes hold query rows, so logits, weights and sums are stored transposed (attention_tile.h). A
+// Lanes hold query rows, so logits, weights and sums are stored transposed (core/cpu/panels.h). A
 // task takes a few tiles over all blocks of kBlockKeys keys that they see:
 //   1. pack the block: keys as panels of 8 keys, values as panels of 8 dims; all tiles share them;
 //   2. per tile: S^T = K q^T with the products in registers; soft cap, bias and mask where needed;
@@ -186,16 +186,6 @@ void logits(const AttentionForward& p, const Plan& plan, const Tile& x, const Bl
   if constexpr (V > 1) logits_from<V, Dot, 1>(p, plan, x, b, at.end[0], at.end[1], s);
   if constexpr (V > 2) logits_from<V, Dot, 2>(p, plan, x, b, at.end[1], at.end[2], s);
 }
-
-#if defined(TENFOLD_ISA_BF16)
-// Lane by lane the pair (a, b) rounded to bf16.
-inline VF to_pairs(VF a, VF b) {
-  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(b.v, a.v);
-  const __m512i lanes = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24,
-                                         8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  return {_mm512_castsi512_ps(_mm512_permutexvar_epi16(lanes, both))};
-}
-#endif
 
 // Weights in place of the logits (pairs: in place of the first half of them) and the factor of what
 // was summed before. Marked: weights of hidden keys are -0.

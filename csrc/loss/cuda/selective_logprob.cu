@@ -5,12 +5,11 @@
 #include "core/dispatch.h"
 #include "core/stream.h"
 #include "loss/cuda/selective_logprob_kernel.cuh"
+#include "loss/linear_ops.h"
 #include "loss/logprob_ops.h"
 
 namespace tenfold::cuda {
 namespace {
-
-using OptTensor = std::optional<Tensor>;
 
 std::tuple<Tensor, Tensor, Tensor> selective_logprob_op(Tensor logits, Tensor ids,
                                                         double temperature) {
@@ -39,14 +38,8 @@ std::tuple<Tensor, Tensor, Tensor> selective_logprob_op(Tensor logits, Tensor id
   return {logp, lse, entropy};
 }
 
-OptTensor check_row_floats(const char* op, const char* arg, const OptTensor& t,
-                           const LogprobCall& c) {
-  if (!t) return t;
-  TENFOLD_CHECK_TYPE(t->scalar_type() == ScalarType::Float, "tenfold::", op, ": ", arg,
-                     " must be float32, got ", dtype_name(t->scalar_type()));
-  check_sizes(op, arg, *t, {c.rows}, "[N]");
-  check_same_device(op, arg, *t, "logits", c.logits);
-  return contiguous(t);
+OptTensor check_floats(const char* op, const char* arg, const OptTensor& t, const LogprobCall& c) {
+  return check_row_floats(op, arg, t, c.logits, false, "logits");
 }
 
 const float* floats(const OptTensor& t) {
@@ -58,11 +51,11 @@ Tensor selective_logprob_backward_op(OptTensor grad_logp, OptTensor grad_lse,
                                      Tensor entropy, double temperature) {
   constexpr auto kOp = "selective_logprob_backward";
   const LogprobCall c = check_logprob(kOp, logits, ids, temperature);
-  const OptTensor of_logp = check_row_floats(kOp, "grad_logp", grad_logp, c);
-  const OptTensor of_lse = check_row_floats(kOp, "grad_lse", grad_lse, c);
-  const OptTensor of_entropy = check_row_floats(kOp, "grad_entropy", grad_entropy, c);
-  const OptTensor lses = check_row_floats(kOp, "lse", lse, c);
-  const OptTensor entropies = check_row_floats(kOp, "entropy", entropy, c);
+  const OptTensor of_logp = check_floats(kOp, "grad_logp", grad_logp, c);
+  const OptTensor of_lse = check_floats(kOp, "grad_lse", grad_lse, c);
+  const OptTensor of_entropy = check_floats(kOp, "grad_entropy", grad_entropy, c);
+  const OptTensor lses = check_floats(kOp, "lse", lse, c);
+  const OptTensor entropies = check_floats(kOp, "entropy", entropy, c);
   const Launch launch(c.logits);
   const Tensor out = new_output(c.logits, {c.rows, c.vocab}, c.logits.scalar_type());
   if (c.rows == 0) return out;

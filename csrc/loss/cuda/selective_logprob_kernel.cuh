@@ -5,7 +5,7 @@
 #pragma once
 
 #include "loss/cuda/row_vectors.cuh"
-#include "loss/selective_logprob.h"
+#include "loss/cuda/softmax.cuh"
 
 namespace tenfold::cuda {
 
@@ -13,8 +13,6 @@ constexpr int kLogitThreads = 256;  // at most
 // 16-byte vectors of a thread, all in flight at once: with 3 blocks on a multiprocessor 96 KB,
 // several times what hides the latency of memory.
 constexpr int kLogitVectors = 8, kLogitGradVectors = 4;
-constexpr float kLowestFloat = -3.402823466e38f, kLog2E = 1.44269504f;
-constexpr double kLn2 = 0.693147180559945309;
 
 struct LogprobArgs {
   const void* logits;
@@ -103,7 +101,7 @@ __global__ void __launch_bounds__(kLogitThreads, 3) logit_sums_kernel(LogprobArg
     for (int k = 0; k < kPer; ++k) {
       const float d = (x[k] - top) * factor, e = fast_exp2(d);
       sum[k % 2] += e;
-      weighted[k % 2] = fmaf(fmaxf(d, -1000.0f), e, weighted[k % 2]);  // not -inf times 0
+      weighted[k % 2] = fmaf(fmaxf(d, kZeroExponent), e, weighted[k % 2]);
     }
   }
   sum[0] += sum[1], weighted[0] += weighted[1];
@@ -135,25 +133,8 @@ static __global__ void __launch_bounds__(kJoinThreads)
   const int64_t row = static_cast<int64_t>(blockIdx.x) * (kJoinThreads / 32) + threadIdx.x / 32;
   if (row >= a.rows) return;
   const LogitSums* const parts = a.parts + row * a.chunks;
-  const int lane = threadIdx.x % 32;
-  double max = -INFINITY;
-  for (int i = lane; i < a.chunks; i += 32) max = parts[i].max > max ? parts[i].max : max;
-  for (int step = 16; step > 0; step /= 2) {
-    const double other = __shfl_xor_sync(0xFFFFFFFFu, max, step);
-    max = other > max ? other : max;
-  }
-  LogitSums all{max, 0.0, 0.0};
-  for (int i = lane; i < a.chunks; i += 32) {
-    if (!(parts[i].max > -INFINITY)) continue;
-    const LogitSums part = seen_from(max, parts[i]);
-    all.sum += part.sum;
-    all.weighted += part.weighted;
-  }
-  for (int step = 16; step > 0; step /= 2) {
-    all.sum += __shfl_xor_sync(0xFFFFFFFFu, all.sum, step);
-    all.weighted += __shfl_xor_sync(0xFFFFFFFFu, all.weighted, step);
-  }
-  if (lane == 0) store_logprob(a, dtype, row, all);
+  const LogitSums all = join_in_warp(a.chunks, [&](int i) { return parts[i]; });
+  if (threadIdx.x % 32 == 0) store_logprob(a, dtype, row, all);
 }
 
 struct LogprobGradArgs {
@@ -188,24 +169,25 @@ __global__ void __launch_bounds__(kLogitThreads, 3) logit_grad_kernel(LogprobGra
   vectors.load(from + threadIdx.x * kPer, blockDim.x * kPer, held);
   const int64_t id = a.ids[row];
   const LogitGrad g = logit_grad_of(a, row, id);
-  const float of_p = g.of_p * g.scale, of_entropy = g.of_entropy * g.scale;
+  const float entropy = a.entropy[row];
+  const float of_p = g.of_p * g.scale, of_entropy = g.of_entropy * g.scale,
+              of_id = g.of_id * g.scale;
   const auto scale_rest = static_cast<float>(a.scale - static_cast<double>(g.scale));
 #pragma unroll
   for (int j = 0; j < kLogitGradVectors; ++j) {
     const int64_t i = from + (static_cast<int64_t>(j) * blockDim.x + threadIdx.x) * kPer;
     if (i >= n) break;
+    const int at = id >= i && id < i + kPer ? static_cast<int>(id - i) : -1;
     float x[kPer], y[kPer];
     to_floats<T>(held[j], x);
 #pragma unroll
     for (int k = 0; k < kPer; ++k) {
       // Rounded once: an error of the scale would be the same for all of the row.
       const float scaled = fmaf(x[k], g.scale, fmaxf(x[k], kLowestFloat) * scale_rest);
-      const float e = fast_exp2((scaled - g.lse) * kLog2E), d = g.base - scaled;
-      // d is infinite where p is 0.
+      const float log_p = scaled - g.lse, e = fast_exp2(log_p * kLog2E);
+      const float d = -entropy - log_p;  // infinite where p is 0
       const float slope = fmaf(of_entropy, d > -kLowestFloat ? 0.0f : d, of_p);
-      y[k] = e * slope;
-      // With one rounding.
-      if (i + k == id) y[k] = fmaf(e, slope, g.of_id * g.scale);
+      y[k] = fmaf(e, slope, k == at ? of_id : 0.0f);
     }
     if (i >= 0 && i + kPer <= n) {
       *reinterpret_cast<uint4*>(out + i) = from_floats<T>(y);

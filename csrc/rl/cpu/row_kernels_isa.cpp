@@ -112,6 +112,27 @@ void window_sums(const int32_t* seg, int64_t n, double* x) {
   }
 }
 
+constexpr int32_t kShort = 16;
+
+// All segments but the last are of one short length, as fixed n-grams are: a loop whose branches
+// are foreseen is faster than windows.
+bool is_uniform(const int32_t* length, int64_t segments) {
+  int32_t differ = 0;
+  for (int64_t t = 0; t + 1 < segments; ++t) differ |= length[t] ^ length[0];
+  return segments > 0 && differ == 0 && length[0] <= kShort && length[segments - 1] <= kShort;
+}
+
+void uniform_sums(const double* x, const int32_t* length, int64_t segments, double* sums) {
+  const int32_t each = length[0];
+  for (int64_t t = 0; t < segments; ++t) {
+    const int32_t n = t + 1 < segments ? each : length[t];
+    const double* const from = x + t * each;
+    double sum = from[0];
+    for (int32_t i = 1; i < n; ++i) sum += from[i];
+    sums[t] = sum;
+  }
+}
+
 // Where each segment ends; seg is consecutive.
 int64_t find_ends(const int32_t* seg, int64_t n, uint32_t* ends) {
   const auto* ids = reinterpret_cast<const uint32_t*>(seg);
@@ -248,9 +269,14 @@ int64_t consecutive_sums(const int32_t* seg, int64_t n, double* a, double* b, ui
     length[t] = static_cast<int32_t>(ends[t] - begin);
     begin = ends[t];
   }
+  const bool uniform = is_uniform(length, segments);
   for (int k = 0; k < 2; ++k) {
     double *const x = from[k], *const sums = to[k];
     if (x == nullptr) continue;
+    if (uniform) {
+      uniform_sums(x, length, segments, sums);
+      continue;
+    }
     if (segments < n) window_sums(seg, n, x);
     for (int64_t t = 0; t < segments; ++t) {
       const double* const last = x + ends[t] - 1;

@@ -29,16 +29,18 @@ def _critic(name: str, device: str) -> Any:
 
 def _save(trainer: Any, folder: Path) -> None:
     """Policy (adapters merged), adapter, critic and tokenizer below a folder."""
+    from tenfold.data.models import quiet_transformers
     from tenfold.ma_rlhf.critic import Critic
 
     policy = trainer.policy
-    if hasattr(policy, "merge_and_unload"):
-        policy.save_pretrained(folder / "adapter")
-        policy = policy.merge_and_unload()
-    policy.save_pretrained(folder / "policy")
-    trainer.tokenizer.save_pretrained(folder / "policy")
-    if isinstance(trainer.critic, Critic):
-        trainer.critic.save_pretrained(folder / "critic")
+    with quiet_transformers():
+        if hasattr(policy, "merge_and_unload"):
+            policy.save_pretrained(folder / "adapter")
+            policy = policy.merge_and_unload()
+        policy.save_pretrained(folder / "policy")
+        trainer.tokenizer.save_pretrained(folder / "policy")
+        if isinstance(trainer.critic, Critic):
+            trainer.critic.save_pretrained(folder / "critic")
 
 
 @app.command()

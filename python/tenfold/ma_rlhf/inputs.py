@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -159,10 +160,10 @@ def _value(text: str) -> Any:
         return _WORDS[text.lower()]
     if "," in text:
         return tuple(_value(part) for part in text.split(",") if part)
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
 
 
 def named_settings(given: Sequence[str], fields: Sequence[str]) -> dict[str, Any]:

@@ -32,6 +32,8 @@ from tenfold.ops.kv_eviction import (
     ragged_decode,
 )
 from tenfold.ops.loss import (
+    linear_cross_entropy,
+    linear_logprob,
     selective_logprob,
 )
 from tenfold.ops.optim import (
@@ -78,6 +80,8 @@ __all__ = [
     "head_cka",
     "kv_compact_",
     "kv_gather",
+    "linear_cross_entropy",
+    "linear_logprob",
     "linear_wgrad_rows",
     "ma_ppo_policy_loss",
     "ma_ppo_prepare",

@@ -71,11 +71,13 @@ def differentiable(
     name: str,
     save: Callable[[Any, tuple[Any, ...], dict[str, Any], Any], None],
     backward: Callable[..., tuple[Tensor | None, ...]],
+    forward: Callable[..., Any] | None = None,
 ) -> None:
     """Autograd of an op with keyword-only tensors, which ``register_autograd`` does not take.
 
     ``save(ctx, args, kwargs, result)`` keeps what ``backward(ctx, *grads)`` needs; that returns one
-    gradient per positional argument. Keyword arguments have none.
+    gradient per positional argument. Keyword arguments have none. ``forward(ctx, needed, args, kwargs)``
+    takes the op's place where gradients of the ``needed`` arguments (a tuple of bool) will be asked for.
     """
     op = getattr(torch.ops.tenfold, name).default
 
@@ -86,7 +88,11 @@ def differentiable(
     class Function(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, keyset: Any, kwargs: dict[str, Any], *args: Any) -> Any:
-            result = below(keyset, args, kwargs)
+            if forward is None:
+                result = below(keyset, args, kwargs)
+            else:
+                with torch._C._AutoDispatchBelowAutograd():
+                    result = forward(ctx, ctx.needs_input_grad[2:], args, kwargs)
             ctx.set_materialize_grads(False)
             save(ctx, args, kwargs, result)
             return result

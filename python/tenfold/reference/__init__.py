@@ -25,6 +25,8 @@ from tenfold.reference.kv_eviction import (
     ragged_decode,
 )
 from tenfold.reference.loss import (
+    linear_cross_entropy,
+    linear_logprob,
     selective_logprob,
 )
 from tenfold.reference.optim import (
@@ -74,6 +76,8 @@ __all__ = [
     "head_cka",
     "kv_compact_",
     "kv_gather",
+    "linear_cross_entropy",
+    "linear_logprob",
     "linear_wgrad_rows",
     "ma_ppo_policy_loss",
     "ma_ppo_prepare",

@@ -1,5 +1,6 @@
 """Faces of the ``loss`` family, one module per group of ops."""
 
+from tenfold.ops.loss.linear import linear_cross_entropy, linear_logprob
 from tenfold.ops.loss.logprob import selective_logprob
 
-__all__ = ["selective_logprob"]
+__all__ = ["linear_cross_entropy", "linear_logprob", "selective_logprob"]

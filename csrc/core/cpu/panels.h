@@ -1,11 +1,9 @@
-// The shared pieces of the CPU attention kernels. For ISA sources.
+// Products of packed panels, and the packing. For ISA sources.
 //
-// Lanes hold query rows. A tile is kTileRows rows; all that depends on a row (q^T, logits, weights,
-// out^T) is stored transposed, [anything][kTileRows], so that softmax is lane-wise arithmetic and
-// both matrix products are the same loop: vectors of rows times broadcast elements of packed
-// panels.
-//   panel: [depth][kPanel] 32-bit words, kPanel columns (keys, or dims of a value) side by side
-// A word is a float, or two neighbouring bf16 along the depth (Dot) for dot products.
+// A left operand is packed as tiles [depth][kTileRows], what lies along the lanes, a right operand
+// as panels [depth][kPanel], whose elements are broadcast. The attention kernels hold query rows in
+// the lanes, so that softmax is lane-wise arithmetic. A word is a float, or two neighbouring bf16
+// along the depth (Dot) for dot products.
 #pragma once
 
 #include "core/cpu/math.h"
@@ -50,6 +48,60 @@ inline void multiply(const float* rows, const float* panel, int64_t depth, VF (&
     }
   }
 }
+
+// Words whose products are added one after another before they join a sum in memory, where sums are
+// long: a strip of a tile fits the first cache. Without fused multiply-adds each costs two
+// roundings.
+#if defined(TENFOLD_ISA_AVX512) || defined(TENFOLD_ISA_AVX2)
+constexpr int64_t kStrip = 128;
+#else
+constexpr int64_t kStrip = 16;
+#endif
+
+// sums[8][V vectors] (+)= panel * lanes
+template <int V, bool Dot>
+inline void multiply_block(const float* lanes, const float* panel, int64_t depth, float* sums,
+                           int64_t pitch, bool add) {
+  for (int c = 0; c < kPanel; c += kCols) {
+    VF acc[kCols][V];
+#pragma GCC unroll 8
+    for (int j = 0; j < kCols; ++j)
+      for (int v = 0; v < V; ++v) acc[j][v] = set1(0.0f);
+    multiply<V, Dot>(lanes, panel + c, depth, acc);
+    float* const to = sums + c * pitch;
+#pragma GCC unroll 8
+    for (int j = 0; j < kCols; ++j)
+      for (int v = 0; v < V; ++v) {
+        float* const at = to + j * pitch + v * kWidth;
+        store(at, add ? acc[j][v] + load(at) : acc[j][v]);
+      }
+  }
+}
+
+// The same for `count` panels `stride` apart, whose sums lie below each other; `left` columns.
+template <bool Dot>
+inline void multiply_panels(const float* lanes, const float* panels, int64_t stride, int64_t count,
+                            int64_t left, int64_t depth, float* sums, int64_t pitch, bool add) {
+  for (int64_t r = 0; r < count; ++r, panels += stride, sums += kPanel * pitch) {
+    if (left > 2 * kWidth) {
+      multiply_block<3, Dot>(lanes, panels, depth, sums, pitch, add);
+    } else if (left > kWidth) {
+      multiply_block<2, Dot>(lanes, panels, depth, sums, pitch, add);
+    } else {
+      multiply_block<1, Dot>(lanes, panels, depth, sums, pitch, add);
+    }
+  }
+}
+
+#if defined(TENFOLD_ISA_BF16)
+// Lane by lane the pair (a, b) rounded to bf16.
+inline VF to_pairs(VF a, VF b) {
+  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(b.v, a.v);
+  const __m512i lanes = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24,
+                                         8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return {_mm512_castsi512_ps(_mm512_permutexvar_epi16(lanes, both))};
+}
+#endif
 
 // to[j][i] = from[i][j] for 8 x 8 words.
 #if defined(TENFOLD_ISA_AVX512) || defined(TENFOLD_ISA_AVX2)
@@ -207,6 +259,47 @@ void pack_rows(const T* const (&row)[kTileRows], int64_t dim, float* staged, flo
         __builtin_memcpy(to + (d + i) * kTileRows + r, spare + i * 8, static_cast<uint64_t>(n) * 4);
     }
   }
+}
+
+template <class T>
+inline VF load_some(const T* p, int64_t n) {
+  return n >= kWidth ? load(p) : n > 0 ? load_n(p, static_cast<int>(n)) : set1(0.0f);
+}
+
+// Rows i of [0, n) (at(i): where row i lies), columns [0, cols), to words from `word` on of tiles
+// of lanes.
+template <class T, bool Dot, class At>
+inline void pack_lanes(const At& at, int64_t n, int64_t cols, int64_t stride, float* to) {
+  for (int64_t i = 0; i < n; i += Dot ? 2 : 1, to += kTileRows) {
+    const T* const row = at(i);
+    [[maybe_unused]] const T* const next = Dot && i + 1 < n ? at(i + 1) : nullptr;
+    float* tile = to;
+    for (int64_t c = 0; c < cols; c += kTileRows, tile += stride)
+      for (int v = 0; v < kVecs; ++v) {
+        const int64_t x = c + v * kWidth;
+        if (x >= cols) break;
+        VF words = load_some(row + x, cols - x);
+#if defined(TENFOLD_ISA_BF16)
+        if constexpr (Dot) {
+          const VF high = next != nullptr ? load_some(next + x, cols - x) : set1(0.0f);
+          words = from_bits(shr<16>(bits(words)) | bits(high));
+        }
+#endif
+        store(tile + v * kWidth, words);
+      }
+  }
+}
+
+// f<element, whether dot products>(), as this ISA multiplies the dtype.
+template <class F>
+inline auto with_dtype(Dtype dtype, const F& f) {
+  if (dtype == Dtype::f32) return f.template operator()<float, false>();
+  if (dtype == Dtype::f16) return f.template operator()<fp16_t, false>();
+#if defined(TENFOLD_ISA_BF16)
+  return f.template operator()<bf16_t, true>();
+#else
+  return f.template operator()<bf16_t, false>();
+#endif
 }
 
 }  // namespace

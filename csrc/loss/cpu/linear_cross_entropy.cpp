@@ -1,0 +1,357 @@
+#include "loss/cpu/linear_cross_entropy.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <numeric>
+#include <optional>
+
+#include "core/dispatch.h"
+#include "core/parallel.h"
+
+namespace tenfold::cpu {
+namespace {
+
+constexpr int64_t kRows = 512;  // of a chunk: a tile's logits fit the second cache
+constexpr int64_t kWorkspaceBytes = int64_t{128} << 20;  // of kept logits
+// Below so many rows the traffic of a chunk (weight twice, sums of its gradient) costs more than
+// multiplying logits again.
+constexpr int64_t kFewRows = 128;
+constexpr int64_t kBlockBytes = int64_t{8} << 20;  // of packed operands of grad_hidden
+
+double micros(int64_t flops) {
+  return static_cast<double>(flops) / 5e4;  // of a thread; for the size of tasks only
+}
+
+int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
+// [0, n) in `count` parts of whole units (the last may be shorter), as equal as can be.
+struct Parts {
+  int64_t n, unit, count;
+  int64_t begin(int64_t i) const { return std::min(n, i * ceil_div(n, unit) / count * unit); }
+  int64_t length(int64_t i) const { return begin(i + 1) - begin(i); }
+};
+
+// One allocation in parts of some floats each (rounded to cache lines).
+class Floats {
+ public:
+  explicit Floats(std::initializer_list<int64_t> sizes) : memory_(4 * total(sizes)) {
+    auto* at = static_cast<float*>(memory_.data());
+    for (const int64_t n : sizes) {
+      parts_.push_back(at);
+      at += lce_whole(n, 16);
+    }
+  }
+  float* operator[](size_t i) const { return parts_[i]; }
+
+ private:
+  static int64_t total(std::initializer_list<int64_t> sizes) {
+    int64_t sum = 16;
+    for (const int64_t n : sizes) sum += lce_whole(n, 16);
+    return sum;
+  }
+  Scratch memory_;
+  std::vector<float*> parts_;
+};
+
+}  // namespace
+
+struct LinearLoss::Chunk : LceChunk {
+  int64_t index, first;  // the latter of the rows that count
+  std::shared_ptr<Floats> packed;
+  std::vector<float> of_rows;  // arrays of `pitch`
+
+  float* array(int64_t i) { return of_rows.data() + i * pitch; }
+};
+
+// Tiles [first, first + tiles) of the vocabulary, `tokens` in all, and what their gradients are
+// packed into: room for `depth` words.
+struct LinearLoss::Block {
+  int64_t first, tiles, tokens, depth;
+  float *by_row, *weight;
+};
+
+// Rows of grad_weight from token `first` on: where they go (or null), and what is there before.
+struct LinearLoss::WeightSums {
+  void* out;
+  Dtype dtype;
+  const float* before;
+  int64_t first;
+};
+
+LinearLoss::LinearLoss(const LinearLossCall& c, const CountedRows& rows, bool wants_entropy)
+    : isa_(active_isa()),
+      p_{c.hidden.data_ptr(),
+         c.weight.data_ptr(),
+         c.hidden_stride,
+         c.weight_stride,
+         c.dim,
+         c.vocab,
+         to_dtype(c.hidden.scalar_type()),
+         c.softcap,
+         1.0f / c.temperature},
+      rows_(rows),
+      num_rows_(c.rows),
+      word_(TENFOLD_ISA_CALL_AS(isa_, lce_word, p_.dtype)),
+      tiles_(ceil_div(c.vocab, kLceTile)),
+      threads_(torch::stable::get_num_threads()),
+      wants_entropy_(wants_entropy) {}
+
+// Equal chunks.
+void LinearLoss::plan(int64_t most_rows) {
+  const int64_t most = std::max<int64_t>(16, most_rows / 16 * 16);
+  const int64_t parts = std::max<int64_t>(1, ceil_div(count(), most));
+  chunk_rows_ = std::max<int64_t>(16, lce_whole(ceil_div(count(), parts), 16));
+}
+
+float* LinearLoss::kept_logits(const Kept& k, int64_t chunk) const {
+  const int64_t i = chunk - k.first;
+  return i >= 0 && i < k.chunks ? k.data + i * p_.vocab * k.pitch : nullptr;
+}
+
+LinearLoss::Chunk LinearLoss::pack(int64_t chunk, bool for_weight) const {
+  Chunk c{};
+  c.index = chunk, c.first = chunk * chunk_rows_;
+  c.count = std::min(chunk_rows_, count() - c.first);
+  c.pitch = lce_pitch(c.count);
+  c.row = rows_.row.data() + c.first;
+  c.target = rows_.target.data() + c.first;
+  c.of_rows.assign(6 * c.pitch, 0.0f);
+  c.lse = c.array(0), c.of_p = c.array(1), c.of_id = c.array(2);
+  c.of_entropy = wants_entropy_ ? c.array(3) : nullptr;
+  c.base = wants_entropy_ ? c.array(4) : nullptr;
+  c.chosen = c.array(5);
+  c.packed = std::make_shared<Floats>(
+      std::initializer_list<int64_t>{lce_lanes_size(c.count, words(p_.dim)),
+                                     for_weight ? lce_lanes_size(p_.dim, words(c.count)) : 0});
+  c.lanes = (*c.packed)[0], c.cols = (*c.packed)[1];
+  const double column_micros = 1e-3 * kLceLanes;
+  parallel_for(ceil_div(c.count, kLceLanes), column_micros * static_cast<double>(p_.dim),
+               [&](int64_t begin, int64_t end) {
+                 const Floats staged{8 * lce_whole(p_.dim, 16)};
+                 for (int64_t i = begin; i < end; ++i)
+                   TENFOLD_ISA_CALL_AS(isa_, lce_pack_lanes, p_, c, i, staged[0]);
+               });
+  if (!for_weight) return c;
+  parallel_for(ceil_div(p_.dim, kLceLanes), column_micros * static_cast<double>(c.count),
+               [&](int64_t begin, int64_t end) {
+                 const int64_t col = begin * kLceLanes;
+                 TENFOLD_ISA_CALL_AS(isa_, lce_pack_cols, p_, c, col,
+                                     std::min(p_.dim, end * kLceLanes) - col);
+               });
+  return c;
+}
+
+// Step 1 of the whole vocabulary.
+void LinearLoss::logits(Chunk& c, const Kept& kept, RowSums* sums) const {
+  const Floats parts{3 * c.pitch * tiles_};
+  float* const keep = kept_logits(kept, c.index);
+  parallel_for(tiles_, micros(2 * kLceTile * c.count * p_.dim), [&](int64_t begin, int64_t end) {
+    const Floats at{lce_panels_size(kLceTile, words(p_.dim)), 8 * lce_whole(p_.dim, 16),
+                    kLceTile * c.pitch};
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t v = t * kLceTile, n = std::min(kLceTile, p_.vocab - v);
+      TENFOLD_ISA_CALL_AS(isa_, lce_logits, p_, c, v, n, at[0], at[1], at[2]);
+      TENFOLD_ISA_CALL_AS(isa_, lce_sums, p_, c, n, at[2], wants_entropy_,
+                          parts[0] + t * 3 * c.pitch);
+      if (keep != nullptr)
+        TENFOLD_ISA_CALL_AS(isa_, lce_keep, c, n, at[2], keep + v * kept.pitch, kept.pitch);
+    }
+  });
+  add_up(c, parts[0], sums);
+}
+
+void LinearLoss::add_up(Chunk& c, float* of_tiles, RowSums* sums) const {
+  TENFOLD_ISA_CALL_AS(isa_, lce_join, c, tiles_, wants_entropy_, of_tiles);
+  for (int64_t m = 0; m < c.count; ++m) {
+    const double top = of_tiles[m], sum = of_tiles[c.pitch + m];
+    const double log_sum = std::isinf(top) && top > 0 ? 0.0 : std::log(sum);
+    const double x = static_cast<double>(c.chosen[m]) * p_.scale;
+    sums->lse[c.first + m] = static_cast<float>(top + log_sum);
+    sums->logp[c.first + m] = static_cast<float>(x - top - log_sum);
+    if (wants_entropy_)
+      sums->entropy[c.first + m] = static_cast<float>(log_sum - of_tiles[2 * c.pitch + m] / sum);
+  }
+}
+
+void LinearLoss::set_slopes(Chunk& c, const float* lse, const Slopes& slopes) const {
+  for (int64_t m = 0; m < c.count; ++m) {
+    const RowSlopes s = slopes(c.first + m);
+    c.array(0)[m] = lse[c.first + m];
+    c.array(1)[m] = s.of_p * p_.scale;
+    c.array(2)[m] = s.of_id * p_.scale;
+    c.array(3)[m] = s.of_entropy * p_.scale;
+    c.array(4)[m] = s.base;
+  }
+}
+
+// Tiles whose gradients are packed at a time: what the last cache holds, as many for every thread.
+int64_t LinearLoss::block_tiles() const {
+  const int64_t most = kBlockBytes / (4 * kLceTile * (chunk_rows_ + p_.dim) / word_);
+  return std::min(tiles_, std::max<int64_t>(1, most / threads_) * threads_);
+}
+
+// Step 2 of a block of tiles.
+void LinearLoss::block_gradients(const Chunk& c, const Block& b, const Kept& kept,
+                                 const WeightSums& weight, float* hidden, bool add) const {
+  const int64_t stride = lce_panel_stride(b.depth), size = dtype_size(weight.dtype);
+  const Parts across{p_.dim, kLceLanes, ceil_div(p_.dim, kLceCols)};
+  const int64_t widest = lce_whole(ceil_div(p_.dim, across.count), kLceLanes) + kLceLanes;
+  const bool for_weight = weight.out != nullptr;
+  const float* const keep = kept_logits(kept, c.index);
+  const bool again = keep == nullptr;
+  parallel_for(b.tiles, micros(2 * kLceTile * c.count * p_.dim), [&](int64_t begin, int64_t end) {
+    const Floats at{again ? lce_panels_size(kLceTile, words(p_.dim)) : 0,
+                    again ? 8 * lce_whole(p_.dim, 16) : 0, again ? kLceTile * c.pitch : 0,
+                    for_weight ? lce_panels_size(kLceTile, words(lce_whole(c.count, 16))) : 0,
+                    for_weight ? kLceTile * lce_pitch(widest) : 0};
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t from = t * kLceTile, v = b.first * kLceTile + from;
+      const int64_t n = std::min(kLceTile, p_.vocab - v);
+      if (again) TENFOLD_ISA_CALL_AS(isa_, lce_logits, p_, c, v, n, at[0], at[1], at[2]);
+      TENFOLD_ISA_CALL_AS(isa_, lce_deltas, p_, c, v, n, again ? at[2] : keep + v * kept.pitch,
+                          again ? c.pitch : kept.pitch,
+                          hidden != nullptr ? b.by_row + from / word_ * 8 : nullptr, stride,
+                          for_weight ? at[3] : nullptr);
+      if (hidden != nullptr)
+        TENFOLD_ISA_CALL_AS(isa_, lce_pack_weight, p_, v, n, from / word_, b.depth, b.weight);
+      for (int64_t i = 0; for_weight && i < across.count; ++i) {
+        const int64_t col = across.begin(i), out = (v - weight.first) * p_.dim + col;
+        TENFOLD_ISA_CALL_AS(isa_, lce_weight_tile, c, p_.dtype,
+                            {n, col, across.length(i), at[3], at[4],
+                             weight.before != nullptr ? weight.before + out : nullptr, p_.dim,
+                             weight.dtype, static_cast<char*>(weight.out) + out * size, p_.dim});
+      }
+    }
+  });
+  if (hidden != nullptr) hidden_tiles(c, b, hidden, add);
+}
+
+void LinearLoss::hidden_tiles(const Chunk& c, const Block& b, float* sums, bool add) const {
+  const int64_t col_parts = ceil_div(p_.dim, kLceCols), panels = ceil_div(c.count, 8);
+  const int64_t even = threads_ / std::gcd(threads_, col_parts);
+  const int64_t row_parts = std::min(panels, ceil_div(ceil_div(panels, 16), even) * even);
+  const Parts across{p_.dim, kLceLanes, col_parts}, down{c.count, 8, row_parts};
+  const int64_t stride = lce_panel_stride(b.depth), pitch = hidden_pitch();
+  const int64_t tasks = row_parts * col_parts;
+  parallel_for(tasks, micros(2 * c.count * p_.dim * b.tokens / tasks),
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t i = begin; i < end; ++i) {
+                   const int64_t m = down.begin(i / col_parts), col = across.begin(i % col_parts);
+                   TENFOLD_ISA_CALL_AS(isa_, lce_hidden_tile, p_.dtype, down.length(i / col_parts),
+                                       across.length(i % col_parts), words(b.tokens),
+                                       b.by_row + m / 8 * stride, stride, b.weight, b.depth, col,
+                                       sums + m * pitch + col, pitch, add);
+                 }
+               });
+}
+
+void LinearLoss::store_hidden(int64_t chunk, const float* sums, void* out) const {
+  const int64_t size = dtype_size(p_.dtype) * p_.dim, pitch = hidden_pitch();
+  const int64_t first = chunk * chunk_rows_, n = std::min(chunk_rows_, count() - first);
+  parallel_for(n, 1e-4 * static_cast<double>(p_.dim), [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; ++m)
+      TENFOLD_ISA_CALL_AS(isa_, lce_store, sums + m * pitch, p_.dim, p_.dtype,
+                          static_cast<char*>(out) + rows_.row[first + m] * size);
+  });
+}
+
+// Zeros where nothing will be written: rows that do not count; weight if none does.
+void LinearLoss::clear(const GradientsOut& out) const {
+  const int64_t size = dtype_size(p_.dtype) * p_.dim;
+  const auto zero = [&](void* rows, int64_t begin, int64_t end) {
+    std::memset(static_cast<char*>(rows) + begin * size, 0, (end - begin) * size);
+  };
+  int64_t next = 0;
+  for (int64_t i = 0; out.hidden != nullptr && i < num_rows_; ++i) {
+    if (next < count() && rows_.row[next] == i) {
+      ++next;
+    } else {
+      zero(out.hidden, i, i + 1);
+    }
+  }
+  if (out.weight != nullptr && count() == 0)
+    parallel_for(p_.vocab, 1e-4 * static_cast<double>(size),
+                 [&](int64_t begin, int64_t end) { zero(out.weight, begin, end); });
+}
+
+// Step 2 of chunks [first, last). What grad_weight holds from chunks before is added to.
+void LinearLoss::gradients(int64_t first, int64_t last, const Kept& kept, const float* lse,
+                           const Slopes& slopes, const GradientsOut& out) const {
+  const bool for_weight = out.weight != nullptr, for_hidden = out.hidden != nullptr;
+  const int64_t tiles = block_tiles(), depth = words(tiles * kLceTile), many = last - first;
+  // Sums of more than one chunk cannot wait in 16 bits.
+  const bool wide = for_weight && p_.dtype != Dtype::f32 && many > 1;
+  const int64_t hidden_size = for_hidden ? lce_whole(chunk_rows_, 16) * hidden_pitch() : 0;
+  const Floats memory{for_hidden ? lce_panels_size(lce_whole(chunk_rows_, 16), depth) : 0,
+                      for_hidden ? lce_lanes_size(p_.dim, depth) : 0, many * hidden_size,
+                      wide ? tiles * kLceTile * p_.dim : 0};
+  std::optional<Chunk> c;
+  for (int64_t t = 0; t < tiles_; t += tiles) {
+    const int64_t n = std::min(tiles, tiles_ - t), v = t * kLceTile;
+    const Block block{t, n, std::min(p_.vocab - v, n * kLceTile), depth, memory[0], memory[1]};
+    void* const to =
+        for_weight ? static_cast<char*>(out.weight) + v * p_.dim * dtype_size(p_.dtype) : nullptr;
+    float* const floats = wide ? memory[3] : static_cast<float*>(to);
+    for (int64_t i = first; i < last; ++i) {
+      if (!c || many > 1) {
+        c = pack(i, for_weight);
+        set_slopes(*c, lse, slopes);
+      }
+      const bool stored = i + 1 == last || !wide;
+      const WeightSums weight{stored ? to : floats, stored ? p_.dtype : Dtype::f32,
+                              for_weight && i > (wide ? first : 0) ? floats : nullptr, v};
+      block_gradients(*c, block, kept, weight,
+                      for_hidden ? memory[2] + (i - first) * hidden_size : nullptr, t > 0);
+    }
+  }
+  for (int64_t i = first; for_hidden && i < last; ++i)
+    store_hidden(i, memory[2] + (i - first) * hidden_size, out.hidden);
+}
+
+void LinearLoss::forward(RowSums* sums) {
+  plan(kRows);
+  for (int64_t i = 0; i < chunks(); ++i) {
+    Chunk c = pack(i, false);
+    logits(c, {}, sums);
+  }
+}
+
+void LinearLoss::backward(const float* lse, const Slopes& slopes, const GradientsOut& out) {
+  clear(out);
+  plan(kRows);
+  if (count() > 0) gradients(0, chunks(), {}, lse, slopes, out);
+}
+
+// Chunk by chunk where sums of grad_weight can wait in it, as floats; all logits are kept then.
+// Else block by block of the vocabulary, so that they wait in a block's memory, with the logits of
+// as many chunks as there is room for; the others' are multiplied again.
+void LinearLoss::forward_gradients(RowSums* sums, const Slopes& slopes, const GradientsOut& out) {
+  clear(out);
+  if (count() == 0) return;
+  const int64_t row_floats = p_.dim * dtype_size(p_.dtype) / 4;
+  const int64_t fits = kWorkspaceBytes / (4 * p_.vocab) / 16 * 16;
+  const bool inside =
+      out.weight != nullptr && count() <= kRows && lce_whole(count(), 16) <= row_floats;
+  const bool keeps = inside || fits >= std::min(kFewRows, count());
+  plan(keeps && !inside ? std::min(kRows, fits) : kRows);
+  const int64_t pitch = lce_pitch(chunk_rows_), size = p_.vocab * pitch;
+  const bool by_chunk = keeps && (p_.dtype == Dtype::f32 || out.weight == nullptr);
+  Kept kept{nullptr, inside ? row_floats : pitch, 0, keeps ? 1 : 0};
+  if (keeps && !inside && !by_chunk)
+    kept.chunks = std::clamp<int64_t>(kWorkspaceBytes / (4 * size), 1, chunks());
+  const Floats workspace{inside ? 0 : kept.chunks * size};
+  kept.data = inside ? static_cast<float*>(out.weight) : workspace[0];
+  for (int64_t i = 0; i < chunks(); ++i) {
+    if (by_chunk) kept.first = i;
+    Chunk c = pack(i, false);
+    logits(c, kept, sums);
+    if (by_chunk) gradients(i, i + 1, kept, sums->lse.data(), slopes, out);
+  }
+  if (!by_chunk) gradients(0, chunks(), kept, sums->lse.data(), slopes, out);
+}
+
+}  // namespace tenfold::cpu

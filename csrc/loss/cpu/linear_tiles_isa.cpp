@@ -1,0 +1,311 @@
+// See linear_tiles.h.
+#include "core/cpu/panels.h"
+#include "loss/cpu/linear_tiles.h"
+#include "loss/linear_cross_entropy.h"
+
+TENFOLD_ISA_BEGIN
+namespace {
+
+constexpr float kLowest = -3.402823466e38f;
+static_assert(kLceLanes % kTileRows == 0);
+
+// sums[8 count][cols] (+)= panels * tiles of lanes, over `depth` words.
+template <bool Dot>
+void multiply_tile(const float* panels, int64_t stride, int64_t count, const float* lanes,
+                   int64_t lane_stride, int64_t cols, int64_t depth, float* sums, int64_t pitch,
+                   bool add) {
+  for (int64_t d = 0; d < depth; d += kStrip) {
+    const int64_t n = depth - d < kStrip ? depth - d : kStrip;
+    for (int64_t c = 0; c < cols; c += kTileRows)
+      multiply_panels<Dot>(lanes + c / kTileRows * lane_stride + d * kTileRows, panels + d * kPanel,
+                           stride, count, cols - c, n, sums + c, pitch, add || d > 0);
+  }
+}
+
+inline int64_t lane_stride(int64_t depth) {
+  return kTileRows * depth + kLcePad;
+}
+
+template <class T>
+inline const T* row_of(const void* from, int64_t stride, int64_t row) {
+  return static_cast<const T*>(from) + row * stride;
+}
+
+// d of a logit from the logit, lane by lane for rows.
+struct Delta {
+  VF scale, log2e, uncap, most;
+  bool capped;
+  const LceChunk& c;
+
+  Delta(const LceProblem& p, const LceChunk& c)
+      : scale(set1(p.scale)),
+        log2e(set1(kLog2e)),
+        uncap(set1(1.0f / p.softcap)),
+        most(set1(-kLowest)),
+        capped(p.softcap > 0.0f),
+        c(c) {}
+
+  // Rows from m on; `id`: added where the target is.
+  inline VF operator()(VF x, int64_t m, VF id) const {
+    const VF e = exp2((x * scale - load(c.lse + m)) * log2e);
+    VF slope = load(c.of_p + m);
+    if (c.of_entropy != nullptr) {
+      const VF d = load(c.base + m) - x * scale;  // infinite where p is 0
+      slope = fma(load(c.of_entropy + m), select(lt(most, d), set1(0.0f), d), slope);
+    }
+    const VF y = fma(e, slope, id);
+    if (!capped) return y;
+    const VF t = x * uncap;
+    return fma(set1(0.0f) - t * t, y, y);
+  }
+};
+
+constexpr int kSpan = kWidth < 8 ? 8 : kWidth;  // rows of a block of 8 tokens
+
+template <bool Dot>
+inline void put_by_row(const float* d, float* to, int64_t stride) {
+  for (int half = 0; half < kSpan / 8; ++half, to += stride, d += 8) {
+    if constexpr (Dot) {
+#if defined(TENFOLD_ISA_BF16)
+      if (half > 0) break;
+      for (int i = 0; i < 4; ++i) {
+        const VF pairs = to_pairs(load(d + 2 * i * kSpan), load(d + (2 * i + 1) * kSpan));
+        _mm256_storeu_ps(to + i * 8, _mm512_castps512_ps256(pairs.v));
+        _mm256_storeu_ps(to + stride + i * 8, _mm512_extractf32x8_ps(pairs.v, 1));
+      }
+#endif
+    } else {
+      for (int i = 0; i < 8; ++i) __builtin_memcpy(to + i * 8, d + i * kSpan, 32);
+    }
+  }
+}
+
+template <bool Dot>
+inline void put_by_token(const float* d, float* to) {
+  if constexpr (Dot) {
+#if defined(TENFOLD_ISA_BF16)
+    alignas(64) float pairs[8 * 8];
+    for (int i = 0; i < 8; ++i)
+      _mm256_store_si256(reinterpret_cast<__m256i*>(pairs + i * 8),
+                         (__m256i)_mm512_cvtneps_pbh(load(d + i * kSpan).v));
+    transpose8(pairs, 8, to, 8);
+#endif
+  } else {
+    for (int half = 0; half < kSpan; half += 8) transpose8(d + half, kSpan, to + half * 8, 8);
+  }
+}
+
+// Element (token, row) of a packed product.
+template <bool Dot>
+inline void put_one(float* panel, int64_t along, int64_t lane, float x) {
+  if constexpr (Dot) {
+    store_n(reinterpret_cast<bf16_t*>(panel + along / 2 * 8 + lane) + along % 2, set1(x), 1);
+  } else {
+    panel[along * 8 + lane] = x;
+  }
+}
+
+template <bool Dot>
+void make_deltas(const LceProblem& p, const LceChunk& c, int64_t first, int64_t n, const float* x,
+                 int64_t pitch, float* by_row, int64_t stride, float* by_token) {
+  const Delta delta(p, c);
+  constexpr int kWord = Dot ? 2 : 1;
+  const VF none = set1(0.0f);
+  const int64_t rows = lce_whole(c.count, 16), token_stride = lce_panel_stride(rows / kWord);
+  alignas(64) float d[8 * kSpan];
+  for (int64_t v = 0; v < n; v += 8)
+    for (int64_t m = 0; m < rows; m += kSpan) {
+      for (int i = 0; i < 8; ++i)
+        for (int lane = 0; lane < kSpan; lane += kWidth) {
+          const float* const at = x + (v + i) * pitch + m + lane;
+          store(d + i * kSpan + lane, v + i < n ? delta(load(at), m + lane, none) : none);
+        }
+      if (by_row != nullptr) put_by_row<Dot>(d, by_row + m / 8 * stride + v / kWord * 8, stride);
+      if (by_token != nullptr)
+        put_by_token<Dot>(d, by_token + v / 8 * token_stride + m / kWord * 8);
+    }
+  // Where the target is, with one rounding.
+  for (int64_t m = 0; m < c.count; ++m) {
+    const int64_t v = c.target[m] - first;
+    if (v < 0 || v >= n) continue;
+    float one[kWidth];
+    const int64_t lane = m % kWidth;
+    for (int i = 0; i < kWidth; ++i) one[i] = i == lane ? c.of_id[m] : 0.0f;
+    store(one, delta(load(x + v * pitch + m - lane), m - lane, load(one)));
+    if (by_row != nullptr) put_one<Dot>(by_row + m / 8 * stride, v, m % 8, one[lane]);
+    if (by_token != nullptr) put_one<Dot>(by_token + v / 8 * token_stride, m, v % 8, one[lane]);
+  }
+}
+
+// Of 16 rows: maximum of their logits, sum of exp, and of exp times distance from the maximum.
+inline void sums_of(const float* x, int64_t pitch, int64_t n, VF scale, bool weighted, float* max,
+                    float* sum, float* by_distance) {
+  VF top[2] = {set1(kLowest), set1(kLowest)};
+  for (int64_t v = 0; v < n; ++v) top[v % 2] = vmax(top[v % 2], load(x + v * pitch));
+  top[0] = vmax(top[0], top[1]);
+  const VF lowest = set1(kLowest), log2e = set1(kLog2e);
+  VF total[2] = {set1(0.0f), set1(0.0f)}, distance[2] = {set1(0.0f), set1(0.0f)};
+  for (int64_t v = 0; v < n; ++v) {
+    const VF d = (load(x + v * pitch) - top[0]) * scale, e = exp2(d * log2e);
+    total[v % 2] = total[v % 2] + e;
+    if (weighted)  // not -inf times 0
+      distance[v % 2] = fma(select(lt(d, lowest), set1(0.0f), d), e, distance[v % 2]);
+  }
+  store(max, top[0] * scale);
+  store(sum, total[0] + total[1]);
+  if (weighted) store(by_distance, distance[0] + distance[1]);
+}
+
+}  // namespace
+
+int64_t lce_word(Dtype dtype) {
+  return with_dtype(dtype, []<class T, bool Dot>() -> int64_t { return Dot ? 2 : 1; });
+}
+
+void lce_pack_lanes(const LceProblem& p, const LceChunk& c, int64_t tile, float* staged) {
+  with_dtype(p.dtype, [&]<class T, bool Dot>() {
+    const int64_t end = (tile + 1) * kLceLanes < c.count ? (tile + 1) * kLceLanes : c.count;
+    for (int64_t m = tile * kLceLanes; m < end; m += kTileRows) {
+      const T* row[kTileRows] = {};
+      for (int i = 0; i < kTileRows && m + i < c.count; ++i)
+        row[i] = row_of<T>(p.hidden, p.hidden_stride, c.row[m + i]);
+      pack_rows<T, Dot>(row, p.dim, staged,
+                        c.lanes + m / kTileRows * lane_stride(words<Dot>(p.dim)));
+    }
+  });
+}
+
+void lce_pack_cols(const LceProblem& p, const LceChunk& c, int64_t col, int64_t n) {
+  with_dtype(p.dtype, [&]<class T, bool Dot>() {
+    const int64_t stride = lane_stride(words<Dot>(c.count));
+    pack_lanes<T, Dot>(
+        [&](int64_t i) { return row_of<T>(p.hidden, p.hidden_stride, c.row[i]) + col; }, c.count, n,
+        stride, c.cols + col / kTileRows * stride);
+  });
+}
+
+void lce_logits(const LceProblem& p, const LceChunk& c, int64_t v, int64_t n, float* panels,
+                float* staged, float* x) {
+  with_dtype(p.dtype, [&]<class T, bool Dot>() {
+    const int64_t depth = words<Dot>(p.dim), stride = lce_panel_stride(depth);
+    const int64_t whole = n / 8 * 8;
+    const T* const from = row_of<T>(p.weight, p.weight_stride, v);
+    for (int64_t r = 0; r < n; r += 8)
+      pack_panels<T, Dot>(from + r * p.weight_stride, p.weight_stride, n - r < 8 ? n - r : 8, p.dim,
+                          staged, panels + r / 8 * stride);
+    multiply_tile<Dot>(panels, stride, whole / 8, c.lanes, lane_stride(depth), c.count, depth, x,
+                       c.pitch, false);
+    if (whole == n) return;
+    // The last tokens by way of 8 rows of their own: x has room for n.
+    alignas(64) float last[8 * kTileRows];
+    for (int64_t m = 0; m < c.count; m += kTileRows) {
+      multiply_tile<Dot>(
+          panels + whole / 8 * stride, stride, 1, c.lanes + m / kTileRows * lane_stride(depth), 0,
+          c.count - m < kTileRows ? c.count - m : kTileRows, depth, last, kTileRows, false);
+      const int64_t here = lce_whole(c.count - m < kTileRows ? c.count - m : kTileRows, kWidth);
+      for (int64_t r = whole; r < n; ++r)
+        __builtin_memcpy(x + r * c.pitch + m, last + (r - whole) * kTileRows,
+                         static_cast<uint64_t>(here) * 4);
+    }
+  });
+  if (p.softcap > 0.0f) {
+    const VF cap = set1(p.softcap), inverse = set1(1.0f / p.softcap);
+    for (int64_t r = 0; r < n; ++r)
+      for (int64_t m = 0; m < c.count; m += kWidth) {
+        float* const at = x + r * c.pitch + m;
+        store(at, tanh(load(at) * inverse) * cap);
+      }
+  }
+  for (int64_t m = 0; m < c.count; ++m)
+    if (c.target[m] >= v && c.target[m] < v + n) c.chosen[m] = x[(c.target[m] - v) * c.pitch + m];
+}
+
+void lce_sums(const LceProblem& p, const LceChunk& c, int64_t n, const float* x, bool weighted,
+              float* sums) {
+  for (int64_t m = 0; m < c.count; m += kWidth)
+    sums_of(x + m, c.pitch, n, set1(p.scale), weighted, sums + m, sums + c.pitch + m,
+            sums + 2 * c.pitch + m);
+}
+
+void lce_join(const LceChunk& c, int64_t tiles, bool weighted, float* sums) {
+  const int64_t pitch = c.pitch, tile = 3 * pitch;
+  const VF log2e = set1(kLog2e);
+  for (int64_t m = 0; m < c.count; m += kWidth) {
+    float* const first = sums + m;
+    VF top = load(first);
+    for (int64_t t = 1; t < tiles; ++t) top = vmax(top, load(first + t * tile));
+    VF sum = set1(0.0f), distance = set1(0.0f);
+    for (int64_t t = 0; t < tiles; ++t) {
+      const float* const from = first + t * tile;
+      const VF d = load(from) - top, factor = exp2(d * log2e), part = load(from + pitch);
+      sum = fma(part, factor, sum);
+      if (weighted) distance = fma(fma(part, d, load(from + 2 * pitch)), factor, distance);
+    }
+    store(first, top);
+    store(first + pitch, sum);
+    if (weighted) store(first + 2 * pitch, distance);
+  }
+}
+
+void lce_keep(const LceChunk& c, int64_t n, const float* x, float* kept, int64_t kept_pitch) {
+  for (int64_t r = 0; r < n; ++r, x += c.pitch, kept += kept_pitch)
+    for (int64_t m = 0; m < lce_whole(c.count, 16); m += kWidth) store(kept + m, load(x + m));
+}
+
+void lce_deltas(const LceProblem& p, const LceChunk& c, int64_t v, int64_t n, const float* x,
+                int64_t x_pitch, float* by_row, int64_t stride, float* by_token) {
+  with_dtype(p.dtype, [&]<class T, bool Dot>() {
+    make_deltas<Dot>(p, c, v, n, x, x_pitch, by_row, stride, by_token);
+  });
+}
+
+void lce_pack_weight(const LceProblem& p, int64_t v, int64_t n, int64_t at, int64_t depth,
+                     float* cols) {
+  with_dtype(p.dtype, [&]<class T, bool Dot>() {
+    pack_lanes<T, Dot>([&](int64_t i) { return row_of<T>(p.weight, p.weight_stride, v + i); }, n,
+                       p.dim, lane_stride(depth), cols + at * kTileRows);
+  });
+}
+
+void lce_weight_tile(const LceChunk& c, Dtype dtype, const LceWeightTile& t) {
+  const int64_t pitch = lce_pitch(lce_whole(t.cols, kLceLanes));
+  with_dtype(dtype, [&]<class T, bool Dot>() {
+    const int64_t depth = words<Dot>(c.count), stride = lane_stride(depth);
+    multiply_tile<Dot>(t.by_token, lce_panel_stride(lce_whole(c.count, 16) / (Dot ? 2 : 1)),
+                       (t.n + 7) / 8, c.cols + t.col / kTileRows * stride, stride, t.cols, depth,
+                       t.scratch, pitch, false);
+  });
+  const int64_t size = dtype_size(t.dtype);
+  for (int64_t r = 0; r < t.n; ++r) {
+    float* const sums = t.scratch + r * pitch;
+    if (t.before != nullptr) {
+      const float* const before = t.before + r * t.before_pitch;
+      for (int64_t i = 0; i < t.cols; i += kWidth)
+        store(sums + i, load(sums + i) + load_some(before + i, t.cols - i));
+    }
+    lce_store(sums, t.cols, t.dtype, static_cast<char*>(t.out) + r * t.out_pitch * size);
+  }
+}
+
+void lce_hidden_tile(Dtype dtype, int64_t rows, int64_t cols, int64_t depth, const float* by_row,
+                     int64_t stride, const float* weight, int64_t weight_depth, int64_t col,
+                     float* sums, int64_t pitch, bool add) {
+  with_dtype(dtype, [&]<class T, bool Dot>() {
+    const int64_t tile = lane_stride(weight_depth);
+    multiply_tile<Dot>(by_row, stride, (rows + 7) / 8, weight + col / kTileRows * tile, tile, cols,
+                       depth, sums, pitch, add);
+  });
+}
+
+void lce_store(const float* from, int64_t n, Dtype dtype, void* to) {
+  const auto all = [&]<class T>(T* out) {
+    int64_t i = 0;
+    for (; i + kWidth <= n; i += kWidth) store(out + i, load(from + i));
+    if (i < n) store_n(out + i, load_n(from + i, static_cast<int>(n - i)), static_cast<int>(n - i));
+  };
+  if (dtype == Dtype::f32) return all(static_cast<float*>(to));
+  if (dtype == Dtype::bf16) return all(static_cast<bf16_t*>(to));
+  all(static_cast<fp16_t*>(to));
+}
+
+TENFOLD_ISA_END

@@ -1,0 +1,10 @@
+#include "loss/cuda/lce_launch.cuh"
+
+namespace tenfold::cuda {
+
+template void lce_forward<float>(const LceMatrices&, const PackedRows&, int64_t, JoinArgs,
+                                 const LceLimits&, const Room&, cudaStream_t);
+template void lce_backward<float>(const LceMatrices&, const PackedRows&, int64_t, void*, void*,
+                                  const LceLimits&, const Room&, cudaStream_t);
+
+}  // namespace tenfold::cuda

@@ -1,0 +1,211 @@
+// Products of matrices, a block per tile of kRows x kCols, over steps of kDepth: two stages in
+// shared memory, the next step's copies under way while this one is multiplied. Each operand lies
+// in memory either along the depth (a row of the tile holds kDepth) or across it (a row per step of
+// depth); ldmatrix brings both to mma.sync. float32 is multiplied by FMAs, exactly.
+// One block on a multiprocessor: 8 warps of 64 x 64 read half of what 4 x 2 of 32 x 32 would.
+#pragma once
+
+#include "core/mma_tile.cuh"
+
+namespace tenfold::cuda {
+
+template <class T>
+struct ProductTile {
+  static constexpr bool kMma = sizeof(T) == 2;
+  static constexpr int kThreads = 256, kStages = 2;
+  static constexpr int kRows = 128, kCols = kMma ? 256 : 128;
+  static constexpr int kDepth = 128 / static_cast<int>(sizeof(T));  // ldmatrix reads 128 bytes
+  static constexpr int kWarpsDown = kMma ? 2 : 4, kWarpsAcross = 8 / kWarpsDown;
+  static constexpr int kM = kRows / kWarpsDown / 16, kN = kCols / kWarpsAcross / 8;
+  static constexpr int kLeft = kRows * kDepth, kRight = kCols * kDepth;
+  static constexpr int kBytes = kStages * (kLeft + kRight) * static_cast<int>(sizeof(T));
+  using Sums = float[kM][kN][4];  // in the layout of core/mma_tile.cuh
+
+  // Of the thread's sums [m][n][2 half + i]: row first_row() + 16 m + 8 half, column
+  // first_col() + 8 n + i.
+  __device__ static int warp_row() {
+    return static_cast<int>(threadIdx.x) / 32 / kWarpsAcross * 16 * kM;
+  }
+  __device__ static int warp_col() {
+    return static_cast<int>(threadIdx.x) / 32 % kWarpsAcross * 8 * kN;
+  }
+  __device__ static int first_row() { return warp_row() + static_cast<int>(threadIdx.x) % 32 / 4; }
+  __device__ static int first_col() { return warp_col() + static_cast<int>(threadIdx.x) % 4 * 2; }
+};
+
+// An operand's rows in memory.
+enum class Lies { along, across };
+
+template <class T, Lies kLies, int kSide>  // kSide: the tile's kRows or kCols
+using OperandTile = Tile<T, kLies == Lies::along ? ProductTile<T>::kDepth : kSide>;
+
+// row_at(r): where row r of the tile starts, or null for zeros; columns from `cols` on are zeros.
+// `vectors`: whole, aligned 16-byte vectors. Asynchronous: commit and wait are the caller's.
+template <class T, Lies kLies, int kSide, class RowAt>
+__device__ inline void load_operand(T* tile, const T* aligned, int64_t cols, bool vectors,
+                                    const RowAt& row_at) {
+  using Shape = OperandTile<T, kLies, kSide>;
+  constexpr int kWidth = Shape::kVectors * Shape::kPer;
+  constexpr int kTileRows = kLies == Lies::along ? kSide : ProductTile<T>::kDepth;
+  if (vectors) {
+    constexpr int kEach = kTileRows * Shape::kVectors / ProductTile<T>::kThreads;
+    static_assert(kTileRows * Shape::kVectors % ProductTile<T>::kThreads == 0);
+#pragma unroll
+    for (int j = 0; j < kEach; ++j) {
+      const int i = static_cast<int>(threadIdx.x) + j * ProductTile<T>::kThreads;
+      const int r = i / Shape::kVectors, c = i % Shape::kVectors * Shape::kPer;
+      const T* const row = row_at(r);
+      const bool valid = row != nullptr && c < cols;
+      copy16_async(tile + Shape::at(r, c), valid ? row + c : aligned, valid);
+    }
+    return;
+  }
+#pragma unroll 1
+  for (int i = threadIdx.x; i < kTileRows * kWidth; i += ProductTile<T>::kThreads) {
+    const int r = i / kWidth, c = i % kWidth;
+    const T* const row = row_at(r);
+    T value{};
+    if (row != nullptr && c < cols) value = row[c];
+    tile[Shape::at(r, c)] = value;
+  }
+}
+
+template <class T, Lies kLeftLies, Lies kRightLies>
+__device__ inline void multiply_mma(const T* left, const T* right,
+                                    typename ProductTile<T>::Sums& sums) {
+  using P = ProductTile<T>;
+  using Left = OperandTile<T, kLeftLies, P::kRows>;
+  using Right = OperandTile<T, kRightLies, P::kCols>;
+  const int lane = threadIdx.x % 32, row0 = P::warp_row(), col0 = P::warp_col();
+#pragma unroll
+  for (int k = 0; k < P::kDepth; k += 16) {
+    uint32_t x[P::kM][4];
+#pragma unroll
+    for (int m = 0; m < P::kM; ++m) {
+      const int row = row0 + 16 * m;
+      if constexpr (kLeftLies == Lies::along) {
+        load_matrices(x[m], left + Left::at(row + lane % 16, k + lane / 16 * 8));
+      } else {
+        load_matrices_transposed(
+            x[m], left + Left::at(k + lane / 16 * 8 + lane % 8, row + lane / 8 % 2 * 8));
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < P::kN; n += 2) {
+      const int col = col0 + 8 * n;
+      uint32_t y[4];
+      if constexpr (kRightLies == Lies::along) {
+        load_matrices(y, right + Right::at(col + lane / 16 * 8 + lane % 8, k + lane / 8 % 2 * 8));
+      } else {
+        load_matrices_transposed(y, right + Right::at(k + lane % 16, col + lane / 16 * 8));
+      }
+      const uint32_t first[2] = {y[0], y[1]}, second[2] = {y[2], y[3]};
+#pragma unroll
+      for (int m = 0; m < P::kM; ++m) {
+        mma_m16n8k16<T>(sums[m][n], x[m], first);
+        mma_m16n8k16<T>(sums[m][n + 1], x[m], second);
+      }
+    }
+  }
+}
+
+// Sums of 16 products join the others: shorter chains.
+template <Lies kLeftLies, Lies kRightLies>
+__device__ inline void multiply_fma(const float* left, const float* right,
+                                    ProductTile<float>::Sums& sums) {
+  using P = ProductTile<float>;
+  using Left = OperandTile<float, kLeftLies, P::kRows>;
+  using Right = OperandTile<float, kRightLies, P::kCols>;
+  const int row0 = P::first_row(), col0 = P::first_col();
+#pragma unroll 1
+  for (int step = 0; step < P::kDepth; step += 16) {
+    P::Sums part = {};
+#pragma unroll 1  // else more loads are hoisted than there are registers
+    for (int k = step; k < step + 16; k += 4) {
+      float x[2 * P::kM][4];
+#pragma unroll
+      for (int r = 0; r < 2 * P::kM; ++r) {
+        if constexpr (kLeftLies == Lies::along) {
+          load4(left + Left::at(row0 + 8 * r, k), x[r]);
+        } else {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) x[r][e] = left[Left::at(k + e, row0 + 8 * r)];
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < P::kN; ++n) {
+        float y[2][4];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          if constexpr (kRightLies == Lies::along) {
+            load4(right + Right::at(col0 + 8 * n + i, k), y[i]);
+          } else {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) y[i][e] = right[Right::at(k + e, col0 + 8 * n + i)];
+          }
+        }
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+#pragma unroll
+          for (int r = 0; r < 2 * P::kM; ++r)
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+              float& sum = part[r / 2][n][r % 2 * 2 + i];
+              sum = fmaf(x[r][e], y[i][e], sum);
+            }
+      }
+    }
+#pragma unroll
+    for (int m = 0; m < P::kM; ++m)
+#pragma unroll
+      for (int n = 0; n < P::kN; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sums[m][n][i] += part[m][n][i];
+  }
+}
+
+// `tiles` tiles one after another, each over `steps` steps of depth (none: zeros).
+// load(tile, step, left, right) starts the copies of a step, finish(tile, sums) takes the sums.
+template <class T, Lies kLeftLies, Lies kRightLies, class Load, class Finish>
+__device__ inline void run_product(char* memory, int tiles, int steps, const Load& load,
+                                   const Finish& finish) {
+  using P = ProductTile<T>;
+  T* const stages = reinterpret_cast<T*>(memory);
+  const auto left_of = [&](int stage) { return stages + stage * (P::kLeft + P::kRight); };
+  typename P::Sums sums = {};
+  if (steps == 0) {
+    for (int tile = 0; tile < tiles; ++tile) finish(tile, sums);
+    return;
+  }
+  load(0, 0, left_of(0), left_of(0) + P::kLeft);
+  copy_commit();
+  int stage = 0;
+#pragma unroll 1
+  for (int tile = 0; tile < tiles; ++tile) {
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step, stage ^= 1) {
+      copy_wait<0>();
+      __syncthreads();  // this step is there; the one before it has been read
+      const bool last = step + 1 == steps;
+      T* const next = left_of(stage ^ 1);
+      if (!last || tile + 1 < tiles)
+        load(last ? tile + 1 : tile, last ? 0 : step + 1, next, next + P::kLeft);
+      copy_commit();
+      const T* const left = left_of(stage);
+      if constexpr (P::kMma) {
+        multiply_mma<T, kLeftLies, kRightLies>(left, left + P::kLeft, sums);
+      } else {
+        multiply_fma<kLeftLies, kRightLies>(left, left + P::kLeft, sums);
+      }
+    }
+    finish(tile, sums);
+#pragma unroll
+    for (int m = 0; m < P::kM; ++m)
+#pragma unroll
+      for (int n = 0; n < P::kN; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sums[m][n][i] = 0.0f;
+  }
+}
+
+}  // namespace tenfold::cuda
