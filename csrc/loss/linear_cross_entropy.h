@@ -8,10 +8,11 @@
 // and the gradients of hidden [N, H] and weight [V, H]. Rows whose target is ignore_index or whose
 // w is 0 do not count: they are never read. Of every logit's gradient
 //
-//   d loss / d x[i, v] = p (of_p + of_entropy (base - x)) + of_id where v is row i's target
+//   d loss / d x[i, v] = p (of_p - of_entropy (entropy + log p)) + of_id where v is the target
 //
-// with p = exp(x - lse); linear_logprob differs in these four numbers of a row only. 2 N H V in
-// FLOPs for each of: logits, gradient of hidden, gradient of weight.
+// with log p = x - lse (entropy and log p may be small where lse is large); linear_logprob differs
+// in these numbers of a row only. 2 N H V FLOPs for each of: logits, gradient of hidden, gradient of
+// weight.
 //
 // Backward multiplies the logits again: 8 N H V with the forward pass, and no memory but the
 // gradients and tiles. Where the upstream gradient is one number (mean, sum), a backend may make
@@ -23,7 +24,7 @@
 namespace tenfold {
 
 struct RowSlopes {
-  float of_p, of_id, of_entropy, base;
+  float of_p, of_id, of_entropy, entropy;
 };
 
 // Of grad_loss w (lse - x[target] + z_loss lse^2) + grad_lse lse, where g is grad_loss w.
@@ -32,9 +33,9 @@ TENFOLD_HD RowSlopes loss_slopes(float g, float grad_lse, float lse, float z_los
 }
 
 // Of grad_logp (x[id] - lse) + grad_entropy (lse - sum p x) + grad_lse lse.
-TENFOLD_HD RowSlopes logprob_slopes(float grad_logp, float grad_entropy, float grad_lse, float lse,
+TENFOLD_HD RowSlopes logprob_slopes(float grad_logp, float grad_entropy, float grad_lse,
                                     float entropy) {
-  return {grad_lse - grad_logp, grad_logp, grad_entropy, lse - entropy};
+  return {grad_lse - grad_logp, grad_logp, grad_entropy, entropy};
 }
 
 }  // namespace tenfold

@@ -3,6 +3,8 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <cmath>
+
 namespace tenfold {
 namespace {
 
@@ -24,8 +26,8 @@ LinearLossCall check_layer(const char* op, const Tensor& hidden, const Tensor& w
                       ": weight must have at least one row, got ", shape_str(weight));
   TENFOLD_CHECK_VALUE(target.dim() == 1 && target.sizes()[0] == rows, "tenfold::", op, ": ", name,
                       " must be [", rows, "], one per row of hidden, got ", shape_str(target));
-  TENFOLD_CHECK_VALUE(temperature > 0.0, "tenfold::", op, ": temperature must be above 0, got ",
-                      temperature);
+  TENFOLD_CHECK_VALUE(temperature > 0.0 && std::isfinite(temperature), "tenfold::", op,
+                      ": temperature must be finite and above 0, got ", temperature);
   LinearLossCall c{with_contiguous_rows(hidden),
                    with_contiguous_rows(weight),
                    target.is_contiguous() ? target : torch::stable::contiguous(target),
@@ -76,9 +78,10 @@ LinearLossCall check_linear_loss(const char* op, const Tensor& hidden, const Ten
   LinearLossCall c = check_layer(op, hidden, weight, "target", target, temperature);
   c.row_weight = check_row_floats(op, "row_weight", row_weight, hidden);
   c.reduction = parse_reduction(op, reduction);
-  TENFOLD_CHECK_VALUE(softcap >= 0.0, "tenfold::", op, ": softcap must be 0 (none) or above, got ",
-                      softcap);
-  TENFOLD_CHECK_VALUE(z_loss >= 0.0, "tenfold::", op, ": z_loss must be 0 or above, got ", z_loss);
+  TENFOLD_CHECK_VALUE(softcap >= 0.0 && std::isfinite(softcap), "tenfold::", op,
+                      ": softcap must be finite, and 0 (none) or above, got ", softcap);
+  TENFOLD_CHECK_VALUE(z_loss >= 0.0 && std::isfinite(z_loss), "tenfold::", op,
+                      ": z_loss must be finite, and 0 or above, got ", z_loss);
   c.ignore_index = ignore_index;
   c.softcap = static_cast<float>(softcap);
   c.z_loss = static_cast<float>(z_loss);

@@ -39,10 +39,10 @@ TENFOLD_HD LogitSums join(const LogitSums& a, const LogitSums& b) {
   return {max, x.sum + y.sum, x.weighted + y.weighted};
 }
 
-// d loss / d logits of a row = p (of_p + of_entropy (base - x)), plus of_id at its id, times
-// `scale`; base = lse - entropy.
+// d loss / d logits of a row = p (of_p - of_entropy (entropy + log p)), plus of_id at its id,
+// times `scale`.
 struct LogitGrad {
-  float lse, base, of_p, of_entropy, of_id, scale;
+  float lse, entropy, of_p, of_entropy, of_id, scale;
 };
 
 TENFOLD_ISA_DECLARE(LogitSums logit_sums(const void* logits, Dtype dtype, int64_t n, float scale))

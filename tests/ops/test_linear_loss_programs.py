@@ -351,7 +351,7 @@ def test_bad_tensors(face, device):
 
 
 @pytest.mark.parametrize("face", FACE_NAMES)
-@pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan])
+@pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan, math.inf])
 def test_bad_temperature(face, temperature, device):
     bad(device, ValueError, "temperature", face=face, options={"temperature": temperature})
 

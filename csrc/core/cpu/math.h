@@ -31,7 +31,7 @@ inline VF exp2(VF x) {
 inline VF tanh(VF x) {
   const VF magnitude = vmax(x, set1(0.0f) - x);
   const VF e = exp2(magnitude * set1(-2.0f * kLog2e)), one = set1(1.0f);
-  VF far = (one - e) / (one + e);
+  VF far = one - (e + e) / (one + e);  // what is rounded before the difference is small
   far = select(lt(x, set1(0.0f)), set1(0.0f) - far, far);
   const VF z = x * x;
   VF p = set1(-0.00560386f);

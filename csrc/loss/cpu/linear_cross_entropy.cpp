@@ -122,7 +122,7 @@ LinearLoss::Chunk LinearLoss::pack(int64_t chunk, bool for_weight) const {
   c.of_rows.assign(6 * c.pitch, 0.0f);
   c.lse = c.array(0), c.of_p = c.array(1), c.of_id = c.array(2);
   c.of_entropy = wants_entropy_ ? c.array(3) : nullptr;
-  c.base = wants_entropy_ ? c.array(4) : nullptr;
+  c.entropy = wants_entropy_ ? c.array(4) : nullptr;
   c.chosen = c.array(5);
   c.packed = std::make_shared<Floats>(
       std::initializer_list<int64_t>{lce_lanes_size(c.count, words(p_.dim)),
@@ -184,7 +184,7 @@ void LinearLoss::set_slopes(Chunk& c, const float* lse, const Slopes& slopes) co
     c.array(1)[m] = s.of_p * p_.scale;
     c.array(2)[m] = s.of_id * p_.scale;
     c.array(3)[m] = s.of_entropy * p_.scale;
-    c.array(4)[m] = s.base;
+    c.array(4)[m] = s.entropy;
   }
 }
 

@@ -190,7 +190,7 @@ std::tuple<Tensor, Tensor> linear_logprob_backward_op(OptTensor grad_logp, OptTe
       .backward(
           lses.data(),
           [&](int64_t i) {
-            return logprob_slopes(of_logp[i], of_entropy[i], of_lse[i], lses[i], entropies[i]);
+            return logprob_slopes(of_logp[i], of_entropy[i], of_lse[i], entropies[i]);
           },
           g.out);
   return {g.hidden, g.weight};

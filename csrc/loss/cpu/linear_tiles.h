@@ -33,7 +33,7 @@ struct LceChunk {
   float* lanes;                 // hidden for the logits: tiles [words of dim][lanes]
   float* cols;                  // hidden for grad_weight: tiles [words of rows][lanes]
   float* chosen;                // softcapped logit of the target
-  const float *lse, *of_p, *of_id, *of_entropy, *base;  // of_entropy, base: null if 0
+  const float *lse, *of_p, *of_id, *of_entropy, *entropy;  // both null if 0
 };
 
 // Panels lie an odd number of cache lines apart: a power of two would put what is written together

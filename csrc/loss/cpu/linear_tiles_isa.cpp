@@ -33,13 +33,14 @@ inline const T* row_of(const void* from, int64_t stride, int64_t row) {
 
 // d of a logit from the logit, lane by lane for rows.
 struct Delta {
-  VF scale, log2e, uncap, most;
+  VF scale, log2e, cap, uncap, most;
   bool capped;
   const LceChunk& c;
 
   Delta(const LceProblem& p, const LceChunk& c)
       : scale(set1(p.scale)),
         log2e(set1(kLog2e)),
+        cap(set1(p.softcap)),
         uncap(set1(1.0f / p.softcap)),
         most(set1(-kLowest)),
         capped(p.softcap > 0.0f),
@@ -47,16 +48,15 @@ struct Delta {
 
   // Rows from m on; `id`: added where the target is.
   inline VF operator()(VF x, int64_t m, VF id) const {
-    const VF e = exp2((x * scale - load(c.lse + m)) * log2e);
+    const VF log_p = x * scale - load(c.lse + m), e = exp2(log_p * log2e);
     VF slope = load(c.of_p + m);
     if (c.of_entropy != nullptr) {
-      const VF d = load(c.base + m) - x * scale;  // infinite where p is 0
+      const VF d = set1(0.0f) - (load(c.entropy + m) + log_p);  // infinite where p is 0
       slope = fma(load(c.of_entropy + m), select(lt(most, d), set1(0.0f), d), slope);
     }
     const VF y = fma(e, slope, id);
     if (!capped) return y;
-    const VF t = x * uncap;
-    return fma(set1(0.0f) - t * t, y, y);
+    return ((cap - x) * uncap) * ((cap + x) * uncap) * y;  // 1 - tanh^2, without cancellation near 1
   }
 };
 

@@ -98,15 +98,14 @@ Tensor selective_logprob_backward_op(OptTensor grad_logp, OptTensor grad_lse,
       const float top = has_id(c, id) ? grad_at(all[0], r) : 0.0f, of_entropy = grad_at(all[2], r);
       const float total = data_as<float>(*all[3])[r];
       const LogitGrad g{
-          total, total - data_as<float>(*all[4])[r], grad_at(all[1], r) - top, of_entropy, top,
+          total, data_as<float>(*all[4])[r], grad_at(all[1], r) - top, of_entropy, top,
           scale};
       char* const to = static_cast<char*>(out.data_ptr()) + (r * c.vocab + column) * size;
       TENFOLD_ISA_CALL(logit_grad, row_at(c, dtype, r, column), dtype, n, scale, g, to);
       if (top == 0.0f || id < column || id >= column + n) continue;
       // At the id, rounded once.
-      const float x = logit_at(c, dtype, r, id) * scale;
-      const float p = std::exp(x - total);
-      const float d = p > 0.0f ? g.base - x : 0.0f;
+      const float log_p = logit_at(c, dtype, r, id) * scale - total, p = std::exp(log_p);
+      const float d = p > 0.0f ? -(g.entropy + log_p) : 0.0f;
       const float y = (p * (g.of_p + of_entropy * d) + top) * scale;
       char* const at = to + (id - column) * size;
       if (dtype == Dtype::f32) {

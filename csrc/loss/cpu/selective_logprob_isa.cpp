@@ -54,11 +54,10 @@ template <class T>
 void grad_of(const T* p, int64_t n, float by, const LogitGrad& g, T* out) {
   const VF scale = set1(by), log2e = set1(kLog2e), lse = set1(g.lse);
   const VF of_p = set1(g.of_p * g.scale), of_entropy = set1(g.of_entropy * g.scale);
-  const VF base = set1(g.base), most = set1(-kLowest);
+  const VF entropy = set1(g.entropy), most = set1(-kLowest);
   for (int64_t i = 0; i < n; i += kWidth) {
-    const VF x = scaled(p + i, n - i, scale);
-    const VF e = exp2((x - lse) * log2e);
-    const VF d = base - x;  // infinite where p is 0
+    const VF log_p = scaled(p + i, n - i, scale) - lse, e = exp2(log_p * log2e);
+    const VF d = set1(0.0f) - (entropy + log_p);  // infinite where p is 0
     const VF y = e * fma(of_entropy, select(lt(most, d), set1(0.0f), d), of_p);
     if (n - i >= kWidth) {
       store(out + i, y);

@@ -185,8 +185,7 @@ __device__ inline RowSlopes row_slopes(const SlopesArgs& a, double of_loss, int6
   const float lse = a.lse[row];
   RowSlopes s;
   if (a.entropy != nullptr) {
-    s = logprob_slopes(grad(a.grad_logp), grad(a.grad_entropy), grad(a.grad_lse), lse,
-                       a.entropy[row]);
+    s = logprob_slopes(grad(a.grad_logp), grad(a.grad_entropy), grad(a.grad_lse), a.entropy[row]);
   } else {
     const float mine = a.each ? grad(a.grad_loss) : static_cast<float>(of_loss);
     s = loss_slopes(mine * a.rows.weight[at], grad(a.grad_lse), lse, a.z_loss);

@@ -152,7 +152,7 @@ __device__ inline LogitGrad logit_grad_of(const LogprobGradArgs& a, int64_t row,
   const auto grad = [&](const float* of) { return of != nullptr ? of[row] : 0.0f; };
   const float top = id >= 0 && id < a.vocab ? grad(a.grad_logp) : 0.0f, lse = a.lse[row];
   const auto scale = static_cast<float>(a.scale);
-  return {lse, lse - a.entropy[row], grad(a.grad_lse) - top, grad(a.grad_entropy), top, scale};
+  return {lse, a.entropy[row], grad(a.grad_lse) - top, grad(a.grad_entropy), top, scale};
 }
 
 template <class T>
@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(kLogitThreads, 3) logit_grad_kernel(LogprobGra
   vectors.load(from + threadIdx.x * kPer, blockDim.x * kPer, held);
   const int64_t id = a.ids[row];
   const LogitGrad g = logit_grad_of(a, row, id);
-  const float entropy = a.entropy[row];
+  const float entropy = g.entropy;
   const float of_p = g.of_p * g.scale, of_entropy = g.of_entropy * g.scale,
               of_id = g.of_id * g.scale;
   const auto scale_rest = static_cast<float>(a.scale - static_cast<double>(g.scale));

@@ -80,19 +80,18 @@ def _backward(ctx: Any, grad_loss: Tensor | None, grad_lse: Tensor | None) -> tu
     hidden, weight, target, lse, row_weight = ctx.saved_tensors
     needed = ctx.needs_input_grad[2:4]
     # Gradients made by the forward pass are given away: only then are they not copied. A second
-    # backward pass (retain_graph) makes them again.
+    # backward pass (retain_graph) makes them again, and so does one that needs lse's, too: the sum
+    # of two gradients that have been rounded is worse than one.
     made, ctx.made = ctx.made, None
-    if torch.is_grad_enabled() or grad_loss is None:
+    if torch.is_grad_enabled() or grad_loss is None or grad_lse is not None:
         made = None
     if made is not None:
         made = [_times(x, grad_loss) for x in made]
-        grad_loss = None
-    if made is None or grad_lse is not None:
-        again = _ops.linear_cross_entropy_backward(
+    else:
+        made = _ops.linear_cross_entropy_backward(
             grad_loss, grad_lse, hidden, weight, target, lse, *needed, row_weight=row_weight,
             **ctx.options,
         )  # fmt: skip
-        made = again if made is None else [x.add_(y) for x, y in zip(made, again)]
     return *(x if wanted else None for x, wanted in zip(made, needed)), None
 
 
@@ -165,9 +164,11 @@ def linear_cross_entropy(
     """
     rows, weight, to, w = _flat("linear_cross_entropy", hidden, weight, target=target,
                                 row_weight=row_weight)  # fmt: skip
+    if w is not None and w.is_floating_point():
+        w = w.detach().float()
     loss, lse = call(
         _ops.linear_cross_entropy, rows, weight, to,
-        row_weight=None if w is None else w.detach().float(), ignore_index=ignore_index,
+        row_weight=w, ignore_index=ignore_index,
         reduction=reduction, softcap=softcap, z_loss=z_loss, temperature=temperature,
     )  # fmt: skip
     return (loss.view(target.shape) if reduction == "none" else loss), lse.view(target.shape)
