@@ -64,13 +64,20 @@ def eager_logprob(hidden, weight, ids, temperature=1.0):
     return tuple(torch.zeros(ids.shape).masked_scatter(at, x) for x in both)
 
 
-def logprob_from_rounded(hidden, weight, ids, temperature=1.0):
+def rounded(x, toward):
+    """The float32 beside x in one direction, or x."""
+    near = x.float()
+    off = (near.double() > x) if toward < 0 else (near.double() < x)
+    return torch.where(off, near.nextafter(torch.tensor(toward)), near).double()
+
+
+def logprob_from_rounded(hidden, weight, ids, temperature=1.0, toward=math.inf):
     """Has the gradients of the formula in float64 from lse and entropy that a forward has rounded to float32."""
     at = (ids >= 0) & (ids < weight.shape[0])
     x = eager_logits(hidden[at], weight, 0.0, temperature, torch.float64)
-    lse = x.logsumexp(-1, keepdim=True).detach().float().double()
+    lse = rounded(x.logsumexp(-1, keepdim=True).detach(), toward)
     p = (x - lse).exp().detach()
-    entropy = -(p * (x - lse)).sum(-1, keepdim=True).detach().float().double()
+    entropy = rounded(-(p * (x - lse)).sum(-1, keepdim=True).detach(), toward)
     chosen = x.gather(1, ids[at][:, None])[:, 0] - (p * x).sum(-1)
     both = chosen, -((p * (x - lse + entropy)).detach() * x).sum(-1)
     return tuple(torch.zeros(ids.shape).double().masked_scatter(at, y) for y in both)
@@ -94,7 +101,7 @@ def step(op, hidden, weight, target, ups, **options):
 NAMES = ("first result", "second result", "grad of hidden", "grad of weight")
 
 
-def run(face, tensors, ups, device, rounded, **options):
+def run(face, tensors, ups, device, **options):
     """The three sides: kernel, float64, and plain PyTorch. Plain values are those of float32 logits: the kernel
     never rounds logits to the dtype; plain gradients are those of the tested dtype."""
     op, definition, eager = FACES[face]
@@ -104,8 +111,12 @@ def run(face, tensors, ups, device, rounded, **options):
     exact = step(definition, hidden.double(), weight.double(), target, ups, **options)
     values = step(definition, *tensors, ups, **options)[:2]
     low = values + step(eager, *tensors, ups, **options)[2:]
-    if rounded is not None:  # what is further off, number by number: this or plain PyTorch
-        from_rounded = step(rounded, hidden.double(), weight.double(), target, ups, **options)
+    for toward in (-math.inf, math.inf) if face == "logprob" else ():
+        # What is further off, number by number: this or plain PyTorch.
+        options["toward"] = toward
+        from_rounded = step(
+            logprob_from_rounded, hidden.double(), weight.double(), target, ups, **options
+        )
         for i in (2, 3):
             far = (from_rounded[i] - exact[i]).abs() > (low[i].double() - exact[i]).abs()
             low[i] = torch.where(far, from_rounded[i], low[i].double()).to(low[i].dtype)
@@ -116,10 +127,11 @@ def run(face, tensors, ups, device, rounded, **options):
 
 
 def compare(shape, dtype, device, face="cross_entropy", ups=(True, True), *, seed=0, scale=1.0, samples=8,
-            rounded=None, weighted=False, **options):  # fmt: skip
+            weighted=False, **options):  # fmt: skip
     """Rounding of few numbers is a coin toss, and a reduced loss is one number: small problems count several times.
 
-    ``ups``: the gradients of the two results, True for a random one, None for none.
+    ``ups``: the gradients of the two results, True for a random one, None for none. linear_logprob's backward
+    begins with lse and entropy in float32, whose rounding is beyond it.
     """
     results = []
     for again in range(samples if math.prod(shape) < 300_000 else 3):
@@ -132,6 +144,6 @@ def compare(shape, dtype, device, face="cross_entropy", ups=(True, True), *, see
         shapes = () if whole else shape[:1], shape[:1]
         drawn = [torch.randn(s, generator=made) for s in shapes]
         given = [d if up is True else up for d, up in zip(drawn, ups)]
-        results.append(run(face, tensors, given, device, rounded, **options))
+        results.append(run(face, tensors, given, device, **options))
     for name, *sides in zip(NAMES, *(zip(*side) for side in zip(*results))):
         assert_close_to_ref(*(torch.cat([x.flatten() for x in side]) for side in sides), what=name)

@@ -11,11 +11,8 @@ namespace {
 
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
-// 2^x for x < 128, about 1 ulp; -inf and everything below -150 give 0; NaN stays NaN.
-inline VF exp2(VF x) {
-  x = vmax(set1(-151.0f), x);  // the NaN operand is the second, so it survives
-  const VF n = rint(x);
-  const VF r = x - n;
+// 2^(n + r) for whole n in [-151, 128) and r in [-1/2, 1/2].
+inline VF exp2_of_parts(VF n, VF r) {
   VF p = set1(1.5353362e-4f);
   p = fma(p, r, set1(1.3398874e-3f));
   p = fma(p, r, set1(9.6184373e-3f));
@@ -24,6 +21,21 @@ inline VF exp2(VF x) {
   p = fma(p, r, set1(6.9314720e-1f));
   p = fma(p, r, set1(1.0f));
   return ldexp(p, n);
+}
+
+// 2^x for x < 128, about 1 ulp; -inf and everything below -150 give 0; NaN stays NaN.
+inline VF exp2(VF x) {
+  x = vmax(set1(-151.0f), x);  // the NaN operand is the second, so it survives
+  const VF n = rint(x);
+  return exp2_of_parts(n, x - n);
+}
+
+// e^x, likewise, for x < 88. exp2(x log2 e) would round the product: an error that grows with x.
+inline VF exp(VF x) {
+  const VF log2e = set1(kLog2e);
+  x = vmax(set1(-104.66f), x);
+  const VF n = rint(x * log2e);
+  return exp2_of_parts(n, fma(x, log2e, set1(0.0f) - n));
 }
 
 // tanh to about an ulp; NaN stays NaN. Near 0, where the quotient cancels, it is an odd polynomial

@@ -33,13 +33,12 @@ inline const T* row_of(const void* from, int64_t stride, int64_t row) {
 
 // d of a logit from the logit, lane by lane for rows.
 struct Delta {
-  VF scale, log2e, cap, uncap, most;
+  VF scale, cap, uncap, most;
   bool capped;
   const LceChunk& c;
 
   Delta(const LceProblem& p, const LceChunk& c)
       : scale(set1(p.scale)),
-        log2e(set1(kLog2e)),
         cap(set1(p.softcap)),
         uncap(set1(1.0f / p.softcap)),
         most(set1(-kLowest)),
@@ -48,7 +47,7 @@ struct Delta {
 
   // Rows from m on; `id`: added where the target is.
   inline VF operator()(VF x, int64_t m, VF id) const {
-    const VF log_p = x * scale - load(c.lse + m), e = exp2(log_p * log2e);
+    const VF log_p = fma(x, scale, set1(0.0f) - load(c.lse + m)), e = exp(log_p);
     VF slope = load(c.of_p + m);
     if (c.of_entropy != nullptr) {
       const VF d = set1(0.0f) - (load(c.entropy + m) + log_p);  // infinite where p is 0
@@ -143,10 +142,10 @@ inline void sums_of(const float* x, int64_t pitch, int64_t n, VF scale, bool wei
   VF top[2] = {set1(kLowest), set1(kLowest)};
   for (int64_t v = 0; v < n; ++v) top[v % 2] = vmax(top[v % 2], load(x + v * pitch));
   top[0] = vmax(top[0], top[1]);
-  const VF lowest = set1(kLowest), log2e = set1(kLog2e);
+  const VF lowest = set1(kLowest);
   VF total[2] = {set1(0.0f), set1(0.0f)}, distance[2] = {set1(0.0f), set1(0.0f)};
   for (int64_t v = 0; v < n; ++v) {
-    const VF d = (load(x + v * pitch) - top[0]) * scale, e = exp2(d * log2e);
+    const VF d = (load(x + v * pitch) - top[0]) * scale, e = exp(d);
     total[v % 2] = total[v % 2] + e;
     if (weighted)  // not -inf times 0
       distance[v % 2] = fma(select(lt(d, lowest), set1(0.0f), d), e, distance[v % 2]);
@@ -229,7 +228,6 @@ void lce_sums(const LceProblem& p, const LceChunk& c, int64_t n, const float* x,
 
 void lce_join(const LceChunk& c, int64_t tiles, bool weighted, float* sums) {
   const int64_t pitch = c.pitch, tile = 3 * pitch;
-  const VF log2e = set1(kLog2e);
   for (int64_t m = 0; m < c.count; m += kWidth) {
     float* const first = sums + m;
     VF top = load(first);
@@ -237,7 +235,7 @@ void lce_join(const LceChunk& c, int64_t tiles, bool weighted, float* sums) {
     VF sum = set1(0.0f), distance = set1(0.0f);
     for (int64_t t = 0; t < tiles; ++t) {
       const float* const from = first + t * tile;
-      const VF d = load(from) - top, factor = exp2(d * log2e), part = load(from + pitch);
+      const VF d = load(from) - top, factor = exp(d), part = load(from + pitch);
       sum = fma(part, factor, sum);
       if (weighted) distance = fma(fma(part, d, load(from + 2 * pitch)), factor, distance);
     }

@@ -16,7 +16,7 @@ inline VF scaled(const T* p, int64_t n, VF scale) {  // beyond n: lowest, which 
 
 template <class T>
 LogitSums sums_of(const T* p, int64_t n, float by) {
-  const VF scale = set1(by), log2e = set1(kLog2e), lowest = set1(kLowest);
+  const VF scale = set1(by), lowest = set1(kLowest);
   LogitSums all{-INFINITY, 0.0, 0.0};
   for (int64_t begin = 0; begin < n; begin += kLogitBlock) {
     const int64_t end = begin + kLogitBlock < n ? begin + kLogitBlock : n;
@@ -32,7 +32,7 @@ LogitSums sums_of(const T* p, int64_t n, float by) {
     const VF shift = set1(max);
     VF sum[2] = {set1(0.0f), set1(0.0f)}, weighted[2] = {set1(0.0f), set1(0.0f)};
     const auto add = [&](int lane, VF x) {
-      const VF d = x - shift, e = exp2(d * log2e);
+      const VF d = x - shift, e = exp(d);
       sum[lane] = sum[lane] + e;
       // Not -inf times 0.
       weighted[lane] = fma(select(lt(d, lowest), set1(0.0f), d), e, weighted[lane]);
@@ -52,11 +52,11 @@ LogitSums sums_of(const T* p, int64_t n, float by) {
 
 template <class T>
 void grad_of(const T* p, int64_t n, float by, const LogitGrad& g, T* out) {
-  const VF scale = set1(by), log2e = set1(kLog2e), lse = set1(g.lse);
+  const VF scale = set1(by), lse = set1(g.lse);
   const VF of_p = set1(g.of_p * g.scale), of_entropy = set1(g.of_entropy * g.scale);
   const VF entropy = set1(g.entropy), most = set1(-kLowest);
   for (int64_t i = 0; i < n; i += kWidth) {
-    const VF log_p = scaled(p + i, n - i, scale) - lse, e = exp2(log_p * log2e);
+    const VF log_p = scaled(p + i, n - i, scale) - lse, e = exp(log_p);
     const VF d = set1(0.0f) - (entropy + log_p);  // infinite where p is 0
     const VF y = e * fma(of_entropy, select(lt(most, d), set1(0.0f), d), of_p);
     if (n - i >= kWidth) {
