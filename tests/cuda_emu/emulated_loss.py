@@ -238,7 +238,7 @@ def check_linear_target_out_of_range():
 
 
 def check_try():
-    run_tests(sys.argv[2], "--durations=15", "-k", sys.argv[3])
+    run_tests(sys.argv[2], "--durations=40", "-k", *sys.argv[3:])
 
 
 if __name__ == "__main__":
