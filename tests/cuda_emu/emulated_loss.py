@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -271,8 +272,36 @@ def target_out_of_range():
         assert grads[1].isnan().all()
 
 
+def far_apart(t, folder):
+    """``t`` with 2^31 elements between its rows, in a file of holes."""
+    stride = 1 << 31
+    path = f"{folder}/{t.dtype}"
+    size = (len(t) - 1) * stride + t.shape[1]
+    rows = torch.from_file(path, shared=True, size=size, dtype=t.dtype).as_strided(
+        t.shape, (stride, 1)
+    )
+    return rows.copy_(t)
+
+
+def offsets_beyond_32_bits():
+    """Both inputs in turn, and the logits of selective_logprob."""
+    hidden, weight = torch.randn(3, 40).bfloat16(), torch.randn(3, 40).bfloat16()
+    target = torch.tensor([2, 0, 1])
+    raw = torch.ops.tenfold
+    with tempfile.TemporaryDirectory() as folder:
+        for op, one, args in (
+            (raw.linear_cross_entropy_grads, hidden, lambda x: (x, weight, target, True, True)),
+            (raw.linear_cross_entropy_grads, weight, lambda x: (hidden, x, target, True, True)),
+            (raw.selective_logprob, hidden, lambda x: (x, target)),
+        ):
+            far = far_apart(one, folder)
+            for got, want in zip(op(*args(far)), op(*args(one)), strict=True):
+                assert torch.equal(got, want)
+
+
 def check_linear_edges():
     softcap_slope()
+    offsets_beyond_32_bits()
     target_out_of_range()
 
 
