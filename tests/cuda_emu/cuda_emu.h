@@ -212,6 +212,28 @@ inline bool release(int first, int last, State state) {
   return true;
 }
 
+// Of a block, in bytes: what is declared, and that with the dynamic memory (of sm_90).
+constexpr size_t kMostDeclared = 48 << 10, kMostShared = 227 << 10;
+
+// What a device refuses to launch, or ptxas to compile.
+inline void check_launch(dim3 grid, dim3 block) {
+  if (grid.x == 0 || grid.x > INT32_MAX || block.x == 0 || block.x > 1024)
+    fail("invalid launch: " + std::to_string(grid.x) + " blocks of " + std::to_string(block.x));
+}
+
+inline void free_shared() {
+  size_t declared = 0, all = 0;
+  for (const auto& [id, memory] : machine().shared) {
+    all += memory->size();
+    if (id >= 0) declared += memory->size();
+    delete memory;
+  }
+  machine().shared.clear();
+  if (declared > kMostDeclared || all > kMostShared)
+    fail("too much shared memory: " + std::to_string(declared) + " bytes declared, " +
+         std::to_string(all) + " in all");
+}
+
 inline void run_block() {
   Machine& m = machine();
   const int count = static_cast<int>(m.block.x);
@@ -257,12 +279,12 @@ inline void run_block() {
     if (!moved) moved = release(0, count, State::block_barrier);
     if (!moved) fail("deadlock: threads wait at different barriers");
   }
-  for (auto& [id, memory] : m.shared) delete memory;
-  m.shared.clear();
+  free_shared();
 }
 
 template <class Kernel, class... Args>
 void launch(Kernel kernel, dim3 grid, dim3 block, size_t dynamic_bytes, Args... args) {
+  check_launch(grid, block);
   Machine& m = machine();
   m.dynamic_bytes = dynamic_bytes;
   m.grid = grid;

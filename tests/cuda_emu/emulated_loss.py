@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from tenfold.testing import assert_close_to_ref
 
 OPS = Path(__file__).resolve().parents[1] / "ops"
 sys.path.insert(0, str(OPS))
-from linear_loss_cases import eager_cross_entropy  # noqa: E402
+from linear_loss_cases import OPTIONS, compare, eager_cross_entropy  # noqa: E402
 
 LIB = ctypes.CDLL(str(build("kernels_loss", "-shared", "-fPIC")))
 EMULATED = ("selective_logprob", "selective_logprob_backward", "linear_cross_entropy",
@@ -194,8 +195,8 @@ def check_linear_limits():
     options = {"softcap": 3.0, "z_loss": 0.01, "temperature": 0.7, "reduction": "sum"}
     segments, few, many = 256, (1 << 26, 1 << 26, 1, 2), (1 << 26, 1 << 26, 9, 2)
     for dtype in CODES:
-        hidden, weight = torch.randn(200, 40).to(dtype), (torch.randn(700, 40) / 3).to(dtype)
-        target = torch.randint(0, 700, (200,))
+        hidden, weight = torch.randn(150, 40).to(dtype), (torch.randn(530, 40) / 3).to(dtype)
+        target = torch.randint(0, 530, (150,))
         target[::7] = -100
         hidden[::7] = float("nan")
         results = []
@@ -203,13 +204,12 @@ def check_linear_limits():
             (8192, segments, *few),
             (8192, segments, *many),
             (128, segments, 1, 1, 9, 2),
-            LIMITS,
         ):
             Linear.limits = limits
             results.append(
                 raw.linear_cross_entropy_grads(hidden, weight, target, True, True, **options)
             )
-        one, split, several, usual = results
+        one, split, several = results
         assert all(torch.equal(a, b) for a, b in zip(one, split))
         assert all(torch.equal(a, b) for a, b in zip(one[:3], several))
         exact = [hidden.double().requires_grad_(), weight.double().requires_grad_()]
@@ -218,12 +218,47 @@ def check_linear_limits():
         simple = eager_cross_entropy(*plain, target, **options)
         low = [None, None, *torch.autograd.grad(simple[0], plain)]
         want = [loss.detach(), lse.detach(), *torch.autograd.grad(loss, exact)]
-        for result in (one, several, usual):
+        for result in (one, several):
             for got, w, simple in zip(result, want, low):
                 assert_close_to_ref(got, w, simple)
 
 
-def check_linear_target_out_of_range():
+def check_linear_values():
+    """Within a tile, at its end and past it, in whole vectors and not; every option once."""
+    shapes = [(17, 31, 47), (33, 264, 70), (130, 48, 65), (40, 33, 257), (20, 64, 130)]
+    options = [OPTIONS[name] for name in ("weights", "everything", "softcap", "z_loss", "ignore")]
+    for turn, (shape, chosen) in enumerate(zip(shapes, options)):
+        compare(shape, list(CODES)[turn % 3], torch.device("cpu"), samples=1, **chosen)
+    for dtype, ups in zip(CODES, ((True, True), (None, True), (True, None))):
+        compare(
+            (60, 40, 90), dtype, torch.device("cpu"), "logprob", ups, samples=1, temperature=0.8
+        )
+
+
+def check_linear_rows():
+    run_tests("test_linear_cross_entropy.py", "-k", "cpu and (closed or outside or no_row_counts or "
+              "over_the_weights or (infinity and dtype1 and options0))")  # fmt: skip
+
+
+def check_linear_programs():
+    run_tests("test_linear_loss_programs.py", "-k", "cpu and (only_what or other_kinds or "
+              "(may_run_again and dtype1) or lowers_the_loss)")  # fmt: skip
+    run_tests("test_loss_linear.py", "-k", "cpu and (of_one_call or nothing_counts)")
+
+
+def softcap_slope():
+    """The slope of a softcap keeps its digits where the cap saturates."""
+    x, weight = torch.linspace(-30, 30, 241)[:, None], torch.tensor([[1.0], [0.0]])
+    grads = []
+    for op, dtype in ((ops, torch.float32), (reference, torch.float64)):
+        leaf = x.to(dtype).requires_grad_()
+        target = torch.ones(241, dtype=torch.int64)
+        loss, _ = op.linear_cross_entropy(leaf, weight.to(dtype), target, softcap=4.0, reduction="sum")  # fmt: skip
+        grads.append(torch.autograd.grad(loss, leaf)[0].double())
+    torch.testing.assert_close(*grads, rtol=3e-6, atol=0)
+
+
+def target_out_of_range():
     """Cannot be reported by the device: the loss and the gradients are NaN, and nothing else is read."""
     hidden, weight = torch.randn(5, 8), torch.randn(11, 8)
     for wrong in (11, -1, 2**31 + 3, -(2**40)):
@@ -237,8 +272,37 @@ def check_linear_target_out_of_range():
         assert grads[1].isnan().all()
 
 
-def check_try():
-    run_tests(sys.argv[2], "--durations=15", "-k", sys.argv[3])
+def far_apart(t, folder):
+    """``t`` with 2^31 elements between its rows, in a file of holes."""
+    stride = 1 << 31
+    path = f"{folder}/{t.dtype}"
+    size = (len(t) - 1) * stride + t.shape[1]
+    rows = torch.from_file(path, shared=True, size=size, dtype=t.dtype).as_strided(
+        t.shape, (stride, 1)
+    )
+    return rows.copy_(t)
+
+
+def offsets_beyond_32_bits():
+    """Both inputs in turn, and the logits of selective_logprob."""
+    hidden, weight = torch.randn(3, 40).bfloat16(), torch.randn(3, 40).bfloat16()
+    target = torch.tensor([2, 0, 1])
+    raw = torch.ops.tenfold
+    with tempfile.TemporaryDirectory() as folder:
+        for op, one, args in (
+            (raw.linear_cross_entropy_grads, hidden, lambda x: (x, weight, target, True, True)),
+            (raw.linear_cross_entropy_grads, weight, lambda x: (hidden, x, target, True, True)),
+            (raw.selective_logprob, hidden, lambda x: (x, target)),
+        ):
+            far = far_apart(one, folder)
+            for got, want in zip(op(*args(far)), op(*args(one)), strict=True):
+                assert torch.equal(got, want)
+
+
+def check_linear_edges():
+    softcap_slope()
+    offsets_beyond_32_bits()
+    target_out_of_range()
 
 
 if __name__ == "__main__":

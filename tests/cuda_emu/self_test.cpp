@@ -69,6 +69,13 @@ __global__ void global_overrun_kernel(const int*, int* out) {
   out[threadIdx.x + 1] = 1;
 }
 
+__global__ void large_kernel(const int* in, int* out) {
+  TENFOLD_SHARED(int, tile, 12 << 10);
+  TENFOLD_SHARED(int, more, 1);  // with which there are more than 48 KB
+  tile[threadIdx.x] = more[0] = in[0];
+  out[threadIdx.x] = tile[threadIdx.x];
+}
+
 __global__ void mma_kernel(float* out) {  // A = i + j, B = identity: D = the first 8 columns of A
   const int lane = threadIdx.x, row = lane / 4, col = lane % 4 * 2;
   const auto pack = [](int lo, int hi) {
@@ -131,6 +138,8 @@ int main(int argc, char** argv) {
   if (name == "atomic") run(atomic_kernel, 1);
   if (name == "divergent") run(divergent_kernel, 1);
   if (name == "early_exit") run(early_exit_kernel, 1);
+  if (name == "no_blocks") run(warp_kernel, 0);
+  if (name == "large") run(large_kernel, 1);
   if (name == "shared_overrun") run(shared_overrun_kernel, 1);
   if (name == "global_overrun") {
     std::vector<int> exact(kThreads);

@@ -77,6 +77,15 @@ def test_divergent_barriers_are_reported(program, name):
     assert code == 86 and "divergent barrier" in error
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("no_blocks", "invalid launch: 0 blocks of 96"), ("large", "too much shared memory: 49156")],
+)
+def test_limits_of_the_device_are_checked(program, name, message):
+    code, _, error = run(program, name)
+    assert code == 86 and message in error
+
+
 @pytest.mark.parametrize("name", ["shared_overrun", "global_overrun"])
 def test_out_of_bounds_writes_are_reported(program, name):
     code, _, error = run(program, name)

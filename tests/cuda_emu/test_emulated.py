@@ -20,7 +20,10 @@ CHECKS = {  # library -> checks of its script
     "kernels_rl": ["segments", "returns", "prepare", "losses", "long", "wrong"],
     "kernels_optim_masks": ["bits", "topk", "grad_norm", "masked_copy", "wgrad"],
     "kernels_optim_adamw": ["float32", "bfloat16", "float16", "many", "8bit"],
-    "kernels_loss": ["logprob", "logprob_alignment"],
+    "kernels_loss": [
+        "logprob", "logprob_alignment", "linear_limits", "linear_values", "linear_rows",
+        "linear_programs", "linear_edges",
+    ],
     "kernels": ["template", "proxy_scores", "nacl_select", "kv_moves", "ragged_decode"],
 }  # fmt: skip
 

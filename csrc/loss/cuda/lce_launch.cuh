@@ -33,7 +33,7 @@ void lce_forward(const LceMatrices& m, const PackedRows& rows, int64_t num_rows,
       TENFOLD_LAUNCH_SHARED(kernel, blocks, P::kThreads, P::kBytes, P::kBytes, stream, a);
     };
     if (out.entropy != nullptr) {
-      launch(lce_sums_kernel<T, true, true>);
+      launch(lce_sums_kernel<T, false, true>);  // of linear_logprob, which has no softcap
     } else if (m.softcap > 0.0f) {
       launch(lce_sums_kernel<T, true, false>);
     } else {
@@ -69,7 +69,6 @@ void lce_backward(const LceMatrices& m, const PackedRows& rows, int64_t num_rows
                   cudaStream_t stream) {
   using P = ProductTile<T>;
   constexpr int64_t kSize = sizeof(T);
-  if (m.dim == 0) return;
   const bool of_hidden = grad_hidden != nullptr && num_rows > 0, of_weight = grad_weight != nullptr;
   if (!of_hidden && !of_weight) return;
   const int64_t chunk = std::min(std::max<int64_t>(num_rows, 1), limits.chunk_rows);

@@ -3,7 +3,8 @@
 
 #include <functional>
 
-#include "loss/cuda/lce_products_kernel.cuh"
+#include "loss/cuda/lce_gradients_kernel.cuh"
+#include "loss/cuda/lce_sums_kernel.cuh"
 
 namespace tenfold::cuda {
 
