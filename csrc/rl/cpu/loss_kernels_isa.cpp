@@ -48,50 +48,99 @@ inline void store_some(float* p, VF x, int n) {
   }
 }
 
+// Of log-ratios d and advantages a, 0 where `valid` is not: policy_term, lane by lane.
+struct PolicyLanes {
+  VF low, high, bound;
+  VF q, loss, slope;
+  VM is_high, is_low;
+
+  explicit PolicyLanes(const PolicyRule& rule)
+      : low(set1(static_cast<float>(1.0 - rule.eps_lo))),
+        high(set1(static_cast<float>(1.0 + rule.eps_hi))),
+        bound(set1(static_cast<float>(kLogRatioBound))) {}
+
+  inline void step(VF d, VF a) {
+    // The second operand of vmax and vmin is what survives if one is NaN.
+    q = exp_of(vmin(bound, vmax(zero() - bound, d)));
+    const VF plain = zero() - a * q, other = zero() - a * vmin(high, vmax(low, q));
+    is_high = both(gt(a, zero()), gt(q, high)), is_low = both(lt(a, zero()), lt(q, low));
+    loss = vmax(other, plain);
+    slope = select(is_high, zero(), select(is_low, zero(), plain));
+    slope = select(gt(vmax(d, zero() - d), bound), zero(), slope);
+  }
+};
+
+// Sums of a block of terms, lane by lane.
+struct PolicyLaneSums {
+  VF loss = zero(), ratio = zero(), most = zero(), terms = zero();
+  VF above_high = zero(), below_low = zero();
+
+  inline void add(const PolicyLanes& t, VM valid) {
+    const VF one = set1(1.0f), q = chosen(valid, t.q);
+    ratio = ratio + q, most = vmax(q, most), terms = terms + chosen(valid, one);
+    above_high = above_high + chosen(t.is_high, one);
+    below_low = below_low + chosen(t.is_low, one);
+  }
+  inline void flush(RowSums* all) const {
+    all->loss += static_cast<double>(hsum(loss)), all->ratio += static_cast<double>(hsum(ratio));
+    all->terms += static_cast<double>(hsum(terms));
+    all->high += static_cast<double>(hsum(above_high));
+    all->low += static_cast<double>(hsum(below_low));
+    const double top = static_cast<double>(hmax(most));
+    all->most = top > all->most ? top : all->most;
+  }
+};
+
 }  // namespace
 
 RowSums policy_tokens(const PolicyParams<float>& p, const int32_t* seg, int64_t width,
                       int64_t begin) {
   const float *now = p.now + begin, *old = p.old + begin, *adv = p.adv + begin;
   float* const slope = p.slope != nullptr ? p.slope + begin : nullptr;
-  const VF low = set1(static_cast<float>(1.0 - p.rule.eps_lo));
-  const VF high = set1(static_cast<float>(1.0 + p.rule.eps_hi));
-  const VF bound = set1(static_cast<float>(kLogRatioBound)), one = set1(1.0f);
+  PolicyLanes term(p.rule);
   const VI limit = seti(static_cast<uint32_t>(width));
   RowSums all;
   for (int64_t first = 0; first < width; first += kBlock) {
     const int64_t end = first + kBlock < width ? first + kBlock : width;
-    VF loss = zero(), ratio = zero(), most = zero(), sum = zero();
-    VF tokens = zero(), above_high = zero(), below_low = zero();
+    PolicyLaneSums sums;
+    VF log_ratio = zero();
     for (int64_t j = first; j < end; j += kWidth) {
       const int n = static_cast<int>(end - j < kWidth ? end - j : kWidth);
       const VM valid = above(limit, load_ids(seg + j, n));
       const VF d = chosen(valid, load_some(now + j, n) - load_some(old + j, n));
       const VF a = chosen(valid, load_some(adv + j, n));
-      // The second operand of vmax and vmin is what survives if one is NaN.
-      const VF q = exp_of(vmin(bound, vmax(zero() - bound, d)));
-      const VF plain = zero() - a * q, other = zero() - a * vmin(high, vmax(low, q));
-      const VM is_high = both(gt(a, zero()), gt(q, high)), is_low = both(lt(a, zero()), lt(q, low));
-      loss = loss + vmax(other, plain);
-      const VF in_row = chosen(valid, q);
-      ratio = ratio + in_row, most = vmax(in_row, most), sum = sum + d;
-      tokens = tokens + chosen(valid, one);
-      above_high = above_high + chosen(is_high, one);
-      below_low = below_low + chosen(is_low, one);
-      if (slope == nullptr) continue;
-      VF s = select(is_high, zero(), select(is_low, zero(), plain));
-      s = select(gt(vmax(d, zero() - d), bound), zero(), s);
-      store_some(slope + j, chosen(valid, s), n);
+      term.step(d, a);
+      sums.loss = sums.loss + term.loss, log_ratio = log_ratio + d;
+      sums.add(term, valid);
+      if (slope != nullptr) store_some(slope + j, chosen(valid, term.slope), n);
     }
-    all.loss += static_cast<double>(hsum(loss)), all.ratio += static_cast<double>(hsum(ratio));
-    all.log_ratio += static_cast<double>(hsum(sum));
-    all.tokens += static_cast<double>(hsum(tokens));
-    all.high += static_cast<double>(hsum(above_high));
-    all.low += static_cast<double>(hsum(below_low));
-    const double top = static_cast<double>(hmax(most));
-    all.most = top > all.most ? top : all.most;
+    sums.flush(&all);
+    all.log_ratio += static_cast<double>(hsum(log_ratio));
   }
-  all.weight = all.terms = all.tokens;
+  all.weight = all.tokens = all.terms;
+  return all;
+}
+
+RowSums policy_terms(const PolicyRule& rule, const float* log_ratio, const float* adv,
+                     const float* weight, int64_t count, float* slope) {
+  PolicyLanes term(rule);
+  RowSums all;
+  for (int64_t first = 0; first < count; first += kBlock) {
+    const int64_t end = first + kBlock < count ? first + kBlock : count;
+    PolicyLaneSums sums;
+    VF weights = zero();
+    for (int64_t j = first; j < end; j += kWidth) {
+      const int n = static_cast<int>(end - j < kWidth ? end - j : kWidth);
+      const VM valid = lt(iota(), seti(static_cast<uint32_t>(n)));
+      const VF w = load_some(weight + j, n);
+      term.step(load_some(log_ratio + j, n), load_some(adv + j, n));
+      sums.loss = fma(w, term.loss, sums.loss), weights = weights + w;
+      sums.add(term, valid);
+      store_some(slope + j, w * term.slope, n);
+    }
+    sums.flush(&all);
+    all.weight += static_cast<double>(hsum(weights));
+  }
   return all;
 }
 

@@ -4,6 +4,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <type_traits>
 #include <vector>
 
 #include "rl/cpu/loss_kernels.h"
@@ -30,7 +31,8 @@ class PolicyRows {
         sum_r_(ratio_),
         sum_a_(ratio_),
         length_(ratio_.size()),
-        ends_(ratio_.size() + 16) {}
+        ends_(ratio_.size() + 16),
+        lanes_(std::is_same_v<T, float> ? 4 * ratio_.size() : 0) {}
 
   RowSums run(int64_t row) {
     const Span span = p_.seg.rows[row];
@@ -70,16 +72,40 @@ class PolicyRows {
       TENFOLD_ISA_CALL(segment_sums, tokens_.segments(), n, ratio_.data(), adv_.data(),
                        sum_r_.data(), sum_a_.data(), length_.data());
     }
+    if constexpr (std::is_same_v<T, float>) {
+      lane_terms(found, sums);
+    } else {
+      for (int64_t t = 0; t < found; ++t) {
+        const int32_t l = length_[t];
+        if (l == 0) continue;
+        const double share = macro_share(p_.rule, l), weight = macro_weight(p_.rule, l);
+        const PolicyTerm term =
+            policy_term(p_.rule, sum_r_[t] * share, sum_a_[t] / static_cast<double>(l));
+        sums->add(term, weight);
+        sum_r_[t] = term.slope * share * weight;
+      }
+    }
+    for (int64_t q = 0; q < n; ++q) ratio_[q] = sum_r_[tokens_.segments()[q]];
+  }
+
+  // The terms of macro actions [0, found) that have tokens, several at a time; then their slopes by
+  // a token's log-ratio in sum_r_.
+  void lane_terms(int64_t found, RowSums* sums) {
+    float *const ratio = lanes_.data(), *const adv = ratio + lanes_.size() / 4,
+                *const weight = adv + lanes_.size() / 4, *const slope = weight + lanes_.size() / 4;
+    int64_t count = 0;
     for (int64_t t = 0; t < found; ++t) {
       const int32_t l = length_[t];
       if (l == 0) continue;
-      const double share = macro_share(p_.rule, l), weight = macro_weight(p_.rule, l);
-      const PolicyTerm term =
-          policy_term(p_.rule, sum_r_[t] * share, sum_a_[t] / static_cast<double>(l));
-      sums->add(term, weight);
-      sum_r_[t] = term.slope * share * weight;
+      ratio[count] = static_cast<float>(sum_r_[t] * macro_share(p_.rule, l));
+      adv[count] = static_cast<float>(sum_a_[t] / static_cast<double>(l));
+      weight[count++] = static_cast<float>(macro_weight(p_.rule, l));
     }
-    for (int64_t q = 0; q < n; ++q) ratio_[q] = sum_r_[tokens_.segments()[q]];
+    sums->add(TENFOLD_ISA_CALL(policy_terms, p_.rule, ratio, adv, weight, count, slope));
+    count = 0;
+    for (int64_t t = 0; t < found; ++t)
+      if (length_[t] != 0)
+        sum_r_[t] = static_cast<double>(slope[count++]) * macro_share(p_.rule, length_[t]);
   }
 
   const PolicyParams<T>& p_;
@@ -87,6 +113,7 @@ class PolicyRows {
   Doubles ratio_, adv_, sum_r_, sum_a_;
   std::vector<int32_t> length_;
   std::vector<uint32_t> ends_;
+  std::vector<float> lanes_;
   std::vector<T> memory_[2];
 };
 
