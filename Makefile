@@ -17,8 +17,8 @@ PYTEST_ARGS ?=
 PY := $(VENV)/bin/python
 SHOW := $(PY) tools/progress.py
 STAMPS := $(VENV)/.stamps
-# A process per core, but not more memory than four need. Threads of one must not spin while the other works.
-PYTEST = OMP_WAIT_POLICY=passive $(PY) -m pytest tests -n auto --maxprocesses 4 --dist worksteal
+# A process of one thread per core, but not more memory than four need. Tests about threads set how many.
+PYTEST = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(PY) -m pytest tests -n auto --maxprocesses 4 --dist worksteal
 INSTALLED := $(STAMPS)/$(if $(WHEEL),wheel-$(notdir $(WHEEL)),editable)
 REQUIREMENTS := $(wildcard requirements/*.txt)
 # Folders count too: their time changes when a source is removed.

@@ -1,5 +1,6 @@
 """``convert``: all routes through it, exact resumption, two ranks, what it refuses, and check 14."""
 
+import functools
 import os
 import signal
 import subprocess
@@ -319,6 +320,11 @@ class Killed(Exception):
 STEPS = {"search-1": 3, "fusion-1": 5, "recovery": 4}
 
 
+@functools.cache
+def undisturbed(every):
+    return run(checkpoint_every=every, distill=0.5)
+
+
 class TestResume:
     @pytest.mark.parametrize(
         "stage, step", [(s, n) for s, e in STEPS.items() for n in range(1, e + 1)]
@@ -332,7 +338,7 @@ class TestResume:
         with pytest.raises(Killed):
             run(work_dir=tmp_path, callback=kill, checkpoint_every=every, distill=0.5)
         resumed = run(work_dir=tmp_path, checkpoint_every=every, distill=0.5)
-        whole = run(checkpoint_every=every, distill=0.5)
+        whole = undisturbed(every)
         assert same(state(resumed), state(whole))
         for name in STEPS:
             assert resumed.conversion.curves[name] == whole.conversion.curves[name]
