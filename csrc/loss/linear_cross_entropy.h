@@ -11,8 +11,8 @@
 //   d loss / d x[i, v] = p (of_p - of_entropy (entropy + log p)) + of_id where v is the target
 //
 // with log p = x - lse (entropy and log p may be small where lse is large); linear_logprob differs
-// in these numbers of a row only. 2 N H V FLOPs for each of: logits, gradient of hidden, gradient of
-// weight.
+// in these numbers of a row only. 2 N H V FLOPs for each of: logits, gradient of hidden, gradient
+// of weight.
 //
 // Backward multiplies the logits again: 8 N H V with the forward pass, and no memory but the
 // gradients and tiles. Where the upstream gradient is one number (mean, sum), a backend may make

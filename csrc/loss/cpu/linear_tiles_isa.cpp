@@ -55,7 +55,8 @@ struct Delta {
     }
     const VF y = fma(e, slope, id);
     if (!capped) return y;
-    return ((cap - x) * uncap) * ((cap + x) * uncap) * y;  // 1 - tanh^2, without cancellation near 1
+    return ((cap - x) * uncap) * ((cap + x) * uncap) *
+           y;  // 1 - tanh^2, without cancellation near 1
   }
 };
 

@@ -98,8 +98,7 @@ Tensor selective_logprob_backward_op(OptTensor grad_logp, OptTensor grad_lse,
       const float top = has_id(c, id) ? grad_at(all[0], r) : 0.0f, of_entropy = grad_at(all[2], r);
       const float total = data_as<float>(*all[3])[r];
       const LogitGrad g{
-          total, data_as<float>(*all[4])[r], grad_at(all[1], r) - top, of_entropy, top,
-          scale};
+          total, data_as<float>(*all[4])[r], grad_at(all[1], r) - top, of_entropy, top, scale};
       char* const to = static_cast<char*>(out.data_ptr()) + (r * c.vocab + column) * size;
       TENFOLD_ISA_CALL(logit_grad, row_at(c, dtype, r, column), dtype, n, scale, g, to);
       if (top == 0.0f || id < column || id >= column + n) continue;

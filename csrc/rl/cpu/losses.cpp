@@ -92,7 +92,7 @@ class PolicyRows {
   // a token's log-ratio in sum_r_.
   void lane_terms(int64_t found, RowSums* sums) {
     float *const ratio = lanes_.data(), *const adv = ratio + lanes_.size() / 4,
-                *const weight = adv + lanes_.size() / 4, *const slope = weight + lanes_.size() / 4;
+                 *const weight = adv + lanes_.size() / 4, *const slope = weight + lanes_.size() / 4;
     int64_t count = 0;
     for (int64_t t = 0; t < found; ++t) {
       const int32_t l = length_[t];
