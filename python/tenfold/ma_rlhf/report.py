@@ -63,7 +63,7 @@ def curve_plot(
         if len(runs) > 1:
             lows, highs = [min(c) for c in columns], [max(c) for c in columns]
             axes.fill_between(at, lows, highs, color=color, alpha=0.18, lw=0)
-            name = f"{name} ({len(runs)} seeds)"
+            name = f"{name}, {len(runs)} seeds"
         axes.plot(at, [math.fsum(c) / len(c) for c in columns], lw=1.8, color=color, label=name)
     axes.set_xlabel("step")
     axes.set_ylabel(label, fontsize=9)
