@@ -84,7 +84,7 @@ def load_records(root: Path) -> list[Record]:
     return [
         load(p)
         for p in sorted((root / RESULTS).glob("*/*.json"))
-        if not p.parent.name.startswith(("nacl", "dha", "hft"))  # studies of methods
+        if not p.parent.name.startswith(("nacl", "dha", "hft", "ma_rlhf"))  # studies of methods
     ]
 
 

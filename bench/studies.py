@@ -224,3 +224,61 @@ def hft_speed_block(found: Found) -> str:
     ]  # fmt: skip
     setting = found["setting"]
     return f"{setting['model']}, {setting['threads']} threads.\n\n{markdown(columns, rows)}"
+
+
+@generated("ma-rlhf-study", "ma_rlhf", "study", "study")
+def ma_rlhf_study_block(found: Found) -> str:
+    """Scores, steps to PPO's final score and KL by method and seed, from ``examples/ma_rlhf_study.py``."""
+    by = {(r["reward"], r["method"]): r for r in found["summary"]}
+    rows = []
+    for (reward, method), row in by.items():
+        base = by.get((reward, "ppo"), {"seeds": [], "final": []})
+        theirs = dict(zip(base["seeds"], base["final"]))
+        pairs = [(x, theirs[s]) for s, x in zip(row["seeds"], row["final"]) if s in theirs]
+        ahead = f"{sum(x > y for x, y in pairs)}/{len(pairs)}"
+        rows.append([
+            reward, row["name"], ", ".join(f"{x:.3f}" for x in row["final"]),
+            f"{_mean(row['final']):.3f}", "–" if method == "ppo" else ahead,
+            ", ".join("–" if x is None else str(x) for x in row["steps_to_ppo"]),
+            f"{_mean(row['mean']):.3f}", ", ".join(f"{x:.1f}" for x in row["kl"]),
+        ])  # fmt: skip
+    columns = ("reward", "method", "final score of each seed", "mean", "ahead of PPO",
+               "steps to PPO's final score", "mean score of all steps", "KL")  # fmt: skip
+    setting = found["setting"]
+    ppo, judge = setting["ppo"], setting["reward_model"]
+    told = "" if judge is None else (
+        f" The reward model is right on {100 * judge['after']['accuracy']:.0f} % of held-out pairs."
+    )  # fmt: skip
+    return (
+        f"{ppo['steps']} steps of {ppo['batch_size']} responses of {ppo['max_response']} bytes to prompts of "
+        f"{ppo['max_prompt']}; {ppo['minibatches']} minibatches, 1 epoch, learning rates "
+        f"{ppo['learning_rate']:g} and (critic) {ppo['critic_learning_rate']:g}, beta {ppo['beta']:g}, lambda "
+        f"{ppo['lam']:g} unless said; the parent had {setting['parent_steps']} steps on text.{told} Final: the "
+        "last ten steps; steps: until a mean over five reaches what PPO of the same seed ended with."
+        f"\n\n{markdown(columns, rows)}"
+    )
+
+
+@generated("ma-rlhf-smollm2", "ma_rlhf", "smollm2", "run")
+def ma_rlhf_smollm2_block(found: Found) -> str:
+    """SmolLM2 with LoRA on one reward, from ``examples/ma_rlhf.py``."""
+
+    def mean(run: Found, name: str, part: slice) -> float:
+        return _mean([m[name] for m in run["curve"][part]])
+
+    head, tail = slice(None, 5), slice(-5, None)
+    rows = [
+        [r["name"], str(r["config"]["seed"]), str(len(r["curve"])),
+         f"{mean(r, 'objective/scores', head):.3f}", f"{mean(r, 'objective/scores', tail):.3f}",
+         f"{mean(r, 'objective/kl', tail):.2f}", f"{mean(r, 'macro/length_mean', tail):.1f}",
+         f"{sum(map(sum, (s.values() for s in r['seconds']))) / len(r['seconds']):.1f}"]
+        for r in found["runs"]
+    ]  # fmt: skip
+    columns = ("method", "seed", "steps", "score, first 5 steps", "score, last 5 steps", "KL",
+               "tokens per macro action", "seconds per step")  # fmt: skip
+    config = found["runs"][0]["config"]
+    return (
+        f"{config['batch_size']} responses of up to {config['max_response']} tokens per step, LoRA of rank "
+        f"{config['lora_rank']}, learning rate {config['learning_rate']:g}, reward: {found['reward']}; "
+        f"{found['threads']} threads.\n\n{markdown(columns, rows)}"
+    )

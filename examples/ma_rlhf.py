@@ -18,7 +18,7 @@ import torch
 from tenfold import ma_rlhf, ops
 from tenfold.data import smollm2
 from tenfold.ma_rlhf.inputs import named_reward, packaged_prompts
-from tenfold.ma_rlhf.report import write_report
+from tenfold.ma_rlhf.report import run_name, write_report
 
 METHODS = {
     "ppo": {"n": 1},
@@ -113,7 +113,7 @@ def main() -> None:
         chosen.json.parent.mkdir(parents=True, exist_ok=True)
         result = {
             "model": "smollm2-135m-instruct", "reward": chosen.reward,
-            "runs": [r.to_json() for r in records], "torch": torch.__version__,
+            "runs": [r.to_json() | {"name": run_name(r)} for r in records], "torch": torch.__version__,
             "machine": platform.machine(), "threads": torch.get_num_threads(),
         }  # fmt: skip
         chosen.json.write_text(json.dumps(result, indent=1) + "\n")

@@ -22,7 +22,7 @@ import torch
 from tenfold.ma_rlhf.config import MARLHFConfig
 from tenfold.ma_rlhf.preferences import encode_preferences, packaged_preferences
 from tenfold.ma_rlhf.record import PPORecord
-from tenfold.ma_rlhf.report import curve_plot
+from tenfold.ma_rlhf.report import curve_plot, run_name
 from tenfold.ma_rlhf.reward_config import RewardConfig
 from tenfold.ma_rlhf.reward_model import RewardModel
 from tenfold.ma_rlhf.reward_training import train_reward_model
@@ -32,7 +32,7 @@ from tenfold.ma_rlhf.trainer import MAPPOTrainer
 from tenfold.report import png_bytes
 from tenfold.training import tiny
 
-PROMPT, RESPONSE = 64, 64
+PROMPT, RESPONSE = 32, 48
 METHODS = {
     "ppo": {"n": 1},
     "ppo-lambda-1": {"n": 1, "lam": 1.0},
@@ -76,18 +76,22 @@ def parent_of(steps: int, stream, folder: Path):
 
 
 def reward_model_of(parent, folder: Path, steps: int):
-    """(reward model, its accuracy on held-out pairs): real continuations against wrong ones."""
+    """(reward model, its accuracy on held-out pairs): real continuations against looping ones.
+
+    Answers are cut where responses are, so that they end anywhere, as most responses do. Of the packaged kinds
+    of pairs it is the one that so small a model of bytes learns: shuffled words stayed at chance.
+    """
     path, numbers = folder / f"reward-{steps}", folder / f"reward-{steps}.json"
     if numbers.exists():
         return RewardModel.from_pretrained(path), json.loads(numbers.read_text())
     tokenizer = ByteTokenizer()
-    train, held = packaged_preferences(prompt_words=6, answer_words=8)
+    train, held = packaged_preferences(prompt_words=5, answer_words=16, corruptions=("repeated",))
     rows = {
         name: encode_preferences(tokenizer, pairs, PROMPT + RESPONSE)
         for name, pairs in (("train", train), ("held", held[:400]))
     }
     model = RewardModel.from_model(parent)
-    config = RewardConfig(steps=steps, batch_size=16, learning_rate=3e-4, center=0.01, weight_decay=0.01,
+    config = RewardConfig(steps=steps, batch_size=16, learning_rate=5e-4, center=0.01, weight_decay=0.01,
                           sequence_length=PROMPT + RESPONSE)  # fmt: skip
     record = train_reward_model(model, rows["train"], config, held_out=rows["held"])
     model.save_pretrained(path)
@@ -106,29 +110,29 @@ def steps_to(curve: list[float], level: float, window: int = 5) -> int | None:
 
 
 def summary(runs: list[dict]) -> list[dict]:
-    """Per reward and method: the last ten steps' score, and steps to the final score of PPO of that seed."""
-    scores = {
-        (r["reward"], r["method"], r["seed"]): [m["objective/scores"] for m in r["curve"]]
-        for r in runs
-    }
+    """Per reward and method, and by seed in them: scores and KL of the last ten steps, the mean score of all
+    steps, and the steps to the final score of that seed's PPO (None: not reached, or no such run)."""
+
+    def last(run: dict, name: str) -> float:
+        return math.fsum(m[name] for m in run["curve"][-10:]) / len(run["curve"][-10:])
+
+    at = {(r["reward"], r["method"], r["seed"]): r for r in runs}
     made = []
-    for reward, method in dict.fromkeys((r, m) for r, m, _ in scores):
-        seeds = sorted(s for r, m, s in scores if (r, m) == (reward, method))
-        final = [math.fsum(scores[reward, method, s][-10:]) / 10 for s in seeds]
-        reached = []
-        for s in seeds:
-            base = scores.get((reward, "ppo", s))
-            level = math.fsum(base[-10:]) / 10 if base else None
-            reached.append(steps_to(scores[reward, method, s], level) if base else None)
-        made.append(
-            {
-                "reward": reward,
-                "method": method,
-                "seeds": seeds,
-                "final": final,
-                "steps_to_ppo": reached,
-            }
-        )
+    for reward, method in dict.fromkeys((r, m) for r, m, _ in at):
+        seeds = sorted(s for r, m, s in at if (r, m) == (reward, method))
+        mine = [at[reward, method, s] for s in seeds]
+        curves = [[m["objective/scores"] for m in r["curve"]] for r in mine]
+        base = [at.get((reward, "ppo", s)) for s in seeds]
+        made.append({
+            "reward": reward, "method": method, "name": mine[0]["name"], "seeds": seeds,
+            "final": [last(r, "objective/scores") for r in mine],
+            "mean": [math.fsum(c) / len(c) for c in curves],
+            "kl": [last(r, "objective/kl") for r in mine],
+            "steps_to_ppo": [
+                None if b is None else steps_to(c, last(b, "objective/scores"))
+                for c, b in zip(curves, base)
+            ],
+        })  # fmt: skip
     return made
 
 
@@ -147,9 +151,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rewards", nargs="+", choices=REWARDS, default=list(REWARDS))
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(MAIN))
-    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--parent-steps", type=int, default=400)
-    parser.add_argument("--reward-steps", type=int, default=300)
+    parser.add_argument("--reward-steps", type=int, default=120)
     parser.add_argument("--out", type=Path, default=Path("bench/results/ma_rlhf"))
     parser.add_argument("--cache", type=Path, default=Path("tenfold-report/ma-rlhf-study"))
     chosen = parser.parse_args()
@@ -159,20 +163,17 @@ def main() -> None:
     parent = parent_of(chosen.parent_steps, stream, chosen.cache)
     prompts = text_prompts(held, 4000, PROMPT, seed=0)
     spelling = Spelling(vocabulary(bytes(stream.tolist()).decode()))
-    about: dict = {"steps": chosen.steps, "parent_steps": chosen.parent_steps, "torch": torch.__version__,
-                   "machine": platform.machine()}  # fmt: skip
     for seed in chosen.seeds:
         for kind in chosen.rewards:
             reward = spelling
             if kind == "model":
-                reward, about["reward_model"] = reward_model_of(
-                    parent, chosen.cache, chosen.reward_steps
-                )
+                reward, _ = reward_model_of(parent, chosen.cache, chosen.reward_steps)
             for name in chosen.methods:
                 path = chosen.cache / f"{kind}-{name}-{chosen.steps}-{seed}.json"
-                if path.exists():
+                try:
+                    path.touch(exist_ok=False)  # other processes leave it alone
+                except FileExistsError:
                     continue
-                path.touch()  # another process leaves it alone
                 try:
                     record = run(name, reward, seed, chosen.steps, parent, prompts)
                 except BaseException:
@@ -182,10 +183,23 @@ def main() -> None:
                 print(f"{kind}, seed {seed}, {name}: score {record.curve[0]['objective/scores']:.3f} -> "
                       f"{record.last('objective/scores'):.3f}, KL {record.last('objective/kl'):.1f}",
                       flush=True)  # fmt: skip
-    gather(chosen, about)
+    gather(chosen)
 
 
-def gather(chosen: argparse.Namespace, about: dict) -> None:
+def setting(chosen: argparse.Namespace) -> dict:
+    """What all runs share."""
+    shared = settings("ppo", 0, chosen.steps).to_json()
+    names = ("steps", "batch_size", "minibatches", "learning_rate", "critic_learning_rate", "beta", "lam",
+             "max_prompt", "max_response")  # fmt: skip
+    reward = chosen.cache / f"reward-{chosen.reward_steps}.json"
+    return {
+        "parent_steps": chosen.parent_steps, "torch": torch.__version__, "machine": platform.machine(),
+        "reward_model": json.loads(reward.read_text()) if reward.exists() else None,
+        "ppo": {n: shared[n] for n in names},
+    }  # fmt: skip
+
+
+def gather(chosen: argparse.Namespace) -> None:
     """Writes the result file and the plots of all finished runs."""
     runs, records = [], {}
     for kind in REWARDS:
@@ -197,15 +211,19 @@ def gather(chosen: argparse.Namespace, about: dict) -> None:
                 records.setdefault(kind, []).append(record)
                 curve = [{k: round(m[k], 5) for k in KEPT if k in m} for m in record.curve]
                 runs.append({
-                    "reward": kind, "method": name, "seed": record.config["seed"], "curve": curve,
-                    "seconds_per_step": record.time_shares(), "samples": record.samples[-2:],
+                    "reward": kind, "method": name, "name": run_name(record), "seed": record.config["seed"],
+                    "curve": curve, "seconds_per_step": record.time_shares(), "samples": record.samples[-2:],
                 })  # fmt: skip
-    result = {"setting": about, "summary": summary(runs), "runs": runs}
+    result = {"setting": setting(chosen), "summary": summary(runs), "runs": runs}
     (chosen.out / "study.json").write_text(json.dumps(result) + "\n")
     labels = {"spelling": "share of well-spelt new words", "model": "score of the reward model"}
     for kind, found in records.items():
-        plot = curve_plot(found, "objective/scores", labels[kind])
-        (chosen.out / f"{kind}.png").write_bytes(png_bytes(plot))
+        for metric, label, name in (
+            ("objective/scores", labels[kind], kind),
+            ("objective/kl", "KL to the parent (nats per response)", f"{kind}-kl"),
+        ):
+            plot = curve_plot(found, metric, label, window=5)
+            (chosen.out / f"{name}.png").write_bytes(png_bytes(plot))
     for row in result["summary"]:
         final = ", ".join(f"{x:.3f}" for x in row["final"])
         print(

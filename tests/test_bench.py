@@ -879,6 +879,51 @@ class TestReport:
         found = report.memory_block(record["family"])(checkout)
         assert "| double |" in found and report.MEMORY_COLUMNS[3] in found
 
+    def test_study_of_macro_actions(self, checkout):
+        """A method is compared with PPO of the same seeds, of which one may lack."""
+        make = report.BLOCKS["ma-rlhf-study"]
+        assert make(checkout) == "No study has been committed."
+        setting = {
+            "parent_steps": 400, "reward_model": {"after": {"accuracy": 0.876}},
+            "ppo": {"steps": 40, "batch_size": 32, "minibatches": 2, "learning_rate": 2e-4,
+                    "critic_learning_rate": 5e-4, "beta": 0.01, "lam": 0.95, "max_prompt": 32,
+                    "max_response": 48},
+        }  # fmt: skip
+        ppo = {"reward": "model", "method": "ppo", "name": "PPO (n = 1)", "seeds": [0, 1], "final": [0.5, 0.7],
+               "mean": [0.4, 0.6], "kl": [1.0, 2.0], "steps_to_ppo": [30, 38]}  # fmt: skip
+        ours = ppo | {"method": "ma-ppo-5", "name": "MA-PPO, n = 5", "seeds": [0, 1, 2],
+                      "final": [0.6, 0.65, 0.9], "mean": [0.5, 0.5, 0.8], "kl": [1.5, 2.5, 3.5],
+                      "steps_to_ppo": [20, None, None]}  # fmt: skip
+        path = checkout / "bench/results/ma_rlhf/study.json"
+        path.parent.mkdir()
+        path.write_text(json.dumps({"setting": setting, "summary": [ppo, ours], "runs": []}))
+        found = make(checkout)
+        assert "40 steps of 32 responses of 48 bytes" in found and "88 % of held-out" in found
+        assert found.splitlines()[-2:] == [
+            "| model | PPO (n = 1) | 0.500, 0.700 | 0.600 | – | 30, 38 | 0.500 | 1.0, 2.0 |",
+            "| model | MA-PPO, n = 5 | 0.600, 0.650, 0.900 | 0.717 | 1/2 | 20, –, – | 0.600 | 1.5, 2.5, 3.5 |",
+        ]
+        assert len(report.load_records(checkout)) == 1  # a study is no record of a benchmark
+
+    def test_smollm2_by_macro_actions(self, checkout):
+        curve = [{"objective/scores": 0.1 * t, "objective/kl": float(t), "macro/length_mean": 4.75}
+                 for t in range(10)]  # fmt: skip
+        config = {
+            "seed": 3,
+            "batch_size": 8,
+            "max_response": 24,
+            "lora_rank": 16,
+            "learning_rate": 3e-4,
+        }
+        run = {"name": "MA-PPO, n = 5", "config": config, "curve": curve,
+               "seconds": [{"generate": 1.0, "update": 2.0}, {"generate": 3.0, "update": 4.0}]}  # fmt: skip
+        path = checkout / "bench/results/ma_rlhf/smollm2.json"
+        path.parent.mkdir()
+        path.write_text(json.dumps({"runs": [run], "reward": "judge", "threads": 2}))
+        found = report.BLOCKS["ma-rlhf-smollm2"](checkout)
+        row = "| MA-PPO, n = 5 | 3 | 10 | 0.200 | 0.700 | 7.00 | 4.8 | 5.0 |"
+        assert found.splitlines()[-1] == row and "reward: judge; 2 threads" in found
+
     def test_ledger(self, tree):
         assert report.ledger(tree) == (
             "CUDA kernels: `alpha`: never run on an H200; `beta`: never run on an H200."

@@ -44,22 +44,27 @@ def smoothed(values: Sequence[float], window: int) -> list[float]:
     return made
 
 
-def curve_plot(records: Sequence[PPORecord], metric: str, label: str) -> Any:
-    """A metric over steps: a colour per kind of run, a thin line per seed, a thick one for their mean."""
+def curve_plot(
+    records: Sequence[PPORecord], metric: str, label: str, window: int | None = None
+) -> Any:
+    """A metric over steps: a colour per kind of run, a line for its seeds' mean and a band for their range.
+
+    ``window``: steps of the running mean, default a fortieth of the run.
+    """
     made, axes = figure(7.2, 3.0)
     names = list(dict.fromkeys(map(run_name, records)))
     for i, name in enumerate(names):
         runs = [r.series(metric) for r in records if run_name(r) == name]
-        window = max(1, max(map(len, runs)) // 40)
+        wide = max(1, max(map(len, runs)) // 40) if window is None else window
+        shortest = min(map(len, runs))
+        at = range(1, shortest + 1)
+        columns = list(zip(*(smoothed(r, wide)[:shortest] for r in runs)))
         color = PALETTE[i % len(PALETTE)]
-        lines = [smoothed(r, window) for r in runs]
-        for line in lines:
-            axes.plot(range(1, len(line) + 1), line, lw=0.7 if len(lines) > 1 else 1.6, color=color,
-                      alpha=0.5 if len(lines) > 1 else 1.0, label=None if len(lines) > 1 else name)  # fmt: skip
-        if len(lines) > 1:
-            shortest = min(map(len, lines))
-            mean = [math.fsum(x[t] for x in lines) / len(lines) for t in range(shortest)]
-            axes.plot(range(1, shortest + 1), mean, lw=2, color=color, label=name)
+        if len(runs) > 1:
+            lows, highs = [min(c) for c in columns], [max(c) for c in columns]
+            axes.fill_between(at, lows, highs, color=color, alpha=0.18, lw=0)
+            name = f"{name}, {len(runs)} seeds"
+        axes.plot(at, [math.fsum(c) / len(c) for c in columns], lw=1.8, color=color, label=name)
     axes.set_xlabel("step")
     axes.set_ylabel(label, fontsize=9)
     axes.legend(frameon=False, fontsize=8)
