@@ -193,7 +193,7 @@ def _gae_cases() -> Iterator[Case]:
             providers=[
                 provider("tenfold",
                          lambda i: ops.macro_gae(i.value, i.reward, i.nseg, None, **RULE)),
-                *_scans(gae_counted, shape["r"], first),
+                *_scans(gae_counted, shape["r"], first), provider("peer:loop", gae_loop),
             ], **common,
         )  # fmt: skip
         yield _gae_case(gae_masked, first, **common)
