@@ -263,18 +263,18 @@ def ma_rlhf_study_block(found: Found) -> str:
 def ma_rlhf_smollm2_block(found: Found) -> str:
     """SmolLM2 with LoRA on one reward, from ``examples/ma_rlhf.py``."""
 
-    def mean(run: Found, name: str, part: slice) -> float:
-        return _mean([m[name] for m in run["curve"][part]])
+    def mean(run: Found, name: str, late: bool) -> float:
+        half = len(run["curve"]) // 2
+        return _mean([m[name] for m in (run["curve"][half:] if late else run["curve"][:half])])
 
-    head, tail = slice(None, 5), slice(-5, None)
     rows = [
         [r["name"], str(r["config"]["seed"]), str(len(r["curve"])),
-         f"{mean(r, 'objective/scores', head):.3f}", f"{mean(r, 'objective/scores', tail):.3f}",
-         f"{mean(r, 'objective/kl', tail):.2f}", f"{mean(r, 'macro/length_mean', tail):.1f}",
+         f"{mean(r, 'objective/scores', False):.3f}", f"{mean(r, 'objective/scores', True):.3f}",
+         f"{mean(r, 'objective/kl', True):.2f}", f"{mean(r, 'macro/length_mean', True):.1f}",
          f"{sum(map(sum, (s.values() for s in r['seconds']))) / len(r['seconds']):.1f}"]
         for r in found["runs"]
     ]  # fmt: skip
-    columns = ("method", "seed", "steps", "score, first 5 steps", "score, last 5 steps", "KL",
+    columns = ("method", "seed", "steps", "score, first half", "score, second half", "KL",
                "tokens per macro action", "seconds per step")  # fmt: skip
     config = found["runs"][0]["config"]
     return (

@@ -112,7 +112,7 @@ def main() -> None:
     if chosen.json:
         chosen.json.parent.mkdir(parents=True, exist_ok=True)
         result = {
-            "model": "smollm2-135m-instruct", "reward": chosen.reward,
+            "model": "smollm2-135m-instruct", "reward": Path(chosen.reward).name,
             "runs": [r.to_json() | {"name": run_name(r)} for r in records], "torch": torch.__version__,
             "machine": platform.machine(), "threads": torch.get_num_threads(),
         }  # fmt: skip
