@@ -14,10 +14,9 @@ namespace tenfold::cpu {
 namespace {
 
 constexpr int64_t kRows = 512;  // of a chunk: a tile's logits fit the second cache
-constexpr int64_t kWorkspaceBytes = int64_t{128} << 20;  // of kept logits
-// Below so many rows the traffic of a chunk (weight twice, sums of its gradient) costs more than
-// multiplying logits again.
-constexpr int64_t kFewRows = 128;
+// Of kept logits: beside grad_weight, and where it is not wanted, nor its memory needed.
+constexpr int64_t kWorkspaceBytes = int64_t{4} << 20, kFrozenBytes = int64_t{128} << 20;
+constexpr int64_t kInsideRows = 256;               // fewer of a chunk cost more than they save
 constexpr int64_t kBlockBytes = int64_t{8} << 20;  // of packed operands of grad_hidden
 
 double micros(int64_t flops) {
@@ -322,27 +321,32 @@ void LinearLoss::forward(RowSums* sums) {
 
 void LinearLoss::backward(const float* lse, const Slopes& slopes, const GradientsOut& out) {
   clear(out);
-  plan(kRows);
+  plan(gradient_rows());
   if (count() > 0) gradients(0, chunks(), {}, lse, slopes, out);
 }
 
-// Chunk by chunk where sums of grad_weight can wait in it, as floats; all logits are kept then.
-// Else block by block of the vocabulary, so that they wait in a block's memory, with the logits of
-// as many chunks as there is room for; the others' are multiplied again.
+// The same for all ways to a gradient of weight, whose bits depend on it: where it costs little, as
+// many as have room in a row of that gradient.
+int64_t LinearLoss::gradient_rows() const {
+  const int64_t room = p_.dim * dtype_size(p_.dtype) / 4;
+  return room >= kInsideRows && room < kRows ? room : kRows;
+}
+
+// The logits of the first chunk may wait in the rows of grad_weight that will replace them: all of
+// them where there is one chunk. Else those of a chunk may have room in the workspace; it goes
+// chunk by chunk then, where sums of grad_weight can wait in it, as floats. What has no room is
+// multiplied again, block by block of the vocabulary.
 void LinearLoss::forward_gradients(RowSums* sums, const Slopes& slopes, const GradientsOut& out) {
   clear(out);
   if (count() == 0) return;
-  const int64_t row_floats = p_.dim * dtype_size(p_.dtype) / 4;
-  const int64_t fits = kWorkspaceBytes / (4 * p_.vocab) / 16 * 16;
-  const bool inside =
-      out.weight != nullptr && count() <= kRows && lce_whole(count(), 16) <= row_floats;
-  const bool keeps = inside || fits >= std::min(kFewRows, count());
-  plan(keeps && !inside ? std::min(kRows, fits) : kRows);
+  plan(gradient_rows());
+  const int64_t row_bytes = p_.dim * dtype_size(p_.dtype), row_floats = row_bytes / 4;
   const int64_t pitch = lce_pitch(chunk_rows_), size = p_.vocab * pitch;
-  const bool by_chunk = keeps && (p_.dtype == Dtype::f32 || out.weight == nullptr);
-  Kept kept{nullptr, inside ? row_floats : pitch, 0, keeps ? 1 : 0};
-  if (keeps && !inside && !by_chunk)
-    kept.chunks = std::clamp<int64_t>(kWorkspaceBytes / (4 * size), 1, chunks());
+  const bool inside = out.weight != nullptr && row_bytes % 4 == 0 && chunk_rows_ <= row_floats;
+  const int64_t fit = (out.weight != nullptr ? kWorkspaceBytes : kFrozenBytes) / (4 * size);
+  const bool by_chunk = !inside && fit > 0 && (p_.dtype == Dtype::f32 || out.weight == nullptr);
+  Kept kept{nullptr, inside ? row_floats : pitch, 0,
+            inside || by_chunk ? 1 : std::min(fit, chunks())};
   const Floats workspace{inside ? 0 : kept.chunks * size};
   kept.data = inside ? static_cast<float*>(out.weight) : workspace[0];
   for (int64_t i = 0; i < chunks(); ++i) {

@@ -153,8 +153,8 @@ def linear_cross_entropy(
     Returns:
         loss (0-d, or [...] with ``"none"``) and lse [...], float32, both differentiable in ``hidden`` and
         ``weight``. Memory: the gradients (made with the loss for a mean or sum, so use ``torch.no_grad``
-        to evaluate), and a workspace of at most 128 MB on the CPU, whatever V is, and 24 bytes for each
-        of its tokens.
+        to evaluate), and on the CPU a workspace of some 20 MB, whatever V is (128 MB more where only
+        ``hidden`` needs a gradient).
 
     Raises:
         ValueError: shapes, devices, different dtypes, options out of range. TypeError: dtypes. IndexError: a target
