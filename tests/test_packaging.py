@@ -34,8 +34,11 @@ LIBRARIES = ("libtorch_cpu.", "libstdc++.", "libm.", "libgcc_s.", "libc.", "libd
 CPU_ONLY = {"_peak"}
 # What the faces of other ops call: checks, and forward and backward halves of what autograd sees as one.
 INNER = {"linear_cross_entropy_backward", "linear_cross_entropy_grads", "linear_logprob_backward",
-         "ma_ppo_loss_backward", "ma_ppo_policy_loss_forward", "ma_ppo_value_loss_forward",
-         "macro_pool_backward", "macro_segment_check", "selective_logprob_backward"}  # fmt: skip
+         "load_balance_loss_backward", "ma_ppo_loss_backward", "ma_ppo_policy_loss_forward",
+         "ma_ppo_value_loss_forward", "macro_pool_backward", "macro_segment_check",
+         "moe_combine_backward", "moe_gate_backward", "moe_gate_linear_backward",
+         "moe_permute_backward", "router_seed_loss_backward", "router_seed_loss_grads",
+         "selective_logprob_backward", "sequence_nll_backward", "sequence_nll_forward"}  # fmt: skip
 
 
 def run(code: str, **env: str) -> subprocess.CompletedProcess:
