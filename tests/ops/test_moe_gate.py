@@ -216,7 +216,9 @@ def test_errors(device):
 
 @cuda_only
 def test_devices_must_be_the_same(device):
-    with pytest.raises(RuntimeError, match=r"w_router must be on the device of x \(cuda:0\), got cpu"):
+    with pytest.raises(
+        RuntimeError, match=r"w_router must be on the device of x \(cuda:0\), got cpu"
+    ):
         ops.moe_gate_linear(rand(5, 4).to(device), rand(3, 4), 2)
 
 

@@ -74,7 +74,7 @@ def test_balance_without_a_token(device):
     counts, mask = torch.zeros(3, dtype=torch.int32, device=device), torch.zeros(5, device=device)
     loss = ops.load_balance_loss(logits, counts, mask, 1)
     loss.backward()
-    assert float(loss) == 0 and (logits.grad == 0).all()
+    assert loss.item() == 0 and (logits.grad == 0).all()
 
 
 def test_balance_with_masked_experts_and_nan(device):
@@ -138,7 +138,7 @@ class TestSeedNumbers:
         h, r = rand(50, 12).to(device), torch.zeros(12, device=device, requires_grad=True)
         loss = ops.router_seed_loss(h, r)
         loss.backward()
-        assert float(loss) == pytest.approx(math.log(2), abs=1e-7)
+        assert loss.item() == pytest.approx(math.log(2), abs=1e-7)
         torch.testing.assert_close(r.grad, -0.5 * h.mean(0), rtol=1e-6, atol=1e-7)
 
     def train(self, domains, device, dim=16, steps=200):
@@ -175,7 +175,7 @@ def test_long_logits_do_not_overflow(device):
     mask = torch.tensor([1, 0, 0, 0], device=device)
     for at, t, want in ((0, 1.0, 0.0), (0, 0.0, 1e5), (1, 1.0, 1e5), (2, 1.0, 0.0), (3, 1.0, 0.0)):
         target = torch.full((4,), t, device=device)
-        assert float(ops.router_seed_loss(h, r, mask.roll(at), target)) == want
+        assert ops.router_seed_loss(h, r, mask.roll(at), target).item() == want
 
 
 def test_rows_that_do_not_count_are_never_read(device):
@@ -189,7 +189,7 @@ def test_rows_that_do_not_count_are_never_read(device):
     assert (results[0][1][~mask] == 0).all()
     none = torch.zeros(40, dtype=torch.bool, device=device)
     loss = ops.router_seed_loss(inputs[0], inputs[1], none)
-    assert float(loss) == 0 and all((g == 0).all() for g in torch.autograd.grad(loss, inputs))
+    assert loss.item() == 0 and all((g == 0).all() for g in torch.autograd.grad(loss, inputs))
 
 
 def test_frozen_expert_or_vector(device):

@@ -68,13 +68,35 @@ def test_sort_takes_any_strides(device):
 @pytest.mark.parametrize("dim", [1, 5, 16, 67, 130])
 @pytest.mark.parametrize("sentinel", [0, 3])
 def test_permute_and_combine(dim, dtype, sentinel, device):
-    for tokens, k, experts in ((0, 2, 4), (1, 1, 1), (29, 3, 5)):
+    for tokens, k, experts in ((0, 2, 4), (9, 1, 1), (29, 3, 5)):
         index = choices(tokens, k, experts, sentinel=sentinel)
         order, inverse, _, _ = reference.moe_sort(index, experts, allow_sentinel=True)
         x, y = rand(tokens, dim, dtype=dtype), rand(tokens * k, dim, dtype=dtype, seed=1)
         weight = rand(tokens, k, seed=2)
         agree("moe_permute", [x, order, k], device, wrt=(0,))
         agree("moe_combine", [y, weight, inverse], device, wrt=(0, 1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_token_alone(dtype, device):
+    """It gets the bits that it gets in a batch, and so do its gradients."""
+    y, weight, up = rand(12, 67, dtype=dtype), rand(6, 2), rand(6, 67, dtype=dtype, seed=3)
+    y, weight, up = (t.to(device) for t in (y, weight, up))
+
+    def run(rows):
+        slots = slice(2 * rows.start, 2 * rows.stop)
+        inputs = [t.clone().requires_grad_() for t in (y[slots], weight[rows])]
+        inverse = torch.arange(len(inputs[0]), dtype=torch.int32, device=device)
+        out = ops.moe_combine(*inputs, inverse)
+        return out.detach(), *torch.autograd.grad(out, inputs, up[rows])
+
+    for isa in every_isa(device):
+        with isa:
+            whole = run(slice(0, 6))
+            for t in range(6):
+                for one, all_of in zip(run(slice(t, t + 1)), whole):
+                    at = slice(2 * t, 2 * t + 2) if len(all_of) == 12 else slice(t, t + 1)
+                    assert torch.equal(one, all_of[at])
 
 
 def test_round_trip(device):

@@ -57,18 +57,6 @@ inline void fill(Choice* c, Largest<K>* list) {
   }
 }
 
-// 1 / what the exponentials of the chosen ones are divided by.
-inline VF all_of(const Choice& c, VF top) {
-  VF sum = set1(0.0f);
-  for (int64_t first = 0; first < c.n; first += kSumBlock) {
-    const int64_t end = first + kSumBlock < c.n ? first + kSumBlock : c.n;
-    VF some = set1(0.0f);
-    for (int64_t e = first; e < end; ++e) some = some + exp(load(c.tile + e * kGateTokens) - top);
-    sum = sum + some;
-  }
-  return sum;
-}
-
 // Weights and experts to [k][kGateTokens].
 template <int K>
 inline void choose(Choice c, int64_t k, bool renormalize, float* weight, uint32_t* index) {
@@ -83,7 +71,7 @@ inline void choose(Choice c, int64_t k, bool renormalize, float* weight, uint32_
     y[j] = exp(list.value[j] - list.value[0]);
     sum = sum + y[j];
   }
-  if (!renormalize) sum = all_of(c, list.value[0]);
+  if (!renormalize) sum = exp_sums(c.tile, 0, c.n, list.value[0], nullptr).sum;
 #pragma GCC unroll 8
   for (int j = 0; j < K; ++j) {
     if (j >= k) break;
@@ -124,7 +112,7 @@ inline void choose_many(Choice c, int64_t k, bool renormalize, float* weight, ui
     store(weight + j * kGateTokens, y);
     sum = sum + y;
   }
-  if (!renormalize) sum = all_of(c, top);
+  if (!renormalize) sum = exp_sums(c.tile, 0, c.n, top, nullptr).sum;
   for (int64_t j = 0; j < k; ++j) {
     float* const at = weight + j * kGateTokens;
     store(at, select(unordered(c.poison), c.poison, load(at) / sum));
@@ -187,17 +175,18 @@ void gate_grad_tile(const GateGradParams& p, int64_t begin, int64_t rows, const 
     const float *const w = p.weight + (begin + t) * k, *const g = p.grad + (begin + t) * k;
     const int32_t* const at = p.index + (begin + t) * k;
     float* const row = s.staged;
-    float mean = 0.0f;
+    // Weights add up to 1 where they are renormalized: g may be seen from the first, and equal ones
+    // give exactly 0. What cancels is computed in double; k is small.
+    const double from = p.renormalize ? static_cast<double>(g[0]) : 0.0;
+    double mean = 0.0;
+    for (int64_t j = 0; j < k; ++j) mean += static_cast<double>(w[j]) * (g[j] - from);
     if (p.renormalize) {
-      // Weights add up to 1, so all g may be seen from the first: equal ones give exactly 0.
-      for (int64_t j = 0; j < k; ++j) mean += w[j] * (g[j] - g[0]);
       for (int64_t e = 0; e < n; ++e) row[e] = 0.0f;
-      for (int64_t j = 0; j < k; ++j) row[at[j]] = w[j] * ((g[j] - g[0]) - mean);
     } else {
-      for (int64_t j = 0; j < k; ++j) mean += w[j] * g[j];
-      probabilities(x, n, softmax.largest[t], softmax.factor[t], -mean, row);
-      for (int64_t j = 0; j < k; ++j) row[at[j]] = w[j] * (g[j] - mean);
+      probabilities(x, n, softmax.largest[t], softmax.factor[t], static_cast<float>(-mean), row);
     }
+    for (int64_t j = 0; j < k; ++j)
+      row[at[j]] = static_cast<float>(static_cast<double>(w[j]) * ((g[j] - from) - mean));
     finish_row(row, p.also != nullptr ? p.also + (begin + t) * n : nullptr, n, out);
   }
 }

@@ -8,9 +8,6 @@
 TENFOLD_ISA_BEGIN
 namespace {
 
-// Sums over experts are sums of as many: one long chain of additions would round each.
-constexpr int64_t kSumBlock = 8;
-
 // Of `rows` tokens; those beyond are 0. staged: room for 8 rows of round_up(n, 8), tile for that
 // many of kGateTokens.
 template <class T>
@@ -38,26 +35,41 @@ struct TileSoftmax {
   float *largest, *factor, *mean;
 };
 
+constexpr int64_t kSumBlock = 8;
+
+// Over experts [begin, end) of a group of lanes, the sum of y = exp(x - top), and of y `of` (unless
+// null); halves are added, so that few roundings follow each other.
+struct ExpSums {
+  VF sum, mean;
+};
+
+inline ExpSums exp_sums(const float* lanes, int64_t begin, int64_t end, VF top, const float* of) {
+  ExpSums s{set1(0.0f), set1(0.0f)};
+  if (end - begin > kSumBlock) {
+    const int64_t half = begin + round_up((end - begin) / 2, kSumBlock);
+    const ExpSums a = exp_sums(lanes, begin, half, top, of);
+    const ExpSums b = exp_sums(lanes, half, end, top, of);
+    return {a.sum + b.sum, a.mean + b.mean};
+  }
+  for (int64_t e = begin; e < end; e += 2) {
+    const VF y = exp(load(lanes + e * kGateTokens) - top);
+    const VF z = e + 1 < end ? exp(load(lanes + (e + 1) * kGateTokens) - top) : set1(0.0f);
+    s.sum = s.sum + (y + z);
+    if (of == nullptr) continue;
+    s.mean = s.mean + fma(y, set1(of[e]), e + 1 < end ? z * set1(of[e + 1]) : z);
+  }
+  return s;
+}
+
 inline void tile_softmax(const float* tile, int64_t n, const float* of, const TileSoftmax& to) {
   for (int64_t g = 0; g < kGateTokens; g += kWidth) {
     VF top = load(tile + g);
     for (int64_t e = 1; e < n; ++e) top = vmax(top, load(tile + e * kGateTokens + g));
-    VF sum = set1(0.0f), mean = set1(0.0f);
-    for (int64_t first = 0; first < n; first += kSumBlock) {
-      const int64_t end = first + kSumBlock < n ? first + kSumBlock : n;
-      VF some = set1(0.0f), some_mean = set1(0.0f);
-      for (int64_t e = first; e < end; ++e) {
-        const VF y = exp(load(tile + e * kGateTokens + g) - top);
-        some = some + y;
-        if (of != nullptr) some_mean = fma(y, set1(of[e]), some_mean);
-      }
-      sum = sum + some;
-      mean = mean + some_mean;
-    }
-    const VF factor = set1(1.0f) / sum;
+    const ExpSums s = exp_sums(tile + g, 0, n, top, of);
+    const VF factor = set1(1.0f) / s.sum;
     store(to.largest + g, top);
     store(to.factor + g, factor);
-    if (of != nullptr) store(to.mean + g, mean * factor);
+    if (of != nullptr) store(to.mean + g, s.mean * factor);
   }
 }
 
