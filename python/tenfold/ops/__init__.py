@@ -36,6 +36,12 @@ from tenfold.ops.loss import (
     linear_logprob,
     selective_logprob,
 )
+from tenfold.ops.moe import (
+    grouped_gemm,
+    grouped_gemm_wgrad,
+    moe_lora_swiglu_mlp,
+    moe_swiglu_mlp,
+)
 from tenfold.ops.optim import (
     grad_norm,
     linear_wgrad_rows,
@@ -77,6 +83,8 @@ __all__ = [
     "gae",
     "grad_norm",
     "group_heads",
+    "grouped_gemm",
+    "grouped_gemm_wgrad",
     "head_cka",
     "kv_compact_",
     "kv_gather",
@@ -99,6 +107,8 @@ __all__ = [
     "masked_adamw_",
     "masked_adamw_8bit_",
     "masked_copy_",
+    "moe_lora_swiglu_mlp",
+    "moe_swiglu_mlp",
     "nacl_evict",
     "nacl_select",
     "pack_mask",

@@ -29,6 +29,12 @@ from tenfold.reference.loss import (
     linear_logprob,
     selective_logprob,
 )
+from tenfold.reference.moe import (
+    grouped_gemm,
+    grouped_gemm_wgrad,
+    moe_lora_swiglu_mlp,
+    moe_swiglu_mlp,
+)
 from tenfold.reference.optim import (
     dynamic_code,
     grad_norm,
@@ -72,6 +78,8 @@ __all__ = [
     "gae",
     "grad_norm",
     "group_heads",
+    "grouped_gemm",
+    "grouped_gemm_wgrad",
     "gumbel",
     "head_cka",
     "kv_compact_",
@@ -95,6 +103,8 @@ __all__ = [
     "masked_adamw_",
     "masked_adamw_8bit_",
     "masked_copy_",
+    "moe_lora_swiglu_mlp",
+    "moe_swiglu_mlp",
     "nacl_evict",
     "nacl_select",
     "pack_mask",
