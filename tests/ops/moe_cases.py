@@ -70,34 +70,32 @@ def run_lora(op, tensors, index, **options):
     return op(x, wg, wu, wd, ab[:3], ab[3:], SCALE, index, weight, **options)
 
 
-def eager_mixture(x, index, weight, n, expert):
+def eager_experts(x, gate_up, down, index, weight, allow_sentinel=False):
     """What one writes: every product, activation and weighted row is rounded to the dtype."""
     out = torch.zeros_like(x)
-    for e in range(n):
+    for e in range(gate_up.shape[0]):
         token, choice = (index == e).nonzero(as_tuple=True)
-        y = expert(e, x[token]) * weight[token, choice, None].to(x.dtype)
+        gate, up = F.linear(x[token], gate_up[e]).chunk(2, -1)
+        y = F.linear(F.silu(gate) * up, down[e]) * weight[token, choice, None].to(x.dtype)
         out = out.index_add(0, token, y)
     return out
 
 
-def eager_experts(x, gate_up, down, index, weight, allow_sentinel=False):
-    def expert(e, x):
-        gate, up = F.linear(x, gate_up[e]).chunk(2, -1)
-        return F.linear(F.silu(gate) * up, down[e])
-
-    return eager_mixture(x, index, weight, gate_up.shape[0], expert)
-
-
 def eager_lora(x, wg, wu, wd, a, b, scale, index, weight, allow_sentinel=False):
-    base = wg, wu, wd
+    """The products with the shared block once per token."""
+    base = F.linear(x, wg), F.linear(x, wu)
+    summed, out = torch.zeros_like(base[0]), torch.zeros_like(x)
 
-    def linear(e, part, x):
-        return F.linear(x, base[part]) + scale * F.linear(F.linear(x, a[part][e]), b[part][e])
+    def low(e, part, x):
+        return scale * F.linear(F.linear(x, a[part][e]), b[part][e])
 
-    def expert(e, x):
-        return linear(e, 2, F.silu(linear(e, 0, x)) * linear(e, 1, x))
-
-    return eager_mixture(x, index, weight, a[0].shape[0], expert)
+    for e in range(a[0].shape[0]):
+        token, choice = (index == e).nonzero(as_tuple=True)
+        gate, up = (base[part][token] + low(e, part, x[token]) for part in (0, 1))
+        y = F.silu(gate) * up * weight[token, choice, None].to(x.dtype)
+        summed = summed.index_add(0, token, y)
+        out = out.index_add(0, token, low(e, 2, y))
+    return F.linear(summed, wd) + out
 
 
 KINDS = {

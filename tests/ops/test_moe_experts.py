@@ -40,11 +40,16 @@ SHAPES = [  # T, d, f, n, k: none, one, odd, few and many rows of an expert, pas
 ]  # fmt: skip
 
 
+def draws(shape):
+    """Rounding of few numbers is a coin toss: small problems count several times."""
+    size = math.prod(shape[:2])
+    return 1 if size == 0 else 64 if size < 10 else 16 if size < 100 else 8 if size < 600 else 2
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_matches_the_definition(shape, dtype, device):
-    samples = 8 if math.prod(shape[:2]) < 600 else 1
-    compare("experts", lambda seed: experts(shape, dtype, seed=seed), device, samples=samples)
+    compare("experts", lambda seed: experts(shape, dtype, seed=seed), device, samples=draws(shape))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -53,7 +58,7 @@ def test_routes(kind, dtype, device):
     options = {"allow_sentinel": kind in ("sentinels", "nobody")}
     for shape in ((50, 40, 33, 6, 2), (300, 20, 35, 3, 3)):
         compare("experts", lambda s, p=shape: experts(p, dtype, kind, s), device, **options)
-    compare("lora", lambda s: lora((50, 40, 33, 6, 2), 5, dtype, kind, s), device, samples=2, **options)  # fmt: skip
+    compare("lora", lambda s: lora((50, 40, 33, 6, 2), 5, dtype, kind, s), device, samples=6, **options)  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -62,8 +67,7 @@ def test_routes(kind, dtype, device):
                                              ((30, 270, 400, 3, 2), 65), ((9, 12, 10, 2, 2), 0)])  # fmt: skip
 def test_lora_matches_the_definition(shape, rank, dtype, device):
     """The definition makes every product slot by slot."""
-    samples = 8 if math.prod(shape[:2]) < 600 else 1
-    compare("lora", lambda seed: lora(shape, rank, dtype, seed=seed), device, samples=samples)
+    compare("lora", lambda seed: lora(shape, rank, dtype, seed=seed), device, samples=draws(shape))
 
 
 @pytest.mark.parametrize("isa", tenfold.cpu_capabilities())

@@ -112,7 +112,7 @@ void LoraExperts::activate_backward(const Tensor& grad, const void* hidden, cons
       b.dg = at(both, t.col), b.du = at(both, f + t.col);
       b.g_stride = 2 * f;
       b.wa = at(wa, t.col), b.wa_stride = f;
-      b.dot = memory[1] + t.block * s + t.rows.first;
+      b.dot = memory[1] + t.block * s;
       TENFOLD_ISA_CALL_AS(isa_, moe_swiglu_backward, t.rows, b);
     });
     if (weight != nullptr)

@@ -81,7 +81,7 @@ void backward(const Experts& e, const Tensor& grad, const Tensor& hidden,
     b.dg = e.at(both, t.col), b.du = e.at(both, f + t.col);
     b.g_stride = pre_stride;
     b.wa = e.at(wa, t.col), b.wa_stride = f;
-    b.dot = memory[2] + t.block * s + t.rows.first;
+    b.dot = memory[2] + t.block * s;
     TENFOLD_ISA_CALL_AS(e.isa, moe_swiglu_backward, t.rows, b);
   });
   if (out.weight != nullptr) {

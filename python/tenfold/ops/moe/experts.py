@@ -185,8 +185,8 @@ def _routed(op: str, x: Tensor, index: Tensor, weight: Tensor, *matrices: Tensor
         if t.shape[:-1] != x.shape[:-1]:
             raise RuntimeError(f"tenfold::{op}: {name} must be {[*x.shape[:-1], 'k']} to match x "
                                f"{list(x.shape)}, got {list(t.shape)}")  # fmt: skip
-    rows, k = x.reshape(-1, x.shape[-1]), index.shape[-1]
-    return rows, index.reshape(rows.shape[0], k), weight.reshape(rows.shape[0], -1), *matrices
+    rows = x.shape[:-1].numel()
+    return *(t.reshape(rows, t.shape[-1]) for t in (x, index, weight)), *matrices
 
 
 def grouped_gemm(

@@ -71,7 +71,7 @@ def moe_swiglu_mlp(
         gate, up = (x @ work(gate_up[e]).T).chunk(2, -1)
         return (F.silu(gate) * up) @ work(down[e]).T
 
-    flat = index.reshape(len(rows), -1), weight.reshape(len(rows), -1)
+    flat = (t.reshape(len(rows), t.shape[-1]) for t in (index, weight))
     out = _mixture(rows, *flat, gate_up.shape[0], allow_sentinel, expert)
     return out.view(x.shape).to(x.dtype)
 
@@ -94,6 +94,6 @@ def moe_lora_swiglu_mlp(
     def expert(e: int, x: Tensor) -> Tensor:
         return linear(e, 2, F.silu(linear(e, 0, x)) * linear(e, 1, x))
 
-    flat = index.reshape(len(rows), -1), weight.reshape(len(rows), -1)
+    flat = (t.reshape(len(rows), t.shape[-1]) for t in (index, weight))
     out = _mixture(rows, *flat, lora_a[0].shape[0], allow_sentinel, expert)
     return out.view(x.shape).to(x.dtype)
