@@ -36,6 +36,18 @@ from tenfold.ops.loss import (
     linear_logprob,
     selective_logprob,
 )
+from tenfold.ops.merge import (
+    dare_merge,
+    dare_merge_,
+    delta_gram,
+    delta_gram_,
+    linear_merge,
+    linear_merge_,
+    slerp_merge,
+    slerp_merge_,
+    ties_merge,
+    ties_merge_,
+)
 from tenfold.ops.optim import (
     grad_norm,
     linear_wgrad_rows,
@@ -66,6 +78,10 @@ from tenfold.ops.template import template_scale
 __all__ = [
     "allocate_heads",
     "collapse_heads",
+    "dare_merge",
+    "dare_merge_",
+    "delta_gram",
+    "delta_gram_",
     "dha_attention",
     "dha_attention_backward",
     "dha_cache_append_",
@@ -82,6 +98,8 @@ __all__ = [
     "kv_gather",
     "linear_cross_entropy",
     "linear_logprob",
+    "linear_merge",
+    "linear_merge_",
     "linear_wgrad_rows",
     "ma_ppo_policy_loss",
     "ma_ppo_prepare",
@@ -105,6 +123,10 @@ __all__ = [
     "proxy_scores",
     "ragged_decode",
     "selective_logprob",
+    "slerp_merge",
+    "slerp_merge_",
     "template_scale",
+    "ties_merge",
+    "ties_merge_",
     "unpack_mask",
 ]

@@ -29,6 +29,20 @@ from tenfold.reference.loss import (
     linear_logprob,
     selective_logprob,
 )
+from tenfold.reference.merge import (
+    dare_keep,
+    dare_merge,
+    dare_merge_,
+    delta_gram,
+    delta_gram_,
+    linear_merge,
+    linear_merge_,
+    slerp_merge,
+    slerp_merge_,
+    ties_keep,
+    ties_merge,
+    ties_merge_,
+)
 from tenfold.reference.optim import (
     dynamic_code,
     grad_norm,
@@ -43,7 +57,7 @@ from tenfold.reference.optim import (
     pack_mask,
     unpack_mask,
 )
-from tenfold.reference.random import gumbel, philox4x32_10
+from tenfold.reference.random import gumbel, name_stream, philox4x32_10
 from tenfold.reference.rl import (
     gae,
     ma_ppo_policy_loss,
@@ -61,6 +75,11 @@ from tenfold.reference.template import template_scale
 __all__ = [
     "allocate_heads",
     "collapse_heads",
+    "dare_keep",
+    "dare_merge",
+    "dare_merge_",
+    "delta_gram",
+    "delta_gram_",
     "dha_attention",
     "dha_attention_backward",
     "dha_cache_append_",
@@ -78,6 +97,8 @@ __all__ = [
     "kv_gather",
     "linear_cross_entropy",
     "linear_logprob",
+    "linear_merge",
+    "linear_merge_",
     "linear_wgrad_rows",
     "ma_ppo_policy_loss",
     "ma_ppo_prepare",
@@ -97,11 +118,17 @@ __all__ = [
     "masked_copy_",
     "nacl_evict",
     "nacl_select",
+    "name_stream",
     "pack_mask",
     "philox4x32_10",
     "proxy_scores",
     "ragged_decode",
     "selective_logprob",
+    "slerp_merge",
+    "slerp_merge_",
     "template_scale",
+    "ties_keep",
+    "ties_merge",
+    "ties_merge_",
     "unpack_mask",
 ]
