@@ -96,13 +96,20 @@ def _numbers(x: float | Sequence[float], count: int) -> list[float]:
     return [float(x)] * count if isinstance(x, int | float) else [float(v) for v in x]
 
 
+def _some(name: str, tensors: Sequence[Tensor], argument: str = "experts") -> list[Tensor]:
+    """As a list; an empty one alone would find no kernel at all."""
+    if not tensors:
+        raise ValueError(f"tenfold::{name}: {argument} must be 1 to 64 tensors, got 0")
+    return list(tensors)
+
+
 def _dare(op: Any, out: tuple[Tensor, ...], base: Tensor, experts: Sequence[Tensor],
           weights: Sequence[float], drop: float | Sequence[float], seed: int,
           stream: int | str, normalize: bool, **kwargs: Any) -> Any:  # fmt: skip
     given = [float(w) for w in weights]
     total = sum(given)
     result = call_inference(
-        op, *out, base, list(experts), given, _numbers(drop, len(experts)), seed,
+        op, *out, base, _some("dare_merge" + "_" * len(out), experts), given, _numbers(drop, len(experts)), seed,
         name_stream(stream) if isinstance(stream, str) else stream,
         mutates=out, normalize=normalize, **kwargs,
     )  # fmt: skip
@@ -212,7 +219,7 @@ def ties_merge(
         ValueError: as :func:`dare_merge`, or ``density``. TypeError: dtype. RuntimeError: requires grad.
     """
     given = [float(w) for w in weights]
-    return call_inference(_ops.ties_merge, base, list(experts), given,
+    return call_inference(_ops.ties_merge, base, _some("ties_merge", experts), given,
                           _numbers(density, len(experts)), normalize=normalize, lambda_=lambda_)  # fmt: skip
 
 
@@ -232,7 +239,7 @@ def ties_merge_(
         ValueError: also if ``out`` is not contiguous or shares a part of an input's memory.
     """
     given = [float(w) for w in weights]
-    call_inference(_ops.ties_merge_, out, base, list(experts), given,
+    call_inference(_ops.ties_merge_, out, base, _some("ties_merge_", experts), given,
                    _numbers(density, len(experts)), mutates=(out,), normalize=normalize,
                    lambda_=lambda_)  # fmt: skip
 
@@ -252,7 +259,10 @@ def linear_merge(
         ValueError: shapes, dtypes, devices or counts differ; weights. TypeError: dtype. RuntimeError: requires grad.
     """
     return call_inference(
-        _ops.linear_merge, list(tensors), [float(w) for w in weights], normalize=normalize
+        _ops.linear_merge,
+        _some("linear_merge", tensors, "tensors"),
+        [float(w) for w in weights],
+        normalize=normalize,
     )
 
 
@@ -264,7 +274,7 @@ def linear_merge_(
     Raises:
         ValueError: also if ``out`` is not contiguous or shares a part of an input's memory.
     """
-    call_inference(_ops.linear_merge_, out, list(tensors), [float(w) for w in weights],
+    call_inference(_ops.linear_merge_, out, _some("linear_merge_", tensors, "tensors"), [float(w) for w in weights],
                    mutates=(out,), normalize=normalize)  # fmt: skip
 
 
@@ -325,7 +335,7 @@ def delta_gram(base: Tensor | None, experts: Sequence[Tensor]) -> Tensor:
     Raises:
         ValueError: shapes, dtypes, devices. TypeError: dtype. RuntimeError: requires grad.
     """
-    return call_inference(_ops.delta_gram, base, list(experts))
+    return call_inference(_ops.delta_gram, base, _some("delta_gram", experts))
 
 
 def delta_gram_(gram: Tensor, base: Tensor | None, experts: Sequence[Tensor]) -> None:
@@ -334,4 +344,4 @@ def delta_gram_(gram: Tensor, base: Tensor | None, experts: Sequence[Tensor]) ->
     Raises:
         ValueError: also for another size of ``gram``. TypeError: ``gram`` is not float64.
     """
-    call_inference(_ops.delta_gram_, gram, base, list(experts), mutates=(gram,))
+    call_inference(_ops.delta_gram_, gram, base, _some("delta_gram_", experts), mutates=(gram,))
