@@ -4,8 +4,16 @@
 TENFOLD_ISA_BEGIN
 namespace {
 
-constexpr int kLanes = 8;
-typedef double Doubles __attribute__((vector_size(kLanes * sizeof(double))));
+// A register of doubles. There are kLanes partial sums whatever its size: one result on every ISA.
+#if defined(TENFOLD_ISA_AVX512)
+constexpr int kPerRegister = 8;
+#elif defined(TENFOLD_ISA_AVX2)
+constexpr int kPerRegister = 4;
+#else
+constexpr int kPerRegister = 2;
+#endif
+typedef double Doubles __attribute__((vector_size(kPerRegister * sizeof(double))));
+constexpr int kLanes = 8, kRegisters = kLanes / kPerRegister;
 
 template <class T>
 void to_floats(const T* x, int64_t n, float* out) {
@@ -26,18 +34,21 @@ void floats_of(const void* x, Dtype dtype, int64_t begin, int64_t n, float* out)
 // out[k] += x . y_k for N rows y, kGramStrip apart; n is a multiple of kLanes.
 template <int N>
 inline void add_dots(const double* x, const double* y, int64_t n, double* out) {
-  Doubles sum[N] = {};
+  Doubles sum[N][kRegisters] = {};
   for (int64_t i = 0; i < n; i += kLanes) {
-    Doubles a, b;
-    __builtin_memcpy(&a, x + i, sizeof(a));
-    for (int k = 0; k < N; ++k) {
-      __builtin_memcpy(&b, y + k * kGramStrip + i, sizeof(b));
-      sum[k] += a * b;
+    for (int r = 0; r < kRegisters; ++r) {
+      Doubles a, b;
+      __builtin_memcpy(&a, x + i + r * kPerRegister, sizeof(a));
+      for (int k = 0; k < N; ++k) {
+        __builtin_memcpy(&b, y + k * kGramStrip + i + r * kPerRegister, sizeof(b));
+        sum[k][r] += a * b;
+      }
     }
   }
   for (int k = 0; k < N; ++k) {
     double total = 0.0;
-    for (int lane = 0; lane < kLanes; ++lane) total += sum[k][lane];
+    for (int lane = 0; lane < kLanes; ++lane)
+      total += sum[k][lane / kPerRegister][lane % kPerRegister];
     out[k] += total;
   }
 }
@@ -60,9 +71,19 @@ void gram_part(const GramInput& in, int64_t begin, int64_t end, double* rows, do
     }
     for (int j = 0; j < m; ++j) {
       const double* const row = rows + j * kGramStrip;
-      int k = j;
-      for (; k + 4 <= m; k += 4) add_dots<4>(row, rows + k * kGramStrip, padded, gram + j * m + k);
-      for (; k < m; ++k) add_dots<1>(row, rows + k * kGramStrip, padded, gram + j * m + k);
+      for (int k = j; k < m; k += 4) {
+        const double* const others = rows + k * kGramStrip;
+        double* const out = gram + j * m + k;
+        if (m - k >= 4) {
+          add_dots<4>(row, others, padded, out);
+        } else if (m - k == 3) {
+          add_dots<3>(row, others, padded, out);
+        } else if (m - k == 2) {
+          add_dots<2>(row, others, padded, out);
+        } else {
+          add_dots<1>(row, others, padded, out);
+        }
+      }
     }
   }
 }

@@ -7,11 +7,6 @@ namespace {
 constexpr int64_t kDraws = 512;        // elements whose draws are made at once
 constexpr int64_t kRow = kDraws + 64;  // bytes: a whole vector may be loaded at the last element
 
-template <bool kWhole, class T>
-inline VF get(const T* p, int n) {
-  return kWhole ? load(p) : load_n(p, n);
-}
-
 // bytes[i]: the draw of element first + i; first is a multiple of kDraws.
 void draw_bytes(const DropKey& key, uint64_t first, uint32_t expert, uint8_t* bytes) {
   const VI lanes = counter_lanes();
@@ -57,7 +52,12 @@ inline VM pick_largest(VF d, uint32_t cut, uint32_t valid, int64_t* ties) {
   uint32_t same = bits_of(eq(key, seti(cut))) & valid;
   if (same == 0) return over;
   uint32_t word = bits_of(over);
-  for (; same != 0 && *ties > 0; same &= same - 1, --*ties) word |= same & -same;
+  const int64_t count = __builtin_popcount(same);
+  if (count <= *ties) {
+    *ties -= count;
+    return lanes_of(word | same);
+  }
+  for (; *ties > 0; same &= same - 1, --*ties) word |= same & -same;
   return lanes_of(word);
 }
 
@@ -67,61 +67,140 @@ struct Draws {
   const uint32_t* limit;
 };
 
-// Elements i .. i + n - 1, n = kWidth if kWhole.
-template <class T, Pick kPick, bool kElect, bool kWhole>
-inline void merge_vector(const DeltaMerge& m, int64_t i, int n, int64_t drawn, const Draws& draws,
-                         int64_t* ties) {
-  const VF zero = set1(0.0f);
-  const VF base = get<kWhole>(static_cast<const T*>(m.base) + i, n);
-  VF sum = set1(-0.0f), negative = set1(-0.0f), shares = zero, negative_shares = zero;
-  for (int e = 0; e < m.experts; ++e) {
-    const VF d = get<kWhole>(static_cast<const T*>(m.expert[e]) + i, n) - base;
-    const VF c = set1(m.weight[e]);
-    VM kept = eq(zero, zero);
-    if constexpr (kPick == Pick::random) {
-      const VI byte = load_bytes(draws.bytes + e * kRow + drawn);
-      kept = above(byte + seti(1), seti(draws.limit[e]));
+enum class Mix : int { plain, elected_sum, elected_mean };
+
+// The sums of one vector of elements over the experts.
+template <Mix kMix>
+struct Sums {
+  VF sum = set1(-0.0f), negative = set1(-0.0f);  // plain: only the first
+  VF shares = set1(0.0f), negative_shares = set1(0.0f);
+
+  template <bool kAll>
+  inline void add(VM kept, VF d, VF weight, VF share) {
+    const VF zero = set1(0.0f);
+    if constexpr (kMix == Mix::plain) {
+      const VF added = fused(weight, d, sum);
+      sum = kAll ? added : select(kept, added, sum);
+      return;
     }
-    if constexpr (kPick == Pick::largest)
-      kept = pick_largest(d, m.cut[e], kWhole ? ~0u : (1u << n) - 1, ties + e);
-    if constexpr (kElect) {
-      const VF v = kPick == Pick::all ? c * d : select(kept, c * d, zero);
-      const VF share = set1(m.share[e]);
-      sum = sum + vmax(zero, v);  // NaN is the second operand, so it reaches both sums
-      negative = negative + vmin(zero, v);
+    const VF v = kAll ? weight * d : select(kept, weight * d, zero);
+    sum = sum + vmax(zero, v);  // NaN is the second operand, so it reaches both sums
+    negative = negative + vmin(zero, v);
+    if constexpr (kMix == Mix::elected_mean) {
       shares = shares + select(gt(v, zero), share, zero);
       negative_shares = negative_shares + select(lt(v, zero), share, zero);
-    } else {
-      const VF added = fused(c, d, sum);
-      sum = kPick == Pick::all ? added : select(kept, added, sum);
     }
   }
-  VF out = base + sum;
-  if constexpr (kElect) {
+
+  inline VF result(VF base, VF lambda) const {
+    if constexpr (kMix == Mix::plain) return base + sum;
+    const VF zero = set1(0.0f);
     const VM positive = ge(sum + negative, zero);
     VF mass = select(positive, sum, negative);
-    if (m.normalize) {
+    if constexpr (kMix == Mix::elected_mean) {
       const VF share = select(positive, shares, negative_shares);
       mass = mass / select(eq(share, zero), set1(1.0f), share);
     }
-    out = fused(mass, set1(m.lambda), base);
+    return fused(mass, lambda, base);
   }
-  T* const to = static_cast<T*>(m.out) + i;
-  if constexpr (kWhole) {
-    store(to, out);
+};
+
+// Two vectors of neighbours: bfloat16 as the even and the odd ones, which needs no shuffle, unless
+// their order counts.
+template <class T>
+constexpr bool kSplit = false;
+#if defined(TENFOLD_ISA_AVX2) || defined(TENFOLD_ISA_AVX512)
+template <>
+constexpr bool kSplit<bf16_t> = true;
+#endif
+
+template <bool kOrdered, class T>
+inline void get_two(const T* p, VF (&x)[2]) {
+  if constexpr (kSplit<T> && !kOrdered) {
+    load_pair(p, &x[0], &x[1]);
   } else {
-    store_n(to, out, n);
+    x[0] = load(p);
+    x[1] = load(p + kWidth);
   }
 }
 
-template <class T, Pick kPick, bool kElect>
+template <bool kOrdered, class T>
+inline void put_two(T* p, const VF (&x)[2]) {
+  if constexpr (kSplit<T> && !kOrdered) {
+    store_pair(p, x[0], x[1]);
+  } else {
+    store(p, x[0]);
+    store(p + kWidth, x[1]);
+  }
+}
+
+// Their draws.
+template <class T>
+inline void get_two_bytes(const uint8_t* p, VI (&x)[2]) {
+  if constexpr (kSplit<T>) {
+    const VI both = load_halves(reinterpret_cast<const uint16_t*>(p));
+    x[0] = both & seti(255);
+    x[1] = shr<8>(both);
+  } else {
+    x[0] = load_bytes(p);
+    x[1] = load_bytes(p + kWidth);
+  }
+}
+
+// Elements i .. i + 2 kWidth - 1; the draw of the first is number `drawn` of the stretch.
+template <class T, Pick kPick, Mix kMix>
+inline void merge_two(const DeltaMerge& m, int64_t i, int64_t drawn, const Draws& draws,
+                      int64_t* ties) {
+  constexpr bool kAll = kPick == Pick::all, kOrdered = kPick == Pick::largest;
+  VF base[2], x[2];
+  get_two<kOrdered>(static_cast<const T*>(m.base) + i, base);
+  Sums<kMix> sums[2];
+  const VM all = eq(base[0], base[0]);
+  for (int e = 0; e < m.experts; ++e) {
+    get_two<kOrdered>(static_cast<const T*>(m.expert[e]) + i, x);
+    const VF weight = set1(m.weight[e]), share = set1(m.share[e]);
+    VI draw[2];
+    if constexpr (kPick == Pick::random) get_two_bytes<T>(draws.bytes + e * kRow + drawn, draw);
+    for (int k = 0; k < 2; ++k) {
+      const VF d = x[k] - base[k];
+      VM kept = all;
+      if constexpr (kPick == Pick::random) kept = above(draw[k] + seti(1), seti(draws.limit[e]));
+      if constexpr (kPick == Pick::largest) kept = pick_largest(d, m.cut[e], ~0u, ties + e);
+      sums[k].template add<kAll>(kept, d, weight, share);
+    }
+  }
+  const VF lambda = set1(m.lambda);
+  for (int k = 0; k < 2; ++k) x[k] = sums[k].result(base[k], lambda);
+  put_two<kOrdered>(static_cast<T*>(m.out) + i, x);
+}
+
+// Elements i .. i + n - 1, n <= kWidth.
+template <class T, Pick kPick, Mix kMix>
+void merge_few(const DeltaMerge& m, int64_t i, int n, int64_t drawn, const Draws& draws,
+               int64_t* ties) {
+  const VF base = load_n(static_cast<const T*>(m.base) + i, n);
+  Sums<kMix> sums;
+  for (int e = 0; e < m.experts; ++e) {
+    const VF d = load_n(static_cast<const T*>(m.expert[e]) + i, n) - base;
+    VM kept = eq(d, d);
+    if constexpr (kPick == Pick::random)
+      kept = above(load_bytes(draws.bytes + e * kRow + drawn) + seti(1), seti(draws.limit[e]));
+    if constexpr (kPick == Pick::largest) kept = pick_largest(d, m.cut[e], (1u << n) - 1, ties + e);
+    sums.template add<kPick == Pick::all>(kept, d, set1(m.weight[e]), set1(m.share[e]));
+  }
+  store_n(static_cast<T*>(m.out) + i, sums.result(base, set1(m.lambda)), n);
+}
+
+template <class T, Pick kPick, Mix kMix>
 void merge_stretch(const DeltaMerge& m, int64_t begin, int64_t end, const Draws& draws,
                    int64_t* ties) {
   int64_t i = begin;
-  for (; i + kWidth <= end; i += kWidth)
-    merge_vector<T, kPick, kElect, true>(m, i, kWidth, i - begin, draws, ties);
-  if (i < end)
-    merge_vector<T, kPick, kElect, false>(m, i, static_cast<int>(end - i), i - begin, draws, ties);
+  for (; i + 2 * kWidth <= end; i += 2 * kWidth)
+    merge_two<T, kPick, kMix>(m, i, i - begin, draws, ties);
+  for (; i < end; i += kWidth) {
+    const int n = static_cast<int>(end - i < kWidth ? end - i : kWidth);
+    merge_few<T, kPick, kMix>(m, i, n, i - begin, draws, ties);
+  }
 }
 
 // Calls f(begin, end, draws) for stretches of [begin, end) that share one block of draws.
@@ -142,43 +221,44 @@ void with_draws(const DeltaMerge& m, int64_t begin, int64_t end, const F& f) {
   }
 }
 
-template <class T, bool kElect>
+template <class T, Mix kMix>
 void merge(const DeltaMerge& m, int64_t begin, int64_t end, int64_t* ties) {
   if (m.pick == Pick::random) {
     with_draws(m, begin, end, [&](int64_t from, int64_t to, const Draws& draws) {
-      merge_stretch<T, Pick::random, kElect>(m, from, to, draws, ties);
+      merge_stretch<T, Pick::random, kMix>(m, from, to, draws, ties);
     });
   } else if (m.pick == Pick::largest) {
-    merge_stretch<T, Pick::largest, kElect>(m, begin, end, {}, ties);
+    merge_stretch<T, Pick::largest, kMix>(m, begin, end, {}, ties);
   } else {
-    merge_stretch<T, Pick::all, kElect>(m, begin, end, {}, ties);
+    merge_stretch<T, Pick::all, kMix>(m, begin, end, {}, ties);
   }
 }
 
 template <class T>
 void merge_as(const DeltaMerge& m, int64_t begin, int64_t end, int64_t* ties) {
-  if (m.elect) return merge<T, true>(m, begin, end, ties);
-  merge<T, false>(m, begin, end, ties);
-}
-
-template <class T, bool kWhole>
-inline void sum_vector(const WeightedSum& m, int64_t i, int n) {
-  VF sum = set1(-0.0f);
-  for (int e = 0; e < m.terms; ++e)
-    sum = fused(set1(m.weight[e]), get<kWhole>(static_cast<const T*>(m.term[e]) + i, n), sum);
-  T* const to = static_cast<T*>(m.out) + i;
-  if constexpr (kWhole) {
-    store(to, sum);
-  } else {
-    store_n(to, sum, n);
-  }
+  if (!m.elect) return merge<T, Mix::plain>(m, begin, end, ties);
+  if (m.normalize) return merge<T, Mix::elected_mean>(m, begin, end, ties);
+  merge<T, Mix::elected_sum>(m, begin, end, ties);
 }
 
 template <class T>
 void sum_as(const WeightedSum& m, int64_t begin, int64_t end) {
   int64_t i = begin;
-  for (; i + kWidth <= end; i += kWidth) sum_vector<T, true>(m, i, kWidth);
-  if (i < end) sum_vector<T, false>(m, i, static_cast<int>(end - i));
+  for (; i + 2 * kWidth <= end; i += 2 * kWidth) {
+    VF sum[2] = {set1(-0.0f), set1(-0.0f)}, x[2];
+    for (int e = 0; e < m.terms; ++e) {
+      get_two<false>(static_cast<const T*>(m.term[e]) + i, x);
+      for (int k = 0; k < 2; ++k) sum[k] = fused(set1(m.weight[e]), x[k], sum[k]);
+    }
+    put_two<false>(static_cast<T*>(m.out) + i, sum);
+  }
+  for (; i < end; i += kWidth) {
+    const int n = static_cast<int>(end - i < kWidth ? end - i : kWidth);
+    VF sum = set1(-0.0f);
+    for (int e = 0; e < m.terms; ++e)
+      sum = fused(set1(m.weight[e]), load_n(static_cast<const T*>(m.term[e]) + i, n), sum);
+    store_n(static_cast<T*>(m.out) + i, sum, n);
+  }
 }
 
 template <class T>
