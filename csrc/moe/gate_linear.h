@@ -2,7 +2,7 @@
 // grad_x = g w and grad_w = g^T x from the gradient g of the logits, float32 [T, n].
 //
 // n is small, so x is what there is to read: once, in tiles of kRouterTokens tokens. Vectors lie
-// along d, where both operands are contiguous, so neither is packed: blocks of 3 tokens times 8
+// along d, where both operands are contiguous, so neither is transposed: blocks of 3 tokens times 8
 // experts of sums, a part of d at a time, so that those 8 rows of w stay in the first cache. The
 // two products of the backward broadcast g to rows of w or x; sums over tokens are cut into strips
 // (kOuterStrip) whose sums are added afterwards. Nothing depends on T or on threads.
@@ -16,7 +16,7 @@
 namespace tenfold {
 
 constexpr int64_t kRouterTokens = 48;
-constexpr int64_t kRouterPart = 2048;  // bytes of a row at a time
+constexpr int64_t kRouterPart = 4096;  // bytes of a row at a time
 constexpr int64_t kOuterCols = 256, kOuterStrip = 128;
 
 struct RouterParams {

@@ -12,6 +12,7 @@ constexpr int kExperts = 8, kOuterRows = 6;
 constexpr int kExperts = 4, kOuterRows = 3;
 #endif
 constexpr int kOuterVecs = 4;
+constexpr int64_t kPackFrom = 12;  // tokens that make up for a copy of the router's rows
 
 // What of a row is multiplied at once: floats, or where there are dot products, pairs of bf16.
 template <class X, class W>
@@ -97,34 +98,58 @@ inline void dots(const X* x, int64_t x_stride, const W* w, int64_t w_stride, int
     }
 }
 
+// Rows of E experts, n elements each, beside each other: those of w often lie a power of two apart,
+// and share a few sets of the first cache.
+template <int E, class W>
+class ExpertRows {
+ public:
+  static constexpr auto kPart = static_cast<int64_t>(kRouterPart / sizeof(W));
+  static constexpr auto kStride = kPart + static_cast<int64_t>(64 / sizeof(W));
+
+  ExpertRows(const W* w, int64_t stride, int64_t n) {
+    for (int e = 0; e < E; ++e)
+      __builtin_memcpy(rows_ + e * kStride, w + e * stride, static_cast<uint64_t>(n) * sizeof(W));
+  }
+  const W* data() const { return rows_; }
+
+ private:
+  alignas(64) W rows_[E * kStride];
+};
+
+template <int E, class X, class W>
+void dots_of_tokens(const RouterParams& p, const X* x, const W* w, int64_t w_stride, int64_t tokens,
+                    int64_t n, float* out, bool add) {
+  int64_t t = 0;
+  for (; t + kTokens <= tokens; t += kTokens)
+    dots<kTokens, E>(x + t * p.x_stride, p.x_stride, w, w_stride, n, out + t * p.experts, p.experts,
+                     add);
+  for (; t < tokens; ++t)
+    dots<1, E>(x + t * p.x_stride, p.x_stride, w, w_stride, n, out + t * p.experts, p.experts, add);
+}
+
 template <int E, class X, class W>
 void dots_of_experts(const RouterParams& p, const X* x, const W* w, int64_t tokens, int64_t n,
                      float* out, bool add) {
-  int64_t t = 0;
-  for (; t + kTokens <= tokens; t += kTokens)
-    dots<kTokens, E>(x + t * p.x_stride, p.x_stride, w, p.w_stride, n, out + t * p.experts,
-                     p.experts, add);
-  for (; t < tokens; ++t)
-    dots<1, E>(x + t * p.x_stride, p.x_stride, w, p.w_stride, n, out + t * p.experts, p.experts,
-               add);
+  if (tokens < kPackFrom) return dots_of_tokens<E>(p, x, w, p.w_stride, tokens, n, out, add);
+  const ExpertRows<E, W> rows(w, p.w_stride, n);
+  dots_of_tokens<E>(p, x, rows.data(), rows.kStride, tokens, n, out, add);
 }
 
 template <class X, class W>
 void logits_of(const RouterParams& p, const X* x, const W* w, int64_t begin, int64_t end) {
-  constexpr auto kPart = static_cast<int64_t>(kRouterPart / sizeof(W));
+  constexpr int64_t kPart = ExpertRows<1, W>::kPart;
   x += begin * p.x_stride;
   float* const out = p.logits + begin * p.experts;
   for (int64_t at = 0; at < p.dim; at += kPart) {
     const int64_t n = p.dim - at < kPart ? p.dim - at : kPart;
+    const auto block = [&]<int E>(int64_t e) {
+      dots_of_experts<E>(p, x + at, w + e * p.w_stride + at, end - begin, n, out + e, at > 0);
+    };
     int64_t e = 0;
-    for (; e + kExperts <= p.experts; e += kExperts)
-      dots_of_experts<kExperts>(p, x + at, w + e * p.w_stride + at, end - begin, n, out + e,
-                                at > 0);
+    for (; e + kExperts <= p.experts; e += kExperts) block.template operator()<kExperts>(e);
     if constexpr (kExperts > 4)
-      for (; e + 4 <= p.experts; e += 4)
-        dots_of_experts<4>(p, x + at, w + e * p.w_stride + at, end - begin, n, out + e, at > 0);
-    for (; e < p.experts; ++e)
-      dots_of_experts<1>(p, x + at, w + e * p.w_stride + at, end - begin, n, out + e, at > 0);
+      for (; e + 4 <= p.experts; e += 4) block.template operator()<4>(e);
+    for (; e < p.experts; ++e) block.template operator()<1>(e);
   }
 }
 
@@ -135,17 +160,24 @@ void logits_of(const RouterParams& p, int64_t begin, int64_t end) {
   logits_of(p, x, static_cast<const float*>(p.w), begin, end);
 }
 
-// R rows times V vectors of columns from one strip of the depth; the last vector may have fewer.
+// Rows of b of one strip of the depth.
+template <class T>
+struct Strip {
+  const T* b;
+  int64_t stride, depth;
+};
+
+// R rows times V vectors of columns; the last vector may have fewer.
 template <int R, int V, class T>
-inline void outer_block(const OuterParams& p, const float* a, const T* b, int64_t depth, float* out,
-                        int64_t cols, bool add) {
+inline void outer_block(const OuterParams& p, const float* a, Strip<T> s, float* out, int64_t cols,
+                        bool add) {
   VF sum[R][V];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < V; ++v) sum[r][v] = set1(0.0f);
-  for (int64_t i = 0; i < depth; ++i, a += p.a_step, b += p.b_stride) {
+  for (int64_t i = 0; i < s.depth; ++i, a += p.a_step, s.b += s.stride) {
     VF y[V];
-    for (int v = 0; v < V; ++v) y[v] = V > 1 ? load(b + v * kWidth) : load_some(b, cols);
+    for (int v = 0; v < V; ++v) y[v] = V > 1 ? load(s.b + v * kWidth) : load_some(s.b, cols);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const VF x = set1(a[r * p.a_row]);
@@ -163,26 +195,30 @@ inline void outer_block(const OuterParams& p, const float* a, const T* b, int64_
 }
 
 template <int V, class T>
-void outer_rows(const OuterParams& p, int64_t first, int64_t depth, const T* b, float* out,
-                int64_t cols) {
+void outer_rows(const OuterParams& p, int64_t first, const Strip<T>& s, float* out, int64_t cols) {
   const float* const a = p.a + first * p.a_step;
   int64_t r = 0;
   for (; r + kOuterRows <= p.rows; r += kOuterRows)
-    outer_block<kOuterRows, V>(p, a + r * p.a_row, b, depth, out + r * p.pitch, cols, first > 0);
+    outer_block<kOuterRows, V>(p, a + r * p.a_row, s, out + r * p.pitch, cols, first > 0);
   for (; r < p.rows; ++r)
-    outer_block<1, V>(p, a + r * p.a_row, b, depth, out + r * p.pitch, cols, first > 0);
+    outer_block<1, V>(p, a + r * p.a_row, s, out + r * p.pitch, cols, first > 0);
 }
 
 template <class T>
 void outer_of(const OuterParams& p, const T* b, int64_t col, int64_t cols) {
   constexpr int kMany = kOuterVecs * kWidth;
+  alignas(64) float packed[kOuterStrip * kMany];  // as ExpertRows, and widened once
   for (int64_t i = 0; i < p.depth; i += kOuterStrip, b += kOuterStrip * p.b_stride) {
     const int64_t depth = p.depth - i < kOuterStrip ? p.depth - i : kOuterStrip;
     int64_t c = col;
-    for (; c + kMany <= col + cols; c += kMany)
-      outer_rows<kOuterVecs>(p, i, depth, b + c, p.out + c - col, kMany);
+    for (; c + kMany <= col + cols; c += kMany) {
+      for (int64_t j = 0; j < depth; ++j)
+        for (int v = 0; v < kMany; v += kWidth)
+          store(packed + j * kMany + v, load(b + j * p.b_stride + c + v));
+      outer_rows<kOuterVecs>(p, i, Strip<float>{packed, kMany, depth}, p.out + c - col, kMany);
+    }
     for (; c < col + cols; c += kWidth)
-      outer_rows<1>(p, i, depth, b + c, p.out + c - col, col + cols - c);
+      outer_rows<1>(p, i, Strip<T>{b + c, p.b_stride, depth}, p.out + c - col, col + cols - c);
   }
 }
 
