@@ -17,10 +17,10 @@
 namespace tenfold {
 
 constexpr int64_t kLogitChunk = 16384;
-constexpr int64_t kLogitBlock = 512;  // stays in the first cache between its maximum and its sums
+constexpr int64_t kLogitBlock = 2048;  // summed in float32
 
-// Of the scaled logits x of a chunk: their maximum m, the sum of exp(x - m), and of (x - m) exp(x -
-// m).
+// Of the scaled logits x of a chunk: a number m that is near their maximum, the sum of exp(x - m),
+// and of (x - m) exp(x - m).
 struct LogitSums {
   double max, sum, weighted;
 };

@@ -99,7 +99,8 @@ SlopeCall check_slope(const Tensor& grad, const Tensor& slope_in, const Tensor& 
 }  // namespace tenfold
 
 // The _forward forms give, beside loss and stats, what the backward needs: the derivative of every
-// term (slope, as the input) and the weight of a row's terms in the loss (scale, float64 [B]).
+// term (slope, as the input) and the weight of a row's terms in the loss (scale, float64 [B]). On a
+// CPU that weight is in the slopes already, and scale is 1.
 STABLE_TORCH_LIBRARY_FRAGMENT(tenfold, m) {
   m.def(
       "ma_ppo_policy_loss(Tensor logp_new, Tensor logp_old, Tensor adv, Tensor seg, "

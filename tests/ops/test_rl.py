@@ -261,10 +261,35 @@ def test_policy_loss(shape, ratio, agg, device):
                 x, old.to(where), adv.to(where), seg.to(where), 0.2, 0.3, ratio[0], agg, denom,
                 weight=ratio[1],
             )  # fmt: skip
-            (grad,) = torch.autograd.grad(loss * 3, x)
-            both.append((loss.detach(), stats, grad))
+            kept, grad = (
+                torch.autograd.grad(loss * by, x, retain_graph=by == 1)[0] for by in (1, 3)
+            )
+            both.append((loss.detach(), stats, kept, grad))
         same(*both, rtol=2e-5, atol=1e-6)
-        assert (both[0][2][~batch.mask] == 0).all()
+        assert (both[0][3][~batch.mask] == 0).all()
+
+
+@pytest.mark.parametrize("length", [3, 16, 17, "any"])
+@pytest.mark.parametrize("ratio", RATIOS[1:])
+def test_policy_loss_of_long_rows(ratio, length, device):
+    batch = Batch((3, 1500), device, holes=False)
+    new, old, adv = (x.nan_to_num(0.0) for x in (batch.rows(0.05), batch.rows(0.05), batch.rows()))
+    if length == "any":
+        starts = torch.rand(new.shape, generator=torch.Generator().manual_seed(3)) < 0.08
+        seg = starts.int().cumsum(1)
+        seg = (seg - seg[:, :1]).int().to(device)
+    else:
+        seg = (torch.arange(1500) // length).int().expand(3, -1).contiguous().to(device)
+    both = []
+    for module, where, dtype in ((ops, device, torch.float32), (ref, "cpu", torch.float64)):
+        x, *others = (t.to(where, dtype) for t in (new, old, adv))
+        x.requires_grad_()
+        loss, stats = module.ma_ppo_policy_loss(
+            x, *others, seg.to(where), ratio=ratio[0], weight=ratio[1]
+        )
+        (grad,) = torch.autograd.grad(loss, x)
+        both.append((loss.detach().float(), stats, grad.float()))
+    same(*both, rtol=2e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("agg", AGGREGATIONS)
@@ -317,6 +342,23 @@ class TestGradients:
             lambda x: ops.ma_ppo_value_loss(x, old, target, batch.mask, 0.2, agg)[0],
             new.requires_grad_(),
         )
+
+    def test_again(self):
+        """A gradient that is changed in place leaves those of later backward passes alone."""
+        x, adv = torch.randn(2, 6), torch.randn(2, 6)
+        seg = torch.arange(6, dtype=torch.int32).expand(2, -1).contiguous() // 2
+        for loss, others in (
+            (ops.ma_ppo_policy_loss, (x * 0.9, adv, seg)),
+            (ops.ma_ppo_value_loss, (x * 0.9, adv, torch.ones(2, 6))),
+        ):
+            leaf = x.clone().requires_grad_()
+            made = loss(leaf, *others)[0]
+            (first,) = torch.autograd.grad(made, leaf, retain_graph=True)
+            want = first.clone()
+            first.mul_(5)
+            (second,) = torch.autograd.grad(made, leaf, retain_graph=True)
+            made.backward()
+            assert torch.equal(second, want) and torch.equal(leaf.grad, want)
 
     def test_once(self):
         x = torch.randn(2, 3, requires_grad=True)

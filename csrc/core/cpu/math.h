@@ -30,12 +30,18 @@ inline VF exp2(VF x) {
   return exp2_of_parts(n, x - n);
 }
 
-// e^x, likewise, for x < 88. exp2(x log2 e) would round the product: an error that grows with x.
-inline VF exp(VF x) {
+constexpr float kExpFloor = -104.66f;  // e^x rounds to 0
+
+// e^x, likewise, for kExpFloor <= x < 88. exp2(x log2 e) would round the product: an error that
+// grows with x.
+inline VF exp_above_floor(VF x) {
   const VF log2e = set1(kLog2e);
-  x = vmax(set1(-104.66f), x);
   const VF n = rint(x * log2e);
   return exp2_of_parts(n, fma(x, log2e, set1(0.0f) - n));
+}
+
+inline VF exp(VF x) {
+  return exp_above_floor(vmax(set1(kExpFloor), x));
 }
 
 // tanh to about an ulp; NaN stays NaN. Near 0, where the quotient cancels, it is an odd polynomial

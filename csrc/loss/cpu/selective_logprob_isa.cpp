@@ -8,55 +8,84 @@ namespace {
 constexpr float kLowest = -3.402823466e38f;
 
 template <class T>
-inline VF scaled(const T* p, int64_t n, VF scale) {  // beyond n: lowest, which weighs nothing
-  if (n >= kWidth) return load(p) * scale;
+inline VF logits_at(const T* p, int64_t n) {  // beyond n: -inf, which weighs nothing
+  if (n >= kWidth) return load(p);
   const VM there = lt(iota(), seti(static_cast<uint32_t>(n)));
-  return select(there, load_n(p, static_cast<int>(n)) * scale, from_bits(seti(0xFF800000u)));
+  return select(there, load_n(p, static_cast<int>(n)), from_bits(seti(0xFF800000u)));
+}
+
+inline float scaled_max(VF top, float scale) {
+  const float max = hmax(top) * scale;
+  // Never -inf: differences stay numbers, and what is -inf weighs nothing.
+  return max < kLowest ? kLowest : max;
 }
 
 template <class T>
-LogitSums sums_of(const T* p, int64_t n, float by) {
-  const VF scale = set1(by), lowest = set1(kLowest);
+float max_of(const T* p, int64_t n, float scale) {
+  VF top[2] = {set1(kLowest), set1(kLowest)};
+  int64_t i = 0;
+  for (; i + 2 * kWidth <= n; i += 2 * kWidth)
+    for (int k = 0; k < 2; ++k) top[k] = vmax(top[k], load(p + i + k * kWidth));
+  for (; i < n; i += kWidth) top[0] = vmax(top[0], logits_at(p + i, n - i));
+  return scaled_max(vmax(top[0], top[1]), scale);
+}
+
+struct BlockSums {
+  float max, sum, weighted;  // the true maximum; sums relative to the shift
+};
+
+template <class T>
+BlockSums block_sums(const T* p, int64_t n, float by, float shift) {
+  const VF scale = set1(by), from = set1(-shift), floor = set1(kExpFloor), zero = set1(0.0f);
+  VF top[2] = {set1(kLowest), set1(kLowest)}, sum[2] = {zero, zero}, weighted[2] = {zero, zero};
+  const auto add = [&](int k, VF x) {
+    top[k] = vmax(top[k], x);
+    // At the floor the exponential is 0, so its product is 0 too where x is -inf.
+    const VF d = vmax(floor, fma(x, scale, from)), e = exp_above_floor(d);
+    sum[k] = sum[k] + e;
+    weighted[k] = fma(d, e, weighted[k]);
+  };
+  int64_t i = 0;
+  for (; i + 2 * kWidth <= n; i += 2 * kWidth) add(0, load(p + i)), add(1, load(p + i + kWidth));
+  for (; i < n; i += kWidth) add(0, logits_at(p + i, n - i));
+  return {scaled_max(vmax(top[0], top[1]), by), hsum(sum[0] + sum[1]),
+          hsum(weighted[0] + weighted[1])};
+}
+
+// One pass, as the maximum of earlier blocks is nearly always near enough: only a block that
+// exceeds it by more is summed again, from the cache.
+constexpr float kHeadroom = 8.0f;
+
+template <class T>
+LogitSums sums_of(const T* p, int64_t n, float scale) {
   LogitSums all{-INFINITY, 0.0, 0.0};
   for (int64_t begin = 0; begin < n; begin += kLogitBlock) {
-    const int64_t end = begin + kLogitBlock < n ? begin + kLogitBlock : n;
-    VF top[2] = {lowest, lowest};
-    int64_t i = begin;
-    for (; i + 2 * kWidth <= end; i += 2 * kWidth) {
-      top[0] = vmax(top[0], load(p + i) * scale);
-      top[1] = vmax(top[1], load(p + i + kWidth) * scale);
+    const int64_t some = begin + kLogitBlock < n ? kLogitBlock : n - begin;
+    const bool first = !(all.max > -INFINITY);
+    float shift = first ? max_of(p + begin, some, scale) : static_cast<float>(all.max);
+    BlockSums block = block_sums(p + begin, some, scale, shift);
+    if (block.max > shift + kHeadroom) {
+      shift = block.max;
+      block = block_sums(p + begin, some, scale, shift);
     }
-    for (; i < end; i += kWidth) top[0] = vmax(top[0], scaled(p + i, end - i, scale));
-    // Never -inf: differences stay numbers, and what is -inf weighs nothing.
-    const float max = hmax(vmax(top[0], top[1]));
-    const VF shift = set1(max);
-    VF sum[2] = {set1(0.0f), set1(0.0f)}, weighted[2] = {set1(0.0f), set1(0.0f)};
-    const auto add = [&](int lane, VF x) {
-      const VF d = x - shift, e = exp(d);
-      sum[lane] = sum[lane] + e;
-      // Not -inf times 0.
-      weighted[lane] = fma(select(lt(d, lowest), set1(0.0f), d), e, weighted[lane]);
-    };
-    for (i = begin; i + 2 * kWidth <= end; i += 2 * kWidth) {
-      add(0, load(p + i) * scale);
-      add(1, load(p + i + kWidth) * scale);
+    if (block.sum == 0.0f) continue;  // all of them far below, or -inf
+    const LogitSums part{shift, block.sum, block.weighted};
+    if (first || part.max > all.max) {
+      all = join(all, part);
+    } else {
+      all.sum += part.sum, all.weighted += part.weighted;
     }
-    for (; i < end; i += kWidth) add(0, scaled(p + i, end - i, scale));
-    const float total = hsum(sum[0] + sum[1]);
-    if (total == 0.0f) continue;  // all of them -inf
-    const LogitSums block{max, total, hsum(weighted[0] + weighted[1])};
-    all = join(all, block);
   }
   return all;
 }
 
 template <class T>
 void grad_of(const T* p, int64_t n, float by, const LogitGrad& g, T* out) {
-  const VF scale = set1(by), lse = set1(g.lse);
+  const VF scale = set1(by), lse = set1(-g.lse);
   const VF of_p = set1(g.of_p * g.scale), of_entropy = set1(g.of_entropy * g.scale);
   const VF entropy = set1(g.entropy), most = set1(-kLowest);
   for (int64_t i = 0; i < n; i += kWidth) {
-    const VF log_p = scaled(p + i, n - i, scale) - lse, e = exp(log_p);
+    const VF log_p = fma(logits_at(p + i, n - i), scale, lse), e = exp(log_p);
     const VF d = set1(0.0f) - (entropy + log_p);  // infinite where p is 0
     const VF y = e * fma(of_entropy, select(lt(most, d), set1(0.0f), d), of_p);
     if (n - i >= kWidth) {

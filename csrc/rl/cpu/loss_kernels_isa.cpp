@@ -1,6 +1,9 @@
+#include <cstring>
+
 #include "core/cpu/math.h"
 #include "core/cpu/vec.h"
 #include "rl/cpu/loss_kernels.h"
+#include "rl/cpu/row_kernels.h"
 
 TENFOLD_ISA_BEGIN
 namespace {
@@ -21,6 +24,10 @@ inline VF zero() {
 
 inline VF chosen(VM m, VF x) {
   return select(m, x, zero());
+}
+
+inline int64_t count_of(VM m) {
+  return __builtin_popcount(bits_of(m));
 }
 
 inline VI load_ids(const int32_t* p, int n) {  // beyond n: masked
@@ -72,24 +79,69 @@ struct PolicyLanes {
 
 // Sums of a block of terms, lane by lane.
 struct PolicyLaneSums {
-  VF loss = zero(), ratio = zero(), most = zero(), terms = zero();
-  VF above_high = zero(), below_low = zero();
+  VF loss = zero(), ratio = zero(), most = zero();
+  int64_t terms = 0, above_high = 0, below_low = 0;
 
   inline void add(const PolicyLanes& t, VM valid) {
-    const VF one = set1(1.0f), q = chosen(valid, t.q);
-    ratio = ratio + q, most = vmax(q, most), terms = terms + chosen(valid, one);
-    above_high = above_high + chosen(t.is_high, one);
-    below_low = below_low + chosen(t.is_low, one);
+    const VF q = chosen(valid, t.q);
+    ratio = ratio + q, most = vmax(q, most);
+    terms += count_of(valid), above_high += count_of(t.is_high), below_low += count_of(t.is_low);
   }
   inline void flush(RowSums* all) const {
     all->loss += static_cast<double>(hsum(loss)), all->ratio += static_cast<double>(hsum(ratio));
-    all->terms += static_cast<double>(hsum(terms));
-    all->high += static_cast<double>(hsum(above_high));
-    all->low += static_cast<double>(hsum(below_low));
+    all->terms += static_cast<double>(terms);
+    all->high += static_cast<double>(above_high), all->low += static_cast<double>(below_low);
     const double top = static_cast<double>(hmax(most));
     all->most = top > all->most ? top : all->most;
   }
 };
+
+// now - old, and their sum.
+inline double log_ratios(const float* now, const float* old, int64_t n, float* out) {
+  double all = 0.0;
+  for (int64_t first = 0; first < n; first += kBlock) {
+    const int64_t end = first + kBlock < n ? first + kBlock : n;
+    VF sum = zero();
+    for (int64_t j = first; j < end; j += kWidth) {
+      const int some = static_cast<int>(end - j < kWidth ? end - j : kWidth);
+      const VF d = load_some(now + j, some) - load_some(old + j, some);
+      sum = sum + d;
+      store_some(out + j, d, some);
+    }
+    all += static_cast<double>(hsum(sum));
+  }
+  return all;
+}
+
+// Of macro actions, from sums over their tokens. The weighted slopes by a token's log-ratio take
+// the place of those in log_ratio.
+inline RowSums policy_terms(const PolicyRule& rule, float* log_ratio, const float* adv,
+                            const int32_t* length, int64_t count) {
+  PolicyLanes term(rule);
+  const VF one = set1(1.0f);
+  const bool geo_mean = rule.ratio == RatioBy::geo_mean;
+  RowSums all;
+  for (int64_t first = 0; first < count; first += kBlock) {
+    const int64_t end = first + kBlock < count ? first + kBlock : count;
+    PolicyLaneSums sums;
+    VF weights = zero();
+    for (int64_t j = first; j < end; j += kWidth) {
+      const int n = static_cast<int>(end - j < kWidth ? end - j : kWidth);
+      const VM valid = lt(iota(), seti(static_cast<uint32_t>(n)));
+      const VF tokens = select(valid, to_float(load_ids(length + j, n)), one);
+      const VF share = one / tokens, by = geo_mean ? share : one;
+      const VF weight = rule.by_length ? tokens : one;
+      term.step(load_some(log_ratio + j, n) * by, load_some(adv + j, n) * share);
+      sums.loss = fma(weight, chosen(valid, term.loss), sums.loss);
+      weights = weights + chosen(valid, weight);
+      sums.add(term, valid);
+      store_some(log_ratio + j, weight * by * term.slope, n);
+    }
+    sums.flush(&all);
+    all.weight += static_cast<double>(hsum(weights));
+  }
+  return all;
+}
 
 }  // namespace
 
@@ -121,26 +173,17 @@ RowSums policy_tokens(const PolicyParams<float>& p, const int32_t* seg, int64_t 
   return all;
 }
 
-RowSums policy_terms(const PolicyRule& rule, const float* log_ratio, const float* adv,
-                     const float* weight, int64_t count, float* slope) {
-  PolicyLanes term(rule);
-  RowSums all;
-  for (int64_t first = 0; first < count; first += kBlock) {
-    const int64_t end = first + kBlock < count ? first + kBlock : count;
-    PolicyLaneSums sums;
-    VF weights = zero();
-    for (int64_t j = first; j < end; j += kWidth) {
-      const int n = static_cast<int>(end - j < kWidth ? end - j : kWidth);
-      const VM valid = lt(iota(), seti(static_cast<uint32_t>(n)));
-      const VF w = load_some(weight + j, n);
-      term.step(load_some(log_ratio + j, n), load_some(adv + j, n));
-      sums.loss = fma(w, term.loss, sums.loss), weights = weights + w;
-      sums.add(term, valid);
-      store_some(slope + j, w * term.slope, n);
-    }
-    sums.flush(&all);
-    all.weight += static_cast<double>(hsum(weights));
-  }
+RowSums policy_runs(const PolicyRule& rule, const int32_t* seg, int64_t n, const float* now,
+                    const float* old, const float* adv, float* work, uint32_t* ends,
+                    int32_t* length, float* slope) {
+  const int64_t room = n + 16;
+  float *const d = work, *const a = d + room, *const sum_d = a + room, *const sum_a = sum_d + room;
+  const double log_ratio = log_ratios(now, old, n, d);
+  memcpy(a, adv, static_cast<size_t>(n) * sizeof(float));
+  const int64_t count = consecutive_sums(seg, n, d, a, ends, sum_d, sum_a, length);
+  RowSums all = policy_terms(rule, sum_d, sum_a, length, count);
+  all.tokens = static_cast<double>(n), all.log_ratio = log_ratio;
+  if (slope != nullptr) spread_runs(ends, count, sum_d, nullptr, slope, nullptr);
   return all;
 }
 
@@ -148,11 +191,12 @@ RowSums value_tokens(const ValueParams<float>& p, int64_t width, int64_t begin) 
   const float *now = p.now + begin, *old = p.old + begin, *ret = p.ret + begin;
   const uint8_t* mask = p.mask + begin;
   float* const slope = p.slope != nullptr ? p.slope + begin : nullptr;
-  const VF clip = set1(static_cast<float>(p.clip)), one = set1(1.0f);
+  const VF clip = set1(static_cast<float>(p.clip));
   RowSums all;
   for (int64_t first = 0; first < width; first += kBlock) {
     const int64_t end = first + kBlock < width ? first + kBlock : width;
-    VF loss = zero(), error = zero(), tokens = zero(), count = zero();
+    VF loss = zero(), error = zero();
+    int64_t tokens = 0, count = 0;
     for (int64_t j = first; j < end; j += kWidth) {
       const int n = static_cast<int>(end - j < kWidth ? end - j : kWidth);
       const VM valid = above(load_mask(mask + j, n), seti(0));
@@ -162,7 +206,7 @@ RowSums value_tokens(const ValueParams<float>& p, int64_t width, int64_t begin) 
       const VF a = v - r, b = bounded - r, aa = a * a, bb = b * b;
       const VM clipped = gt(bb, aa);
       loss = loss + select(clipped, bb, aa), error = error + aa;
-      tokens = tokens + chosen(valid, one), count = count + chosen(clipped, one);
+      tokens += count_of(valid), count += count_of(clipped);
       if (slope == nullptr) continue;
       // Where the bound holds, the worse term does not depend on the value.
       const VF s = select(clipped, select(eq(bounded, v), b, zero()), a);
@@ -170,8 +214,7 @@ RowSums value_tokens(const ValueParams<float>& p, int64_t width, int64_t begin) 
     }
     all.loss += 0.5 * static_cast<double>(hsum(loss));
     all.ratio += static_cast<double>(hsum(error));
-    all.weight += static_cast<double>(hsum(tokens));
-    all.high += static_cast<double>(hsum(count));
+    all.weight += static_cast<double>(tokens), all.high += static_cast<double>(count);
   }
   return all;
 }

@@ -15,97 +15,71 @@ namespace tenfold::cpu {
 namespace {
 
 // One thread's share; a vector operation does several tokens at a time.
-constexpr double kMicrosPerToken = 0.0006, kMicrosPerMacro = 0.006;
+constexpr double kMicrosPerToken = 0.0006, kMicrosPerMacro = 0.0015;
 
 using Doubles = std::vector<double>;
 
-// Of all kinds of terms, in double.
+// Terms of tokens or macro actions, in double but where policy_runs takes them.
 template <class T>
 class PolicyRows {
  public:
-  explicit PolicyRows(const PolicyParams<T>& p)
-      : p_(p),
-        tokens_(p.seg.rows.width),
-        ratio_(p.seg.rows.width),
-        adv_(ratio_),
-        sum_r_(ratio_),
-        sum_a_(ratio_),
-        length_(ratio_.size()),
-        ends_(ratio_.size() + 16),
-        lanes_(std::is_same_v<T, float> ? 4 * ratio_.size() : 0) {}
+  explicit PolicyRows(const PolicyParams<T>& p) : p_(p), tokens_(p.seg.rows.width) {}
 
   RowSums run(int64_t row) {
     const Span span = p_.seg.rows[row];
     tokens_.read(p_.seg[row], span.width);
     const int64_t n = tokens_.count(), at = span.begin;
+    const T* const now = tokens_.pick(p_.now + at, &memory_[0]);
+    const T* const old = tokens_.pick(p_.old + at, &memory_[1]);
+    const T* const adv = tokens_.pick(p_.adv + at, &memory_[2]);
+    T* const slope = p_.slope != nullptr ? tokens_.target(p_.slope + at, &memory_[3]) : nullptr;
     RowSums sums;
-    sums.tokens = static_cast<double>(n);
-    sums.log_ratio =
-        TENFOLD_ISA_CALL(kl_terms, tokens_.pick(p_.now + at, &memory_[0]),
-                         tokens_.pick(p_.old + at, &memory_[1]), n, KlBy::k1, 1.0, ratio_.data());
-    TENFOLD_ISA_CALL(widen, tokens_.pick(p_.adv + at, &memory_[0]), n, adv_.data());
-    if (p_.rule.ratio == RatioBy::token) {
-      for (int64_t q = 0; q < n; ++q) {
-        const PolicyTerm t = policy_term(p_.rule, ratio_[q], adv_[q]);
-        sums.add(t, 1.0);
-        ratio_[q] = t.slope;
+    if (std::is_same_v<T, float> && tokens_.consecutive()) {
+      if constexpr (std::is_same_v<T, float>) {
+        length_.resize(n + 16), ends_.resize(n + 16), work_.resize(4 * (n + 16));
+        sums = TENFOLD_ISA_CALL(policy_runs, p_.rule, tokens_.segments(), n, now, old, adv,
+                                work_.data(), ends_.data(), length_.data(), slope);
       }
     } else {
-      macro_terms(n, span.width, &sums);
+      for (Doubles* x : {&ratio_, &adv_, &sum_r_, &sum_a_}) x->resize(span.width);
+      sums.tokens = static_cast<double>(n);
+      sums.log_ratio = TENFOLD_ISA_CALL(kl_terms, now, old, n, KlBy::k1, 1.0, ratio_.data());
+      TENFOLD_ISA_CALL(widen, adv, n, adv_.data());
+      if (p_.rule.ratio == RatioBy::token) {
+        token_terms(n, &sums);
+      } else {
+        macro_terms(n, span.width, &sums);
+      }
+      for (int64_t q = 0; slope != nullptr && q < n; ++q) slope[q] = static_cast<T>(ratio_[q]);
     }
-    if (p_.slope == nullptr) return sums;
-    T* const to = tokens_.target(p_.slope + at, &memory_[0]);
-    for (int64_t q = 0; q < n; ++q) to[q] = static_cast<T>(ratio_[q]);
-    tokens_.place(to, p_.slope + at);
+    if (slope != nullptr) tokens_.place(slope, p_.slope + at);
     return sums;
   }
 
  private:
-  // Leaves the slopes of tokens in ratio_.
-  void macro_terms(int64_t n, int64_t width, RowSums* sums) {
-    int64_t found = width;
-    if (tokens_.consecutive()) {
-      found = TENFOLD_ISA_CALL(consecutive_sums, tokens_.segments(), n, ratio_.data(), adv_.data(),
-                               ends_.data(), sum_r_.data(), sum_a_.data(), length_.data());
-    } else {
-      std::fill_n(length_.begin(), width, 0);
-      TENFOLD_ISA_CALL(segment_sums, tokens_.segments(), n, ratio_.data(), adv_.data(),
-                       sum_r_.data(), sum_a_.data(), length_.data());
+  // Both leave the slopes of tokens in ratio_.
+  void token_terms(int64_t n, RowSums* sums) {
+    for (int64_t q = 0; q < n; ++q) {
+      const PolicyTerm t = policy_term(p_.rule, ratio_[q], adv_[q]);
+      sums->add(t, 1.0);
+      ratio_[q] = t.slope;
     }
-    if constexpr (std::is_same_v<T, float>) {
-      lane_terms(found, sums);
-    } else {
-      for (int64_t t = 0; t < found; ++t) {
-        const int32_t l = length_[t];
-        if (l == 0) continue;
-        const double share = macro_share(p_.rule, l), weight = macro_weight(p_.rule, l);
-        const PolicyTerm term =
-            policy_term(p_.rule, sum_r_[t] * share, sum_a_[t] / static_cast<double>(l));
-        sums->add(term, weight);
-        sum_r_[t] = term.slope * share * weight;
-      }
-    }
-    for (int64_t q = 0; q < n; ++q) ratio_[q] = sum_r_[tokens_.segments()[q]];
   }
 
-  // The terms of macro actions [0, found) that have tokens, several at a time; then their slopes by
-  // a token's log-ratio in sum_r_.
-  void lane_terms(int64_t found, RowSums* sums) {
-    float *const ratio = lanes_.data(), *const adv = ratio + lanes_.size() / 4,
-                 *const weight = adv + lanes_.size() / 4, *const slope = weight + lanes_.size() / 4;
-    int64_t count = 0;
-    for (int64_t t = 0; t < found; ++t) {
+  void macro_terms(int64_t n, int64_t width, RowSums* sums) {
+    length_.assign(width, 0);
+    TENFOLD_ISA_CALL(segment_sums, tokens_.segments(), n, ratio_.data(), adv_.data(), sum_r_.data(),
+                     sum_a_.data(), length_.data());
+    for (int64_t t = 0; t < width; ++t) {
       const int32_t l = length_[t];
       if (l == 0) continue;
-      ratio[count] = static_cast<float>(sum_r_[t] * macro_share(p_.rule, l));
-      adv[count] = static_cast<float>(sum_a_[t] / static_cast<double>(l));
-      weight[count++] = static_cast<float>(macro_weight(p_.rule, l));
+      const double share = macro_share(p_.rule, l), weight = macro_weight(p_.rule, l);
+      const PolicyTerm term =
+          policy_term(p_.rule, sum_r_[t] * share, sum_a_[t] / static_cast<double>(l));
+      sums->add(term, weight);
+      sum_r_[t] = term.slope * share * weight;
     }
-    sums->add(TENFOLD_ISA_CALL(policy_terms, p_.rule, ratio, adv, weight, count, slope));
-    count = 0;
-    for (int64_t t = 0; t < found; ++t)
-      if (length_[t] != 0)
-        sum_r_[t] = static_cast<double>(slope[count++]) * macro_share(p_.rule, length_[t]);
+    for (int64_t q = 0; q < n; ++q) ratio_[q] = sum_r_[tokens_.segments()[q]];
   }
 
   const PolicyParams<T>& p_;
@@ -113,8 +87,8 @@ class PolicyRows {
   Doubles ratio_, adv_, sum_r_, sum_a_;
   std::vector<int32_t> length_;
   std::vector<uint32_t> ends_;
-  std::vector<float> lanes_;
-  std::vector<T> memory_[2];
+  std::vector<float> work_;
+  std::vector<T> memory_[4];
 };
 
 // sums[row] = f(row, scratch made by `make`).
@@ -182,49 +156,59 @@ std::vector<RowSums> value_sums(const ValueParams<double>& p) {
   });
 }
 
-// Loss and scales of rows; the sums over all of them.
 template <class T>
-RowSums finish(const std::vector<RowSums>& rows, const LossOut& out) {
+void scale_rows(const Rows& rows, const T* slope, const double* scale, double by, T* out) {
+  parallel_for(rows.count, 0.0002 * static_cast<double>(rows.width + 64),
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t row = begin; row < end; ++row) {
+                   const Span span = rows[row];
+                   TENFOLD_ISA_CALL(scale_slopes, slope + span.begin, span.width, by * scale[row],
+                                    out + span.begin);
+                 }
+               });
+}
+
+// The loss, and slopes by their scales while they are in the cache: the scales left for the
+// backward are 1. Back: the sums over all rows.
+template <class T>
+RowSums finish(const std::vector<RowSums>& sums, const Rows& rows, const LossOut& out, T* slope) {
   RowSums all;
   double filled = 0.0, total = 0.0;
-  for (const RowSums& r : rows) all.add(r), filled += r.weight > 0.0;
+  for (const RowSums& r : sums) all.add(r), filled += r.weight > 0.0;
   const double by = out.mean.divisor(all.weight, filled);
-  double* const scale = out.scale ? data_as<double>(*out.scale) : nullptr;
-  for (size_t b = 0; b < rows.size(); ++b) {
-    const double s = out.mean.scale(rows[b].weight, by);
-    total += rows[b].loss * s;
-    if (scale != nullptr) scale[b] = s;
+  std::vector<double> scale(sums.size());
+  for (size_t b = 0; b < sums.size(); ++b) {
+    scale[b] = out.mean.scale(sums[b].weight, by);
+    total += sums[b].loss * scale[b];
   }
   *data_as<T>(out.loss) = static_cast<T>(total);
+  if (slope != nullptr) {
+    scale_rows(rows, slope, scale.data(), 1.0, slope);
+    std::fill_n(data_as<double>(*out.scale), sums.size(), 1.0);
+  }
   return all;
 }
 
 void policy_loss(const PolicyCall& call) {
   with_real(call.now, [&]<class T>() {
     const PolicyParams<T> p = call.params<T>();
-    write_policy_stats(finish<T>(policy_sums(p), call.out), data_as<float>(call.out.stats));
+    write_policy_stats(finish(policy_sums(p), p.seg.rows, call.out, p.slope),
+                       data_as<float>(call.out.stats));
   });
 }
 
 void value_loss(const ValueCall& call) {
   with_real(call.now, [&]<class T>() {
     const ValueParams<T> p = call.params<T>();
-    write_value_stats(finish<T>(value_sums(p), call.out), data_as<float>(call.out.stats));
+    write_value_stats(finish(value_sums(p), p.rows, call.out, p.slope),
+                      data_as<float>(call.out.stats));
   });
 }
 
 void loss_backward(const SlopeCall& call) {
   with_real(call.slope, [&]<class T>() {
     const SlopeParams<T> p = call.params<T>();
-    parallel_for(p.rows.count, 0.0002 * static_cast<double>(p.rows.width + 64),
-                 [&](int64_t begin, int64_t end) {
-                   for (int64_t row = begin; row < end; ++row) {
-                     const Span span = p.rows[row];
-                     TENFOLD_ISA_CALL(scale_slopes, p.slope + span.begin, span.width,
-                                      static_cast<double>(*p.grad) * p.scale[row],
-                                      p.out + span.begin);
-                   }
-                 });
+    scale_rows(p.rows, p.slope, p.scale, static_cast<double>(*p.grad), p.out);
   });
 }
 

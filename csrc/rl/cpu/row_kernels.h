@@ -1,5 +1,5 @@
 // Loops over one row of a batch, for each instruction set. Everything between the tensors is
-// double.
+// double, but where float is named.
 #pragma once
 
 #include <cstdint>
@@ -36,6 +36,10 @@ TENFOLD_ISA_DECLARE(void segment_sums(const int32_t* seg, int64_t n, const doubl
 TENFOLD_ISA_DECLARE(int64_t consecutive_sums(const int32_t* seg, int64_t n, double* a, double* b,
                                              uint32_t* ends, double* sum_a, double* sum_b,
                                              int32_t* length))
+// In float up to 8 tokens, and beyond in double.
+TENFOLD_ISA_DECLARE(int64_t consecutive_sums(const int32_t* seg, int64_t n, float* a, float* b,
+                                             uint32_t* ends, float* sum_a, float* sum_b,
+                                             int32_t* length))
 
 // Generalised advantages of n steps (gae of rl/returns.h). g, null: rule.gamma for all of them.
 // `work`: n + 1 numbers.
@@ -49,7 +53,8 @@ TENFOLD_ISA_DECLARE(void gae_steps(const float* value, const float* reward, int6
                                    const GaeRule& rule, const double* g, double bootstrap,
                                    double* work, float* adv, float* ret))
 
-// to_a[j] = a[seg[j]], likewise b. With the `ends` of `segments` consecutive segments: faster.
+// to_a[j] = a[seg[j]], likewise b (null: left out). With the `ends` of `segments` consecutive
+// segments: faster.
 TENFOLD_ISA_DECLARE(void spread_runs(const uint32_t* ends, int64_t segments, const float* a,
                                      const float* b, float* to_a, float* to_b))
 TENFOLD_ISA_DECLARE(void spread_runs(const uint32_t* ends, int64_t segments, const double* a,

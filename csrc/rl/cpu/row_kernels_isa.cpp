@@ -1,5 +1,6 @@
 #include <cmath>
 #include <cstring>
+#include <utility>
 
 #include "core/cpu/vec.h"
 #include "rl/cpu/row_kernels.h"
@@ -82,33 +83,31 @@ void sums_of(const int32_t* seg, int64_t n, const double* a, const double* b, do
 
 constexpr int64_t kWindow = 8, kChunk = 512;
 
-// x_i becomes the sum of the last kWindow ones up to i of its segment, for a chunk of tokens with
-// kWindow ones before it: in three steps, each doubling the window, none of which waits for another
-// token.
-inline void widen_window(const int32_t* seg, int64_t n, int64_t by, const double* from,
-                         double* to) {
-  for (int64_t i = by; i < n; ++i) to[i] = from[i] + (seg[i] == seg[i - by] ? from[i - by] : 0.0);
+// Of tokens [begin, end): to_i = from_i + from_{i - by}, if that is of the same segment. from_i
+// lies at from[i - from_at], likewise to.
+template <class T>
+inline void widen_window(const int32_t* seg, int64_t begin, int64_t end, int64_t by, const T* from,
+                         int64_t from_at, T* to, int64_t to_at) {
+  int64_t i = begin;
+  for (; i < by && i < end; ++i) to[i - to_at] = from[i - from_at];
+  const T *const near = from - from_at + i, *const far = near - by;
+  T* const out = to - to_at + i;
+  const int32_t *const now = seg + i, *const then = now - by;
+  for (int64_t k = 0; k < end - i; ++k) out[k] = near[k] + (now[k] == then[k] ? far[k] : T{0});
 }
 
-void window_sums(const int32_t* seg, int64_t n, double* x) {
-  int32_t ids[kWindow + kChunk];
-  double one[kWindow + kChunk], two[kWindow + kChunk];
-  for (int64_t i = 0; i < kWindow; ++i) ids[i] = -1, one[i] = two[i] = 0.0;
-  for (int64_t first = 0; first < n; first += kChunk) {
-    const int64_t some = n - first < kChunk ? n - first : kChunk;
-    memcpy(ids + kWindow, seg + first, static_cast<size_t>(some) * sizeof(int32_t));
-    memcpy(one + kWindow, x + first, static_cast<size_t>(some) * sizeof(double));
-    double last[kWindow];
-    memcpy(last, one + some, sizeof(last));
-    two[0] = one[0];
-    widen_window(ids, kWindow + some, 1, one, two);
-    one[0] = two[0], one[1] = two[1];
-    widen_window(ids, kWindow + some, 2, two, one);
-    for (int i = 0; i < 4; ++i) two[i] = one[i];
-    widen_window(ids, kWindow + some, 4, one, two);
-    memcpy(x + first, two + kWindow, static_cast<size_t>(some) * sizeof(double));
-    memcpy(one, last, sizeof(last));
-    memcpy(ids, ids + some, kWindow * sizeof(int32_t));
+// x_i becomes the sum of the last kWindow ones up to i of its segment, in three steps, each
+// doubling the window, none of which waits for another token. The last chunk first: those before it
+// are as they were.
+template <class T>
+void window_sums(const int32_t* seg, int64_t n, T* x) {
+  T one[kWindow + kChunk], two[kWindow + kChunk];
+  for (int64_t first = (n - 1) / kChunk * kChunk; first >= 0; first -= kChunk) {
+    const int64_t end = n - first < kChunk ? n : first + kChunk;
+    const int64_t four = first < 4 ? 0 : first - 4, six = first < 6 ? 0 : first - 6;
+    widen_window(seg, six, end, 1, x, 0, one, six);
+    widen_window(seg, four, end, 2, one, six, two, four);
+    widen_window(seg, first, end, 4, two, four, x, 0);
   }
 }
 
@@ -122,15 +121,25 @@ bool is_uniform(const int32_t* length, int64_t segments) {
   return segments > 0 && differ == 0 && length[0] <= kShort && length[segments - 1] <= kShort;
 }
 
-void uniform_sums(const double* x, const int32_t* length, int64_t segments, double* sums) {
-  const int32_t each = length[0];
-  for (int64_t t = 0; t < segments; ++t) {
-    const int32_t n = t + 1 < segments ? each : length[t];
-    const double* const from = x + t * each;
-    double sum = from[0];
-    for (int32_t i = 1; i < n; ++i) sum += from[i];
+template <int kEach, class T>
+void sums_of_each(const T* x, int64_t segments, T* sums) {
+  for (int64_t t = 0; t < segments; ++t, x += kEach) {
+    T sum = x[0];
+    for (int i = 1; i < kEach; ++i) sum += x[i];
     sums[t] = sum;
   }
+}
+
+template <class T>
+void uniform_sums(const T* x, const int32_t* length, int64_t segments, T* sums) {
+  const int64_t whole = segments - 1;
+  const int32_t each = length[0];
+  [&]<int... kLess>(std::integer_sequence<int, kLess...>) {
+    ((each == kLess + 1 ? sums_of_each<kLess + 1>(x, whole, sums) : void()), ...);
+  }(std::make_integer_sequence<int, kShort>());
+  T last = x[whole * each];
+  for (int32_t i = 1; i < length[whole]; ++i) last += x[whole * each + i];
+  sums[whole] = last;
 }
 
 // Where each segment ends; seg is consecutive.
@@ -143,6 +152,36 @@ int64_t find_ends(const int32_t* seg, int64_t n, uint32_t* ends) {
   for (; i < n; ++i)
     if (i + 1 == n || seg[i] != seg[i + 1]) ends[count++] = static_cast<uint32_t>(i + 1);
   return count;
+}
+
+template <class T>
+int64_t consecutive_sums_of(const int32_t* seg, int64_t n, T* a, T* b, uint32_t* ends, T* sum_a,
+                            T* sum_b, int32_t* length) {
+  const int64_t segments = find_ends(seg, n, ends);
+  T* const from[] = {a, b};
+  T* const to[] = {sum_a, sum_b};
+  int64_t begin = 0;
+  for (int64_t t = 0; t < segments; ++t) {
+    length[t] = static_cast<int32_t>(ends[t] - begin);
+    begin = ends[t];
+  }
+  const bool uniform = is_uniform(length, segments);
+  for (int k = 0; k < 2; ++k) {
+    T *const x = from[k], *const sums = to[k];
+    if (x == nullptr) continue;
+    if (uniform) {
+      uniform_sums(x, length, segments, sums);
+      continue;
+    }
+    if (segments < n) window_sums(seg, n, x);
+    for (int64_t t = 0; t < segments; ++t) {
+      const T* const last = x + ends[t] - 1;
+      auto sum = static_cast<double>(*last);
+      for (int64_t i = kWindow; i < length[t]; i += kWindow) sum += static_cast<double>(last[-i]);
+      sums[t] = static_cast<T>(sum);
+    }
+  }
+  return segments;
 }
 
 // A_t = x_t + c A_{t+1}, in place. Sums of the next 8 terms come first, in three steps that double
@@ -211,14 +250,14 @@ void spread_runs_of(const uint32_t* ends, int64_t segments, const T* a, const T*
   const int64_t n = segments > 0 ? ends[segments - 1] : 0;
   if (n == segments) {
     memcpy(to_a, a, static_cast<size_t>(n) * sizeof(T));
-    memcpy(to_b, b, static_cast<size_t>(n) * sizeof(T));
+    if (b != nullptr) memcpy(to_b, b, static_cast<size_t>(n) * sizeof(T));
     return;
   }
   int64_t begin = 0;
   for (int64_t t = 0; t < segments; ++t) {
     const int64_t end = ends[t];
     spread_run(to_a, begin, end, n, a[t]);
-    spread_run(to_b, begin, end, n, b[t]);
+    if (b != nullptr) spread_run(to_b, begin, end, n, b[t]);
     begin = end;
   }
 }
@@ -261,31 +300,11 @@ void segment_sums(const int32_t* seg, int64_t n, const double* a, const double* 
 
 int64_t consecutive_sums(const int32_t* seg, int64_t n, double* a, double* b, uint32_t* ends,
                          double* sum_a, double* sum_b, int32_t* length) {
-  const int64_t segments = find_ends(seg, n, ends);
-  double* const from[] = {a, b};
-  double* const to[] = {sum_a, sum_b};
-  int64_t begin = 0;
-  for (int64_t t = 0; t < segments; ++t) {
-    length[t] = static_cast<int32_t>(ends[t] - begin);
-    begin = ends[t];
-  }
-  const bool uniform = is_uniform(length, segments);
-  for (int k = 0; k < 2; ++k) {
-    double *const x = from[k], *const sums = to[k];
-    if (x == nullptr) continue;
-    if (uniform) {
-      uniform_sums(x, length, segments, sums);
-      continue;
-    }
-    if (segments < n) window_sums(seg, n, x);
-    for (int64_t t = 0; t < segments; ++t) {
-      const double* const last = x + ends[t] - 1;
-      double sum = *last;
-      for (int64_t i = kWindow; i < length[t]; i += kWindow) sum += last[-i];
-      sums[t] = sum;
-    }
-  }
-  return segments;
+  return consecutive_sums_of(seg, n, a, b, ends, sum_a, sum_b, length);
+}
+int64_t consecutive_sums(const int32_t* seg, int64_t n, float* a, float* b, uint32_t* ends,
+                         float* sum_a, float* sum_b, int32_t* length) {
+  return consecutive_sums_of(seg, n, a, b, ends, sum_a, sum_b, length);
 }
 
 void divide(const int32_t* length, int64_t n, double* x) {

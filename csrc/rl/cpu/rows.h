@@ -13,7 +13,7 @@ namespace tenfold::cpu {
 // they are copied together on the way in and apart on the way out.
 class ValidTokens {
  public:
-  explicit ValidTokens(int64_t longest) : seg_(longest), column_(longest) {}
+  explicit ValidTokens(int64_t longest) : longest_(longest) {}
 
   void read(const SegmentRow& row, int64_t width) {
     width_ = width;
@@ -74,6 +74,7 @@ class ValidTokens {
  private:
   template <class F>
   void gather(int64_t width, const F& segment) {
+    seg_.resize(longest_), column_.resize(longest_);
     count_ = 0;
     for (int64_t j = 0; j < width; ++j) {
       const int32_t s = segment(j);
@@ -83,6 +84,7 @@ class ValidTokens {
     first_ = count_ == 0 || column_[count_ - 1] == count_ - 1;
   }
 
+  int64_t longest_;
   std::vector<int32_t> seg_, column_;
   const int32_t* segments_ = nullptr;
   int64_t width_ = 0, count_ = 0;
