@@ -17,7 +17,7 @@
 namespace tenfold {
 
 constexpr int64_t kLogitChunk = 16384;
-constexpr int64_t kLogitBlock = 2048;  // summed in float32
+constexpr int64_t kLogitBlock = 1024;  // summed in float32
 
 // Of the scaled logits x of a chunk: a number m that is near their maximum, the sum of exp(x - m),
 // and of (x - m) exp(x - m).

@@ -61,8 +61,9 @@ std::tuple<Tensor, Tensor, Tensor> selective_logprob_op(Tensor logits, Tensor id
     data_as<float>(entropy)[r] = static_cast<float>(log_sum - all.weighted / all.sum);
     const int64_t id = id_at(c.ids, r);
     // As the sums saw it.
-    const double x = has_id(c, id) ? static_cast<double>(logit_at(c, dtype, r, id)) * scale : 0.0;
-    data_as<float>(logp)[r] = has_id(c, id) ? static_cast<float>(x - all.max - log_sum) : 0.0f;
+    const float x = has_id(c, id) ? logit_at(c, dtype, r, id) * scale : 0.0f;
+    data_as<float>(logp)[r] =
+        has_id(c, id) ? static_cast<float>(static_cast<double>(x) - all.max - log_sum) : 0.0f;
   }
   return {logp, lse, entropy};
 }
@@ -102,7 +103,7 @@ Tensor selective_logprob_backward_op(OptTensor grad_logp, OptTensor grad_lse,
       TENFOLD_ISA_CALL(logit_grad, row_at(c, dtype, r, column), dtype, n, scale, g, to);
       if (top == 0.0f || id < column || id >= column + n) continue;
       // At the id, rounded once.
-      const float log_p = std::fma(logit_at(c, dtype, r, id), scale, -total), p = std::exp(log_p);
+      const float log_p = logit_at(c, dtype, r, id) * scale - total, p = std::exp(log_p);
       const float d = p > 0.0f ? -(g.entropy + log_p) : 0.0f;
       const float y = (p * (g.of_p + of_entropy * d) + top) * scale;
       char* const at = to + (id - column) * size;

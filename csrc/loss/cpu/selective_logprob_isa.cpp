@@ -30,43 +30,51 @@ float max_of(const T* p, int64_t n, float scale) {
   return scaled_max(vmax(top[0], top[1]), scale);
 }
 
+constexpr int kSums = 4;  // at a time: short chains of additions, for exactness
+
 struct BlockSums {
   float max, sum, weighted;  // the true maximum; sums relative to the shift
 };
 
-template <class T>
+template <bool kScaled, class T>
 BlockSums block_sums(const T* p, int64_t n, float by, float shift) {
-  const VF scale = set1(by), from = set1(-shift), floor = set1(kExpFloor), zero = set1(0.0f);
-  VF top[2] = {set1(kLowest), set1(kLowest)}, sum[2] = {zero, zero}, weighted[2] = {zero, zero};
+  const VF scale = set1(by), from = set1(shift), floor = set1(kExpFloor), zero = set1(0.0f);
+  VF top[kSums], sum[kSums], weighted[kSums];
+  for (int k = 0; k < kSums; ++k) top[k] = set1(kLowest), sum[k] = weighted[k] = zero;
   const auto add = [&](int k, VF x) {
     top[k] = vmax(top[k], x);
     // At the floor the exponential is 0, so its product is 0 too where x is -inf.
-    const VF d = vmax(floor, fma(x, scale, from)), e = exp_above_floor(d);
+    const VF d = vmax(floor, (kScaled ? x * scale : x) - from), e = exp_above_floor(d);
     sum[k] = sum[k] + e;
     weighted[k] = fma(d, e, weighted[k]);
   };
   int64_t i = 0;
-  for (; i + 2 * kWidth <= n; i += 2 * kWidth) add(0, load(p + i)), add(1, load(p + i + kWidth));
+  for (; i + kSums * kWidth <= n; i += kSums * kWidth)
+    for (int k = 0; k < kSums; ++k) add(k, load(p + i + k * kWidth));
   for (; i < n; i += kWidth) add(0, logits_at(p + i, n - i));
-  return {scaled_max(vmax(top[0], top[1]), by), hsum(sum[0] + sum[1]),
-          hsum(weighted[0] + weighted[1])};
+  for (int step = kSums / 2; step > 0; step /= 2)
+    for (int k = 0; k < step; ++k) {
+      top[k] = vmax(top[k], top[k + step]), sum[k] = sum[k] + sum[k + step];
+      weighted[k] = weighted[k] + weighted[k + step];
+    }
+  return {scaled_max(top[0], by), hsum(sum[0]), hsum(weighted[0])};
 }
 
 // One pass, as the maximum of earlier blocks is nearly always near enough: only a block that
 // exceeds it by more is summed again, from the cache.
 constexpr float kHeadroom = 8.0f;
 
-template <class T>
+template <bool kScaled, class T>
 LogitSums sums_of(const T* p, int64_t n, float scale) {
   LogitSums all{-INFINITY, 0.0, 0.0};
   for (int64_t begin = 0; begin < n; begin += kLogitBlock) {
     const int64_t some = begin + kLogitBlock < n ? kLogitBlock : n - begin;
     const bool first = !(all.max > -INFINITY);
     float shift = first ? max_of(p + begin, some, scale) : static_cast<float>(all.max);
-    BlockSums block = block_sums(p + begin, some, scale, shift);
+    BlockSums block = block_sums<kScaled>(p + begin, some, scale, shift);
     if (block.max > shift + kHeadroom) {
       shift = block.max;
-      block = block_sums(p + begin, some, scale, shift);
+      block = block_sums<kScaled>(p + begin, some, scale, shift);
     }
     if (block.sum == 0.0f) continue;  // all of them far below, or -inf
     const LogitSums part{shift, block.sum, block.weighted};
@@ -81,11 +89,11 @@ LogitSums sums_of(const T* p, int64_t n, float scale) {
 
 template <class T>
 void grad_of(const T* p, int64_t n, float by, const LogitGrad& g, T* out) {
-  const VF scale = set1(by), lse = set1(-g.lse);
+  const VF scale = set1(by), lse = set1(g.lse);
   const VF of_p = set1(g.of_p * g.scale), of_entropy = set1(g.of_entropy * g.scale);
   const VF entropy = set1(g.entropy), most = set1(-kLowest);
   for (int64_t i = 0; i < n; i += kWidth) {
-    const VF log_p = fma(logits_at(p + i, n - i), scale, lse), e = exp(log_p);
+    const VF log_p = logits_at(p + i, n - i) * scale - lse, e = exp(log_p);
     const VF d = set1(0.0f) - (entropy + log_p);  // infinite where p is 0
     const VF y = e * fma(of_entropy, select(lt(most, d), set1(0.0f), d), of_p);
     if (n - i >= kWidth) {
@@ -99,9 +107,12 @@ void grad_of(const T* p, int64_t n, float by, const LogitGrad& g, T* out) {
 }  // namespace
 
 LogitSums logit_sums(const void* logits, Dtype dtype, int64_t n, float scale) {
-  if (dtype == Dtype::f32) return sums_of(static_cast<const float*>(logits), n, scale);
-  if (dtype == Dtype::bf16) return sums_of(static_cast<const bf16_t*>(logits), n, scale);
-  return sums_of(static_cast<const fp16_t*>(logits), n, scale);
+  const auto sums = [&]<class T>(const T* p) {
+    return scale == 1.0f ? sums_of<false>(p, n, scale) : sums_of<true>(p, n, scale);
+  };
+  if (dtype == Dtype::f32) return sums(static_cast<const float*>(logits));
+  if (dtype == Dtype::bf16) return sums(static_cast<const bf16_t*>(logits));
+  return sums(static_cast<const fp16_t*>(logits));
 }
 
 void logit_grad(const void* logits, Dtype dtype, int64_t n, float scale, const LogitGrad& g,
