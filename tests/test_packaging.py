@@ -34,8 +34,12 @@ LIBRARIES = ("libtorch_cpu.", "libstdc++.", "libm.", "libgcc_s.", "libc.", "libd
 CPU_ONLY = {"_peak"}
 # What the faces of other ops call: checks, and forward and backward halves of what autograd sees as one.
 INNER = {"linear_cross_entropy_backward", "linear_cross_entropy_grads", "linear_logprob_backward",
-         "ma_ppo_loss_backward", "ma_ppo_policy_loss_forward", "ma_ppo_value_loss_forward",
-         "macro_pool_backward", "macro_segment_check", "selective_logprob_backward"}  # fmt: skip
+         "load_balance_loss_backward", "ma_ppo_loss_backward", "ma_ppo_policy_loss_forward",
+         "ma_ppo_value_loss_forward", "macro_pool_backward", "macro_segment_check", "moe_combine_backward",
+         "moe_gate_backward", "moe_gate_linear_backward", "moe_lora_experts", "moe_lora_experts_backward",
+         "moe_lora_experts_train", "moe_permute_backward", "moe_swiglu_mlp_backward",
+         "moe_swiglu_mlp_train", "router_seed_loss_backward", "router_seed_loss_grads",
+         "selective_logprob_backward", "sequence_nll_backward", "sequence_nll_forward"}  # fmt: skip
 
 
 def run(code: str, **env: str) -> subprocess.CompletedProcess:
@@ -146,13 +150,14 @@ class TestImport:
     def test_cuda_kernels_are_registered_without_a_gpu(self):
         ops = ["collapse_heads", "dha_attention", "dha_attention_backward",
                "dha_cache_append_", "dha_decode", "fuse_heads", "fuse_heads_backward",
-               "fusion_mse", "fusion_mse_backward", "gae", "grad_norm", "head_cka", "kv_compact_",
-               "kv_gather", "linear_cross_entropy", "linear_logprob", "linear_wgrad_rows",
-               "ma_ppo_policy_loss", "ma_ppo_prepare",
+         "fusion_mse", "fusion_mse_backward", "gae", "grad_norm", "grouped_gemm", "grouped_gemm_wgrad",
+         "head_cka", "kv_compact_", "kv_gather", "linear_cross_entropy", "linear_logprob",
+         "linear_wgrad_rows", "ma_ppo_policy_loss", "ma_ppo_prepare",
                "ma_ppo_value_loss", "macro_gae", "macro_pool", "macro_segment_fixed",
                "macro_segment_lengths", "macro_segment_ppl", "macro_segment_starts", *INNER,
                "mask_popcount", "mask_prefix", "mask_random",
                "mask_topk", "masked_adamw_", "masked_adamw_8bit_", "masked_copy_",
+               "moe_lora_swiglu_mlp", "moe_swiglu_mlp",
                "nacl_evict", "nacl_select", "pack_mask", "proxy_scores", "ragged_decode",
                "selective_logprob",
                "template_scale", "unpack_mask"]  # fmt: skip

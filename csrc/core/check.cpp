@@ -63,6 +63,13 @@ void check_int_dtype(const char* op, const char* arg, const Tensor& t) {
                      " must be int32 or int64, got ", dtype_name(s));
 }
 
+void check_bytes(const char* op, const char* arg, const Tensor& t) {
+  const auto s = t.scalar_type();
+  TENFOLD_CHECK_TYPE(s == ScalarType::Bool || s == ScalarType::Byte || s == ScalarType::Char,
+                     "tenfold::", op, ": ", arg, " must be bool, int8 or uint8, got ",
+                     dtype_name(s));
+}
+
 void check_dim(const char* op, const char* arg, const Tensor& t, int64_t dim, const char* layout) {
   TENFOLD_CHECK_VALUE(t.dim() == dim, "tenfold::", op, ": ", arg, " must be ", dim, "-dimensional ",
                       layout, ", got shape ", shape_str(t));

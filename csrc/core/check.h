@@ -52,6 +52,9 @@ void check_float_dtype(const char* op, const char* arg, const Tensor& t);
 // One of int32, int64; else TypeError.
 void check_int_dtype(const char* op, const char* arg, const Tensor& t);
 
+// One of bool, int8, uint8, as masks are read; else TypeError.
+void check_bytes(const char* op, const char* arg, const Tensor& t);
+
 void check_dim(const char* op, const char* arg, const Tensor& t, int64_t dim, const char* layout);
 
 void check_same_dtype(const char* op, const char* a_name, const Tensor& a, const char* b_name,

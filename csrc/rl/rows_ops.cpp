@@ -62,13 +62,6 @@ Segments check_seg(const char* op, const Tensor& seg, const OptTensor& cu_seqlen
   return {check_layout(op, "seg", seg, cu_seqlens), as_contiguous(seg)};
 }
 
-void check_bytes(const char* op, const char* arg, const Tensor& t) {
-  const auto s = t.scalar_type();
-  TENFOLD_CHECK_TYPE(s == ScalarType::Bool || s == ScalarType::Byte || s == ScalarType::Char,
-                     "tenfold::", op, ": ", arg, " must be bool, int8 or uint8, got ",
-                     dtype_name(s));
-}
-
 Tensor check_rows(const char* op, const char* arg, const Tensor& t, const Tensor& like) {
   const auto s = t.scalar_type();
   TENFOLD_CHECK_TYPE(s == ScalarType::Float || (s == ScalarType::Double && t.is_cpu()),

@@ -36,9 +36,6 @@ struct Segments {
 };
 Segments check_seg(const char* op, const Tensor& seg, const OptTensor& cu_seqlens);
 
-// bool, int8 or uint8 of the given layout.
-void check_bytes(const char* op, const char* arg, const Tensor& t);
-
 // float32, or float64 on a CPU, of the shape of `like`; contiguous.
 Tensor check_rows(const char* op, const char* arg, const Tensor& t, const Tensor& like);
 

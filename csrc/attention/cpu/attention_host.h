@@ -1,9 +1,7 @@
 // What the CPU registrations of dha_attention and its backward share: values of maps and of
-// cu_seqlens, groups of heads, and tasks over threads.
+// cu_seqlens and groups of heads.
 #pragma once
 
-#include <algorithm>
-#include <atomic>
 #include <vector>
 
 #include "attention/cpu/attention_task.h"
@@ -30,21 +28,5 @@ struct AttentionGroups {
   std::vector<AttentionGroup> groups;  // point into `heads`
 };
 AttentionGroups group_heads(const AttentionParams& p);
-
-// Threads take items [0, n) one by one from a common counter, so that items of unequal size (causal
-// rows) balance. `make` gives each thread its own `run(item)`.
-template <class Make>
-void for_each_task(int64_t n, double total_micros, const Make& make) {
-  const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
-  const auto worth = static_cast<int64_t>(std::min(total_micros / kMinTaskMicros, 1e6));
-  const int64_t workers = std::max<int64_t>(1, std::min({threads, n, worth}));
-  std::atomic<int64_t> next{0};
-  const auto work = [&](int64_t, int64_t) {
-    auto run = make();
-    for (int64_t i = next.fetch_add(1); i < n; i = next.fetch_add(1)) run(i);
-  };
-  if (workers == 1) return work(0, 1);
-  torch::stable::parallel_for(0, workers, 1, work);
-}
 
 }  // namespace tenfold::cpu

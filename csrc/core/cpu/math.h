@@ -118,6 +118,28 @@ inline VI philox_word0(uint32_t c0, uint32_t c1, VI c2, uint32_t c3, uint32_t k0
   return x0;
 }
 
+// All four words of counters x, in place.
+inline void philox_rounds(VI (&x)[4], uint32_t k0, uint32_t k1) {
+  for (int round = 0; round < 10; ++round) {
+    VI hi0, lo0, hi1, lo1;
+    mulhilo(x[0], kPhiloxMul0, &hi0, &lo0);
+    mulhilo(x[2], kPhiloxMul1, &hi1, &lo1);
+    x[0] = hi1 ^ x[1] ^ seti(k0);
+    x[1] = lo1;
+    x[2] = hi0 ^ x[3] ^ seti(k1);
+    x[3] = lo0;
+    k0 += kPhiloxWeyl0;
+    k1 += kPhiloxWeyl1;
+  }
+}
+
+// Counters dealt to lanes as store_by_four() wants them.
+inline VI counter_lanes() {
+  uint32_t lanes[kWidth];
+  for (int i = 0; i < kWidth; ++i) lanes[i] = static_cast<uint32_t>(i % 4 * (kWidth / 4) + i / 4);
+  return load(lanes);
+}
+
 inline VF gumbel(VI word) {
   const VF u = (to_float(shr<9>(word)) + set1(0.5f)) * set1(1.1920928955078125e-7f);
   const VF zero = set1(0.0f);

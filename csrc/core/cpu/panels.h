@@ -103,11 +103,12 @@ inline VF to_pairs(VF a, VF b) {
 }
 #endif
 
-// to[j][i] = from[i][j] for 8 x 8 words.
+// to[j][i] = row(i)[j] for 8 x 8 words.
 #if defined(TENFOLD_ISA_AVX512) || defined(TENFOLD_ISA_AVX2)
-inline void transpose8(const float* from, int64_t pitch, float* to, int64_t to_pitch) {
+template <class Row>
+inline void transpose8_rows(const Row& row, float* to, int64_t to_pitch) {
   __m256 r[8], s[8];
-  for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps(from + i * pitch);
+  for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps(row(i));
   for (int i = 0; i < 8; i += 2) {
     s[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
     s[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
@@ -123,15 +124,21 @@ inline void transpose8(const float* from, int64_t pitch, float* to, int64_t to_p
   }
 }
 #else
-inline void transpose8(const float* from, int64_t pitch, float* to, int64_t to_pitch) {
+template <class Row>
+inline void transpose8_rows(const Row& row, float* to, int64_t to_pitch) {
   uint32_t word;
   for (int i = 0; i < 8; ++i)
     for (int j = 0; j < 8; ++j) {
-      __builtin_memcpy(&word, from + i * pitch + j, 4);
+      __builtin_memcpy(&word, row(i) + j, 4);
       __builtin_memcpy(to + j * to_pitch + i, &word, 4);
     }
 }
 #endif
+
+// The same of rows `pitch` apart.
+inline void transpose8(const float* from, int64_t pitch, float* to, int64_t to_pitch) {
+  transpose8_rows([=](int i) { return from + i * pitch; }, to, to_pitch);
+}
 
 // A row of n elements as floats, zero-padded to a multiple of 8.
 template <class T>
@@ -238,32 +245,65 @@ void pack_columns(const T* from, int64_t stride, int64_t n, int64_t dim, int64_t
   }
 }
 
-// Rows of a tile, one pointer each (null: zeros) -> [words][kTileRows].
+// 8 rows, one pointer each (null: zeros) -> [words], n words of each (4 or 8) `to_pitch` apart.
+// Rows that are whole words already are used where they lie. `staged`: room for 8 rows of
+// round_up(dim, 8).
 template <class T, bool Dot>
-void pack_rows(const T* const (&row)[kTileRows], int64_t dim, float* staged, float* to) {
+inline void pack_rows8(const T* const* row, int n, int64_t dim, float* staged, float* to,
+                       int64_t to_pitch) {
   const int64_t depth = words<Dot>(dim), pitch = round_up(depth, 8);
-  float spare[64];
-  for (int r = 0; r < kTileRows; r += 8) {
-    const int n = kTileRows - r < 8 ? kTileRows - r : 8;
-    for (int i = 0; i < 8; ++i) {
-      if (i < n && row[r + i] != nullptr) {
-        row_to_words<T, Dot>(row[r + i], dim, staged + i * pitch);
-      } else {
-        for (int64_t d = 0; d < pitch; ++d) staged[i * pitch + d] = 0.0f;
-      }
-    }
-    for (int64_t d = 0; d < depth; d += 8) {
-      transpose8(staged + d, pitch, spare, 8);
-      const int64_t count = depth - d < 8 ? depth - d : 8;
-      for (int64_t i = 0; i < count; ++i)
-        __builtin_memcpy(to + (d + i) * kTileRows + r, spare + i * 8, static_cast<uint64_t>(n) * 4);
+  const bool as_is = (sizeof(T) == 4 || Dot) && dim % (Dot ? 16 : 8) == 0;
+  const float* at[8];
+  for (int i = 0; i < 8; ++i) {
+    const bool there = i < n && row[i] != nullptr;
+    at[i] = staged + i * pitch;
+    if (there && as_is) {
+      at[i] = reinterpret_cast<const float*>(row[i]);
+    } else if (there) {
+      row_to_words<T, Dot>(row[i], dim, staged + i * pitch);
+    } else {
+      for (int64_t d = 0; d < pitch; ++d) staged[i * pitch + d] = 0.0f;
     }
   }
+  int64_t d = 0;
+  const auto some = [&](int i) { return at[i] + d; };
+  if (n == 8)
+    for (; d + 8 <= depth; d += 8) transpose8_rows(some, to + d * to_pitch, to_pitch);
+  for (; d < depth; d += 8) {
+    float spare[64];
+    transpose8_rows(some, spare, 8);
+    const int64_t count = depth - d < 8 ? depth - d : 8;
+    for (int64_t i = 0; i < count; ++i)
+      __builtin_memcpy(to + (d + i) * to_pitch, spare + i * 8, static_cast<uint64_t>(n) * 4);
+  }
+}
+
+// Rows of a tile, `lanes` of them, one pointer each (null: zeros) -> [words][kTileRows].
+template <class T, bool Dot>
+void pack_rows(const T* const (&row)[kTileRows], int64_t dim, float* staged, float* to,
+               int64_t lanes = kTileRows) {
+  for (int r = 0; r < lanes; r += 8)
+    pack_rows8<T, Dot>(row + r, kTileRows - r < 8 ? kTileRows - r : 8, dim, staged, to + r,
+                       kTileRows);
 }
 
 template <class T>
 inline VF load_some(const T* p, int64_t n) {
   return n >= kWidth ? load(p) : n > 0 ? load_n(p, static_cast<int>(n)) : set1(0.0f);
+}
+
+// Words of n elements of a row and, where a word is a pair along the depth, of the next (null:
+// zeros).
+template <class T, bool Dot>
+inline VF words_along(const T* row, [[maybe_unused]] const T* next, int64_t n) {
+  VF words = load_some(row, n);
+#if defined(TENFOLD_ISA_BF16)
+  if constexpr (Dot) {
+    const VF high = next != nullptr ? load_some(next, n) : set1(0.0f);
+    words = from_bits(shr<16>(bits(words)) | bits(high));
+  }
+#endif
+  return words;
 }
 
 // Rows i of [0, n) (at(i): where row i lies), columns [0, cols), to words from `word` on of tiles
@@ -272,21 +312,34 @@ template <class T, bool Dot, class At>
 inline void pack_lanes(const At& at, int64_t n, int64_t cols, int64_t stride, float* to) {
   for (int64_t i = 0; i < n; i += Dot ? 2 : 1, to += kTileRows) {
     const T* const row = at(i);
-    [[maybe_unused]] const T* const next = Dot && i + 1 < n ? at(i + 1) : nullptr;
+    const T* const next = Dot && i + 1 < n ? at(i + 1) : nullptr;
     float* tile = to;
     for (int64_t c = 0; c < cols; c += kTileRows, tile += stride)
       for (int v = 0; v < kVecs; ++v) {
         const int64_t x = c + v * kWidth;
         if (x >= cols) break;
-        VF words = load_some(row + x, cols - x);
-#if defined(TENFOLD_ISA_BF16)
-        if constexpr (Dot) {
-          const VF high = next != nullptr ? load_some(next + x, cols - x) : set1(0.0f);
-          words = from_bits(shr<16>(bits(words)) | bits(high));
-        }
-#endif
-        store(tile + v * kWidth, words);
+        store(tile + v * kWidth,
+              words_along<T, Dot>(row + x, next != nullptr ? next + x : nullptr, cols - x));
       }
+  }
+}
+
+// The same to panels of 8, `stride` apart; as many as vectors of columns fill.
+template <class T, bool Dot, class At>
+inline void pack_panels_along(const At& at, int64_t n, int64_t cols, int64_t stride, float* to) {
+  constexpr int kSpan = kWidth < 8 ? 8 : kWidth;
+  alignas(64) float span[kSpan];
+  for (int64_t i = 0; i < n; i += Dot ? 2 : 1, to += kPanel) {
+    const T* const row = at(i);
+    const T* const next = Dot && i + 1 < n ? at(i + 1) : nullptr;
+    float* panel = to;
+    for (int64_t c = 0; c < cols; c += kSpan) {
+      for (int v = 0; v < kSpan; v += kWidth)
+        store(span + v, words_along<T, Dot>(row + c + v, next != nullptr ? next + c + v : nullptr,
+                                            cols - c - v));
+      for (int v = 0; v < kSpan; v += kPanel, panel += stride)
+        __builtin_memcpy(panel, span + v, kPanel * 4);
+    }
   }
 }
 

@@ -23,39 +23,6 @@ double micros(int64_t flops) {
   return static_cast<double>(flops) / 5e4;  // of a thread; for the size of tasks only
 }
 
-int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-
-// [0, n) in `count` parts of whole units (the last may be shorter), as equal as can be.
-struct Parts {
-  int64_t n, unit, count;
-  int64_t begin(int64_t i) const { return std::min(n, i * ceil_div(n, unit) / count * unit); }
-  int64_t length(int64_t i) const { return begin(i + 1) - begin(i); }
-};
-
-// One allocation in parts of some floats each (rounded to cache lines).
-class Floats {
- public:
-  explicit Floats(std::initializer_list<int64_t> sizes) : memory_(4 * total(sizes)) {
-    auto* at = static_cast<float*>(memory_.data());
-    for (const int64_t n : sizes) {
-      parts_.push_back(at);
-      at += lce_whole(n, 16);
-    }
-  }
-  float* operator[](size_t i) const { return parts_[i]; }
-
- private:
-  static int64_t total(std::initializer_list<int64_t> sizes) {
-    int64_t sum = 16;
-    for (const int64_t n : sizes) sum += lce_whole(n, 16);
-    return sum;
-  }
-  Scratch memory_;
-  std::vector<float*> parts_;
-};
-
 }  // namespace
 
 struct LinearLoss::Chunk : LceChunk {

@@ -5,7 +5,7 @@
 #include <functional>
 #include <vector>
 
-#include "core/scratch.h"
+#include "core/floats.h"
 #include "loss/cpu/linear_tiles.h"
 #include "loss/linear_cross_entropy.h"
 #include "loss/linear_ops.h"

@@ -1,14 +1,11 @@
-// CPU registration of selective_logprob and its backward: chunks of rows over threads.
+// CPU registration of selective_logprob and its backward.
 #include "loss/selective_logprob.h"
 
 #include <torch/csrc/stable/library.h>
 
-#include <algorithm>
 #include <optional>
-#include <vector>
 
-#include "core/dispatch.h"
-#include "core/parallel.h"
+#include "loss/cpu/logprob_rows.h"
 #include "loss/logprob_ops.h"
 
 namespace tenfold::cpu {
@@ -16,54 +13,33 @@ namespace {
 
 using OptTensor = std::optional<Tensor>;
 
-constexpr double kMicrosPerChunk = 2.0;
-
-// A masked position has an id outside [0, V): its log-probability is 0 and has no gradient.
-bool has_id(const LogprobCall& c, int64_t id) {
-  return id >= 0 && id < c.vocab;
-}
-
-const char* row_at(const LogprobCall& c, Dtype dtype, int64_t row, int64_t column) {
-  return static_cast<const char*>(c.logits.data_ptr()) +
-         (row * c.row_stride + column) * dtype_size(dtype);
-}
-
-float logit_at(const LogprobCall& c, Dtype dtype, int64_t row, int64_t id) {
-  const char* at = row_at(c, dtype, row, id);
-  if (dtype == Dtype::f32) return *reinterpret_cast<const float*>(at);
-  // One number by the vector code that reads all: its maximum.
-  return static_cast<float>(TENFOLD_ISA_CALL(logit_sums, at, dtype, 1, 1.0f).max);
+LogitRows rows_of(const LogprobCall& c) {
+  return {static_cast<const char*>(c.logits.data_ptr()),
+          to_dtype(c.logits.scalar_type()),
+          c.vocab,
+          std::max<int64_t>(1, c.rows),
+          0,
+          c.row_stride};
 }
 
 std::tuple<Tensor, Tensor, Tensor> selective_logprob_op(Tensor logits, Tensor ids,
                                                         double temperature) {
   constexpr auto kOp = "selective_logprob";
   const LogprobCall c = check_logprob(kOp, logits, ids, temperature);
-  const Dtype dtype = to_dtype(logits.scalar_type());
+  const LogitRows x = rows_of(c);
   const auto scale = static_cast<float>(1.0 / temperature);
   const Tensor logp = new_output(c.logits, {c.rows}, ScalarType::Float);
   const Tensor lse = new_output(c.logits, {c.rows}, ScalarType::Float);
   const Tensor entropy = new_output(c.logits, {c.rows}, ScalarType::Float);
-  const int64_t chunks = (c.vocab + kLogitChunk - 1) / kLogitChunk;
-  std::vector<LogitSums> parts(c.rows * chunks);
-  parallel_for(c.rows * chunks, kMicrosPerChunk, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t column = i % chunks * kLogitChunk;
-      parts[i] = TENFOLD_ISA_CALL(logit_sums, row_at(c, dtype, i / chunks, column), dtype,
-                                  std::min(kLogitChunk, c.vocab - column), scale);
-    }
-  });
+  const auto norms = norms_of(x, c.rows, scale, [](int64_t r) { return r; });
   for (int64_t r = 0; r < c.rows; ++r) {
-    LogitSums all = parts[r * chunks];
-    for (int64_t i = 1; i < chunks; ++i) all = join(all, parts[r * chunks + i]);
-    const double log_sum = all.sum > 0.0 || all.sum != all.sum ? std::log(all.sum) : 0.0;
-    data_as<float>(lse)[r] = static_cast<float>(all.max + log_sum);
-    data_as<float>(entropy)[r] = static_cast<float>(log_sum - all.weighted / all.sum);
+    const LogitNorm& norm = norms[r];
+    data_as<float>(lse)[r] = static_cast<float>(norm.max + norm.log_sum);
+    data_as<float>(entropy)[r] = static_cast<float>(norm.entropy);
+    // A masked position has an id outside [0, V): its log-probability is 0 and has no gradient.
     const int64_t id = id_at(c.ids, r);
-    // As the sums saw it.
-    const float x = has_id(c, id) ? logit_at(c, dtype, r, id) * scale : 0.0f;
     data_as<float>(logp)[r] =
-        has_id(c, id) ? static_cast<float>(static_cast<double>(x) - all.max - log_sum) : 0.0f;
+        x.has(id) ? static_cast<float>(norm.logp(x.value(r, id) * scale)) : 0.0f;
   }
   return {logp, lse, entropy};
 }
@@ -87,32 +63,19 @@ Tensor selective_logprob_backward_op(OptTensor grad_logp, OptTensor grad_lse,
                         names[i], " must be [", c.rows, "], got ", shape_str(*all[i]));
     if (!all[i]->is_contiguous()) all[i] = torch::stable::contiguous(*all[i]);
   }
-  const Dtype dtype = to_dtype(logits.scalar_type());
+  const LogitRows x = rows_of(c);
   const auto scale = static_cast<float>(1.0 / temperature);
   const Tensor out = new_output(c.logits, {c.rows, c.vocab}, logits.scalar_type());
-  const int64_t chunks = (c.vocab + kLogitChunk - 1) / kLogitChunk, size = dtype_size(dtype);
-  parallel_for(c.rows * chunks, kMicrosPerChunk, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t r = i / chunks, column = i % chunks * kLogitChunk;
-      const int64_t n = std::min(kLogitChunk, c.vocab - column), id = id_at(c.ids, r);
-      const float top = has_id(c, id) ? grad_at(all[0], r) : 0.0f, of_entropy = grad_at(all[2], r);
-      const float total = data_as<float>(*all[3])[r];
-      const LogitGrad g{
-          total, data_as<float>(*all[4])[r], grad_at(all[1], r) - top, of_entropy, top, scale};
-      char* const to = static_cast<char*>(out.data_ptr()) + (r * c.vocab + column) * size;
-      TENFOLD_ISA_CALL(logit_grad, row_at(c, dtype, r, column), dtype, n, scale, g, to);
-      if (top == 0.0f || id < column || id >= column + n) continue;
-      // At the id, rounded once.
-      const float log_p = logit_at(c, dtype, r, id) * scale - total, p = std::exp(log_p);
-      const float d = p > 0.0f ? -(g.entropy + log_p) : 0.0f;
-      const float y = (p * (g.of_p + of_entropy * d) + top) * scale;
-      char* const at = to + (id - column) * size;
-      if (dtype == Dtype::f32) {
-        *reinterpret_cast<float*>(at) = y;
-      } else {
-        TENFOLD_ISA_CALL(round_one, y, dtype, at);
-      }
-    }
+  grads_of(x, c.rows, scale, out.data_ptr(), [&](int64_t r) {
+    const int64_t id = id_at(c.ids, r);
+    const float top = x.has(id) ? grad_at(all[0], r) : 0.0f;
+    const LogitGrad g{data_as<float>(*all[3])[r],
+                      data_as<float>(*all[4])[r],
+                      grad_at(all[1], r) - top,
+                      grad_at(all[2], r),
+                      top,
+                      scale};
+    return RowGrad{true, g, id};
   });
   return out;
 }

@@ -1,4 +1,4 @@
-#include "core/cpu/vec.h"
+#include "core/cpu/math.h"
 #include "optim/mask_topk.h"
 
 TENFOLD_ISA_BEGIN
@@ -18,27 +18,6 @@ void score_block(const T* score, int64_t n, uint32_t* keys) {
   int64_t i = 0;
   for (; i + kWidth <= n; i += kWidth) store(keys + i, score_keys(load(score + i)));
   if (i < n) store(keys + i, score_keys(load_n(score + i, static_cast<int>(n - i))));
-}
-
-inline void philox_rounds(VI (&x)[4], uint32_t k0, uint32_t k1) {
-  for (int round = 0; round < 10; ++round) {
-    VI hi0, lo0, hi1, lo1;
-    mulhilo(x[0], kPhiloxMul0, &hi0, &lo0);
-    mulhilo(x[2], kPhiloxMul1, &hi1, &lo1);
-    x[0] = hi1 ^ x[1] ^ seti(k0);
-    x[1] = lo1;
-    x[2] = hi0 ^ x[3] ^ seti(k1);
-    x[3] = lo0;
-    k0 += kPhiloxWeyl0;
-    k1 += kPhiloxWeyl1;
-  }
-}
-
-// Counters dealt to lanes as store_by_four() wants them.
-inline VI counter_lanes() {
-  uint32_t lanes[kWidth];
-  for (int i = 0; i < kWidth; ++i) lanes[i] = static_cast<uint32_t>(i % 4 * (kWidth / 4) + i / 4);
-  return load(lanes);
 }
 
 void random_block(const KeySource& s, int64_t begin, int64_t n, uint32_t* keys) {

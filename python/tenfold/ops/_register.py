@@ -130,9 +130,14 @@ def differentiable_by(name: str, function: type[torch.autograd.Function]) -> Cal
     _library.impl(name, kernel, "Autograd", with_keyset=True)
 
     def face(first: Any, *others: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_compiling() and wanted(first):
+        if torch.compiler.is_compiling():  # first: Dynamo cannot trace the question after the next
+            return op(first, *others, **kwargs)
+        if wanted(first):
             return function.apply(first, others, kwargs)
-        return op(first, *others, **kwargs)
+        if torch.is_inference_mode_enabled():
+            return op(first, *others, **kwargs)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(first, *others, **kwargs)
 
     return face
 

@@ -7,6 +7,8 @@ those of the kernels in float32 (``csrc/core/det_math.h``).
 
 from __future__ import annotations
 
+import hashlib
+
 import torch
 from torch import Tensor
 
@@ -42,3 +44,12 @@ def gumbel(word: Tensor) -> Tensor:
     """Standard Gumbel noise ``-log(-log u)``, float64, with ``u = ((word >> 9) + 0.5) * 2**-23`` in (0, 1)."""
     u = ((word >> 9).to(torch.float64) + 0.5) * 2.0**-23
     return -torch.log(-torch.log(u))
+
+
+def name_stream(name: str) -> int:
+    """The 64-bit stream of what has a name, a tensor of a model for example.
+
+    It is the first eight bytes of the SHA-256 of the name in UTF-8, as a little-endian two's complement integer: the
+    same on every machine and in every run (Python's own ``hash`` is not).
+    """
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little", signed=True)

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from tenfold._load import call
+from tenfold.ops._masks import as_bytes
 from tenfold.ops._register import call_inference, differentiable_by, inference_only
 from tenfold.ops.rl.returns import check_segments, constant, real, rows_of
-from tenfold.ops.rl.segments import as_bytes, check_offsets
+from tenfold.ops.rl.segments import check_offsets
 
 _ops = torch.ops.tenfold
 POLICY_STATS = ("clip_high", "clip_low", "ratio_mean", "ratio_max", "kl_old_new", "count")

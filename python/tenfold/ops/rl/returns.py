@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from tenfold._load import call
+from tenfold.ops._masks import as_bytes
 from tenfold.ops._register import call_inference, differentiable, inference_only
-from tenfold.ops.rl.segments import NO_LIMIT, as_bytes, check_offsets
+from tenfold.ops.rl.segments import NO_LIMIT, check_offsets
 
 _ops = torch.ops.tenfold
 

@@ -13,10 +13,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tenfold.ops._masks import as_bytes
 from tenfold.ops._register import call_inference, inference_only
 
 _ops = torch.ops.tenfold
-_BYTES = (torch.bool, torch.uint8, torch.int8)
 _INTS = (torch.int32, torch.int64)
 NO_LIMIT = 1 << 31
 
@@ -48,11 +48,6 @@ def _(nll, mask, mode="macro_prefix", *, holes="bridge", cu_seqlens=None):
 @torch.library.register_fake("tenfold::macro_segment_starts")
 def _(starts, mask, *, holes="bridge", cu_seqlens=None):
     return _like(mask, cu_seqlens)
-
-
-def as_bytes(x: Tensor) -> Tensor:
-    """A mask as the kernels read it."""
-    return x if x.dtype in _BYTES else x != 0
 
 
 def check_offsets(cu_seqlens: Tensor | None, total: int) -> None:

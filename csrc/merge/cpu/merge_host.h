@@ -1,0 +1,26 @@
+// What the CPU registrations of the merge operations share.
+#pragma once
+
+#include "core/parallel.h"
+#include "merge/merge_ops.h"
+
+namespace tenfold::cpu {
+
+constexpr int64_t kMergePart = 1 << 15;  // elements of a task, a multiple of a block of draws
+
+// Calls f(begin, end) for the parts of n elements.
+template <class F>
+void for_each_part(int64_t n, int64_t part, double micros, const F& f) {
+  parallel_for((n + part - 1) / part, micros, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) f(i * part, i * part + part < n ? i * part + part : n);
+  });
+}
+
+// A merge without cuts.
+void run_delta_merge(const DeltaMerge& m, int64_t n);
+void run_weighted_sum(const WeightedSum& m, int64_t n);
+
+// Adds to the upper triangle and mirrors it.
+void add_gram(const GramInput& in, int64_t n, double* gram);
+
+}  // namespace tenfold::cpu

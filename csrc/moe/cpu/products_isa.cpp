@@ -1,0 +1,226 @@
+// See products.h.
+#include "core/cpu/panels.h"
+#include "moe/cpu/products.h"
+
+TENFOLD_ISA_BEGIN
+namespace {
+
+static_assert(kMoeColUnit % kTileRows == 0 && kMoeCols % kMoeColUnit == 0);
+static_assert(kMoeStrip % kStrip == 0 && kMoeRows % kPanel == 0);
+constexpr int64_t kLanes = kTileRows * kMoeStrip + kMoePad;  // floats from tile to tile
+
+template <bool Dot>
+constexpr int64_t kStripDepth = Dot ? 2 * kMoeStrip : kMoeStrip;
+
+template <class T>
+inline const T* row_at(const MoeRows& rows, int64_t i) {
+  const int64_t row = rows.gather != nullptr ? rows.gather[i] : i;
+  return static_cast<const T*>(rows.data) + row * rows.stride;
+}
+
+// Where a strip's operands are packed.
+struct Packed {
+  float *panels, *lanes, *staged;
+  explicit Packed(float* room)
+      : panels(room),
+        lanes(panels + kMoeRows / 8 * kMoePanel),
+        staged(lanes + kMoeCols / kTileRows * kLanes) {}
+};
+
+// sums (+)= panels * tiles of lanes, `depth` words.
+template <bool Dot>
+void multiply_packed(const Packed& m, int64_t rows, int64_t cols, int64_t depth, bool add,
+                     float* sums) {
+  for (int64_t d = 0; d < depth; d += kStrip)
+    for (int64_t c = 0; c < cols; c += kTileRows)
+      multiply_panels<Dot>(m.lanes + c / kTileRows * kLanes + d * kTileRows, m.panels + d * kPanel,
+                           kMoePanel, (rows + 7) / 8, cols - c,
+                           depth - d < kStrip ? depth - d : kStrip, sums + c, kMoePitch,
+                           add || d > 0);
+}
+
+inline void clear(float* sums, int64_t rows, int64_t cols) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < cols; c += kWidth) store(sums + r * kMoePitch + c, set1(0.0f));
+}
+
+template <class T, bool Dot>
+void product_packed(const MoeProduct& p) {
+  const Packed m(p.room);
+  const T* const w = static_cast<const T*>(p.w);
+  if (p.depth == 0 && !p.add) clear(p.sums, p.rows, p.cols);
+  for (int64_t k = 0; k < p.depth; k += kStripDepth<Dot>) {
+    const int64_t n = p.depth - k < kStripDepth<Dot> ? p.depth - k : kStripDepth<Dot>;
+    for (int64_t r = 0; r < p.rows; r += 8) {
+      const T* row[8] = {};
+      for (int64_t i = 0; i < 8 && r + i < p.rows; ++i)
+        row[i] = row_at<T>(p.a, p.first + r + i) + k;
+      pack_rows8<T, Dot>(row, 8, n, m.staged, m.panels + r / 8 * kMoePanel, kPanel);
+    }
+    if (p.by_rows) {
+      for (int64_t c = 0; c < p.cols; c += kTileRows) {
+        const T* row[kTileRows] = {};
+        for (int64_t i = 0; i < kTileRows && c + i < p.cols; ++i)
+          row[i] = w + (c + i) * p.w_stride + k;
+        const int64_t left = round_up(p.cols - c, kWidth);
+        pack_rows<T, Dot>(row, n, m.staged, m.lanes + c / kTileRows * kLanes,
+                          left < kTileRows ? left : kTileRows);
+      }
+    } else {
+      pack_lanes<T, Dot>([&](int64_t i) { return w + (k + i) * p.w_stride; }, n, p.cols, kLanes,
+                         m.lanes);
+    }
+    multiply_packed<Dot>(m, p.rows, p.cols, words<Dot>(n), p.add || k > 0, p.sums);
+  }
+}
+
+// Dot products: kDotCols rows of w times Rows rows of a, whose sums fill the registers.
+constexpr int kDotCols = 4;
+#if defined(TENFOLD_ISA_AVX512)
+constexpr int kDotRows = 6;  // 24 sums, 4 vectors of w, one of a
+#else
+constexpr int kDotRows = 2;
+#endif
+
+// A vector of words from n elements of a row of w.
+template <class T, bool Dot>
+inline VF row_words(const T* from, int64_t n) {
+#if defined(TENFOLD_ISA_BF16)
+  if constexpr (Dot) {
+    const auto some = n >= 32 ? ~__mmask32{0} : static_cast<__mmask32>((1u << n) - 1u);
+    return {_mm512_castsi512_ps(_mm512_maskz_loadu_epi16(some, from))};
+  }
+#endif
+  return load_some(from, n);
+}
+
+template <bool Dot>
+inline VF add_words(VF sum, VF a, VF b) {
+#if defined(TENFOLD_ISA_BF16)
+  if constexpr (Dot) return dot_bf16(sum, bits(a), bits(b));
+#endif
+  return fma(a, b, sum);
+}
+
+// sums[Rows][Cols] from `from` on; a: words, `pitch` apart, zero-padded to whole vectors.
+// `ahead`: the next rows of w are on their way from memory while these are multiplied.
+template <class T, bool Dot, int Cols, int Rows>
+void dot_block(const T* w, int64_t w_stride, int64_t depth, const float* a, int64_t pitch,
+               bool ahead, float* sums) {
+  constexpr int64_t kStep = Dot ? 2 * kWidth : kWidth;
+  VF acc[Rows][Cols];
+#pragma GCC unroll 8
+  for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 8
+    for (int c = 0; c < Cols; ++c) acc[r][c] = set1(0.0f);
+  const auto step = [&](int64_t left) __attribute__((always_inline)) {
+    VF b[Cols];
+#pragma GCC unroll 8
+    for (int c = 0; c < Cols; ++c) {
+      if (ahead) __builtin_prefetch(w + (Cols + c) * w_stride, 0, 2);
+      b[c] = row_words<T, Dot>(w + c * w_stride, left);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r) {
+      const VF x = load(a + r * pitch);
+#pragma GCC unroll 8
+      for (int c = 0; c < Cols; ++c) acc[r][c] = add_words<Dot>(acc[r][c], b[c], x);
+    }
+    w += kStep, a += kWidth;
+  };
+  int64_t k = 0;
+  for (; k + kStep <= depth; k += kStep) step(kStep);
+  if (k < depth) step(depth - k);
+#pragma GCC unroll 8
+  for (int r = 0; r < Rows; ++r) {
+    if constexpr (Cols == 4) {
+      hsum4(acc[r][0], acc[r][1], acc[r][2], acc[r][3], sums + r * kMoePitch);
+    } else {
+      for (int c = 0; c < Cols; ++c) sums[r * kMoePitch + c] = hsum(acc[r][c]);
+    }
+  }
+}
+
+template <class T, bool Dot, int Cols>
+void dot_rows(int64_t rows, const T* w, int64_t w_stride, int64_t depth, const float* a,
+              int64_t pitch, bool ahead, float* sums) {
+  const auto run = [&]<int Rows>() {
+    dot_block<T, Dot, Cols, Rows>(w, w_stride, depth, a, pitch, ahead, sums);
+  };
+  if (rows == 1) return run.template operator()<1>();
+  if constexpr (kDotRows == 2) return run.template operator()<2>();
+  if (rows == 2) return run.template operator()<2>();
+  if (rows == 3) return run.template operator()<3>();
+  if (rows == 4) return run.template operator()<4>();
+  if (rows == 5) return run.template operator()<5>();
+  return run.template operator()<6>();
+}
+
+template <class T, bool Dot>
+void product_dots(const MoeProduct& p) {
+  const int64_t pitch = round_up(words<Dot>(p.depth), 16);
+  for (int64_t r = 0; r < p.rows; ++r) {
+    float* const to = p.room + r * pitch;
+    row_to_words<T, Dot>(row_at<T>(p.a, p.first + r), p.depth, to);
+    for (int64_t i = words<Dot>(p.depth); i < pitch; ++i) to[i] = 0.0f;
+  }
+  const T* w = static_cast<const T*>(p.w);
+  // Groups of rows as equal as can be: fewer sums would wait for each other.
+  const int64_t groups = (p.rows + kDotRows - 1) / kDotRows;
+  for (int64_t c = 0; c < p.cols;) {
+    const bool whole = c + kDotCols <= p.cols;
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t r = g * p.rows / groups, n = (g + 1) * p.rows / groups - r;
+      const float* const a = p.room + r * pitch;
+      float* const sums = p.sums + r * kMoePitch + c;
+      if (whole) {
+        dot_rows<T, Dot, kDotCols>(n, w, p.w_stride, p.depth, a, pitch, g == 0, sums);
+      } else {
+        dot_rows<T, Dot, 1>(n, w, p.w_stride, p.depth, a, pitch, false, sums);
+      }
+    }
+    const int64_t done = whole ? kDotCols : 1;
+    c += done, w += done * p.w_stride;
+  }
+}
+
+template <class T, bool Dot>
+void wgrad_tile(const MoeWgrad& p) {
+  const Packed m(p.room);
+  if (p.slots == 0) clear(p.sums, p.rows, p.cols);
+  for (int64_t q = 0; q < p.slots; q += kStripDepth<Dot>) {
+    const int64_t n = p.slots - q < kStripDepth<Dot> ? p.slots - q : kStripDepth<Dot>;
+    const auto from = [&](const MoeRows& rows, int64_t col) {
+      return
+          [&rows, col, first = p.first + q](int64_t i) { return row_at<T>(rows, first + i) + col; };
+    };
+    pack_panels_along<T, Dot>(from(p.dy, p.row), n, p.rows, kMoePanel, m.panels);
+    pack_lanes<T, Dot>(from(p.a, p.col), n, p.cols, kLanes, m.lanes);
+    multiply_packed<Dot>(m, p.rows, p.cols, words<Dot>(n), q > 0, p.sums);
+  }
+  for (int64_t r = 0; r < p.rows; ++r) {
+    T* const to = static_cast<T*>(p.out) + r * p.out_stride;
+    const float* const sums = p.sums + r * kMoePitch;
+    int64_t c = 0;
+    for (; c + kWidth <= p.cols; c += kWidth) store(to + c, load(sums + c));
+    if (c < p.cols) store_n(to + c, load(sums + c), static_cast<int>(p.cols - c));
+  }
+}
+
+}  // namespace
+
+void moe_product(const MoeProduct& p) {
+  with_dtype(p.dtype, [&]<class T, bool Dot>() {
+    if (p.by_rows && !p.add && p.depth >= 4 * kWidth && moe_few_rows(p.rows, p.depth)) {
+      product_dots<T, Dot>(p);
+    } else {
+      product_packed<T, Dot>(p);
+    }
+  });
+}
+
+void moe_wgrad(const MoeWgrad& p) {
+  with_dtype(p.dtype, [&]<class T, bool Dot>() { wgrad_tile<T, Dot>(p); });
+}
+
+TENFOLD_ISA_END
