@@ -175,14 +175,14 @@ def check_logprob_alignment():
         want = ops.selective_logprob(logits, ids)
         mine = logits.clone().requires_grad_()
         sum(x.sum() for x in ops.selective_logprob(mine, ids)).backward()
-        for lag in range(1, 17):  # odd strides and offsets: the same bits
+        for lag in range(1, 9):  # odd strides and offsets: the same bits
             wide = torch.cat([logits.new_zeros(3, lag), logits], 1)[:, lag:]
             for w, g in zip(want, ops.selective_logprob(wide, ids), strict=True):
                 assert torch.equal(w, g)
             there = shifted(wide).requires_grad_()
             sum(x.sum() for x in ops.selective_logprob(there, ids)).backward()
             assert torch.equal(there.grad, mine.grad)
-        for n in range(1, 40):  # an output row of every alignment
+        for n in range(1, 18):  # an output row of every alignment
             some = logits[:, :n].contiguous().requires_grad_()
             ops.selective_logprob(some, ids % n)[1].sum().backward()
             want = logits[:, :n].float().softmax(-1)

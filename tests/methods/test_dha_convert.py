@@ -467,11 +467,14 @@ class TestRanks:
             conversion.trainer.rank_rows({"input_ids": ROWS[:4]})
 
 
-SEEDS = [0, *(pytest.param(s, marks=pytest.mark.slow) for s in (1, 2))]
+# (seed, budgets): half of the heads is the easier one.
+STUDIES = [
+    (0, (0.25,)), *(pytest.param(s, (0.5, 0.25), marks=pytest.mark.slow) for s in (0, 1, 2)),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_end_to_end(seed):
+@pytest.mark.parametrize(("seed", "budgets"), STUDIES)
+def test_end_to_end(seed, budgets):
     """Check 14: 4 layers, 8 heads, d 32, bytes of real text and recall; against mean-pooled GQA."""
     length, pairs = 64, 4
     train, held = lm.split(lm.byte_stream(limit=12))
@@ -479,7 +482,7 @@ def test_end_to_end(seed):
     rows = lm.mixture(held, seed + 1, length, pairs)("held", 0, 48)
     parent = lm.train(lm.make_model(seed), data, 150, batch_size=8)
     found = {}
-    for budget in (0.5, 0.25):
+    for budget in budgets:
         for method in ("dha", "gqa_mean"):
             made = convert(
                 parent, budget, data, "small", method=method, search_steps=12, fusion_steps=70,
@@ -489,7 +492,7 @@ def test_end_to_end(seed):
             found[budget, method] = made.conversion, lm.recall_score(made, seed, 128, pairs)
             assert made.conversion.ratio <= budget
     print({key: (record.losses, score) for key, (record, score) in found.items()})
-    for budget in (0.5, 0.25):
+    for budget in budgets:
         (ours, our_recall), (gqa, gqa_recall) = (found[budget, m] for m in ("dha", "gqa_mean"))
         assert ours.losses["collapsed"] < gqa.losses["collapsed"]
         assert ours.losses["final"] <= gqa.losses["final"]

@@ -16,7 +16,6 @@ namespace {
 constexpr int64_t kRows = 512;  // of a chunk: a tile's logits fit the second cache
 // Of kept logits: beside grad_weight, and where it is not wanted, nor its memory needed.
 constexpr int64_t kWorkspaceBytes = int64_t{4} << 20, kFrozenBytes = int64_t{128} << 20;
-constexpr int64_t kInsideRows = 256;               // fewer of a chunk cost more than they save
 constexpr int64_t kBlockBytes = int64_t{8} << 20;  // of packed operands of grad_hidden
 
 double micros(int64_t flops) {
@@ -66,10 +65,9 @@ LinearLoss::LinearLoss(const LinearLossCall& c, const CountedRows& rows, bool wa
       threads_(torch::stable::get_num_threads()),
       wants_entropy_(wants_entropy) {}
 
-// Equal chunks.
-void LinearLoss::plan(int64_t most_rows) {
-  const int64_t most = std::max<int64_t>(16, most_rows / 16 * 16);
-  const int64_t parts = std::max<int64_t>(1, ceil_div(count(), most));
+// Equal chunks, the same for all ways to a gradient of weight: its bits depend on them.
+void LinearLoss::plan() {
+  const int64_t parts = std::max<int64_t>(1, ceil_div(count(), kRows));
   chunk_rows_ = std::max<int64_t>(16, lce_whole(ceil_div(count(), parts), 16));
 }
 
@@ -279,7 +277,7 @@ void LinearLoss::gradients(int64_t first, int64_t last, const Kept& kept, const 
 }
 
 void LinearLoss::forward(RowSums* sums) {
-  plan(kRows);
+  plan();
   for (int64_t i = 0; i < chunks(); ++i) {
     Chunk c = pack(i, false);
     logits(c, {}, sums);
@@ -288,15 +286,8 @@ void LinearLoss::forward(RowSums* sums) {
 
 void LinearLoss::backward(const float* lse, const Slopes& slopes, const GradientsOut& out) {
   clear(out);
-  plan(gradient_rows());
+  plan();
   if (count() > 0) gradients(0, chunks(), {}, lse, slopes, out);
-}
-
-// The same for all ways to a gradient of weight, whose bits depend on it: where it costs little, as
-// many as have room in a row of that gradient.
-int64_t LinearLoss::gradient_rows() const {
-  const int64_t room = p_.dim * dtype_size(p_.dtype) / 4;
-  return room >= kInsideRows && room < kRows ? room : kRows;
 }
 
 // The logits of the first chunk may wait in the rows of grad_weight that will replace them: all of
@@ -306,7 +297,7 @@ int64_t LinearLoss::gradient_rows() const {
 void LinearLoss::forward_gradients(RowSums* sums, const Slopes& slopes, const GradientsOut& out) {
   clear(out);
   if (count() == 0) return;
-  plan(gradient_rows());
+  plan();
   const int64_t row_bytes = p_.dim * dtype_size(p_.dtype), row_floats = row_bytes / 4;
   const int64_t pitch = lce_pitch(chunk_rows_), size = p_.vocab * pitch;
   const bool inside = out.weight != nullptr && row_bytes % 4 == 0 && chunk_rows_ <= row_floats;

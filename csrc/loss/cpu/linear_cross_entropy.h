@@ -49,7 +49,7 @@ class LinearLoss {
   struct Block;
   struct WeightSums;
 
-  void plan(int64_t most_rows);
+  void plan();
   int64_t chunks() const { return (count() + chunk_rows_ - 1) / chunk_rows_; }
   float* kept_logits(const Kept& k, int64_t chunk) const;
   Chunk pack(int64_t chunk, bool for_weight) const;
@@ -64,7 +64,6 @@ class LinearLoss {
   void store_hidden(int64_t chunk, const float* sums, void* out) const;
   void clear(const GradientsOut& out) const;
   int64_t block_tiles() const;
-  int64_t gradient_rows() const;
   int64_t hidden_pitch() const { return lce_pitch(lce_whole(p_.dim, kLceLanes)); }
   int64_t count() const { return static_cast<int64_t>(rows_.row.size()); }
   int64_t words(int64_t n) const { return (n + word_ - 1) / word_; }

@@ -10,11 +10,19 @@ namespace tenfold {
 // p points to the row; seg: int32.
 TENFOLD_ISA_DECLARE(RowSums policy_tokens(const PolicyParams<float>& p, const int32_t* seg,
                                           int64_t width, int64_t begin))
-// Terms of macro actions, of a row's n valid tokens whose segments are consecutive. slope, null:
-// not asked for. Memory for n + 16: work 4 times, ends and length.
-TENFOLD_ISA_DECLARE(RowSums policy_runs(const PolicyRule& rule, const int32_t* seg, int64_t n,
-                                        const float* now, const float* old, const float* adv,
-                                        float* work, uint32_t* ends, int32_t* length, float* slope))
+// Memory for a row of macro actions, for width + 16 each: work four times.
+struct PolicyRunMemory {
+  float* work;
+  uint32_t* ends;
+  int32_t* length;
+};
+
+// A row of macro actions, if its valid tokens (seg < limit) are the first ones and their segments
+// are consecutive; else false, and nothing is done. Of the slopes it writes those of valid tokens,
+// `tokens` of sums in all.
+TENFOLD_ISA_DECLARE(bool policy_runs(const PolicyParams<float>& p, const int32_t* seg,
+                                     int64_t limit, const Span& row, const PolicyRunMemory& memory,
+                                     RowSums* sums))
 TENFOLD_ISA_DECLARE(RowSums value_tokens(const ValueParams<float>& p, int64_t width, int64_t begin))
 // out = slope * by, 0 where slope is 0.
 TENFOLD_ISA_DECLARE(void scale_slopes(const float* slope, int64_t n, double by, float* out))

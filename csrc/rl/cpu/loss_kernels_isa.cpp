@@ -96,20 +96,45 @@ struct PolicyLaneSums {
   }
 };
 
-// now - old, and their sum.
-inline double log_ratios(const float* now, const float* old, int64_t n, float* out) {
-  double all = 0.0;
-  for (int64_t first = 0; first < n; first += kBlock) {
-    const int64_t end = first + kBlock < n ? first + kBlock : n;
+struct RunTokens {
+  int64_t count, segments;  // valid ones; -1: not as policy_runs wants them
+  double log_ratio;
+};
+
+// All that a row of macro actions reads, in one pass: four streams from memory at a time, where one
+// after the other would each wait for its own. d = now - old, and a copy of adv.
+inline RunTokens read_runs(const PolicyParams<float>& p, const int32_t* seg, int64_t limit,
+                           const Span& row, float* d, float* a, uint32_t* ends) {
+  const float *now = p.now + row.begin, *old = p.old + row.begin, *adv = p.adv + row.begin;
+  const float* const slope = p.slope != nullptr ? p.slope + row.begin : nullptr;
+  const VI most = seti(static_cast<uint32_t>(limit)), one = seti(1);
+  RunTokens all{0, 0, 0.0};
+  uint32_t wrong = row.width > 0 && static_cast<uint32_t>(seg[0]) < limit && seg[0] != 0 ? 1u : 0u;
+  for (int64_t first = 0; first < row.width; first += kBlock) {
+    const int64_t end = first + kBlock < row.width ? first + kBlock : row.width;
     VF sum = zero();
     for (int64_t j = first; j < end; j += kWidth) {
-      const int some = static_cast<int>(end - j < kWidth ? end - j : kWidth);
-      const VF d = load_some(now + j, some) - load_some(old + j, some);
-      sum = sum + d;
-      store_some(out + j, d, some);
+      const int n = static_cast<int>(end - j < kWidth ? end - j : kWidth);
+      const int64_t later = row.width - j - 1;
+      const VI s = load_ids(seg + j, n);
+      const VI next = load_ids(seg + j + 1, static_cast<int>(later < kWidth ? later : kWidth));
+      const VM valid = above(most, s), goes_on = above(most, next);
+      const VM step = above(next, s);
+      // After each of these tokens: another valid one, of this segment or the next.
+      const uint32_t is = bits_of(valid), then = bits_of(goes_on), steps = bits_of(step);
+      wrong |= then & (~is | bits_of(above(next - s, one)));
+      all.count += __builtin_popcount(is);
+      all.segments += store_chosen(ends + all.segments, lanes_of(is & (steps | ~then)),
+                                   iota() + seti(static_cast<uint32_t>(j + 1)));
+      const VF diff = chosen(valid, load_some(now + j, n) - load_some(old + j, n));
+      sum = sum + diff;
+      store(d + j, diff);
+      store(a + j, chosen(valid, load_some(adv + j, n)));
+      if (slope != nullptr) __builtin_prefetch(slope + j, 1);
     }
-    all += static_cast<double>(hsum(sum));
+    all.log_ratio += static_cast<double>(hsum(sum));
   }
+  if (wrong != 0) all.count = -1;
   return all;
 }
 
@@ -173,18 +198,19 @@ RowSums policy_tokens(const PolicyParams<float>& p, const int32_t* seg, int64_t 
   return all;
 }
 
-RowSums policy_runs(const PolicyRule& rule, const int32_t* seg, int64_t n, const float* now,
-                    const float* old, const float* adv, float* work, uint32_t* ends,
-                    int32_t* length, float* slope) {
-  const int64_t room = n + 16;
-  float *const d = work, *const a = d + room, *const sum_d = a + room, *const sum_a = sum_d + room;
-  const double log_ratio = log_ratios(now, old, n, d);
-  memcpy(a, adv, static_cast<size_t>(n) * sizeof(float));
-  const int64_t count = consecutive_sums(seg, n, d, a, ends, sum_d, sum_a, length);
-  RowSums all = policy_terms(rule, sum_d, sum_a, length, count);
-  all.tokens = static_cast<double>(n), all.log_ratio = log_ratio;
-  if (slope != nullptr) spread_runs(ends, count, sum_d, nullptr, slope, nullptr);
-  return all;
+bool policy_runs(const PolicyParams<float>& p, const int32_t* seg, int64_t limit, const Span& row,
+                 const PolicyRunMemory& memory, RowSums* sums) {
+  const int64_t room = row.width + 16;
+  float *const d = memory.work, *const a = d + room, *const sum_d = a + room,
+               *const sum_a = sum_d + room;
+  const RunTokens tokens = read_runs(p, seg, limit, row, d, a, memory.ends);
+  if (tokens.count < 0) return false;
+  run_sums(seg, memory.ends, tokens.segments, d, a, sum_d, sum_a, memory.length);
+  *sums = policy_terms(p.rule, sum_d, sum_a, memory.length, tokens.segments);
+  sums->tokens = static_cast<double>(tokens.count), sums->log_ratio = tokens.log_ratio;
+  if (p.slope != nullptr)
+    spread_runs(memory.ends, tokens.segments, sum_d, nullptr, p.slope + row.begin, nullptr);
+  return true;
 }
 
 RowSums value_tokens(const ValueParams<float>& p, int64_t width, int64_t begin) {

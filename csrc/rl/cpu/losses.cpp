@@ -26,37 +26,53 @@ class PolicyRows {
   explicit PolicyRows(const PolicyParams<T>& p) : p_(p), tokens_(p.seg.rows.width) {}
 
   RowSums run(int64_t row) {
+    RowSums sums;
     const Span span = p_.seg.rows[row];
+    if (run_at_once(row, span, &sums)) return sums;
     tokens_.read(p_.seg[row], span.width);
     const int64_t n = tokens_.count(), at = span.begin;
-    const T* const now = tokens_.pick(p_.now + at, &memory_[0]);
-    const T* const old = tokens_.pick(p_.old + at, &memory_[1]);
-    const T* const adv = tokens_.pick(p_.adv + at, &memory_[2]);
-    T* const slope = p_.slope != nullptr ? tokens_.target(p_.slope + at, &memory_[3]) : nullptr;
-    RowSums sums;
-    if (std::is_same_v<T, float> && tokens_.consecutive()) {
-      if constexpr (std::is_same_v<T, float>) {
-        length_.resize(n + 16), ends_.resize(n + 16), work_.resize(4 * (n + 16));
-        sums = TENFOLD_ISA_CALL(policy_runs, p_.rule, tokens_.segments(), n, now, old, adv,
-                                work_.data(), ends_.data(), length_.data(), slope);
-      }
+    for (Doubles* x : {&ratio_, &adv_, &sum_r_, &sum_a_}) x->resize(span.width);
+    sums.tokens = static_cast<double>(n);
+    sums.log_ratio =
+        TENFOLD_ISA_CALL(kl_terms, tokens_.pick(p_.now + at, &memory_[0]),
+                         tokens_.pick(p_.old + at, &memory_[1]), n, KlBy::k1, 1.0, ratio_.data());
+    TENFOLD_ISA_CALL(widen, tokens_.pick(p_.adv + at, &memory_[0]), n, adv_.data());
+    if (p_.rule.ratio == RatioBy::token) {
+      token_terms(n, &sums);
     } else {
-      for (Doubles* x : {&ratio_, &adv_, &sum_r_, &sum_a_}) x->resize(span.width);
-      sums.tokens = static_cast<double>(n);
-      sums.log_ratio = TENFOLD_ISA_CALL(kl_terms, now, old, n, KlBy::k1, 1.0, ratio_.data());
-      TENFOLD_ISA_CALL(widen, adv, n, adv_.data());
-      if (p_.rule.ratio == RatioBy::token) {
-        token_terms(n, &sums);
-      } else {
-        macro_terms(n, span.width, &sums);
-      }
-      for (int64_t q = 0; slope != nullptr && q < n; ++q) slope[q] = static_cast<T>(ratio_[q]);
+      macro_terms(n, span.width, &sums);
     }
-    if (slope != nullptr) tokens_.place(slope, p_.slope + at);
+    if (p_.slope == nullptr) return sums;
+    T* const to = tokens_.target(p_.slope + at, &memory_[0]);
+    for (int64_t q = 0; q < n; ++q) to[q] = static_cast<T>(ratio_[q]);
+    tokens_.place(to, p_.slope + at);
     return sums;
   }
 
  private:
+  bool run_at_once(int64_t row, const Span& span, RowSums* sums) {
+    const SegmentRow seg = p_.seg[row];
+    if constexpr (std::is_same_v<T, float>) {
+      const auto* ids = static_cast<const int32_t*>(seg.ids.data);
+      if (seg.ids.wide) {
+        ids_.resize(span.width);
+        for (int64_t j = 0; j < span.width; ++j) ids_[j] = seg[j];
+        ids = ids_.data();
+      }
+      const size_t room = span.width + 16;
+      work_.resize(4 * room), ends_.resize(room), length_.resize(room);
+      if (!TENFOLD_ISA_CALL(policy_runs, p_, ids, seg.limit, span,
+                            {work_.data(), ends_.data(), length_.data()}, sums))
+        return false;
+      if (p_.slope != nullptr) {
+        const auto n = static_cast<int64_t>(sums->tokens);
+        std::fill(p_.slope + span.begin + n, p_.slope + span.begin + span.width, T{0});
+      }
+      return true;
+    }
+    return false;
+  }
+
   // Both leave the slopes of tokens in ratio_.
   void token_terms(int64_t n, RowSums* sums) {
     for (int64_t q = 0; q < n; ++q) {
@@ -85,10 +101,10 @@ class PolicyRows {
   const PolicyParams<T>& p_;
   ValidTokens tokens_;
   Doubles ratio_, adv_, sum_r_, sum_a_;
-  std::vector<int32_t> length_;
+  std::vector<int32_t> ids_, length_;
   std::vector<uint32_t> ends_;
   std::vector<float> work_;
-  std::vector<T> memory_[4];
+  std::vector<T> memory_[2];
 };
 
 // sums[row] = f(row, scratch made by `make`).

@@ -36,10 +36,9 @@ TENFOLD_ISA_DECLARE(void segment_sums(const int32_t* seg, int64_t n, const doubl
 TENFOLD_ISA_DECLARE(int64_t consecutive_sums(const int32_t* seg, int64_t n, double* a, double* b,
                                              uint32_t* ends, double* sum_a, double* sum_b,
                                              int32_t* length))
-// In float up to 8 tokens, and beyond in double.
-TENFOLD_ISA_DECLARE(int64_t consecutive_sums(const int32_t* seg, int64_t n, float* a, float* b,
-                                             uint32_t* ends, float* sum_a, float* sum_b,
-                                             int32_t* length))
+// The same from the ends that are known; in float up to 8 tokens, and beyond in double.
+TENFOLD_ISA_DECLARE(void run_sums(const int32_t* seg, const uint32_t* ends, int64_t segments,
+                                  float* a, float* b, float* sum_a, float* sum_b, int32_t* length))
 
 // Generalised advantages of n steps (gae of rl/returns.h). g, null: rule.gamma for all of them.
 // `work`: n + 1 numbers.

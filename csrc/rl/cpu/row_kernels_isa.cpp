@@ -155,9 +155,9 @@ int64_t find_ends(const int32_t* seg, int64_t n, uint32_t* ends) {
 }
 
 template <class T>
-int64_t consecutive_sums_of(const int32_t* seg, int64_t n, T* a, T* b, uint32_t* ends, T* sum_a,
-                            T* sum_b, int32_t* length) {
-  const int64_t segments = find_ends(seg, n, ends);
+void run_sums_of(const int32_t* seg, const uint32_t* ends, int64_t segments, T* a, T* b, T* sum_a,
+                 T* sum_b, int32_t* length) {
+  const int64_t n = segments > 0 ? ends[segments - 1] : 0;
   T* const from[] = {a, b};
   T* const to[] = {sum_a, sum_b};
   int64_t begin = 0;
@@ -181,7 +181,6 @@ int64_t consecutive_sums_of(const int32_t* seg, int64_t n, T* a, T* b, uint32_t*
       sums[t] = static_cast<T>(sum);
     }
   }
-  return segments;
 }
 
 // A_t = x_t + c A_{t+1}, in place. Sums of the next 8 terms come first, in three steps that double
@@ -300,11 +299,14 @@ void segment_sums(const int32_t* seg, int64_t n, const double* a, const double* 
 
 int64_t consecutive_sums(const int32_t* seg, int64_t n, double* a, double* b, uint32_t* ends,
                          double* sum_a, double* sum_b, int32_t* length) {
-  return consecutive_sums_of(seg, n, a, b, ends, sum_a, sum_b, length);
+  const int64_t segments = find_ends(seg, n, ends);
+  run_sums_of(seg, ends, segments, a, b, sum_a, sum_b, length);
+  return segments;
 }
-int64_t consecutive_sums(const int32_t* seg, int64_t n, float* a, float* b, uint32_t* ends,
-                         float* sum_a, float* sum_b, int32_t* length) {
-  return consecutive_sums_of(seg, n, a, b, ends, sum_a, sum_b, length);
+
+void run_sums(const int32_t* seg, const uint32_t* ends, int64_t segments, float* a, float* b,
+              float* sum_a, float* sum_b, int32_t* length) {
+  run_sums_of(seg, ends, segments, a, b, sum_a, sum_b, length);
 }
 
 void divide(const int32_t* length, int64_t n, double* x) {
