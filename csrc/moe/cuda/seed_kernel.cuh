@@ -50,7 +50,7 @@ __device__ inline float seed_dot(const SeedArgs& a, const T* h, const R* r) {
 }
 
 template <class T, class R>
-__global__ void __launch_bounds__(kSeedThreads) seed_kernel(SeedArgs a) {
+__global__ void __launch_bounds__(kSeedThreads, 2) seed_kernel(SeedArgs a) {
   constexpr int kChunk = static_cast<int>(kSeedChunk);
   static_assert(kChunk == 32);  // a warp's votes
   TENFOLD_SHARED(float, slopes, kChunk);
