@@ -17,13 +17,24 @@ import pytest
 import torch
 
 from build import build
-from emu_calls import CODES, numbers, pointers, ptr, scheduler, shifted
+import tenfold.testing
+from emu_calls import CODES, far_apart, numbers, pointers, ptr, scheduler, shifted
 from tenfold import ops, reference
 from tenfold.testing import assert_close_to_ref
 
 OPS = Path(__file__).resolve().parents[1] / "ops"
 sys.path.insert(0, str(OPS))
-from moe_expert_cases import compare, eager_experts, experts, lora, run_experts, run_lora, step  # noqa: E402
+tenfold.testing.poisoned_memory = contextlib.nullcontext  # every result is full of NaN before, here
+from moe_expert_cases import (  # noqa: E402
+    ROUTES,
+    compare,
+    eager_experts,
+    experts,
+    lora,
+    run_experts,
+    run_lora,
+    step,
+)
 
 LIB = ctypes.CDLL(str(build("kernels_moe_experts", "-shared", "-fPIC")))
 EMULATED = ("grouped_gemm", "grouped_gemm_wgrad", "moe_swiglu_mlp", "moe_swiglu_mlp_train",
@@ -182,12 +193,11 @@ def moe_lora_experts_backward(grad, x, *args, allow_sentinel=False):
     return tuple(scheduled(run))
 
 
-def run_tests(file, *choice):
-    """The tests of a file, those of argument checks aside: these are not the kernels'."""
+def run_tests(*choice):
+    """Some of the op tests."""
     with contextlib.redirect_stdout(sys.stderr):
-        code = pytest.main(
-            ["-q", "-x", "--capture=sys", "-p", "no:cacheprovider", str(OPS / file), *choice]
-        )
+        code = pytest.main(["-q", "-x", "--capture=sys", "-p", "no:cacheprovider",
+                            str(OPS / "test_moe_experts.py"), "-k", f"cpu and ({' or '.join(choice)})"])  # fmt: skip
     assert code == 0, code
 
 
@@ -199,12 +209,128 @@ def limited(*values):
     limits = LIMITS
 
 
-def check_values():
-    """Both tiles; within one, at its end and past it; whole vectors and not."""
-    cpu = torch.device("cpu")
-    for turn, shape in enumerate([(3, 5, 6, 3, 2), (20, 72, 136, 3, 2), (40, 33, 65, 2, 1)]):
-        for dtype in list(CODES)[turn % 3 :][:2]:
-            compare("experts", lambda s, p=shape, t=dtype: experts(p, t, seed=s), cpu, samples=2)
+ALL_LARGE = (1 << 28, 0)
+
+
+def compare_all(kind, cases, problem):
+    """(shape, dtype, limits) each: within a tile, at its end and past it; whole vectors and not."""
+    for shape, dtype, values in cases:
+        with limited(*values):
+            compare(kind, lambda s: problem(shape, dtype, s), torch.device("cpu"), samples=2)
+
+
+def check_experts():
+    f32, bf16, f16 = CODES
+    cases = [((9, 72, 136, 3, 2), bf16, LIMITS), ((40, 33, 65, 2, 1), f16, LIMITS),
+             ((70, 40, 24, 2, 1), f32, LIMITS), ((9, 72, 136, 2, 2), f32, ALL_LARGE),
+             ((20, 40, 64, 1, 1), bf16, ALL_LARGE), ((140, 9, 17, 1, 1), f16, LIMITS)]  # fmt: skip
+    compare_all("experts", cases, lambda p, t, s: experts(p, t, seed=s))
+    for turn, kind in enumerate(ROUTES):
+        with limited(1 << 28, 32 * (turn % 2)):
+            compare("experts", lambda s: experts((16, 20, 33, 4, 2), list(CODES)[turn % 3], kind, s),
+                    torch.device("cpu"), samples=2, allow_sentinel=True)  # fmt: skip
+    run_tests("expert_without", "order_of", "nan_and_inf", "identical", "dense_mixture")
+
+
+def check_lora():
+    f32, bf16, f16 = CODES
+    cases = [((10, 24, 70, 3, 2), bf16, LIMITS), ((20, 33, 65, 2, 2), f32, ALL_LARGE),
+             ((9, 40, 48, 1, 1), f16, ALL_LARGE)]  # fmt: skip
+    for rank, case in zip((8, 66, 5), cases):
+        compare_all("lora", [case], lambda p, t, s, r=rank: lora(p, r, t, seed=s))
+    for kind in ("sentinels", "empty"):
+        compare("lora", lambda s: lora((16, 20, 33, 4, 2), 0 if kind == "empty" else 3, f32, kind, s),
+                torch.device("cpu"), samples=2, allow_sentinel=True)  # fmt: skip
+    run_tests("lora_equals", "scale_multiplies")
+
+
+def check_grouped():
+    run_tests("(test_grouped_gemm[ and (case0 or case1 or case2 or case3 or (case4 and dtype1)))",
+              "test_grouped_gemm_wgrad", "test_grouped_gemm_equals")  # fmt: skip
+    with limited(*ALL_LARGE):
+        run_tests("(test_grouped_gemm[ and True and case4 and not dtype2)")
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def tiles_and_rounds():
+    """No result depends on the shape of tiles, nor on how many columns are done at a time."""
+    for kind, run, op, problem in (
+        ("experts", run_experts, ops.moe_swiglu_mlp, experts((6, 264, 260, 2, 1), torch.bfloat16)),
+        ("lora", run_lora, ops.moe_lora_swiglu_mlp, lora((5, 257, 300, 1, 1), 4, torch.float32)),
+    ):
+        tensors, index = problem
+        up = torch.randn(tensors[0].shape)
+        want = step(run, op, tensors, index, up)
+        for values in ((1, 32), ALL_LARGE):
+            with limited(*values):
+                assert same(step(run, op, tensors, index, up), want), (kind, values)
+
+
+def alignment():
+    """The same bits with and without vector loads, of one operand after the other."""
+    tensors, index = experts((12, 40, 32, 2, 2), torch.bfloat16)
+    up = torch.randn(12, 40)
+    want = step(run_experts, ops.moe_swiglu_mlp, tensors, index, up)
+    for i in range(3):
+        mine = [shifted(t) if i == j else t for j, t in enumerate(tensors)]
+        assert same(step(run_experts, ops.moe_swiglu_mlp, mine, index, up), want)
+    tensors, index = lora((12, 40, 32, 2, 2), 8, torch.float16)
+    want = run_lora(ops.moe_lora_swiglu_mlp, tensors, index)
+    for i in range(len(tensors) - 1):
+        mine = [shifted(t) if i == j else t for j, t in enumerate(tensors)]
+        assert torch.equal(run_lora(ops.moe_lora_swiglu_mlp, mine, index), want)
+
+
+def many_groups():
+    """More than one warp looks at, most of them empty; and more slots than one warp sorts."""
+    tensors, index = experts((30, 12, 10, 75, 3), torch.float32)
+    compare("experts", lambda s: (tensors, index), torch.device("cpu"))
+    tensors, index = experts((700, 4, 3, 5, 2), torch.float32)
+    got = run_experts(ops.moe_swiglu_mlp, tensors, index)
+    want = run_experts(reference.moe_swiglu_mlp, [t.double() for t in tensors], index)
+    assert_close_to_ref(got, want, eager_experts(*tensors[:3], index, tensors[3]))
+
+
+def values_that_the_host_does_not_see():
+    """Indices out of range are slots of nobody, rows that do not exist are 0, offsets stay inside."""
+    tensors, index = experts((20, 12, 10, 3, 2), torch.float32)
+    for wrong in (-1, -(2**40), 2**33 + 1, 3):
+        bad, weight = index.clone(), tensors[3].clone()
+        bad[4:7, 1] = wrong
+        weight[4:7, 1] = 0
+        got = run_experts(ops.moe_swiglu_mlp, tensors, bad)
+        assert torch.equal(got, run_experts(ops.moe_swiglu_mlp, [*tensors[:3], weight], index))
+    a, w = torch.randn(12, 9), torch.randn(3, 7, 9)
+    offsets, gather = torch.tensor([0, 4, 4, 10]), torch.arange(12)
+    want = ops.grouped_gemm(a, w, offsets)
+    gather[[1, 5]] = torch.tensor([12, -3])
+    want[[1, 5]] = 0
+    assert torch.equal(ops.grouped_gemm(a, w, offsets, True, gather), want)
+    for offsets in ([-5, 9, 3, 40], [0, 1 << 40, -(1 << 40), 6], [12, 0, 12, 0]):
+        ops.grouped_gemm(a, w, torch.tensor(offsets))
+        ops.grouped_gemm_wgrad(torch.randn(12, 7), a, torch.tensor(offsets))
+
+
+def offsets_beyond_32_bits():
+    """Rows of x and of a matrix, in turn."""
+    a, w, offsets = torch.randn(3, 40).bfloat16(), torch.randn(3, 40).bfloat16(), torch.tensor([0, 3])
+    want = ops.grouped_gemm(a, w[None], offsets), ops.grouped_gemm_wgrad(w, a, offsets)
+    with tempfile.TemporaryDirectory() as folder:
+        for x, y in ((far_apart(a, folder), w), (a, far_apart(w, folder))):
+            got = ops.grouped_gemm(x, y[None], offsets), ops.grouped_gemm_wgrad(y, x, offsets)
+            assert same(got, want)
+
+
+def check_edges():
+    many_groups()
+    tiles_and_rounds()
+    alignment()
+    values_that_the_host_does_not_see()
+    offsets_beyond_32_bits()
+    run_tests("(layouts and lora and dtype0)", "(gradients_of_some and experts)")
 
 
 if __name__ == "__main__":
