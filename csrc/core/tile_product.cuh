@@ -36,9 +36,8 @@ struct ProductShape {
 
 // One block on a multiprocessor: 8 warps of 64 x 64 read half of what 4 x 2 of 32 x 32 would.
 template <class T>
-using ProductTile =
-    std::conditional_t<sizeof(T) == 2, ProductShape<T, 128, 256, 2, 4, 2>,
-                       ProductShape<T, 128, 128, 4, 2, 2>>;
+using ProductTile = std::conditional_t<sizeof(T) == 2, ProductShape<T, 128, 256, 2, 4, 2>,
+                                       ProductShape<T, 128, 128, 4, 2, 2>>;
 
 // Of few rows, which wait for memory: three steps are under way, in each of two blocks.
 template <class T>
@@ -123,8 +122,7 @@ __device__ inline void multiply_mma(const typename P::T* left, const typename P:
 
 // Sums of 16 products join the others: shorter chains.
 template <class P, Lies kLeftLies, Lies kRightLies>
-__device__ inline void multiply_fma(const float* left, const float* right,
-                                    typename P::Sums& sums) {
+__device__ inline void multiply_fma(const float* left, const float* right, typename P::Sums& sums) {
   using Left = OperandTile<P, kLeftLies, P::kRows>;
   using Right = OperandTile<P, kRightLies, P::kCols>;
   const int row0 = P::first_row(), col0 = P::first_col();

@@ -50,8 +50,8 @@ LoraCall check_lora_experts(const char* op, const Tensor& x, const std::array<Te
 // Like t of these sizes, or empty.
 Tensor wanted_like(const Tensor& t, bool wanted, std::initializer_list<int64_t> sizes);
 
-// A gradients' call, and its results: of x, the shared block, three A, three B and weight. Those not
-// wanted (bit i) are empty.
+// A gradients' call, and its results: of x, the shared block, three A, three B and weight. Those
+// not wanted (bit i) are empty.
 struct LoraBackward {
   using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
                              Tensor, Tensor>;
@@ -60,7 +60,9 @@ struct LoraBackward {
   int64_t wanted;
 
   void* data(int i) const { return wanted >> i & 1 ? made[i].data_ptr() : nullptr; }
-  Results results() const { return std::apply([](auto&... t) { return Results(t...); }, made); }
+  Results results() const {
+    return std::apply([](auto&... t) { return Results(t...); }, made);
+  }
 };
 LoraBackward check_lora_backward(const char* op, const LoraCall& c, const Tensor& grad_out,
                                  const Tensor& hidden, const Tensor& low, int64_t wanted);

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from build import build
 import tenfold.testing
+from build import build
 from emu_calls import CODES, far_apart, numbers, pointers, ptr, scheduler, shifted
 from tenfold import ops, reference
 from tenfold.testing import assert_close_to_ref
@@ -126,7 +126,9 @@ def moe_swiglu_mlp_train(*args, allow_sentinel=False):
     return forward(True, *args)
 
 
-def moe_swiglu_mlp_backward(grad, x, gate_up, down, index, weight, hidden, *wanted, allow_sentinel=False):
+def moe_swiglu_mlp_backward(
+    grad, x, gate_up, down, index, weight, hidden, *wanted, allow_sentinel=False
+):
     call, gate_up, down, strides = experts_call(x, gate_up, down, index, weight, grad)
     hidden = hidden.contiguous()
 
@@ -216,39 +218,33 @@ def compare_all(kind, cases, problem):
     """(shape, dtype, limits) each: within a tile, at its end and past it; whole vectors and not."""
     for shape, dtype, values in cases:
         with limited(*values):
-            compare(kind, lambda s: problem(shape, dtype, s), torch.device("cpu"), samples=2)
+            compare(kind, lambda _, p=shape, t=dtype: problem(p, t), torch.device("cpu"))
 
 
-def check_experts():
+def lora_values():
+    f32, bf16, f16 = CODES
+    cases = [((10, 24, 70, 3, 2), bf16, LIMITS), ((20, 33, 65, 2, 2), f32, ALL_LARGE),
+             ((12, 40, 48, 1, 2), f16, ALL_LARGE)]  # fmt: skip
+    for rank, case in zip((8, 66, 5), cases):
+        compare_all("lora", [case], lambda p, t, r=rank: lora(p, r, t))
+    for kind, rank in (("sentinels", 3), ("empty", 0)):
+        made = lora((12, 20, 33, 4, 2), rank, f32, kind)
+        compare("lora", lambda _, made=made: made, torch.device("cpu"), allow_sentinel=True)
+    run_tests("lora_equals", "scale_multiplies")
+
+
+def check_values():
     f32, bf16, f16 = CODES
     cases = [((9, 72, 136, 3, 2), bf16, LIMITS), ((40, 33, 65, 2, 1), f16, LIMITS),
              ((70, 40, 24, 2, 1), f32, LIMITS), ((9, 72, 136, 2, 2), f32, ALL_LARGE),
              ((20, 40, 64, 1, 1), bf16, ALL_LARGE), ((140, 9, 17, 1, 1), f16, LIMITS)]  # fmt: skip
-    compare_all("experts", cases, lambda p, t, s: experts(p, t, seed=s))
+    compare_all("experts", cases, experts)
     for turn, kind in enumerate(ROUTES):
+        made = experts((16, 20, 33, 4, 2), list(CODES)[turn % 3], kind)
         with limited(1 << 28, 32 * (turn % 2)):
-            compare("experts", lambda s: experts((16, 20, 33, 4, 2), list(CODES)[turn % 3], kind, s),
-                    torch.device("cpu"), samples=2, allow_sentinel=True)  # fmt: skip
+            compare("experts", lambda _, made=made: made, torch.device("cpu"), allow_sentinel=True)
     run_tests("expert_without", "order_of", "nan_and_inf", "identical", "dense_mixture")
-
-
-def check_lora():
-    f32, bf16, f16 = CODES
-    cases = [((10, 24, 70, 3, 2), bf16, LIMITS), ((20, 33, 65, 2, 2), f32, ALL_LARGE),
-             ((9, 40, 48, 1, 1), f16, ALL_LARGE)]  # fmt: skip
-    for rank, case in zip((8, 66, 5), cases):
-        compare_all("lora", [case], lambda p, t, s, r=rank: lora(p, r, t, seed=s))
-    for kind in ("sentinels", "empty"):
-        compare("lora", lambda s: lora((16, 20, 33, 4, 2), 0 if kind == "empty" else 3, f32, kind, s),
-                torch.device("cpu"), samples=2, allow_sentinel=True)  # fmt: skip
-    run_tests("lora_equals", "scale_multiplies")
-
-
-def check_grouped():
-    run_tests("(test_grouped_gemm[ and (case0 or case1 or case2 or case3 or (case4 and dtype1)))",
-              "test_grouped_gemm_wgrad", "test_grouped_gemm_equals")  # fmt: skip
-    with limited(*ALL_LARGE):
-        run_tests("(test_grouped_gemm[ and True and case4 and not dtype2)")
+    lora_values()
 
 
 def same(a, b):
@@ -257,16 +253,18 @@ def same(a, b):
 
 def tiles_and_rounds():
     """No result depends on the shape of tiles, nor on how many columns are done at a time."""
-    for kind, run, op, problem in (
-        ("experts", run_experts, ops.moe_swiglu_mlp, experts((6, 264, 260, 2, 1), torch.bfloat16)),
-        ("lora", run_lora, ops.moe_lora_swiglu_mlp, lora((5, 257, 300, 1, 1), 4, torch.float32)),
+    for run, op, (tensors, index) in (
+        (run_experts, ops.moe_swiglu_mlp, experts((6, 264, 24, 2, 1), torch.bfloat16)),
+        (run_lora, ops.moe_lora_swiglu_mlp, lora((5, 24, 260, 1, 1), 4, torch.float32)),
     ):
-        tensors, index = problem
-        up = torch.randn(tensors[0].shape)
-        want = step(run, op, tensors, index, up)
-        for values in ((1, 32), ALL_LARGE):
+        x, *matrices, weight = tensors
+        results = []
+        for values in (LIMITS, (1, 32), ALL_LARGE):
             with limited(*values):
-                assert same(step(run, op, tensors, index, up), want), (kind, values)
+                leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
+                out = run(op, [leaves[0], *matrices, leaves[1]], index)
+                results.append([out, *torch.autograd.grad(out.sum(), leaves)])
+        assert all(same(r, results[0]) for r in results[1:])
 
 
 def alignment():
@@ -286,12 +284,11 @@ def alignment():
 
 def many_groups():
     """More than one warp looks at, most of them empty; and more slots than one warp sorts."""
-    tensors, index = experts((30, 12, 10, 75, 3), torch.float32)
-    compare("experts", lambda s: (tensors, index), torch.device("cpu"))
-    tensors, index = experts((700, 4, 3, 5, 2), torch.float32)
-    got = run_experts(ops.moe_swiglu_mlp, tensors, index)
-    want = run_experts(reference.moe_swiglu_mlp, [t.double() for t in tensors], index)
-    assert_close_to_ref(got, want, eager_experts(*tensors[:3], index, tensors[3]))
+    for shape in ((30, 12, 10, 75, 3), (700, 4, 3, 5, 2)):
+        tensors, index = experts(shape, torch.float32)
+        got = run_experts(ops.moe_swiglu_mlp, tensors, index)
+        want = run_experts(reference.moe_swiglu_mlp, [t.double() for t in tensors], index)
+        assert_close_to_ref(got, want, eager_experts(*tensors[:3], index, tensors[3]))
 
 
 def values_that_the_host_does_not_see():
@@ -316,15 +313,28 @@ def values_that_the_host_does_not_see():
 
 def offsets_beyond_32_bits():
     """Rows of x and of a matrix, in turn."""
-    a, w, offsets = torch.randn(3, 40).bfloat16(), torch.randn(3, 40).bfloat16(), torch.tensor([0, 3])
+    a, w, offsets = (
+        torch.randn(3, 40).bfloat16(),
+        torch.randn(3, 40).bfloat16(),
+        torch.tensor([0, 3]),
+    )
     want = ops.grouped_gemm(a, w[None], offsets), ops.grouped_gemm_wgrad(w, a, offsets)
-    with tempfile.TemporaryDirectory() as folder:
-        for x, y in ((far_apart(a, folder), w), (a, far_apart(w, folder))):
+    for far in range(2):
+        with tempfile.TemporaryDirectory() as folder:
+            x, y = (far_apart(t, folder) if i == far else t for i, t in enumerate((a, w)))
             got = ops.grouped_gemm(x, y[None], offsets), ops.grouped_gemm_wgrad(y, x, offsets)
             assert same(got, want)
 
 
+def grouped_products():
+    run_tests("(test_grouped_gemm[ and (case0 or case1 or case2 or case3 or (case4 and dtype1)))",
+              "test_grouped_gemm_wgrad", "test_grouped_gemm_equals")  # fmt: skip
+    with limited(*ALL_LARGE):
+        run_tests("(test_grouped_gemm[ and True and case4 and not dtype2)")
+
+
 def check_edges():
+    grouped_products()
     many_groups()
     tiles_and_rounds()
     alignment()

@@ -38,10 +38,9 @@ API void emu_grouped_gemm(const void* a, const void* w, const void* offsets, con
 // n: dtype offsets_wide gather_wide slots a_rows groups cols depth dy_stride a_stride
 API void emu_grouped_wgrad(const void* dy, const void* a, const void* offsets, const void* gather,
                            void* out, const int64_t* n) {
-  const GroupedWgradCall c{{dy, n[8]},           {a, n[9]}, ints(offsets, n[1]),
-                           ints(gather, n[2]), n[3],      n[4],
-                           n[5],               n[6],      n[7],
-                           out};
+  const GroupedWgradCall c{
+      {dy, n[8]}, {a, n[9]}, ints(offsets, n[1]), ints(gather, n[2]), n[3], n[4], n[5], n[6],
+      n[7],       out};
   with_dtype(n[0], [&]<class T>() { grouped_wgrad<T>(c, nullptr); });
 }
 
@@ -112,8 +111,8 @@ API void emu_experts_backward(const void* grad, const void* x, const void* gate_
 }
 
 API void emu_lora_forward(const void* x, const void* const* m, const void* index,
-                          const float* weight, void* hidden, void* low, void* out,
-                          const int64_t* n, const int64_t* strides, int64_t rank, double scale) {
+                          const float* weight, void* hidden, void* low, void* out, const int64_t* n,
+                          const int64_t* strides, int64_t rank, double scale) {
   Memory memory;
   const Routed r{n, x, index, weight};
   const LoraBlock b = lora_block(r, m, strides, rank, scale);
@@ -123,10 +122,10 @@ API void emu_lora_forward(const void* x, const void* const* m, const void* index
 }
 
 // out: x, base, A, B, weight, or null
-API void emu_lora_backward(const void* grad, const void* x, const void* const* m,
-                           const void* index, const float* weight, const void* hidden,
-                           const void* low, void* const* out, const int64_t* n,
-                           const int64_t* strides, int64_t rank, double scale) {
+API void emu_lora_backward(const void* grad, const void* x, const void* const* m, const void* index,
+                           const float* weight, const void* hidden, const void* low,
+                           void* const* out, const int64_t* n, const int64_t* strides, int64_t rank,
+                           double scale) {
   Memory memory;
   const Routed r{n, x, index, weight};
   const LoraBlock b = lora_block(r, m, strides, rank, scale);

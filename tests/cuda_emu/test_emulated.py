@@ -24,7 +24,7 @@ CHECKS = {  # library -> checks of its script
         "logprob", "logprob_alignment", "linear_limits", "linear_values", "linear_rows",
         "linear_programs", "linear_edges",
     ],
-    "kernels_moe_experts": ["experts", "lora", "grouped", "edges"],
+    "kernels_moe_experts": ["values", "edges"],
     "kernels": ["template", "proxy_scores", "nacl_select", "kv_moves", "ragged_decode"],
 }  # fmt: skip
 

@@ -1,8 +1,8 @@
 // Tiles of logits of linear_cross_entropy: the rows of hidden that count times the vocabulary.
 #pragma once
 
-#include "loss/cuda/lce_rows_kernel.cuh"
 #include "core/tile_product.cuh"
+#include "loss/cuda/lce_rows_kernel.cuh"
 
 namespace tenfold::cuda {
 

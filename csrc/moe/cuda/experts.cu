@@ -17,10 +17,17 @@ Tensor grouped_gemm_op(Tensor a, Tensor w, Tensor offsets, bool trans_w, OptTens
   const Tensor out = new_output(c.a, {c.slots, c.cols}, c.a.scalar_type());
   if (out.numel() == 0) return out;
   const Launch launch(c.a);
-  const GroupedGemmCall call{device_rows(c.a),    device_matrices(c.w), trans_w,
-                             int_array(c.offsets), int_array(c.gather),  c.slots,
-                             c.a_rows,             c.groups,             c.cols,
-                             c.depth,              out.data_ptr()};
+  const GroupedGemmCall call{device_rows(c.a),
+                             device_matrices(c.w),
+                             trans_w,
+                             int_array(c.offsets),
+                             int_array(c.gather),
+                             c.slots,
+                             c.a_rows,
+                             c.groups,
+                             c.cols,
+                             c.depth,
+                             out.data_ptr()};
   dispatch_dtype(c.a.scalar_type(), kOp,
                  [&]<class T>() { grouped_gemm<T>(call, {}, launch.stream); });
   launch.check();
@@ -33,9 +40,15 @@ Tensor grouped_gemm_wgrad_op(Tensor dy, Tensor a, Tensor offsets, OptTensor gath
   const Tensor out = new_output(c.a, {c.groups, c.cols, c.depth}, c.a.scalar_type());
   if (out.numel() == 0) return out;
   const Launch launch(c.a);
-  const GroupedWgradCall call{device_rows(c.w),     device_rows(c.a), int_array(c.offsets),
-                              int_array(c.gather),  c.slots,          c.a_rows,
-                              c.groups,             c.cols,           c.depth,
+  const GroupedWgradCall call{device_rows(c.w),
+                              device_rows(c.a),
+                              int_array(c.offsets),
+                              int_array(c.gather),
+                              c.slots,
+                              c.a_rows,
+                              c.groups,
+                              c.cols,
+                              c.depth,
                               out.data_ptr()};
   dispatch_dtype(c.a.scalar_type(), kOp, [&]<class T>() { grouped_wgrad<T>(call, launch.stream); });
   launch.check();

@@ -38,13 +38,13 @@ void experts_forward(const ExpertBlock& b, void* hidden, void* out, const Expert
   const int64_t f = b.ffn;
   T* const a = run.elements(b.slots() * f);
   auto* const pre = static_cast<T*>(hidden);
-  const StoreSwiglu<T> swiglu{{},  0, nullptr, a, pre, f,
-                              whole_twos<T>(a, f) && (pre == nullptr || whole_twos<T>(pre, f))};
-  run.template product<Lies::along, true>(GroupedArgs<StoreSwiglu<T>>{
-      run.slots(), run.of_slots(b.x, b.dim), gate_and_up<T>(b, f), b.dim, f, 1, false, 0, 0,
-      swiglu});
-  const PlainProduct down{run.slots(), run.rows(a, f, f), one_matrix<T>(b.down, f), Lies::along,
-                          f,           b.dim};
+  const StoreSwiglu<T> swiglu{
+      {}, 0, nullptr, a, pre, f, whole_twos<T>(a, f) && (pre == nullptr || whole_twos<T>(pre, f))};
+  run.template product<Lies::along, true>(
+      GroupedArgs<StoreSwiglu<T>>{run.slots(), run.of_slots(b.x, b.dim), gate_and_up<T>(b, f),
+                                  b.dim, f, 1, false, 0, 0, swiglu});
+  const PlainProduct down{run.slots(), run.rows(a, f, f), one_matrix<T>(b.down, f), Lies::along, f,
+                          b.dim};
   run.to_tokens(down, run.factor(), nullptr, out);
 }
 

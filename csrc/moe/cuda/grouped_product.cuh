@@ -1,7 +1,7 @@
 // Products of groups of rows (the sorted slots of an expert) with a matrix each, a block per tile.
 // The groups' sizes are known to the device only: grids are made for the most tiles that so many
-// rows can need, a block finds its rows in `offsets`, and blocks beyond the last tile leave. Rows of
-// the left operand may be gathered; what follows the product takes the sums from registers.
+// rows can need, a block finds its rows in `offsets`, and blocks beyond the last tile leave. Rows
+// of the left operand may be gathered; what follows the product takes the sums from registers.
 #pragma once
 
 #include "core/tile_product.cuh"
@@ -142,9 +142,8 @@ __global__ void __launch_bounds__(P::kThreads, P::kThreads > 128 ? 1 : 2)
     const int64_t k = static_cast<int64_t>(step - phase * each) * P::kDepth;
     const T* const from = left_data + phase * a.depth + k;
     load_operand<P, Lies::along, P::kRows>(
-        left, left_data, a.depth - k, a.left.vectors, [&](int r) -> const T* {
-          return row[r] >= 0 ? from + row[r] * a.left.stride : nullptr;
-        });
+        left, left_data, a.depth - k, a.left.vectors,
+        [&](int r) -> const T* { return row[r] >= 0 ? from + row[r] * a.left.stride : nullptr; });
     if constexpr (kPairs) {
       load_operand<P, Lies::along, P::kCols>(
           right, right_data, a.depth - k, a.right.vectors, [&](int r) -> const T* {

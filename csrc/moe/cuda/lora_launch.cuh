@@ -23,10 +23,11 @@ class LoraProducts {
     activate(low, hidden, wa);
     down_low(wa, of_down);
     run_.sum_slots(wa, f_, summed);
-    const PlainProduct own{run_.slots(), run_.rows(of_down, r_, r_), one_matrix<T>(b_.b[kDown], r_),
-                           Lies::along,  r_, b_.dim};
-    const PlainProduct base{run_.tokens(), run_.rows(summed, f_, f_), shared(kDown, f_),
-                            Lies::along,   f_, b_.dim};
+    const PlainProduct own{
+        run_.slots(), run_.rows(of_down, r_, r_), one_matrix<T>(b_.b[kDown], r_), Lies::along, r_,
+        b_.dim};
+    const PlainProduct base{
+        run_.tokens(), run_.rows(summed, f_, f_), shared(kDown, f_), Lies::along, f_, b_.dim};
     run_.to_tokens(own, nullptr, &base, out);
   }
 
@@ -50,10 +51,13 @@ class LoraProducts {
     run_.sum_slots(pre, 2 * f, summed);
     base_gradients(grad, wa, summed, out);
     if (out.x != nullptr) {
-      const PlainProduct own{run_.slots(), run_.rows(dlow, 2 * r, 2 * r), both(b_.a, r, d),
-                             Lies::across, 2 * r, d};
-      const PlainProduct base{run_.tokens(), run_.rows(summed, 2 * f, 2 * f),
-                              two_matrices<T>(plain(kGate), plain(kUp), f, d), Lies::across, 2 * f,
+      const PlainProduct own{
+          run_.slots(), run_.rows(dlow, 2 * r, 2 * r), both(b_.a, r, d), Lies::across, 2 * r, d};
+      const PlainProduct base{run_.tokens(),
+                              run_.rows(summed, 2 * f, 2 * f),
+                              two_matrices<T>(plain(kGate), plain(kUp), f, d),
+                              Lies::across,
+                              2 * f,
                               d};
       run_.to_tokens(own, nullptr, &base, out.x);
     }
@@ -95,31 +99,31 @@ class LoraProducts {
       ProductRows left = run_.rows(low, 2 * r_, 2 * r_);
       left.vectors &= r_ * sizeof(T) % 16 == 0;
       const ProductMatrices own = columns_from<T>(both(b_.b, f_, r_), Lies::along, first);
-      run_.template product<Lies::along, true>(GroupedArgs<StoreSwiglu<T>>{
-          run_.slots(), left, own, r_, cols, 2, false, 0, 0, swiglu});
+      run_.template product<Lies::along, true>(
+          GroupedArgs<StoreSwiglu<T>>{run_.slots(), left, own, r_, cols, 2, false, 0, 0, swiglu});
     }
   }
 
   // scale w a A_d^T
   void down_low(const T* wa, T* low) const {
-    run_.plain({run_.slots(), run_.rows(wa, f_, f_), one_matrix<T>(b_.a[kDown], f_), Lies::along,
-                f_, r_},
-               store_rows<T>(low, r_, false, b_.scale));
+    run_.plain(
+        {run_.slots(), run_.rows(wa, f_, f_), one_matrix<T>(b_.a[kDown], f_), Lies::along, f_, r_},
+        store_rows<T>(low, r_, false, b_.scale));
   }
 
   // pre: [dg, du]; up: scale G B_d.
   void activate_backward(const DeviceRows& grad, const T* hidden, const T* up, T* pre, T* wa,
                          float* weight) const {
     const int64_t width = run_.round_width(b_.tokens, f_);
-    float *const base = run_.floats(b_.tokens * width),
-                 *const dots = run_.floats(cuts(width, kDotCols) * s_);
+    float *const base = run_.floats(b_.tokens * width), *const dots =
+                                                            run_.floats(cuts(width, kDotCols) * s_);
     const bool twos = whole_twos<T>(hidden, f_) && whole_twos<T>(pre, f_) && whole_twos<T>(wa, f_);
     for (int64_t first = 0; first < f_; first += width) {
       const int64_t cols = std::min(width, f_ - first);
-      run_.plain({run_.tokens(), product_rows<T>(grad, b_.dim),
-                  columns_from<T>(shared(kDown, f_), Lies::across, first), Lies::across, b_.dim,
-                  cols},
-                 store_rows<T>(base, width, true));
+      run_.plain(
+          {run_.tokens(), product_rows<T>(grad, b_.dim),
+           columns_from<T>(shared(kDown, f_), Lies::across, first), Lies::across, b_.dim, cols},
+          store_rows<T>(base, width, true));
       const StoreSwigluBackward<T> back{{base, width, run_.token()},
                                         run_.factor(),
                                         hidden + first,

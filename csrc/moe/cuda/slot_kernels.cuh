@@ -1,6 +1,7 @@
 // Sorted slots of a routed batch on the device, and what a token makes of its slots: the stable
 // counting sort of moe/sort.h with the token and the weight of every position, sums over a token's
-// slots in their order, and the gradient of routing weights. No atomics, nothing waits for the host.
+// slots in their order, and the gradient of routing weights. No atomics, nothing waits for the
+// host.
 #pragma once
 
 #include "core/mma_tile.cuh"
@@ -54,8 +55,7 @@ __device__ inline void for_chunk(const SortSlotsArgs& a, int64_t chunk, const F&
 }
 
 static __global__ void __launch_bounds__(kSortThreads) count_slots_kernel(SortSlotsArgs a) {
-  const int64_t chunk =
-      static_cast<int64_t>(blockIdx.x) * (kSortThreads / 32) + threadIdx.x / 32;
+  const int64_t chunk = static_cast<int64_t>(blockIdx.x) * (kSortThreads / 32) + threadIdx.x / 32;
   if (chunk >= a.chunks) return;
   for (int64_t e = threadIdx.x % 32; e < a.experts; e += 32) a.counts[e * a.chunks + chunk] = 0;
   if (chunk == 0 && threadIdx.x == 0) a.counts[a.experts * a.chunks] = 0;
@@ -67,8 +67,7 @@ static __global__ void __launch_bounds__(kSortThreads) count_slots_kernel(SortSl
 
 // After the counts have been summed up.
 static __global__ void __launch_bounds__(kSortThreads) place_slots_kernel(SortSlotsArgs a) {
-  const int64_t chunk =
-      static_cast<int64_t>(blockIdx.x) * (kSortThreads / 32) + threadIdx.x / 32;
+  const int64_t chunk = static_cast<int64_t>(blockIdx.x) * (kSortThreads / 32) + threadIdx.x / 32;
   if (chunk >= a.chunks) return;
   if (chunk == 0)  // whose counts are where the experts begin, until it moves them
     for (int64_t e = threadIdx.x % 32; e <= a.experts; e += 32)
@@ -90,7 +89,8 @@ static __global__ void __launch_bounds__(kSortThreads) place_slots_kernel(SortSl
 }
 
 inline void launch_sort_slots(const SortSlotsArgs& a, cudaStream_t stream) {
-  const auto blocks = static_cast<unsigned>((a.chunks + kSortThreads / 32 - 1) / (kSortThreads / 32));
+  const auto blocks =
+      static_cast<unsigned>((a.chunks + kSortThreads / 32 - 1) / (kSortThreads / 32));
   TENFOLD_LAUNCH(count_slots_kernel, blocks, kSortThreads, stream, a);
   launch_scan(a.counts, a.experts * a.chunks + 1, stream);
   TENFOLD_LAUNCH(place_slots_kernel, blocks, kSortThreads, stream, a);
@@ -139,7 +139,8 @@ template <class In, class T, bool kFours>
 __global__ void __launch_bounds__(kSumThreads) sum_slots_kernel(SumSlotsArgs a) {
   const int64_t token = blockIdx.x / a.strips;
   const int64_t first = blockIdx.x % a.strips * int64_t{kSumThreads * kSumEach};
-  const int64_t left = a.cols - first, end = left < kSumThreads * kSumEach ? left : kSumThreads * kSumEach;
+  const int64_t left = a.cols - first,
+                end = left < kSumThreads * kSumEach ? left : kSumThreads * kSumEach;
   const auto* const in = static_cast<const In*>(a.in) + first;
   const float* const base = a.base != nullptr ? a.base + token * a.base_stride + first : nullptr;
   T* const out = static_cast<T*>(a.out) + token * a.out_stride + first;

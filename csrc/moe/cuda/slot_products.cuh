@@ -183,7 +183,8 @@ class SlotProducts {
   // out[token] = base's row + the sum over its slots of factor[position] * the product's row.
   void to_tokens(const PlainProduct& p, const float* factor, const PlainProduct* base,
                  void* out) const {
-    const int64_t s = r_.slots(), width = round_width(s + (base != nullptr ? r_.tokens : 0), p.cols);
+    const int64_t s = r_.slots(),
+                  width = round_width(s + (base != nullptr ? r_.tokens : 0), p.cols);
     float* const in = floats(s * width);
     float* const added = base != nullptr ? floats(r_.tokens * width) : nullptr;
     for (int64_t first = 0; first < p.cols; first += width) {
@@ -215,8 +216,7 @@ class SlotProducts {
 
   // The gradient of routing weights from parts; `add`: to that of the columns before.
   void add_dots(const float* dots, int64_t parts, bool add, float* out) const {
-    if (out != nullptr)
-      launch_slot_dots({inverse_, r_.slots(), parts, dots, add, out}, stream_);
+    if (out != nullptr) launch_slot_dots({inverse_, r_.slots(), parts, dots, add, out}, stream_);
   }
 
  private:

@@ -125,8 +125,8 @@ struct StoreSwigluBackward {
   }
 
   template <class P>
-  __device__ __forceinline__ float columns(int64_t position, int m, int half, int64_t col0, int64_t cols,
-                           const typename P::Sums& sums) const {
+  __device__ __forceinline__ float columns(int64_t position, int m, int half, int64_t col0,
+                                           int64_t cols, const typename P::Sums& sums) const {
     const float* const token = base.row(position);
     const float w = factor[position];
     float dot = 0.0f;
