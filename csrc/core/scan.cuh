@@ -42,9 +42,10 @@ __device__ inline int64_t block_before(int64_t x, int64_t* sums, int64_t* total)
 
 constexpr int kScanThreads = 1024;
 
-// In place: counts[i] = sum of the counts before i. One block.
+// In place: counts[i] = sum of the counts before i, of every row of n. One block a row.
 static __global__ void __launch_bounds__(kScanThreads) scan_kernel(int64_t* counts, int64_t n) {
   TENFOLD_SHARED(int64_t, sums, kScanThreads / 32);
+  counts += blockIdx.x * n;
   int64_t carry = 0;
   for (int64_t first = 0; first < n; first += kScanThreads) {
     const int64_t i = first + threadIdx.x;
@@ -55,8 +56,9 @@ static __global__ void __launch_bounds__(kScanThreads) scan_kernel(int64_t* coun
   }
 }
 
-inline void launch_scan(int64_t* counts, int64_t n, cudaStream_t stream) {
-  if (n > 0) TENFOLD_LAUNCH(scan_kernel, 1, kScanThreads, stream, counts, n);
+inline void launch_scan(int64_t* counts, int64_t n, cudaStream_t stream, int rows = 1) {
+  if (n > 0 && rows > 0)
+    TENFOLD_LAUNCH(scan_kernel, static_cast<unsigned>(rows), kScanThreads, stream, counts, n);
 }
 
 }  // namespace tenfold::cuda

@@ -25,4 +25,8 @@ struct SequenceCall {
 SequenceCall check_sequence(const char* op, const Tensor& logits, const Tensor& labels,
                             int64_t ignore_index);
 
+// A contiguous float32 argument of the backward.
+Tensor check_sequence_floats(const char* op, const char* arg, const Tensor& t,
+                             std::initializer_list<int64_t> sizes, const char* layout);
+
 }  // namespace tenfold

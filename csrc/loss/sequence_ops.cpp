@@ -32,6 +32,14 @@ SequenceCall check_sequence(const char* op, const Tensor& logits, const Tensor& 
   return c;
 }
 
+Tensor check_sequence_floats(const char* op, const char* arg, const Tensor& t,
+                             std::initializer_list<int64_t> sizes, const char* layout) {
+  TENFOLD_CHECK_TYPE(t.scalar_type() == ScalarType::Float, "tenfold::", op, ": ", arg,
+                     " must be float32, got ", dtype_name(t.scalar_type()));
+  check_sizes(op, arg, t, sizes, layout);
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
+
 }  // namespace tenfold
 
 STABLE_TORCH_LIBRARY_FRAGMENT(tenfold, m) {

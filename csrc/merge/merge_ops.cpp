@@ -219,6 +219,17 @@ DeltaMerge delta_sum_of(const MergeTensors& tensors, const std::vector<double>& 
   return m;
 }
 
+std::optional<WeightedSum> as_copy(const DeltaMerge& m) {
+  if (m.elect || m.pick != Pick::all || m.experts != 1 || m.weight[0] != 1.0f) return std::nullopt;
+  WeightedSum copy{};
+  copy.out = m.out;
+  copy.dtype = m.dtype;
+  copy.terms = 1;
+  copy.term[0] = m.expert[0];
+  copy.weight[0] = 1.0f;
+  return copy;
+}
+
 LinearMergeArgs check_linear_merge(const char* op, const OptTensor& out,
                                    const std::vector<Tensor>& tensors,
                                    const std::vector<double>& weights, bool normalize) {
@@ -247,16 +258,6 @@ MergeTensors check_slerp_merge(const char* op, const OptTensor& out, const Tenso
                       ": dot_threshold must be in [0, 1], got ", dot_threshold);
   if (out) check_out(op, *out, "v0", v0);
   return gather(op, out, "v", base, {v0, v1});
-}
-
-SlerpWeights slerp_weights(double g00, double g01, double g11, double t, double dot_threshold) {
-  constexpr double kTiny = 1e-8;  // norms below it have no direction
-  const double n0 = std::sqrt(g00), n1 = std::sqrt(g11);
-  const double cosine = n0 > kTiny && n1 > kTiny ? g01 / (n0 * n1) : 0.0;
-  const bool parallel = !(std::abs(cosine) <= dot_threshold);
-  if (parallel || t == 0.0 || t == 1.0) return {1.0 - t, t};
-  const double angle = std::acos(cosine), sine = std::sin(angle);
-  return {std::sin((1.0 - t) * angle) / sine, std::sin(t * angle) / sine};
 }
 
 MergeTensors check_delta_gram(const char* op, const OptTensor& gram, const OptTensor& base,

@@ -10,6 +10,7 @@
 #include "core/tensor.h"
 #include "merge/delta_gram.h"
 #include "merge/delta_merge.h"
+#include "merge/slerp.h"
 
 namespace tenfold {
 
@@ -59,16 +60,12 @@ MergeTensors check_slerp_merge(const char* op, const OptTensor& out, const Tenso
                                const Tensor& v1, double t, const OptTensor& base,
                                double dot_threshold);
 
-// The weights of the two ends, from the Gram matrix [[g00, g01], [g01, g11]] of what is
-// interpolated.
-struct SlerpWeights {
-  double first, second;
-};
-SlerpWeights slerp_weights(double g00, double g01, double g11, double t, double dot_threshold);
-
 // out = sum of c_e x_e, or base + sum of c_e (x_e - base) if there is a base.
 WeightedSum weighted_sum_of(const MergeTensors& tensors, const std::vector<double>& weights);
 DeltaMerge delta_sum_of(const MergeTensors& tensors, const std::vector<double>& weights);
+
+// A merge that gives one expert back: base + 1 (x - base) is x, exactly.
+std::optional<WeightedSum> as_copy(const DeltaMerge& m);
 
 // The contiguous inputs; experts may be of any number up to kMaxExperts.
 MergeTensors check_delta_gram(const char* op, const OptTensor& gram, const OptTensor& base,

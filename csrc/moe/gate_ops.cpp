@@ -3,6 +3,8 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <utility>
+
 namespace tenfold {
 
 GateCall check_gate(const char* op, const Tensor& logits_in, int64_t k, bool renormalize) {
@@ -70,6 +72,27 @@ RouterCall check_router(const char* op, const Tensor& x, const Tensor& w_router)
                       ": w_router must have at least one row and one column, got ",
                       shape_str(w_router));
   return {with_contiguous_rows(x), with_contiguous_rows(w_router), x.sizes()[0], dim, experts};
+}
+
+RouterGradCall check_router_grad(const char* op, const RouterCall& r, const OptTensor& grad_logits,
+                                 const OptTensor& grad_weight, const Tensor& logits,
+                                 const Tensor& weight, const Tensor& index, bool renormalize) {
+  const auto check = [&](const char* arg, const Tensor& t) {
+    check_float32(op, arg, t);
+    check_fits(op, arg, t, {r.tokens, r.experts}, "[T, n]", "x", r.x);
+    check_place(op, arg, t, "x", r.x);
+  };
+  check("logits", logits);
+  if (grad_weight) {
+    GateGradCall gate =
+        check_gate_grad(op, *grad_weight, logits, weight, index, renormalize, grad_logits);
+    const Tensor grad = gate.out;
+    return {std::move(gate), grad};
+  }
+  TENFOLD_CHECK_VALUE(grad_logits.has_value(), "tenfold::", op,
+                      ": grad_logits or grad_weight must be given, got neither");
+  check("grad_logits", *grad_logits);
+  return {std::nullopt, as_contiguous(*grad_logits)};
 }
 
 }  // namespace tenfold

@@ -76,4 +76,15 @@ struct RouterCall {
 
 RouterCall check_router(const char* op, const Tensor& x, const Tensor& w_router);
 
+// The gradient of the logits, float32 [T, n]: what the gate gives (`gate`, which is still to be
+// run), or the caller's.
+struct RouterGradCall {
+  std::optional<GateGradCall> gate;
+  Tensor grad;
+};
+
+RouterGradCall check_router_grad(const char* op, const RouterCall& r, const OptTensor& grad_logits,
+                                 const OptTensor& grad_weight, const Tensor& logits,
+                                 const Tensor& weight, const Tensor& index, bool renormalize);
+
 }  // namespace tenfold

@@ -89,6 +89,32 @@ void check_loss_grad(const char* op, const Tensor& grad, const char* like_name,
   check_place(op, "grad", grad, like_name, like);
 }
 
+Tensor new_slope(const SeedCall& c) {
+  if (c.r.dim() == 1) return new_output(c.h, {c.tokens}, ScalarType::Float);
+  return new_output(c.h, {c.layers, c.tokens}, ScalarType::Float);
+}
+
+Tensor new_seed_grad(const SeedCall& c, bool wanted) {
+  const auto dtype = c.r.scalar_type();
+  if (!wanted) return new_output(c.h, {0}, dtype);
+  if (c.r.dim() == 1) return new_output(c.h, {c.dim}, dtype);
+  return new_output(c.h, {c.layers, c.dim}, dtype);
+}
+
+SeedGradCall check_seed_grad(const char* op, const Tensor& grad, const Tensor& slope,
+                             const Tensor& h, const Tensor& r) {
+  const SeedCall c = check_seed(op, h, r, std::nullopt, std::nullopt);
+  check_loss_grad(op, grad, "h", h);
+  check_float32(op, "slope", slope);
+  TENFOLD_CHECK_VALUE(slope.numel() == c.layers * c.tokens, "tenfold::", op,
+                      ": slope must have one number per row of h ", shape_str(h), ", got ",
+                      shape_str(slope));
+  check_place(op, "slope", slope, "h", h);
+  const Tensor out = c.r.dim() == 1 ? new_output(c.h, {c.tokens, c.dim}, h.scalar_type())
+                                    : new_output(c.h, {c.layers, c.tokens, c.dim}, h.scalar_type());
+  return {c, as_contiguous(slope), out};
+}
+
 }  // namespace tenfold
 
 STABLE_TORCH_LIBRARY_FRAGMENT(tenfold, m) {

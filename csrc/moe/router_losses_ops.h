@@ -29,6 +29,19 @@ struct SeedCall {
 SeedCall check_seed(const char* op, const Tensor& h, const Tensor& r, const OptTensor& token_mask,
                     const OptTensor& target);
 
+// float32 of the rows of h, and the gradient of r, empty unless it is wanted.
+Tensor new_slope(const SeedCall& c);
+Tensor new_seed_grad(const SeedCall& c, bool wanted);
+
+// The backward's, with its output, of the shape of h.
+struct SeedGradCall {
+  SeedCall seed;
+  Tensor slope, out;
+};
+
+SeedGradCall check_seed_grad(const char* op, const Tensor& grad, const Tensor& slope,
+                             const Tensor& h, const Tensor& r);
+
 // Upstream gradient of a loss, 0-d float32.
 void check_loss_grad(const char* op, const Tensor& grad, const char* like_name, const Tensor& like);
 

@@ -69,6 +69,16 @@ CombineCall check_combine(const char* op, const Tensor& y, const Tensor& weight,
           y.sizes()[1]};
 }
 
+Tensor check_combine_grad(const char* op, const Tensor& grad, const CombineCall& c, const Tensor& y,
+                          const Tensor& weight) {
+  check_fits(op, "grad", grad, {c.tokens, c.dim}, "[T, d]", "weight", weight);
+  check_place(op, "grad", grad, "y", y);
+  TENFOLD_CHECK_TYPE(grad.scalar_type() == y.scalar_type(), "tenfold::", op,
+                     ": grad must have the dtype of y (", dtype_name(y.scalar_type()), "), got ",
+                     dtype_name(grad.scalar_type()));
+  return with_contiguous_rows(grad);
+}
+
 }  // namespace tenfold
 
 STABLE_TORCH_LIBRARY_FRAGMENT(tenfold, m) {

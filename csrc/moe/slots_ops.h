@@ -37,4 +37,8 @@ struct CombineCall {
 CombineCall check_combine(const char* op, const Tensor& y, const Tensor& weight,
                           const Tensor& inverse);
 
+// The gradient of the combined rows, of the call with that y and weight; with contiguous rows.
+Tensor check_combine_grad(const char* op, const Tensor& grad, const CombineCall& c, const Tensor& y,
+                          const Tensor& weight);
+
 }  // namespace tenfold

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import sys
+from pathlib import Path
 
+import pytest
 import torch
 
+OPS = Path(__file__).resolve().parents[1] / "ops"
+LIBRARY = torch.library.Library("tenfold", "IMPL")
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # with_dtype of entry.h
 
 
@@ -13,12 +19,36 @@ def ptr(t):
     return ctypes.c_void_p(None if t is None else t.data_ptr())
 
 
+def numbers(*values):
+    return (ctypes.c_int64 * len(values))(*(int(v) for v in values))
+
+
 def pointers(*tensors):
     return (ctypes.c_void_p * len(tensors))(*(None if t is None else t.data_ptr() for t in tensors))
 
 
-def numbers(*values):
-    return (ctypes.c_int64 * len(values))(*(int(v) for v in values))
+def rows_of(t):
+    """``t``, or a copy of it whose rows are contiguous."""
+    return t if t.numel() == 0 or t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+
+
+def row_stride(t):
+    return t.stride(0) if t.numel() else 0
+
+
+def stand_in(functions):
+    """They take the place of the CPU kernels of their names."""
+    for function in functions:
+        LIBRARY.impl(function.__name__, function, "CPU", allow_override=True)
+
+
+def run_tests(file, *choice):
+    """Tests of a file of ``tests/ops``; those of argument checks are not the kernels'."""
+    with contextlib.redirect_stdout(sys.stderr):
+        code = pytest.main(
+            ["-q", "-x", "--capture=sys", "-p", "no:cacheprovider", str(OPS / file), *choice]
+        )
+    assert code == 0, code
 
 
 def index_args(tensors):
@@ -32,6 +62,17 @@ def index_args(tensors):
 def shifted(t):
     """``t`` at a storage offset of one element: no 16-byte loads."""
     return torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape)
+
+
+def far_apart(t, folder):
+    """``t`` with 2^31 elements between its rows, in a file of holes."""
+    stride = 1 << 31
+    path = f"{folder}/{t.dtype}"
+    size = (len(t) - 1) * stride + t.shape[1]
+    rows = torch.from_file(path, shared=True, size=size, dtype=t.dtype).as_strided(
+        t.shape, (stride, 1)
+    )
+    return rows.copy_(t)
 
 
 def twice(library, run, schedules=(1, 77)):
@@ -49,24 +90,11 @@ def twice(library, run, schedules=(1, 77)):
     return results[0]
 
 
-def scheduler(library):
-    """``twice`` in one call of four, else one run: the other calls would find the same."""
-    calls = 0
-
-    def scheduled(run):
-        nonlocal calls
-        calls += 1
-        return twice(library, run) if calls % 4 == 1 else run()
-
-    return scheduled
+_calls = 0
 
 
-def far_apart(t, folder):
-    """``t`` with 2^31 elements between its rows, in a file of holes."""
-    stride = 1 << 31
-    path = f"{folder}/{t.dtype}"
-    size = (len(t) - 1) * stride + t.shape[1]
-    rows = torch.from_file(path, shared=True, size=size, dtype=t.dtype).as_strided(
-        t.shape, (stride, 1)
-    )
-    return rows.copy_(t)
+def scheduled(library, run):
+    """``twice``, in one call of four: the others would find the same."""
+    global _calls
+    _calls += 1
+    return twice(library, run) if _calls % 4 == 1 else run()

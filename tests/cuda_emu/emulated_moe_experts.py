@@ -11,18 +11,27 @@ import contextlib
 import ctypes
 import sys
 import tempfile
-from pathlib import Path
 
-import pytest
 import torch
 
 import tenfold.testing
 from build import build
-from emu_calls import CODES, far_apart, numbers, pointers, ptr, scheduler, shifted
+from emu_calls import (
+    CODES,
+    OPS,
+    far_apart,
+    numbers,
+    pointers,
+    ptr,
+    rows_of,
+    run_tests,
+    scheduled,
+    shifted,
+    stand_in,
+)
 from tenfold import ops, reference
 from tenfold.testing import assert_close_to_ref
 
-OPS = Path(__file__).resolve().parents[1] / "ops"
 sys.path.insert(0, str(OPS))
 tenfold.testing.poisoned_memory = contextlib.nullcontext  # every result is full of NaN before, here
 from moe_expert_cases import (  # noqa: E402
@@ -37,17 +46,8 @@ from moe_expert_cases import (  # noqa: E402
 )
 
 LIB = ctypes.CDLL(str(build("kernels_moe_experts", "-shared", "-fPIC")))
-EMULATED = ("grouped_gemm", "grouped_gemm_wgrad", "moe_swiglu_mlp", "moe_swiglu_mlp_train",
-            "moe_swiglu_mlp_backward", "moe_lora_experts", "moe_lora_experts_train", "moe_lora_experts_backward",
-            "moe_lora_swiglu_mlp")  # fmt: skip
 LIMITS = (1 << 28, 32)  # of ExpertLimits
-library = torch.library.Library("tenfold", "IMPL")
-scheduled = scheduler(LIB)
 limits = LIMITS
-
-
-def rows_of(t):
-    return t if t.numel() == 0 or t.stride(-1) == 1 else t.contiguous()
 
 
 def nan_like(t, shape, wanted=True):
@@ -68,7 +68,7 @@ def grouped_gemm(a, w, offsets, trans_w=True, gather=None):
         LIB.emu_grouped_gemm(ptr(a), ptr(w), ptr(offsets), ptr(gather), ptr(out), n)
         return out
 
-    return scheduled(run)
+    return scheduled(LIB, run)
 
 
 def grouped_gemm_wgrad(dy, a, offsets, gather=None):
@@ -84,7 +84,7 @@ def grouped_gemm_wgrad(dy, a, offsets, gather=None):
         LIB.emu_grouped_wgrad(ptr(dy), ptr(a), ptr(offsets), ptr(gather), ptr(out), n)
         return out
 
-    return scheduled(run)
+    return scheduled(LIB, run)
 
 
 class Routed:
@@ -115,7 +115,7 @@ def forward(train, x, gate_up, down, index, weight):
                                     ptr(hidden if train else None), ptr(out), call.ints, strides)  # fmt: skip
         return out, hidden
 
-    return tuple(scheduled(run))
+    return tuple(scheduled(LIB, run))
 
 
 def moe_swiglu_mlp(*args, allow_sentinel=False):
@@ -139,7 +139,7 @@ def moe_swiglu_mlp_backward(
         LIB.emu_experts_backward(*map(ptr, ins), places, call.ints, strides)
         return made
 
-    return tuple(scheduled(run))
+    return tuple(scheduled(LIB, run))
 
 
 def lora_call(x, *rest, grad=None):
@@ -164,7 +164,7 @@ def lora_forward(train, *args):
                                  ptr(hidden if train else None), ptr(low), ptr(out), call.ints, *tail)  # fmt: skip
         return out, hidden, low
 
-    return tuple(scheduled(run))
+    return tuple(scheduled(LIB, run))
 
 
 def moe_lora_experts(*args, allow_sentinel=False):
@@ -192,15 +192,11 @@ def moe_lora_experts_backward(grad, x, *args, allow_sentinel=False):
                               ptr(call.weight), ptr(hidden), ptr(low), places, call.ints, *tail)  # fmt: skip
         return made
 
-    return tuple(scheduled(run))
+    return tuple(scheduled(LIB, run))
 
 
-def run_tests(*choice):
-    """Some of the op tests."""
-    with contextlib.redirect_stdout(sys.stderr):
-        code = pytest.main(["-q", "-x", "--capture=sys", "-p", "no:cacheprovider",
-                            str(OPS / "test_moe_experts.py"), "-k", f"cpu and ({' or '.join(choice)})"])  # fmt: skip
-    assert code == 0, code
+def some_tests(*choice):
+    run_tests("test_moe_experts.py", "-k", f"cpu and ({' or '.join(choice)})")
 
 
 @contextlib.contextmanager
@@ -230,7 +226,7 @@ def lora_values():
     for kind, rank in (("sentinels", 3), ("empty", 0)):
         made = lora((12, 20, 33, 4, 2), rank, f32, kind)
         compare("lora", lambda _, made=made: made, torch.device("cpu"), allow_sentinel=True)
-    run_tests("lora_equals", "scale_multiplies")
+    some_tests("lora_equals", "scale_multiplies")
 
 
 def check_values():
@@ -243,7 +239,7 @@ def check_values():
         made = experts((16, 20, 33, 4, 2), list(CODES)[turn % 3], kind)
         with limited(1 << 28, 32 * (turn % 2)):
             compare("experts", lambda _, made=made: made, torch.device("cpu"), allow_sentinel=True)
-    run_tests("expert_without", "order_of", "nan_and_inf", "identical", "dense_mixture")
+    some_tests("expert_without", "order_of", "nan_and_inf", "identical", "dense_mixture")
     lora_values()
 
 
@@ -327,10 +323,10 @@ def offsets_beyond_32_bits():
 
 
 def grouped_products():
-    run_tests("(test_grouped_gemm[ and (case0 or case1 or case2 or case3 or (case4 and dtype1)))",
+    some_tests("(test_grouped_gemm[ and (case0 or case1 or case2 or case3 or (case4 and dtype1)))",
               "test_grouped_gemm_wgrad", "test_grouped_gemm_equals")  # fmt: skip
     with limited(*ALL_LARGE):
-        run_tests("(test_grouped_gemm[ and True and case4 and not dtype2)")
+        some_tests("(test_grouped_gemm[ and True and case4 and not dtype2)")
 
 
 def check_edges():
@@ -340,13 +336,14 @@ def check_edges():
     alignment()
     values_that_the_host_does_not_see()
     offsets_beyond_32_bits()
-    run_tests("(layouts and lora and dtype0)", "(gradients_of_some and experts)")
+    some_tests("(layouts and lora and dtype0)", "(gradients_of_some and experts)")
 
 
 if __name__ == "__main__":
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    for name in EMULATED:
-        library.impl(name, globals()[name], "CPU", allow_override=True)
+    stand_in([grouped_gemm, grouped_gemm_wgrad, moe_swiglu_mlp, moe_swiglu_mlp_train,
+              moe_swiglu_mlp_backward, moe_lora_experts, moe_lora_experts_train, moe_lora_experts_backward,
+              moe_lora_swiglu_mlp])  # fmt: skip
     globals()[f"check_{sys.argv[1]}"]()
     print("ok")

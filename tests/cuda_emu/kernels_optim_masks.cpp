@@ -54,8 +54,8 @@ API void emu_prefix(const uint8_t* bits, int64_t bytes, int64_t block, int32_t* 
 API void emu_mask_topk(const void* score, uint8_t* bits, const int64_t* n) {
   KeySource source = random_source(n[3], n[4]);
   source.score = score, source.dtype = static_cast<Dtype>(n[0]);
-  auto state = std::make_unique<TopkState>();
-  std::memset(static_cast<void*>(state.get()), 0xCD, sizeof(TopkState));
+  auto state = std::make_unique<RadixState>();
+  std::memset(static_cast<void*>(state.get()), 0xCD, sizeof(RadixState));
   std::vector<int64_t> ties(topk_tiles(n[1]));
   launch_mask_topk({source, n[1], n[2], state.get(), ties.data(), bits}, nullptr);
 }

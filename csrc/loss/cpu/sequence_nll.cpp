@@ -59,20 +59,12 @@ std::tuple<Tensor, Tensor, Tensor> sequence_nll_forward_op(Tensor logits, Tensor
   return {sum, count, lse};
 }
 
-Tensor check_floats(const char* arg, const Tensor& t, std::initializer_list<int64_t> sizes,
-                    const char* layout) {
-  constexpr auto kOp = "sequence_nll_backward";
-  TENFOLD_CHECK_TYPE(t.scalar_type() == ScalarType::Float, "tenfold::", kOp, ": ", arg,
-                     " must be float32, got ", dtype_name(t.scalar_type()));
-  check_sizes(kOp, arg, t, sizes, layout);
-  return t.is_contiguous() ? t : torch::stable::contiguous(t);
-}
-
 Tensor sequence_nll_backward_op(Tensor grad_in, Tensor logits, Tensor labels, Tensor lse_in,
                                 int64_t ignore_index) {
-  const SequenceCall c = check_sequence("sequence_nll_backward", logits, labels, ignore_index);
-  const Tensor grad = check_floats("grad", grad_in, {c.batch}, "[B]");
-  const Tensor lse = check_floats("lse", lse_in, {c.batch, c.length}, "[B, S]");
+  constexpr auto kOp = "sequence_nll_backward";
+  const SequenceCall c = check_sequence(kOp, logits, labels, ignore_index);
+  const Tensor grad = check_sequence_floats(kOp, "grad", grad_in, {c.batch}, "[B]");
+  const Tensor lse = check_sequence_floats(kOp, "lse", lse_in, {c.batch, c.length}, "[B, S]");
   const Tensor out = new_output(c.logits, {c.batch, c.length, c.vocab}, logits.scalar_type());
   grads_of(rows_of(c), c.rows(), 1.0f, out.data_ptr(), [&](int64_t r) {
     const int64_t label = id_at(c.labels, r);

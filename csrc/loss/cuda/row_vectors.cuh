@@ -2,12 +2,9 @@
 // lies in memory, so neither do sums of them.
 #pragma once
 
-#include "core/convert.cuh"
+#include "core/vectors.cuh"
 
 namespace tenfold::cuda {
-
-template <class T>
-constexpr int kPerVector = 16 / static_cast<int>(sizeof(T));
 
 // What weighs nothing in a softmax.
 template <class T>
@@ -96,25 +93,5 @@ struct RowVectors {
     return words;
   }
 };
-
-template <class T>
-__device__ inline void to_floats(const uint4& words, float (&x)[kPerVector<T>]) {
-  T raw[kPerVector<T>];
-  memcpy(raw, &words, sizeof(words));
-#pragma unroll
-  for (int k = 0; k < kPerVector<T>; ++k) x[k] = to_float(raw[k]);
-}
-
-template <class T>
-__device__ inline uint4 from_floats(const float (&x)[kPerVector<T>]) {
-  uint4 words;
-  if constexpr (sizeof(T) == 2) {
-    words = {pack2<T>(x[0], x[1]), pack2<T>(x[2], x[3]), pack2<T>(x[4], x[5]),
-             pack2<T>(x[6], x[7])};
-  } else {
-    memcpy(&words, x, sizeof(words));
-  }
-  return words;
-}
 
 }  // namespace tenfold::cuda

@@ -1,7 +1,7 @@
-// Device code of selective_logprob. Forward: a block holds a chunk of a row in registers, finds its
-// maximum and then its sums relative to it; a warp joins a row's chunks. Chunks and the elements of
-// a thread depend on the vocabulary only: a row gives the same bits in any batch, at any alignment.
-// Backward: a block writes a part of a row, in vectors as the output is aligned.
+// Device code of the rows of selective_logprob and of sequence_nll. Forward: a block holds a chunk
+// of a row in registers, finds its maximum and then its sums relative to it; a warp joins a row's
+// chunks. Chunks and the elements of a thread depend on the vocabulary only: a row gives the same
+// bits in any batch, at any alignment. Backward: a block writes a part of a row, in vectors as the output is aligned.
 #pragma once
 
 #include "loss/cuda/row_vectors.cuh"
@@ -14,10 +14,32 @@ constexpr int kLogitThreads = 256;  // at most
 // several times what hides the latency of memory.
 constexpr int kLogitVectors = 8, kLogitGradVectors = 4;
 
-struct LogprobArgs {
+// Rows of logits [outer, inner, V] of any strides but the last, each with an id. A row whose id is
+// `ignored` does not count: it is not read, and what it gives is 0.
+struct LogitRows {
   const void* logits;
   int64_t rows, vocab, row_stride;
   IntArray ids;
+  // sequence_nll only
+  int64_t inner = 0, outer_stride = 0, ignored = 0;
+
+  // Of the first element. Rows are fewer than 2^31.
+  template <bool kSequences>
+  __device__ int64_t at(int64_t row) const {
+    if constexpr (kSequences) {
+      const int64_t outer = static_cast<uint32_t>(row) / static_cast<uint32_t>(inner);
+      return outer * outer_stride + (row - outer * inner) * row_stride;
+    } else {
+      return row * row_stride;
+    }
+  }
+  template <bool kSequences>
+  __device__ bool counts(int64_t row) const {
+    return !kSequences || ids[row] != ignored;
+  }
+};
+
+struct LogprobArgs : LogitRows {
   double scale;       // 1 / temperature
   int64_t chunk = 0;  // logits of a block
   int chunks = 0;     // of a row
@@ -46,15 +68,17 @@ __device__ inline float id_logit(const LogprobArgs& a, Dtype dtype, int64_t at) 
   return to_float(static_cast<const fp16_t*>(a.logits)[at]);
 }
 
+template <bool kSequences>
 __device__ inline void store_logprob(const LogprobArgs& a, Dtype dtype, int64_t row,
                                      const LogitSums& all) {
   const double log_sum = all.sum > 0.0 || all.sum != all.sum ? log(all.sum) : 0.0;
-  a.lse[row] = static_cast<float>(all.max + log_sum);
-  a.entropy[row] = static_cast<float>(log_sum - all.weighted / all.sum);
+  if (!kSequences || a.lse != nullptr) a.lse[row] = static_cast<float>(all.max + log_sum);
+  if constexpr (!kSequences)
+    a.entropy[row] = static_cast<float>(log_sum - all.weighted / all.sum);
   const int64_t id = a.ids[row];
   float logp = 0.0f;
   if (id >= 0 && id < a.vocab) {
-    const double x = a.scale * id_logit(a, dtype, row * a.row_stride + id);
+    const double x = a.scale * id_logit(a, dtype, a.at<kSequences>(row) + id);
     logp = static_cast<float>(x - all.max - log_sum);
   }
   a.logp[row] = logp;
@@ -65,7 +89,13 @@ __device__ constexpr Dtype dtype_of() {
   return sizeof(T) == 4 ? Dtype::f32 : std::is_same_v<T, bf16_t> ? Dtype::bf16 : Dtype::f16;
 }
 
-template <class T>
+// Of a row that does not count.
+__device__ inline void store_nothing(const LogprobArgs& a, int64_t row) {
+  if (a.lse != nullptr) a.lse[row] = 0.0f;
+  a.logp[row] = 0.0f;
+}
+
+template <class T, bool kSequences>
 __global__ void __launch_bounds__(kLogitThreads, 3) logit_sums_kernel(LogprobArgs a) {
   constexpr int kPer = kPerVector<T>, kWarps = kLogitThreads / 32;
   TENFOLD_SHARED(float, tops, kWarps);
@@ -74,7 +104,11 @@ __global__ void __launch_bounds__(kLogitThreads, 3) logit_sums_kernel(LogprobArg
   const int64_t begin = blockIdx.x % static_cast<unsigned>(a.chunks) * a.chunk;
   const int64_t end = begin + a.chunk < a.vocab ? begin + a.chunk : a.vocab;
   const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  const RowVectors<T> vectors(static_cast<const T*>(a.logits) + row * a.row_stride, end, begin);
+  if (!a.counts<kSequences>(row)) {  // a row of several chunks is left to their join
+    if (a.chunks == 1 && threadIdx.x == 0) store_nothing(a, row);
+    return;
+  }
+  const RowVectors<T> vectors(static_cast<const T*>(a.logits) + a.at<kSequences>(row), end, begin);
   uint4 held[kLogitVectors];
   vectors.load(begin + threadIdx.x * kPer, blockDim.x * kPer, held);
   // Never -inf: differences stay numbers, and what is -inf weighs nothing.
@@ -119,7 +153,7 @@ __global__ void __launch_bounds__(kLogitThreads, 3) logit_sums_kernel(LogprobArg
   }
   if (all.sum == 0.0) all = {-INFINITY, 0.0, 0.0};  // all of them -inf
   if (a.chunks == 1) {
-    store_logprob(a, dtype_of<T>(), row, all);
+    store_logprob<kSequences>(a, dtype_of<T>(), row, all);
   } else {
     a.parts[blockIdx.x] = all;
   }
@@ -128,34 +162,43 @@ __global__ void __launch_bounds__(kLogitThreads, 3) logit_sums_kernel(LogprobArg
 constexpr int kJoinThreads = 128;
 
 // A warp a row.
-static __global__ void __launch_bounds__(kJoinThreads)
-    join_sums_kernel(LogprobArgs a, Dtype dtype) {
+template <bool kSequences>
+__global__ void __launch_bounds__(kJoinThreads) join_sums_kernel(LogprobArgs a, Dtype dtype) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * (kJoinThreads / 32) + threadIdx.x / 32;
   if (row >= a.rows) return;
+  if (!a.counts<kSequences>(row)) {
+    if (threadIdx.x % 32 == 0) store_nothing(a, row);
+    return;
+  }
   const LogitSums* const parts = a.parts + row * a.chunks;
   const LogitSums all = join_in_warp(a.chunks, [&](int i) { return parts[i]; });
-  if (threadIdx.x % 32 == 0) store_logprob(a, dtype, row, all);
+  if (threadIdx.x % 32 == 0) store_logprob<kSequences>(a, dtype, row, all);
 }
 
-struct LogprobGradArgs {
-  const void* logits;
-  int64_t rows, vocab, row_stride;
-  IntArray ids;
+struct LogprobGradArgs : LogitRows {
   const float *grad_logp, *grad_lse, *grad_entropy;  // or null
+  const float* grad_nll;                             // of sequences: [outer], for all of those
   const float *lse, *entropy;
   double scale;
   int blocks = 0;  // of a row
   void* out;       // [rows][vocab]
 };
 
+template <bool kSequences>
 __device__ inline LogitGrad logit_grad_of(const LogprobGradArgs& a, int64_t row, int64_t id) {
-  const auto grad = [&](const float* of) { return of != nullptr ? of[row] : 0.0f; };
-  const float top = id >= 0 && id < a.vocab ? grad(a.grad_logp) : 0.0f, lse = a.lse[row];
-  const auto scale = static_cast<float>(a.scale);
-  return {lse, a.entropy[row], grad(a.grad_lse) - top, grad(a.grad_entropy), top, scale};
+  if constexpr (kSequences) {
+    const float up = a.grad_nll[static_cast<uint32_t>(row) / static_cast<uint32_t>(a.inner)];
+    const float top = id >= 0 && id < a.vocab ? -up : 0.0f;
+    return {a.lse[row], 0.0f, -top, 0.0f, top, 1.0f};
+  } else {
+    const auto grad = [&](const float* of) { return of != nullptr ? of[row] : 0.0f; };
+    const float top = id >= 0 && id < a.vocab ? grad(a.grad_logp) : 0.0f, lse = a.lse[row];
+    const auto scale = static_cast<float>(a.scale);
+    return {lse, a.entropy[row], grad(a.grad_lse) - top, grad(a.grad_entropy), top, scale};
+  }
 }
 
-template <class T>
+template <class T, bool kSequences>
 __global__ void __launch_bounds__(kLogitThreads, 3) logit_grad_kernel(LogprobGradArgs a) {
   constexpr int kPer = kPerVector<T>;
   const int64_t row = blockIdx.x / static_cast<unsigned>(a.blocks), n = a.vocab;
@@ -164,11 +207,15 @@ __global__ void __launch_bounds__(kLogitThreads, 3) logit_grad_kernel(LogprobGra
   // Vectors start where the output is aligned, the first one before the row if need be.
   const int64_t first = -static_cast<int64_t>(reinterpret_cast<uintptr_t>(out) % 16 / sizeof(T));
   const int64_t from = first + block * blockDim.x * kLogitGradVectors * kPer;
-  const RowVectors<T> vectors(static_cast<const T*>(a.logits) + row * a.row_stride, n, first);
+  const bool counts = a.counts<kSequences>(row);
+  // Of a row that does not count nothing is inside.
+  const RowVectors<T> vectors(static_cast<const T*>(a.logits) + a.at<kSequences>(row),
+                              counts ? n : 0, first);
   uint4 held[kLogitGradVectors];
   vectors.load(from + threadIdx.x * kPer, blockDim.x * kPer, held);
   const int64_t id = a.ids[row];
-  const LogitGrad g = logit_grad_of(a, row, id);
+  LogitGrad g{};
+  if (counts) g = logit_grad_of<kSequences>(a, row, id);
   const float entropy = g.entropy;
   const float of_p = g.of_p * g.scale, of_entropy = g.of_entropy * g.scale,
               of_id = g.of_id * g.scale;
@@ -188,6 +235,7 @@ __global__ void __launch_bounds__(kLogitThreads, 3) logit_grad_kernel(LogprobGra
       const float d = -entropy - log_p;  // infinite where p is 0
       const float slope = fmaf(of_entropy, d > -kLowestFloat ? 0.0f : d, of_p);
       y[k] = fmaf(e, slope, k == at ? of_id : 0.0f);
+      if (kSequences && !counts) y[k] = 0.0f;
     }
     if (i >= 0 && i + kPer <= n) {
       *reinterpret_cast<uint4*>(out + i) = from_floats<T>(y);
@@ -199,16 +247,17 @@ __global__ void __launch_bounds__(kLogitThreads, 3) logit_grad_kernel(LogprobGra
   }
 }
 
-template <class T>
-void launch_selective_logprob(const LogprobArgs& a, cudaStream_t stream) {  // of with_chunks
+// Of with_chunks. Sequences: LogitRows in full, and no entropy; lse may be null.
+template <class T, bool kSequences = false>
+void launch_selective_logprob(const LogprobArgs& a, cudaStream_t stream) {
   if (a.rows == 0) return;
   const int threads = logit_threads(a.chunk / kPerVector<T>, kLogitVectors);
-  TENFOLD_LAUNCH(logit_sums_kernel<T>, static_cast<unsigned>(a.rows * a.chunks), threads, stream,
-                 a);
+  TENFOLD_LAUNCH((logit_sums_kernel<T, kSequences>), static_cast<unsigned>(a.rows * a.chunks),
+                 threads, stream, a);
   if (a.chunks == 1) return;
   constexpr int kRows = kJoinThreads / 32;
   const auto blocks = static_cast<unsigned>((a.rows + kRows - 1) / kRows);
-  TENFOLD_LAUNCH(join_sums_kernel, blocks, kJoinThreads, stream, a, dtype_of<T>());
+  TENFOLD_LAUNCH(join_sums_kernel<kSequences>, blocks, kJoinThreads, stream, a, dtype_of<T>());
 }
 
 // Vectors of a row: two more where its ends may lie inside of one.
@@ -226,12 +275,12 @@ LogprobGradArgs with_blocks(LogprobGradArgs a) {
   return a;
 }
 
-template <class T>
+template <class T, bool kSequences = false>
 void launch_selective_logprob_backward(const LogprobGradArgs& a, cudaStream_t stream) {
   if (a.rows == 0) return;
   const int threads = logit_threads(grad_vectors<T>(a.vocab), kLogitGradVectors);
-  TENFOLD_LAUNCH(logit_grad_kernel<T>, static_cast<unsigned>(a.rows * a.blocks), threads, stream,
-                 a);
+  TENFOLD_LAUNCH((logit_grad_kernel<T, kSequences>), static_cast<unsigned>(a.rows * a.blocks),
+                 threads, stream, a);
 }
 
 }  // namespace tenfold::cuda

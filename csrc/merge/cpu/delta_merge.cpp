@@ -110,15 +110,7 @@ void ties_merge_out_op(Tensor out, Tensor base, std::vector<Tensor> experts,
 }  // namespace
 
 void run_delta_merge(const DeltaMerge& m, int64_t n) {
-  if (!m.elect && m.pick == Pick::all && m.experts == 1 && m.weight[0] == 1.0f) {
-    WeightedSum copy{};  // base + 1 (x - base) is x, exactly
-    copy.out = m.out;
-    copy.dtype = m.dtype;
-    copy.terms = 1;
-    copy.term[0] = m.expert[0];
-    copy.weight[0] = 1.0f;
-    return run_weighted_sum(copy, n);
-  }
+  if (const auto copy = as_copy(m)) return run_weighted_sum(*copy, n);
   const double micros = (m.pick == Pick::random ? 15.0 : 8.0) * (m.experts + 1);
   for_each_part(n, kMergePart, micros, [&](int64_t begin, int64_t end) {
     int64_t ties[kMaxExperts] = {};

@@ -27,7 +27,7 @@ void run_slerp(const MergeTensors& tensors, double t, double dot_threshold) {
   const int64_t n = tensors.out.numel();
   double gram[4] = {};
   add_gram(gram_input(tensors), n, gram);
-  const SlerpWeights w = slerp_weights(gram[0], gram[1], gram[3], t, dot_threshold);
+  const SlerpWeights w = SlerpRule{t, dot_threshold}.weights(gram[0], gram[1], gram[3]);
   const std::vector<double> weights{w.first, w.second};
   if (tensors.base) return run_delta_merge(delta_sum_of(tensors, weights), n);
   run_weighted_sum(weighted_sum_of(tensors, weights), n);

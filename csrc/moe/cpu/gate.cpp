@@ -131,30 +131,16 @@ std::tuple<Tensor, Tensor> moe_gate_linear_backward_op(OptTensor grad_logits, Op
                                                        bool renormalize, bool of_x, bool of_w) {
   constexpr auto kOp = "moe_gate_linear_backward";
   const RouterCall r = check_router(kOp, x, w_router);
-  check_float32(kOp, "logits", logits);
-  check_fits(kOp, "logits", logits, {r.tokens, r.experts}, "[T, n]", "x", x);
-  check_place(kOp, "logits", logits, "x", x);
-  Tensor g = logits;
-  if (grad_weight) {
-    const GateGradCall c =
-        check_gate_grad(kOp, *grad_weight, logits, weight, index, renormalize, grad_logits);
-    run_gate_grad(c);
-    g = c.out;
-  } else {
-    TENFOLD_CHECK_VALUE(grad_logits.has_value(), "tenfold::", kOp,
-                        ": grad_logits or grad_weight must be given, got neither");
-    check_float32(kOp, "grad_logits", *grad_logits);
-    check_fits(kOp, "grad_logits", *grad_logits, {r.tokens, r.experts}, "[T, n]", "x", x);
-    check_place(kOp, "grad_logits", *grad_logits, "x", x);
-    g = as_contiguous(*grad_logits);
-  }
+  const RouterGradCall c =
+      check_router_grad(kOp, r, grad_logits, grad_weight, logits, weight, index, renormalize);
+  if (c.gate) run_gate_grad(*c.gate);
   const auto dtype = [](const Tensor& t) { return to_dtype(t.scalar_type()); };
   const RouterParams p = r.params(nullptr);
   const Tensor grad_x = of_x ? new_output(x, {r.tokens, r.dim}, x.scalar_type())
                              : new_output(x, {0}, x.scalar_type());
   const Tensor grad_w = of_w ? new_output(x, {r.experts, r.dim}, w_router.scalar_type())
                              : new_output(x, {0}, w_router.scalar_type());
-  const auto* const a = data_as<float>(g);
+  const auto* const a = data_as<float>(c.grad);
   if (of_x)
     Outer({a, r.experts, 1, r.tokens, r.experts, p.w, dtype(r.w), p.w_stride, nullptr, 0}, r.dim,
           grad_x)

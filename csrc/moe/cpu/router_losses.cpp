@@ -193,19 +193,12 @@ Tensor router_seed_loss_op(Tensor h, Tensor r, OptTensor token_mask, OptTensor t
   return loss;
 }
 
-Tensor new_slope(const SeedCall& c) {
-  if (c.r.dim() == 1) return new_output(c.h, {c.tokens}, ScalarType::Float);
-  return new_output(c.h, {c.layers, c.tokens}, ScalarType::Float);
-}
-
 std::tuple<Tensor, Tensor, Tensor> router_seed_loss_grads_op(Tensor h, Tensor r,
                                                              OptTensor token_mask, OptTensor target,
                                                              bool of_r) {
   const SeedCall c = check_seed("router_seed_loss_grads", h, r, token_mask, target);
   const Tensor loss = new_output(h, {}, ScalarType::Float), slope = new_slope(c);
-  const Tensor grad_r = !of_r          ? new_output(h, {0}, r.scalar_type())
-                        : r.dim() == 1 ? new_output(h, {c.dim}, r.scalar_type())
-                                       : new_output(h, {c.layers, c.dim}, r.scalar_type());
+  const Tensor grad_r = new_seed_grad(c, of_r);
   Seed seed(c);
   *data_as<float>(loss) = static_cast<float>(seed.run(data_as<float>(slope), of_r));
   if (of_r) seed.sum_parts(grad_r);
@@ -214,16 +207,9 @@ std::tuple<Tensor, Tensor, Tensor> router_seed_loss_grads_op(Tensor h, Tensor r,
 
 Tensor router_seed_loss_backward_op(Tensor grad, Tensor slope_in, Tensor h, Tensor r) {
   constexpr auto kOp = "router_seed_loss_backward";
-  const SeedCall c = check_seed(kOp, h, r, std::nullopt, std::nullopt);
-  check_loss_grad(kOp, grad, "h", h);
-  check_float32(kOp, "slope", slope_in);
-  TENFOLD_CHECK_VALUE(slope_in.numel() == c.layers * c.tokens, "tenfold::", kOp,
-                      ": slope must have one number per row of h ", shape_str(h), ", got ",
-                      shape_str(slope_in));
-  check_place(kOp, "slope", slope_in, "h", h);
-  const Tensor slope = as_contiguous(slope_in);
-  const Tensor out = c.r.dim() == 1 ? new_output(c.h, {c.tokens, c.dim}, h.scalar_type())
-                                    : new_output(c.h, {c.layers, c.tokens, c.dim}, h.scalar_type());
+  const SeedGradCall call = check_seed_grad(kOp, grad, slope_in, h, r);
+  const SeedCall& c = call.seed;
+  const Tensor &slope = call.slope, &out = call.out;
   const std::vector<float> wide = wide_rows(c.r);
   const Dtype dtype = to_dtype(h.scalar_type());
   const int64_t bytes = c.dim * dtype_size(dtype);

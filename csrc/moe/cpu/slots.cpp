@@ -214,14 +214,9 @@ std::tuple<Tensor, Tensor> moe_combine_backward_op(Tensor grad_in, Tensor y, Ten
                                                    Tensor inverse, bool of_y, bool of_weight) {
   constexpr auto kOp = "moe_combine_backward";
   const CombineCall c = check_combine(kOp, y, weight, inverse);
-  check_fits(kOp, "grad", grad_in, {c.tokens, c.dim}, "[T, d]", "weight", weight);
-  check_place(kOp, "grad", grad_in, "y", y);
-  TENFOLD_CHECK_TYPE(grad_in.scalar_type() == y.scalar_type(), "tenfold::", kOp,
-                     ": grad must have the dtype of y (", dtype_name(y.scalar_type()), "), got ",
-                     dtype_name(grad_in.scalar_type()));
+  const Tensor grad = check_combine_grad(kOp, grad_in, c, y, weight);
   const int64_t positions = y.sizes()[0];
   const auto slot = inverted(kOp, "inverse", c.inverse.data, c.tokens * c.k, positions);
-  const Tensor grad = with_contiguous_rows(grad_in);
   const Tensor grad_y = of_y ? new_output(c.y, {positions, c.dim}, y.scalar_type())
                              : new_output(c.y, {0}, y.scalar_type());
   const Tensor grad_weight = of_weight ? new_output(c.y, {c.tokens, c.k}, ScalarType::Float)

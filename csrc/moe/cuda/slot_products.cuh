@@ -6,6 +6,7 @@
 #include "moe/cuda/experts_launch.h"
 #include "moe/cuda/grouped_wgrad.cuh"
 #include "moe/cuda/slot_kernels.cuh"
+#include "moe/cuda/sort_kernel.cuh"
 #include "moe/cuda/swiglu_finish.cuh"
 
 namespace tenfold::cuda {
@@ -133,17 +134,18 @@ class SlotProducts {
                cudaStream_t stream)
       : r_(r), limits_(limits), room_(room), stream_(stream) {
     const int64_t s = r.slots();
-    SortSlotsArgs a{};
-    a.index = r.index, a.weight = r.weight;
-    a.slots = s, a.k = r.k, a.experts = r.experts;
-    a.chunks = std::max<int64_t>(1, cuts(s, kSortChunkSlots));
-    while (r.experts >> a.bits != 0) ++a.bits;
-    a.counts = static_cast<int64_t*>(room((a.chunks * r.experts + 1) * 8));
-    offsets_ = a.offsets = static_cast<int*>(room((r.experts + 1) * 4));
-    inverse_ = a.inverse = static_cast<int*>(room(s * 4));
-    token_ = a.token = static_cast<int*>(room(s * 4));
-    factor_ = a.factor = static_cast<float*>(room(s * 4));
-    launch_sort_slots(a, stream);
+    const auto ints = [&](int64_t n) { return static_cast<int*>(room(n * 4)); };
+    SortArgs a = sort_shape(s, r.experts);
+    a.index = r.index;
+    int* const order = a.order = ints(s);
+    inverse_ = a.inverse = ints(s);
+    a.counts = ints(r.experts);
+    offsets_ = a.offsets = ints(r.experts + 1);
+    a.first = ints(sort_ints(a));
+    launch_sort(a, stream);
+    token_ = ints(s);
+    factor_ = floats(s);
+    launch_slot_tokens({order, r.weight, s, r.k, token_, factor_}, stream);
   }
 
   RowGroups slots() const { return {{offsets_, false, 1}, r_.experts, r_.slots()}; }

@@ -16,9 +16,9 @@ Tensor masked_largest(const char* op, const Tensor& like, const KeySource& sourc
   check_grid(op, topk_tiles(n));
   const Tensor out = new_output(like, {(n + 7) / 8}, ScalarType::Byte);
   const Tensor state =
-      new_output(like, {static_cast<int64_t>(sizeof(TopkState) / 8)}, ScalarType::Long);
+      new_output(like, {static_cast<int64_t>(sizeof(RadixState) / 8)}, ScalarType::Long);
   const Tensor ties = new_output(like, {topk_tiles(n)}, ScalarType::Long);
-  launch_mask_topk({source, n, k, static_cast<TopkState*>(state.data_ptr()), data_as<int64_t>(ties),
+  launch_mask_topk({source, n, k, static_cast<RadixState*>(state.data_ptr()), data_as<int64_t>(ties),
                     data_as<uint8_t>(out)},
                    launch.stream);
   launch.check();

@@ -6,30 +6,19 @@
 #pragma once
 
 #include "core/convert.cuh"
-#include "core/scan.cuh"
+#include "core/radix.cuh"
 #include "optim/mask_topk.h"
 
 namespace tenfold::cuda {
 
-constexpr int kTopkThreads = 256, kFindThreads = 1024;
+constexpr int kTopkThreads = 256;
+static_assert(kKeyBins == kRadixBins);
 constexpr int64_t kTopkTile = 16384;  // keys of a block when ties are counted and bits written
-constexpr int kDigits = 3;
-
-TENFOLD_HD int digit_shift(int digit) {  // 11 + 11 + 10 bits
-  return digit == 0 ? 21 : digit == 1 ? 10 : 0;
-}
-
-struct TopkState {
-  unsigned long long bins[kDigits][kKeyBins];
-  int64_t wanted;   // among the keys of the range
-  uint32_t prefix;  // the range: keys that agree with it above the digit's shift
-  uint32_t unused;
-};
 
 struct TopkArgs {
   KeySource source;
   int64_t n, k;
-  TopkState* state;
+  RadixState* state;
   int64_t* ties;  // of each tile
   uint8_t* bits;
 };
@@ -47,49 +36,28 @@ __device__ inline uint32_t key_at(const KeySource& s, int64_t i) {
 }
 
 __global__ void __launch_bounds__(kTopkThreads) topk_start_kernel(TopkArgs a) {
-  auto* const bins = &a.state->bins[0][0];
-  for (int i = threadIdx.x; i < kDigits * kKeyBins; i += kTopkThreads) bins[i] = 0;
-  if (threadIdx.x != 0) return;
-  a.state->wanted = a.k;
-  a.state->prefix = a.k > 0 ? 0 : kNanKey;  // nothing is wanted: no key is above that
+  radix_start<kTopkThreads>(*a.state, a.k);  // nothing is wanted: no key is above the largest
 }
 
 __global__ void __launch_bounds__(kTopkThreads) topk_count_kernel(TopkArgs a, int digit) {
   TENFOLD_SHARED(uint32_t, bins, kKeyBins);
   for (int i = threadIdx.x; i < kKeyBins; i += kTopkThreads) bins[i] = 0;
   __syncthreads();
-  const int shift = digit_shift(digit), above = digit == 0 ? 32 : digit_shift(digit - 1);
   const uint32_t prefix = a.state->prefix;
   const int64_t step = static_cast<int64_t>(gridDim.x) * kTopkThreads;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kTopkThreads + threadIdx.x; i < a.n;
        i += step) {
     const uint32_t key = key_at(a.source, i);
-    if (above < 32 && key >> above != prefix >> above) continue;
-    atomicAdd(&bins[(key >> shift) & (kKeyBins - 1)], 1u);
+    if (agrees(key, prefix, digit)) atomicAdd(&bins[digit_of(key, digit)], 1u);
   }
   __syncthreads();
   for (int i = threadIdx.x; i < kKeyBins; i += kTopkThreads)
     if (bins[i] != 0) atomicAdd(&a.state->bins[digit][i], static_cast<unsigned long long>(bins[i]));
 }
 
-// Thread t owns bins 2 t and 2 t + 1, counted from the largest key down.
 __global__ void __launch_bounds__(kFindThreads) topk_find_kernel(TopkArgs a, int digit) {
   TENFOLD_SHARED(int64_t, sums, kFindThreads / 32);
-  static_assert(kKeyBins == 2 * kFindThreads);
-  const int high = kKeyBins - 1 - 2 * static_cast<int>(threadIdx.x);
-  const auto* bins = a.state->bins[digit];
-  const auto in_high = static_cast<int64_t>(bins[high]);
-  const auto in_low = static_cast<int64_t>(bins[high - 1]);
-  const int64_t wanted = a.state->wanted;
-  const uint32_t prefix = a.state->prefix;
-  int64_t total;
-  const int64_t before = block_before<kFindThreads>(in_high + in_low, sums, &total);
-  const int64_t left = wanted - before;
-  if (left < 1 || left > in_high + in_low) return;  // true for all threads but one
-  const bool in_first = left <= in_high;
-  a.state->wanted = in_first ? left : left - in_high;
-  a.state->prefix = prefix | static_cast<uint32_t>(in_first ? high : high - 1)
-                                 << digit_shift(digit);
+  radix_find(*a.state, digit, sums);
 }
 
 // Calls visit(i0, key of this lane, whether it exists) for each 32 keys of this warp's part of the
@@ -153,7 +121,7 @@ inline void launch_mask_topk(const TopkArgs& a, cudaStream_t stream) {
   const auto blocks = static_cast<unsigned>(tiles < 1056 ? tiles : 1056);  // 8 on each of 132
   TENFOLD_LAUNCH(topk_start_kernel, 1, kTopkThreads, stream, a);
   if (a.k > 0) {
-    for (int digit = 0; digit < kDigits; ++digit) {
+    for (int digit = 0; digit < kRadixDigits; ++digit) {
       TENFOLD_LAUNCH(topk_count_kernel, blocks, kTopkThreads, stream, a, digit);
       TENFOLD_LAUNCH(topk_find_kernel, 1, kFindThreads, stream, a, digit);
     }
