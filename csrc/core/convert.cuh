@@ -84,6 +84,17 @@ __device__ inline uint32_t pack2(float low, float high) {
 #endif
 }
 
+// Two neighbours, in one store.
+template <class T>
+__device__ inline void store_two(T* to, float low, float high) {
+  if constexpr (sizeof(T) == 2) {
+    *reinterpret_cast<uint32_t*>(to) = pack2<T>(low, high);
+  } else {
+    const uint64_t bits = static_cast<uint64_t>(float_to_bits(high)) << 32 | float_to_bits(low);
+    *reinterpret_cast<uint64_t*>(to) = bits;
+  }
+}
+
 // 2^x in one instruction: relative error 2^-22, results below 2^-126 are 0.
 __device__ inline float fast_exp2(float x) {
 #if defined(__CUDA_ARCH__)

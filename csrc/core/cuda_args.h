@@ -1,9 +1,11 @@
-// Small helpers of CUDA registrations: index tensors as kernel arguments, grid sizes.
+// Small helpers of CUDA registrations: index tensors as kernel arguments, grid sizes, memory.
 #pragma once
 
 #include <optional>
+#include <vector>
 
 #include "core/convert.cuh"
+#include "core/room.h"
 #include "core/tensor.h"
 
 namespace tenfold::cuda {
@@ -23,5 +25,20 @@ inline void check_grid(const char* op, int64_t blocks) {
   TENFOLD_CHECK_VALUE(blocks < int64_t{1} << 31, "tenfold::", op, ": the problem needs ", blocks,
                       " CUDA blocks, at most 2^31 - 1 are possible; split the batch");
 }
+
+// The working memory of a call: freed to torch's allocator, in the order of the stream.
+class Memory {
+ public:
+  explicit Memory(const Tensor& like) : like_(like) {}
+  Room room() {
+    return [this](int64_t bytes) {
+      return held_.emplace_back(new_output(like_, {bytes}, ScalarType::Byte)).data_ptr();
+    };
+  }
+
+ private:
+  const Tensor& like_;
+  std::vector<Tensor> held_;
+};
 
 }  // namespace tenfold::cuda

@@ -173,6 +173,26 @@ LoraCall check_lora_experts(const char* op, const Tensor& x, const std::array<Te
   return c;
 }
 
+Tensor wanted_like(const Tensor& t, bool wanted, std::initializer_list<int64_t> sizes) {
+  return new_output(t, wanted ? sizes : std::initializer_list<int64_t>{0}, t.scalar_type());
+}
+
+LoraBackward check_lora_backward(const char* op, const LoraCall& c, const Tensor& grad_out,
+                                 const Tensor& hidden, const Tensor& low, int64_t wanted) {
+  const int64_t s = c.tokens * c.k, f = c.ffn, r = c.rank, n = c.experts, d = c.dim;
+  const auto like = [&](int bit, const Tensor& t, std::initializer_list<int64_t> sizes) {
+    return wanted_like(t, wanted >> bit & 1, sizes);
+  };
+  return {check_rows_like(op, "grad_out", grad_out, c, c.tokens, d, "[T, d]"),
+          as_contiguous(check_rows_like(op, "hidden", hidden, c, s, 2 * f, "[S, 2 f]")),
+          as_contiguous(check_rows_like(op, "low", low, c, s, 2 * r, "[S, 2 r]")),
+          {like(0, c.x, {c.tokens, d}), like(1, c.x, {f, d}), like(2, c.x, {f, d}),
+           like(3, c.x, {d, f}), like(4, c.x, {n, r, d}), like(5, c.x, {n, r, d}),
+           like(6, c.x, {n, r, f}), like(7, c.x, {n, f, r}), like(8, c.x, {n, f, r}),
+           like(9, c.x, {n, d, r}), like(10, c.weight, {c.tokens, c.k})},
+          wanted};
+}
+
 void check_three(const char* name, const std::vector<Tensor>& tensors) {
   TENFOLD_CHECK_VALUE(tensors.size() == 3, "tenfold::moe_lora_swiglu_mlp: ", name,
                       " must be 3 tensors, of gate, up and down, got ", tensors.size());

@@ -4,10 +4,12 @@
 
 #include <array>
 #include <optional>
+#include <tuple>
 #include <vector>
 
 #include "core/check.h"
 #include "core/tensor.h"
+#include "moe/experts_parts.h"
 
 namespace tenfold {
 
@@ -35,7 +37,6 @@ struct ExpertsCall : RoutedCall {
 ExpertsCall check_experts(const char* op, const Tensor& x, const Tensor& gate_up,
                           const Tensor& down, const Tensor& index, const Tensor& weight);
 
-enum LoraPart : int { kGate, kUp, kDown };
 struct LoraCall : RoutedCall {
   std::array<Tensor, 3> base;  // [f, d], [f, d], [d, f]
   std::array<Tensor, 3> a, b;  // [n, r, in], [n, out, r]
@@ -45,6 +46,26 @@ struct LoraCall : RoutedCall {
 LoraCall check_lora_experts(const char* op, const Tensor& x, const std::array<Tensor, 3>& base,
                             const std::array<Tensor, 3>& a, const std::array<Tensor, 3>& b,
                             double scale, const Tensor& index, const Tensor& weight);
+
+// Like t of these sizes, or empty.
+Tensor wanted_like(const Tensor& t, bool wanted, std::initializer_list<int64_t> sizes);
+
+// A gradients' call, and its results: of x, the shared block, three A, three B and weight. Those
+// not wanted (bit i) are empty.
+struct LoraBackward {
+  using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+                             Tensor, Tensor>;
+  Tensor grad, hidden, low;
+  std::array<Tensor, 11> made;
+  int64_t wanted;
+
+  void* data(int i) const { return wanted >> i & 1 ? made[i].data_ptr() : nullptr; }
+  Results results() const {
+    return std::apply([](auto&... t) { return Results(t...); }, made);
+  }
+};
+LoraBackward check_lora_backward(const char* op, const LoraCall& c, const Tensor& grad_out,
+                                 const Tensor& hidden, const Tensor& low, int64_t wanted);
 
 // Lists of gate, up and down.
 void check_three(const char* name, const std::vector<Tensor>& tensors);

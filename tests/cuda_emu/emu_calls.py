@@ -64,6 +64,17 @@ def shifted(t):
     return torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape)
 
 
+def far_apart(t, folder):
+    """``t`` with 2^31 elements between its rows, in a file of holes."""
+    stride = 1 << 31
+    path = f"{folder}/{t.dtype}"
+    size = (len(t) - 1) * stride + t.shape[1]
+    rows = torch.from_file(path, shared=True, size=size, dtype=t.dtype).as_strided(
+        t.shape, (stride, 1)
+    )
+    return rows.copy_(t)
+
+
 def twice(library, run, schedules=(1, 77)):
     """The result of ``run``, a tensor or several, under two schedules of threads: asserted equal."""
     results = []

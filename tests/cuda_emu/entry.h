@@ -5,6 +5,7 @@
 
 #include "core/convert.cuh"
 #include "core/launch.cuh"
+#include "core/room.h"
 
 namespace tenfold::cuda {
 float emu_to_float(bf16_t x) {
@@ -34,6 +35,18 @@ void with_dtype(int64_t dtype, F f) {
   if (dtype == 1) f.template operator()<bf16_t>();
   if (dtype == 2) f.template operator()<fp16_t>();
 }
+
+// Of just the size that was asked for, so that the sanitizer sees accesses beyond it.
+struct Memory {
+  std::vector<std::unique_ptr<char[]>> held;
+  Room room() {
+    return [this](int64_t bytes) {
+      auto& got = held.emplace_back(new char[bytes]);
+      std::memset(got.get(), 0xCD, bytes);
+      return static_cast<void*>(got.get());
+    };
+  }
+};
 
 }  // namespace
 

@@ -72,18 +72,6 @@ API void emu_sequence_nll_backward(const void* logits, const void* labels, const
 
 namespace {
 
-// Of just the size that was asked for, so that the sanitizer sees accesses beyond it.
-struct Memory {
-  std::vector<std::unique_ptr<char[]>> held;
-  Room room() {
-    return [this](int64_t bytes) {
-      auto& got = held.emplace_back(new char[bytes]);
-      std::memset(got.get(), 0xCD, bytes);
-      return static_cast<void*>(got.get());
-    };
-  }
-};
-
 // n: dtype N H V hidden_stride weight_stride target_wide ids ignore_index none mean
 //    chunk_rows segment delta_bytes split_bytes blocks ranges
 struct LinearCall {

@@ -26,6 +26,7 @@ CHECKS = {  # library -> checks of its script
     ],
     "kernels_moe_routing": ["all"],
     "kernels_merge": ["all"],
+    "kernels_moe_experts": ["values", "edges"],
     "kernels": ["template", "proxy_scores", "nacl_select", "kv_moves", "ragged_decode"],
 }  # fmt: skip
 

@@ -269,12 +269,12 @@ def test_layouts(kind, dtype, device):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_threads_and_runs_do_not_matter(kind, dtype):
+def test_threads_and_runs_do_not_matter(kind, dtype, device):
     run, op, *_ = KINDS[kind]
     for shape in ((130, 100, 210, 3, 2), (4, 400, 330, 8, 2)):
         tensors, index = problem_of(kind, shape, 7, dtype)
         call = functools.partial(step, run, op)
-        check_deterministic(call, (tensors, index, torch.randn(shape[:2])))
+        check_deterministic(call, on(device, (tensors, index, torch.randn(shape[:2]))))
 
 
 def test_nan_and_inf_stay_in_their_rows(device):

@@ -24,17 +24,6 @@ struct LceBlock {
   }
 };
 
-// Two neighbours.
-template <class T>
-__device__ inline void store_two(T* to, float low, float high) {
-  if constexpr (sizeof(T) == 2) {
-    *reinterpret_cast<uint32_t*>(to) = pack2<T>(low, high);
-  } else {
-    const uint64_t bits = static_cast<uint64_t>(float_to_bits(high)) << 32 | float_to_bits(low);
-    *reinterpret_cast<uint64_t*>(to) = bits;
-  }
-}
-
 struct LceDeltasArgs {
   LceMatrices m;
   PackedRows rows;
@@ -120,10 +109,10 @@ __global__ void __launch_bounds__(ProductTile<T>::kThreads, 1) lce_weight_kernel
   const auto load = [&](int, int step, T* left, T* right) {
     const int64_t k = static_cast<int64_t>(step) * P::kDepth;
     const int* const row = rows + step % 2 * P::kDepth;
-    load_operand<T, Lies::across, P::kRows>(left, d, P::kRows, true, [&](int r) -> const T* {
+    load_operand<P, Lies::across, P::kRows>(left, d, P::kRows, true, [&](int r) -> const T* {
       return k + r < count ? d + (k + r) * a.block.pitch : nullptr;
     });
-    load_operand<T, Lies::across, P::kCols>(
+    load_operand<P, Lies::across, P::kCols>(
         right, hidden, dim - col, a.m.hidden_vectors, [&](int r) -> const T* {
           return k + r < count ? hidden + row[r] * a.m.hidden_stride + col : nullptr;
         });
@@ -164,7 +153,7 @@ __global__ void __launch_bounds__(ProductTile<T>::kThreads, 1) lce_weight_kernel
         }
       }
   };
-  run_product<T, Lies::across, Lies::across>(memory, 1, depth_steps<T>(count), load, finish);
+  run_product<P, Lies::across, Lies::across>(memory, 1, depth_steps<T>(count), load, finish);
 }
 
 struct LceHiddenArgs {
@@ -197,11 +186,11 @@ __global__ void __launch_bounds__(ProductTile<T>::kThreads, 1) lce_hidden_kernel
   const auto* const weight = static_cast<const T*>(a.m.weight);
   const auto load = [&](int, int step, T* left, T* right) {
     const int64_t k = static_cast<int64_t>(step) * P::kDepth;
-    load_operand<T, Lies::along, P::kRows>(left, d, P::kDepth, true, [&](int r) -> const T* {
+    load_operand<P, Lies::along, P::kRows>(left, d, P::kDepth, true, [&](int r) -> const T* {
       return r0 + r < count ? d + (r0 + r) * a.block.pitch + k : nullptr;
     });
     const int64_t v = a.block.v + token + k;
-    load_operand<T, Lies::across, P::kCols>(
+    load_operand<P, Lies::across, P::kCols>(
         right, weight, dim - col, a.m.weight_vectors, [&](int r) -> const T* {
           return v + r < a.m.vocab ? weight + (v + r) * a.m.weight_stride + col : nullptr;
         });
@@ -227,7 +216,7 @@ __global__ void __launch_bounds__(ProductTile<T>::kThreads, 1) lce_hidden_kernel
           }
       }
   };
-  run_product<T, Lies::along, Lies::across>(memory, 1, depth_steps<T>(tokens), load, finish);
+  run_product<P, Lies::along, Lies::across>(memory, 1, depth_steps<T>(tokens), load, finish);
 }
 
 constexpr int kAddThreads = 256;

@@ -7,10 +7,6 @@
 
 namespace tenfold::cuda {
 
-inline int64_t cuts(int64_t n, int64_t of) {
-  return (n + of - 1) / of;
-}
-
 template <class T>
 void lce_forward(const LceMatrices& m, const PackedRows& rows, int64_t num_rows, JoinArgs out,
                  const LceLimits& limits, const Room& room, cudaStream_t stream) {

@@ -1,15 +1,11 @@
 // The passes of linear_cross_entropy and linear_logprob on the device. Nothing waits for the host.
 #pragma once
 
-#include <functional>
-
+#include "core/room.h"
 #include "loss/cuda/lce_gradients_kernel.cuh"
 #include "loss/cuda/lce_sums_kernel.cuh"
 
 namespace tenfold::cuda {
-
-// Device memory that lives until the call's kernels have run.
-using Room = std::function<void*(int64_t bytes)>;
 
 // How much is done at a time. Results depend on `segment` and `ranges` only.
 struct LceLimits {

@@ -1,8 +1,8 @@
 // Tiles of logits of linear_cross_entropy: the rows of hidden that count times the vocabulary.
 #pragma once
 
+#include "core/tile_product.cuh"
 #include "loss/cuda/lce_rows_kernel.cuh"
-#include "loss/cuda/tile_product.cuh"
 
 namespace tenfold::cuda {
 
@@ -46,17 +46,17 @@ __device__ inline void for_logits(const LceMatrices& a, const int* rows, int64_t
   const auto* const weight = static_cast<const T*>(a.weight);
   const auto load = [&](int tile, int step, T* left, T* right) {
     const int64_t k = static_cast<int64_t>(step) * P::kDepth;
-    load_operand<T, Lies::along, P::kRows>(
+    load_operand<P, Lies::along, P::kRows>(
         left, hidden, a.dim - k, a.hidden_vectors, [&](int r) -> const T* {
           return rows[r] >= 0 ? hidden + rows[r] * a.hidden_stride + k : nullptr;
         });
     const int64_t first = v + static_cast<int64_t>(tile) * P::kCols;
-    load_operand<T, Lies::along, P::kCols>(
+    load_operand<P, Lies::along, P::kCols>(
         right, weight, a.dim - k, a.weight_vectors, [&](int r) -> const T* {
           return first + r < a.vocab ? weight + (first + r) * a.weight_stride + k : nullptr;
         });
   };
-  run_product<T, Lies::along, Lies::along>(
+  run_product<P, Lies::along, Lies::along>(
       memory, tiles, depth_steps<T>(a.dim), load,
       [&](int tile, typename P::Sums& x) { use(v + static_cast<int64_t>(tile) * P::kCols, x); });
 }

@@ -2,8 +2,6 @@
 // of range cannot be reported: it makes the row's loss, and the gradients, NaN.
 #include <torch/csrc/stable/library.h>
 
-#include <vector>
-
 #include "core/cuda_args.h"
 #include "core/dispatch.h"
 #include "core/stream.h"
@@ -12,21 +10,6 @@
 
 namespace tenfold::cuda {
 namespace {
-
-// The working memory of a call: freed to torch's allocator, in the order of the stream.
-class Memory {
- public:
-  explicit Memory(const Tensor& like) : like_(like) {}
-  Room room() {
-    return [this](int64_t bytes) {
-      return held_.emplace_back(new_output(like_, {bytes}, ScalarType::Byte)).data_ptr();
-    };
-  }
-
- private:
-  const Tensor& like_;
-  std::vector<Tensor> held_;
-};
 
 void check_indices(const char* op, const LinearLossCall& c) {
   constexpr int64_t kMost = (int64_t{1} << 31) - 1;

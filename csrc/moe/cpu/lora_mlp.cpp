@@ -48,42 +48,25 @@ std::tuple<Tensor, Tensor, Tensor> moe_lora_experts_train_op(Tensor x, Tensor wg
   return {out, hidden, low};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
-moe_lora_experts_backward_op(Tensor grad_out, Tensor x, Tensor wg, Tensor wu, Tensor wd,
-                             Tensor a_gate, Tensor a_up, Tensor a_down, Tensor b_gate, Tensor b_up,
-                             Tensor b_down, double scale, Tensor index, Tensor weight,
-                             Tensor hidden_in, Tensor low_in, int64_t wanted, bool allow_sentinel) {
+LoraBackward::Results moe_lora_experts_backward_op(Tensor grad_out, Tensor x, Tensor wg, Tensor wu,
+                                                   Tensor wd, Tensor a_gate, Tensor a_up,
+                                                   Tensor a_down, Tensor b_gate, Tensor b_up,
+                                                   Tensor b_down, double scale, Tensor index,
+                                                   Tensor weight, Tensor hidden, Tensor low,
+                                                   int64_t wanted, bool allow_sentinel) {
   constexpr auto kOp = "moe_lora_experts_backward";
   const LoraCall c = check_lora_experts(kOp, x, {wg, wu, wd}, {a_gate, a_up, a_down},
                                         {b_gate, b_up, b_down}, scale, index, weight);
-  const int64_t s = c.tokens * c.k, f = c.ffn, r = c.rank, n = c.experts, d = c.dim;
-  const Tensor grad = check_rows_like(kOp, "grad_out", grad_out, c, c.tokens, d, "[T, d]");
-  const Tensor hidden =
-      torch::stable::contiguous(check_rows_like(kOp, "hidden", hidden_in, c, s, 2 * f, "[S, 2 f]"));
-  const Tensor low =
-      torch::stable::contiguous(check_rows_like(kOp, "low", low_in, c, s, 2 * r, "[S, 2 r]"));
+  const LoraBackward g = check_lora_backward(kOp, c, grad_out, hidden, low, wanted);
   const LoraExperts e(kOp, c, allow_sentinel);
-  const auto like = [&](int bit, const Tensor& t, std::initializer_list<int64_t> sizes) {
-    return wanted_like(t, wanted >> bit & 1, sizes);
-  };
-  const Tensor of_x = like(0, c.x, {c.tokens, d});
-  const Tensor base[3] = {like(1, c.x, {f, d}), like(2, c.x, {f, d}), like(3, c.x, {d, f})};
-  const Tensor a[3] = {like(4, c.x, {n, r, d}), like(5, c.x, {n, r, d}), like(6, c.x, {n, r, f})};
-  const Tensor b[3] = {like(7, c.x, {n, f, r}), like(8, c.x, {n, f, r}), like(9, c.x, {n, d, r})};
-  const Tensor of_weight = like(10, c.weight, {c.tokens, c.k});
-  const auto data = [&](int bit, const Tensor& t) {
-    return wanted >> bit & 1 ? t.data_ptr() : nullptr;
-  };
   LoraExperts::Gradients out{};
-  out.x = data(0, of_x);
-  for (int i = 0; i < 3; ++i) {
-    out.base[i] = data(1 + i, base[i]);
-    out.a[i] = data(4 + i, a[i]), out.b[i] = data(7 + i, b[i]);
-  }
-  out.weight = static_cast<float*>(data(10, of_weight));
-  if (out.weight != nullptr) std::fill_n(out.weight, s, 0.0f);
-  e.backward(grad, hidden, low, out);
-  return {of_x, base[0], base[1], base[2], a[0], a[1], a[2], b[0], b[1], b[2], of_weight};
+  out.x = g.data(0);
+  for (int i = 0; i < 3; ++i)
+    out.base[i] = g.data(1 + i), out.a[i] = g.data(4 + i), out.b[i] = g.data(7 + i);
+  out.weight = static_cast<float*>(g.data(10));
+  if (out.weight != nullptr) std::fill_n(out.weight, e.num_slots(), 0.0f);
+  e.backward(g.grad, g.hidden, g.low, out);
+  return g.results();
 }
 
 }  // namespace

@@ -55,10 +55,6 @@ inline int64_t floats_for(int64_t n, Dtype dtype) {
   return ceil_div(n * dtype_size(dtype), 4);
 }
 
-inline Tensor wanted_like(const Tensor& t, bool wanted, std::initializer_list<int64_t> sizes) {
-  return new_output(t, wanted ? sizes : std::initializer_list<int64_t>{0}, t.scalar_type());
-}
-
 // [T, k] from partial sums at positions, `blocks` of them [S]; 0 for slots without an expert.
 inline void add_weight_gradient(const SortedSlots& slots, const float* parts, int64_t blocks,
                                 float* out) {

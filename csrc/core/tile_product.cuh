@@ -1,21 +1,22 @@
-// Products of matrices, a block per tile of kRows x kCols, over steps of kDepth: two stages in
-// shared memory, the next step's copies under way while this one is multiplied. Each operand lies
-// in memory either along the depth (a row of the tile holds kDepth) or across it (a row per step of
+// Products of matrices, a block per tile of kRows x kCols, over steps of kDepth: stages in shared
+// memory, the next steps' copies under way while this one is multiplied. Each operand lies in
+// memory either along the depth (a row of the tile holds kDepth) or across it (a row per step of
 // depth); ldmatrix brings both to mma.sync. float32 is multiplied by FMAs, exactly.
-// One block on a multiprocessor: 8 warps of 64 x 64 read half of what 4 x 2 of 32 x 32 would.
+// An element's sum has the same order in every shape of tile.
 #pragma once
 
 #include "core/mma_tile.cuh"
 
 namespace tenfold::cuda {
 
-template <class T>
-struct ProductTile {
+template <class Element, int kTileRows, int kTileCols, int kDown, int kAcross, int kTileStages>
+struct ProductShape {
+  using T = Element;
   static constexpr bool kMma = sizeof(T) == 2;
-  static constexpr int kThreads = 256, kStages = 2;
-  static constexpr int kRows = 128, kCols = kMma ? 256 : 128;
+  static constexpr int kWarpsDown = kDown, kWarpsAcross = kAcross;
+  static constexpr int kThreads = 32 * kDown * kAcross, kStages = kTileStages;
+  static constexpr int kRows = kTileRows, kCols = kTileCols;
   static constexpr int kDepth = 128 / static_cast<int>(sizeof(T));  // ldmatrix reads 128 bytes
-  static constexpr int kWarpsDown = kMma ? 2 : 4, kWarpsAcross = 8 / kWarpsDown;
   static constexpr int kM = kRows / kWarpsDown / 16, kN = kCols / kWarpsAcross / 8;
   static constexpr int kLeft = kRows * kDepth, kRight = kCols * kDepth;
   static constexpr int kBytes = kStages * (kLeft + kRight) * static_cast<int>(sizeof(T));
@@ -33,26 +34,36 @@ struct ProductTile {
   __device__ static int first_col() { return warp_col() + static_cast<int>(threadIdx.x) % 4 * 2; }
 };
 
+// One block on a multiprocessor: 8 warps of 64 x 64 read half of what 4 x 2 of 32 x 32 would.
+template <class T>
+using ProductTile = std::conditional_t<sizeof(T) == 2, ProductShape<T, 128, 256, 2, 4, 2>,
+                                       ProductShape<T, 128, 128, 4, 2, 2>>;
+
+// Of few rows, which wait for memory: three steps are under way, in each of two blocks.
+template <class T>
+using FewRowsTile = ProductShape<T, 32, 128, 2, 2, 4>;
+
 // An operand's rows in memory.
 enum class Lies { along, across };
 
-template <class T, Lies kLies, int kSide>  // kSide: the tile's kRows or kCols
-using OperandTile = Tile<T, kLies == Lies::along ? ProductTile<T>::kDepth : kSide>;
+template <class P, Lies kLies, int kSide>  // kSide: the tile's kRows or kCols
+using OperandTile = Tile<typename P::T, kLies == Lies::along ? P::kDepth : kSide>;
 
 // row_at(r): where row r of the tile starts, or null for zeros; columns from `cols` on are zeros.
 // `vectors`: whole, aligned 16-byte vectors. Asynchronous: commit and wait are the caller's.
-template <class T, Lies kLies, int kSide, class RowAt>
-__device__ inline void load_operand(T* tile, const T* aligned, int64_t cols, bool vectors,
-                                    const RowAt& row_at) {
-  using Shape = OperandTile<T, kLies, kSide>;
+template <class P, Lies kLies, int kSide, class RowAt>
+__device__ inline void load_operand(typename P::T* tile, const typename P::T* aligned, int64_t cols,
+                                    bool vectors, const RowAt& row_at) {
+  using T = typename P::T;
+  using Shape = OperandTile<P, kLies, kSide>;
   constexpr int kWidth = Shape::kVectors * Shape::kPer;
-  constexpr int kTileRows = kLies == Lies::along ? kSide : ProductTile<T>::kDepth;
+  constexpr int kTileRows = kLies == Lies::along ? kSide : P::kDepth;
   if (vectors) {
-    constexpr int kEach = kTileRows * Shape::kVectors / ProductTile<T>::kThreads;
-    static_assert(kTileRows * Shape::kVectors % ProductTile<T>::kThreads == 0);
+    constexpr int kEach = kTileRows * Shape::kVectors / P::kThreads;
+    static_assert(kTileRows * Shape::kVectors % P::kThreads == 0);
 #pragma unroll
     for (int j = 0; j < kEach; ++j) {
-      const int i = static_cast<int>(threadIdx.x) + j * ProductTile<T>::kThreads;
+      const int i = static_cast<int>(threadIdx.x) + j * P::kThreads;
       const int r = i / Shape::kVectors, c = i % Shape::kVectors * Shape::kPer;
       const T* const row = row_at(r);
       const bool valid = row != nullptr && c < cols;
@@ -61,7 +72,7 @@ __device__ inline void load_operand(T* tile, const T* aligned, int64_t cols, boo
     return;
   }
 #pragma unroll 1
-  for (int i = threadIdx.x; i < kTileRows * kWidth; i += ProductTile<T>::kThreads) {
+  for (int i = threadIdx.x; i < kTileRows * kWidth; i += P::kThreads) {
     const int r = i / kWidth, c = i % kWidth;
     const T* const row = row_at(r);
     T value{};
@@ -70,12 +81,12 @@ __device__ inline void load_operand(T* tile, const T* aligned, int64_t cols, boo
   }
 }
 
-template <class T, Lies kLeftLies, Lies kRightLies>
-__device__ inline void multiply_mma(const T* left, const T* right,
-                                    typename ProductTile<T>::Sums& sums) {
-  using P = ProductTile<T>;
-  using Left = OperandTile<T, kLeftLies, P::kRows>;
-  using Right = OperandTile<T, kRightLies, P::kCols>;
+template <class P, Lies kLeftLies, Lies kRightLies>
+__device__ inline void multiply_mma(const typename P::T* left, const typename P::T* right,
+                                    typename P::Sums& sums) {
+  using T = typename P::T;
+  using Left = OperandTile<P, kLeftLies, P::kRows>;
+  using Right = OperandTile<P, kRightLies, P::kCols>;
   const int lane = threadIdx.x % 32, row0 = P::warp_row(), col0 = P::warp_col();
 #pragma unroll
   for (int k = 0; k < P::kDepth; k += 16) {
@@ -110,16 +121,14 @@ __device__ inline void multiply_mma(const T* left, const T* right,
 }
 
 // Sums of 16 products join the others: shorter chains.
-template <Lies kLeftLies, Lies kRightLies>
-__device__ inline void multiply_fma(const float* left, const float* right,
-                                    ProductTile<float>::Sums& sums) {
-  using P = ProductTile<float>;
-  using Left = OperandTile<float, kLeftLies, P::kRows>;
-  using Right = OperandTile<float, kRightLies, P::kCols>;
+template <class P, Lies kLeftLies, Lies kRightLies>
+__device__ inline void multiply_fma(const float* left, const float* right, typename P::Sums& sums) {
+  using Left = OperandTile<P, kLeftLies, P::kRows>;
+  using Right = OperandTile<P, kRightLies, P::kCols>;
   const int row0 = P::first_row(), col0 = P::first_col();
 #pragma unroll 1
   for (int step = 0; step < P::kDepth; step += 16) {
-    P::Sums part = {};
+    typename P::Sums part = {};
 #pragma unroll 1  // else more loads are hoisted than there are registers
     for (int k = step; k < step + 16; k += 4) {
       float x[2 * P::kM][4];
@@ -166,36 +175,43 @@ __device__ inline void multiply_fma(const float* left, const float* right,
 
 // `tiles` tiles one after another, each over `steps` steps of depth (none: zeros).
 // load(tile, step, left, right) starts the copies of a step, finish(tile, sums) takes the sums.
-template <class T, Lies kLeftLies, Lies kRightLies, class Load, class Finish>
+template <class P, Lies kLeftLies, Lies kRightLies, class Load, class Finish>
 __device__ inline void run_product(char* memory, int tiles, int steps, const Load& load,
                                    const Finish& finish) {
-  using P = ProductTile<T>;
+  using T = typename P::T;
+  constexpr int kAhead = P::kStages - 1;
   T* const stages = reinterpret_cast<T*>(memory);
-  const auto left_of = [&](int stage) { return stages + stage * (P::kLeft + P::kRight); };
   typename P::Sums sums = {};
   if (steps == 0) {
     for (int tile = 0; tile < tiles; ++tile) finish(tile, sums);
     return;
   }
-  load(0, 0, left_of(0), left_of(0) + P::kLeft);
-  copy_commit();
+  const auto after = [](int stage) { return stage + 1 == P::kStages ? 0 : stage + 1; };
+  int next_tile = 0, next_step = 0, next_stage = 0;
+  const auto load_next = [&] {
+    if (next_tile < tiles) {
+      T* const to = stages + next_stage * (P::kLeft + P::kRight);
+      load(next_tile, next_step, to, to + P::kLeft);
+      next_stage = after(next_stage);
+      if (++next_step == steps) next_step = 0, ++next_tile;
+    }
+    copy_commit();
+  };
+#pragma unroll 1
+  for (int i = 0; i < kAhead; ++i) load_next();
   int stage = 0;
 #pragma unroll 1
   for (int tile = 0; tile < tiles; ++tile) {
 #pragma unroll 1
-    for (int step = 0; step < steps; ++step, stage ^= 1) {
-      copy_wait<0>();
+    for (int step = 0; step < steps; ++step, stage = after(stage)) {
+      copy_wait<kAhead - 1>();
       __syncthreads();  // this step is there; the one before it has been read
-      const bool last = step + 1 == steps;
-      T* const next = left_of(stage ^ 1);
-      if (!last || tile + 1 < tiles)
-        load(last ? tile + 1 : tile, last ? 0 : step + 1, next, next + P::kLeft);
-      copy_commit();
-      const T* const left = left_of(stage);
+      load_next();
+      const T* const left = stages + stage * (P::kLeft + P::kRight);
       if constexpr (P::kMma) {
-        multiply_mma<T, kLeftLies, kRightLies>(left, left + P::kLeft, sums);
+        multiply_mma<P, kLeftLies, kRightLies>(left, left + P::kLeft, sums);
       } else {
-        multiply_fma<kLeftLies, kRightLies>(left, left + P::kLeft, sums);
+        multiply_fma<P, kLeftLies, kRightLies>(left, left + P::kLeft, sums);
       }
     }
     finish(tile, sums);

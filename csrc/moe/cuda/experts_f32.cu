@@ -1,0 +1,19 @@
+#include "moe/cuda/experts_launch.cuh"
+#include "moe/cuda/lora_launch.cuh"
+
+namespace tenfold::cuda {
+
+template void grouped_gemm<float>(const GroupedGemmCall&, const ExpertLimits&, cudaStream_t);
+template void grouped_wgrad<float>(const GroupedWgradCall&, cudaStream_t);
+template void experts_forward<float>(const ExpertBlock&, void*, void*, const ExpertLimits&,
+                                     const Room&, cudaStream_t);
+template void experts_backward<float>(const ExpertBlock&, const DeviceRows&, const void*,
+                                      const ExpertGradients&, const ExpertLimits&, const Room&,
+                                      cudaStream_t);
+template void lora_forward<float>(const LoraBlock&, void*, void*, void*, const ExpertLimits&,
+                                  const Room&, cudaStream_t);
+template void lora_backward<float>(const LoraBlock&, const DeviceRows&, const void*, const void*,
+                                   const LoraGradients&, const ExpertLimits&, const Room&,
+                                   cudaStream_t);
+
+}  // namespace tenfold::cuda

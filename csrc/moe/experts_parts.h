@@ -1,0 +1,8 @@
+// The three matrices of a SwiGLU block, in the order of arguments and arrays.
+#pragma once
+
+namespace tenfold {
+
+enum LoraPart : int { kGate, kUp, kDown };
+
+}  // namespace tenfold
