@@ -27,9 +27,12 @@ def blocks_for(rows: int, groups: int) -> Blocks:
 def grouped_gemm_kernel(
     a, w, offsets, gather, out, rows, groups, cols, depth, a_stride, w_group, w_col, w_depth,
     GATHER: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-    DEPTH: tl.constexpr,
+    DEPTH: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """``out[r] = a[gather[r]] w[g].T`` of every row r of group g; strides in elements."""
+    """``out[r] = a[gather[r]] w[g].T`` of every row r of group g; strides in elements.
+
+    ``WIDEN``: for the interpreter, which takes bfloat16's bits for numbers where it multiplies matrices.
+    """
     tile = tl.program_id(0)
     n = tl.program_id(1) * COLS + tl.arange(0, COLS)
     g = tl.arange(0, GROUPS)
@@ -56,6 +59,8 @@ def grouped_gemm_kernel(
             x = tl.load(a_rows + k[None, :], mask=there[:, None] & (k[None, :] < depth), other=0.0)
             y = tl.load(w_cols + k[:, None].to(tl.int64) * w_depth,
                         mask=(n[None, :] < cols) & (k[:, None] < depth), other=0.0)  # fmt: skip
+            if WIDEN:
+                x, y = x.to(tl.float32), y.to(tl.float32)
             # No TF32: float32 stays float32.
             sums = tl.dot(x, y, sums, input_precision="ieee")
         to = out + r[:, None].to(tl.int64) * cols + n[None, :]
@@ -81,11 +86,12 @@ def grouped_gemm(
     if out.numel() == 0:
         return out
     sizes = blocks or blocks_for(rows, groups)
+    warps = 8 if sizes[0] * sizes[1] > 64 * 128 else 4
     grid = (triton.cdiv(rows, sizes[0]) + groups, triton.cdiv(cols, sizes[1]))
     grouped_gemm_kernel[grid](
         a, w, offsets, a if gather is None else gather, out, rows, groups, cols, depth,
         a.stride(0), *w.stride(), GATHER=gather is not None,
         GROUPS=max(triton.next_power_of_2(groups), 2), ROWS=sizes[0], COLS=sizes[1],
-        DEPTH=sizes[2], num_warps=8 if sizes[0] * sizes[1] > 64 * 128 else 4,
+        DEPTH=sizes[2], WIDEN=triton.knobs.runtime.interpret, num_warps=warps,
     )  # fmt: skip
     return out

@@ -72,6 +72,11 @@ def groups(rows, depth, cols, lengths, dtype, gathered):
     return a, w, offsets, gather
 
 
+def triton_layouts(dtype, gathered):
+    """``trans_w`` of the calls that Triton's slow interpreter makes: both where they cost least to check."""
+    return (True, False) if dtype == torch.float32 else (not gathered,)
+
+
 SCALE = 0.75
 
 

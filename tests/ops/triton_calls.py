@@ -7,22 +7,23 @@ import itertools
 import sys
 
 import torch
-from moe_expert_cases import GROUPS, groups
+from moe_expert_cases import GROUPS, groups, triton_layouts
 
 from bench.moe_triton import grouped_gemm
 from tenfold.testing import DTYPES
 
-BLOCKS = ((16, 16, 16), (32, 64, 32))
+BLOCKS = ((16, 64, 64), (32, 128, 128))
 
 
 def problems():
     """(name, arguments) of every call."""
-    choices = itertools.product(range(len(GROUPS)), DTYPES, (False, True), (True, False))
-    for at, (case, dtype, gathered, trans_w) in enumerate(choices):
+    choices = itertools.product(range(len(GROUPS)), DTYPES, (False, True))
+    for at, (case, dtype, gathered) in enumerate(choices):
         a, w, offsets, gather = groups(*GROUPS[case], dtype, gathered)
-        m = w if trans_w else w.transpose(1, 2).contiguous()
-        blocks = BLOCKS[at % len(BLOCKS)]
-        yield (case, dtype, gathered, trans_w), (a, m, offsets, trans_w, gather, blocks)
+        for trans_w in triton_layouts(dtype, gathered):
+            m = w if trans_w else w.transpose(1, 2).contiguous()
+            call = a, m, offsets, trans_w, gather, BLOCKS[at % len(BLOCKS)]
+            yield (case, dtype, gathered, trans_w), call
 
 
 if __name__ == "__main__":
