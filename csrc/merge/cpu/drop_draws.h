@@ -110,13 +110,13 @@ inline void compare_bytes(const uint8_t* bytes, uint8_t limit, uint64_t* above, 
 
 // Lanes of a type may be the even elements of two vectors, then the odd ones (`split`): within
 // every 2 kWidth bits the even ones come first.
-inline void split_bits(uint64_t (&words)[kDrawWords]) {
+inline void split_bits(uint64_t* words, int64_t count) {
   constexpr uint64_t kSwapped[] = {0x2222222222222222u, 0x0C0C0C0C0C0C0C0Cu, 0x00F000F000F000F0u,
                                    0x0000FF000000FF00u};
   for (int step = 0; (1 << step) < kWidth; ++step)
-    for (uint64_t& x : words) {
-      const uint64_t moved = (x ^ x >> (1 << step)) & kSwapped[step];
-      x ^= moved ^ moved << (1 << step);
+    for (int64_t i = 0; i < count; ++i) {
+      const uint64_t moved = (words[i] ^ words[i] >> (1 << step)) & kSwapped[step];
+      words[i] ^= moved ^ moved << (1 << step);
     }
 }
 inline int64_t split_position(int64_t i) {
@@ -131,7 +131,8 @@ inline void draw_kept(const DropKey& key, uint64_t first, int64_t from, int64_t 
   alignas(64) uint8_t bytes[kStep];
   uint16_t second[kDraws + 8];
   int64_t count = 0;
-  for (int64_t i = from & ~(kStep - 1); i < to; i += kStep) {
+  const int64_t begin = from & ~(kStep - 1), end = (to + kStep - 1) & ~(kStep - 1);
+  for (int64_t i = begin; i < end; i += kStep) {
     draw_bytes(key, first + static_cast<uint64_t>(i), expert, bytes);
     for (int64_t k = i; k < i + kStep; k += 64) {
       uint64_t above, equal;
@@ -151,7 +152,7 @@ inline void draw_kept(const DropKey& key, uint64_t first, int64_t from, int64_t 
       kept[at / 64] &= ~(uint64_t{1} << (at % 64));
     }
   }
-  if (split) split_bits(kept);
+  if (split) split_bits(kept + begin / 64, (end - begin) / 64);
 }
 
 // What is kept of the elements of one block, from element `from` of it on.
