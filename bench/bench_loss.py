@@ -6,7 +6,7 @@ import importlib
 
 from .case import Case
 
-GROUPS = ("logprob", "linear")
+GROUPS = ("logprob", "linear", "sequence")
 
 
 def cases() -> list[Case]:

@@ -37,6 +37,7 @@ struct DeltaMerge {
   int experts;
   Pick pick;
   bool elect, normalize;
+  bool past_caches;  // out is written past them: it is large and none of the inputs
   float lambda;
   const void* expert[kMaxExperts];
   float weight[kMaxExperts];  // c
@@ -54,6 +55,7 @@ struct WeightedSum {
   void* out;
   Dtype dtype;
   int terms;
+  bool past_caches;
   const void* term[kMaxExperts];
   float weight[kMaxExperts];
 };

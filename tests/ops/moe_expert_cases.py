@@ -57,6 +57,26 @@ def problem_of(kind, shape, rank, dtype):
     return experts(shape, dtype) if kind == "experts" else lora(shape, rank, dtype)
 
 
+GROUPS = [  # R, K, N, lengths of groups
+    (0, 5, 3, [0, 0]), (5, 7, 0, [2, 3]), (5, 0, 4, [5]), (1, 1, 1, [1]), (30, 33, 17, [3, 0, 20, 7]),
+    (70, 300, 401, [1, 40, 0, 29]), (300, 65, 50, [290, 3]), (40, 640, 70, [10, 0, 0, 12]),
+]  # fmt: skip
+
+
+def groups(rows, depth, cols, lengths, dtype, gathered):
+    made = torch.Generator().manual_seed(rows)
+    a = torch.randn(rows, depth, generator=made).to(dtype)
+    w = (torch.randn(len(lengths), cols, depth, generator=made) / max(depth, 1) ** 0.5).to(dtype)
+    offsets = torch.tensor([0, *lengths]).cumsum(0).int()
+    gather = torch.randint(0, rows, (rows + 4,), generator=made) if gathered and rows else None
+    return a, w, offsets, gather
+
+
+def triton_layouts(dtype, gathered):
+    """``trans_w`` of the calls that Triton's slow interpreter makes: both where they cost least to check."""
+    return (True, False) if dtype == torch.float32 else (not gathered,)
+
+
 SCALE = 0.75
 
 

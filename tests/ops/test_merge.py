@@ -541,6 +541,29 @@ def test_devices_must_agree(device):
     check_errors(face, op, args, {}, ValueError, "experts[1]", "cuda", "cpu")
 
 
+@pytest.mark.parametrize("isa", tenfold.cpu_capabilities())
+@pytest.mark.parametrize("start", [0, 1], ids=["aligned", "misaligned"])
+def test_large_results_are_those_of_parts(isa, start):
+    """A large result is written past the caches, where whole vectors are; small parts never are."""
+    n, part = (1 << 22) + 37, 1 << 21
+    for dtype in (BF16, F32) if isa != "scalar" else (BF16,):
+        base = (torch.arange(n, dtype=torch.int32) % 251).to(dtype) / 64
+        experts = [base * 1.5, base.flip(0)]
+        out = torch.full((n + 1,), torch.nan, dtype=dtype)[start:][:n]
+        for op, tensors, args in (
+            (ops.dare_merge_, (base, experts), ([0.5, 0.5], 0.3, 1)),
+            (ops.linear_merge_, (experts,), ([0.5, 0.5],)),
+        ):
+            with forced_isa(isa):
+                op(out, *tensors, *args)
+                for a in (0, part // 2, n - 1000):
+                    cut = [t[a : a + part // 2] if isinstance(t, torch.Tensor) else
+                           [x[a : a + part // 2] for x in t] for t in tensors]  # fmt: skip
+                    want = torch.empty_like(experts[0][a : a + part // 2])
+                    op(want, *cut, *args, **({"offset": a} if len(args) > 1 else {}))
+                    assert torch.equal(out[a : a + part // 2], want)
+
+
 @pytest.mark.parametrize("call, most", [
     ("ops.dare_merge_(out, base, experts, [0.5, 0.5], 0.3, 1)", 2),
     ("ops.ties_merge_(out, base, experts, [0.5, 0.5], 0.3)", 8),

@@ -7,12 +7,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from moe_expert_cases import (
+    GROUPS,
     KINDS,
     ROUTES,
     SCALE,
     compare,
     eager_experts,
     experts,
+    groups,
     lora,
     problem_of,
     run_experts,
@@ -298,20 +300,6 @@ def test_autocast(device):
 
 
 # -- grouped_gemm ------------------------------------------------------------------------------------
-
-GROUPS = [  # R, K, N, lengths of groups
-    (0, 5, 3, [0, 0]), (5, 7, 0, [2, 3]), (5, 0, 4, [5]), (1, 1, 1, [1]), (30, 33, 17, [3, 0, 20, 7]),
-    (70, 300, 401, [1, 40, 0, 29]), (300, 65, 50, [290, 3]), (40, 640, 70, [10, 0, 0, 12]),
-]  # fmt: skip
-
-
-def groups(rows, depth, cols, lengths, dtype, gathered):
-    made = torch.Generator().manual_seed(rows)
-    a = torch.randn(rows, depth, generator=made).to(dtype)
-    w = (torch.randn(len(lengths), cols, depth, generator=made) / max(depth, 1) ** 0.5).to(dtype)
-    offsets = torch.tensor([0, *lengths]).cumsum(0).int()
-    gather = torch.randint(0, rows, (rows + 4,), generator=made) if gathered and rows else None
-    return a, w, offsets, gather
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

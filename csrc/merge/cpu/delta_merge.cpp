@@ -47,7 +47,12 @@ class Magnitudes final : public Keys {
   const void* expert_;
 };
 
+bool leaves_caches(const DeltaMerge& m, int64_t n) {
+  return m.out != m.base && past_caches(m.out, n * dtype_size(m.dtype), m.expert, m.experts);
+}
+
 void run_ties_merge(DeltaMerge m, int64_t n, const std::vector<int64_t>& kept) {
+  m.past_caches = leaves_caches(m, n);
   std::vector<std::vector<Cut>> cuts(m.experts);
   for (int e = 0; e < m.experts; ++e) {
     if (kept[e] == 0)
@@ -109,8 +114,9 @@ void ties_merge_out_op(Tensor out, Tensor base, std::vector<Tensor> experts,
 
 }  // namespace
 
-void run_delta_merge(const DeltaMerge& m, int64_t n) {
+void run_delta_merge(DeltaMerge m, int64_t n) {
   if (const auto copy = as_copy(m)) return run_weighted_sum(*copy, n);
+  m.past_caches = leaves_caches(m, n);
   const double micros = (m.pick == Pick::random ? 15.0 : 8.0) * (m.experts + 1);
   for_each_part(n, kMergePart, micros, [&](int64_t begin, int64_t end) {
     int64_t ties[kMaxExperts] = {};

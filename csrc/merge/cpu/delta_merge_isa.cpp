@@ -1,43 +1,7 @@
-#include "core/cpu/math.h"
-#include "merge/delta_merge.h"
+#include "merge/cpu/drop_draws.h"
 
 TENFOLD_ISA_BEGIN
 namespace {
-
-constexpr int64_t kDraws = 512;        // elements whose draws are made at once
-constexpr int64_t kRow = kDraws + 64;  // bytes: a whole vector may be loaded at the last element
-
-// bytes[i]: the draw of element first + i; first is a multiple of kDraws.
-void draw_bytes(const DropKey& key, uint64_t first, uint32_t expert, uint8_t* bytes) {
-  const VI lanes = counter_lanes();
-  uint32_t words[4 * kWidth];
-  for (int64_t i = 0; i < kDraws; i += 16 * kWidth) {
-    const uint64_t n = (first + static_cast<uint64_t>(i)) >> 4;  // a multiple of kWidth: no carry
-    VI x[4] = {seti(static_cast<uint32_t>(n)) + lanes, seti(drop_word(n, expert, 0)),
-               seti(key.stream_lo), seti(key.stream_hi)};
-    philox_rounds(x, key.seed_lo, key.seed_hi);
-    store_by_four(words, x[0], x[1], x[2], x[3]);
-    __builtin_memcpy(bytes + i, words, sizeof(words));
-  }
-}
-
-// Makes the bytes final: below the limit that is returned, an element is dropped.
-uint32_t decide(const DropKey& key, uint64_t first, uint32_t expert, DropLimit limit,
-                uint8_t* bytes) {
-  if (limit.low == 0) return limit.high;
-  const auto high = static_cast<uint8_t>(limit.high);
-  for (int64_t i = 0; i < kDraws; i += 64) {
-    uint8_t differs[64];
-    for (int k = 0; k < 64; ++k) differs[k] = bytes[i + k] ^ high;
-    for (int k = 0; k < 64; ++k) bytes[i + k] = bytes[i + k] > high ? 255 : 0;
-    for (uint64_t equal = ~bits_of_bytes(differs); equal != 0; equal &= equal - 1) {
-      const int64_t at = i + __builtin_ctzll(equal);
-      if (!drop_by_second_draw(key, first + static_cast<uint64_t>(at), expert, limit))
-        bytes[at] = 255;
-    }
-  }
-  return 128;
-}
 
 inline VI magnitude_key(VF d) {
   const VI key = (bits(d) & seti(0x7FFFFFFFu)) + seti(1);
@@ -46,12 +10,10 @@ inline VI magnitude_key(VF d) {
 
 // Lanes of the largest: above the cut, and the first of those equal to it. valid: bits of lanes.
 inline VM pick_largest(VF d, uint32_t cut, uint32_t valid, int64_t* ties) {
-  const VI key = magnitude_key(d);
-  const VM over = above(key, seti(cut));
+  // A NaN's key may be lower here: still above that of infinity, and not above that of NaN.
+  const VM over = above((bits(d) & seti(0x7FFFFFFFu)) + seti(1), seti(cut));
   if (*ties == 0) return over;
-  uint32_t same = bits_of(eq(key, seti(cut))) & valid;
-  if (same == 0) return over;
-  uint32_t word = bits_of(over);
+  uint32_t word = bits_of(over), same = bits_of(eq(magnitude_key(d), seti(cut))) & valid;
   const int64_t count = __builtin_popcount(same);
   if (count <= *ties) {
     *ties -= count;
@@ -60,12 +22,6 @@ inline VM pick_largest(VF d, uint32_t cut, uint32_t valid, int64_t* ties) {
   for (; *ties > 0; same &= same - 1, --*ties) word |= same & -same;
   return lanes_of(word);
 }
-
-// What decides about the elements of one stretch.
-struct Draws {
-  const uint8_t* bytes;  // of the first element of the stretch, rows of kRow per expert
-  const uint32_t* limit;
-};
 
 enum class Mix : int { plain, elected_sum, elected_mean };
 
@@ -87,8 +43,8 @@ struct Sums {
     sum = sum + vmax(zero, v);  // NaN is the second operand, so it reaches both sums
     negative = negative + vmin(zero, v);
     if constexpr (kMix == Mix::elected_mean) {
-      shares = shares + select(gt(v, zero), share, zero);
-      negative_shares = negative_shares + select(lt(v, zero), share, zero);
+      shares = select(gt(v, zero), shares + share, shares);
+      negative_shares = select(lt(v, zero), negative_shares + share, negative_shares);
     }
   }
 
@@ -124,8 +80,24 @@ inline void get_two(const T* p, VF (&x)[2]) {
   }
 }
 
+inline bool is_aligned(const void* p) {
+  return reinterpret_cast<uintptr_t>(p) % (kWidth * sizeof(float)) == 0;
+}
+
+// `past`: past the caches, where p is aligned.
 template <bool kOrdered, class T>
-inline void put_two(T* p, const VF (&x)[2]) {
+inline void put_two(T* p, const VF (&x)[2], bool past) {
+  if (past) {
+    if constexpr (sizeof(T) == 4) {
+      stream(p, x[0]);
+      stream(p + kWidth, x[1]);
+    } else {
+      alignas(64) float both[kWidth];
+      put_two<kOrdered>(reinterpret_cast<T*>(both), x, false);
+      stream(reinterpret_cast<float*>(p), load(both));
+    }
+    return;
+  }
   if constexpr (kSplit<T> && !kOrdered) {
     store_pair(p, x[0], x[1]);
   } else {
@@ -134,22 +106,9 @@ inline void put_two(T* p, const VF (&x)[2]) {
   }
 }
 
-// Their draws.
-template <class T>
-inline void get_two_bytes(const uint8_t* p, VI (&x)[2]) {
-  if constexpr (kSplit<T>) {
-    const VI both = load_halves(reinterpret_cast<const uint16_t*>(p));
-    x[0] = both & seti(255);
-    x[1] = shr<8>(both);
-  } else {
-    x[0] = load_bytes(p);
-    x[1] = load_bytes(p + kWidth);
-  }
-}
-
-// Elements i .. i + 2 kWidth - 1; the draw of the first is number `drawn` of the stretch.
+// Elements i .. i + 2 kWidth - 1, of which the first is in vector `drawn` of the block of draws.
 template <class T, Pick kPick, Mix kMix>
-inline void merge_two(const DeltaMerge& m, int64_t i, int64_t drawn, const Draws& draws,
+inline void merge_two(const DeltaMerge& m, int64_t i, int64_t drawn, const Draws& draws, bool past,
                       int64_t* ties) {
   constexpr bool kAll = kPick == Pick::all, kOrdered = kPick == Pick::largest;
   VF base[2], x[2];
@@ -159,32 +118,33 @@ inline void merge_two(const DeltaMerge& m, int64_t i, int64_t drawn, const Draws
   for (int e = 0; e < m.experts; ++e) {
     get_two<kOrdered>(static_cast<const T*>(m.expert[e]) + i, x);
     const VF weight = set1(m.weight[e]), share = set1(m.share[e]);
-    VI draw[2];
-    if constexpr (kPick == Pick::random) get_two_bytes<T>(draws.bytes + e * kRow + drawn, draw);
     for (int k = 0; k < 2; ++k) {
       const VF d = x[k] - base[k];
       VM kept = all;
-      if constexpr (kPick == Pick::random) kept = above(draw[k] + seti(1), seti(draws.limit[e]));
+      if constexpr (kPick == Pick::random) kept = draws.lanes(e, drawn + k);
       if constexpr (kPick == Pick::largest) kept = pick_largest(d, m.cut[e], ~0u, ties + e);
       sums[k].template add<kAll>(kept, d, weight, share);
     }
   }
   const VF lambda = set1(m.lambda);
   for (int k = 0; k < 2; ++k) x[k] = sums[k].result(base[k], lambda);
-  put_two<kOrdered>(static_cast<T*>(m.out) + i, x);
+  put_two<kOrdered>(static_cast<T*>(m.out) + i, x, past);
 }
 
-// Elements i .. i + n - 1, n <= kWidth.
+// Elements i .. i + n - 1, n <= kWidth; the draw of the first is number `drawn` of the stretch.
 template <class T, Pick kPick, Mix kMix>
-void merge_few(const DeltaMerge& m, int64_t i, int n, int64_t drawn, const Draws& draws,
-               int64_t* ties) {
+__attribute__((noinline)) void merge_few(const DeltaMerge& m, int64_t i, int n, int64_t drawn,
+                                         const Draws& draws, int64_t* ties) {
   const VF base = load_n(static_cast<const T*>(m.base) + i, n);
   Sums<kMix> sums;
   for (int e = 0; e < m.experts; ++e) {
     const VF d = load_n(static_cast<const T*>(m.expert[e]) + i, n) - base;
     VM kept = eq(d, d);
-    if constexpr (kPick == Pick::random)
-      kept = above(load_bytes(draws.bytes + e * kRow + drawn) + seti(1), seti(draws.limit[e]));
+    if constexpr (kPick == Pick::random) {
+      uint32_t word = 0;
+      for (int k = 0; k < n; ++k) word |= static_cast<uint32_t>(draws.one(e, drawn + k)) << k;
+      kept = lanes_of(word);
+    }
     if constexpr (kPick == Pick::largest) kept = pick_largest(d, m.cut[e], (1u << n) - 1, ties + e);
     sums.template add<kPick == Pick::all>(kept, d, set1(m.weight[e]), set1(m.share[e]));
   }
@@ -194,37 +154,29 @@ void merge_few(const DeltaMerge& m, int64_t i, int n, int64_t drawn, const Draws
 template <class T, Pick kPick, Mix kMix>
 void merge_stretch(const DeltaMerge& m, int64_t begin, int64_t end, const Draws& draws,
                    int64_t* ties) {
+  constexpr int64_t kTwo = 2 * kWidth;
   int64_t i = begin;
-  for (; i + 2 * kWidth <= end; i += 2 * kWidth)
-    merge_two<T, kPick, kMix>(m, i, i - begin, draws, ties);
-  for (; i < end; i += kWidth) {
-    const int n = static_cast<int>(end - i < kWidth ? end - i : kWidth);
-    merge_few<T, kPick, kMix>(m, i, n, i - begin, draws, ties);
-  }
-}
-
-// Calls f(begin, end, draws) for stretches of [begin, end) that share one block of draws.
-template <class F>
-void with_draws(const DeltaMerge& m, int64_t begin, int64_t end, const F& f) {
-  alignas(64) uint8_t bytes[kMaxExperts * kRow];
-  uint32_t limit[kMaxExperts];
-  for (int64_t i = begin; i < end;) {
-    const int64_t at = m.offset + i, first = at & ~(kDraws - 1);
-    const int64_t left = first + kDraws - at, n = end - i < left ? end - i : left;
-    for (int e = 0; e < m.experts; ++e) {
-      uint8_t* const row = bytes + e * kRow;
-      draw_bytes(m.key, static_cast<uint64_t>(first), m.number[e], row);
-      limit[e] = decide(m.key, static_cast<uint64_t>(first), m.number[e], m.drop[e], row);
+  // Up to where vectors are those of the block of draws.
+  const int64_t whole = begin + (kPick == Pick::random ? -draws.from & (kTwo - 1) : 0);
+  const auto few = [&](int64_t last) {
+    for (; i < last; i += kWidth) {
+      const int n = static_cast<int>(last - i < kWidth ? last - i : kWidth);
+      merge_few<T, kPick, kMix>(m, i, n, i - begin, draws, ties);
     }
-    f(i, i + n, Draws{bytes + (at - first), limit});
-    i += n;
-  }
+    i = last;
+  };
+  few(whole < end ? whole : end);
+  int64_t vector = (draws.from + i - begin) / kWidth;
+  const bool past = m.past_caches && is_aligned(static_cast<const T*>(m.out) + i);
+  for (; i + kTwo <= end; i += kTwo, vector += 2)
+    merge_two<T, kPick, kMix>(m, i, vector, draws, past, ties);
+  few(end);
 }
 
 template <class T, Mix kMix>
 void merge(const DeltaMerge& m, int64_t begin, int64_t end, int64_t* ties) {
   if (m.pick == Pick::random) {
-    with_draws(m, begin, end, [&](int64_t from, int64_t to, const Draws& draws) {
+    with_draws(m, begin, end, kSplit<T>, [&](int64_t from, int64_t to, const Draws& draws) {
       merge_stretch<T, Pick::random, kMix>(m, from, to, draws, ties);
     });
   } else if (m.pick == Pick::largest) {
@@ -244,13 +196,14 @@ void merge_as(const DeltaMerge& m, int64_t begin, int64_t end, int64_t* ties) {
 template <class T>
 void sum_as(const WeightedSum& m, int64_t begin, int64_t end) {
   int64_t i = begin;
+  const bool past = m.past_caches && is_aligned(static_cast<const T*>(m.out) + i);
   for (; i + 2 * kWidth <= end; i += 2 * kWidth) {
     VF sum[2] = {set1(-0.0f), set1(-0.0f)}, x[2];
     for (int e = 0; e < m.terms; ++e) {
       get_two<false>(static_cast<const T*>(m.term[e]) + i, x);
       for (int k = 0; k < 2; ++k) sum[k] = fused(set1(m.weight[e]), x[k], sum[k]);
     }
-    put_two<false>(static_cast<T*>(m.out) + i, sum);
+    put_two<false>(static_cast<T*>(m.out) + i, sum, past);
   }
   for (; i < end; i += kWidth) {
     const int n = static_cast<int>(end - i < kWidth ? end - i : kWidth);
@@ -283,7 +236,7 @@ constexpr int kSums = 8;  // partial sums of a norm
 template <class T>
 void norms_as(const DeltaMerge& m, int64_t begin, int64_t end, bool squared, double* all,
               double* kept) {
-  with_draws(m, begin, end, [&](int64_t from, int64_t to, const Draws& draws) {
+  with_draws(m, begin, end, false, [&](int64_t from, int64_t to, const Draws& draws) {
     alignas(64) float d[kDraws + kWidth];
     const int64_t n = to - from;
     for (int e = 0; e < m.experts; ++e) {
@@ -300,7 +253,7 @@ void norms_as(const DeltaMerge& m, int64_t begin, int64_t end, bool squared, dou
         const double magnitude = __builtin_fabs(static_cast<double>(d[j]));
         const double x = squared ? magnitude * magnitude : magnitude;
         sums[0][j % kSums] += x;
-        sums[1][j % kSums] += draws.bytes[e * kRow + j] < draws.limit[e] ? 0.0 : x;
+        sums[1][j % kSums] += draws.one(e, j) ? x : 0.0;
       }
       for (int k = 0; k < kSums; ++k) {
         all[e] += sums[0][k];
@@ -310,45 +263,42 @@ void norms_as(const DeltaMerge& m, int64_t begin, int64_t end, bool squared, dou
   });
 }
 
+template <class F>
+void with_type(Dtype dtype, const F& f) {
+  if (dtype == Dtype::f32) return f(float{});
+  if (dtype == Dtype::bf16) return f(bf16_t{});
+  f(fp16_t{});
+}
+
 }  // namespace
 
 void delta_merge(const DeltaMerge& m, int64_t begin, int64_t end, int64_t* ties) {
-  if (m.dtype == Dtype::f32) return merge_as<float>(m, begin, end, ties);
-  if (m.dtype == Dtype::bf16) return merge_as<bf16_t>(m, begin, end, ties);
-  merge_as<fp16_t>(m, begin, end, ties);
+  with_type(m.dtype, [&]<class T>(T) { merge_as<T>(m, begin, end, ties); });
+  if (m.past_caches) stream_fence();
 }
 
 void weighted_sum(const WeightedSum& m, int64_t begin, int64_t end) {
-  if (m.dtype == Dtype::f32) return sum_as<float>(m, begin, end);
-  if (m.dtype == Dtype::bf16) return sum_as<bf16_t>(m, begin, end);
-  sum_as<fp16_t>(m, begin, end);
+  with_type(m.dtype, [&]<class T>(T) { sum_as<T>(m, begin, end); });
+  if (m.past_caches) stream_fence();
 }
 
 void magnitude_keys(const void* base, const void* expert, Dtype dtype, int64_t begin, int64_t n,
                     uint32_t* keys) {
-  const auto run = [&]<class T>(T) {
+  with_type(dtype, [&]<class T>(T) {
     keys_as(static_cast<const T*>(base) + begin, static_cast<const T*>(expert) + begin, n, keys);
-  };
-  if (dtype == Dtype::f32) return run(float{});
-  if (dtype == Dtype::bf16) return run(bf16_t{});
-  run(fp16_t{});
+  });
 }
 
 void magnitude_sample(const void* base, const void* expert, Dtype dtype, const int64_t* at,
                       int64_t n, uint32_t* keys) {
-  const auto run = [&]<class T>(T) {
+  with_type(dtype, [&]<class T>(T) {
     sample_as(static_cast<const T*>(base), static_cast<const T*>(expert), at, n, keys);
-  };
-  if (dtype == Dtype::f32) return run(float{});
-  if (dtype == Dtype::bf16) return run(bf16_t{});
-  run(fp16_t{});
+  });
 }
 
 void delta_norms(const DeltaMerge& m, int64_t begin, int64_t end, bool squared, double* all,
                  double* kept) {
-  if (m.dtype == Dtype::f32) return norms_as<float>(m, begin, end, squared, all, kept);
-  if (m.dtype == Dtype::bf16) return norms_as<bf16_t>(m, begin, end, squared, all, kept);
-  norms_as<fp16_t>(m, begin, end, squared, all, kept);
+  with_type(m.dtype, [&]<class T>(T) { norms_as<T>(m, begin, end, squared, all, kept); });
 }
 
 TENFOLD_ISA_END

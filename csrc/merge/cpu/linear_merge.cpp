@@ -59,7 +59,8 @@ void delta_gram_out_op(Tensor gram, OptTensor base, std::vector<Tensor> experts)
 
 }  // namespace
 
-void run_weighted_sum(const WeightedSum& m, int64_t n) {
+void run_weighted_sum(WeightedSum m, int64_t n) {
+  m.past_caches = past_caches(m.out, n * dtype_size(m.dtype), m.term, m.terms);
   for_each_part(n, kMergePart, 6.0 * (m.terms + 1),
                 [&](int64_t begin, int64_t end) { TENFOLD_ISA_CALL(weighted_sum, m, begin, end); });
 }

@@ -1,6 +1,8 @@
 // What the CPU registrations of the merge operations share.
 #pragma once
 
+#include <algorithm>
+
 #include "core/parallel.h"
 #include "merge/merge_ops.h"
 
@@ -16,9 +18,16 @@ void for_each_part(int64_t n, int64_t part, double micros, const F& f) {
   });
 }
 
+// Whether a result of so many bytes is written past the caches, which would not hold it anyway and
+// would first read what it overwrites. Not over an input: that is in the caches.
+inline bool past_caches(const void* out, int64_t bytes, const void* const* inputs, int count) {
+  constexpr int64_t kFrom = int64_t{8} << 20;
+  return bytes >= kFrom && std::find(inputs, inputs + count, out) == inputs + count;
+}
+
 // A merge without cuts.
-void run_delta_merge(const DeltaMerge& m, int64_t n);
-void run_weighted_sum(const WeightedSum& m, int64_t n);
+void run_delta_merge(DeltaMerge m, int64_t n);
+void run_weighted_sum(WeightedSum m, int64_t n);
 
 // Adds to the upper triangle and mirrors it.
 void add_gram(const GramInput& in, int64_t n, double* gram);
