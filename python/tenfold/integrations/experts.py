@@ -8,7 +8,7 @@
 Every model whose experts use transformers' interface with SwiGLU weights ``gate_up_proj`` [n, 2 f, d] and
 ``down_proj`` [n, d, f] runs through ``moe_swiglu_mlp``, forward, backward and generation; what else there is (other
 activations, biases, transposed or interleaved weights, norms after experts) is refused by name, at the first forward or
-by :func:`replace_moe`.
+by :func:`replace_moe`. Importing this module raises ImportError where transformers' interface is not the known one.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
 
 from tenfold import ops
 from tenfold.integrations import transformers as hf
@@ -65,11 +66,9 @@ def _moe() -> Any:
     return moe
 
 
-def _is_silu(activation: Any) -> bool:
-    from transformers.activations import ACT2FN
-
-    silu = type(ACT2FN["silu"])
-    return activation is F.silu or isinstance(activation, silu | nn.SiLU)
+_host = _moe()
+_GATE = getattr(_host, "_default_apply_gate", None)
+_SILU = (type(ACT2FN["silu"]), nn.SiLU)
 
 
 def refusal(experts: nn.Module) -> str | None:
@@ -77,18 +76,17 @@ def refusal(experts: nn.Module) -> str | None:
     for name, ours in _OPTIONS.items():
         if bool(getattr(experts, name, ours)) != ours:
             return _MEANING[name]
-    default = getattr(_moe(), "_default_apply_gate", None)
-    if default is not None and getattr(type(experts), "_apply_gate", default) is not default:
+    if _GATE is not None and getattr(type(experts), "_apply_gate", _GATE) is not _GATE:
         return "a gate of its own (_apply_gate)"
-    if not _is_silu(getattr(experts, "act_fn", None)):
-        return f"the activation {type(getattr(experts, 'act_fn', None)).__name__}"
-    shapes = [tuple(getattr(getattr(experts, name, None), "shape", ())) for name in
-              ("gate_up_proj", "down_proj")]  # fmt: skip
-    if any(len(shape) != 3 for shape in shapes):
-        return f"weights {shapes[0]} and {shapes[1]}"
-    (n, rows, d), (m, out, f) = shapes
-    if (n, rows, d) != (m, 2 * f, out):
-        return f"weights {list(shapes[0])} and {list(shapes[1])}"
+    activation = getattr(experts, "act_fn", None)
+    if activation is not F.silu and not isinstance(activation, _SILU):
+        return f"the activation {getattr(activation, '__name__', type(activation).__name__)}"
+    up, down = (getattr(experts, name, None) for name in ("gate_up_proj", "down_proj"))
+    if up is None or down is None:
+        return "no gate_up_proj or no down_proj"
+    n, out, f = down.shape if down.dim() == 3 else (0, 0, 0)
+    if up.shape != (n, 2 * f, out):
+        return f"weights {list(up.shape)} and {list(down.shape)}"
     return None
 
 
@@ -129,22 +127,20 @@ def register() -> None:
     """Makes ``experts_implementation="tenfold"`` known to transformers; a second call does nothing.
 
     Raises:
-        ModuleNotFoundError: no transformers. ImportError: its interface is not the one that is known.
         RuntimeError: somebody else has registered another function under that name.
     """
-    moe = _moe()
-    found = moe.ALL_EXPERTS_FUNCTIONS.get(NAME)
+    found = _host.ALL_EXPERTS_FUNCTIONS.get(NAME)
     if found not in (None, experts_forward):
         raise RuntimeError(
             f"an experts implementation {NAME!r} is registered already ({found.__module__}."
             f"{found.__qualname__}); remove it first"
         )
-    moe.ExpertsInterface.register(NAME, experts_forward)
+    _host.ExpertsInterface.register(NAME, experts_forward)
 
 
 def unregister() -> None:
     """Takes it back; models that are set to it must be set to another one. A second call does nothing."""
-    mapping = _moe().ExpertsInterface._global_mapping
+    mapping = _host.ExpertsInterface._global_mapping
     if mapping.get(NAME) is experts_forward:
         del mapping[NAME]
 
@@ -188,7 +184,7 @@ def replace_moe(model: Any) -> Replaced:
 
     Raises:
         TypeError: no experts that use transformers' interface, or some that are not supported (named).
-        ImportError, RuntimeError: as :func:`register`.
+        RuntimeError: as :func:`register`.
     """
     if not hasattr(model, "set_experts_implementation"):
         raise TypeError(
