@@ -109,14 +109,12 @@ class _Assembly:
         """Attention, norms, embeddings."""
         dtype, rule = self._kept(name), self.config.rest
         if rule == "mean" and dtype.is_floating_point:
-            first = dtype_of(self.saved[0], name)
-            parts = [s[name].to(first) for s in self.saved]
-            made = ops.linear_merge(parts, [1.0] * len(parts)) if first != dtype else None
-            if made is None:
-                made = torch.empty(shape_of(self.saved[0], name), dtype=dtype)
-                ops.linear_merge_(made, parts, [1.0] * len(parts))
+            alike = dtype_of(self.saved[0], name) == dtype
+            work = dtype if alike else torch.float32
+            parts = [s[name].to(work) for s in self.saved]
+            made = ops.linear_merge(parts, [1.0] * len(parts)).to(dtype)
             release(self.saved, name)
-            return made.to(dtype)
+            return made
         source = self.base if rule == "base" else self.saved[-1]
         assert source is not None
         made = source[name].to(dtype, copy=True).contiguous()
@@ -222,9 +220,10 @@ def assemble(
         given = model_config if model_config is not None else _config_of(folders)
         work = _Assembly(states, routers, config, origin)
         written = {p.dtype for p in work.planned.values() if p.dtype.is_floating_point}
+        more = {} if config.renormalize else {"norm_topk_prob": False}
         about = names.mixtral_config(given, len(states), config.experts_per_token,
-                                     router_aux_loss_coef=config.aux_coef, norm_topk_prob=config.renormalize,
-                                     dtype=str(max(written, key=lambda t: t.itemsize))[6:])  # fmt: skip
+                                     router_aux_loss_coef=config.aux_coef,
+                                     dtype=str(max(written, key=lambda t: t.itemsize))[6:], **more)  # fmt: skip
         if about["num_hidden_layers"] != len(work.layers):
             raise ValueError(f"the configuration has {about['num_hidden_layers']} layers, the experts {len(work.layers)}")
         if not config.allow_identical and work.all_identical():
