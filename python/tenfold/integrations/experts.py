@@ -1,4 +1,4 @@
-"""``experts_implementation="tenfold"``: our expert block in transformers' stock mixtures (Mixtral, Qwen-MoE, OLMoE ...).
+"""``experts_implementation="tenfold"``: our expert block in transformers' mixtures (Mixtral, Qwen-MoE, OLMoE ...).
 
     from tenfold.integrations import experts
     experts.register()  # nothing else is changed
@@ -16,7 +16,6 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
@@ -90,7 +89,9 @@ def refusal(experts: nn.Module) -> str | None:
     return None
 
 
-_SUPPORTED = "supported: SwiGLU experts with weights gate_up_proj [n, 2 f, d] and down_proj [n, d, f]"
+_SUPPORTED = (
+    "supported: SwiGLU experts with weights gate_up_proj [n, 2 f, d] and down_proj [n, d, f]"
+)
 
 
 def _check(experts: nn.Module, name: str = "") -> None:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,11 @@ class _Assembly:
     """What is written, and how each tensor of it is made."""
 
     def __init__(
-        self, experts: Sequence[State], routers: Tensor | None, config: AssemblyConfig, base: State | None
+        self,
+        experts: Sequence[State],
+        routers: Tensor | None,
+        config: AssemblyConfig,
+        base: State | None,
     ) -> None:
         self.experts, self.config, self.base = experts, config, base
         first = experts[0]
@@ -37,7 +42,8 @@ class _Assembly:
         self.layers = list(dict.fromkeys(layer for layer, _ in parts.values()))
         self.layers.sort(key=lambda layer: int(layer.rsplit(".", 1)[1]))
         if not self.layers:
-            raise ValueError("the experts have no FFN (model.layers.i.mlp.gate_proj.weight ...); supported: Llama-type models")  # fmt: skip
+            raise ValueError("the experts have no FFN (model.layers.i.mlp.gate_proj.weight ...); supported: "
+                             "Llama-type models")  # fmt: skip
         self.dense = {(layer, part): name for name, (layer, part) in parts.items()}
         self.rest = [n for n in first if n not in parts and "rotary_emb.inv_freq" not in n]
         self.f, self.d = shape_of(first, self.dense[self.layers[0], "gate"])
@@ -49,14 +55,16 @@ class _Assembly:
         for layer in self.layers:
             self._plan_layer(layer)
         for name in self.rest:
-            self._plan(name, shape_of(first, name), lambda name=name: self._other(name), self._kept(name))
+            self._plan(name, shape_of(first, name), partial(self._other, name), self._kept(name))
 
     def _kept(self, name: str) -> torch.dtype:
         """What a tensor is written in."""
         own = dtype_of(self.experts[0], name)
         return self.wide if self.wide is not None and own.is_floating_point else own
 
-    def _plan(self, name: str, shape: tuple[int, ...], make: Callable[[], Tensor], dtype: torch.dtype) -> None:
+    def _plan(
+        self, name: str, shape: tuple[int, ...], make: Callable[[], Tensor], dtype: torch.dtype
+    ) -> None:
         self.planned[name] = Planned(name, dtype, shape)
         self.makers[name] = make
 
@@ -66,7 +74,9 @@ class _Assembly:
         wanted = [n, layers, self.d]
         if routers is not None:
             if list(routers.shape) != wanted:
-                raise ValueError(f"routers must be [experts, layers, hidden size] = {wanted}, got {list(routers.shape)}")
+                raise ValueError(
+                    f"routers must be [experts, layers, hidden size] = {wanted}, got {list(routers.shape)}"
+                )
             if not bool(torch.isfinite(routers).all()):
                 raise ValueError("routers have values that are not finite")
             return routers.detach().float().cpu()
@@ -82,13 +92,15 @@ class _Assembly:
                    lambda: self.routers[:, at].contiguous().to(dtype), dtype)  # fmt: skip
         if which == "stacked":
             up, down = names.stacked_names(layer)
-            self._plan(up, (n, 2 * f, d), lambda: self._stacked(layer, ("gate", "up"), dtype), dtype)
-            self._plan(down, (n, d, f), lambda: self._stacked(layer, ("down",), dtype), dtype)
+            self._plan(
+                up, (n, 2 * f, d), partial(self._stacked, layer, ("gate", "up"), dtype), dtype
+            )
+            self._plan(down, (n, d, f), partial(self._stacked, layer, ("down",), dtype), dtype)
             return
         for e in range(n):
             for part in names.PARTS:
                 self._plan(names.expert_name(layer, e, part), (d, f) if part == "down" else (f, d),
-                           lambda e=e, part=part: self._expert(layer, e, part, dtype), dtype)  # fmt: skip
+                           partial(self._expert, layer, e, part, dtype), dtype)  # fmt: skip
 
     def _expert(self, layer: str, expert: int, part: str, dtype: torch.dtype) -> Tensor:
         name = self.dense[layer, part]
@@ -144,14 +156,20 @@ def _identity(state: State) -> Any:
     return digest.hexdigest()
 
 
-def _check(states: list[State], labels: list[str], base: State | None, config: AssemblyConfig) -> None:
+def _check(
+    states: list[State], labels: list[str], base: State | None, config: AssemblyConfig
+) -> None:
     check_experts(len(states), config.experts_per_token)
     if config.saved is not None and config.saved > len(states):
         raise ValueError(f"saved={config.saved} checkpoints of only {len(states)} experts")
     if config.rest == "base" and base is None:
         raise ValueError("rest='base' needs base=, the model before instruction tuning")
-    check_alike(states if base is None else [*states, base], labels if base is None else [*labels, "base"])
-    kinds = {name: {dtype_of(s, name) for s in states} for name in states[0]}  # refuses quantised ones
+    check_alike(
+        states if base is None else [*states, base], labels if base is None else [*labels, "base"]
+    )
+    kinds = {
+        name: {dtype_of(s, name) for s in states} for name in states[0]
+    }  # refuses quantised ones
     mixed = sorted(n for n, k in kinds.items() if len(k) > 1)
     if mixed and config.dtype is None:
         raise ValueError(
@@ -160,7 +178,8 @@ def _check(states: list[State], labels: list[str], base: State | None, config: A
     others = [] if base is None else [n for n in states[0] if dtype_of(base, n) not in kinds[n]]
     if config.rest == "base" and others:
         warnings.warn(
-            f"base and experts have different dtypes at {', '.join(sorted(others)[:3])}: converted", stacklevel=3
+            f"base and experts have different dtypes at {', '.join(sorted(others)[:3])}: converted",
+            stacklevel=3,
         )
 
 
@@ -177,9 +196,9 @@ def assemble(
 ) -> Path:
     """Writes a stock Mixtral checkpoint that transformers loads unchanged.
 
-    FFNs of the dense models become experts, the rest is merged, and routing vectors become the rows of routers. What it
-    needs of memory is one tensor of each expert, or a layer's stacked one. Shards appear when they are complete; the same
-    call goes on after a kill.
+    FFNs of the dense models become experts, the rest is merged, and routing vectors become the rows of routers. What
+    it needs of memory is one tensor of each expert, or a layer's stacked one. Shards appear when they are complete;
+    the same call goes on after a kill.
 
     Args:
         experts: n folders or state dicts of Llama-type models, the saved checkpoints first.
@@ -205,6 +224,7 @@ def assemble(
     if not (folder / _RUN).exists() and any(folder.glob("*.safetensors")):
         raise ValueError(f"{folder} holds a model already; give another folder, or remove it")
     with contextlib.ExitStack() as stack:
+
         def opened(model: State | str | Path) -> State:
             if not isinstance(model, str | Path):
                 return model
@@ -225,7 +245,9 @@ def assemble(
                                      router_aux_loss_coef=config.aux_coef,
                                      dtype=str(max(written, key=lambda t: t.itemsize))[6:], **more)  # fmt: skip
         if about["num_hidden_layers"] != len(work.layers):
-            raise ValueError(f"the configuration has {about['num_hidden_layers']} layers, the experts {len(work.layers)}")
+            raise ValueError(
+                f"the configuration has {about['num_hidden_layers']} layers, the experts {len(work.layers)}"
+            )
         if not config.allow_identical and work.all_identical():
             raise ValueError(
                 f"all {len(states)} experts are identical: the mixture is the dense model; allow_identical=True "

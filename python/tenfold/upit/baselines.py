@@ -26,7 +26,8 @@ def upcycle(
     """Vanilla upcycling (arXiv 2212.05055): every expert a copy of one dense model, routers at random.
 
     Args:
-        source: the base model, or the one after instruction tuning. Others as in :func:`tenfold.upit.assemble.assemble`.
+        source: the base model, or the one after instruction tuning. Others as in
+            :func:`tenfold.upit.assemble.assemble`.
     """
     config = replace(config or AssemblyConfig(), allow_identical=True, rest="last", saved=None)
     return assemble([source] * experts, None, out, config=config, model_config=model_config)

@@ -20,9 +20,9 @@ def inner(model: Any) -> Any:
 
 def has_plain_head(model: Any) -> bool:
     """Are the logits of a model one product with a matrix?"""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
     kind = getattr(getattr(model, "config", None), "model_type", None)
-    return kind in _PLAIN_HEADS and type(head) is nn.Linear and head.bias is None
+    return kind in _PLAIN_HEADS and isinstance(head, nn.Linear) and head.bias is None
 
 
 def lm_loss(model: Any, batch: dict[str, Tensor], fused: bool = True) -> Tensor:

@@ -71,7 +71,11 @@ def mixtral_config(dense: Any, experts: int, per_token: int, **more: Any) -> dic
     kind = given.get("model_type")
     wrong = [k for k in ("attention_bias", "mlp_bias") if given.get(k)]
     if kind not in _BASES or wrong or given.get("hidden_act", "silu") != "silu":
-        what = ", ".join(wrong) if kind in _BASES and wrong else f"model_type {kind!r}, hidden_act {given.get('hidden_act')!r}"
+        what = (
+            ", ".join(wrong)
+            if kind in _BASES and wrong
+            else f"model_type {kind!r}, hidden_act {given.get('hidden_act')!r}"
+        )
         raise TypeError(
             f"a Mixtral cannot hold this model ({what}); supported: {', '.join(_BASES)} with hidden_act silu, "
             "without biases"
@@ -90,7 +94,11 @@ def mixtral_config(dense: Any, experts: int, per_token: int, **more: Any) -> dic
 def copy_small_files(source: Path, out: Path) -> None:
     """Tokenizer and generation settings of a model's folder."""
     for file in sorted(source.iterdir() if source.is_dir() else []):
-        if file.suffix in _SMALL and file.name not in _NOT_COPIED and not file.name.endswith(".index.json"):
+        if (
+            file.suffix in _SMALL
+            and file.name not in _NOT_COPIED
+            and not file.name.endswith(".index.json")
+        ):
             shutil.copyfile(file, out / file.name)
 
 
@@ -98,7 +106,9 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     """``config.json`` of a folder; FileNotFoundError without one."""
     file = Path(folder) / "config.json"
     if not file.is_file():
-        raise FileNotFoundError(f"{folder} has no config.json: it is no model folder of transformers")
+        raise FileNotFoundError(
+            f"{folder} has no config.json: it is no model folder of transformers"
+        )
     return json.loads(file.read_text())
 
 
@@ -136,7 +146,11 @@ def check_mixtral(folder: str | Path) -> tuple[str, dict[str, Any]]:
 
 
 def convert_layout(
-    folder: str | Path, out: str | Path, layout: str = "stacked", *, max_shard_bytes: int = 5_000_000_000
+    folder: str | Path,
+    out: str | Path,
+    layout: str = "stacked",
+    *,
+    max_shard_bytes: int = 5_000_000_000,
 ) -> Path:
     """Writes a Mixtral's folder again with its experts in the other layout; values are copied, bit for bit.
 
@@ -166,7 +180,9 @@ def convert_layout(
 Maker = tuple[torch.dtype, tuple[int, ...], Callable[[], Tensor]]
 
 
-def _restacked(state: Checkpoint, config: dict[str, Any], found: str, layout: str) -> dict[str, Maker]:
+def _restacked(
+    state: Checkpoint, config: dict[str, Any], found: str, layout: str
+) -> dict[str, Maker]:
     """Every tensor of the new layout: dtype, shape, and a function that makes it."""
 
     def copied(name: str) -> Maker:
@@ -207,12 +223,15 @@ def _restacked(state: Checkpoint, config: dict[str, Any], found: str, layout: st
     return makers
 
 
-def _stack(state: Checkpoint, layer: str, experts: int, parts: tuple[str, ...]) -> Callable[[], Tensor]:
+def _stack(
+    state: Checkpoint, layer: str, experts: int, parts: tuple[str, ...]
+) -> Callable[[], Tensor]:
     def make() -> Tensor:
         names = [[expert_name(layer, e, part) for part in parts] for e in range(experts)]
         made = torch.stack([torch.cat([state[n] for n in some]) for some in names])
-        for name in sum(names, []):
-            state.release(name)
+        for some in names:
+            for name in some:
+                state.release(name)
         return made
 
     return make

@@ -41,7 +41,7 @@ class SoftRouter(nn.Module):
 
     def __init__(self, experts: int, width: int) -> None:
         super().__init__()
-        self.top_k = self.num_experts = experts
+        self.num_experts = experts
         self.weight = nn.Parameter(torch.zeros(experts, width))
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,8 +59,12 @@ class LoraPairs(nn.Module):
         made = {"dtype": like.dtype, "device": like.device}
         for part in PARTS:
             inner, outer = (hidden, width) if part == "down" else (width, hidden)
-            self.register_parameter(f"a_{part}", nn.Parameter(torch.empty(experts, rank, inner, **made)))
-            self.register_parameter(f"b_{part}", nn.Parameter(torch.zeros(experts, outer, rank, **made)))
+            self.register_parameter(
+                f"a_{part}", nn.Parameter(torch.empty(experts, rank, inner, **made))
+            )
+            self.register_parameter(
+                f"b_{part}", nn.Parameter(torch.zeros(experts, outer, rank, **made))
+            )
 
     def a(self) -> list[Tensor]:
         """The factors next to the input, of gate, up and down."""
@@ -90,7 +94,9 @@ class LoraExperts(nn.Module):
         super().__init__()
         linears = [getattr(mlp, f"{part}_proj", None) for part in PARTS]
         activation = getattr(mlp, "act_fn", None)
-        if not all(isinstance(m, nn.Linear) and m.bias is None for m in linears) or not _is_silu(activation):
+        if not all(isinstance(m, nn.Linear) and m.bias is None for m in linears) or not _is_silu(
+            activation
+        ):
             raise TypeError(
                 f"{type(mlp).__name__} cannot have LoRA experts: supported are SwiGLU MLPs with linear gate_proj, "
                 "up_proj and down_proj without bias and with SiLU (Llama, Mistral, Qwen2, SmolLM and alike)"
@@ -101,7 +107,9 @@ class LoraExperts(nn.Module):
         hidden, width = weight.shape
         self.experts = LoraPairs(config.experts, config.rank, width, hidden, weight)
         if config.routing == "block":
-            self.gate = ExpertRouter(config.experts, config.experts_per_token, width, config.renormalize)
+            self.gate = ExpertRouter(
+                config.experts, config.experts_per_token, width, config.renormalize
+            )
         else:
             sizes = {"gate": width, "up": width, "down": hidden}
             self.routers = nn.ModuleDict({p: SoftRouter(config.experts, sizes[p]) for p in PARTS})
@@ -133,7 +141,8 @@ class LoraExperts(nn.Module):
             return self._linear(2, F.silu(gate) * up)
         rows = x.reshape(-1, x.shape[-1])
         _, weight, index = self.gate(rows)
-        out = ops.moe_lora_swiglu_mlp(rows, *self._weights(), self.experts.a(), self.experts.b(), self.scale,
+        wg, wu, wd = self._weights()
+        out = ops.moe_lora_swiglu_mlp(rows, wg, wu, wd, self.experts.a(), self.experts.b(), self.scale,
                                       index, weight)  # fmt: skip
         return out.view(x.shape)
 

@@ -73,7 +73,9 @@ def _set_routers(layers: Sequence[LoraExperts], routers: Tensor, config: LoraExp
         raise ValueError("routers are vectors at the input of FFNs: they need routing='block'")
     wanted = [config.experts, len(layers), layers[0].gate.weight.shape[1]]
     if list(routers.shape) != wanted:
-        raise ValueError(f"routers must be [experts, layers, hidden size] = {wanted}, got {list(routers.shape)}")
+        raise ValueError(
+            f"routers must be [experts, layers, hidden size] = {wanted}, got {list(routers.shape)}"
+        )
     with torch.no_grad():
         for i, layer in enumerate(layers):
             layer.gate.weight.copy_(routers[:, i])
@@ -81,7 +83,9 @@ def _set_routers(layers: Sequence[LoraExperts], routers: Tensor, config: LoraExp
 
 @torch.no_grad()
 def _load_adapters(
-    layers: Sequence[LoraExperts], adapters: Sequence[Mapping[str, Tensor]], config: LoraExpertsConfig
+    layers: Sequence[LoraExperts],
+    adapters: Sequence[Mapping[str, Tensor]],
+    config: LoraExpertsConfig,
 ) -> None:
     if len(adapters) != config.experts:
         raise ValueError(f"{len(adapters)} adapters for {config.experts} experts")
@@ -101,7 +105,9 @@ def _load_adapters(
                     target = getattr(layer.experts, f"{side.lower()}_{part}")[e]
                     given = found.get((i, part, side))
                     if given is None:
-                        raise KeyError(f"adapters[{e}] lacks layers.{i}.mlp.{part}_proj.lora_{side}.weight")
+                        raise KeyError(
+                            f"adapters[{e}] lacks layers.{i}.mlp.{part}_proj.lora_{side}.weight"
+                        )
                     if given.shape != target.shape:
                         raise ValueError(
                             f"adapters[{e}]: layers.{i}.mlp.{part}_proj.lora_{side} is {list(given.shape)}, "
@@ -128,7 +134,9 @@ def save_lora_experts(model: nn.Module, folder: str | Path) -> Path:
     temporary = out / f".{TENSORS}.tmp"
     save_file(tensors, temporary, metadata={"format": "pt"})
     temporary.replace(out / TENSORS)
-    write_text(out / SETTINGS, json.dumps(asdict(next(iter(layers.values())).config), indent=2) + "\n")
+    write_text(
+        out / SETTINGS, json.dumps(asdict(next(iter(layers.values())).config), indent=2) + "\n"
+    )
     return out
 
 
@@ -154,6 +162,8 @@ def load_lora_experts(model: Any, folder: str | Path) -> Any:
             if full not in saved:
                 raise KeyError(f"{path / TENSORS} lacks {full}")
             if saved[full].shape != parameter.shape:
-                raise ValueError(f"{full} is {list(saved[full].shape)}, this model needs {list(parameter.shape)}")
+                raise ValueError(
+                    f"{full} is {list(saved[full].shape)}, this model needs {list(parameter.shape)}"
+                )
             parameter.data.copy_(saved[full])
     return model

@@ -16,7 +16,11 @@ Rows = Any  # Tensor [R, S], or a mapping of input_ids, labels, attention_mask
 
 def as_rows(rows: Rows) -> dict[str, Tensor]:
     """Rows as a batch with labels."""
-    made = {"input_ids": rows} if isinstance(rows, Tensor) else {k: v for k, v in rows.items() if v is not None}
+    made = (
+        {"input_ids": rows}
+        if isinstance(rows, Tensor)
+        else {k: v for k, v in rows.items() if v is not None}
+    )
     if "labels" not in made:
         made["labels"] = made["input_ids"]
         if "attention_mask" in made:
@@ -25,7 +29,9 @@ def as_rows(rows: Rows) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _over(model: Any, rows: Rows, batch_size: int, act: Callable[[dict[str, Tensor]], None]) -> None:
+def _over(
+    model: Any, rows: Rows, batch_size: int, act: Callable[[dict[str, Tensor]], None]
+) -> None:
     batch, device, was = as_rows(rows), next(model.parameters()).device, model.training
     model.eval()
     for at in range(0, len(batch["input_ids"]), batch_size):
@@ -49,7 +55,7 @@ def mean_loss(model: Any, rows: Rows, batch_size: int = 16) -> float:
 def expert_load(model: Any, rows: Rows, batch_size: int = 16) -> Tensor:
     """Share of slots of every expert in every layer, float64 [L, n]: rows add up to 1; 1 / n each is balance.
 
-    Padding (``attention_mask`` 0) does not count. Where every token has all experts it is their mean weight.
+    Padding (``attention_mask`` 0) does not count.
 
     Raises:
         ValueError: the model has no mixture layers.

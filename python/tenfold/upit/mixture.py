@@ -23,8 +23,8 @@ class MixtureLayer:
     """Where a layer's experts are chosen, and what they are.
 
     Attributes:
-        name: of the block. router: its forward gives logits [T, n], weights and index [T, k], or, where every
-            token has all experts, logits and weights [T, n]. experts: the module with the experts' parameters.
+        name: of the block. router: its forward gives logits [T, n], weights and index [T, k].
+        experts: the module with the experts' parameters.
     """
 
     name: str
@@ -60,16 +60,15 @@ class Routing:
     """What a router said of T tokens.
 
     Attributes:
-        logits: [T, n]. weights: [T, k] (or [T, n] of all experts). index: [T, k], None where all are used.
+        logits: [T, n]. weights, index: [T, k].
     """
 
     logits: Tensor
     weights: Tensor
-    index: Tensor | None
+    index: Tensor
 
     def counts(self, mask: Tensor | None) -> Tensor:
         """Slots of each expert, int32 [n], of the tokens where ``mask`` [T] is not 0."""
-        assert self.index is not None
         n, index = self.logits.shape[-1], self.index
         if mask is not None:
             index = index.masked_fill(mask.reshape(-1, 1) == 0, n)
@@ -82,7 +81,7 @@ def routings(layers: Sequence[MixtureLayer]) -> Iterator[list[Routing]]:
     said: list[Routing] = []
 
     def listen(module: nn.Module, args: Any, out: Any) -> None:
-        said.append(Routing(*out[:3]) if len(out) > 2 else Routing(out[0], out[1], None))
+        said.append(Routing(*out))
 
     hooks = [layer.router.register_forward_hook(listen) for layer in layers]
     try:
@@ -106,7 +105,9 @@ def _gate(self: nn.Module, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tenso
     return logits, weights, index.long()
 
 
-def fuse_routers(layers: Sequence[MixtureLayer], renormalize: bool | None = None) -> list[nn.Module]:
+def fuse_routers(
+    layers: Sequence[MixtureLayer], renormalize: bool | None = None
+) -> list[nn.Module]:
     """Lets routers run through ``moe_gate_linear``: logits and weights in float32, in one pass over the tokens.
 
     Args:

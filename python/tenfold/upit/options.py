@@ -123,7 +123,9 @@ class AssemblyConfig:
             one_of("dtype", self.dtype, DTYPES)
         for name in ("router_std", "aux_coef"):
             not_negative(name, getattr(self, name))
-        integers(self, {"experts_per_token": 1, "saved": 1, "seed": 0, "max_shard_bytes": 1}, ("saved",))
+        integers(
+            self, {"experts_per_token": 1, "saved": 1, "seed": 0, "max_shard_bytes": 1}, ("saved",)
+        )
 
 
 @dataclass(frozen=True)
@@ -218,4 +220,6 @@ def check_experts(experts: int, per_token: int) -> None:
     if experts < 2:
         raise ValueError(f"a mixture needs at least 2 experts, got {experts}")
     if not 1 <= per_token <= experts:
-        raise ValueError(f"experts per token must be 1 to {experts} (the number of experts), got {per_token}")
+        raise ValueError(
+            f"experts per token must be 1 to {experts} (the number of experts), got {per_token}"
+        )

@@ -12,7 +12,14 @@ from torch import Tensor, nn
 
 from tenfold.optim import MaskedAdamW
 from tenfold.training.batches import Batches, Data, model_digest
-from tenfold.training.loop import Callback, Metrics, Pieces, Trainer, kept_random_state, make_accelerator
+from tenfold.training.loop import (
+    Callback,
+    Metrics,
+    Pieces,
+    Trainer,
+    kept_random_state,
+    make_accelerator,
+)
 from tenfold.training.recipe import decay_groups, scheduled, steps_of
 from tenfold.training.store import WorkFolder
 from tenfold.upit.layout import copy_small_files
@@ -81,6 +88,13 @@ class _Trainer(Trainer):
         self.share = self.accelerator.num_processes * counts[0] / max(1, counts[1])
         return mine
 
+    def loss_of(
+        self, model: Any, batch: dict[str, Tensor], step: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Of a :class:`MixtureLoss`, wrapped or not."""
+        self.accelerator.unwrap_model(model, keep_fp32_wrapper=True).share = self.share
+        return model(batch)
+
     def pieces(self, batch: dict[str, Tensor], rows: int | None) -> Pieces:
         """All ranks have the same number of them, since they add up their counts piece by piece."""
         size = len(batch["input_ids"])
@@ -90,13 +104,17 @@ class _Trainer(Trainer):
         return [(p, n / max(1, sum(tokens))) for p, n in zip(parts, tokens)]
 
 
-def _choose(model: nn.Module, layers: list[MixtureLayer], config: PostTrainingConfig) -> dict[str, bool]:
+def _choose(
+    model: nn.Module, layers: list[MixtureLayer], config: PostTrainingConfig
+) -> dict[str, bool]:
     """Sets what trains; returns what had gradients before."""
     before = {n: p.requires_grad for n, p in model.named_parameters()}
     if config.trainable == "all":
         return before
     if not layers:
-        raise ValueError(f"trainable={config.trainable!r} needs a mixture; the model has no routers and experts")
+        raise ValueError(
+            f"trainable={config.trainable!r} needs a mixture; the model has no routers and experts"
+        )
     wanted: set[int] = set()
     for layer in layers:
         for what, module in (("routers", layer.router), ("experts", layer.experts)):
@@ -158,7 +176,9 @@ def post_train(
     if target is not None:
         work = WorkFolder(target / "training", accelerator.is_main_process)
         accelerator.wait_for_everyone()
-        work.claim({"config": asdict(config), "model": model_digest(model), "data": batches.digest()})
+        work.claim(
+            {"config": asdict(config), "model": model_digest(model), "data": batches.digest()}
+        )
         accelerator.wait_for_everyone()  # all ranks have read it
         done = work.load("result")
         if done is not None:
@@ -179,16 +199,17 @@ def post_train(
         loss = MixtureLoss(model, layers, config, accelerator)
         start = time.perf_counter()
         with kept_random_state():
-            made.curve = trainer.run(
-                _STAGE, loss, steps, config.batch_size,
-                lambda step_model, batch, step: _weighted(step_model(batch), trainer.share),
-            )  # fmt: skip
+            made.curve = trainer.run(_STAGE, loss, steps, config.batch_size, trainer.loss_of)
         made.seconds = time.perf_counter() - start
         model.eval()
         if eval_rows is not None:
             made.losses["after"] = mean_loss(model, eval_rows)
         if layers:
-            rows = eval_rows if eval_rows is not None else batches.take(_STAGE, steps - 1, config.batch_size)
+            rows = (
+                eval_rows
+                if eval_rows is not None
+                else batches.take(_STAGE, steps - 1, config.batch_size)
+            )
             made.load = expert_load(model, rows).tolist()
     finally:
         for name, p in model.named_parameters():
@@ -205,7 +226,13 @@ def post_train(
     return made
 
 
-def _give_back(model: Any, layers: list[MixtureLayer], interface: str | None, own: dict[int, Any], fused: list[nn.Module]) -> None:
+def _give_back(
+    model: Any,
+    layers: list[MixtureLayer],
+    interface: str | None,
+    own: dict[int, Any],
+    fused: list[nn.Module],
+) -> None:
     """The caller's model has its own routers and experts implementation again."""
     restore_routers(fused)
     for layer in layers:
@@ -216,9 +243,3 @@ def _give_back(model: Any, layers: list[MixtureLayer], interface: str | None, ow
             layer.router.norm_topk_prob = before
     if interface is not None and hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation(interface)
-
-
-def _weighted(result: tuple[Tensor, dict[str, Tensor]], share: float) -> tuple[Tensor, dict[str, Tensor]]:
-    loss, metrics = result
-    scaled = {n: v if n.startswith("load/") else v * share for n, v in metrics.items()}
-    return loss * share, scaled

@@ -36,7 +36,14 @@ def specialisation_plot(runs: dict[str, Tensor]) -> Any:
     """:func:`tenfold.upit.measure.specialisation` by layer, a line for each named affinity."""
     made, axes = figure(6.4, 3.0)
     for i, (name, shares) in enumerate(runs.items()):
-        axes.plot(specialisation(shares).tolist(), "o-", ms=3, lw=1, color=PALETTE[i % len(PALETTE)], label=name)
+        axes.plot(
+            specialisation(shares).tolist(),
+            "o-",
+            ms=3,
+            lw=1,
+            color=PALETTE[i % len(PALETTE)],
+            label=name,
+        )
     axes.set_xlabel("layer")
     axes.set_ylabel("specialisation")
     axes.set_ylim(bottom=0)
@@ -56,7 +63,11 @@ def balance_plot(curves: dict[str, Sequence[dict[str, float]]]) -> Any:
 
 
 def add_experts(
-    page: Page, load: Tensor, affinity: Tensor | None = None, families: Sequence[str] = (), title: str = "Experts"
+    page: Page,
+    load: Tensor,
+    affinity: Tensor | None = None,
+    families: Sequence[str] = (),
+    title: str = "Experts",
 ) -> list[tuple[str, bytes]]:
     """A part of a page on the experts of one model; returns the figures as (name, PNG bytes).
 
@@ -75,14 +86,27 @@ def add_experts(
     idle = int((load == 0).sum())
     cards = [
         Card(f"{float(load.max()):.2f}", "busiest expert", f"balanced: {1 / load.shape[1]:.2f}"),
-        Card(f"{float(load.min()):.2f}", "idlest expert", f"{idle} without a token" if idle else ""),
+        Card(
+            f"{float(load.min()):.2f}", "idlest expert", f"{idle} without a token" if idle else ""
+        ),
     ]
     if affinity is not None:
-        cards.append(Card(f"{float(specialisation(affinity).max()):.2f}", "specialisation", "largest of all layers"))
+        cards.append(
+            Card(
+                f"{float(specialisation(affinity).max()):.2f}",
+                "specialisation",
+                "largest of all layers",
+            )
+        )
     page.cards(cards)
     plot(load_plot(load), "load", "Share of slots by layer and expert.")
     if affinity is not None:
         best = int(specialisation(affinity).argmax())
-        plot(affinity_plot(affinity, families), "affinity", "Who is chosen for which texts, all layers.")
-        plot(affinity_plot(affinity, families, best), "affinity-best", f"The same in layer {best}, where families differ most.")  # fmt: skip
+        plot(
+            affinity_plot(affinity, families),
+            "affinity",
+            "Who is chosen for which texts, all layers.",
+        )
+        caption = f"The same in layer {best}, where families differ most."
+        plot(affinity_plot(affinity, families, best), "affinity-best", caption)
     return drawn

@@ -39,7 +39,9 @@ def equal_steps(sizes: Sequence[int], config: RouterConfig | None = None) -> int
 def ffn_modules(model: nn.Module) -> list[nn.Module]:
     """The FFNs of a dense Llama-type model in their order; TypeError if there are none."""
     names = ("gate_proj", "up_proj", "down_proj")
-    found = [m for m in model.modules() if all(isinstance(getattr(m, n, None), nn.Module) for n in names)]
+    found = [
+        m for m in model.modules() if all(isinstance(getattr(m, n, None), nn.Module) for n in names)
+    ]
     if not found:
         raise TypeError(
             f"{type(model).__name__} has no FFN with {', '.join(names)}; supported: Llama, Mistral, SmolLM and alike"
@@ -60,7 +62,9 @@ def ffn_inputs(model: nn.Module) -> Iterator[list[Tensor]]:
             hook.remove()
 
 
-def seed_loss(hidden: Sequence[Tensor], vectors: Tensor, mask: Tensor | None, target: Tensor | None) -> Tensor:
+def seed_loss(
+    hidden: Sequence[Tensor], vectors: Tensor, mask: Tensor | None, target: Tensor | None
+) -> Tensor:
     """L_aux: the mean over layers and tokens that count; hidden: L of [B, S, d], vectors [L, d]."""
     if len(hidden) != len(vectors):
         raise ValueError(f"vectors of {len(vectors)} layers for a model of {len(hidden)}")
@@ -84,7 +88,9 @@ class _Cache:
         fresh: dict[bytes, Tensor] = {}
         if missing:
             with ffn_inputs(self.model) as seen:
-                inner(self.model).base_model(**{k: v[missing] for k, v in inputs.items()}, use_cache=False)
+                inner(self.model).base_model(
+                    **{k: v[missing] for k, v in inputs.items()}, use_cache=False
+                )
             made = torch.stack(seen, 1)  # [B, L, S, d]
             for i, rows in zip(missing, made):
                 fresh[keys[i]] = rows
@@ -108,7 +114,9 @@ def _joined(own: Batch, others: Batch | None) -> tuple[Batch, Tensor | None]:
         parts = [b.get(name, torch.ones_like(b["input_ids"])) for b in (own, others)]
         if name == "labels":
             parts[1] = torch.full_like(others["input_ids"], -100)
-        made[name] = torch.cat([nn.functional.pad(p, (0, length - p.shape[1]), value=fill) for p in parts])
+        made[name] = torch.cat(
+            [nn.functional.pad(p, (0, length - p.shape[1]), value=fill) for p in parts]
+        )
     target = torch.zeros(made["input_ids"].shape, device=made["input_ids"].device)
     target[: len(own["input_ids"])] = 1
     return made, target
@@ -163,7 +171,11 @@ def train_router(
     if steps < 1:
         raise ValueError(f"steps must be positive, got {steps}")
     if config.negatives != (negatives is not None):
-        what = "needs negatives=, rows of other buckets" if config.negatives else "has negatives=False, but got some"
+        what = (
+            "needs negatives=, rows of other buckets"
+            if config.negatives
+            else "has negatives=False, but got some"
+        )
         raise ValueError(f"the router's configuration {what}")
     for name, data in (("tokenized_bucket", tokenized_bucket), ("negatives", negatives)):
         if isinstance(data, Tensor) and data.ndim != 2:
@@ -172,7 +184,9 @@ def train_router(
     others = Batches(negatives, 2, seed + 1) if negatives is not None else None
     device, was = next(model.parameters()).device, model.training
     layers, width = len(ffn_modules(model)), model.config.hidden_size
-    start = torch.randn(layers, width, generator=torch.Generator().manual_seed(seed)) * config.init_std
+    start = (
+        torch.randn(layers, width, generator=torch.Generator().manual_seed(seed)) * config.init_std
+    )
     vectors = nn.Parameter(start.to(device))
     joint = config.train == "joint"
     cache = None if joint else _Cache(model, config.cache_bytes)
@@ -206,7 +220,9 @@ def train_router(
     made = vectors.detach().float().cpu()
     if config.normalize == "unit":
         made = made / made.norm(dim=1, keepdim=True).clamp_min(1e-12)
-    trained = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad} if joint else None
+    trained = (
+        {n: p.detach() for n, p in model.named_parameters() if p.requires_grad} if joint else None
+    )
     return made, trained
 
 
