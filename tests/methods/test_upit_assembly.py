@@ -161,7 +161,7 @@ def test_dtypes(tmp_path, pool):
     out = assemble([*narrow[:2], *states[2:]], vectors(), tmp_path / "b", model_config=config,
                    config=AssemblyConfig(dtype="float32"))  # fmt: skip
     assert {t.dtype for t in load_file(out / "model.safetensors").values()} == {torch.float32}
-    with pytest.raises(ValueError, match="different dtypes at .*set dtype"):
+    with pytest.raises(ValueError, match=r"different dtypes at .*set dtype"):
         assemble([*narrow[:2], *states[2:]], vectors(), tmp_path / "c", model_config=config)
     quantised = [dict(s) for s in states]
     quantised[1]["model.norm.weight"] = quantised[1]["model.norm.weight"].to(torch.int8)
