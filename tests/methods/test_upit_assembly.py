@@ -215,7 +215,7 @@ def test_memory_is_that_of_a_few_tensors(tmp_path):
 assemble(["{tmp_path}/" + str(e) for e in range(4)], None, "{tmp_path}/moe",
          config=AssemblyConfig(max_shard_bytes=20_000_000))
     """
-    assert peak_growth(setup, call) < 30 * 2**20
+    assert peak_growth(setup, call) < 45 * 2**20
 
 
 def test_errors(tmp_path, pool):

@@ -49,6 +49,7 @@ class _Assembly:
         self.f, self.d = shape_of(first, self.dense[self.layers[0], "gate"])
         self.routers = self._rows(routers)
         self.wide = None if config.dtype is None else getattr(torch, config.dtype)
+        self.dtype = self._kept(self.dense[self.layers[0], "gate"])
         self.saved = experts[: config.saved or len(experts)]
         self.planned: dict[str, Planned] = {}
         self.makers: dict[str, Callable[[], Tensor]] = {}
@@ -239,11 +240,10 @@ def assemble(
         folders = [s.path for s in states if isinstance(s, Checkpoint) and s.path.is_dir()]
         given = model_config if model_config is not None else _config_of(folders)
         work = _Assembly(states, routers, config, origin)
-        written = {p.dtype for p in work.planned.values() if p.dtype.is_floating_point}
         more = {} if config.renormalize else {"norm_topk_prob": False}
         about = names.mixtral_config(given, len(states), config.experts_per_token,
                                      router_aux_loss_coef=config.aux_coef,
-                                     dtype=str(max(written, key=lambda t: t.itemsize))[6:], **more)  # fmt: skip
+                                     dtype=str(work.dtype)[6:], **more)  # fmt: skip
         if about["num_hidden_layers"] != len(work.layers):
             raise ValueError(
                 f"the configuration has {about['num_hidden_layers']} layers, the experts {len(work.layers)}"

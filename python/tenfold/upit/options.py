@@ -198,7 +198,7 @@ class LoraExpertsConfig:
         experts: n. experts_per_token: k, of ``routing="block"``.
         rank, alpha: pairs ``(alpha / rank) B A``.
         routing: ``"block"`` has one router per layer, at the input of the FFN; ``"linear"`` one per linear layer,
-            a softmax over all experts without top-k (LoRAMoE's layout).
+            a softmax over all experts without top-k (LoRAMoE's layout), so there is no load to be balanced.
         renormalize: of the k weights. router_std: of the routers' start. seed: of that and of A.
     """
 
