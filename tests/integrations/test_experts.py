@@ -6,7 +6,7 @@ import transformers
 from tiny_models import GREEDY
 from torch import nn
 
-from tenfold import ops
+from tenfold import integrations, ops
 from tenfold.integrations import experts
 from tenfold.testing import assert_close_to_ref, poisoned_memory
 
@@ -241,6 +241,15 @@ def test_a_gate_of_its_own_is_refused(monkeypatch):
         experts.replace_moe(model)
 
 
+def test_models_that_cannot_be_set_are_not_passed_over(monkeypatch):
+    model = make("Mixtral")
+    monkeypatch.setattr(
+        type(model), "_can_set_experts_implementation", classmethod(lambda cls: False)
+    )
+    with pytest.raises(TypeError, match=r"does not let .*layers\.0\.mlp\.experts stays"):
+        experts.replace_moe(model)
+
+
 def test_replace_and_put_back(calls):
     model, batch = make("Qwen3Moe"), ids()
     want = model(batch).logits
@@ -263,7 +272,7 @@ def test_replace_and_put_back(calls):
 def test_registration_is_undone_and_guarded():
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 
-    experts.register()
+    integrations.register_experts()
     assert ALL_EXPERTS_FUNCTIONS["tenfold"] is experts.experts_forward
     experts.unregister()
     experts.unregister()

@@ -137,7 +137,8 @@ class PostTrainingConfig:
         learning_rate, weight_decay, betas, eps, max_grad_norm: AdamW; norms and biases do not decay.
             state_dtype, stochastic_rounding: of ``MaskedAdamW``.
         schedule: after a linear ``warmup`` (share of the steps). batch_size: rows per step over all ranks;
-            micro_batch_size: rows per forward and rank (None: all of them). sequence_length: of token streams.
+            micro_batch_size: rows per forward and rank (None: all of them), over which the load is then balanced.
+            sequence_length: of token streams.
         aux_coef: c of ``L_lm + c mean over layers of L_load``. lb_norm: ``"slots"`` (1 when balanced) or
             ``"tokens"`` (k when balanced, as in transformers).
         renormalize: of the routers' weights; None: as the model's configuration says.
