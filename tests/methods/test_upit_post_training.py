@@ -159,6 +159,19 @@ def test_pieces_add_up():
     assert curves[0][0]["lm_loss"] == pytest.approx(curves[1][0]["lm_loss"], rel=1e-6)
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_piece_without_labels_counts_nothing(fused):
+    rows = as_rows(tiny.rows(2))
+    empty = {
+        k: torch.cat([v, torch.full_like(v[:1], -100) if k == "labels" else v[:1]])
+        for k, v in rows.items()
+    }
+    settings = config(steps=1, batch_size=3, micro_batch_size=1, aux_coef=0.0, fused_loss=fused)
+    got = post_train(tiny.mixtral(), empty, config=settings).curve[0]["loss"]
+    want = tiny.mixtral()(**rows).loss.item()
+    assert got == pytest.approx(want, rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("trainable", "parts"),
     [("routers", ("mlp.gate.",)), ("experts", ("mlp.experts.",)), ("routers+experts", ("mlp.gate.", "mlp.experts.")),
