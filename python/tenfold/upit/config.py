@@ -1,212 +1,92 @@
-"""UpIT's settings, checked when they are made (arXiv 2410.01610)."""
+"""UpIT's settings: of the dense half (collect, expand, seeds) here, of the mixture's half in ``options``; all in one.
+
+Checked when they are made. Where the paper is silent (arXiv 2410.01610) defaults are those of the method's page.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from tenfold.training.checks import integers, not_negative, one_of, positive
-from tenfold.training.recipe import SCHEDULES
+from tenfold.upit.options import (
+    DTYPES,
+    SCHEDULES,
+    AssemblyConfig,
+    LoraExpertsConfig,
+    PostTrainingConfig,
+    RouterConfig,
+    check_experts,
+)
 
 VARIANTS = ("ffn", "lora")
-PRESETS = ("ffn", "lora", "small")
 PICKS = ("last", "even")
 SIMILARITIES = ("cosine", "weight_cosine", "l2", "none")
 POLICIES = ("global", "no_repeat", "originals")
 RESCALES = ("inv_keep", "l1", "l2", "none")
 LORA_MERGES = ("factors", "peft", "delta")
 ASSIGNS = ("argmin", "relative", "random")
-ROUTER_TRAINS = ("joint", "router")
-NORMALIZES = ("none", "unit")
-RESTS = ("mean", "last", "base")
-ROUTINGS = ("block", "linear")
-LB_NORMS = ("slots", "tokens")
-LAYOUTS = ("stacked", "classic")
-DTYPES = ("float32", "bfloat16", "float16")
-_LORA = {"variant": "lora", "num_experts": 8, "learning_rate": 2e-4}
-_PRESETS: dict[str, dict[str, Any]] = {
-    "ffn": {},
-    "lora": _LORA,
-    # A few thousand parameters on a CPU: rates and batches of a small model.
-    "small": {"learning_rate": 1e-3, "batch_size": 16, "sequence_length": 128, "lora_rank": 8,
-              "lora_alpha": 16, "seed_fraction": 0.1, "checkpoint_every": 50},
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
-class TuneSettings:
-    """What the training loop reads of one stage's settings (``tenfold.training``)."""
-
-    learning_rate: float
-    epochs: float
-    steps: int | None
-    batch_size: int
-    micro_batch_size: int | None
-    sequence_length: int
-    schedule: str
-    warmup: float
-    betas: tuple[float, float]
-    eps: float
-    weight_decay: float
-    max_grad_norm: float
-    mixed_precision: str
-    checkpoint_every: int
-    seed: int
-
-
-@dataclass(frozen=True)
-class UpITConfig:
-    """All settings of UpIT. Defaults are the paper's FFN variant; where it is silent, see the method's page.
+class CollectConfig:
+    """The dense instruction tuning whose checkpoints become experts (S1).
 
     Attributes:
-        variant: ``"ffn"``: an expert is gate, up and down projection; ``"lora"``: LoRA pairs on a shared, frozen FFN.
-        num_experts: n. experts_per_token: k.
-
-        epochs, steps: of dense tuning (S1). save_every: epochs between checkpoints. pick: which become experts where
-            more were saved: ``"last"``, ``"even"``, or numbers from 0. saved_experts: m; None: all, at most n.
-        checkpoint_dtype: of what is saved.
-
-        similarity: of pairs (S2): ``"cosine"`` of task vectors, ``"weight_cosine"``, ``"l2"`` (distance of task
-            vectors), ``"none"``: random pairs. pair_policy: ``"global"``, ``"no_repeat"`` (a pair once),
-            ``"originals"`` (parents are S1's). alpha: share of the first parent; None: U(0, 1) for each child.
-        drop: rate of DARE, in [0, 1). rescale: of what is kept: ``"inv_keep"`` 1 / (1 - drop), ``"l1"``, ``"l2"``,
-            ``"none"``. merge_lambda: scales the merged task vector. lora_merge: ``"factors"``, ``"peft"`` or
-            ``"delta"``. expand_seed: None: ``seed``. allow_identical: experts may all be equal.
-
-        seed_fraction: share of the training rows that seeds routers (S3). assign: ``"argmin"``, ``"relative"`` (less
-            each expert's mean) or ``"random"``. min_bucket: None: max(8, N / 4n), as far as rows go. capacity: most
-            rows of a bucket. score_batch: rows per forward.
-
-        router_train: ``"joint"`` (router vector and expert) or ``"router"`` (S4). router_alpha: weight of the language
-            model's loss. router_epochs: over a bucket, of which router_equal_steps takes the mean over experts, unless
-            router_steps says how many. router_batch_size, router_learning_rate (None: learning_rate), router_init_std.
-            normalize: ``"unit"``: vectors of norm 1. negatives: rows of other buckets have target 0.
-        rest_of_model: weights that are no expert's (S5): ``"mean"`` of the saved experts, ``"last"``, ``"base"``.
-        layout: ``"stacked"`` (transformers 5) or ``"classic"`` Mixtral names.
-
-        post_epochs, post_steps, post_learning_rate: of post-training (S6; None: learning_rate). aux_coefficient and
-            lb_norm (``"slots"``: 1 is balanced, ``"tokens"``: k is): of the load-balancing loss. renormalize: weights
-            of the k experts sum to 1. freeze_router: routers stay as S4 made them.
-
-        lora_rank, lora_alpha, lora_targets: of LoRA experts (S7; the scale is alpha / rank). routing: ``"block"``: a
-            router per layer, ``"linear"``: one per linear layer, over all experts (LoRAMoE).
-
-        learning_rate, batch_size (rows per step over all ranks), micro_batch_size (per forward and rank),
-            sequence_length, schedule, warmup (share of steps), betas, eps, weight_decay, max_grad_norm,
-            mixed_precision: of S1 and S6. checkpoint_every: steps. seed: of everything random.
+        epochs: over the data, unless ``steps`` says how many steps. save_every: epochs between two checkpoints; of
+            ``steps`` the same share.
+        pick: of more checkpoints than experts are wanted, the ``"last"`` ones, ``"even"`` ones, or those with these
+            numbers (from 0). keep: how many experts are saved checkpoints (None: as many as there are, at most n).
+        dtype: of the checkpoints.
+        learning_rate, weight_decay, betas, eps, max_grad_norm: AdamW; norms and biases do not decay.
+        schedule: after a linear ``warmup`` (share of the steps). batch_size: rows per step over all ranks;
+            micro_batch_size: rows per forward and rank (None: all of them). sequence_length: tokens per row.
+        targets: linear layers that LoRA experts adapt.
+        mixed_precision: accelerate's. checkpoint_every: steps between states to resume from. seed: of
+            everything random.
     """
 
-    variant: str = "ffn"
-    num_experts: int = 4
-    experts_per_token: int = 2
     epochs: float = 2.0
     steps: int | None = None
     save_every: float = 0.25
     pick: str | tuple[int, ...] = "last"
-    saved_experts: int | None = None
-    checkpoint_dtype: str = "bfloat16"
-    similarity: str = "cosine"
-    pair_policy: str = "global"
-    alpha: float | None = None
-    drop: float = 0.5
-    rescale: str = "inv_keep"
-    merge_lambda: float = 1.0
-    lora_merge: str = "factors"
-    expand_seed: int | None = None
-    allow_identical: bool = False
-    seed_fraction: float = 0.01
-    assign: str = "argmin"
-    min_bucket: int | None = None
-    capacity: int | None = None
-    score_batch: int = 16
-    router_train: str = "joint"
-    router_alpha: float = 0.5
-    router_epochs: float = 4.0
-    router_steps: int | None = None
-    router_equal_steps: bool = True
-    router_batch_size: int = 16
-    router_learning_rate: float | None = None
-    router_init_std: float = 0.02
-    normalize: str = "none"
-    negatives: bool = False
-    rest_of_model: str = "mean"
-    layout: str = "stacked"
-    post_epochs: float = 2.0
-    post_steps: int | None = None
-    post_learning_rate: float | None = None
-    aux_coefficient: float = 0.01
-    lb_norm: str = "slots"
-    renormalize: bool = True
-    freeze_router: bool = False
-    lora_rank: int = 64
-    lora_alpha: int = 128
-    lora_targets: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
-    routing: str = "block"
+    keep: int | None = None
+    dtype: str = "bfloat16"
     learning_rate: float = 2e-5
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    max_grad_norm: float = 1.0
+    schedule: str = "cosine"
+    warmup: float = 0.03
     batch_size: int = 128
     micro_batch_size: int | None = None
     sequence_length: int = 2048
-    schedule: str = "cosine"
-    warmup: float = 0.03
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
+    targets: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
     mixed_precision: str = "no"
     checkpoint_every: int = 200
     seed: int = 0
 
     def __post_init__(self) -> None:
-        choices: dict[str, tuple[str, ...]] = {
-            "variant": VARIANTS, "checkpoint_dtype": DTYPES, "similarity": SIMILARITIES,
-            "pair_policy": POLICIES, "rescale": RESCALES, "lora_merge": LORA_MERGES, "assign": ASSIGNS,
-            "router_train": ROUTER_TRAINS, "normalize": NORMALIZES, "rest_of_model": RESTS,
-            "layout": LAYOUTS, "lb_norm": LB_NORMS, "routing": ROUTINGS, "schedule": SCHEDULES,
-            "mixed_precision": ("no", "bf16", "fp16"),
-        }  # fmt: skip
-        for name, allowed in choices.items():
-            one_of(name, getattr(self, name), allowed)
-        least = {"num_experts": 2, "experts_per_token": 1, "steps": 1, "saved_experts": 1, "expand_seed": 0,
-                 "min_bucket": 0, "capacity": 1, "score_batch": 1, "router_steps": 1,
-                 "router_batch_size": 1, "post_steps": 0, "lora_rank": 1, "lora_alpha": 1,
-                 "batch_size": 1, "micro_batch_size": 1, "sequence_length": 2, "checkpoint_every": 1,
-                 "seed": 0}  # fmt: skip
-        integers(self, least, ("steps", "saved_experts", "expand_seed", "min_bucket", "capacity",
-                               "router_steps", "post_steps", "micro_batch_size"))  # fmt: skip
-        if self.experts_per_token > self.num_experts:
-            raise ValueError(
-                f"experts_per_token must be in [1, num_experts], got {self.experts_per_token} of {self.num_experts}"
-            )
-        if self.saved_experts is not None and self.saved_experts > self.num_experts:
-            raise ValueError(
-                f"num_experts must be >= saved_experts, got {self.num_experts} and {self.saved_experts}"
-            )
-        self._check_numbers()
-        self._check_pick()
-
-    def _check_numbers(self) -> None:
-        for name in ("epochs", "save_every", "seed_fraction", "router_epochs", "learning_rate", "max_grad_norm"):  # fmt: skip
+        one_of("dtype", self.dtype, DTYPES)
+        one_of("schedule", self.schedule, SCHEDULES)
+        one_of("mixed_precision", self.mixed_precision, ("no", "bf16", "fp16"))
+        for name in ("epochs", "save_every", "learning_rate", "max_grad_norm"):
             positive(name, getattr(self, name))
-        for name in ("router_learning_rate", "post_learning_rate"):
-            if getattr(self, name) is not None:
-                positive(name, getattr(self, name))
-        for name in ("router_init_std", "post_epochs", "aux_coefficient", "eps", "weight_decay", "merge_lambda"):  # fmt: skip
+        for name in ("eps", "weight_decay"):
             not_negative(name, getattr(self, name))
-        for name in ("router_alpha", "warmup", "seed_fraction", "alpha"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                raise ValueError(f"{name} must be in [0, 1], got {value}")
-        if not 0 <= self.drop < 1:
-            raise ValueError(f"drop must be in [0, 1), got {self.drop}")
-        if self.save_every > self.epochs:
-            raise ValueError(f"save_every {self.save_every} epochs saves nothing in {self.epochs}")
+        if not 0 <= self.warmup <= 1:
+            raise ValueError(f"warmup must be in [0, 1], got {self.warmup}")
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas}")
-        if not self.lora_targets:
-            raise ValueError("lora_targets must name at least one linear layer")
-
-    def _check_pick(self) -> None:
+        if self.save_every > self.epochs:
+            raise ValueError(f"save_every {self.save_every} epochs saves nothing in {self.epochs}")
+        if not self.targets:
+            raise ValueError("targets must name at least one linear layer")
+        least = {"steps": 1, "keep": 1, "batch_size": 1, "micro_batch_size": 1, "sequence_length": 2,
+                 "checkpoint_every": 1, "seed": 0}  # fmt: skip
+        integers(self, least, ("steps", "keep", "micro_batch_size"))
         if isinstance(self.pick, str):
             one_of("pick", self.pick, PICKS)
             return
@@ -217,42 +97,203 @@ class UpITConfig:
                 f"pick must be 'last', 'even' or different numbers of checkpoints from 0, got {self.pick!r}"
             )
 
+
+@dataclass(frozen=True)
+class ExpandConfig:
+    """How experts are merged into more of them (S2).
+
+    Attributes:
+        to: n, how many there are in the end (None: the method's number of experts).
+        similarity: the pair that is least similar is merged: by the ``"cosine"`` of task vectors, ``"weight_cosine"``,
+            ``"l2"`` (distance of task vectors), or ``"none"``: a random pair.
+        policy: ``"global"``: any pair; ``"no_repeat"``: each pair once; ``"originals"``: two saved checkpoints.
+        alpha: share of the first parent, the second has the rest (None: U(0, 1), drawn for each child).
+        drop: rate of DARE in [0, 1), of the experts' weights; the others are merged linearly.
+        rescale: of what is not dropped: ``"inv_keep"``: 1 / (1 - drop), ``"l1"`` or ``"l2"``: to the norm before, or
+            ``"none"``. lambda_: scales the merged task vector.
+        lora_merge: of LoRA experts: ``"factors"``, ``"peft"`` or ``"delta"``, see ``adapters``.
+        experts_in: what the names of expert weights contain. seed: of shares and drops.
+        allow_identical: the experts may all be the same.
+    """
+
+    to: int | None = None
+    similarity: str = "cosine"
+    policy: str = "global"
+    alpha: float | None = None
+    drop: float = 0.5
+    rescale: str = "inv_keep"
+    lambda_: float = 1.0
+    lora_merge: str = "factors"
+    experts_in: str = ".mlp."
+    seed: int = 0
+    allow_identical: bool = False
+
+    def __post_init__(self) -> None:
+        one_of("similarity", self.similarity, SIMILARITIES)
+        one_of("policy", self.policy, POLICIES)
+        one_of("rescale", self.rescale, RESCALES)
+        one_of("lora_merge", self.lora_merge, LORA_MERGES)
+        not_negative("lambda_", self.lambda_)
+        if not 0 <= self.drop < 1:
+            raise ValueError(f"drop must be in [0, 1), got {self.drop}")
+        if self.alpha is not None and not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha must be in [0, 1], got {self.alpha}")
+        integers(self, {"to": 2, "seed": 0}, ("to",))
+
+
+@dataclass(frozen=True)
+class SeedsConfig:
+    """Which samples seed which expert's router (S3).
+
+    Attributes:
+        fraction: share of the training rows that is scored.
+        assign: to the expert of ``"argmin"`` loss, of the least loss ``"relative"`` to each expert's mean, or
+            ``"random"``.
+        min_bucket: shorter buckets are filled (None: max(8, N / 4n), as far as N rows go). capacity: of a bucket; what
+            is over goes to the next best expert.
+        batch_size: rows per forward. seed: of the sample.
+    """
+
+    fraction: float = 0.01
+    assign: str = "argmin"
+    min_bucket: int | None = None
+    capacity: int | None = None
+    batch_size: int = 16
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        one_of("assign", self.assign, ASSIGNS)
+        if not 0 < self.fraction <= 1:
+            raise ValueError(f"fraction must be in (0, 1], got {self.fraction}")
+        least = {"min_bucket": 0, "capacity": 1, "batch_size": 1, "seed": 0}
+        integers(self, least, ("min_bucket", "capacity"))
+
+
+GROUPS: dict[str, type[Any]] = {
+    "collect": CollectConfig,
+    "expand": ExpandConfig,
+    "seeds": SeedsConfig,
+    "router": RouterConfig,
+    "assembly": AssemblyConfig,
+    "post": PostTrainingConfig,
+    "lora": LoraExpertsConfig,
+}
+_SMALL: dict[str, dict[str, Any]] = {
+    # A model of a few million parameters on a CPU.
+    "collect": {"learning_rate": 1e-3, "batch_size": 16, "sequence_length": 128, "checkpoint_every": 50},
+    "seeds": {"fraction": 0.1},
+    "router": {"learning_rate": 1e-4, "router_learning_rate": 1e-2},
+    "post": {"learning_rate": 1e-3, "batch_size": 16, "sequence_length": 128, "checkpoint_every": 50},
+    "lora": {"rank": 8, "alpha": 16.0},
+}  # fmt: skip
+PRESETS = ("paper", "small")
+
+
+@dataclass(frozen=True)
+class UpITConfig:
+    """All settings of a run. :meth:`make` fills the groups from a few common ones.
+
+    Attributes:
+        variant: ``"ffn"``: an expert is a whole FFN; ``"lora"``: LoRA pairs on a shared, frozen one.
+        num_experts: n. experts_per_token: k. seed: of everything random.
+        collect, expand, seeds, router, assembly, post, lora: the stages' own settings.
+    """
+
+    variant: str = "ffn"
+    num_experts: int = 4
+    experts_per_token: int = 2
+    seed: int = 0
+    collect: CollectConfig = field(default_factory=CollectConfig)
+    expand: ExpandConfig = field(default_factory=ExpandConfig)
+    seeds: SeedsConfig = field(default_factory=SeedsConfig)
+    router: RouterConfig = field(default_factory=RouterConfig)
+    assembly: AssemblyConfig = field(default_factory=AssemblyConfig)
+    post: PostTrainingConfig = field(default_factory=PostTrainingConfig)
+    lora: LoraExpertsConfig = field(default_factory=lambda: LoraExpertsConfig(experts=4))
+
+    def __post_init__(self) -> None:
+        one_of("variant", self.variant, VARIANTS)
+        integers(self, {"num_experts": 1, "experts_per_token": 1, "seed": 0})
+        check_experts(self.num_experts, self.experts_per_token)
+        keep, pick = self.collect.keep, self.collect.pick
+        wanted = len(pick) if isinstance(pick, tuple) else (keep or 1)
+        if max(wanted, keep or 1) > self.num_experts:
+            raise ValueError(
+                f"num_experts must be at least the number of saved experts, got {self.num_experts} and "
+                f"{max(wanted, keep or 1)}"
+            )
+        same: dict[str, tuple[Any, Any]] = {
+            "num_experts and expand.to": (self.num_experts, self.expand.to or self.num_experts),
+            "num_experts and lora.experts": (self.num_experts, self.lora.experts),
+            "experts_per_token and lora.experts_per_token": (self.experts_per_token, self.lora.experts_per_token),
+            "experts_per_token and assembly.experts_per_token": (
+                self.experts_per_token, self.assembly.experts_per_token),
+        }  # fmt: skip
+        for name, (a, b) in same.items():
+            if a != b:
+                raise ValueError(f"{name} must be equal, got {a} and {b}")
+
     @classmethod
-    def from_preset(cls, name: str, **changes: Any) -> UpITConfig:
-        """``"ffn"`` and ``"lora"``: the paper's two variants; ``"small"``: a small model on a CPU."""
-        one_of("preset", name, PRESETS)
-        return cls(**(_PRESETS[name] | changes))
+    def make(cls, preset: str = "paper", **given: Any) -> UpITConfig:
+        """Settings from a preset and changes: fields of this class, groups as dictionaries of their fields.
+
+        ``preset``: ``"paper"``, of the variant, or ``"small"``. What several groups have (seed, n, k, LoRA's higher
+        learning rate) is said once.
+
+        Raises:
+            ValueError: a value, or a field that does not exist. TypeError: a type.
+        """
+        one_of("preset", preset, PRESETS)
+        scalars = {"variant", "num_experts", "experts_per_token", "seed"}
+        if unknown := sorted(set(given) - scalars - set(GROUPS)):
+            known = ", ".join([*sorted(scalars), *GROUPS])
+            raise ValueError(f"unknown setting {unknown[0]!r}; there are: {known}")
+        own: dict[str, dict[str, Any]] = {}
+        for name, kind in GROUPS.items():
+            group = given.get(name) or {}
+            if not isinstance(group, Mapping):
+                raise ValueError(f"{name} must be settings and values, got {group!r}")
+            known = [f.name for f in fields(kind)]
+            if unknown := sorted(set(group) - set(known)):
+                raise ValueError(f"{name} has no setting {unknown[0]!r}; it has {', '.join(known)}")
+            own[name] = {k: tuple(v) if isinstance(v, list) else v for k, v in group.items()}
+        variant, seed = given.get("variant", "ffn"), given.get("seed", 0)
+        count = given.get("num_experts", own["expand"].get("to") or (8 if variant == "lora" else 4))
+        per_token = given.get("experts_per_token", own["assembly"].get("experts_per_token", 2))
+        base: dict[str, dict[str, Any]] = {g: {"seed": seed} for g in GROUPS if g != "router"}
+        base["router"] = {}
+        base["lora"] |= {"experts": count, "experts_per_token": per_token}
+        base["assembly"] |= {"experts_per_token": per_token}
+        if preset == "small":
+            base = {g: base[g] | _SMALL.get(g, {}) for g in GROUPS}
+        elif variant == "lora":
+            for g in ("collect", "router", "post"):
+                base[g]["learning_rate"] = 2e-4
+        groups = {g: kind(**(base[g] | own[g])) for g, kind in GROUPS.items()}
+        return cls(variant, count, per_token, seed, **groups)
 
     def with_changes(self, **changes: Any) -> UpITConfig:
-        """A copy with some fields changed, checked again."""
-        return replace(self, **changes)
-
-    def tuning(self, stage: str) -> TuneSettings:
-        """What the training loop needs for ``"collect"``, ``"router"`` or ``"post"``."""
-        own: dict[str, Any] = {
-            "collect": {"learning_rate": self.learning_rate, "epochs": self.epochs, "steps": self.steps},
-            "router": {"learning_rate": self.router_learning_rate or self.learning_rate,
-                       "epochs": self.router_epochs, "steps": self.router_steps,
-                       "batch_size": self.router_batch_size},
-            "post": {"learning_rate": self.post_learning_rate or self.learning_rate,
-                     "epochs": self.post_epochs, "steps": self.post_steps},
-        }[stage]  # fmt: skip
-        common = {n: getattr(self, n) for n in TuneSettings.__dataclass_fields__}
-        return TuneSettings(**(common | own))
-
-    @property
-    def lora_scale(self) -> float:
-        """What LoRA's product is multiplied with."""
-        return self.lora_alpha / self.lora_rank
+        """A copy with some fields changed, checked again; groups may be dictionaries of changed fields."""
+        made = {k: replace(getattr(self, k), **v) if k in GROUPS and isinstance(v, Mapping) else v
+                for k, v in changes.items()}  # fmt: skip
+        return replace(self, **made)
 
     def to_json(self) -> dict[str, Any]:
         """All fields, as JSON can hold them."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        return _plain(asdict(self))
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> UpITConfig:
         """The inverse of :meth:`to_json`."""
-        plain: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
-        }
-        return cls(**plain)
+        made = dict(values)
+        for name, kind in GROUPS.items():
+            made[name] = kind(
+                **{k: tuple(v) if isinstance(v, list) else v for k, v in made[name].items()}
+            )
+        return cls(**made)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return list(value) if isinstance(value, tuple) else value
