@@ -60,7 +60,8 @@ def doctor(json: Json = False) -> None:
 @friendly
 def demo(
     methods: Annotated[
-        list[str] | None, typer.Argument(help="methods; default: all (nacl, dha, hft, ma-rlhf, upit)")
+        list[str] | None,
+        typer.Argument(help="methods; default: all (nacl, dha, hft, ma-rlhf, upit)"),
     ] = None,
     out: Annotated[Path, typer.Option(help="folder of the report")] = Path("tenfold-report"),
     json: Json = False,

@@ -166,7 +166,8 @@ def evaluate(
     json: Json = False,
 ) -> None:
     """Loss per family of one or more models."""
-    from tenfold.data import load_model
+    from transformers import AutoTokenizer
+
     from tenfold.hft import tasks as packaged
     from tenfold.upit import summary
     from tenfold.upit.families import family_losses, read_pairs
@@ -177,7 +178,9 @@ def evaluate(
     }
     losses = {}
     for folder in models:
-        _, tokenizer = load_model(str(folder), device="meta")
+        if not folder.is_dir():
+            raise ValueError(f"no model folder at {str(folder)!r}")
+        tokenizer = AutoTokenizer.from_pretrained(folder)
         model = load(folder).float().to(rank_device(device)).eval()
         end = tokenizer.eos_token_id
         tests = {n: packaged.rows_of_pairs(p[:rows], packaged.encoder(tokenizer), sequence_length, end, end or 0)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from types import SimpleNamespace
 from typing import Any
 
 from tenfold.training.checks import integers, not_negative, one_of, positive
@@ -260,6 +261,9 @@ class UpITConfig:
         variant, seed = given.get("variant", "ffn"), given.get("seed", 0)
         count = given.get("num_experts", own["expand"].get("to") or (8 if variant == "lora" else 4))
         per_token = given.get("experts_per_token", own["assembly"].get("experts_per_token", 2))
+        common = {"num_experts": count, "experts_per_token": per_token, "seed": seed}
+        integers(SimpleNamespace(**common), {"num_experts": 1, "experts_per_token": 1, "seed": 0})
+        check_experts(count, per_token)
         base: dict[str, dict[str, Any]] = {g: {"seed": seed} for g in GROUPS if g != "router"}
         base["router"] = {}
         base["lora"] |= {"experts": count, "experts_per_token": per_token}

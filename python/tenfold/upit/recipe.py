@@ -205,6 +205,7 @@ def load_recipe(recipe: str | Path | Mapping[str, Any]) -> Recipe:
         raise ValueError(
             f"recipe: experts must be a list of models, or a folder of checkpoints, got {listed!r}"
         )
+    named = isinstance(listed, list)
     if isinstance(listed, str):  # a folder of checkpoints
         listed = [str(p) for p in checkpoints_in(Path(listed).expanduser())] or [listed]
     listed = listed or []
@@ -222,6 +223,9 @@ def load_recipe(recipe: str | Path | Mapping[str, Any]) -> Recipe:
     else:
         post = True
     config = _config(given, experts)
+    if named and len(experts) > config.num_experts:
+        raise ValueError(f"recipe: {len(experts)} experts are more than the {config.num_experts} that are wanted "
+                         "(num_experts, expand.to)")  # fmt: skip
     return Recipe(
         base,
         config,
