@@ -1,0 +1,245 @@
+"""Post-training (S6): the assembled mixture, or a dense model, on instruction data with a balanced load."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tenfold.optim import MaskedAdamW
+from tenfold.training.batches import Batches, Data, model_digest
+from tenfold.training.loop import (
+    Callback,
+    Metrics,
+    Pieces,
+    Trainer,
+    kept_random_state,
+    make_accelerator,
+)
+from tenfold.training.recipe import decay_groups, scheduled, steps_of
+from tenfold.training.store import WorkFolder
+from tenfold.upit.layout import copy_small_files
+from tenfold.upit.loading import load, set_implementation
+from tenfold.upit.lora_model import lora_layers, save_lora_experts
+from tenfold.upit.measure import expert_load, mean_loss
+from tenfold.upit.mixture import MixtureLayer, fuse_routers, mixture_layers, restore_routers
+from tenfold.upit.objective import MixtureLoss
+from tenfold.upit.options import PostTrainingConfig
+
+_STAGE = "post_training"
+
+
+@dataclass
+class PostTrained:
+    """What post-training made.
+
+    Attributes:
+        model: the trained model, None if a finished run was found in ``out``. path: its folder, if one was given.
+        curve: of every step loss, lm_loss, balance (the mean over layers of L_load) and the share of slots of each
+            expert, ``load/e``. load: shares after training [L][n], on ``eval_rows`` or the last step's rows.
+        losses: ``before`` and ``after``, with ``eval_rows``. seconds: of training.
+    """
+
+    model: Any = None
+    path: str | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    curve: list[Metrics] = field(default_factory=list)
+    load: list[list[float]] = field(default_factory=list)
+    losses: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields but the model."""
+        return {k: v for k, v in vars(self).items() if k != "model"}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> PostTrained:
+        """The inverse, without the model."""
+        return cls(**values)
+
+
+class _Trainer(Trainer):
+    """AdamW with a schedule; the losses of ranks and pieces are weighted by their tokens."""
+
+    config: PostTrainingConfig
+    share: float = 1.0
+
+    def make_optimizer(self, module: nn.Module) -> torch.optim.Optimizer:
+        """Over what trains."""
+        c = self.config
+        trained = [p for p in module.parameters() if p.requires_grad]
+        return MaskedAdamW(
+            decay_groups(trained, c.learning_rate, c.weight_decay), betas=c.betas, eps=c.eps,
+            max_grad_norm=c.max_grad_norm, masks={}, state_dtype="fp32",
+        )  # fmt: skip
+
+    def rate(self, step: int, steps: int) -> float:
+        """The schedule."""
+        return scheduled(step, steps, self.config.schedule, self.config.warmup)
+
+    def rank_rows(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """This rank's rows; ``share`` makes the mean over ranks that over all tokens."""
+        mine = super().rank_rows(batch)
+        counts = [int((b["labels"][:, 1:] != -100).sum()) for b in (mine, batch)]
+        self.share = self.accelerator.num_processes * counts[0] / max(1, counts[1])
+        return mine
+
+    def loss_of(
+        self, model: Any, batch: dict[str, Tensor], step: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Of a :class:`MixtureLoss`, wrapped or not."""
+        self.accelerator.unwrap_model(model, keep_fp32_wrapper=True).share = self.share
+        return model(batch)
+
+    def pieces(self, batch: dict[str, Tensor], rows: int | None) -> Pieces:
+        """All ranks have the same number of them, since they add up their counts piece by piece."""
+        size = len(batch["input_ids"])
+        each = min(rows or size, size)
+        parts = [{k: v[at : at + each] for k, v in batch.items()} for at in range(0, size, each)]
+        tokens = [int((p["labels"][:, 1:] != -100).sum()) for p in parts]
+        return [(p, n / max(1, sum(tokens))) for p, n in zip(parts, tokens)]
+
+
+def _choose(
+    model: nn.Module, layers: list[MixtureLayer], config: PostTrainingConfig
+) -> dict[str, bool]:
+    """Sets what trains; returns what had gradients before."""
+    before = {n: p.requires_grad for n, p in model.named_parameters()}
+    if config.trainable == "all":
+        return before
+    if not layers:
+        raise ValueError(
+            f"trainable={config.trainable!r} needs a mixture; the model has no routers and experts"
+        )
+    wanted: set[int] = set()
+    for layer in layers:
+        for what, module in (("routers", layer.router), ("experts", layer.experts)):
+            if what in config.trainable:
+                wanted |= {id(p) for p in module.parameters()}
+    for p in model.parameters():
+        p.requires_grad_(p.requires_grad and id(p) in wanted)
+    return before
+
+
+def _save(model: Any, source: Path | None, out: Path, config: PostTrainingConfig) -> None:
+    if lora_layers(model):
+        save_lora_experts(model, out)
+        return
+    if config.renormalize is not None and mixture_layers(model):
+        model.config.norm_topk_prob = config.renormalize
+    model.save_pretrained(str(out))
+    if source is not None:
+        copy_small_files(source, out)
+
+
+def post_train(
+    folder: Any,
+    data: Data,
+    *,
+    config: PostTrainingConfig | None = None,
+    out: str | Path | None = None,
+    eval_rows: Any = None,
+    callback: Callback | None = None,
+    quiet: bool = True,
+) -> PostTrained:
+    """Trains a mixture on ``L_lm + c mean over layers of L_load``, with our experts inside; or a dense model on L_lm.
+
+    Under ``torchrun`` or ``accelerate launch`` all ranks take part (DDP); they make the same steps as one process.
+
+    Args:
+        folder: a model's folder, or a causal LM, which is trained in place (its routers and experts implementation
+            are its own again afterwards).
+        data: rows [R, S], a stream [n], a dict with ``input_ids`` and optional ``labels`` (-100: no loss) and
+            ``attention_mask`` (0: a token that no balance counts), or a function (stage, step, size) -> such rows.
+        out: where the trained model is saved as transformers does it (LoRA experts: ``lora_experts.safetensors``);
+            ``out/training`` holds what a run that was killed goes on from, and the record of a finished one.
+        eval_rows: rows [R, S], or such a dict, whose loss is taken before and after.
+
+    Raises:
+        ValueError: settings, data, a folder of another run. KeyError: a mixture without one of its experts.
+            TrainingError: a loss that is not a number.
+
+    Source:
+        UpIT (arXiv 2410.01610), post-training.
+    """
+    config = config or PostTrainingConfig()
+    source = Path(folder) if isinstance(folder, str | Path) else None
+    model = load(source) if source is not None else folder
+    batches = Batches(data, config.sequence_length, config.seed)
+    accelerator = make_accelerator(config, next(model.parameters()).device)
+    target = None if out is None else Path(out).expanduser()
+    work = None
+    if target is not None:
+        work = WorkFolder(target / "training", accelerator.is_main_process)
+        accelerator.wait_for_everyone()
+        work.claim(
+            {"config": asdict(config), "model": model_digest(model), "data": batches.digest()}
+        )
+        accelerator.wait_for_everyone()  # all ranks have read it
+        done = work.load("result")
+        if done is not None:
+            return PostTrained.from_json(done)
+    layers = mixture_layers(model)
+    interface = getattr(model.config, "_experts_implementation", None)
+    set_implementation(model, config.experts_implementation)
+    own = {id(layer.router): vars(layer.router).get("norm_topk_prob") for layer in layers}
+    already = [layer.router for layer in layers if "forward" in vars(layer.router)]
+    fused = fuse_routers(layers, config.renormalize)
+    trained_before = _choose(model, layers, config)
+    made = PostTrained(model, None if target is None else str(target), asdict(config))
+    try:
+        if eval_rows is not None:
+            made.losses["before"] = mean_loss(model, eval_rows)
+        steps = steps_of(config, batches.rows())
+        trainer = _Trainer(accelerator, config, batches, work, callback, quiet)
+        loss = MixtureLoss(model, layers, config, accelerator)
+        start = time.perf_counter()
+        with kept_random_state():
+            made.curve = trainer.run(_STAGE, loss, steps, config.batch_size, trainer.loss_of)
+        made.seconds = time.perf_counter() - start
+        model.eval()
+        if eval_rows is not None:
+            made.losses["after"] = mean_loss(model, eval_rows)
+        if layers:
+            rows = (
+                eval_rows
+                if eval_rows is not None
+                else batches.take(_STAGE, steps - 1, config.batch_size)
+            )
+            made.load = expert_load(model, rows).tolist()
+    finally:
+        for name, p in model.named_parameters():
+            p.requires_grad_(trained_before[name])
+    if target is not None and accelerator.is_main_process:
+        restore_routers([r for r in fused if r not in already])
+        _save(model, source, target, config)
+    accelerator.wait_for_everyone()
+    if work is not None:
+        work.save("result", made.to_json())
+        work.drop_checkpoints(_STAGE)
+    if source is None:
+        _give_back(model, layers, interface, own, [r for r in fused if r not in already])
+    return made
+
+
+def _give_back(
+    model: Any,
+    layers: list[MixtureLayer],
+    interface: str | None,
+    own: dict[int, Any],
+    fused: list[nn.Module],
+) -> None:
+    """The caller's model has its own routers and experts implementation again."""
+    restore_routers(fused)
+    for layer in layers:
+        before = own[id(layer.router)]
+        if before is None:
+            vars(layer.router).pop("norm_topk_prob", None)
+        else:
+            layer.router.norm_topk_prob = before
+    if interface is not None and hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation(interface)
