@@ -1,6 +1,7 @@
 """S1: dense tuning that leaves checkpoints; resumption, adapters, and which checkpoints become experts."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -44,11 +45,8 @@ class TestCollect:
         assert all({t.dtype for t in s.values()} == {torch.bfloat16} for s in made)
         for n, p in model.named_parameters():  # the last one is the trained model
             assert torch.equal(made[-1][n], p.detach().bfloat16())
-        moved = [
-            max(float((s[n].float() - p).abs().max()) for n, p in start.named_parameters())
-            for s in made
-        ]
-        assert 0 < moved[0] < moved[-1] and len({round(m, 6) for m in moved}) == 4
+        first = {n: p.detach().bfloat16() for n, p in start.named_parameters()}
+        assert not any(same(a, b) for a, b in pairwise([first, *made]))
         loaded = AutoModelForCausalLM.from_pretrained(paths[1])
         assert loaded.dtype == torch.bfloat16 and (paths[1] / "tokenizer.json").is_file()
         curve = json.loads((tmp_path / "collect.json").read_text())["curve"]
@@ -56,7 +54,7 @@ class TestCollect:
         assert not list(tmp_path.glob("tuning-*")) and not list(tmp_path.glob(".*"))
 
     def test_tied_embeddings(self, tmp_path):
-        paths = collect(dense.llama(tied=True), dense.rows(8), tmp_path, CONFIG)
+        paths = collect(dense.llama(tied=True), dense.rows(16), tmp_path, CONFIG)
         assert "lm_head.weight" not in states(paths)[0]
         model = load_expert(paths[0])
         assert model.lm_head.weight is model.model.embed_tokens.weight
@@ -91,14 +89,14 @@ class TestCollect:
         assert again == []
 
     def test_a_folder_of_another_run(self, tmp_path):
-        collect(dense.llama(), dense.rows(8), tmp_path, CONFIG)
+        collect(dense.llama(), dense.rows(16), tmp_path, CONFIG)
         for changes in ({"learning_rate": 0.5}, {"seed": 4}):
             with pytest.raises(ValueError, match="belongs to another run"):
-                collect(dense.llama(), dense.rows(8), tmp_path, CONFIG, **changes)
+                collect(dense.llama(), dense.rows(16), tmp_path, CONFIG, **changes)
         with pytest.raises(ValueError, match="belongs to another run"):
-            collect(dense.llama(3), dense.rows(8), tmp_path, CONFIG)
+            collect(dense.llama(3), dense.rows(16), tmp_path, CONFIG)
         # How many of them become experts is asked later.
-        assert collect(dense.llama(), dense.rows(8), tmp_path, CONFIG, keep=2, pick="even")
+        assert collect(dense.llama(), dense.rows(16), tmp_path, CONFIG, keep=2, pick="even")
 
     def test_adapters(self, tmp_path):
         model = dense.llama()

@@ -73,8 +73,8 @@ def adapter(
     """A folder as PEFT writes it; all have the same A at the start."""
     start, own = (torch.Generator().manual_seed(s) for s in (99, seed))
     state = {}
-    for name in layers:
-        at = f"base_model.model.model.layers.0.mlp.{name}"
+    for layer, name in ((i, n) for i in range(2) for n in layers):
+        at = f"base_model.model.model.layers.{layer}.mlp.{name}"
         a, b = torch.randn(rank, WIDTH, generator=start), torch.zeros(24, rank)
         if not initial:
             a, b = (

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tenfold.data.models import quiet_transformers
 from tenfold.training.store import write_text
 from tenfold.upit.adapters import is_adapter
 from tenfold.upit.config import PICKS
@@ -23,10 +24,15 @@ State = Mapping[str, Tensor]
 
 def full_state(module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
     """All of a model's tensors on the CPU, floats in ``dtype``; of FSDP2's shards the whole (all ranks must call)."""
-    made = {}
+    made, seen = {}, dict[tuple[int, torch.Size], Tensor]()
     for name, value in module.state_dict().items():
         whole = value.full_tensor() if hasattr(value, "full_tensor") else value
-        made[name] = whole.detach().to("cpu", dtype if whole.is_floating_point() else whole.dtype)
+        key = (whole.data_ptr(), whole.shape)  # tied weights stay one tensor, which is written once
+        if key not in seen or hasattr(value, "full_tensor"):
+            seen[key] = whole.detach().to(
+                "cpu", dtype if whole.is_floating_point() else whole.dtype
+            )
+        made[name] = seen[key]
     return made
 
 
@@ -34,7 +40,8 @@ def save_dense(model: Any, state: State, folder: Path, tokenizer: Any = None) ->
     """Writes ``state`` as a folder that ``from_pretrained`` loads; it appears complete or not at all."""
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary, state_dict=dict(state))
+    with quiet_transformers():
+        model.save_pretrained(temporary, state_dict=dict(state))
     file = temporary / "config.json"
     config = json.loads(file.read_text())
     kinds = {t.dtype for t in state.values() if t.is_floating_point()}
@@ -104,8 +111,6 @@ def load_expert(
         base: a model or the folder of one. dtype: None: as it is stored.
     """
     from transformers import AutoModelForCausalLM
-
-    from tenfold.data.models import quiet_transformers
 
     kind: Any = "auto" if dtype is None else dtype
 

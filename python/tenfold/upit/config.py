@@ -247,8 +247,8 @@ class UpITConfig:
         one_of("preset", preset, PRESETS)
         scalars = {"variant", "num_experts", "experts_per_token", "seed"}
         if unknown := sorted(set(given) - scalars - set(GROUPS)):
-            known = ", ".join([*sorted(scalars), *GROUPS])
-            raise ValueError(f"unknown setting {unknown[0]!r}; there are: {known}")
+            every = ", ".join([*sorted(scalars), *GROUPS])
+            raise ValueError(f"unknown setting {unknown[0]!r}; there are: {every}")
         own: dict[str, dict[str, Any]] = {}
         for name, kind in GROUPS.items():
             group = given.get(name) or {}

@@ -217,6 +217,7 @@ def load_recipe(recipe: str | Path | Mapping[str, Any]) -> Recipe:
     except ValueError as error:
         raise ValueError(f"recipe: {error}") from None
     _check_gates(gate, experts, data)
+    source = dict(given)
     post = given.get("post", True)
     if post is None or isinstance(post, bool):
         post, given = post is not False, {k: v for k, v in given.items() if k != "post"}
@@ -226,12 +227,4 @@ def load_recipe(recipe: str | Path | Mapping[str, Any]) -> Recipe:
     if named and len(experts) > config.num_experts:
         raise ValueError(f"recipe: {len(experts)} experts are more than the {config.num_experts} that are wanted "
                          "(num_experts, expand.to)")  # fmt: skip
-    return Recipe(
-        base,
-        config,
-        experts,
-        gate,
-        data,
-        post,
-        dict(recipe if isinstance(recipe, Mapping) else given),
-    )
+    return Recipe(base, config, experts, gate, data, post, source)

@@ -123,7 +123,7 @@ def _others_best(nll: Tensor) -> Tensor:
 def _capped(scores: Tensor, capacity: int) -> Buckets:
     """Rows to their best expert with room; those that gain most by their best come first."""
     count = scores.shape[1]
-    ranked = scores.sort(1, stable=True)
+    ranked = scores.sort(dim=1, stable=True)
     gap = ranked.values[:, 1] - ranked.values[:, 0] if count > 1 else scores[:, 0]
     buckets: Buckets = [[] for _ in range(count)]
     for row in torch.argsort(-gap, stable=True).tolist():

@@ -17,7 +17,7 @@ from tenfold.merge import Checkpoint
 from tenfold.training.loop import Metrics, Progress, progress_bar
 from tenfold.training.store import WorkFolder
 from tenfold.upit import collect as tuning
-from tenfold.upit.adapters import load_adapter, save_adapter
+from tenfold.upit.adapters import load_adapter, save_adapter, scale_of
 from tenfold.upit.checkpoints import full_state, pick_checkpoints, save_dense
 from tenfold.upit.expand import Child
 from tenfold.upit.expand import expand as merge_experts
@@ -183,19 +183,23 @@ def assemble(run: Pipeline) -> Found:
     if run.lora:
         from tenfold.upit.lora_model import add_lora_experts, save_lora_experts
 
-        states = [load_adapter(e)[0] for e in found["experts"]]
-        save_lora_experts(
-            add_lora_experts(run.expert(run.base()), config.lora, states, routers), out
-        )
-        return {"model": str(out), "settings": asdict(config.lora)}
+        loaded = [load_adapter(e) for e in found["experts"]]
+        rank = loaded[0][1]["r"]
+        settings = replace(config.lora, rank=rank, alpha=rank * scale_of(loaded[0][1]))
+        model = add_lora_experts(
+            run.expert(run.base()), settings, adapters=[state for state, _ in loaded],
+            routers=routers if settings.routing == "block" else None,
+        )  # fmt: skip
+        save_lora_experts(model, out)
+        return {"model": str(out), "settings": asdict(settings)}
     from tenfold.upit.assemble import assemble as write_mixture
 
-    settings = replace(
+    assembly = replace(
         config.assembly, saved=run.found("expand")["saved"], aux_coef=config.post.aux_coef
     )
-    base = run.base() if settings.rest == "base" else None
-    write_mixture(found["experts"], routers, out, config=settings, base=base)
-    return {"model": str(out), "settings": asdict(settings)}
+    base = run.base() if assembly.rest == "base" else None
+    write_mixture(found["experts"], routers, out, config=assembly, base=base)
+    return {"model": str(out), "settings": asdict(assembly)}
 
 
 def post_train(run: Pipeline) -> Found:
