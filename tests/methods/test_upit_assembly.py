@@ -8,6 +8,7 @@ import upit_mixtures as tiny
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, MixtralForCausalLM
 
+from tenfold.testing import peak_growth
 from tenfold.upit import AssemblyConfig, btx, convert_layout, load, upcycle
 from tenfold.upit.assemble import assemble
 from tenfold.upit.layout import check_mixtral, mixtral_config
@@ -161,7 +162,7 @@ def test_dtypes(tmp_path, pool):
     out = assemble([*narrow[:2], *states[2:]], vectors(), tmp_path / "b", model_config=config,
                    config=AssemblyConfig(dtype="float32"))  # fmt: skip
     assert {t.dtype for t in load_file(out / "model.safetensors").values()} == {torch.float32}
-    with pytest.raises(ValueError, match="different dtypes at .*set dtype"):
+    with pytest.raises(ValueError, match=r"different dtypes at .*set dtype"):
         assemble([*narrow[:2], *states[2:]], vectors(), tmp_path / "c", model_config=config)
     quantised = [dict(s) for s in states]
     quantised[1]["model.norm.weight"] = quantised[1]["model.norm.weight"].to(torch.int8)
@@ -200,6 +201,21 @@ def test_a_killed_assembly_goes_on(tmp_path, pool):
     assemble(states, vectors(), tmp_path / "b", model_config=config, config=sizes)
     for file in (tmp_path / "b").iterdir():
         assert file.read_bytes() == (tmp_path / "a" / file.name).read_bytes()
+
+
+def test_memory_is_that_of_a_few_tensors(tmp_path):
+    """Four experts of 38 MB become 95 MB in files of 20 MB: a tensor has 2.4 MB."""
+    model = tiny.dense(layers=2, width=768, ffn=768)
+    with torch.no_grad():
+        for e in range(4):
+            model.get_parameter("model.layers.1.mlp.down_proj.weight").add_(1)
+            model.save_pretrained(tmp_path / str(e))
+    setup = "from tenfold.upit import AssemblyConfig; from tenfold.upit.assemble import assemble"
+    call = f"""
+assemble(["{tmp_path}/" + str(e) for e in range(4)], None, "{tmp_path}/moe",
+         config=AssemblyConfig(max_shard_bytes=20_000_000))
+    """
+    assert peak_growth(setup, call) < 30 * 2**20
 
 
 def test_errors(tmp_path, pool):

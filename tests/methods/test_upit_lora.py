@@ -31,6 +31,7 @@ def filled(model, seed=0):
 
 
 @pytest.mark.parametrize("routing", ["block", "linear"])
+@torch.no_grad()
 def test_without_b_the_model_is_the_base(routing):
     """Exactly, for routing="block": the base is read as it is."""
     model, ids = tiny.dense(), tiny.rows()
@@ -55,6 +56,7 @@ def test_without_b_a_block_is_exactly_that_with_no_pairs():
     assert torch.equal(layer(x), want)
 
 
+@torch.no_grad()
 def test_one_product_with_the_base_is_the_naive_form():
     """To 1e-6 of the largest value: per slot in float64, W + s B A of the expert."""
     model = filled(add_lora_experts(tiny.dense(), LoraExpertsConfig(**SMALL)))
@@ -154,8 +156,10 @@ def test_errors():
         add_lora_experts(model, config)
     with pytest.raises(TypeError, match="LlamaMLP cannot have LoRA experts"):
         add_lora_experts(tiny.dense(mlp_bias=True), config)
-    with pytest.raises(ValueError, match="at least 2 experts, got 1"):
+    with pytest.raises(ValueError, match="experts must be >= 2, got 1"):
         LoraExpertsConfig(experts=1)
+    with pytest.raises(ValueError, match=r"must be 1 to 4 .*, got 5"):
+        LoraExpertsConfig(experts=4, experts_per_token=5)
     with pytest.raises(ValueError, match="LlamaForCausalLM has no LoRA experts"):
         save_lora_experts(tiny.dense(), "nowhere")
     with pytest.raises(FileNotFoundError, match="no LoRA experts were saved"):

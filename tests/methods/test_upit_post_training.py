@@ -105,6 +105,7 @@ def test_a_folder_is_trained_saved_and_found_again(tmp_path):
     assert [c["lm_loss"] for c in made.curve[-3:]] < [c["lm_loss"] for c in made.curve[:3]]
     assert torch.tensor(made.load).sum(1).tolist() == pytest.approx([1.0, 1.0])
     again, ids = load(tmp_path / "out"), tiny.rows()
+    assert "tenfold" not in (tmp_path / "out" / "config.json").read_text()  # a stock checkpoint
     torch.testing.assert_close(
         tiny.logits(again, ids), tiny.logits(made.model, ids), atol=1e-5, rtol=1e-5
     )
@@ -171,6 +172,9 @@ def test_without_renormalisation(tmp_path):
     )
     stock = post_train(source, padded(), config=config(renormalize=True), eval_rows=padded(4))
     assert abs(stock.losses["before"] - made.losses["before"]) > 1e-3
+    model = tiny.mixtral()
+    inside = post_train(model, padded(), config=config(renormalize=False), eval_rows=padded(4))
+    assert mean_loss(model, padded(4)) == inside.losses["after"]  # used as it was trained
 
 
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
@@ -206,6 +210,8 @@ def test_lora_experts(tmp_path):
     for name, p in model.named_parameters():
         trains = "mlp.experts" in name or "mlp.gate.weight" in name
         assert p.requires_grad == trains and torch.equal(p, before[name]) != trains, name
+    with pytest.raises(FileNotFoundError, match="LoRA experts without their model"):
+        load(tmp_path / "out")
     again = load_lora_experts(tiny.dense(), tmp_path / "out")
     assert mean_loss(again, padded(8)) == pytest.approx(made.losses["after"], rel=1e-5)
 

@@ -108,6 +108,24 @@ def test_joint_training_is_the_objective_by_hand():
     assert all(p.grad is None for p in model.parameters()) and not model.training
 
 
+@pytest.mark.parametrize("train", ["joint", "router"])
+def test_an_expert_that_is_an_adapter(train):
+    """With PEFT only the adapter trains, and it alone is handed back."""
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(tiny.dense(), peft.LoraConfig(r=2, target_modules=["up_proj"]))
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    made, state = train_router(
+        model, tiny.rows(), config=RouterConfig(learning_rate=1e-2, train=train), steps=2
+    )
+    assert made.shape == (tiny.LAYERS, tiny.WIDTH)
+    if train == "router":
+        assert state is None
+    else:
+        assert len(state) == 2 * tiny.LAYERS and all("lora_" in name for name in state)
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name]) != (train == "joint" and "lora_" in name), name
+
+
 @pytest.mark.parametrize("changes", [{"micro_batch_size": 3}, {"cache_bytes": 0}])
 def test_ways_to_the_same_vectors(changes):
     """Pieces, and hidden states that are made anew, give what is made at once."""

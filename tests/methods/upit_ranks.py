@@ -1,7 +1,6 @@
-"""One of several gloo ranks: python upit_ranks.py FOLDER [STEP at which rank 0 kills itself]."""
+"""One of several gloo ranks: python upit_ranks.py FOLDER. The run is stopped after two steps and started again."""
 
 import os
-import signal
 import sys
 
 import torch
@@ -24,13 +23,21 @@ def data():
     return rows
 
 
-def main(folder, step="0"):
-    def callback(progress):
-        if progress.step == int(step) and os.environ.get("RANK") == "0":
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    made = post_train(tiny.mixtral(), data(), config=settings(), out=os.path.join(folder, "out"), callback=callback,
+def train(folder, callback=None):
+    return post_train(tiny.mixtral(), data(), config=settings(), out=os.path.join(folder, "out"), callback=callback,
                       eval_rows=tiny.rows(4, seed=5))  # fmt: skip
+
+
+def main(folder):
+    def stop(progress):
+        if progress.step == 2:
+            raise KeyboardInterrupt
+
+    try:
+        train(folder, stop)
+    except KeyboardInterrupt:
+        print("stopped")
+    made = train(folder)
     total = torch.stack([p.double().sum() for p in made.model.parameters()])
     other = [torch.empty_like(total) for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather(other, total)

@@ -9,3 +9,13 @@ def register_attention() -> None:
     from tenfold.integrations import attention
 
     attention.register()
+
+
+def register_experts() -> None:
+    """Registers ``experts_implementation="tenfold"`` with transformers.
+
+    Raises ModuleNotFoundError if transformers is not installed, ImportError if it has another interface.
+    """
+    from tenfold.integrations import experts
+
+    experts.register()

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tenfold.upit.layout import check_mixtral, read_config
+from tenfold.upit.lora_model import SETTINGS
 from tenfold.upit.mixture import fuse_routers, mixture_layers
 
 
@@ -29,10 +30,15 @@ def load(folder: str | Path, *, experts_implementation: str = "tenfold", **kwarg
         kwargs: of ``from_pretrained``.
 
     Raises:
-        FileNotFoundError: no model there. KeyError: a Mixtral without one of its experts (the tensor's name).
+        FileNotFoundError: no model there, or LoRA experts alone. KeyError: a Mixtral without one of its experts (the
+            tensor's name).
     """
     from transformers import AutoModelForCausalLM
 
+    if (Path(folder) / SETTINGS).is_file():
+        raise FileNotFoundError(
+            f"{folder} has LoRA experts without their model: load that one, then load_lora_experts(model, folder)"
+        )
     config = read_config(folder)
     mixtral = config.get("model_type") == "mixtral"
     if mixtral:

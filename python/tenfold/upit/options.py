@@ -135,6 +135,7 @@ class PostTrainingConfig:
     Attributes:
         epochs: over the data, unless ``steps`` says how many steps.
         learning_rate, weight_decay, betas, eps, max_grad_norm: AdamW; norms and biases do not decay.
+            state_dtype, stochastic_rounding: of ``MaskedAdamW``.
         schedule: after a linear ``warmup`` (share of the steps). batch_size: rows per step over all ranks;
             micro_batch_size: rows per forward and rank (None: all of them). sequence_length: of token streams.
         aux_coef: c of ``L_lm + c mean over layers of L_load``. lb_norm: ``"slots"`` (1 when balanced) or
@@ -154,6 +155,8 @@ class PostTrainingConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     max_grad_norm: float = 1.0
+    state_dtype: str = "fp32"
+    stochastic_rounding: bool = False
     schedule: str = "cosine"
     warmup: float = 0.03
     batch_size: int = 128
@@ -175,6 +178,7 @@ class PostTrainingConfig:
         one_of("trainable", self.trainable, TRAINABLE)
         one_of("experts_implementation", self.experts_implementation, IMPLEMENTATIONS)
         one_of("mixed_precision", self.mixed_precision, ("no", "bf16", "fp16"))
+        one_of("state_dtype", self.state_dtype, ("param", "fp32", "bf16", "int8"))
         for name in ("epochs", "learning_rate", "max_grad_norm"):
             positive(name, getattr(self, name))
         for name in ("weight_decay", "eps", "aux_coef"):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,7 +76,8 @@ class _Trainer(Trainer):
         trained = [p for p in module.parameters() if p.requires_grad]
         return MaskedAdamW(
             decay_groups(trained, c.learning_rate, c.weight_decay), betas=c.betas, eps=c.eps,
-            max_grad_norm=c.max_grad_norm, masks={}, state_dtype="fp32",
+            max_grad_norm=c.max_grad_norm, masks={}, state_dtype=c.state_dtype, seed=c.seed,
+            stochastic_rounding=c.stochastic_rounding,
         )  # fmt: skip
 
     def rate(self, step: int, steps: int) -> float:
@@ -104,33 +107,53 @@ class _Trainer(Trainer):
         return [(p, n / max(1, sum(tokens))) for p, n in zip(parts, tokens)]
 
 
-def _choose(
-    model: nn.Module, layers: list[MixtureLayer], config: PostTrainingConfig
-) -> dict[str, bool]:
-    """Sets what trains; returns what had gradients before."""
-    before = {n: p.requires_grad for n, p in model.named_parameters()}
-    if config.trainable == "all":
-        return before
+def _choose(model: nn.Module, layers: list[MixtureLayer], trainable: str) -> None:
+    """Sets what trains."""
+    if trainable == "all":
+        return
     if not layers:
         raise ValueError(
-            f"trainable={config.trainable!r} needs a mixture; the model has no routers and experts"
+            f"trainable={trainable!r} needs a mixture; the model has no routers and experts"
         )
     wanted: set[int] = set()
     for layer in layers:
         for what, module in (("routers", layer.router), ("experts", layer.experts)):
-            if what in config.trainable:
+            if what in trainable:
                 wanted |= {id(p) for p in module.parameters()}
     for p in model.parameters():
         p.requires_grad_(p.requires_grad and id(p) in wanted)
-    return before
 
 
-def _save(model: Any, source: Path | None, out: Path, config: PostTrainingConfig) -> None:
+@contextlib.contextmanager
+def _prepared(model: Any, layers: list[MixtureLayer], config: PostTrainingConfig) -> Iterator[None]:
+    """Our experts and gates inside, and gradients for what trains; afterwards all is as it was.
+
+    But for ``config.renormalize``: a model that was trained with it is used with it.
+    """
+    trained = {n: p.requires_grad for n, p in model.named_parameters()}
+    interface = getattr(model.config, "_experts_implementation", None)
+    already = [layer.router for layer in layers if "forward" in vars(layer.router)]
+    fused: list[nn.Module] = []
+    try:
+        _choose(model, layers, config.trainable)
+        set_implementation(model, config.experts_implementation)
+        fused = fuse_routers(layers, config.renormalize)
+        if layers and config.renormalize is not None:
+            model.config.norm_topk_prob = config.renormalize
+        yield
+    finally:
+        if config.renormalize is None:
+            restore_routers([r for r in fused if r not in already])
+        if interface is not None and hasattr(model, "set_experts_implementation"):
+            model.set_experts_implementation(interface)
+        for name, p in model.named_parameters():
+            p.requires_grad_(trained[name])
+
+
+def _save(model: Any, source: Path | None, out: Path) -> None:
     if lora_layers(model):
         save_lora_experts(model, out)
         return
-    if config.renormalize is not None and mixture_layers(model):
-        model.config.norm_topk_prob = config.renormalize
     model.save_pretrained(str(out))
     if source is not None:
         copy_small_files(source, out)
@@ -151,8 +174,8 @@ def post_train(
     Under ``torchrun`` or ``accelerate launch`` all ranks take part (DDP); they make the same steps as one process.
 
     Args:
-        folder: a model's folder, or a causal LM, which is trained in place (its routers and experts implementation
-            are its own again afterwards).
+        folder: a model's folder, or a causal LM, which is trained in place (its experts implementation is its own
+            again afterwards; ``config.renormalize``, if given, stays).
         data: rows [R, S], a stream [n], a dict with ``input_ids`` and optional ``labels`` (-100: no loss) and
             ``attention_mask`` (0: a token that no balance counts), or a function (stage, step, size) -> such rows.
         out: where the trained model is saved as transformers does it (LoRA experts: ``lora_experts.safetensors``);
@@ -184,14 +207,8 @@ def post_train(
         if done is not None:
             return PostTrained.from_json(done)
     layers = mixture_layers(model)
-    interface = getattr(model.config, "_experts_implementation", None)
-    set_implementation(model, config.experts_implementation)
-    own = {id(layer.router): vars(layer.router).get("norm_topk_prob") for layer in layers}
-    already = [layer.router for layer in layers if "forward" in vars(layer.router)]
-    fused = fuse_routers(layers, config.renormalize)
-    trained_before = _choose(model, layers, config)
     made = PostTrained(model, None if target is None else str(target), asdict(config))
-    try:
+    with _prepared(model, layers, config):
         if eval_rows is not None:
             made.losses["before"] = mean_loss(model, eval_rows)
         steps = steps_of(config, batches.rows())
@@ -205,41 +222,12 @@ def post_train(
         if eval_rows is not None:
             made.losses["after"] = mean_loss(model, eval_rows)
         if layers:
-            rows = (
-                eval_rows
-                if eval_rows is not None
-                else batches.take(_STAGE, steps - 1, config.batch_size)
-            )
-            made.load = expert_load(model, rows).tolist()
-    finally:
-        for name, p in model.named_parameters():
-            p.requires_grad_(trained_before[name])
-    if target is not None and accelerator.is_main_process:
-        restore_routers([r for r in fused if r not in already])
-        _save(model, source, target, config)
-    accelerator.wait_for_everyone()
-    if work is not None:
+            last = batches.take(_STAGE, steps - 1, config.batch_size)
+            made.load = expert_load(model, last if eval_rows is None else eval_rows).tolist()
+    if target is not None and work is not None:
+        if accelerator.is_main_process:
+            _save(model, source, target)
         work.save("result", made.to_json())
+        accelerator.wait_for_everyone()
         work.drop_checkpoints(_STAGE)
-    if source is None:
-        _give_back(model, layers, interface, own, [r for r in fused if r not in already])
     return made
-
-
-def _give_back(
-    model: Any,
-    layers: list[MixtureLayer],
-    interface: str | None,
-    own: dict[int, Any],
-    fused: list[nn.Module],
-) -> None:
-    """The caller's model has its own routers and experts implementation again."""
-    restore_routers(fused)
-    for layer in layers:
-        before = own[id(layer.router)]
-        if before is None:
-            vars(layer.router).pop("norm_topk_prob", None)
-        else:
-            layer.router.norm_topk_prob = before
-    if interface is not None and hasattr(model, "set_experts_implementation"):
-        model.set_experts_implementation(interface)

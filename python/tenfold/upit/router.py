@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tenfold import ops
+from tenfold.optim import MaskedAdamW
 from tenfold.training.batches import Batches, Data
 from tenfold.training.errors import TrainingError
 from tenfold.training.loop import Callback, Progress, kept_random_state, progress_bar
@@ -191,7 +192,8 @@ def train_router(
     joint = config.train == "joint"
     cache = None if joint else _Cache(model, config.cache_bytes)
     groups = _groups(model, vectors, config)
-    optimizer = torch.optim.AdamW(groups, betas=config.betas, fused=True)
+    optimizer = MaskedAdamW(groups, betas=config.betas, masks={}, state_dtype="fp32",
+                            max_grad_norm=config.max_grad_norm)  # fmt: skip
     with kept_random_state(), progress_bar("router", steps, 0, not quiet) as advance:
         torch.manual_seed(seed)
         model.train(joint)
@@ -206,9 +208,6 @@ def train_router(
                         f"router initialisation: the loss became {metrics['loss']} at step {step + 1}; lower the "
                         "learning rates, or look at the data"
                     )
-                torch.nn.utils.clip_grad_norm_(
-                    [p for g in groups for p in g["params"]], config.max_grad_norm
-                )
                 optimizer.step()
                 optimizer.zero_grad()
                 advance(metrics)
