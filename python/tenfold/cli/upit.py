@@ -86,68 +86,28 @@ def _run(
         out.print(f"model: {model}", highlight=False, soft_wrap=True)
 
 
-@app.command()
-@friendly
-def run(recipe: RecipeFile, folder: Out = FOLDER, device: Device = "cpu", json: Json = False,
-        quiet: Quiet = False) -> None:  # fmt: skip
-    """Run all stages of a recipe; several processes with torchrun; a stopped run goes on where it was."""
-    _run(recipe, folder, None, device, json, quiet)
+VERBS = {
+    "run": "Run all stages of a recipe; several processes with torchrun; a stopped run goes on where it was.",
+    "collect": "S1: tune the dense model and keep checkpoints, one per quarter of an epoch.",
+    "expand": "S2 (and what comes before): merge the least similar experts until there are enough.",
+    "seeds": "S3 (and what comes before): deal a sample of the data to the experts by their loss.",
+    "route": "S4 (and what comes before): a routing vector for every expert and layer.",
+    "assemble": "S5 (and what comes before): the mixture, as a stock Mixtral folder.",
+    "post-train": "S6 (and what comes before): train the mixture on the same data.",
+    "report": "Losses by family, load and affinity of the experts, on a page (and what comes before).",
+}
 
 
-@app.command()
-@friendly
-def collect(recipe: RecipeFile, folder: Out = FOLDER, device: Device = "cpu", json: Json = False,
-            quiet: Quiet = False) -> None:  # fmt: skip
-    """S1: tune the dense model and keep checkpoints, one per quarter of an epoch."""
-    _run(recipe, folder, "collect", device, json, quiet)
+def _add(verb: str, text: str) -> None:
+    def command(recipe: RecipeFile, folder: Out = FOLDER, device: Device = "cpu", json: Json = False,
+                quiet: Quiet = False) -> None:  # fmt: skip
+        _run(recipe, folder, None if verb == "run" else verb, device, json, quiet)
+
+    app.command(name=verb, help=text)(friendly(command))
 
 
-@app.command()
-@friendly
-def expand(recipe: RecipeFile, folder: Out = FOLDER, device: Device = "cpu", json: Json = False,
-           quiet: Quiet = False) -> None:  # fmt: skip
-    """S2 (and what comes before): merge the least similar experts until there are enough."""
-    _run(recipe, folder, "expand", device, json, quiet)
-
-
-@app.command()
-@friendly
-def seeds(recipe: RecipeFile, folder: Out = FOLDER, device: Device = "cpu", json: Json = False,
-          quiet: Quiet = False) -> None:  # fmt: skip
-    """S3 (and what comes before): deal a sample of the data to the experts by their loss."""
-    _run(recipe, folder, "seeds", device, json, quiet)
-
-
-@app.command()
-@friendly
-def route(recipe: RecipeFile, folder: Out = FOLDER, device: Device = "cpu", json: Json = False,
-          quiet: Quiet = False) -> None:  # fmt: skip
-    """S4 (and what comes before): a routing vector for every expert and layer."""
-    _run(recipe, folder, "route", device, json, quiet)
-
-
-@app.command()
-@friendly
-def assemble(recipe: RecipeFile, folder: Out = FOLDER, device: Device = "cpu", json: Json = False,
-             quiet: Quiet = False) -> None:  # fmt: skip
-    """S5 (and what comes before): the mixture, as a stock Mixtral folder."""
-    _run(recipe, folder, "assemble", device, json, quiet)
-
-
-@app.command(name="post-train")
-@friendly
-def post_train(recipe: RecipeFile, folder: Out = FOLDER, device: Device = "cpu", json: Json = False,
-               quiet: Quiet = False) -> None:  # fmt: skip
-    """S6 (and what comes before): train the mixture on the same data."""
-    _run(recipe, folder, "post-train", device, json, quiet)
-
-
-@app.command()
-@friendly
-def report(recipe: RecipeFile, folder: Out = FOLDER, device: Device = "cpu", json: Json = False,
-           quiet: Quiet = False) -> None:  # fmt: skip
-    """Losses by family, load and affinity of the experts, on a page."""
-    _run(recipe, folder, "report", device, json, quiet)
+for _verb, _text in VERBS.items():
+    _add(_verb, _text)
 
 
 @app.command(name="eval")
