@@ -33,6 +33,5 @@ def test_a_recipe_on_two_ranks(tmp_path):
     assert again["expand"]["children"][0]["parents"] == want["expand"]["children"][0]["parents"]
     assert again["seeds"]["mean_nll"] == pytest.approx(want["seeds"]["mean_nll"], rel=1e-4)
     routers = [load_file(f["route"]["routers"])["routers"] for f in (again, want)]
-    assert again["seeds"]["buckets"] != want["seeds"]["buckets"] or torch.allclose(
-        *routers, atol=1e-2
-    )
+    assert again["seeds"]["buckets"] == want["seeds"]["buckets"]
+    torch.testing.assert_close(*routers, atol=1e-3, rtol=1e-2)
