@@ -16,13 +16,14 @@ import torch
 from tenfold.training.checks import one_of
 from tenfold.training.loop import Progress
 from tenfold.upit.families import Families, family_losses
+from tenfold.upit.options import AssemblyConfig
 from tenfold.upit.pipeline import Pipeline
 
 # What is compared: name in tables.
 METHODS = {
     "dense": "dense, tuned on",
     "vanilla": "vanilla upcycling",
-    "btx": "checkpoints, random routers",
+    "btx": "UpIT's experts, random routers",
     "upit": "UpIT",
 }
 BASE, TUNED = "base", "dense after S1"
@@ -68,8 +69,11 @@ def compare(
     Args:
         recipe, model, tokenizer, data, device: of :class:`tenfold.upit.pipeline.Pipeline`.
         methods: of ``METHODS``. step: told after every training step.
+
+    Raises:
+        ValueError: an unknown method; upcycling of whole models beside LoRA experts.
     """
-    from tenfold.upit.baselines import btx, continue_dense, upcycle
+    from tenfold.upit.baselines import continue_dense
     from tenfold.upit.measure import affinity, expert_load
     from tenfold.upit.post_train import post_train
 
@@ -83,6 +87,8 @@ def compare(
     run = Pipeline(
         recipe, out, model=model, tokenizer=tokenizer, data=data, device=device, callback=told
     )
+    if run.lora and set(methods) & {"vanilla", "btx"}:
+        raise ValueError("vanilla and btx upcycle whole models; compare LoRA experts with dense")
     found = Comparison(list(run.data.names))
 
     def judged(name: str, network: Any) -> None:
@@ -99,23 +105,22 @@ def compare(
         work = run.out / name
         if name == "upit":
             found.stages = run.run("post-train")
-            tuned, curve = (
-                run.mixture(found.stages["post-train"]["model"]),
-                found.stages["post-train"]["curve"],
-            )
-        elif name == "dense":
-            made = continue_dense(
-                run.expert(experts[-1]), run.data.train, config=settings, callback=told
-            )
-            tuned, curve = made.model, made.curve
+            made_here = found.stages["post-train"]
+            tuned, curve = run.mixture(made_here["model"]), made_here["curve"]
         else:
-            if not (work / "config.json").is_file():
-                if name == "vanilla":
-                    upcycle(experts[-1], work, experts=run.config.num_experts, config=assembly)
-                else:
-                    btx(experts, work, config=assembly)
-            made = post_train(run.mixture(work), run.data.train, config=settings, callback=told)
-            tuned, curve = made.model, made.curve
+            source: Any = experts[-1]
+            if name != "dense":
+                source = work / "moe"
+                if not (source / "config.json").is_file():
+                    pool = run.run("expand")["expand"]["experts"] if name == "btx" else experts
+                    _assembled(name, pool, source, run.config.num_experts, assembly)
+            train = continue_dense if name == "dense" else post_train
+            read = run.expert if name == "dense" else run.mixture
+            made = train(
+                read(source), run.data.train, config=settings, out=work / "tuned", callback=told
+            )
+            tuned = made.model if made.model is not None else read(work / "tuned")
+            curve = made.curve
         judged(title, tuned)
         found.curves[title], found.seconds[title] = curve, time.perf_counter() - start
         if name != "dense":
@@ -124,6 +129,17 @@ def compare(
             found.affinity[title] = affinity(tuned, run.data.tests).tolist()
         del tuned
     return found
+
+
+def _assembled(
+    name: str, experts: list[str], out: Path, count: int, config: AssemblyConfig
+) -> None:
+    from tenfold.upit.baselines import btx, upcycle
+
+    if name == "vanilla":
+        upcycle(experts[-1], out, experts=count, config=config)
+    else:
+        btx(experts, out, config=config)
 
 
 def _some(rows: dict[str, torch.Tensor], count: int) -> dict[str, torch.Tensor]:
