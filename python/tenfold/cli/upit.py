@@ -128,6 +128,7 @@ def evaluate(
     """Loss per family of one or more models."""
     from transformers import AutoTokenizer
 
+    from tenfold.data.models import quiet_transformers
     from tenfold.hft import tasks as packaged
     from tenfold.upit import summary
     from tenfold.upit.families import family_losses, read_pairs
@@ -141,7 +142,8 @@ def evaluate(
         if not folder.is_dir():
             raise ValueError(f"no model folder at {str(folder)!r}")
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = load(folder).float().to(rank_device(device)).eval()
+        with quiet_transformers():
+            model = load(folder).float().to(rank_device(device)).eval()
         end = tokenizer.eos_token_id
         tests = {n: packaged.rows_of_pairs(p[:rows], packaged.encoder(tokenizer), sequence_length, end, end or 0)
                  for n, p in pairs.items()}  # fmt: skip

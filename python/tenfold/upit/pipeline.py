@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from tenfold.data.models import quiet_transformers
 from tenfold.training.batches import sample_digest
 from tenfold.training.loop import Callback
 from tenfold.training.store import WorkFolder
@@ -183,7 +184,8 @@ class Pipeline:
 
         if self.lora:
             return load_lora_experts(self.expert(self.base()), folder)
-        return load(folder, dtype=torch.float32).to(self.device).eval()
+        with quiet_transformers():
+            return load(folder, dtype=torch.float32).to(self.device).eval()
 
     # Running.
 
@@ -197,7 +199,8 @@ class Pipeline:
             if self.found(stage) is not None:
                 continue
             if self.main or stage not in ALONE:
-                made = STAGES[stage](self)
+                with quiet_transformers():  # there are bars already
+                    made = STAGES[stage](self)
                 self.work.save(stage, made)
                 if self.main:
                     self.tell(stage, _said(stage, made))

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from tenfold.data.models import quiet_transformers
 from tenfold.training.checks import one_of
 from tenfold.training.loop import Progress
 from tenfold.upit.families import Families, family_losses
@@ -116,9 +117,10 @@ def compare(
                     _assembled(name, pool, source, run.config.num_experts, assembly)
             train = continue_dense if name == "dense" else post_train
             read = run.expert if name == "dense" else run.mixture
-            made = train(
-                read(source), run.data.train, config=settings, out=work / "tuned", callback=told
-            )
+            with quiet_transformers():
+                made = train(
+                    read(source), run.data.train, config=settings, out=work / "tuned", callback=told
+                )
             tuned = made.model if made.model is not None else read(work / "tuned")
             curve = made.curve
         judged(title, tuned)
