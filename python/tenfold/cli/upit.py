@@ -134,13 +134,14 @@ def evaluate(
     from tenfold.upit.families import family_losses, read_pairs
     from tenfold.upit.loading import load
 
+    absent = [str(m) for m in models if not m.is_dir()]
+    if absent:
+        raise ValueError(f"no model folder at {absent[0]!r}")
     pairs = {f.stem: read_pairs(f) for f in data or []} or {
         n: packaged.pairs(n) for n in split(tasks, str, "--tasks")
     }
     losses = {}
     for folder in models:
-        if not folder.is_dir():
-            raise ValueError(f"no model folder at {str(folder)!r}")
         tokenizer = AutoTokenizer.from_pretrained(folder)
         with quiet_transformers():
             model = load(folder).float().to(rank_device(device)).eval()
