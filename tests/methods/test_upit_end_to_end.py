@@ -10,10 +10,11 @@ from tenfold.upit.layout import convert_layout
 from tenfold.upit.study import METHODS, compare
 
 VOCAB, LENGTH, DOMAINS = 24, 32, 4
-# Calibrated once on seeds 0 to 4; the threshold is the one below.
+# Calibrated once: checkpoints every quarter of an epoch, as in the paper. UpIT's loss over that of vanilla upcycling was
+# 0.9999, 0.9964, 0.9956, 0.9964, 0.9951 on seeds 0 to 4 (one epoch apart: 1.002 to 1.007).
 RECIPE = {
     "base_model": "chains", "preset": "small", "num_experts": 4, "experts_per_token": 2,
-    "collect": {"epochs": 4.0, "save_every": 1.0, "batch_size": 32, "learning_rate": 5e-3, "dtype": "float32"},
+    "collect": {"epochs": 4.0, "save_every": 0.25, "batch_size": 32, "learning_rate": 5e-3, "dtype": "float32"},
     "seeds": {"fraction": 0.25, "assign": "relative"}, "router": {"batch_size": 8, "normalize": "unit"},
     "post": {"epochs": 2.0, "batch_size": 32, "learning_rate": 3e-3},
 }  # fmt: skip
