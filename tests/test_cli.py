@@ -47,6 +47,12 @@ COMMANDS = [
     ["ma-rlhf", "rm"],
     ["ma-rlhf", "eval"],
     ["ma-rlhf", "report"],
+    ["upit"],
+    ["upit", "run"],
+    ["upit", "expand"],
+    ["upit", "post-train"],
+    ["upit", "eval"],
+    ["upit", "export"],
 ]
 FACT = "The secret code of Amelia is 48213."
 
@@ -105,6 +111,10 @@ class TestHelp:
                      ("hft", "continual"): ("--tasks", "--methods", "--seeds", "--out", "--json"),
                      ("hft", "plan"): ("--ratio", "--round", "--seed", "--json"),
                      ("hft", "report"): ("--out", "--json"),
+                     ("upit",): ("run", "collect", "expand", "seeds", "route", "assemble", "post-train", "report",
+                                 "eval", "export"),
+                     ("upit", "run"): ("--out", "--device", "--json", "--quiet"),
+                     ("upit", "export"): ("--layout", "--out", "--json"),
                      ("ma-rlhf",): ("train", "rm", "eval", "report"),
                      ("ma-rlhf", "train"): ("--model", "--prompts", "--reward", "--n", "--sigma", "--ratio",
                                             "--kl", "--lora-rank", "--set", "--out", "--json", "--quiet"),
@@ -541,7 +551,7 @@ class TestDemo:
     @pytest.mark.parametrize("extra", [[], ["--json"]], ids=["text", "json"])
     def test_unknown_method(self, extra, tmp_path):
         said = fails("demo", "nacl", "alchemy", "--out", tmp_path, *extra)
-        assert said == "tenfold: unknown method alchemy; there are: nacl, dha, hft, ma-rlhf\n"
+        assert said == "tenfold: unknown method alchemy; there are: nacl, dha, hft, ma-rlhf, upit\n"
         assert list(tmp_path.iterdir()) == []
 
     @pytest.mark.slow

@@ -71,11 +71,22 @@ def _ma_rlhf(page: Page, quiet: bool) -> tuple[dict[str, Any], list[Any]]:
     return found.to_json(), tables
 
 
+def _upit(page: Page, quiet: bool) -> tuple[dict[str, Any], list[Any]]:
+    from tenfold.upit import demo
+
+    with progress(demo.steps(), quiet) as step:
+        found = demo.run_demo(step=step)
+    demo.add_demo_section(found, page)
+    title = "Loss per answer byte; 4 experts, 2 per byte"
+    return found.to_json(), [table(title, demo.COLUMNS, demo.table_rows(found))]
+
+
 METHODS: dict[str, Callable[[Page, bool], tuple[dict[str, Any], list[Any]]]] = {
     "nacl": _nacl,
     "dha": _dha,
     "hft": _hft,
     "ma-rlhf": _ma_rlhf,
+    "upit": _upit,
 }
 
 

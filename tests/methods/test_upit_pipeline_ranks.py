@@ -1,0 +1,37 @@
+"""Two gloo ranks: tuning over DDP, experts side by side, and the numbers of one process."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import upit_dense as dense
+from safetensors.torch import load_file
+from test_upit_pipeline import RECIPE, data
+
+from tenfold.upit.pipeline import Pipeline
+
+HERE = Path(__file__).resolve().parent
+
+
+def test_a_recipe_on_two_ranks(tmp_path):
+    env = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone",
+               str(HERE / "upit_pipeline_ranks.py"), str(tmp_path / "two")]  # fmt: skip
+    done = subprocess.run(command, cwd=HERE, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    want = Pipeline(RECIPE, tmp_path / "one", model=dense.llama(), data=data()).run("route")
+    one, two = (
+        load_file(tmp_path / n / "collect" / "checkpoint-8" / "model.safetensors")
+        for n in ("one", "two")
+    )
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, atol=1e-4, rtol=1e-3)
+    again = Pipeline(RECIPE, tmp_path / "two", model=dense.llama(), data=data()).run("route")
+    assert again["expand"]["children"][0]["parents"] == want["expand"]["children"][0]["parents"]
+    assert again["seeds"]["mean_nll"] == pytest.approx(want["seeds"]["mean_nll"], rel=1e-4)
+    routers = [load_file(f["route"]["routers"])["routers"] for f in (again, want)]
+    assert again["seeds"]["buckets"] == want["seeds"]["buckets"]
+    torch.testing.assert_close(*routers, atol=1e-3, rtol=1e-2)
