@@ -71,8 +71,8 @@ def moe_swiglu_mlp(
         gate, up = (x @ work(gate_up[e]).T).chunk(2, -1)
         return (F.silu(gate) * up) @ work(down[e]).T
 
-    flat = (t.reshape(len(rows), t.shape[-1]) for t in (index, weight))
-    out = _mixture(rows, *flat, gate_up.shape[0], allow_sentinel, expert)
+    chosen, share = (t.reshape(len(rows), t.shape[-1]) for t in (index, weight))
+    out = _mixture(rows, chosen, share, gate_up.shape[0], allow_sentinel, expert)
     return out.view(x.shape).to(x.dtype)
 
 
@@ -94,6 +94,6 @@ def moe_lora_swiglu_mlp(
     def expert(e: int, x: Tensor) -> Tensor:
         return linear(e, 2, F.silu(linear(e, 0, x)) * linear(e, 1, x))
 
-    flat = (t.reshape(len(rows), t.shape[-1]) for t in (index, weight))
-    out = _mixture(rows, *flat, lora_a[0].shape[0], allow_sentinel, expert)
+    chosen, share = (t.reshape(len(rows), t.shape[-1]) for t in (index, weight))
+    out = _mixture(rows, chosen, share, lora_a[0].shape[0], allow_sentinel, expert)
     return out.view(x.shape).to(x.dtype)
