@@ -1,6 +1,6 @@
 // Device code of moe_permute, moe_combine and their backward. A team of threads, of a size that
-// depends on d alone, has a row, 16 bytes (and 8 elements where it sums) of a thread at a time. Sums
-// go over a token's slots in order; every row has one owner: no atomics on numbers.
+// depends on d alone, has a row, 16 bytes (and 8 elements where it sums) of a thread at a time.
+// Sums go over a token's slots in order; every row has one owner: no atomics on numbers.
 #pragma once
 
 #include "core/vectors.cuh"
@@ -61,8 +61,8 @@ __global__ void __launch_bounds__(kTeamThreads) permute_kernel(PermuteArgs a, in
 template <class T>
 void launch_permute(const PermuteArgs& a, cudaStream_t stream) {
   if (a.positions == 0 || a.bytes == 0) return;
-  const bool wide = reinterpret_cast<uintptr_t>(a.x) % 16 == 0 && a.stride % 16 == 0 &&
-                    a.bytes % 16 == 0;
+  const bool wide =
+      reinterpret_cast<uintptr_t>(a.x) % 16 == 0 && a.stride % 16 == 0 && a.bytes % 16 == 0;
   const int64_t size = wide ? 16 : static_cast<int64_t>(sizeof(T));
   const int team = team_size(a.bytes / size);
   const auto blocks = static_cast<unsigned>(team_blocks(a.positions, team));
