@@ -30,7 +30,7 @@ __device__ inline uint4 from_floats(const float (&x)[kPerVector<T>]) {
 
 // Bytes that a load of kN elements takes at once.
 template <class T, int kN>
-constexpr int kWideBytes = kN* static_cast<int>(sizeof(T)) % 16 == 0 ? 16 : 8;
+constexpr int kWideBytes = kN * static_cast<int>(sizeof(T)) % 16 == 0 ? 16 : 8;
 
 // Rows of n elements, `stride` apart, whose wide loads of kN elements are aligned.
 template <class T, int kN>

@@ -33,10 +33,12 @@ from tenfold.ops import loss as ops
 from tenfold.testing import assert_close_to_ref
 
 sys.path.insert(0, str(OPS))
-import test_sequence_nll as nll  # noqa: E402
-from linear_loss_cases import OPTIONS, compare, eager_cross_entropy  # noqa: E402
+import test_sequence_nll as nll
+from linear_loss_cases import OPTIONS, compare, eager_cross_entropy
 
 LIB = ctypes.CDLL(str(build("kernels_loss", "-shared", "-fPIC")))
+
+
 def sizes(logits, ids):
     return numbers(CODES[logits.dtype], *logits.shape, row_stride(logits), ids.dtype == torch.int64)
 

@@ -106,8 +106,7 @@ API void emu_slerp(void* const* t, const double* x, const int64_t* n) {
   s.out = t[1], s.dtype = m.dtype, s.terms = 2;
   for (int e = 0; e < 2; ++e) s.term[e] = m.expert[e] = t[2 + e];
   with_dtype_of(m.dtype, [&]<class T>() {
-    if (m.base != nullptr)
-      return launch_delta_merge<T>(delta_run(m, n[1], weight.data()), nullptr);
+    if (m.base != nullptr) return launch_delta_merge<T>(delta_run(m, n[1], weight.data()), nullptr);
     launch_weighted_sum<T>(weighted_sum_args(s, n[1], weight.data()), nullptr);
   });
 }

@@ -133,8 +133,7 @@ API void emu_moe_combine_backward(void* const* t, const int64_t* n) {
   a.rows = n[1], a.tokens = n[2], a.k = n[3], a.dim = n[4];
   a.grad_y = n[1] > 0 ? t[4] : nullptr, a.grad_weight = static_cast<float*>(t[5]);
   std::vector<int32_t> slot(a.grad_y != nullptr ? a.rows : 0, 0x5A5A5A5A);
-  if (a.grad_y != nullptr)
-    launch_invert({a.inverse, a.tokens * a.k, a.rows, slot.data()}, nullptr);
+  if (a.grad_y != nullptr) launch_invert({a.inverse, a.tokens * a.k, a.rows, slot.data()}, nullptr);
   a.slot = slot.data();
   with_dtype(n[0], [&]<class T>() { launch_combine_grad<T>(with_shape<T>(a), nullptr); });
 }

@@ -19,8 +19,8 @@ struct DeltaRun {
 
 inline DeltaRun delta_run(const DeltaMerge& m, int64_t n, const float* weight) {
   const int shift = m.pick == Pick::random ? static_cast<int>(m.offset % kDrawn) : 0;
-  const bool wide = all_aligned(m.expert, m.experts, m.base, m.out) &&
-                    shift * dtype_size(m.dtype) % 16 == 0;
+  const bool wide =
+      all_aligned(m.expert, m.experts, m.base, m.out) && shift * dtype_size(m.dtype) % 16 == 0;
   return {m, n, shift, wide, weight};
 }
 
@@ -36,7 +36,8 @@ __device__ inline int64_t drawn_first(int64_t run, int shift) {
 }
 
 template <class T, bool kRandom, Mix kMix>
-__global__ void __launch_bounds__(kMergeThreads, 2) delta_merge_kernel(DeltaRun a) {
+__global__ void __launch_bounds__(kMergeThreads, kMix == Mix::plain ? 3 : 2)
+    delta_merge_kernel(DeltaRun a) {
   // Of means there are four sums an element: one half after the other, with the draws made twice.
   constexpr int kEach = kMix == Mix::elected_mean ? kDrawn / 2 : kDrawn;
   const int64_t first = drawn_first(blockIdx.x, a.shift);
@@ -52,8 +53,8 @@ __global__ void __launch_bounds__(kMergeThreads, 2) delta_merge_kernel(DeltaRun 
       load_run<T>(a.m.expert[e], i, a.n, a.wide, x);
       uint32_t kept = 0xFFFFu;
       if constexpr (kRandom)
-        kept = kept_bits(a.m.key, static_cast<uint64_t>(a.m.offset + first) / kDrawn,
-                         a.m.number[e], a.m.drop[e]);
+        kept = kept_bits(a.m.key, static_cast<uint64_t>(a.m.offset + first) / kDrawn, a.m.number[e],
+                         a.m.drop[e]);
       const float weight = a.weight != nullptr ? a.weight[e] : a.m.weight[e], share = a.m.share[e];
 #pragma unroll
       for (int k = 0; k < kEach; ++k)
@@ -118,8 +119,7 @@ __global__ void __launch_bounds__(kMergeThreads) weighted_sum_kernel(WeightedSum
 template <class T>
 void launch_weighted_sum(const WeightedSumArgs& a, cudaStream_t stream) {
   const auto blocks = static_cast<unsigned>(weighted_sum_blocks(a));
-  if (blocks > 0)
-    TENFOLD_LAUNCH(weighted_sum_kernel<T>, blocks, kMergeThreads, stream, a);
+  if (blocks > 0) TENFOLD_LAUNCH(weighted_sum_kernel<T>, blocks, kMergeThreads, stream, a);
 }
 
 }  // namespace tenfold::cuda

@@ -83,8 +83,7 @@ __global__ void __launch_bounds__(kRouterThreads, 1) router_kernel(RouterArgs a)
 #pragma unroll
         for (int t = 0; t < kTok; ++t)
 #pragma unroll
-          for (int k = 0; k < kPer; ++k)
-            sums[t * kE + e] = fmaf(x[t][k], w[k], sums[t * kE + e]);
+          for (int k = 0; k < kPer; ++k) sums[t * kE + e] = fmaf(x[t][k], w[k], sums[t * kE + e]);
       }
     }
     const int first = add_over_lanes(sums);

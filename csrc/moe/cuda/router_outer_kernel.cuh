@@ -45,8 +45,9 @@ __global__ void __launch_bounds__(kOuterThreads, 3) router_outer_kernel(OuterArg
   const int64_t c = blockIdx.x % a.col_tiles * kOuterColumns + threadIdx.x * kOuterUnit;
   const int64_t begin = strip * a.strip;
   const int64_t end = begin + a.strip < a.depth ? begin + a.strip : a.depth;
-  const int width = static_cast<int>(c >= a.cols ? 0 : a.cols - c < kOuterUnit ? a.cols - c
-                                                                               : kOuterUnit);
+  const int width = static_cast<int>(c >= a.cols               ? 0
+                                     : a.cols - c < kOuterUnit ? a.cols - c
+                                                               : kOuterUnit);
   const B* from = static_cast<const B*>(a.b) + begin * a.b_stride + c;
   float sums[kOuterRows][kOuterUnit] = {};
   for (int64_t first = begin; first < end; first += kOuterStage) {
@@ -71,7 +72,8 @@ __global__ void __launch_bounds__(kOuterThreads, 3) router_outer_kernel(OuterArg
 #pragma unroll
           for (int q = 0; q < 4; ++q)
 #pragma unroll
-            for (int u = 0; u < kOuterUnit; ++u) sums[r + q][u] = fmaf(x[q], b[l][u], sums[r + q][u]);
+            for (int u = 0; u < kOuterUnit; ++u)
+              sums[r + q][u] = fmaf(x[q], b[l][u], sums[r + q][u]);
         }
     }
     __syncthreads();
@@ -80,8 +82,7 @@ __global__ void __launch_bounds__(kOuterThreads, 3) router_outer_kernel(OuterArg
   Out* const out = static_cast<Out*>(a.out) + strip * a.rows * a.cols;
 #pragma unroll
   for (int r = 0; r < kOuterRows; ++r)
-    if (row + r < a.rows)
-      store_some(sums[r], out + (row + r) * a.cols + c, a.cols - c, a.out_wide);
+    if (row + r < a.rows) store_some(sums[r], out + (row + r) * a.cols + c, a.cols - c, a.out_wide);
 }
 
 inline int64_t outer_blocks(const OuterArgs& a) {
