@@ -148,19 +148,20 @@ def ops_with_cuda_sources() -> set[str]:
 
 class TestImport:
     def test_cuda_kernels_are_registered_without_a_gpu(self):
-        ops = ["collapse_heads", "dha_attention", "dha_attention_backward",
-               "dha_cache_append_", "dha_decode", "fuse_heads", "fuse_heads_backward",
-         "fusion_mse", "fusion_mse_backward", "gae", "grad_norm", "grouped_gemm", "grouped_gemm_wgrad",
-         "head_cka", "kv_compact_", "kv_gather", "linear_cross_entropy", "linear_logprob",
-         "linear_wgrad_rows", "ma_ppo_policy_loss", "ma_ppo_prepare",
+        ops = ["collapse_heads", "dare_merge", "dare_merge_", "delta_gram", "delta_gram_", "dha_attention",
+               "dha_attention_backward", "dha_cache_append_", "dha_decode", "fuse_heads",
+               "fuse_heads_backward", "fusion_mse", "fusion_mse_backward", "gae", "grad_norm",
+               "grouped_gemm", "grouped_gemm_wgrad", "head_cka", "kv_compact_", "kv_gather",
+               "linear_cross_entropy", "linear_logprob", "linear_merge", "linear_merge_",
+               "linear_wgrad_rows", "load_balance_loss", "ma_ppo_policy_loss", "ma_ppo_prepare",
                "ma_ppo_value_loss", "macro_gae", "macro_pool", "macro_segment_fixed",
-               "macro_segment_lengths", "macro_segment_ppl", "macro_segment_starts", *INNER,
-               "mask_popcount", "mask_prefix", "mask_random",
-               "mask_topk", "masked_adamw_", "masked_adamw_8bit_", "masked_copy_",
-               "moe_lora_swiglu_mlp", "moe_swiglu_mlp",
-               "nacl_evict", "nacl_select", "pack_mask", "proxy_scores", "ragged_decode",
-               "selective_logprob",
-               "template_scale", "unpack_mask"]  # fmt: skip
+               "macro_segment_lengths", "macro_segment_ppl", "macro_segment_starts", "mask_popcount",
+               "mask_prefix", "mask_random", "mask_topk", "masked_adamw_", "masked_adamw_8bit_",
+               "masked_copy_", "moe_combine", "moe_gate", "moe_gate_linear", "moe_lora_swiglu_mlp",
+               "moe_permute", "moe_sort", "moe_swiglu_mlp", "nacl_evict", "nacl_select", "pack_mask",
+               "proxy_scores", "ragged_decode", "router_seed_loss", "selective_logprob", "sequence_nll",
+               "slerp_merge", "slerp_merge_", "template_scale", "ties_merge", "ties_merge_", "unpack_mask",
+               *INNER]  # fmt: skip
         code = (
             "import tenfold, torch; has = torch._C._dispatch_has_kernel_for_dispatch_key;"
             "assert not torch.cuda.is_available();"

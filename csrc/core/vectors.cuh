@@ -30,7 +30,7 @@ __device__ inline uint4 from_floats(const float (&x)[kPerVector<T>]) {
 
 // Bytes that a load of kN elements takes at once.
 template <class T, int kN>
-constexpr int kWideBytes = kN* static_cast<int>(sizeof(T)) % 16 == 0 ? 16 : 8;
+constexpr int kWideBytes = kN * static_cast<int>(sizeof(T)) % 16 == 0 ? 16 : 8;
 
 // Rows of n elements, `stride` apart, whose wide loads of kN elements are aligned.
 template <class T, int kN>
@@ -45,8 +45,9 @@ template <class T, int kN>
 __device__ inline void load_some(const T* p, int64_t n, bool wide, float (&x)[kN],
                                  float rest = 0.0f) {
   static_assert(kN * sizeof(T) % 8 == 0);
+  // Both ways end in the words of memory: fewer registers than the floats.
+  T raw[kN];
   if (wide && n >= kN) {
-    T raw[kN];
     if constexpr (kWideBytes<T, kN> == 16) {
       constexpr int kVectors = kN / kPerVector<T>;
       uint4 words[kVectors];
@@ -57,12 +58,14 @@ __device__ inline void load_some(const T* p, int64_t n, bool wide, float (&x)[kN
       const uint64_t words = *reinterpret_cast<const uint64_t*>(p);
       memcpy(raw, &words, sizeof(raw));
     }
+  } else {
+    T none;
+    from_float(rest, &none);
 #pragma unroll
-    for (int k = 0; k < kN; ++k) x[k] = to_float(raw[k]);
-    return;
+    for (int k = 0; k < kN; ++k) raw[k] = k < n ? p[k] : none;
   }
 #pragma unroll
-  for (int k = 0; k < kN; ++k) x[k] = k < n ? to_float(p[k]) : rest;
+  for (int k = 0; k < kN; ++k) x[k] = to_float(raw[k]);
 }
 
 template <class T, int kN>

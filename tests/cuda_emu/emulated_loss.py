@@ -7,53 +7,41 @@ be the same bits.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import sys
 import tempfile
-from pathlib import Path
 
-import pytest
 import torch
 
+import tenfold
 from build import build
-from emu_calls import CODES, numbers, ptr, shifted, twice
+from emu_calls import (
+    CODES,
+    OPS,
+    far_apart,
+    numbers,
+    pointers,
+    ptr,
+    row_stride,
+    rows_of,
+    run_tests,
+    scheduled,
+    shifted,
+    stand_in,
+)
 from tenfold import reference
 from tenfold.ops import loss as ops
 from tenfold.testing import assert_close_to_ref
 
-OPS = Path(__file__).resolve().parents[1] / "ops"
 sys.path.insert(0, str(OPS))
-from linear_loss_cases import OPTIONS, compare, eager_cross_entropy  # noqa: E402
+import test_sequence_nll as nll
+from linear_loss_cases import OPTIONS, compare, eager_cross_entropy
 
 LIB = ctypes.CDLL(str(build("kernels_loss", "-shared", "-fPIC")))
-EMULATED = ("selective_logprob", "selective_logprob_backward", "linear_cross_entropy",
-            "linear_cross_entropy_grads", "linear_cross_entropy_backward", "linear_logprob",
-            "linear_logprob_backward")  # fmt: skip
-library = torch.library.Library("tenfold", "IMPL")
-
-
-def pointers(*tensors):
-    return (ctypes.c_void_p * len(tensors))(*(None if t is None else t.data_ptr() for t in tensors))
 
 
 def sizes(logits, ids):
-    stride = logits.stride(0) if len(logits) else 0
-    return numbers(CODES[logits.dtype], *logits.shape, stride, ids.dtype == torch.int64)
-
-
-calls = 0
-
-
-def scheduled(run):
-    """Under two schedules, in one call of four: the others would find the same."""
-    global calls
-    calls += 1
-    return twice(LIB, run) if calls % 4 == 1 else run()
-
-
-def rows_of(t):
-    return t if t.numel() == 0 or t.stride(-1) == 1 else t.contiguous()
+    return numbers(CODES[logits.dtype], *logits.shape, row_stride(logits), ids.dtype == torch.int64)
 
 
 def selective_logprob(logits, ids, temperature=1.0):
@@ -65,7 +53,7 @@ def selective_logprob(logits, ids, temperature=1.0):
                                   ctypes.c_double(1 / temperature))  # fmt: skip
         return out
 
-    return tuple(scheduled(run))
+    return tuple(scheduled(LIB, run))
 
 
 def selective_logprob_backward(of_logp, of_lse, of_entropy, logits, ids, lse, entropy, temperature):
@@ -79,7 +67,45 @@ def selective_logprob_backward(of_logp, of_lse, of_entropy, logits, ids, lse, en
                                            ctypes.c_double(1 / temperature))  # fmt: skip
         return out
 
-    return scheduled(run)
+    return scheduled(LIB, run)
+
+
+def sequence(logits, labels, ignore):
+    """logits and labels as kernels take them, and their sizes."""
+    logits, labels = rows_of(logits), labels.contiguous()
+    strides = logits.stride()[:2] if logits.numel() else (0, 0)
+    return logits, labels, numbers(CODES[logits.dtype], *logits.shape, *strides, labels.dtype == torch.int64,
+                                   ignore)  # fmt: skip
+
+
+def sequence_nll_forward(logits, labels, ignore_index=-100, with_lse=True):
+    logits, labels, sizes = sequence(logits, labels, ignore_index)
+
+    def run():
+        total = torch.full((len(logits),), float("nan"))
+        count = torch.full((len(logits),), -7)
+        lse = torch.full(logits.shape[:2], float("nan")) if with_lse else None
+        places = ptr(total), ptr(count), ptr(lse)
+        LIB.emu_sequence_nll(ptr(logits), ptr(labels), *places, sizes)
+        return [total, count, lse] if with_lse else [total, count]
+
+    return tuple(scheduled(LIB, run))
+
+
+def sequence_nll(logits, labels, ignore_index=-100):
+    return sequence_nll_forward(logits, labels, ignore_index, False)
+
+
+def sequence_nll_backward(grad, logits, labels, lse, ignore_index=-100):
+    logits, labels, sizes = sequence(logits, labels, ignore_index)
+    grad, lse = grad.contiguous(), lse.contiguous()
+
+    def run():
+        out = logits.new_full(logits.shape, float("nan"))
+        LIB.emu_sequence_nll_backward(ptr(logits), ptr(labels), ptr(grad), ptr(lse), ptr(out), sizes)  # fmt: skip
+        return out
+
+    return scheduled(LIB, run)
 
 
 LIMITS = (8192, 4096, 1 << 26, 1 << 26, 256, 128)  # of LceLimits
@@ -114,7 +140,7 @@ class Linear:
             LIB.emu_linear_forward(*self.inputs(), pointers(*out), self.ints, self.floats)
             return [rows[1], rows[0], rows[2]] if ids else out[:2]
 
-        return tuple(scheduled(run))
+        return tuple(scheduled(LIB, run))
 
     def backward(self, of_hidden, of_weight, *rows, one=False):
         rows = [None if t is None else t.contiguous() for t in rows]
@@ -127,7 +153,7 @@ class Linear:
                                     self.ints, self.floats)  # fmt: skip
             return grads
 
-        return tuple(scheduled(run))
+        return tuple(scheduled(LIB, run))
 
 
 def linear_cross_entropy(*args, **options):
@@ -156,17 +182,27 @@ def linear_logprob_backward(of_logp, of_lse, of_entropy, hidden, weight, ids, ls
     return call.backward(of_hidden, of_weight, lse, entropy, None, of_logp, of_lse, of_entropy)
 
 
-def run_tests(file, *choice):
-    """The tests of a file, those of argument checks aside: these are not the kernels'."""
-    with contextlib.redirect_stdout(sys.stderr):
-        code = pytest.main(
-            ["-q", "-x", "--capture=sys", "-p", "no:cacheprovider", str(OPS / file), *choice]
-        )
-    assert code == 0, code
-
-
 def check_logprob():
     run_tests("test_loss.py", "-k", "cpu and not errors and not registration")
+    sequences()
+
+
+def sequences():
+    cpu = torch.device("cpu")
+    shapes = [(1, 1, 1), (3, 5, 7), (2, 9, 1000), (2, 3, 20001), (0, 4, 5), (3, 0, 5)]
+    for turn, shape in enumerate(shapes):
+        nll.test_values_and_gradients(shape, list(CODES)[turn % 3], cpu)
+    nll.test_another_ignore_index_and_rows_never_read(cpu)
+    nll.test_slices_are_read_where_they_lie(cpu)
+    nll.test_sequences_alone_and_special_values(cpu)
+    logits, labels = torch.randn(2, 3, 7), torch.tensor([[1, 7, -100], [-5, 1 << 40, 2]])
+    x = logits.requires_grad_()
+    total, count = ops.sequence_nll(x, labels)  # what is out of range gives nothing
+    assert count.tolist() == [2, 3]
+    want, _ = reference.sequence_nll(logits, labels.where((labels >= 0) & (labels < 7), -100))
+    torch.testing.assert_close(total, want)
+    grad, expected = (torch.autograd.grad(t.sum(), x)[0] for t in (total, want))
+    torch.testing.assert_close(grad, expected)
 
 
 def check_logprob_alignment():
@@ -272,17 +308,6 @@ def target_out_of_range():
         assert grads[1].isnan().all()
 
 
-def far_apart(t, folder):
-    """``t`` with 2^31 elements between its rows, in a file of holes."""
-    stride = 1 << 31
-    path = f"{folder}/{t.dtype}"
-    size = (len(t) - 1) * stride + t.shape[1]
-    rows = torch.from_file(path, shared=True, size=size, dtype=t.dtype).as_strided(
-        t.shape, (stride, 1)
-    )
-    return rows.copy_(t)
-
-
 def offsets_beyond_32_bits():
     """Both inputs in turn, and the logits of selective_logprob."""
     hidden, weight = torch.randn(3, 40).bfloat16(), torch.randn(3, 40).bfloat16()
@@ -308,7 +333,9 @@ def check_linear_edges():
 if __name__ == "__main__":
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    for name in EMULATED:
-        library.impl(name, globals()[name], "CPU", allow_override=True)
+    tenfold.cpu_capabilities = lambda: [tenfold.cpu_capability()]  # none of them is asked
+    stand_in((selective_logprob, selective_logprob_backward, linear_cross_entropy, linear_cross_entropy_grads,
+              linear_cross_entropy_backward, linear_logprob, linear_logprob_backward, sequence_nll,
+              sequence_nll_forward, sequence_nll_backward))  # fmt: skip
     globals()[f"check_{sys.argv[1]}"]()
     print("ok")

@@ -4,6 +4,7 @@
 #include "entry.h"  // after the kernels
 #include "loss/cuda/lce_launch.cuh"
 #include "loss/cuda/selective_logprob_kernel.cuh"
+#include "loss/cuda/sequence_nll_kernel.cuh"
 
 // n: dtype rows vocab stride ids_wide
 API void emu_selective_logprob(const void* logits, const void* ids, float* const* out,
@@ -33,6 +34,40 @@ API void emu_selective_logprob_backward(const void* logits, const void* ids,
   a.scale = scale, a.out = out;
   with_dtype(n[0],
              [&]<class T>() { launch_selective_logprob_backward<T>(with_blocks<T>(a), nullptr); });
+}
+
+// n: dtype batch length vocab batch_stride stride wide ignore_index
+static LogitRows sequence_rows(const void* logits, const void* labels, const int64_t* n) {
+  LogitRows a{};
+  a.logits = logits, a.ids = ints(labels, n[6]);
+  a.rows = n[1] * n[2], a.inner = n[2], a.vocab = n[3];
+  a.outer_stride = n[4], a.row_stride = n[5], a.ignored = n[7];
+  return a;
+}
+
+// lse: or null
+API void emu_sequence_nll(const void* logits, const void* labels, float* sum, int64_t* count,
+                          float* lse, const int64_t* n) {
+  LogprobArgs a{};
+  static_cast<LogitRows&>(a) = sequence_rows(logits, labels, n);
+  std::vector<float> logp(a.rows, NAN);
+  a.scale = 1.0, a.logp = logp.data(), a.lse = lse;
+  with_dtype(n[0], [&]<class T>() {
+    if (a.rows > 0) a = with_chunks<T>(a);
+    std::vector<LogitSums> parts(a.chunks > 1 ? a.rows * a.chunks : 0);
+    a.parts = parts.data();
+    launch_sequence_nll<T>(a, {logp.data(), a.ids, n[1], n[2], n[7], sum, count}, nullptr);
+  });
+}
+
+API void emu_sequence_nll_backward(const void* logits, const void* labels, const float* grad,
+                                   const float* lse, void* out, const int64_t* n) {
+  LogprobGradArgs a{};
+  static_cast<LogitRows&>(a) = sequence_rows(logits, labels, n);
+  a.grad_nll = grad, a.lse = lse, a.scale = 1.0, a.out = out;
+  with_dtype(n[0], [&]<class T>() {
+    launch_selective_logprob_backward<T, true>(with_blocks<T>(a), nullptr);
+  });
 }
 
 namespace {

@@ -25,6 +25,8 @@ CHECKS = {  # library -> checks of its script
         "linear_programs", "linear_edges",
     ],
     "kernels_moe_experts": ["values", "edges"],
+    "kernels_moe_routing": ["all"],
+    "kernels_merge": ["all"],
     "kernels": ["template", "proxy_scores", "nacl_select", "kv_moves", "ragged_decode"],
 }  # fmt: skip
 

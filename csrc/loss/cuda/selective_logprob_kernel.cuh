@@ -1,7 +1,8 @@
 // Device code of the rows of selective_logprob and of sequence_nll. Forward: a block holds a chunk
 // of a row in registers, finds its maximum and then its sums relative to it; a warp joins a row's
 // chunks. Chunks and the elements of a thread depend on the vocabulary only: a row gives the same
-// bits in any batch, at any alignment. Backward: a block writes a part of a row, in vectors as the output is aligned.
+// bits in any batch, at any alignment. Backward: a block writes a part of a row, in vectors as the
+// output is aligned.
 #pragma once
 
 #include "loss/cuda/row_vectors.cuh"
@@ -73,8 +74,7 @@ __device__ inline void store_logprob(const LogprobArgs& a, Dtype dtype, int64_t 
                                      const LogitSums& all) {
   const double log_sum = all.sum > 0.0 || all.sum != all.sum ? log(all.sum) : 0.0;
   if (!kSequences || a.lse != nullptr) a.lse[row] = static_cast<float>(all.max + log_sum);
-  if constexpr (!kSequences)
-    a.entropy[row] = static_cast<float>(log_sum - all.weighted / all.sum);
+  if constexpr (!kSequences) a.entropy[row] = static_cast<float>(log_sum - all.weighted / all.sum);
   const int64_t id = a.ids[row];
   float logp = 0.0f;
   if (id >= 0 && id < a.vocab) {

@@ -29,10 +29,11 @@ LogitRows rows_of(const SequenceCall& c) {
 // lse: where to write the normalisers; may be null.
 void run_sequences(const char* op, const SequenceCall& c, float* nll_sum, int64_t* count,
                    float* lse) {
+  check_grid(op, c.batch);
   const Launch launch(c.logits);
   const Tensor logp = new_output(c.logits, {c.rows()}, ScalarType::Float);
-  const SequenceSums sums{data_as<float>(logp), labels_of(c), c.batch, c.length, c.ignore_index,
-                          nll_sum,              count};
+  const SequenceSums sums{data_as<float>(logp), labels_of(c), c.batch, c.length,
+                          c.ignore_index,       nll_sum,      count};
   dispatch_dtype(c.logits.scalar_type(), op, [&]<class T>() {
     LogprobArgs a{};
     static_cast<LogitRows&>(a) = rows_of(c);

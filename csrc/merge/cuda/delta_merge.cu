@@ -42,8 +42,7 @@ void run(const char* op, const DeltaMergeArgs& args) {
   if (m.pick == Pick::largest) {
     run_ties_merge(op, out, m, n, args.kept, launch);
   } else if (m.pick == Pick::random && by_norm && m.experts > 0) {
-    const Tensor weight =
-        norm_weights(op, out, m, n, args.rescale == Rescale::l2, launch);
+    const Tensor weight = norm_weights(op, out, m, n, args.rescale == Rescale::l2, launch);
     run_delta_merge(op, m, n, data_as<float>(weight), launch);
   } else {
     run_delta_merge(op, m, n, nullptr, launch);
@@ -55,9 +54,9 @@ Tensor dare_merge_op(Tensor base, std::vector<Tensor> experts, std::vector<doubl
                      std::vector<double> drop, int64_t seed, int64_t stream, int64_t offset,
                      std::string rescale, bool elect_sign, bool normalize, double lambda) {
   constexpr auto kOp = "dare_merge";
-  const DeltaMergeArgs args = check_dare_merge(kOp, std::nullopt, base, experts, weights, drop,
-                                               seed, stream, offset, rescale, elect_sign,
-                                               normalize, lambda);
+  const DeltaMergeArgs args =
+      check_dare_merge(kOp, std::nullopt, base, experts, weights, drop, seed, stream, offset,
+                       rescale, elect_sign, normalize, lambda);
   run(kOp, args);
   return args.tensors.out;
 }
@@ -74,8 +73,8 @@ void dare_merge_out_op(Tensor out, Tensor base, std::vector<Tensor> experts,
 Tensor ties_merge_op(Tensor base, std::vector<Tensor> experts, std::vector<double> weights,
                      std::vector<double> density, bool normalize, double lambda) {
   constexpr auto kOp = "ties_merge";
-  const DeltaMergeArgs args = check_ties_merge(kOp, std::nullopt, base, experts, weights, density,
-                                               normalize, lambda);
+  const DeltaMergeArgs args =
+      check_ties_merge(kOp, std::nullopt, base, experts, weights, density, normalize, lambda);
   run(kOp, args);
   return args.tensors.out;
 }

@@ -19,8 +19,8 @@ struct DeltaRun {
 
 inline DeltaRun delta_run(const DeltaMerge& m, int64_t n, const float* weight) {
   const int shift = m.pick == Pick::random ? static_cast<int>(m.offset % kDrawn) : 0;
-  const bool wide = all_aligned(m.expert, m.experts, m.base, m.out) &&
-                    shift * dtype_size(m.dtype) % 16 == 0;
+  const bool wide =
+      all_aligned(m.expert, m.experts, m.base, m.out) && shift * dtype_size(m.dtype) % 16 == 0;
   return {m, n, shift, wide, weight};
 }
 
@@ -36,27 +36,35 @@ __device__ inline int64_t drawn_first(int64_t run, int shift) {
 }
 
 template <class T, bool kRandom, Mix kMix>
-__global__ void __launch_bounds__(kMergeThreads, 2) delta_merge_kernel(DeltaRun a) {
-  const int64_t i = drawn_first(blockIdx.x, a.shift);
-  if (i >= a.n) return;
-  float base[kDrawn];
-  load_run<T>(a.m.base, i, a.n, a.wide, base);
-  MixSums<kMix> sums[kDrawn];
-  for (int e = 0; e < a.m.experts; ++e) {
-    float x[kDrawn];
-    load_run<T>(a.m.expert[e], i, a.n, a.wide, x);
-    uint32_t kept = 0xFFFFu;
-    if constexpr (kRandom)
-      kept = kept_bits(a.m.key, static_cast<uint64_t>(a.m.offset + i) / kDrawn, a.m.number[e],
-                       a.m.drop[e]);
-    const float weight = a.weight != nullptr ? a.weight[e] : a.m.weight[e], share = a.m.share[e];
+__global__ void __launch_bounds__(kMergeThreads, kMix == Mix::plain ? 3 : 2)
+    delta_merge_kernel(DeltaRun a) {
+  // Of means there are four sums an element: one half after the other, with the draws made twice.
+  constexpr int kEach = kMix == Mix::elected_mean ? kDrawn / 2 : kDrawn;
+  const int64_t first = drawn_first(blockIdx.x, a.shift);
+  if (first >= a.n) return;
+#pragma unroll 1
+  for (int done = 0; done < kDrawn; done += kEach) {
+    const int64_t i = first + done;
+    float base[kEach];
+    load_run<T>(a.m.base, i, a.n, a.wide, base);
+    MixSums<kMix> sums[kEach];
+    for (int e = 0; e < a.m.experts; ++e) {
+      float x[kEach];
+      load_run<T>(a.m.expert[e], i, a.n, a.wide, x);
+      uint32_t kept = 0xFFFFu;
+      if constexpr (kRandom)
+        kept = kept_bits(a.m.key, static_cast<uint64_t>(a.m.offset + first) / kDrawn, a.m.number[e],
+                         a.m.drop[e]);
+      const float weight = a.weight != nullptr ? a.weight[e] : a.m.weight[e], share = a.m.share[e];
 #pragma unroll
-    for (int k = 0; k < kDrawn; ++k)
-      sums[k].add(!kRandom || (kept >> k & 1u) != 0, subtract(x[k], base[k]), weight, share);
+      for (int k = 0; k < kEach; ++k)
+        sums[k].add(!kRandom || (kept >> (done + k) & 1u) != 0, subtract(x[k], base[k]), weight,
+                    share);
+    }
+#pragma unroll
+    for (int k = 0; k < kEach; ++k) base[k] = sums[k].result(base[k], a.m.lambda);
+    store_run<T>(base, a.m.out, i, a.n, a.wide);
   }
-#pragma unroll
-  for (int k = 0; k < kDrawn; ++k) base[k] = sums[k].result(base[k], a.m.lambda);
-  store_run<T>(base, a.m.out, i, a.n, a.wide);
 }
 
 template <class T>
@@ -111,8 +119,7 @@ __global__ void __launch_bounds__(kMergeThreads) weighted_sum_kernel(WeightedSum
 template <class T>
 void launch_weighted_sum(const WeightedSumArgs& a, cudaStream_t stream) {
   const auto blocks = static_cast<unsigned>(weighted_sum_blocks(a));
-  if (blocks > 0)
-    TENFOLD_LAUNCH(weighted_sum_kernel<T>, blocks, kMergeThreads, stream, a);
+  if (blocks > 0) TENFOLD_LAUNCH(weighted_sum_kernel<T>, blocks, kMergeThreads, stream, a);
 }
 
 }  // namespace tenfold::cuda

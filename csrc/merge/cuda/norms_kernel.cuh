@@ -35,8 +35,8 @@ __global__ void __launch_bounds__(kMergeThreads) norms_kernel(NormsArgs a) {
       float base[kDrawn], x[kDrawn];
       load_run<T>(m.base, i, n, a.merge.wide, base);
       load_run<T>(m.expert[e], i, n, a.merge.wide, x);
-      const uint32_t bits = kept_bits(m.key, static_cast<uint64_t>(m.offset + i) / kDrawn,
-                                      m.number[e], m.drop[e]);
+      const uint32_t bits =
+          kept_bits(m.key, static_cast<uint64_t>(m.offset + i) / kDrawn, m.number[e], m.drop[e]);
 #pragma unroll
       for (int k = 0; k < kDrawn; ++k) {
         const double d = fabsf(subtract(x[k], base[k])), y = a.squared ? d * d : d;

@@ -129,8 +129,8 @@ __global__ void __launch_bounds__(kTiesThreads) ties_tiles_kernel(TiesArgs a) {
   }
 }
 
-// What decides about an expert in a tile: keys from `least` on stay, and where `left` >= 0, of those
-// equal to the cut below it the first `left`.
+// What decides about an expert in a tile: keys from `least` on stay, and where `left` >= 0, of
+// those equal to the cut below it the first `left`.
 struct TileCut {
   uint32_t least, cut;
   int64_t left;

@@ -72,7 +72,7 @@ __device__ inline float mean_count(const GateRow<T, kUnits>& row, const GateLane
                                    const RowSoftmax& softmax, const LaneCounts<kUnits>& counts) {
   GateSum<kUnits> sum = 0;
   int unit = 0;
-  row.each([&](int64_t i, const float(&x)[kGateUnit]) {
+  row.each([&](int64_t i, const float (&x)[kGateUnit]) {
     float c[kGateUnit], y[kGateUnit];
     counts.get(i, unit++, c);
 #pragma unroll
@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(kBalanceThreads) balance_grad_kernel(BalanceAr
       continue;
     }
     int unit = 0;
-    row.each([&](int64_t i, const float(&x)[kGateUnit]) {
+    row.each([&](int64_t i, const float (&x)[kGateUnit]) {
       float c[kGateUnit], y[kGateUnit];
       counts.get(i, unit++, c);
 #pragma unroll
@@ -156,8 +156,8 @@ void launch_balance_grad(const BalanceArgs& a, cudaStream_t stream) {  // of wit
   const int64_t blocks = balance_blocks(a);
   if (blocks == 0) return;
   with_units(a.experts, [&]<int kUnits>() {
-    TENFOLD_LAUNCH((balance_grad_kernel<T, kUnits>), static_cast<unsigned>(blocks),
-                   kBalanceThreads, stream, a);
+    TENFOLD_LAUNCH((balance_grad_kernel<T, kUnits>), static_cast<unsigned>(blocks), kBalanceThreads,
+                   stream, a);
   });
 }
 

@@ -38,7 +38,7 @@ template <class T, int kUnits>
 __device__ inline void gate_row(const GateRow<T, kUnits>& row, const GateLane& at, int64_t k,
                                 bool renormalize, float* weight, int32_t* index) {
   bool nan = false;
-  row.each([&](int64_t, const float(&x)[kGateUnit]) {
+  row.each([&](int64_t, const float (&x)[kGateUnit]) {
 #pragma unroll
     for (int q = 0; q < kGateUnit; ++q) nan |= x[q] != x[q];
   });
@@ -49,7 +49,7 @@ __device__ inline void gate_row(const GateRow<T, kUnits>& row, const GateLane& a
   double sum = 0.0;
   for (int64_t j = 0; j < k; ++j) {
     uint32_t key = 0, id = 0;
-    row.each([&](int64_t i, const float(&x)[kGateUnit]) {
+    row.each([&](int64_t i, const float (&x)[kGateUnit]) {
 #pragma unroll
       for (int q = 0; q < kGateUnit; ++q) {
         const uint32_t other = i + q < row.n ? sortable_key(x[q]) : 0;
@@ -74,7 +74,7 @@ __device__ inline void gate_row(const GateRow<T, kUnits>& row, const GateLane& a
   }
   if (!renormalize) {
     GateSum<kUnits> all = 0;
-    row.each([&](int64_t i, const float(&x)[kGateUnit]) {
+    row.each([&](int64_t i, const float (&x)[kGateUnit]) {
       float y[kGateUnit];
 #pragma unroll
       for (int q = 0; q < kGateUnit; ++q) y[q] = i + q < row.n ? expf(x[q] - top) : 0.0f;
@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(kGateThreads) gate_grad_kernel(GateGradArgs a)
   const auto others = static_cast<float>(-mean);
   const float* const also = a.also != nullptr ? a.also + t * a.experts : nullptr;
   T* const out = static_cast<T*>(a.out) + t * a.experts;
-  const auto finish = [&](int64_t i, const float(&x)[kGateUnit]) {
+  const auto finish = [&](int64_t i, const float (&x)[kGateUnit]) {
     const int64_t left = a.experts - i;
     if (left <= 0) return;
     float y[kGateUnit];

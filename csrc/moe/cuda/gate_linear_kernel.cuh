@@ -1,15 +1,16 @@
 // Device code of moe_gate_linear. A block has kRouterGroups groups of kTok tokens; the warps of a
-// group share the depth, lanes lie along it, where both operands are contiguous: kTok times kE sums
-// of a lane, so that a row of the router that has been read serves kTok tokens. The lanes' sums are
-// added by halves, each lane keeping its own; then the block gates its tokens. The sum of a logit
-// is cut up by the depth alone: a token gets the same bits in every batch.
+// group share the depth, lanes lie along it, where both operands are contiguous: sums of kTok
+// tokens times kRouterExperts in each lane, so that a row of the router that has been read serves
+// kTok tokens. The lanes' sums are added by halves, each lane keeping its own; then the block gates
+// its tokens. The sum of a logit is cut up by the depth alone: a token gets the same bits in every
+// batch.
 #pragma once
 
 #include "moe/cuda/gate_kernel.cuh"
 
 namespace tenfold::cuda {
 
-constexpr int kRouterThreads = 512, kRouterSplits = 4, kRouterPer = 8;
+constexpr int kRouterThreads = 512, kRouterSplits = 4, kRouterPer = 8, kRouterExperts = 8;
 constexpr int kRouterGroups = kRouterThreads / 32 / kRouterSplits;
 
 struct RouterArgs {
@@ -28,8 +29,8 @@ RouterArgs with_shape(RouterArgs a) {
   return a;
 }
 
-// Lane l keeps sums l kV / 32, ... of those of all lanes (of 16 two neighbours the same one):
-// returns the number of its first.
+// Each lane keeps kV / 32 of the sums over all lanes (if there are fewer than 32, neighbours the
+// same one); returns the number of its first. kV: a power of two.
 template <int kV>
 __device__ inline int add_over_lanes(float (&sums)[kV]) {
   const int lane = threadIdx.x % 32;
@@ -53,10 +54,11 @@ __device__ inline int add_over_lanes(float (&sums)[kV]) {
   return first;
 }
 
-template <class T, class W, int kTok, int kE>
+template <class T, class W, int kTok>
 __global__ void __launch_bounds__(kRouterThreads, 1) router_kernel(RouterArgs a) {
+  constexpr int kE = kRouterExperts, kPer = kRouterPer;
   constexpr int kV = kTok * kE, kKept = kV < 32 ? 1 : kV / 32, kAlike = kV < 32 ? 32 / kV : 1;
-  constexpr int64_t kStep = 32 * kRouterPer;
+  constexpr int64_t kStep = 32 * kPer;
   TENFOLD_SHARED(float, shared, kRouterThreads / 32 * kV);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int group = warp / kRouterSplits, split = warp % kRouterSplits;
@@ -66,8 +68,8 @@ __global__ void __launch_bounds__(kRouterThreads, 1) router_kernel(RouterArgs a)
     float sums[kV] = {};
     // A warp without a token multiplies nothing.
     const int64_t end = token < a.tokens ? a.dim : 0;
-    for (int64_t c = split * kStep + lane * kRouterPer; c < end; c += kRouterSplits * kStep) {
-      float x[kTok][kRouterPer];
+    for (int64_t c = split * kStep + lane * kPer; c < end; c += kRouterSplits * kStep) {
+      float x[kTok][kPer];
 #pragma unroll
       for (int t = 0; t < kTok; ++t) {
         const int64_t at = token + t < a.tokens ? token + t : token;
@@ -76,13 +78,12 @@ __global__ void __launch_bounds__(kRouterThreads, 1) router_kernel(RouterArgs a)
 #pragma unroll
       for (int e = 0; e < kE; ++e) {
         const int64_t at = expert + e < a.experts ? expert + e : a.experts - 1;
-        float w[kRouterPer];
+        float w[kPer];
         load_some(static_cast<const W*>(a.w) + at * a.w_stride + c, a.dim - c, a.w_wide, w);
 #pragma unroll
         for (int t = 0; t < kTok; ++t)
 #pragma unroll
-          for (int k = 0; k < kRouterPer; ++k)
-            sums[t * kE + e] = fmaf(x[t][k], w[k], sums[t * kE + e]);
+          for (int k = 0; k < kPer; ++k) sums[t * kE + e] = fmaf(x[t][k], w[k], sums[t * kE + e]);
       }
     }
     const int first = add_over_lanes(sums);
@@ -118,22 +119,20 @@ __global__ void __launch_bounds__(kRouterThreads, 1) router_kernel(RouterArgs a)
   gate.template operator()<0>();
 }
 
-// Tokens of a block: few, where there are few.
+// Tokens of a group: one, where there are few.
 inline int router_tokens(int64_t tokens) {
-  return tokens <= 132 * kRouterGroups ? kRouterGroups : 4 * kRouterGroups;
+  return tokens <= 132 * kRouterGroups ? 1 : 4;
 }
 
 template <class T, class W>
 void launch_router(const RouterArgs& a, cudaStream_t stream) {  // of with_shape
-  const int each = router_tokens(a.tokens);
+  const int some = router_tokens(a.tokens), each = some * kRouterGroups;
   const auto blocks = static_cast<unsigned>((a.tokens + each - 1) / each);
   if (blocks == 0) return;
-  if (each == kRouterGroups) {
-    TENFOLD_LAUNCH((router_kernel<T, W, 1, 16>), blocks, kRouterThreads, stream, a);
-  } else if (a.experts <= 8) {
-    TENFOLD_LAUNCH((router_kernel<T, W, 4, 8>), blocks, kRouterThreads, stream, a);
+  if (some == 1) {
+    TENFOLD_LAUNCH((router_kernel<T, W, 1>), blocks, kRouterThreads, stream, a);
   } else {
-    TENFOLD_LAUNCH((router_kernel<T, W, 4, 16>), blocks, kRouterThreads, stream, a);
+    TENFOLD_LAUNCH((router_kernel<T, W, 4>), blocks, kRouterThreads, stream, a);
   }
 }
 

@@ -1,6 +1,6 @@
-// Rows of n logits over lanes: a token has a power of two of neighbouring lanes, each of which holds
-// units of kGateUnit neighbouring logits in registers. Rows of more than 2 units a lane are read
-// again for each look at them, from the first cache. Who adds what depends on n alone.
+// Rows of n logits over lanes: a token has a power of two of neighbouring lanes, each of which
+// holds units of kGateUnit neighbouring logits in registers. Rows of more than 2 units a lane are
+// read again for each look at them, from the first cache. Who adds what depends on n alone.
 #pragma once
 
 #include "core/vectors.cuh"
@@ -107,12 +107,12 @@ struct RowSoftmax {
 template <class T, int kUnits>
 __device__ inline RowSoftmax row_softmax(const GateRow<T, kUnits>& row, const GateLane& at) {
   float top = kNothing;
-  row.each([&](int64_t, const float(&x)[kGateUnit]) {
+  row.each([&](int64_t, const float (&x)[kGateUnit]) {
     top = fmaxf(top, fmaxf(fmaxf(x[0], x[1]), fmaxf(x[2], x[3])));
   });
   top = at.max(top);
   GateSum<kUnits> sum = 0;
-  row.each([&](int64_t i, const float(&x)[kGateUnit]) {
+  row.each([&](int64_t i, const float (&x)[kGateUnit]) {
     float y[kGateUnit];
 #pragma unroll
     for (int q = 0; q < kGateUnit; ++q) y[q] = i + q < row.n ? expf(x[q] - top) : 0.0f;

@@ -99,8 +99,8 @@ void run_seed(const char* op, const SeedCall& c, float* loss, float* slope, void
     a = with_shape<T, R>(a);
     check_grid(op, seed_blocks(a));
     const Tensor losses = new_output(c.h, {seed_blocks(a)}, ScalarType::Double);
-    const Tensor parts = new_output(c.h, {grad_r != nullptr ? seed_blocks(a) : 0, c.dim},
-                                    ScalarType::Float);
+    const Tensor parts =
+        new_output(c.h, {grad_r != nullptr ? seed_blocks(a) : 0, c.dim}, ScalarType::Float);
     a.losses = data_as<double>(losses);
     a.parts = grad_r != nullptr ? data_as<float>(parts) : nullptr;
     launch_seed<T, R>(a, loss, grad_r, launch.stream);
@@ -123,8 +123,7 @@ std::tuple<Tensor, Tensor, Tensor> router_seed_loss_grads_op(Tensor h, Tensor r,
   const SeedCall c = check_seed(kOp, h, r, token_mask, target);
   const Tensor loss = new_output(h, {}, ScalarType::Float), slope = new_slope(c);
   const Tensor grad_r = new_seed_grad(c, of_r);
-  run_seed(kOp, c, data_as<float>(loss), data_as<float>(slope),
-           of_r ? grad_r.data_ptr() : nullptr);
+  run_seed(kOp, c, data_as<float>(loss), data_as<float>(slope), of_r ? grad_r.data_ptr() : nullptr);
   return {loss, slope, grad_r};
 }
 

@@ -10,7 +10,7 @@
 
 namespace tenfold::cuda {
 
-constexpr int kOuterThreads = 256, kOuterRows = 16, kOuterUnit = 4, kOuterStage = 32;
+constexpr int kOuterThreads = 128, kOuterRows = 16, kOuterUnit = 4, kOuterStage = 32;
 constexpr int64_t kOuterColumns = kOuterThreads * kOuterUnit;
 
 struct OuterArgs {
@@ -38,13 +38,17 @@ inline int64_t outer_strips(const OuterArgs& a) {
 }
 
 template <class B, class Out>
-__global__ void __launch_bounds__(kOuterThreads, 2) router_outer_kernel(OuterArgs a) {
+__global__ void __launch_bounds__(kOuterThreads, 3) router_outer_kernel(OuterArgs a) {
   TENFOLD_SHARED(float, left, kOuterStage* kOuterRows);
   const int64_t tile = blockIdx.x / a.col_tiles, strip = tile / a.row_tiles;
   const int64_t row = tile % a.row_tiles * kOuterRows;
   const int64_t c = blockIdx.x % a.col_tiles * kOuterColumns + threadIdx.x * kOuterUnit;
   const int64_t begin = strip * a.strip;
   const int64_t end = begin + a.strip < a.depth ? begin + a.strip : a.depth;
+  const int width = static_cast<int>(c >= a.cols               ? 0
+                                     : a.cols - c < kOuterUnit ? a.cols - c
+                                                               : kOuterUnit);
+  const B* from = static_cast<const B*>(a.b) + begin * a.b_stride + c;
   float sums[kOuterRows][kOuterUnit] = {};
   for (int64_t first = begin; first < end; first += kOuterStage) {
     for (int j = threadIdx.x; j < kOuterStage * kOuterRows; j += kOuterThreads) {
@@ -57,11 +61,8 @@ __global__ void __launch_bounds__(kOuterThreads, 2) router_outer_kernel(OuterArg
     for (int j = 0; j < kOuterStage; j += kTogether) {
       float b[kTogether][kOuterUnit];
 #pragma unroll
-      for (int l = 0; l < kTogether; ++l) {
-        const int64_t i = first + j + l;
-        load_some(static_cast<const B*>(a.b) + (i < end ? i * a.b_stride + c : 0),
-                  i < end ? a.cols - c : 0, a.b_wide, b[l]);
-      }
+      for (int l = 0; l < kTogether; ++l, from += a.b_stride)
+        load_some(from, first + j + l < end ? width : 0, a.b_wide, b[l]);
 #pragma unroll
       for (int l = 0; l < kTogether; ++l)
 #pragma unroll
@@ -71,7 +72,8 @@ __global__ void __launch_bounds__(kOuterThreads, 2) router_outer_kernel(OuterArg
 #pragma unroll
           for (int q = 0; q < 4; ++q)
 #pragma unroll
-            for (int u = 0; u < kOuterUnit; ++u) sums[r + q][u] = fmaf(x[q], b[l][u], sums[r + q][u]);
+            for (int u = 0; u < kOuterUnit; ++u)
+              sums[r + q][u] = fmaf(x[q], b[l][u], sums[r + q][u]);
         }
     }
     __syncthreads();
@@ -80,8 +82,7 @@ __global__ void __launch_bounds__(kOuterThreads, 2) router_outer_kernel(OuterArg
   Out* const out = static_cast<Out*>(a.out) + strip * a.rows * a.cols;
 #pragma unroll
   for (int r = 0; r < kOuterRows; ++r)
-    if (row + r < a.rows)
-      store_some(sums[r], out + (row + r) * a.cols + c, a.cols - c, a.out_wide);
+    if (row + r < a.rows) store_some(sums[r], out + (row + r) * a.cols + c, a.cols - c, a.out_wide);
 }
 
 inline int64_t outer_blocks(const OuterArgs& a) {

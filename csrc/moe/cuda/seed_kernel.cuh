@@ -50,7 +50,7 @@ __device__ inline float seed_dot(const SeedArgs& a, const T* h, const R* r) {
 }
 
 template <class T, class R>
-__global__ void __launch_bounds__(kSeedThreads) seed_kernel(SeedArgs a) {
+__global__ void __launch_bounds__(kSeedThreads, 2) seed_kernel(SeedArgs a) {
   constexpr int kChunk = static_cast<int>(kSeedChunk);
   static_assert(kChunk == 32);  // a warp's votes
   TENFOLD_SHARED(float, slopes, kChunk);
@@ -144,8 +144,7 @@ constexpr int kSeedGradThreads = 256;
 // A warp a row.
 template <class T, class R>
 __global__ void __launch_bounds__(kSeedGradThreads) seed_grad_kernel(SeedGradArgs a) {
-  const int64_t row =
-      static_cast<int64_t>(blockIdx.x) * (kSeedGradThreads / 32) + threadIdx.x / 32;
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * (kSeedGradThreads / 32) + threadIdx.x / 32;
   if (row >= a.layers * a.tokens) return;
   const float slope = a.slope[row], by = *a.grad * slope;
   const R* const r = static_cast<const R*>(a.r) + row / a.tokens * a.dim;

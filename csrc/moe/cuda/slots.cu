@@ -62,8 +62,7 @@ Tensor inverted(const char* op, const IndexList& from, int64_t n, const Launch& 
 
 void combine(const char* op, CombineArgs a, ScalarType dtype, const Launch& launch) {
   check_grid(op, a.tokens);
-  dispatch_dtype(dtype, op,
-                 [&]<class T>() { launch_combine<T>(with_shape<T>(a), launch.stream); });
+  dispatch_dtype(dtype, op, [&]<class T>() { launch_combine<T>(with_shape<T>(a), launch.stream); });
 }
 
 Tensor moe_permute_backward_op(Tensor grad, Tensor order, int64_t k, int64_t tokens) {

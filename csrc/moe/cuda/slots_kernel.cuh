@@ -168,10 +168,13 @@ CombineGradArgs with_shape(CombineGradArgs a) {
   return a;
 }
 
-// One slot: its row of grad_y, and the thread's part of <grad, y>.
+// Slot q: its row of grad_y, and the thread's part of <grad, y>.
 template <class T>
-__device__ inline float slot_grad(const CombineGradArgs& a, const Team& at, int64_t t, int64_t p,
-                                  float w) {
+__device__ inline float slot_grad(const CombineGradArgs& a, const Team& at, int64_t t, int64_t q,
+                                  int64_t p) {
+  // Of slots with one position, which must not be, one writes.
+  const bool writes = a.grad_y != nullptr && a.slot[p] == q;
+  const float w = a.weight[q];
   const T* const grad = static_cast<const T*>(a.grad) + t * a.grad_stride;
   const T* const y = static_cast<const T*>(a.y) + p * a.stride;
   T* const out = static_cast<T*>(a.grad_y) + p * a.dim;
@@ -187,7 +190,7 @@ __device__ inline float slot_grad(const CombineGradArgs& a, const Team& at, int6
       for (int i = 0; i < kTeamPer; ++i) part[i % 2] = fmaf(g[i], x[i], part[i % 2]);
       dot += part[0] + part[1];
     }
-    if (a.grad_y == nullptr) continue;
+    if (!writes) continue;
 #pragma unroll
     for (int i = 0; i < kTeamPer; ++i) g[i] *= w;
     store_some(g, out + c, left, a.dim % kTeamPer == 0);
@@ -218,7 +221,7 @@ __global__ void __launch_bounds__(kTeamThreads)
     for (int j = 0; j < some; ++j) {
       const int64_t q = t * a.k + first + j, p = a.inverse[q];
       float dot = 0.0f;
-      if (at.row < a.tokens && p >= 0 && p < a.rows) dot = slot_grad<T>(a, at, t, p, a.weight[q]);
+      if (at.row < a.tokens && p >= 0 && p < a.rows) dot = slot_grad<T>(a, at, t, q, p);
       if (a.grad_weight == nullptr) continue;
       for (int step = 16; step > 0; step /= 2) dot += __shfl_xor_sync(0xFFFFFFFFu, dot, step);
       if (threadIdx.x % 32 == 0) dots[j * (kTeamThreads / 32) + warp] = dot;

@@ -10,21 +10,21 @@
 namespace tenfold::cuda {
 
 constexpr int kSortThreads = 1024, kSortWarps = kSortThreads / 32;
-constexpr int kWalkThreads = 256;            // of a block of the long form
-constexpr int64_t kSharedCounts = 8192;      // 32 KB
-constexpr int64_t kShortSlots = 32768;       // of the form of one block
-constexpr int64_t kMostParts = 1024;         // of the long form
-constexpr int64_t kMostCounts = 1 << 24;     // there, unless there are more experts
-constexpr int64_t kFewestSlots = 256;        // of a part there
+constexpr int kWalkThreads = 256;         // of a block of the long form
+constexpr int64_t kSharedCounts = 8192;   // 32 KB
+constexpr int64_t kShortSlots = 32768;    // of the form of one block
+constexpr int64_t kMostParts = 1024;      // of the long form
+constexpr int64_t kMostCounts = 1 << 24;  // there, unless there are more experts
+constexpr int64_t kFewestSlots = 256;     // of a part there
 
 struct SortArgs {
   IntArray index;  // negative: left out, as those of n and more
   int64_t slots, experts;
-  int32_t *order, *inverse;    // [slots]
-  int32_t *counts, *offsets;   // [experts], [experts + 1]
-  int64_t parts, part;         // part: slots of one, a multiple of 32
+  int32_t *order, *inverse;   // [slots]
+  int32_t *counts, *offsets;  // [experts], [experts + 1]
+  int64_t parts, part;        // part: slots of one, a multiple of 32
   bool one_block;
-  int32_t* first;              // [experts][parts], unless one_block
+  int32_t* first;  // [experts][parts], unless one_block
 };
 
 inline int64_t in_warps(int64_t slots) {
@@ -160,8 +160,7 @@ static __global__ void __launch_bounds__(kSortThreads) sort_kernel(SortArgs a) {
 
 template <bool kPlace>
 __global__ void __launch_bounds__(kWalkThreads) walk_kernel(SortArgs a) {
-  const int64_t part =
-      static_cast<int64_t>(blockIdx.x) * (kWalkThreads / 32) + threadIdx.x / 32;
+  const int64_t part = static_cast<int64_t>(blockIdx.x) * (kWalkThreads / 32) + threadIdx.x / 32;
   if (part >= a.parts) return;
   if (kPlace) fill_rest(a, part, a.offsets[a.experts]);
   walk_part<kPlace>(a, part, a.first + part);

@@ -18,8 +18,8 @@ Tensor masked_largest(const char* op, const Tensor& like, const KeySource& sourc
   const Tensor state =
       new_output(like, {static_cast<int64_t>(sizeof(RadixState) / 8)}, ScalarType::Long);
   const Tensor ties = new_output(like, {topk_tiles(n)}, ScalarType::Long);
-  launch_mask_topk({source, n, k, static_cast<RadixState*>(state.data_ptr()), data_as<int64_t>(ties),
-                    data_as<uint8_t>(out)},
+  launch_mask_topk({source, n, k, static_cast<RadixState*>(state.data_ptr()),
+                    data_as<int64_t>(ties), data_as<uint8_t>(out)},
                    launch.stream);
   launch.check();
   return out;
