@@ -27,9 +27,9 @@ inline void check_grid(const char* op, int64_t blocks) {
 }
 
 // The working memory of a call: freed to torch's allocator, in the order of the stream.
-class Memory {
+class DeviceMemory {
  public:
-  explicit Memory(const Tensor& like) : like_(like) {}
+  explicit DeviceMemory(const Tensor& like) : like_(like) {}
   Room room() {
     return [this](int64_t bytes) {
       return held_.emplace_back(new_output(like_, {bytes}, ScalarType::Byte)).data_ptr();

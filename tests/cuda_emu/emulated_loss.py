@@ -18,6 +18,7 @@ from build import build
 from emu_calls import (
     CODES,
     OPS,
+    far_apart,
     numbers,
     pointers,
     ptr,
@@ -305,17 +306,6 @@ def target_out_of_range():
         grads = torch.autograd.grad(loss.nan_to_num().sum(), args)
         assert grads[0].isnan().any(-1).tolist() == [False, False, True, False, False]
         assert grads[1].isnan().all()
-
-
-def far_apart(t, folder):
-    """``t`` with 2^31 elements between its rows, in a file of holes."""
-    stride = 1 << 31
-    path = f"{folder}/{t.dtype}"
-    size = (len(t) - 1) * stride + t.shape[1]
-    rows = torch.from_file(path, shared=True, size=size, dtype=t.dtype).as_strided(
-        t.shape, (stride, 1)
-    )
-    return rows.copy_(t)
 
 
 def offsets_beyond_32_bits():

@@ -279,8 +279,8 @@ def alignment():
 
 
 def many_groups():
-    """More than one warp looks at, most of them empty; and more slots than one warp sorts."""
-    for shape in ((30, 12, 10, 75, 3), (700, 4, 3, 5, 2)):
+    """More than a warp looks at, most of them empty, in more tiles than lie together; many slots."""
+    for shape in ((30, 130, 10, 75, 1), (700, 4, 3, 5, 2)):
         tensors, index = experts(shape, torch.float32)
         got = run_experts(ops.moe_swiglu_mlp, tensors, index)
         want = run_experts(reference.moe_swiglu_mlp, [t.double() for t in tensors], index)

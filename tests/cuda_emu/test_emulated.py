@@ -24,9 +24,9 @@ CHECKS = {  # library -> checks of its script
         "logprob", "logprob_alignment", "linear_limits", "linear_values", "linear_rows",
         "linear_programs", "linear_edges",
     ],
+    "kernels_moe_experts": ["values", "edges"],
     "kernels_moe_routing": ["all"],
     "kernels_merge": ["all"],
-    "kernels_moe_experts": ["values", "edges"],
     "kernels": ["template", "proxy_scores", "nacl_select", "kv_moves", "ragged_decode"],
 }  # fmt: skip
 

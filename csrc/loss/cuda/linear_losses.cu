@@ -122,7 +122,7 @@ std::tuple<Tensor, Tensor> linear_cross_entropy_op(Tensor hidden, Tensor weight,
   check_indices(kOp, c);
   if (c.rows == 0 && c.reduction == LossReduction::none) return {row_output(c), row_output(c)};
   const Launch launch(c.hidden);
-  Memory memory(c.hidden);
+  DeviceMemory memory(c.hidden);
   PackedRows rows;
   const Losses out = forward(kOp, c, false, memory.room(), launch.stream, &rows);
   launch.check();
@@ -140,7 +140,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_grads_op(
                       ": reduction must be mean or sum, got none");
   check_indices(kOp, c);
   const Launch launch(c.hidden);
-  Memory memory(c.hidden);
+  DeviceMemory memory(c.hidden);
   const Room room = memory.room();
   PackedRows rows;
   const Losses out = forward(kOp, c, true, room, launch.stream, &rows);
@@ -165,7 +165,7 @@ std::tuple<Tensor, Tensor> linear_cross_entropy_backward_op(
   const OptTensor of_lse = check_row_floats(kOp, "grad_lse", grad_lse, c.hidden);
   const OptTensor lses = check_row_floats(kOp, "lse", lse, c.hidden);
   const Launch launch(c.hidden);
-  Memory memory(c.hidden);
+  DeviceMemory memory(c.hidden);
   const Room room = memory.room();
   const PackedRows rows = pack_rows(count_args(c, false), true, room, launch.stream);
   SlopesArgs slopes{};
@@ -185,7 +185,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_logprob_op(Tensor hidden, Tensor weigh
   const Tensor logp = row_output(c), lse = row_output(c), entropy = row_output(c);
   if (c.rows == 0) return {logp, lse, entropy};
   const Launch launch(c.hidden);
-  Memory memory(c.hidden);
+  DeviceMemory memory(c.hidden);
   const Room room = memory.room();
   CountArgs count = count_args(c, true);
   JoinArgs out{};
@@ -215,7 +215,7 @@ std::tuple<Tensor, Tensor> linear_logprob_backward_op(OptTensor grad_logp, OptTe
   const OptTensor lses = check_row_floats(kOp, "lse", lse, c.hidden);
   const OptTensor entropies = check_row_floats(kOp, "entropy", entropy, c.hidden);
   const Launch launch(c.hidden);
-  Memory memory(c.hidden);
+  DeviceMemory memory(c.hidden);
   const Room room = memory.room();
   const PackedRows rows = pack_rows(count_args(c, true), true, room, launch.stream);
   SlopesArgs slopes{};

@@ -67,7 +67,7 @@ Tensor forward(const ExpertsCall& c, const OptTensor& hidden) {
   const Tensor out = new_output(c.x, {c.tokens, c.dim}, c.x.scalar_type());
   if (out.numel() == 0) return out;
   const Launch launch(c.x);
-  Memory memory(c.x);
+  DeviceMemory memory(c.x);
   dispatch_dtype(c.x.scalar_type(), "moe_swiglu_mlp", [&]<class T>() {
     experts_forward<T>(expert_block(c), hidden ? hidden->data_ptr() : nullptr, out.data_ptr(), {},
                        memory.room(), launch.stream);
@@ -106,7 +106,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> moe_swiglu_mlp_backward_op(
                             data_if(of_down, grad_down),
                             static_cast<float*>(data_if(of_weight, grad_weight))};
   const Launch launch(c.x);
-  Memory memory(c.x);
+  DeviceMemory memory(c.x);
   dispatch_dtype(c.x.scalar_type(), kOp, [&]<class T>() {
     experts_backward<T>(expert_block(c), device_rows(grad), pre.data_ptr(), out, {}, memory.room(),
                         launch.stream);

@@ -24,7 +24,7 @@ Tensor forward(const LoraCall& c, const OptTensor& hidden, const Tensor& low) {
   const Tensor out = new_output(c.x, {c.tokens, c.dim}, c.x.scalar_type());
   if (out.numel() == 0) return out;
   const Launch launch(c.x);
-  Memory memory(c.x);
+  DeviceMemory memory(c.x);
   dispatch_dtype(c.x.scalar_type(), "moe_lora_swiglu_mlp", [&]<class T>() {
     lora_forward<T>(lora_block(c), hidden ? hidden->data_ptr() : nullptr, low.data_ptr(),
                     out.data_ptr(), {}, memory.room(), launch.stream);
@@ -83,7 +83,7 @@ LoraBackward::Results moe_lora_experts_backward_op(Tensor grad_out, Tensor x, Te
     out.base[i] = g.data(1 + i), out.a[i] = g.data(4 + i), out.b[i] = g.data(7 + i);
   out.weight = static_cast<float*>(g.data(10));
   const Launch launch(c.x);
-  Memory memory(c.x);
+  DeviceMemory memory(c.x);
   dispatch_dtype(c.x.scalar_type(), kOp, [&]<class T>() {
     lora_backward<T>(lora_block(c), device_rows(g.grad), g.hidden.data_ptr(), g.low.data_ptr(), out,
                      {}, memory.room(), launch.stream);

@@ -118,6 +118,7 @@ class LoraProducts {
     float *const base = run_.floats(b_.tokens * width), *const dots =
                                                             run_.floats(cuts(width, kDotCols) * s_);
     const bool twos = whole_twos<T>(hidden, f_) && whole_twos<T>(pre, f_) && whole_twos<T>(wa, f_);
+    if (f_ == 0) run_.add_dots(dots, 0, false, weight);
     for (int64_t first = 0; first < f_; first += width) {
       const int64_t cols = std::min(width, f_ - first);
       run_.plain(

@@ -92,8 +92,12 @@ def _backward_grouped(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
     if of_a:
         rows = _ops.grouped_gemm(grad, w, offsets, not ctx.trans_w)
         if gather is not None:
-            sums = a.new_zeros(a.shape, dtype=torch.float32)
-            rows = sums.index_add_(0, gather.long(), rows.float()).to(a.dtype)
+            sums, at = a.new_zeros(a.shape, dtype=torch.float32), gather.long()
+            if a.is_cuda:  # where index_add_ has no order, and this one sorts
+                sums.index_put_((at,), rows.float(), accumulate=True)
+            else:
+                sums.index_add_(0, at, rows.float())
+            rows = sums.to(a.dtype)
         made[0] = rows
     if of_w and ctx.trans_w:
         made[1] = _ops.grouped_gemm_wgrad(grad, a, offsets, gather)
