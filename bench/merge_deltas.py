@@ -7,6 +7,7 @@ task vectors and mergekit's, with what is around them there.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,21 +15,21 @@ from torch import Tensor
 from tenfold import ops, reference
 
 from .case import Case, Function, Inputs, NotAvailable, Shape
-from .merge_tensors import SMALL, Definition, Form, merge_cases, pieces
+from .merge_tensors import SMALL, Definition, Form, deltas_agree, merge_cases, middle, pieces
 
 DROP, FINE_DROP, DENSITY, SEED = 0.5, 0.3, 0.2, 1
 WEIGHTS = [0.6, 0.4]
+ALIKE = [1.0, 1.0]  # where signs are elected: PEFT's mean is over the number of experts
 
 
 # -- plain torch -------------------------------------------------------------------------------------
 
 
 def _elected(deltas: list[Tensor]) -> Tensor:
-    """The mean of those deltas (which are overwritten) whose sign has more mass."""
-    stacked = torch.stack([d.mul_(w) for d, w in zip(deltas, WEIGHTS)])
+    """The mean of those deltas whose sign has more mass; weights are alike."""
+    stacked = torch.stack(deltas)
     agree = torch.where(stacked.sum(0) >= 0, stacked > 0, stacked < 0).float()
-    share = torch.tensordot(torch.tensor(WEIGHTS), agree, 1)
-    return stacked.mul_(agree).sum(0).div_(share.masked_fill_(share == 0, 1.0))
+    return stacked.mul_(agree).sum(0).div_(agree.sum(0).clamp_(min=1.0))
 
 
 def dare_pieces(drop: float, elect: bool) -> Callable[[Inputs, Tensor], None]:
@@ -66,17 +67,17 @@ def ties_pieces(i: Inputs, out: Tensor) -> None:
 # -- peers -------------------------------------------------------------------------------------------
 
 
-def _peft(name: str, density: float) -> Callable[[Inputs], Function]:
+def _peft(name: str, density: float, weights: list[float]) -> Callable[[Inputs], Function]:
     def build(_: Inputs) -> Function:
         try:
             from peft.utils import merge_utils
         except ImportError:
             raise NotAvailable("peft is not installed") from None
-        merge, weights = getattr(merge_utils, name), torch.tensor(WEIGHTS)
+        merge, factors = getattr(merge_utils, name), torch.tensor(weights)
 
         def run(i: Inputs) -> Tensor:
             deltas = [x - i.base for x in i.experts]
-            return (i.base + merge(deltas, weights, density)).to(i.base.dtype)
+            return (i.base + merge(deltas, factors, density)).to(i.base.dtype)
 
         return run
 
@@ -95,7 +96,7 @@ def _mergekit(method: str, density: float, elect: bool) -> Callable[[Inputs], Fu
 
         def run(i: Inputs) -> Tensor:
             kept = [sparsify(x - i.base, density, chosen, rescale_norm=norm) for x in i.experts]
-            weights = torch.tensor(WEIGHTS, dtype=i.base.dtype)[:, None, None]
+            weights = torch.tensor(ALIKE if elect else WEIGHTS, dtype=i.base.dtype)[:, None, None]
             deltas = torch.stack(kept).mul_(weights)
             if not elect:
                 return i.base + deltas.sum(0)
@@ -114,23 +115,26 @@ def _mergekit(method: str, density: float, elect: bool) -> Callable[[Inputs], Fu
 
 def _dare(drop: float, elect: bool, variant: str, functional: bool) -> Iterator[Case]:
     options = {"elect_sign": elect, "normalize": elect}
+    weights = ALIKE if elect else WEIGHTS
 
     def defined(_: Inputs) -> Definition:
         return lambda base, experts, offset: reference.dare_merge(
-            base, experts, WEIGHTS, drop, SEED, offset=offset, **options)  # fmt: skip
+            base, experts, weights, drop, SEED, offset=offset, **options)  # fmt: skip
 
     def forms(s: Shape) -> list[Form]:
         return [
             Form("eager:pieces", lambda _: dare_pieces(drop, elect), fills=True, random=True),
             Form(
-                "peer:peft", _peft("dare_ties" if elect else "dare_linear", 1 - drop), random=True
+                "peer:peft",
+                _peft("dare_ties" if elect else "dare_linear", 1 - drop, weights),
+                random=True,
             ),
             Form("peer:mergekit", _mergekit("random", 1 - drop, elect), random=True),
         ]
 
     ours = (
-        lambda i: ops.dare_merge_(i.out, i.base, i.experts, WEIGHTS, drop, SEED, **options),
-        lambda i: ops.dare_merge(i.base, i.experts, WEIGHTS, drop, SEED, **options),
+        lambda i: ops.dare_merge_(i.out, i.base, i.experts, weights, drop, SEED, **options),
+        lambda i: ops.dare_merge(i.base, i.experts, weights, drop, SEED, **options),
     )
     return merge_cases("dare_merge", ours, defined, forms, inputs=3, variant=variant,
                        functional=functional)  # fmt: skip
@@ -147,19 +151,29 @@ def _ties_defined(i: Inputs) -> Definition:
     return define
 
 
+def _ties_agree(got: Any, want: Any, i: Inputs) -> float:
+    """But where a delta equals the cut: of those, everybody keeps others."""
+    at = middle(i)
+    clear = torch.ones(at.stop - at.start, dtype=torch.bool)
+    for x in i.experts:
+        magnitude = (x.view(-1)[at].float() - i.base.view(-1)[at].float()).abs()
+        clear &= magnitude != _cut(i.base, x)
+    return deltas_agree(got, want, i, clear)
+
+
 def _ties() -> Iterator[Case]:
     def forms(s: Shape) -> list[Form]:
         # They sort the whole tensor: a big one takes half a minute.
-        peers = [Form("peer:peft", _peft("ties", DENSITY)),
+        peers = [Form("peer:peft", _peft("ties", DENSITY, ALIKE)),
                  Form("peer:mergekit", _mergekit("magnitude", DENSITY, True))]  # fmt: skip
         return [Form("eager:pieces", lambda _: ties_pieces, fills=True),
                 *(peers if s == SMALL else [])]  # fmt: skip
 
     ours = (
-        lambda i: ops.ties_merge_(i.out, i.base, i.experts, WEIGHTS, DENSITY),
-        lambda i: ops.ties_merge(i.base, i.experts, WEIGHTS, DENSITY),
+        lambda i: ops.ties_merge_(i.out, i.base, i.experts, ALIKE, DENSITY),
+        lambda i: ops.ties_merge(i.base, i.experts, ALIKE, DENSITY),
     )
-    return merge_cases("ties_merge", ours, _ties_defined, forms, inputs=6)
+    return merge_cases("ties_merge", ours, _ties_defined, forms, inputs=6, agree=_ties_agree)
 
 
 def cases() -> Iterator[Case]:

@@ -111,9 +111,11 @@ def _delta(made: Any, i: Inputs) -> Tensor:
     return merged.view(-1)[at].double() - i.base.view(-1)[at].double()
 
 
-def deltas_agree(got: Any, want: Any, i: Inputs) -> float:
+def deltas_agree(got: Any, want: Any, i: Inputs, where: Tensor | None = None) -> float:
     """Error of the merged task vector: that of the result would hide it."""
     a, b = _delta(got, i), _delta(want, i)
+    if where is not None:
+        a, b = a[where], b[where]
     error = float((a - b).norm() / b.norm())
     return error if math.isfinite(error) else math.inf
 
@@ -133,7 +135,7 @@ Definition = Callable[[Tensor, list[Tensor], int], Tensor]
 def merge_cases(
     op: str, ours: tuple[Function, Function], defined: Callable[[Inputs], Definition],
     forms: Callable[[Shape], list[Form]], *, inputs: int, variant: str = "",
-    functional: bool = True,
+    functional: bool = True, agree: Callable[[Any, Any, Inputs], float] = deltas_agree,
 ) -> Iterator[Case]:  # fmt: skip
     """The op into ``out`` and in its functional form, which are ``ours``.
 
@@ -154,7 +156,7 @@ def merge_cases(
             bytes=lambda s, size: (inputs + 1) * elements(s) * size,
             providers=[provider("tenfold", ours[not into]),
                        *(form.provider(into) for form in forms(s)), *yardstick],
-            reference=reference, agree=deltas_agree,
+            reference=reference, agree=agree,
             # bf16: others round the task vectors, or each step.
             tolerance=1e-3 if dtype == torch.float32 else 0.1, quick=s == SMALL, **about,
         )  # fmt: skip

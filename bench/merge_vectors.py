@@ -150,7 +150,7 @@ def _gram_case(s: Shape, dtype: torch.dtype, experts: int, into: bool) -> Case:
         providers=[provider("tenfold", ours), *(provider(n, form(f)) for n, f in forms.items())],
         reference=form(gram_pieces(torch.float64)),
         # Those in float32 are the less exact ones.
-        tolerance=1e-4, quick=s == SMALL, **about,
+        tolerance=2e-3, quick=s == SMALL, **about,
     )  # fmt: skip
 
 

@@ -227,37 +227,51 @@ void keys_as(const T* base, const T* expert, int64_t n, uint32_t* keys) {
 
 template <class T>
 void sample_as(const T* base, const T* expert, const int64_t* at, int64_t n, uint32_t* keys) {
-  for (int64_t j = 0; j < n; ++j)
+  constexpr int64_t kAhead = 16;  // places lie far apart
+  for (int64_t j = 0; j < n; ++j) {
+    if (j + kAhead < n) {
+      __builtin_prefetch(base + at[j + kAhead]);
+      __builtin_prefetch(expert + at[j + kAhead]);
+    }
     store_n(keys + j, magnitude_key(load_n(expert + at[j], 1) - load_n(base + at[j], 1)), 1);
+  }
 }
 
 constexpr int kSums = 8;  // partial sums of a norm
 
+// sums[k] += x[i] (or its square) for i = k, k + kSums, ...; n is a multiple of kSums.
+inline void add_up(const float* x, int64_t n, bool squared, double (&sums)[kSums]) {
+  for (int64_t i = 0; i < n; i += kSums)
+    for (int k = 0; k < kSums; ++k) {
+      const auto y = static_cast<double>(x[i + k]);
+      sums[k] += squared ? y * y : y;
+    }
+}
+
 template <class T>
 void norms_as(const DeltaMerge& m, int64_t begin, int64_t end, bool squared, double* all,
               double* kept) {
+  // Whole tensors only: what is kept lies in whole vectors of the draws.
   with_draws(m, begin, end, false, [&](int64_t from, int64_t to, const Draws& draws) {
-    alignas(64) float d[kDraws + kWidth];
+    alignas(64) float x[2][kDraws + kWidth];
     const int64_t n = to - from;
     for (int e = 0; e < m.experts; ++e) {
       const T* const base = static_cast<const T*>(m.base) + from;
       const T* const expert = static_cast<const T*>(m.expert[e]) + from;
-      int64_t i = 0;
-      for (; i + kWidth <= n; i += kWidth) store(d + i, load(expert + i) - load(base + i));
-      if (i < n) {
-        const int left = static_cast<int>(n - i);
-        store_n(d + i, load_n(expert + i, left) - load_n(base + i, left), left);
+      for (int64_t i = 0; i < n; i += kWidth) {
+        const int left = static_cast<int>(n - i < kWidth ? n - i : kWidth);
+        const VF d = left == kWidth ? load(expert + i) - load(base + i)
+                                    : load_n(expert + i, left) - load_n(base + i, left);
+        const VF magnitude = from_bits(bits(d) & seti(0x7FFFFFFFu));
+        store(x[0] + i, magnitude);
+        store(x[1] + i, select(draws.lanes(e, (draws.from + i) / kWidth), magnitude, set1(0.0f)));
       }
-      double sums[2][kSums] = {};
-      for (int64_t j = 0; j < n; ++j) {
-        const double magnitude = __builtin_fabs(static_cast<double>(d[j]));
-        const double x = squared ? magnitude * magnitude : magnitude;
-        sums[0][j % kSums] += x;
-        sums[1][j % kSums] += draws.one(e, j) ? x : 0.0;
-      }
-      for (int k = 0; k < kSums; ++k) {
-        all[e] += sums[0][k];
-        kept[e] += sums[1][k];
+      const int64_t padded = (n + kSums - 1) / kSums * kSums;
+      for (int k = 0; k < 2; ++k) {
+        for (int64_t i = n; i < padded; ++i) x[k][i] = 0.0f;
+        double sums[kSums] = {};
+        add_up(x[k], padded, squared, sums);
+        for (const double sum : sums) (k == 0 ? all : kept)[e] += sum;
       }
     }
   });
