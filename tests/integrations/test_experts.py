@@ -6,7 +6,7 @@ import transformers
 from tiny_models import GREEDY
 from torch import nn
 
-from tenfold import ops
+from tenfold import integrations, ops
 from tenfold.integrations import experts
 from tenfold.testing import assert_close_to_ref, poisoned_memory
 
@@ -139,12 +139,34 @@ def test_generation(kind, calls):
     assert torch.equal(got, want) and len(calls) >= 20
 
 
-def test_bfloat16_models_run_and_learn():
-    model = make("Mixtral").to(torch.bfloat16)
+@pytest.mark.parametrize("kind", MAIN)
+def test_bfloat16_models_against_float64(kind):
+    """Logits and the gradients of all parameters, as near to float64 as eager's; one layer, so that all route alike."""
+    model, batch = make(kind, num_hidden_layers=1).to(torch.bfloat16), ids(4, 12)
+    gate = model.model.layers[0].mlp.gate
+    chosen = []
+    hook = gate.register_forward_hook(lambda module, args, out: chosen.append(out[2]))
+    low = loss_and_gradients(model, batch)
     model.set_experts_implementation("tenfold")
-    logits, grads = loss_and_gradients(model, ids())
-    assert logits.dtype == torch.bfloat16 and torch.isfinite(logits).all()
-    assert all(g.dtype == torch.bfloat16 and torch.isfinite(g).all() for g in grads.values())
+    ours = loss_and_gradients(model, batch)
+    hook.remove()
+    assert torch.equal(*chosen)
+
+    def routed(hidden):
+        logits = hidden.reshape(-1, 32) @ gate.weight.T
+        weights = logits.softmax(-1).gather(1, chosen[0])
+        if getattr(gate, "norm_topk_prob", True):
+            weights = weights / weights.sum(-1, keepdim=True)
+        return logits, weights, chosen[0]
+
+    model.double().set_experts_implementation("eager")
+    gate.forward = routed
+    exact = loss_and_gradients(model, batch)
+    assert ours[0].dtype == torch.bfloat16 and ours[1].keys() == exact[1].keys() == low[1].keys()
+    assert_close_to_ref(ours[0], exact[0].double(), low[0], what=f"{kind} logits")
+    for name, grad in ours[1].items():
+        assert grad.dtype == torch.bfloat16
+        assert_close_to_ref(grad, exact[1][name].double(), low[1][name], what=f"{kind} {name}")
 
 
 def test_under_autocast():
@@ -219,6 +241,15 @@ def test_a_gate_of_its_own_is_refused(monkeypatch):
         experts.replace_moe(model)
 
 
+def test_models_that_cannot_be_set_are_not_passed_over(monkeypatch):
+    model = make("Mixtral")
+    monkeypatch.setattr(
+        type(model), "_can_set_experts_implementation", classmethod(lambda cls: False)
+    )
+    with pytest.raises(TypeError, match=r"does not let .*layers\.0\.mlp\.experts stays"):
+        experts.replace_moe(model)
+
+
 def test_replace_and_put_back(calls):
     model, batch = make("Qwen3Moe"), ids()
     want = model(batch).logits
@@ -241,7 +272,7 @@ def test_replace_and_put_back(calls):
 def test_registration_is_undone_and_guarded():
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 
-    experts.register()
+    integrations.register_experts()
     assert ALL_EXPERTS_FUNCTIONS["tenfold"] is experts.experts_forward
     experts.unregister()
     experts.unregister()

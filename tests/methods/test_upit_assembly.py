@@ -215,7 +215,7 @@ def test_memory_is_that_of_a_few_tensors(tmp_path):
 assemble(["{tmp_path}/" + str(e) for e in range(4)], None, "{tmp_path}/moe",
          config=AssemblyConfig(max_shard_bytes=20_000_000))
     """
-    assert peak_growth(setup, call) < 30 * 2**20
+    assert peak_growth(setup, call) < 45 * 2**20
 
 
 def test_errors(tmp_path, pool):
@@ -252,7 +252,10 @@ def test_errors(tmp_path, pool):
     with pytest.raises(FileNotFoundError):
         assemble([tmp_path / "none"] * 2, None, out)
     assemble(states, None, out, model_config=config)
-    fails("holds a model already")
+    before = (out / "model.safetensors").stat().st_mtime_ns
+    assert assemble(states, None, out, model_config=config) == out  # the same: nothing to do
+    assert (out / "model.safetensors").stat().st_mtime_ns == before
+    fails("holds another model already", experts_per_token=1)
 
 
 def test_a_missing_expert_is_named(tmp_path, pool):

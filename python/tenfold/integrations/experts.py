@@ -159,11 +159,19 @@ class Replaced:
         experts: names of the modules that run through tenfold.
     """
 
-    def __init__(self, model: Any, experts: list[str]) -> None:
-        self.experts, self._model = experts, model
-        self._before = model.get_experts_implementation() if hasattr(
-            model, "get_experts_implementation") else model.config._experts_implementation  # fmt: skip
+    def __init__(self, model: Any, experts: dict[str, nn.Module]) -> None:
+        self.experts, self._model = list(experts), model
+        if hasattr(model, "get_experts_implementation"):
+            self._before = model.get_experts_implementation()
+        else:
+            self._before = model.config._experts_implementation
         model.set_experts_implementation(NAME)
+        left = [n for n, m in experts.items() if m.config._experts_implementation != NAME]  # type: ignore[union-attr]
+        if left:
+            self.remove()
+            raise TypeError(
+                f"{type(model).__name__} does not let its experts implementation be set ({left[0]} stays as it was)"
+            )
 
     def remove(self) -> None:
         """Sets the implementation that was there; a second call does nothing."""
@@ -199,4 +207,4 @@ def replace_moe(model: Any) -> Replaced:
         )
     for name, experts in found.items():
         _check(experts, name)
-    return Replaced(model, list(found))
+    return Replaced(model, found)

@@ -23,7 +23,7 @@ from tenfold.upit import layout as names
 from tenfold.upit.options import AssemblyConfig, check_experts
 
 Progress = Callable[[str, int, int], None]  # tensor that is done, bytes done, bytes in all
-_RUN = "run.json"
+_RUN, _RECORD = "run.json", "assembly.json"
 
 
 class _Assembly:
@@ -49,6 +49,7 @@ class _Assembly:
         self.f, self.d = shape_of(first, self.dense[self.layers[0], "gate"])
         self.routers = self._rows(routers)
         self.wide = None if config.dtype is None else getattr(torch, config.dtype)
+        self.dtype = self._kept(self.dense[self.layers[0], "gate"])
         self.saved = experts[: config.saved or len(experts)]
         self.planned: dict[str, Planned] = {}
         self.makers: dict[str, Callable[[], Tensor]] = {}
@@ -156,6 +157,25 @@ def _identity(state: State) -> Any:
     return digest.hexdigest()
 
 
+def _record(work: _Assembly, config: AssemblyConfig) -> dict[str, Any]:
+    """What a folder is made of; by this a second call knows it."""
+    digest = hashlib.sha256()
+    sample_digest(work.routers, digest)
+    return {"config": {k: str(v) for k, v in vars(config).items()}, "routers": digest.hexdigest(),
+            "experts": [_identity(s) for s in work.experts],
+            "base": None if work.base is None else _identity(work.base)}  # fmt: skip
+
+
+def _finished(folder: Path, record: dict[str, Any]) -> bool:
+    """Has this very mixture been written? ValueError if another model has."""
+    file = folder / _RECORD
+    if file.is_file() and json.loads(file.read_text()) == json.loads(json.dumps(record)):
+        return True
+    if not (folder / _RUN).exists() and any(folder.glob("*.safetensors")):
+        raise ValueError(f"{folder} holds another model already; give another folder, or remove it")
+    return False
+
+
 def _check(
     states: list[State], labels: list[str], base: State | None, config: AssemblyConfig
 ) -> None:
@@ -198,7 +218,7 @@ def assemble(
 
     FFNs of the dense models become experts, the rest is merged, and routing vectors become the rows of routers. What
     it needs of memory is one tensor of each expert, or a layer's stacked one. Shards appear when they are complete;
-    the same call goes on after a kill.
+    the same call goes on after a kill, and does nothing when all is there (``assembly.json`` says of what it was made).
 
     Args:
         experts: n folders or state dicts of Llama-type models, the saved checkpoints first.
@@ -221,8 +241,6 @@ def assemble(
     config = config or AssemblyConfig()
     folder = Path(out).expanduser()
     check_experts(len(experts), config.experts_per_token)
-    if not (folder / _RUN).exists() and any(folder.glob("*.safetensors")):
-        raise ValueError(f"{folder} holds a model already; give another folder, or remove it")
     with contextlib.ExitStack() as stack:
 
         def opened(model: State | str | Path) -> State:
@@ -239,11 +257,13 @@ def assemble(
         folders = [s.path for s in states if isinstance(s, Checkpoint) and s.path.is_dir()]
         given = model_config if model_config is not None else _config_of(folders)
         work = _Assembly(states, routers, config, origin)
-        written = {p.dtype for p in work.planned.values() if p.dtype.is_floating_point}
         more = {} if config.renormalize else {"norm_topk_prob": False}
         about = names.mixtral_config(given, len(states), config.experts_per_token,
                                      router_aux_loss_coef=config.aux_coef,
-                                     dtype=str(max(written, key=lambda t: t.itemsize))[6:], **more)  # fmt: skip
+                                     dtype=str(work.dtype)[6:], **more)  # fmt: skip
+        record = _record(work, config)
+        if _finished(folder, record):
+            return folder
         if about["num_hidden_layers"] != len(work.layers):
             raise ValueError(
                 f"the configuration has {about['num_hidden_layers']} layers, the experts {len(work.layers)}"
@@ -253,15 +273,13 @@ def assemble(
                 f"all {len(states)} experts are identical: the mixture is the dense model; allow_identical=True "
                 "assembles it all the same"
             )
-        digest = hashlib.sha256()
-        sample_digest(work.routers, digest)
         claim = WorkFolder(folder)
-        claim.claim({"config": {k: str(v) for k, v in vars(config).items()}, "routers": digest.hexdigest(),
-                     "experts": [_identity(s) for s in states]})  # fmt: skip
+        claim.claim(record)
         _write(work, folder, config.max_shard_bytes, progress)
         if folders:
             names.copy_small_files(folders[-1], folder)
         write_text(folder / "config.json", json.dumps(about, indent=2) + "\n")
+        write_text(folder / _RECORD, json.dumps(record, indent=1) + "\n")
         claim.release()
     return folder
 

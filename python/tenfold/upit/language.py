@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tenfold import ops
@@ -26,14 +27,16 @@ def has_plain_head(model: Any) -> bool:
 
 
 def lm_loss(model: Any, batch: dict[str, Tensor], fused: bool = True) -> Tensor:
-    """Mean loss (nats) of the tokens that ``labels`` [B, S] ask for (-100: none), 0-d float32.
+    """Mean loss (nats) of the tokens that ``labels`` [B, S] ask for (-100: none), 0-d float32; 0 without any.
 
     ``fused``: through ``linear_cross_entropy`` where the head is a plain product.
     """
     inputs = {k: v for k, v in batch.items() if k != "labels"}
-    if not fused or not has_plain_head(inner(model)):
-        return model(**batch, use_cache=False).loss
-    causal = inner(model)
-    hidden = causal.base_model(**inputs, use_cache=False).last_hidden_state
-    weight = causal.get_output_embeddings().weight
-    return ops.linear_cross_entropy(hidden[:, :-1], weight, batch["labels"][:, 1:])[0]
+    causal, target = inner(model), batch["labels"][:, 1:]
+    if fused and has_plain_head(causal):
+        hidden = causal.base_model(**inputs, use_cache=False).last_hidden_state
+        weight = causal.get_output_embeddings().weight
+        return ops.linear_cross_entropy(hidden[:, :-1], weight, target)[0]
+    logits = model(**inputs, use_cache=False).logits[:, :-1].float()
+    total = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="sum")
+    return total / (target != -100).sum().clamp_min(1)

@@ -30,7 +30,7 @@ PARTS = ("gate", "up", "down")
 _CLASSIC = {"gate": "w1", "up": "w3", "down": "w2"}  # Mixtral's names
 _DENSE = re.compile(r"^(?P<layer>.*\.layers\.\d+)\.mlp\.(?P<part>gate|up|down)_proj\.weight$")
 _SMALL = (".json", ".txt", ".model", ".jinja")  # tokenizers' and templates' files
-_NOT_COPIED = ("config.json", "run.json", "result.json")
+_NOT_COPIED = ("config.json", "run.json", "assembly.json")
 _KEPT = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "hidden_act", "initializer_range", "rms_norm_eps", "rope_theta",

@@ -137,7 +137,8 @@ class PostTrainingConfig:
         learning_rate, weight_decay, betas, eps, max_grad_norm: AdamW; norms and biases do not decay.
             state_dtype, stochastic_rounding: of ``MaskedAdamW``.
         schedule: after a linear ``warmup`` (share of the steps). batch_size: rows per step over all ranks;
-            micro_batch_size: rows per forward and rank (None: all of them). sequence_length: of token streams.
+            micro_batch_size: rows per forward and rank (None: all of them), over which the load is then balanced.
+            sequence_length: of token streams.
         aux_coef: c of ``L_lm + c mean over layers of L_load``. lb_norm: ``"slots"`` (1 when balanced) or
             ``"tokens"`` (k when balanced, as in transformers).
         renormalize: of the routers' weights; None: as the model's configuration says.
@@ -198,7 +199,7 @@ class LoraExpertsConfig:
         experts: n. experts_per_token: k, of ``routing="block"``.
         rank, alpha: pairs ``(alpha / rank) B A``.
         routing: ``"block"`` has one router per layer, at the input of the FFN; ``"linear"`` one per linear layer,
-            a softmax over all experts without top-k (LoRAMoE's layout).
+            a softmax over all experts without top-k (LoRAMoE's layout), so there is no load to be balanced.
         renormalize: of the k weights. router_std: of the routers' start. seed: of that and of A.
     """
 
