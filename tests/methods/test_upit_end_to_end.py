@@ -10,8 +10,8 @@ from tenfold.upit.layout import convert_layout
 from tenfold.upit.study import METHODS, compare
 
 VOCAB, LENGTH, DOMAINS = 24, 32, 4
-# Calibrated once: checkpoints every quarter of an epoch, as in the paper. UpIT's loss over that of vanilla upcycling was
-# 0.9999, 0.9964, 0.9956, 0.9964, 0.9951 on seeds 0 to 4 (one epoch apart: 1.002 to 1.007).
+# Calibrated once: checkpoints every quarter of an epoch, as in the paper. UpIT's loss over that of vanilla
+# upcycling was 0.9999, 0.9964, 0.9956, 0.9964, 0.9951 on seeds 0 to 4 (one epoch apart: 1.002 to 1.007).
 RECIPE = {
     "base_model": "chains", "preset": "small", "num_experts": 4, "experts_per_token": 2,
     "collect": {"epochs": 4.0, "save_every": 0.25, "batch_size": 32, "learning_rate": 5e-3, "dtype": "float32"},

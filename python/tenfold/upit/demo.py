@@ -24,7 +24,7 @@ from tenfold.upit.study import BASE, METHODS, TUNED, Comparison, compare
 
 LENGTH, END, TRAIN, TEST = 128, 0, 256, 48
 NAMES = ("docstring", "german", "licence", "topic")
-PARENT_STEPS, TELL, LAYERS, HEADS = 150, 10, 4, 4
+PARENT_STEPS, TELL, LAYERS, HEADS = 120, 10, 4, 4
 COMPARED = ("dense", "vanilla", "upit")
 RECIPE: dict[str, Any] = {
     "base_model": "bytes", "preset": "small", "num_experts": 4, "experts_per_token": 2,
