@@ -334,5 +334,7 @@ def check_hidden_wild():
 if __name__ == "__main__":
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    globals()[f"check_{sys.argv[1]}"]()
+    for check in sys.argv[1:]:
+        torch.manual_seed(0)
+        globals()[f"check_{check}"]()
     print("ok")

@@ -345,5 +345,7 @@ if __name__ == "__main__":
     stand_in([grouped_gemm, grouped_gemm_wgrad, moe_swiglu_mlp, moe_swiglu_mlp_train,
               moe_swiglu_mlp_backward, moe_lora_experts, moe_lora_experts_train, moe_lora_experts_backward,
               moe_lora_swiglu_mlp])  # fmt: skip
-    globals()[f"check_{sys.argv[1]}"]()
+    for check in sys.argv[1:]:
+        torch.manual_seed(0)
+        globals()[f"check_{check}"]()
     print("ok")

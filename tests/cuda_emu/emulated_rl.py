@@ -325,5 +325,7 @@ def safe(op, *args, **kwargs):
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    globals()[f"check_{sys.argv[1]}"]()
+    for check in sys.argv[1:]:
+        torch.manual_seed(0)
+        globals()[f"check_{check}"]()
     print("ok")
