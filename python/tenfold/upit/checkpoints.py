@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from tenfold.data.models import quiet_transformers
+from tenfold.merge.checkpoint import Planned, plan_shards, write_index, write_shard
 from tenfold.training.store import write_text
 from tenfold.upit.adapters import is_adapter
 from tenfold.upit.config import PICKS
 
 _STEP = re.compile(r"checkpoint-(\d+)")
+_MOST_BYTES = 5_000_000_000  # of a file
 State = Mapping[str, Tensor]
 
 
@@ -37,19 +39,32 @@ def full_state(module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def save_dense(model: Any, state: State, folder: Path, tokenizer: Any = None) -> Path:
-    """Writes ``state`` as a folder that ``from_pretrained`` loads; it appears complete or not at all."""
+    """Writes ``state`` as a folder that ``from_pretrained`` loads; it appears complete or not at all.
+
+    Any of several processes may do it (transformers' own ``save_pretrained`` writes on the first alone).
+    """
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    with quiet_transformers():
-        model.save_pretrained(temporary, state_dict=dict(state))
-    file = temporary / "config.json"
-    config = json.loads(file.read_text())
-    kinds = {t.dtype for t in state.values() if t.is_floating_point()}
-    if len(kinds) == 1:
-        config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(kinds.pop())[6:]
-    write_text(file, json.dumps(config, indent=2) + "\n")
+    temporary.mkdir(parents=True)
+    named = {id(t): n for n, t in reversed(list(state.items()))}  # of tied weights the first name
+    unique = {n: t.contiguous() for n, t in state.items() if named[id(t)] == n}
+    config = model.config.to_dict() | {"architectures": [type(model).__name__]}
+    config.pop("torch_dtype", None)
+    kinds = {t.dtype for t in unique.values() if t.is_floating_point()}
+    config["dtype"] = str(kinds.pop())[6:] if len(kinds) == 1 else config.get("dtype")
+    write_text(
+        temporary / "config.json", json.dumps(config, indent=2, sort_keys=True, default=str) + "\n"
+    )
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(temporary)
     if hasattr(tokenizer, "save_pretrained"):
         tokenizer.save_pretrained(temporary)
+    shards = plan_shards(
+        [Planned(n, t.dtype, tuple(t.shape)) for n, t in unique.items()], _MOST_BYTES
+    )
+    for shard in shards:
+        write_shard(temporary, shard, lambda planned: unique[planned.name])
+    write_index(temporary, shards)
     os.replace(temporary, folder)
     return folder
 

@@ -32,6 +32,20 @@ class DenseTrainer(Trainer):
     """AdamW on what trains."""
 
     config: CollectConfig
+    share: float = 1.0
+
+    def rank_rows(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """This rank's rows; ``share`` makes the mean over ranks that over all tokens."""
+        mine = super().rank_rows(batch)
+        counts = [int((b["labels"][:, 1:] != -100).sum()) for b in (mine, batch)]
+        self.share = self.accelerator.num_processes * counts[0] / max(1, counts[1])
+        return mine
+
+    def loss_of(
+        self, model: Any, batch: dict[str, Tensor], step: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a causal LM on the labels."""
+        return self.share * model(**batch, use_cache=False).loss, {}
 
     def make_optimizer(self, module: nn.Module) -> torch.optim.Optimizer:
         """Matrices decay, vectors do not."""
@@ -50,11 +64,6 @@ class DenseTrainer(Trainer):
         """By the norm of all gradients."""
         trained = [p for g in optimizer.param_groups for p in g["params"]]
         self.accelerator.clip_grad_norm_(trained, self.config.max_grad_norm)
-
-
-def lm_step(model: Any, batch: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of a causal LM on the labels."""
-    return model(**batch, use_cache=False).loss, {}
 
 
 def save_points(steps: int, config: CollectConfig) -> list[int]:
@@ -142,7 +151,7 @@ def _train(
             trainer.accelerator.wait_for_everyone()
         return False
 
-    curve = trainer.run("tuning", module, steps, config.batch_size, lm_step, after_step)
+    curve = trainer.run("tuning", module, steps, config.batch_size, trainer.loss_of, after_step)
     if lora is not None:
         module.unload()
         model.requires_grad_(True)
