@@ -28,7 +28,7 @@ PARENT_STEPS, TELL, LAYERS, HEADS = 120, 10, 4, 4
 COMPARED = ("dense", "vanilla", "upit")
 RECIPE: dict[str, Any] = {
     "base_model": "bytes", "preset": "small", "num_experts": 4, "experts_per_token": 2,
-    "collect": {"epochs": 2.0, "save_every": 0.5, "keep": 3, "learning_rate": 2e-3, "dtype": "float32"},
+    "collect": {"epochs": 2.0, "save_every": 0.25, "keep": 3, "learning_rate": 2e-3, "dtype": "float32"},
     "seeds": {"fraction": 0.1, "assign": "relative"}, "router": {"normalize": "unit"},
     "post": {"epochs": 1.0, "learning_rate": 1e-3},
 }  # fmt: skip
