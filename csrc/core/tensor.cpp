@@ -8,8 +8,6 @@
 namespace tenfold {
 namespace {
 
-constexpr int64_t kMaxDims = 8;
-
 int64_t element_size(ScalarType t) {
   switch (t) {
     case ScalarType::Long:
@@ -26,27 +24,9 @@ int64_t element_size(ScalarType t) {
 
 }  // namespace
 
-// Not by torch::stable::new_empty, which looks the op up by its name: a microsecond, where a small
-// op with four results takes two.
 Tensor new_output(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  int64_t strides[kMaxDims], numel = 1;
-  const auto dims = static_cast<int64_t>(sizes.size());
-  STD_TORCH_CHECK(dims <= kMaxDims, "tenfold: an output has ", dims, " dims");
-  for (int64_t i = dims - 1, stride = 1; i >= 0; --i) {
-    const int64_t size = sizes.begin()[i];
-    strides[i] = stride;
-    stride *= std::max<int64_t>(size, 1);
-    numel *= size;
-  }
-  int32_t device_type, device_index;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
-  const auto type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
-  AtenTensorHandle made;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes.begin(), strides, type,
-                                                         device_type, device_index, &made));
-  Tensor out(made);
-  if (out.is_cpu()) advise_huge_pages(out.data_ptr(), numel * element_size(dtype));
+  Tensor out = torch::stable::new_empty(like, sizes, dtype);
+  if (out.is_cpu()) advise_huge_pages(out.data_ptr(), out.numel() * element_size(dtype));
   return out;
 }
 
