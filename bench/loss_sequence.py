@@ -66,7 +66,10 @@ def _case(s: Shape, dtype: torch.dtype, gradient: bool) -> Case:
     else:
         providers = [provider("tenfold", ours), *(provider(n, form) for n, form in forms.items()),
                      *([compiled(cross_entropy)] if first else [])]  # fmt: skip
-        defined = lambda i: reference.sequence_nll(i.logits, i.labels)  # noqa: E731
+
+        def defined(i: Inputs) -> Any:
+            return reference.sequence_nll(i.logits, i.labels)
+
     return Case(
         op="sequence_nll", variant="gradient" if gradient else "", shape=s, dtype=dtype,
         inputs=_inputs, traffic="copy" if gradient else "read",

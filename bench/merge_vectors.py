@@ -137,10 +137,15 @@ def _gram_case(s: Shape, dtype: torch.dtype, experts: int, into: bool) -> Case:
         return (lambda i: i.out.add_(made(i))) if into else made
 
     if into:
-        ours = lambda i: ops.delta_gram_(i.out, i.base, i.experts)  # noqa: E731
         about = {"mode": "inplace", "mutates": ("out",)}
     else:
-        ours, about = (lambda i: ops.delta_gram(i.base, i.experts)), {}
+        about = {}
+
+    def ours(i: Inputs) -> Tensor | None:
+        return (
+            ops.delta_gram_(i.out, i.base, i.experts) if into else ops.delta_gram(i.base, i.experts)
+        )
+
     whole = {"eager:float32": gram} if experts == EXPERTS[0] else {}
     forms = {"eager:pieces_float32": gram_pieces(torch.float32),
              "eager:pieces_float64": gram_pieces(torch.float64), **whole}  # fmt: skip

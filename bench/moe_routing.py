@@ -85,7 +85,10 @@ def _gate_case(s: Shape, dtype: torch.dtype, sorting: bool) -> Case:
         forms = {"eager:topk": _both(gate, sort, s), "eager:softmax": _both(gate_of_softmax, sort, s),
                  "eager:keys": _both(gate, sort_by_keys, s)}  # fmt: skip
     else:
-        ours = lambda i: ops.moe_gate(i.logits, k)  # noqa: E731
+
+        def ours(i: Inputs) -> Any:
+            return ops.moe_gate(i.logits, k)
+
         forms = {"eager:topk": lambda i: gate(i, k), "eager:softmax": lambda i: gate_of_softmax(i, k)}  # fmt: skip
     defined = _both(lambda i, k: reference.moe_gate(i.logits, k), reference.moe_sort, s)
     compiles = sorting and s["t"] == TOKENS[1] and dtype == FP32

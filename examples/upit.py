@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import platform
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +109,18 @@ def recipe_of(chosen: argparse.Namespace, experts: int, seed: int) -> dict[str, 
     }  # fmt: skip
 
 
+def every_twentieth(label: str) -> Callable[[str], None]:
+    """Prints one in twenty of the steps that it is told."""
+    numbers = itertools.count(1)
+
+    def step(text: str) -> None:
+        number = next(numbers)
+        if number % 20 == 0:
+            print(f"{label}, step {number}: {text}", flush=True)
+
+    return step
+
+
 def means_plot(runs: list[dict[str, Any]]) -> Any:
     """Mean loss after the same steps, less that of the dense model before: a dot per seed."""
     names = [(r["experts"], t) for r in runs for t in r["losses"] if t in METHODS.values()]
@@ -173,17 +187,9 @@ def main() -> None:
                 continue
             ready = ready or prepared(chosen, seed)
             model, tokenizer, data = ready
-            told = 0
-
-            def step(text: str) -> None:
-                nonlocal told
-                told += 1
-                if told % 20 == 0:
-                    print(f"{experts} experts, seed {seed}, step {told}: {text}", flush=True)  # noqa: B023
-
             found = compare(recipe_of(chosen, experts, seed), chosen.work / f"run-{chosen.model}-{experts}-{seed}",
                             methods=chosen.methods, model=model, tokenizer=tokenizer, data=data,
-                            step=step)  # fmt: skip
+                            step=every_twentieth(f"{experts} experts, seed {seed}"))  # fmt: skip
             run = {"experts": experts, "seed": seed, "setting": setting, **found.to_json()}
             file.write_text(json.dumps(run) + "\n")
             for name, losses in found.losses.items():

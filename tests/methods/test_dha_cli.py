@@ -10,32 +10,12 @@ import dha_models as tiny
 import pytest
 import torch
 import typer
+from cli_calls import fails, succeeds
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
-from typer.testing import CliRunner
-
-from tenfold.cli.main import app
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = ["--search-steps", "2", "--fusion-steps", "3", "--recovery-steps", "2", "--batch-size", "2",
          "--sequence-length", "16", "--force"]  # fmt: skip
-
-
-def tenfold_(*arguments):
-    found = CliRunner().invoke(app, [str(a) for a in arguments])
-    assert isinstance(found.exception, SystemExit | None), found.exception
-    return found.exit_code, found.stdout, found.stderr
-
-
-def succeeds(*arguments):
-    status, out, err = tenfold_(*arguments)
-    assert status == 0, err
-    return out
-
-
-def fails(*arguments):
-    status, out, err = tenfold_(*arguments)
-    assert status == 2 and out == "" and re.fullmatch(r"tenfold: [^\n]+\n", err), err
-    return err
 
 
 @pytest.fixture(scope="module")

@@ -9,33 +9,14 @@ from pathlib import Path
 import hft_models as tiny
 import pytest
 import torch
+from cli_calls import fails, succeeds
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
-from typer.testing import CliRunner
 
 from tenfold import hft
-from tenfold.cli.main import app
 from tenfold.hft import tasks
 
 ROOT = Path(__file__).resolve().parents[2]
 FEW = ["--steps", "3", "--batch-size", "2", "--sequence-length", "48", "--quiet"]
-
-
-def tenfold_(*arguments):
-    found = CliRunner().invoke(app, [str(a) for a in arguments])
-    assert isinstance(found.exception, SystemExit | None), found.exception
-    return found.exit_code, found.stdout, found.stderr
-
-
-def succeeds(*arguments):
-    status, out, err = tenfold_(*arguments)
-    assert status == 0, err
-    return out
-
-
-def fails(*arguments):
-    status, out, err = tenfold_(*arguments)
-    assert status == 2 and out == "" and re.fullmatch(r"tenfold: [^\n]+\n", err), err
-    return err
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cli_calls import fails, succeeds
 from ma_rlhf_models import kill_at
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
@@ -39,24 +40,6 @@ def every_third(mask, **others):
 
 answer = 42
 """
-
-
-def tenfold_(*arguments):
-    found = CliRunner().invoke(app, [str(a) for a in arguments])
-    assert isinstance(found.exception, SystemExit | None), found.exception
-    return found.exit_code, found.stdout, found.stderr
-
-
-def succeeds(*arguments):
-    status, out, err = tenfold_(*arguments)
-    assert status == 0, err
-    return out
-
-
-def fails(*arguments):
-    status, out, err = tenfold_(*arguments)
-    assert status == 2 and out == "" and re.fullmatch(r"tenfold: [^\n]+\n", err), err
-    return err
 
 
 def save_tokenizer(folder, shift=0):

@@ -1,15 +1,12 @@
 """``tenfold upit``: a recipe in one go and stage by stage, evaluation, export, and what is refused."""
 
 import json
-import re
 from pathlib import Path
 
 import pytest
 import upit_dense as dense
+from cli_calls import fails, succeeds
 from transformers import AutoModelForCausalLM
-from typer.testing import CliRunner
-
-from tenfold.cli.main import app
 
 RECIPE = """
 base_model: {place}/base
@@ -24,24 +21,6 @@ seeds: {{fraction: 1.0, min_bucket: 2}}
 router: {{batch_size: 8, epochs: 1}}
 post: {{batch_size: 8, epochs: 0.5}}
 """
-
-
-def tenfold_(*arguments):
-    found = CliRunner().invoke(app, [str(a) for a in arguments])
-    assert isinstance(found.exception, SystemExit | None), found.exception
-    return found.exit_code, found.stdout, found.stderr
-
-
-def succeeds(*arguments):
-    status, out, err = tenfold_(*arguments)
-    assert status == 0, err
-    return out
-
-
-def fails(*arguments):
-    status, out, err = tenfold_(*arguments)
-    assert status == 2 and out == "" and re.fullmatch(r"tenfold: [^\n]+\n", err), err
-    return err
 
 
 @pytest.fixture(scope="module")
