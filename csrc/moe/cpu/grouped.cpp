@@ -45,7 +45,7 @@ std::vector<Task> list_tasks(const Groups& g, int64_t blocks) {
   std::vector<Task> tasks;
   for (int64_t i = 0; i < g.count; ++i) {
     if (g.length(i) == 0) continue;
-    const Parts down{g.length(i), 8, row_blocks(g.length(i))};
+    const Parts down{g.length(i), kMoeRowUnit, row_blocks(g.length(i))};
     for (int64_t b = 0; b < blocks; ++b)
       for (int64_t r = 0; r < down.count; ++r)
         if (down.length(r) > 0)
@@ -134,7 +134,7 @@ Finish store_as(Isa isa, Dtype dtype, const GroupedProduct& p, float scale, void
 
 void grouped_wgrad(Isa isa, Dtype dtype, const MoeRows& dy, int64_t dy_cols, const MoeRows& a,
                    int64_t a_cols, const Groups& g, void* out) {
-  const Parts down{dy_cols, 8, ceil_div(dy_cols, kMoeRows)};
+  const Parts down{dy_cols, kMoeRowUnit, ceil_div(dy_cols, kMoeRows)};
   const Parts across{a_cols, kMoeColUnit, ceil_div(a_cols, kMoeCols)};
   const int64_t tiles = down.count * across.count, size = dtype_size(dtype);
   const int64_t area = dy_cols * a_cols;

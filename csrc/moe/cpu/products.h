@@ -1,5 +1,5 @@
 // Tiles of products with grouped rows (an expert's slots), for grouped.cpp, made of the panels of
-// core/cpu/panels.h. A tile is what one task computes of
+// core/cpu/packed.h. A tile is what one task computes of
 //   sums [rows, cols] = a [rows, depth] * w^T,  w [cols, depth] (by_rows), or * w [depth, cols]
 // where the rows of a may be gathered, or of a weight gradient
 //   out [rows, cols] = dy[:, rows]^T * a[:, cols]   over the slots of an expert.
@@ -16,7 +16,8 @@
 namespace tenfold {
 
 constexpr int64_t kMoeRows = 256, kMoeCols = 384;  // most of a tile; 48 | kMoeCols
-constexpr int64_t kMoeColUnit = 48;                // a multiple of every ISA's lanes of a tile
+constexpr int64_t kMoeRowUnit = 16;                // a multiple of every ISA's rows of a panel
+constexpr int64_t kMoeColUnit = 48;                // and lanes of a tile
 constexpr int64_t kMoeStrip = 128;                 // words of the depth that are packed at a time
 // Sums lie an odd number of cache lines apart, like packed panels: a power of two would put what is
 // written together into one cache set.
@@ -40,7 +41,7 @@ struct MoeProduct {
   bool by_rows;
   int64_t cols, depth;
   bool add;     // to what the sums hold
-  float* sums;  // [rows rounded up to 8][kMoePitch]
+  float* sums;  // [rows rounded up to 16][kMoePitch]
   float* room;  // moe_product_room()
 };
 

@@ -1,5 +1,5 @@
 // See products.h.
-#include "core/cpu/panels.h"
+#include "core/cpu/packed.h"
 #include "moe/cpu/products.h"
 
 TENFOLD_ISA_BEGIN
@@ -11,6 +11,10 @@ constexpr int64_t kLanes = kTileRows * kMoeStrip + kMoePad;  // floats from tile
 
 template <bool Dot>
 constexpr int64_t kStripDepth = Dot ? 2 * kMoeStrip : kMoeStrip;
+template <bool Dot>
+constexpr int64_t kPanels = kPackRows<Dot> * kMoeStrip + kMoePad;  // floats from panel to panel
+static_assert(kMoeRows % kPackRows<true> == 0 &&
+              kMoeRows / kPackRows<true> * kPanels<true> <= kMoeRows / 8 * kMoePanel);
 
 template <class T>
 inline const T* row_at(const MoeRows& rows, int64_t i) {
@@ -27,16 +31,10 @@ struct Packed {
         staged(lanes + kMoeCols / kTileRows * kLanes) {}
 };
 
-// sums (+)= panels * tiles of lanes, `depth` words.
 template <bool Dot>
-void multiply_packed(const Packed& m, int64_t rows, int64_t cols, int64_t depth, bool add,
-                     float* sums) {
-  for (int64_t d = 0; d < depth; d += kStrip)
-    for (int64_t c = 0; c < cols; c += kTileRows)
-      multiply_panels<Dot>(m.lanes + c / kTileRows * kLanes + d * kTileRows, m.panels + d * kPanel,
-                           kMoePanel, (rows + 7) / 8, cols - c,
-                           depth - d < kStrip ? depth - d : kStrip, sums + c, kMoePitch,
-                           add || d > 0);
+void multiply_strip(const Packed& m, int64_t rows, int64_t cols, int64_t n, bool add, float* sums) {
+  multiply_packed<Dot>(m.panels, kPanels<Dot>, rows, m.lanes, kLanes, cols, packed_words<Dot>(n),
+                       sums, kMoePitch, add);
 }
 
 inline void clear(float* sums, int64_t rows, int64_t cols) {
@@ -51,11 +49,11 @@ void product_packed(const MoeProduct& p) {
   if (p.depth == 0 && !p.add) clear(p.sums, p.rows, p.cols);
   for (int64_t k = 0; k < p.depth; k += kStripDepth<Dot>) {
     const int64_t n = p.depth - k < kStripDepth<Dot> ? p.depth - k : kStripDepth<Dot>;
-    for (int64_t r = 0; r < p.rows; r += 8) {
-      const T* row[8] = {};
-      for (int64_t i = 0; i < 8 && r + i < p.rows; ++i)
+    for (int64_t r = 0; r < p.rows; r += kPackRows<Dot>) {
+      const T* row[kPackRows<Dot>] = {};
+      for (int64_t i = 0; i < kPackRows<Dot> && r + i < p.rows; ++i)
         row[i] = row_at<T>(p.a, p.first + r + i) + k;
-      pack_rows8<T, Dot>(row, 8, n, m.staged, m.panels + r / 8 * kMoePanel, kPanel);
+      pack_panel<T, Dot>(row, n, m.staged, m.panels + r / kPackRows<Dot> * kPanels<Dot>);
     }
     if (p.by_rows) {
       for (int64_t c = 0; c < p.cols; c += kTileRows) {
@@ -63,14 +61,14 @@ void product_packed(const MoeProduct& p) {
         for (int64_t i = 0; i < kTileRows && c + i < p.cols; ++i)
           row[i] = w + (c + i) * p.w_stride + k;
         const int64_t left = round_up(p.cols - c, kWidth);
-        pack_rows<T, Dot>(row, n, m.staged, m.lanes + c / kTileRows * kLanes,
+        pack_tile<T, Dot>(row, n, m.staged, m.lanes + c / kTileRows * kLanes,
                           left < kTileRows ? left : kTileRows);
       }
     } else {
-      pack_lanes<T, Dot>([&](int64_t i) { return w + (k + i) * p.w_stride; }, n, p.cols, kLanes,
-                         m.lanes);
+      pack_tiles_along<T, Dot>([&](int64_t i) { return w + (k + i) * p.w_stride; }, n, p.cols,
+                               kLanes, m.lanes);
     }
-    multiply_packed<Dot>(m, p.rows, p.cols, words<Dot>(n), p.add || k > 0, p.sums);
+    multiply_strip<Dot>(m, p.rows, p.cols, n, p.add || k > 0, p.sums);
   }
 }
 
@@ -81,18 +79,6 @@ constexpr int kDotRows = 6;  // 24 sums, 4 vectors of w, one of a
 #else
 constexpr int kDotRows = 2;
 #endif
-
-// A vector of words from n elements of a row of w.
-template <class T, bool Dot>
-inline VF row_words(const T* from, int64_t n) {
-#if defined(TENFOLD_ISA_BF16)
-  if constexpr (Dot) {
-    const auto some = n >= 32 ? ~__mmask32{0} : static_cast<__mmask32>((1u << n) - 1u);
-    return {_mm512_castsi512_ps(_mm512_maskz_loadu_epi16(some, from))};
-  }
-#endif
-  return load_some(from, n);
-}
 
 template <bool Dot>
 inline VF add_words(VF sum, VF a, VF b) {
@@ -194,9 +180,9 @@ void wgrad_tile(const MoeWgrad& p) {
       return
           [&rows, col, first = p.first + q](int64_t i) { return row_at<T>(rows, first + i) + col; };
     };
-    pack_panels_along<T, Dot>(from(p.dy, p.row), n, p.rows, kMoePanel, m.panels);
-    pack_lanes<T, Dot>(from(p.a, p.col), n, p.cols, kLanes, m.lanes);
-    multiply_packed<Dot>(m, p.rows, p.cols, words<Dot>(n), q > 0, p.sums);
+    pack_panels_of_columns<T, Dot>(from(p.dy, p.row), n, p.rows, kPanels<Dot>, m.panels);
+    pack_tiles_along<T, Dot>(from(p.a, p.col), n, p.cols, kLanes, m.lanes);
+    multiply_strip<Dot>(m, p.rows, p.cols, n, q > 0, p.sums);
   }
   for (int64_t r = 0; r < p.rows; ++r) {
     T* const to = static_cast<T*>(p.out) + r * p.out_stride;
