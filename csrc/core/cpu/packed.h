@@ -85,11 +85,18 @@ inline void pack_lanes16(const bf16_t* const* row, int64_t n, float* to) {
   }
 }
 
-// sums[16 A][16 B] (+)= A panels * B vectors of lanes, `depth` words. Six sums, one left operand
-// and one right one fill the registers.
-template <int A, int B>
-inline void multiply_tiles(const float* lanes, const float* panel, int64_t stride, int64_t depth,
-                           float* sums, int64_t pitch, bool add) {
+// Left operands: 16 rows, and unless there are no more 16 others; in bytes.
+struct LeftTiles {
+  const void* at;
+  int64_t row, step;  // to the next row, and 16 words on
+  int64_t below;      // to the other rows
+};
+
+// sums[16 A][16 B] (+)= left tiles * B vectors of lanes, `depth` words. Six sums, one left operand
+// and one right one fill the registers. between(): called after every 16 words.
+template <int A, int B, class Between>
+inline void multiply_tiles(const float* lanes, const LeftTiles& left, int64_t depth, float* sums,
+                           int64_t pitch, bool add, const Between& between) {
   const int64_t row = pitch * 4;  // bytes
   float* const below = sums + kAmxRows * pitch;
   if (add) {
@@ -107,10 +114,11 @@ inline void multiply_tiles(const float* lanes, const float* panel, int64_t strid
     _tile_zero(4);
     _tile_zero(5);
   }
-  constexpr int64_t kLeft = 64, kRight = kTileRows * 4;
-  const float* other = panel + stride;
+  constexpr int64_t kRight = kTileRows * 4;
+  const auto* one = static_cast<const char*>(left.at);
+  const char* other = one + left.below;
   for (int64_t d = 0; d < depth; d += 16) {
-    _tile_loadd(6, panel, kLeft);
+    _tile_loadd(6, one, left.row);
     _tile_loadd(7, lanes, kRight);
     _tile_dpbf16ps(0, 6, 7);
     if constexpr (B > 1) {
@@ -121,8 +129,9 @@ inline void multiply_tiles(const float* lanes, const float* panel, int64_t strid
       _tile_loadd(7, lanes + 32, kRight);
       _tile_dpbf16ps(2, 6, 7);
     }
+    between();
     if constexpr (A > 1) {
-      _tile_loadd(6, other, kLeft);
+      _tile_loadd(6, other, left.row);
       if constexpr (B > 2) {
         _tile_dpbf16ps(5, 6, 7);
         _tile_loadd(7, lanes + 16, kRight);
@@ -133,7 +142,7 @@ inline void multiply_tiles(const float* lanes, const float* panel, int64_t strid
       }
       _tile_dpbf16ps(3, 6, 7);
     }
-    panel += kAmxTile, other += kAmxTile, lanes += 16 * kTileRows;
+    one += left.step, other += left.step, lanes += 16 * kTileRows;
   }
   _tile_stored(0, sums, row);
   if constexpr (B > 1) _tile_stored(1, sums + 16, row);
@@ -143,13 +152,23 @@ inline void multiply_tiles(const float* lanes, const float* panel, int64_t strid
   if constexpr (A > 1 && B > 2) _tile_stored(5, below + 32, row);
 }
 
-// As multiply_panels.
-template <int B>
-inline void multiply_tile_rows(const float* lanes, const float* panels, int64_t stride,
-                               int64_t count, int64_t depth, float* sums, int64_t pitch, bool add) {
-  for (; count > 1; count -= 2, panels += 2 * stride, sums += 2 * kAmxRows * pitch)
-    multiply_tiles<2, B>(lanes, panels, stride, depth, sums, pitch, add);
-  if (count > 0) multiply_tiles<1, B>(lanes, panels, stride, depth, sums, pitch, add);
+// The same of as many vectors of lanes as hold `left` columns.
+template <int A, class Between>
+inline void multiply_lanes(const float* lanes, int64_t left, const LeftTiles& rows, int64_t depth,
+                           float* sums, int64_t pitch, bool add, const Between& between) {
+  if (left > 2 * kWidth) {
+    multiply_tiles<A, 3>(lanes, rows, depth, sums, pitch, add, between);
+  } else if (left > kWidth) {
+    multiply_tiles<A, 2>(lanes, rows, depth, sums, pitch, add, between);
+  } else {
+    multiply_tiles<A, 1>(lanes, rows, depth, sums, pitch, add, between);
+  }
+}
+
+constexpr auto kNothing = [] {};
+
+inline LeftTiles left_panels(const float* panels, int64_t stride) {
+  return {panels, 64, kAmxTile * 4, stride * 4};
 }
 
 // Strips as equal as can be; the right operands of one stay in the first cache.
@@ -181,12 +200,15 @@ void multiply_packed(const float* panels, int64_t stride, int64_t rows, const fl
       const float* const right = lanes + c / kTileRows * lane_stride + d * kTileRows;
 #if defined(TENFOLD_ISA_AMX)
       if constexpr (Dot) {
-        if (cols - c > 2 * kWidth) {
-          multiply_tile_rows<3>(right, left, stride, count, n, sums + c, pitch, add);
-        } else if (cols - c > kWidth) {
-          multiply_tile_rows<2>(right, left, stride, count, n, sums + c, pitch, add);
-        } else {
-          multiply_tile_rows<1>(right, left, stride, count, n, sums + c, pitch, add);
+        const float* panel = left;
+        float* to = sums + c;
+        for (int64_t r = 0; r < count; r += 2, panel += 2 * stride, to += 2 * kAmxRows * pitch) {
+          const LeftTiles two = left_panels(panel, stride);
+          if (r + 1 < count) {
+            multiply_lanes<2>(right, cols - c, two, n, to, pitch, add, kNothing);
+          } else {
+            multiply_lanes<1>(right, cols - c, two, n, to, pitch, add, kNothing);
+          }
         }
         continue;
       }

@@ -23,13 +23,14 @@ constexpr int64_t kMoeStrip = 128;                 // words of the depth that ar
 // written together into one cache set.
 constexpr int64_t kMoePad = 16, kMoePitch = kMoeCols + kMoePad;
 // So few rows are multiplied without packing, if they fit the second cache as floats.
-constexpr int64_t kMoeFewRows = 32, kMoeFewFloats = int64_t{1} << 17;
+constexpr int64_t kMoeFewest = 8, kMoeFewRows = 32, kMoeFewFloats = int64_t{1} << 17;
 
 // Row i: `stride` elements times gather[i], or times i.
 struct MoeRows {
   const void* data;
   int64_t stride;
   const int32_t* gather = nullptr;
+  bool operator==(const MoeRows&) const = default;
 };
 
 struct MoeProduct {
@@ -41,6 +42,7 @@ struct MoeProduct {
   bool by_rows;
   int64_t cols, depth;
   bool add;     // to what the sums hold
+  bool again;   // a and room are those of the call before
   float* sums;  // [rows rounded up to 16][kMoePitch]
   float* room;  // moe_product_room()
 };
@@ -62,14 +64,20 @@ constexpr int64_t kMoeSums = kMoeRows * kMoePitch;
 constexpr int64_t kMoeRoom =  // tiles are 12 lanes wide at least
     kMoeRows / 8 * kMoePanel + kMoeCols * kMoeStrip + kMoeCols / 12 * kMoePad + kMoeStaged;
 
+// By AMX: words of the depth of rows of a that are packed at a time, and floats of room.
+constexpr int64_t kMoeTurned = 1024;
+constexpr int64_t kMoeTurnedRoom = (kMoeRows + kMoeColUnit) * (kMoeTurned + kMoePad) +
+                                   kMoeCols * (kMoeRows + kMoePad) + 32 * kMoeTurned;
+
 constexpr bool moe_few_rows(int64_t rows, int64_t depth) {
-  return rows <= 8 || (rows <= kMoeFewRows && rows * depth <= kMoeFewFloats);
+  return rows <= kMoeFewest || (rows <= kMoeFewRows && rows * depth <= kMoeFewFloats);
 }
 // Floats of room for a product.
 constexpr int64_t moe_product_room(int64_t depth) {
   const int64_t few = kMoeFewFloats + kMoeFewRows * 16, long_rows = 8 * (depth + 16);
   const int64_t rows = few > long_rows ? few : long_rows;
-  return kMoeRoom > rows ? kMoeRoom : rows;
+  const int64_t packed = kMoeRoom > kMoeTurnedRoom ? kMoeRoom : kMoeTurnedRoom;
+  return packed > rows ? packed : rows;
 }
 
 TENFOLD_ISA_DECLARE(void moe_product(const MoeProduct& p))
