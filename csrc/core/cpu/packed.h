@@ -96,7 +96,7 @@ struct LeftTiles {
 // and one right one fill the registers. between(): called after every 16 words.
 template <int A, int B, class Between>
 inline void multiply_tiles(const float* lanes, const LeftTiles& left, int64_t depth, float* sums,
-                           int64_t pitch, bool add, const Between& between) {
+                           int64_t pitch, bool add, Between& between) {
   const int64_t row = pitch * 4;  // bytes
   float* const below = sums + kAmxRows * pitch;
   if (add) {
@@ -155,7 +155,7 @@ inline void multiply_tiles(const float* lanes, const LeftTiles& left, int64_t de
 // The same of as many vectors of lanes as hold `left` columns.
 template <int A, class Between>
 inline void multiply_lanes(const float* lanes, int64_t left, const LeftTiles& rows, int64_t depth,
-                           float* sums, int64_t pitch, bool add, const Between& between) {
+                           float* sums, int64_t pitch, bool add, Between& between) {
   if (left > 2 * kWidth) {
     multiply_tiles<A, 3>(lanes, rows, depth, sums, pitch, add, between);
   } else if (left > kWidth) {
@@ -172,10 +172,94 @@ inline LeftTiles left_panels(const float* panels, int64_t stride) {
 }
 
 // Strips as equal as can be; the right operands of one stay in the first cache.
-constexpr int64_t kAmxStrip = 160;  // words
+constexpr int64_t kAmxStrip = 144;  // words
 inline int64_t amx_strip(int64_t depth) {
   const int64_t count = (depth + kAmxStrip - 1) / kAmxStrip;
   return round_up((depth + count - 1) / count, 16);
+}
+// Rows that are left tiles as they lie: a matrix by rows need not be packed.
+struct LeftRows {
+  const bf16_t* from;
+  int64_t stride, rows;
+};
+constexpr int64_t kLeftRows = 2 * kAmxRows;
+
+// Up to kLeftRows rows, with zeros up to whole tiles, to two panels.
+inline void copy_rows(const LeftRows& rows, int64_t n, float* to) {
+  const int64_t panel = kAmxRows * packed_words<true>(n);
+  for (int64_t i = 0; i < kLeftRows; ++i)
+    for (int64_t k = 0; k < n; k += kAmxDepth)
+      store(to + i / kAmxRows * panel + k / 2 * kAmxRows + i % kAmxRows * 16,
+            i < rows.rows ? row_words<bf16_t, true>(rows.from + i * rows.stride + k, n - k)
+                          : set1(0.0f));
+}
+
+// Lines of memory that will be needed soon, a few with every call.
+class Ahead {
+ public:
+  Ahead(const LeftRows& rows, int64_t n, int64_t calls)
+      : at_(reinterpret_cast<const char*>(rows.from)),
+        of_row_((n * 2 + 63) / 64),
+        skip_(rows.stride * 2 - of_row_ * 64),
+        in_row_(of_row_),
+        left_(rows.rows * of_row_),
+        each_((left_ + calls - 1) / calls) {}
+  void operator()() {
+    const int64_t n = each_ < left_ ? each_ : left_;
+    left_ -= n;
+    for (int64_t i = 0; i < n; ++i, at_ += 64) {
+      __builtin_prefetch(at_, 0, 2);
+      if (--in_row_ == 0) in_row_ = of_row_, at_ += skip_;
+    }
+  }
+
+ private:
+  const char* at_;
+  int64_t of_row_, skip_, in_row_, left_, each_;
+};
+
+// sums [rows][cols] (+)= n elements of rows * tiles of lanes, block by block of `block` rows, which
+// a multiple of kLeftRows, in strips of `strip` words. The next block is on its way from memory
+// meanwhile. Rows that tiles would read past their end are copied to `spare` first, kLeftRows of
+// them at a time. done(first row of a block, its rows) follows the sums of each.
+template <class Done>
+inline void multiply_rows(const LeftRows& all, int64_t n, int64_t block, int64_t strip,
+                          float* spare, const float* lanes, int64_t lane_stride, int64_t cols,
+                          float* sums, int64_t pitch, bool add, const Done& done) {
+  const int64_t depth = packed_words<true>(n), tiles = (cols + kTileRows - 1) / kTileRows;
+  for (int64_t r = 0; r < all.rows;) {
+    const bf16_t* const from = all.from + r * all.stride;
+    const int64_t left = all.rows - r;
+    const bool as_is = left >= kLeftRows && n % kAmxDepth == 0;
+    const int64_t rows = !as_is         ? (left < kLeftRows ? left : kLeftRows)
+                         : left < block ? left / kLeftRows * kLeftRows
+                                        : block;
+    LeftTiles of{from, all.stride * 2, kAmxDepth * 2, kAmxRows * all.stride * 2};
+    if (!as_is) {
+      copy_rows({from, all.stride, rows}, n, spare);
+      of = left_panels(spare, kAmxRows * depth);
+    }
+    Ahead ahead({from + rows * all.stride, all.stride, rows}, n,
+                depth / 16 * tiles * ((rows + kLeftRows - 1) / kLeftRows));
+    amx_fence();
+    for (int64_t d = 0; d < depth; d += strip)
+      for (int64_t c = 0; c < cols; c += kTileRows)
+        for (int64_t i = 0; i < rows; i += kLeftRows) {
+          const LeftTiles two{
+              static_cast<const char*>(of.at) + i / 16 * of.below + d / 16 * of.step, of.row,
+              of.step, of.below};
+          const float* const right = lanes + c / kTileRows * lane_stride + d * kTileRows;
+          float* const to = sums + i * pitch + c;
+          const int64_t words = depth - d < strip ? depth - d : strip;
+          if (rows - i > kAmxRows) {
+            multiply_lanes<2>(right, cols - c, two, words, to, pitch, add || d > 0, ahead);
+          } else {
+            multiply_lanes<1>(right, cols - c, two, words, to, pitch, add || d > 0, ahead);
+          }
+        }
+    sums = done(r, rows, sums);
+    r += rows;
+  }
 }
 #endif
 

@@ -198,9 +198,11 @@ void LinearLoss::block_gradients(const Chunk& c, const Block& b, const Kept& kep
 }
 
 void LinearLoss::hidden_tiles(const Chunk& c, const Block& b, float* sums, bool add) const {
-  const int64_t col_parts = ceil_div(p_.dim, kLceCols), panels = ceil_div(c.count, packing_.panel);
+  // Tiles are so fast that what counts is how often a panel is read from beyond the second cache.
+  const int64_t most_rows = by_tiles() ? 256 : 128, most_cols = (by_tiles() ? 2 : 1) * kLceCols;
+  const int64_t col_parts = ceil_div(p_.dim, most_cols), panels = ceil_div(c.count, packing_.panel);
   const int64_t even = threads_ / std::gcd(threads_, col_parts);
-  const int64_t row_parts = std::min(panels, ceil_div(ceil_div(c.count, 128), even) * even);
+  const int64_t row_parts = std::min(panels, ceil_div(ceil_div(c.count, most_rows), even) * even);
   const Parts across{p_.dim, kLceLanes, col_parts}, down{c.count, packing_.panel, row_parts};
   const int64_t stride = lce_panel_stride(b.depth, packing_.panel), pitch = hidden_pitch();
   const int64_t tasks = row_parts * col_parts;

@@ -230,9 +230,25 @@ void lce_pack_cols(const LceProblem& p, const LceChunk& c, int64_t col, int64_t 
   });
 }
 
+#if defined(TENFOLD_ISA_AMX)
+// Rows of weight are left tiles as they lie.
+void logits_by_tiles(const LceProblem& p, const LceChunk& c, int64_t v, int64_t n, float* spare,
+                     float* x) {
+  constexpr int64_t kBlock = 128;
+  const int64_t depth = packed_words<true>(p.dim);
+  const AmxTiles registers;
+  multiply_rows({row_of<bf16_t>(p.weight, p.weight_stride, v), p.weight_stride, n}, p.dim, kBlock,
+                amx_strip(depth), spare, c.lanes, lane_stride(depth), c.count, x, c.pitch, false,
+                [&](int64_t, int64_t rows, float* sums) { return sums + rows * c.pitch; });
+}
+#endif
+
 void lce_logits(const LceProblem& p, const LceChunk& c, int64_t v, int64_t n, float* panels,
                 float* staged, float* x) {
   with_dtype(p.dtype, [&]<class T, bool Dot>() {
+#if defined(TENFOLD_ISA_AMX)
+    if constexpr (Dot) return logits_by_tiles(p, c, v, n, panels, x);
+#endif
     constexpr int kRows = kPackRows<Dot>;
     const int64_t depth = packed_words<Dot>(p.dim), stride = lce_panel_stride(depth, kRows);
     for (int64_t r = 0; r < n; r += kRows) {
@@ -334,7 +350,7 @@ void lce_hidden_tile(Dtype dtype, int64_t rows, int64_t cols, int64_t depth, con
 void lce_store(const float* from, int64_t n, Dtype dtype, void* to) {
   const auto all = [&]<class T>(T* out) {
     int64_t i = 0;
-    for (; i + kWidth <= n; i += kWidth) store(out + i, load(from + i));
+    for (; i + kWidth <= n; i += kWidth) store_quick(out + i, load(from + i));
     if (i < n) store_n(out + i, load_n(from + i, static_cast<int>(n - i)), static_cast<int>(n - i));
   };
   if (dtype == Dtype::f32) return all(static_cast<float*>(to));

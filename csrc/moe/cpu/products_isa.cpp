@@ -73,81 +73,54 @@ void product_packed(const MoeProduct& p) {
 }
 
 #if defined(TENFOLD_ISA_AMX)
-// Rows of w are left tiles as they lie: a matrix by rows need not be packed, only the rows of a, as
-// lanes. The sums are transposed, a block of rows of w at a time where the depth is one strip.
-constexpr int64_t kTurnedRows = 2 * kAmxRows, kTurnedPitch = kMoeRows + kMoePad;
+// Rows of w are left tiles, only those of a are packed, as lanes. The sums are transposed.
+constexpr int64_t kTurnedBlock = 32, kTurnedStrip = kMoeTurned;
+constexpr int64_t kTurnedPitch = kMoeRows + kMoePad;
 constexpr int64_t kTurnedTile = kTileRows * kMoeTurned + kMoePad;  // floats of a tile of lanes
+constexpr int64_t kTurnedTiles = (kMoeRows + kTileRows - 1) / kTileRows;
 
 struct Turned {
-  float *lanes, *sums, *left;
+  float *lanes, *sums, *spare;
   explicit Turned(float* room)
       : lanes(room),
-        sums(lanes + (kMoeRows + kTileRows - 1) / kTileRows * kTurnedTile),
-        left(sums + kMoeCols * kTurnedPitch) {}
+        sums(lanes + kTurnedTiles * kTurnedTile),
+        spare(sums + kMoeCols * kTurnedPitch) {}
 };
-static_assert((kMoeRows + kTileRows - 1) / kTileRows * kTurnedTile + kMoeCols * kTurnedPitch +
-                  kTurnedRows * kMoeTurned <=
+static_assert(kTurnedTiles * kTurnedTile + kMoeCols * kTurnedPitch + kLeftRows * kMoeTurned <=
               kMoeTurnedRoom);
 
-// Rows [c, c + kTurnedRows) of w as left tiles, n elements from k on: copied where they would be
-// read past their end.
-inline LeftTiles left_rows(const MoeProduct& p, const Turned& t, int64_t c, int64_t k, int64_t n) {
-  const bf16_t* const w = static_cast<const bf16_t*>(p.w) + c * p.w_stride + k;
-  if (c + kTurnedRows <= p.cols && n % 32 == 0)
-    return {w, p.w_stride * 2, 64, kAmxRows * p.w_stride * 2};
-  const int64_t stride = kAmxRows * packed_words<true>(n);
-  for (int64_t r = 0; r < kTurnedRows; r += kAmxRows) {
-    const bf16_t* row[kAmxRows] = {};
-    for (int64_t i = r; i < r + kAmxRows && c + i < p.cols; ++i) row[i - r] = w + i * p.w_stride;
-    pack_panel<bf16_t, true>(row, n, nullptr, t.left + r / kAmxRows * stride);
+// Elements [k, k + n) of the rows of a.
+inline void pack_turned(const MoeProduct& p, const Turned& t, int64_t k, int64_t n) {
+  for (int64_t r = 0; r < p.rows; r += kTileRows) {
+    const bf16_t* row[kTileRows] = {};
+    for (int64_t i = 0; i < kTileRows && r + i < p.rows; ++i)
+      row[i] = row_at<bf16_t>(p.a, p.first + r + i) + k;
+    const int64_t left = round_up(p.rows - r, kWidth);
+    pack_tile<bf16_t, true>(row, n, nullptr, t.lanes + r / kTileRows * kTurnedTile,
+                            left < kTileRows ? left : kTileRows);
   }
-  return left_panels(t.left, stride);
 }
 
 void product_turned(const MoeProduct& p) {
   const Turned t(p.room);
   constexpr int64_t kDepth = 2 * kMoeTurned;
   const bool whole = p.depth <= kDepth;
-  const int64_t tiles = (p.rows + kTileRows - 1) / kTileRows;
   const AmxTiles registers;
   for (int64_t k = 0; k < p.depth; k += kDepth) {
-    const int64_t n = p.depth - k < kDepth ? p.depth - k : kDepth, depth = packed_words<true>(n);
-    for (int64_t r = 0; r < p.rows && !(p.again && whole); r += kTileRows) {
-      const bf16_t* row[kTileRows] = {};
-      for (int64_t i = 0; i < kTileRows && r + i < p.rows; ++i)
-        row[i] = row_at<bf16_t>(p.a, p.first + r + i) + k;
-      const int64_t left = round_up(p.rows - r, kWidth);
-      pack_tile<bf16_t, true>(row, n, nullptr, t.lanes + r / kTileRows * kTurnedTile,
-                              left < kTileRows ? left : kTileRows);
-    }
-    for (int64_t c = 0; c < p.cols; c += kTurnedRows) {
-      float* const sums = t.sums + (whole ? 0 : c * kTurnedPitch);
-      const LeftTiles left = left_rows(p, t, c, k, n);
-      amx_fence();
-      // The next rows of w are on their way from memory: each tile of lanes asks for its share.
-      const char* const next = static_cast<const char*>(left.at) + 2 * left.below;
-      for (int64_t i = 0; i < tiles; ++i) {
-        const int64_t begin = i * kTurnedRows / tiles, end = (i + 1) * kTurnedRows / tiles;
-        const char* ahead = next;
-        const auto fetch = [&]() __attribute__((always_inline)) {
-          for (int64_t j = begin; j < end; ++j) __builtin_prefetch(ahead + j * left.row, 0, 2);
-          ahead += left.step;
-        };
-        const float* const lanes = t.lanes + i * kTurnedTile;
-        float* const to = sums + i * kTileRows;
-        const int64_t some = p.rows - i * kTileRows;
-        if (p.cols - c > kAmxRows) {
-          multiply_lanes<2>(lanes, some, left, depth, to, kTurnedPitch, k > 0, fetch);
-        } else {
-          multiply_lanes<1>(lanes, some, left, depth, to, kTurnedPitch, k > 0, fetch);
-        }
-      }
-      if (k + n < p.depth) continue;
-      for (int64_t j = 0; j < kTurnedRows && c + j < p.cols; j += 16)
-        for (int64_t r = 0; r < p.rows; r += 16)
-          transpose16([&](int i) { return sums + (j + i) * kTurnedPitch + r; },
-                      p.sums + r * kMoePitch + c + j, kMoePitch);
-    }
+    const int64_t n = p.depth - k < kDepth ? p.depth - k : kDepth;
+    if (!p.again || !whole) pack_turned(p, t, k, n);
+    const auto* const w = static_cast<const bf16_t*>(p.w) + k;
+    const bool last = k + n == p.depth;
+    multiply_rows({w, p.w_stride, p.cols}, n, kTurnedBlock, kTurnedStrip, t.spare, t.lanes,
+                  kTurnedTile, p.rows, t.sums, kTurnedPitch, k > 0,
+                  [&](int64_t c, int64_t rows, float* sums) {
+                    if (last)
+                      for (int64_t j = 0; j < rows; j += 16)
+                        for (int64_t r = 0; r < p.rows; r += 16)
+                          transpose16([&](int i) { return sums + (j + i) * kTurnedPitch + r; },
+                                      p.sums + r * kMoePitch + c + j, kMoePitch);
+                    return whole ? sums : sums + rows * kTurnedPitch;
+                  });
   }
 }
 #endif
