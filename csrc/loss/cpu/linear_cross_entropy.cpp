@@ -114,7 +114,7 @@ void LinearLoss::logits(Chunk& c, const Kept& kept, RowSums* sums) const {
   const Floats parts{3 * c.pitch * tiles_};
   float* const keep = kept_logits(kept, c.index);
   parallel_for(tiles_, micros(2 * kLceTile * c.count * p_.dim), [&](int64_t begin, int64_t end) {
-    const Floats at{lce_panels_size(kLceTile, words(p_.dim), packing_.panel),
+    const Floats at{lce_panels_size(packing_.tokens, words(p_.dim), packing_.panel),
                     8 * lce_whole(p_.dim, 16), kLceTile * c.pitch};
     for (int64_t t = begin; t < end; ++t) {
       const int64_t v = t * kLceTile, n = std::min(kLceTile, p_.vocab - v);
@@ -169,7 +169,7 @@ void LinearLoss::block_gradients(const Chunk& c, const Block& b, const Kept& kep
   const bool again = keep == nullptr;
   parallel_for(b.tiles, micros(2 * kLceTile * c.count * p_.dim), [&](int64_t begin, int64_t end) {
     const Floats at{
-        again ? lce_panels_size(kLceTile, words(p_.dim), packing_.panel) : 0,
+        again ? lce_panels_size(packing_.tokens, words(p_.dim), packing_.panel) : 0,
         again ? 8 * lce_whole(p_.dim, 16) : 0, again ? kLceTile * c.pitch : 0,
         for_weight ? lce_panels_size(kLceTile, words(lce_whole(c.count, 16)), packing_.panel) : 0,
         for_weight ? kLceTile * lce_pitch(widest) : 0};

@@ -73,56 +73,60 @@ void product_packed(const MoeProduct& p) {
 }
 
 #if defined(TENFOLD_ISA_AMX)
-// Rows of w are left tiles, only those of a are packed, as lanes. The sums are transposed.
-constexpr int64_t kTurnedBlock = 32, kTurnedStrip = kMoeTurned;
-constexpr int64_t kTurnedPitch = kMoeRows + kMoePad;
-constexpr int64_t kTurnedTile = kTileRows * kMoeTurned + kMoePad;  // floats of a tile of lanes
-constexpr int64_t kTurnedTiles = (kMoeRows + kTileRows - 1) / kTileRows;
+// Rows of w are left tiles as they lie; only those of a are packed, as lanes. The sums are
+// transposed, and turned block by block where the depth is one strip.
+class Turned {
+ public:
+  explicit Turned(const MoeProduct& p)
+      : p_(p),
+        words_(moe_turned_words(p.depth)),
+        tile_(kTileRows * words_ + kMoePad),
+        lanes_(p.room),
+        sums_(lanes_ + (kMoeRows + kTileRows - 1) / kTileRows * tile_),
+        spare_(sums_ + kMoeCols * kPitch) {}
 
-struct Turned {
-  float *lanes, *sums, *spare;
-  explicit Turned(float* room)
-      : lanes(room),
-        sums(lanes + kTurnedTiles * kTurnedTile),
-        spare(sums + kMoeCols * kTurnedPitch) {}
+  void run() const {
+    const int64_t depth = 2 * words_;
+    const bool whole = p_.depth <= depth;
+    const AmxTiles registers;
+    for (int64_t k = 0; k < p_.depth; k += depth) {
+      const int64_t n = p_.depth - k < depth ? p_.depth - k : depth;
+      if (!p_.again || !whole) pack(k, n);
+      const auto* const w = static_cast<const bf16_t*>(p_.w) + k;
+      const bool last = k + n == p_.depth;
+      multiply_rows({w, p_.w_stride, p_.cols}, n, kBlock, words_, spare_, lanes_, tile_, p_.rows,
+                    sums_, kPitch, k > 0, [&](int64_t c, int64_t rows, float* sums) {
+                      if (last) turn(sums, c, rows);
+                      return whole ? sums : sums + rows * kPitch;
+                    });
+    }
+  }
+
+ private:
+  static constexpr int64_t kBlock = 32, kPitch = kMoeRows + kMoePad;
+
+  // Elements [k, k + n) of the rows of a.
+  void pack(int64_t k, int64_t n) const {
+    for (int64_t r = 0; r < p_.rows; r += kTileRows) {
+      const bf16_t* row[kTileRows] = {};
+      for (int64_t i = 0; i < kTileRows && r + i < p_.rows; ++i)
+        row[i] = row_at<bf16_t>(p_.a, p_.first + r + i) + k;
+      const int64_t left = round_up(p_.rows - r, kWidth);
+      pack_tile<bf16_t, true>(row, n, nullptr, lanes_ + r / kTileRows * tile_,
+                              left < kTileRows ? left : kTileRows);
+    }
+  }
+  void turn(const float* sums, int64_t c, int64_t cols) const {
+    for (int64_t j = 0; j < cols; j += 16)
+      for (int64_t r = 0; r < p_.rows; r += 16)
+        transpose16([&](int i) { return sums + (j + i) * kPitch + r; },
+                    p_.sums + r * kMoePitch + c + j, kMoePitch);
+  }
+
+  const MoeProduct& p_;
+  int64_t words_, tile_;
+  float *lanes_, *sums_, *spare_;
 };
-static_assert(kTurnedTiles * kTurnedTile + kMoeCols * kTurnedPitch + kLeftRows * kMoeTurned <=
-              kMoeTurnedRoom);
-
-// Elements [k, k + n) of the rows of a.
-inline void pack_turned(const MoeProduct& p, const Turned& t, int64_t k, int64_t n) {
-  for (int64_t r = 0; r < p.rows; r += kTileRows) {
-    const bf16_t* row[kTileRows] = {};
-    for (int64_t i = 0; i < kTileRows && r + i < p.rows; ++i)
-      row[i] = row_at<bf16_t>(p.a, p.first + r + i) + k;
-    const int64_t left = round_up(p.rows - r, kWidth);
-    pack_tile<bf16_t, true>(row, n, nullptr, t.lanes + r / kTileRows * kTurnedTile,
-                            left < kTileRows ? left : kTileRows);
-  }
-}
-
-void product_turned(const MoeProduct& p) {
-  const Turned t(p.room);
-  constexpr int64_t kDepth = 2 * kMoeTurned;
-  const bool whole = p.depth <= kDepth;
-  const AmxTiles registers;
-  for (int64_t k = 0; k < p.depth; k += kDepth) {
-    const int64_t n = p.depth - k < kDepth ? p.depth - k : kDepth;
-    if (!p.again || !whole) pack_turned(p, t, k, n);
-    const auto* const w = static_cast<const bf16_t*>(p.w) + k;
-    const bool last = k + n == p.depth;
-    multiply_rows({w, p.w_stride, p.cols}, n, kTurnedBlock, kTurnedStrip, t.spare, t.lanes,
-                  kTurnedTile, p.rows, t.sums, kTurnedPitch, k > 0,
-                  [&](int64_t c, int64_t rows, float* sums) {
-                    if (last)
-                      for (int64_t j = 0; j < rows; j += 16)
-                        for (int64_t r = 0; r < p.rows; r += 16)
-                          transpose16([&](int i) { return sums + (j + i) * kTurnedPitch + r; },
-                                      p.sums + r * kMoePitch + c + j, kMoePitch);
-                    return whole ? sums : sums + rows * kTurnedPitch;
-                  });
-  }
-}
 #endif
 
 // Dot products: kDotCols rows of w times Rows rows of a, whose sums fill the registers.
@@ -132,6 +136,15 @@ constexpr int kDotRows = 6;  // 24 sums, 4 vectors of w, one of a
 #else
 constexpr int kDotRows = 2;
 #endif
+
+// A vector of words from n elements of a row of w.
+template <class T, bool Dot>
+inline VF row_words(const T* from, int64_t n) {
+#if defined(TENFOLD_ISA_BF16)
+  if constexpr (Dot) return bf16_words(from, n);
+#endif
+  return load_some(from, n);
+}
 
 template <bool Dot>
 inline VF add_words(VF sum, VF a, VF b) {
@@ -233,7 +246,7 @@ void wgrad_tile(const MoeWgrad& p) {
       return
           [&rows, col, first = p.first + q](int64_t i) { return row_at<T>(rows, first + i) + col; };
     };
-    pack_panels_of_columns<T, Dot>(from(p.dy, p.row), n, p.rows, kPanels<Dot>, m.panels);
+    pack_columns_along<T, Dot>(from(p.dy, p.row), n, p.rows, kPanels<Dot>, m.panels);
     pack_tiles_along<T, Dot>(from(p.a, p.col), n, p.cols, kLanes, m.lanes);
     multiply_strip<Dot>(m, p.rows, p.cols, n, q > 0, p.sums);
   }
@@ -254,7 +267,7 @@ void moe_product(const MoeProduct& p) {
     if (p.by_rows && !p.add && p.depth >= 4 * kWidth && few) return product_dots<T, Dot>(p);
 #if defined(TENFOLD_ISA_AMX)
     if constexpr (Dot)
-      if (p.by_rows && !p.add && p.depth > 0) return product_turned(p);
+      if (p.by_rows && !p.add && p.depth > 0) return Turned(p).run();
 #endif
     product_packed<T, Dot>(p);
   });
