@@ -94,12 +94,15 @@ inline void multiply_panels(const float* lanes, const float* panels, int64_t str
 }
 
 #if defined(TENFOLD_ISA_BF16)
-// Lane by lane the pair (a, b) rounded to bf16.
-inline VF to_pairs(VF a, VF b) {
-  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(b.v, a.v);
+// Words of a half of `both` and of the other half, lane by lane.
+inline VF pair_halves(__m512i both) {
   const __m512i lanes = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24,
                                          8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   return {_mm512_castsi512_ps(_mm512_permutexvar_epi16(lanes, both))};
+}
+// Lane by lane the pair (a, b) rounded to bf16.
+inline VF to_pairs(VF a, VF b) {
+  return pair_halves((__m512i)_mm512_cvtne2ps_pbh(b.v, a.v));
 }
 #endif
 
@@ -296,14 +299,17 @@ inline VF load_some(const T* p, int64_t n) {
 // zeros).
 template <class T, bool Dot>
 inline VF words_along(const T* row, [[maybe_unused]] const T* next, int64_t n) {
-  VF words = load_some(row, n);
 #if defined(TENFOLD_ISA_BF16)
   if constexpr (Dot) {
-    const VF high = next != nullptr ? load_some(next, n) : set1(0.0f);
-    words = from_bits(shr<16>(bits(words)) | bits(high));
+    const auto some = [n](const T* from) {
+      return from != nullptr ? _mm256_maskz_loadu_epi16(first_n(static_cast<int>(n)), from)
+                             : __m256i{};
+    };
+    const __m512i low = _mm512_castsi256_si512(some(row));
+    return pair_halves(_mm512_inserti64x4(low, some(next), 1));
   }
 #endif
-  return words;
+  return load_some(row, n);
 }
 
 // Rows i of [0, n) (at(i): where row i lies), columns [0, cols), to words from `word` on of tiles

@@ -58,9 +58,9 @@ LinearLoss::LinearLoss(const LinearLossCall& c, const CountedRows& rows, bool wa
          to_dtype(c.hidden.scalar_type()),
          c.softcap,
          1.0f / c.temperature},
+      packing_(TENFOLD_ISA_CALL_AS(isa_, lce_packing, p_.dtype)),
       rows_(rows),
       num_rows_(c.rows),
-      word_(TENFOLD_ISA_CALL_AS(isa_, lce_word, p_.dtype)),
       tiles_(ceil_div(c.vocab, kLceTile)),
       threads_(torch::stable::get_num_threads()),
       wants_entropy_(wants_entropy) {}
@@ -114,8 +114,8 @@ void LinearLoss::logits(Chunk& c, const Kept& kept, RowSums* sums) const {
   const Floats parts{3 * c.pitch * tiles_};
   float* const keep = kept_logits(kept, c.index);
   parallel_for(tiles_, micros(2 * kLceTile * c.count * p_.dim), [&](int64_t begin, int64_t end) {
-    const Floats at{lce_panels_size(kLceTile, words(p_.dim)), 8 * lce_whole(p_.dim, 16),
-                    kLceTile * c.pitch};
+    const Floats at{lce_panels_size(kLceTile, words(p_.dim), packing_.panel),
+                    8 * lce_whole(p_.dim, 16), kLceTile * c.pitch};
     for (int64_t t = begin; t < end; ++t) {
       const int64_t v = t * kLceTile, n = std::min(kLceTile, p_.vocab - v);
       TENFOLD_ISA_CALL_AS(isa_, lce_logits, p_, c, v, n, at[0], at[1], at[2]);
@@ -154,34 +154,37 @@ void LinearLoss::set_slopes(Chunk& c, const float* lse, const Slopes& slopes) co
 
 // Tiles whose gradients are packed at a time: what the last cache holds, as many for every thread.
 int64_t LinearLoss::block_tiles() const {
-  const int64_t most = kBlockBytes / (4 * kLceTile * (chunk_rows_ + p_.dim) / word_);
+  const int64_t most = kBlockBytes / (4 * kLceTile * (chunk_rows_ + p_.dim) / packing_.word);
   return std::min(tiles_, std::max<int64_t>(1, most / threads_) * threads_);
 }
 
 // Step 2 of a block of tiles.
 void LinearLoss::block_gradients(const Chunk& c, const Block& b, const Kept& kept,
                                  const WeightSums& weight, float* hidden, bool add) const {
-  const int64_t stride = lce_panel_stride(b.depth), size = dtype_size(weight.dtype);
+  const int64_t stride = lce_panel_stride(b.depth, packing_.panel), size = dtype_size(weight.dtype);
   const Parts across{p_.dim, kLceLanes, ceil_div(p_.dim, kLceCols)};
   const int64_t widest = lce_whole(ceil_div(p_.dim, across.count), kLceLanes) + kLceLanes;
   const bool for_weight = weight.out != nullptr;
   const float* const keep = kept_logits(kept, c.index);
   const bool again = keep == nullptr;
   parallel_for(b.tiles, micros(2 * kLceTile * c.count * p_.dim), [&](int64_t begin, int64_t end) {
-    const Floats at{again ? lce_panels_size(kLceTile, words(p_.dim)) : 0,
-                    again ? 8 * lce_whole(p_.dim, 16) : 0, again ? kLceTile * c.pitch : 0,
-                    for_weight ? lce_panels_size(kLceTile, words(lce_whole(c.count, 16))) : 0,
-                    for_weight ? kLceTile * lce_pitch(widest) : 0};
+    const Floats at{
+        again ? lce_panels_size(kLceTile, words(p_.dim), packing_.panel) : 0,
+        again ? 8 * lce_whole(p_.dim, 16) : 0, again ? kLceTile * c.pitch : 0,
+        for_weight ? lce_panels_size(kLceTile, words(lce_whole(c.count, 16)), packing_.panel) : 0,
+        for_weight ? kLceTile * lce_pitch(widest) : 0};
     for (int64_t t = begin; t < end; ++t) {
       const int64_t from = t * kLceTile, v = b.first * kLceTile + from;
       const int64_t n = std::min(kLceTile, p_.vocab - v);
       if (again) TENFOLD_ISA_CALL_AS(isa_, lce_logits, p_, c, v, n, at[0], at[1], at[2]);
-      TENFOLD_ISA_CALL_AS(isa_, lce_deltas, p_, c, v, n, again ? at[2] : keep + v * kept.pitch,
-                          again ? c.pitch : kept.pitch,
-                          hidden != nullptr ? b.by_row + from / word_ * 8 : nullptr, stride,
-                          for_weight ? at[3] : nullptr);
+      TENFOLD_ISA_CALL_AS(
+          isa_, lce_deltas, p_, c, v, n, again ? at[2] : keep + v * kept.pitch,
+          again ? c.pitch : kept.pitch,
+          hidden != nullptr ? b.by_row + from / packing_.word * packing_.panel : nullptr, stride,
+          for_weight ? at[3] : nullptr);
       if (hidden != nullptr)
-        TENFOLD_ISA_CALL_AS(isa_, lce_pack_weight, p_, v, n, from / word_, b.depth, b.weight);
+        TENFOLD_ISA_CALL_AS(isa_, lce_pack_weight, p_, v, n, from / packing_.word, b.depth,
+                            b.weight);
       for (int64_t i = 0; for_weight && i < across.count; ++i) {
         const int64_t col = across.begin(i), out = (v - weight.first) * p_.dim + col;
         TENFOLD_ISA_CALL_AS(isa_, lce_weight_tile, c, p_.dtype,
@@ -195,11 +198,11 @@ void LinearLoss::block_gradients(const Chunk& c, const Block& b, const Kept& kep
 }
 
 void LinearLoss::hidden_tiles(const Chunk& c, const Block& b, float* sums, bool add) const {
-  const int64_t col_parts = ceil_div(p_.dim, kLceCols), panels = ceil_div(c.count, 8);
+  const int64_t col_parts = ceil_div(p_.dim, kLceCols), panels = ceil_div(c.count, packing_.panel);
   const int64_t even = threads_ / std::gcd(threads_, col_parts);
-  const int64_t row_parts = std::min(panels, ceil_div(ceil_div(panels, 16), even) * even);
-  const Parts across{p_.dim, kLceLanes, col_parts}, down{c.count, 8, row_parts};
-  const int64_t stride = lce_panel_stride(b.depth), pitch = hidden_pitch();
+  const int64_t row_parts = std::min(panels, ceil_div(ceil_div(c.count, 128), even) * even);
+  const Parts across{p_.dim, kLceLanes, col_parts}, down{c.count, packing_.panel, row_parts};
+  const int64_t stride = lce_panel_stride(b.depth, packing_.panel), pitch = hidden_pitch();
   const int64_t tasks = row_parts * col_parts;
   parallel_for(tasks, micros(2 * c.count * p_.dim * b.tokens / tasks),
                [&](int64_t begin, int64_t end) {
@@ -207,8 +210,8 @@ void LinearLoss::hidden_tiles(const Chunk& c, const Block& b, float* sums, bool 
                    const int64_t m = down.begin(i / col_parts), col = across.begin(i % col_parts);
                    TENFOLD_ISA_CALL_AS(isa_, lce_hidden_tile, p_.dtype, down.length(i / col_parts),
                                        across.length(i % col_parts), words(b.tokens),
-                                       b.by_row + m / 8 * stride, stride, b.weight, b.depth, col,
-                                       sums + m * pitch + col, pitch, add);
+                                       b.by_row + m / packing_.panel * stride, stride, b.weight,
+                                       b.depth, col, sums + m * pitch + col, pitch, add);
                  }
                });
 }
@@ -250,7 +253,7 @@ void LinearLoss::gradients(int64_t first, int64_t last, const Kept& kept, const 
   // Sums of more than one chunk cannot wait in 16 bits.
   const bool wide = for_weight && p_.dtype != Dtype::f32 && many > 1;
   const int64_t hidden_size = for_hidden ? lce_whole(chunk_rows_, 16) * hidden_pitch() : 0;
-  const Floats memory{for_hidden ? lce_panels_size(lce_whole(chunk_rows_, 16), depth) : 0,
+  const Floats memory{for_hidden ? lce_panels_size(chunk_rows_, depth, packing_.panel) : 0,
                       for_hidden ? lce_lanes_size(p_.dim, depth) : 0, many * hidden_size,
                       wide ? tiles * kLceTile * p_.dim : 0};
   std::optional<Chunk> c;

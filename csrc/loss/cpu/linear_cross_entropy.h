@@ -66,12 +66,13 @@ class LinearLoss {
   int64_t block_tiles() const;
   int64_t hidden_pitch() const { return lce_pitch(lce_whole(p_.dim, kLceLanes)); }
   int64_t count() const { return static_cast<int64_t>(rows_.row.size()); }
-  int64_t words(int64_t n) const { return (n + word_ - 1) / word_; }
+  int64_t words(int64_t n) const { return packing_.words(n); }
 
   Isa isa_;  // one for all calls: they must agree on the panels
   LceProblem p_;
+  LcePacking packing_;
   const CountedRows& rows_;
-  int64_t num_rows_, word_, tiles_, threads_, chunk_rows_ = 16;
+  int64_t num_rows_, tiles_, threads_, chunk_rows_ = 16;
   bool wants_entropy_;
 };
 

@@ -4,7 +4,7 @@
 //   2. with every row's lse: gradients d of the logits of a tile, packed for both products,
 //      grad_weight[tile] += d^T hidden, owned by the tile's task, then
 //      grad_hidden[rows] += d weight, owned by the rows' task, a block of tiles at a time.
-// The products are multiply_tile: panels of 8 broadcast elements times tiles of lanes, in strips of
+// The products are those of core/cpu/packed.h: panels of rows times tiles of lanes, in strips of
 // words that stay in the first cache. A word is a float, or where there are bf16 dot products two
 // neighbouring bf16 along the depth.
 #pragma once
@@ -46,30 +46,36 @@ constexpr int64_t kLceCols = 384;  // of a tile of a gradient
 constexpr int64_t lce_whole(int64_t n, int64_t of) {
   return (n + of - 1) / of * of;
 }
-// Floats of n columns as tiles of lanes, and of n rows as panels of 8.
+// Floats of n columns as tiles of lanes, and of n rows as panels of some rows each; the depth is in
+// whole words, see LcePacking.
 constexpr int64_t lce_lanes_size(int64_t n, int64_t depth) {
   return lce_whole(n, kLceLanes) / kLceLanes * (kLceLanes * depth + 8 * kLcePad);
 }
-constexpr int64_t lce_panel_stride(int64_t depth) {
-  return 8 * depth + kLcePad;
+constexpr int64_t lce_panel_stride(int64_t depth, int64_t rows) {
+  return rows * depth + kLcePad;
 }
-constexpr int64_t lce_panels_size(int64_t n, int64_t depth) {
-  return lce_whole(n, 8) / 8 * lce_panel_stride(depth);
+constexpr int64_t lce_panels_size(int64_t n, int64_t depth, int64_t rows) {
+  return lce_whole(n, rows) / rows * lce_panel_stride(depth, rows);
 }
 // Of n rows, of which a sum is kept for each lane: an odd number of cache lines.
 constexpr int64_t lce_pitch(int64_t n) {
   return (lce_whole(n, 16) / 16 | 1) * 16;
 }
 
-// Elements of a word.
-TENFOLD_ISA_DECLARE(int64_t lce_word(Dtype dtype))
+// Elements of a word, what a depth in words is a multiple of, and rows of a panel.
+struct LcePacking {
+  int64_t word, unit, panel;
+  int64_t words(int64_t n) const { return lce_whole((n + word - 1) / word, unit); }
+};
+TENFOLD_ISA_DECLARE(LcePacking lce_packing(Dtype dtype))
 // Tile `tile` of kLceLanes rows of a chunk -> lanes; columns [col, col + n) of all its rows ->
 // cols, col a multiple of kLceLanes.
 TENFOLD_ISA_DECLARE(void lce_pack_lanes(const LceProblem& p, const LceChunk& c, int64_t tile,
                                         float* staged))
 TENFOLD_ISA_DECLARE(void lce_pack_cols(const LceProblem& p, const LceChunk& c, int64_t col,
                                        int64_t n))
-// Step 1 for tokens [v, v + n): x [n][pitch], and c.chosen. panels: room for n rows of weight.
+// Step 1 for tokens [v, v + n): x [n, in whole panels][pitch], and c.chosen. panels: room for n
+// rows of weight.
 TENFOLD_ISA_DECLARE(void lce_logits(const LceProblem& p, const LceChunk& c, int64_t v, int64_t n,
                                     float* panels, float* staged, float* x))
 // Of a tile: maximum, sum of exp and of exp times distance from the maximum (if wanted): pitch
@@ -81,8 +87,8 @@ TENFOLD_ISA_DECLARE(void lce_join(const LceChunk& c, int64_t tiles, bool weighte
 // x to rows `kept_pitch` apart.
 TENFOLD_ISA_DECLARE(void lce_keep(const LceChunk& c, int64_t n, const float* x, float* kept,
                                   int64_t kept_pitch))
-// Step 2: from x (rows `x_pitch` apart) d of a tile as panels of 8 rows `stride` apart, the depth
-// along the tokens, and of 8 tokens, the depth along the rows. Either may be null.
+// Step 2: from x (rows `x_pitch` apart) d of a tile as panels of rows `stride` apart, the depth
+// along the tokens, and of tokens, the depth along the rows. Either may be null.
 TENFOLD_ISA_DECLARE(void lce_deltas(const LceProblem& p, const LceChunk& c, int64_t v, int64_t n,
                                     const float* x, int64_t x_pitch, float* by_row, int64_t stride,
                                     float* by_token))

@@ -1,5 +1,5 @@
 // See linear_tiles.h.
-#include "core/cpu/panels.h"
+#include "core/cpu/packed.h"
 #include "loss/cpu/linear_tiles.h"
 #include "loss/linear_cross_entropy.h"
 
@@ -8,19 +8,6 @@ namespace {
 
 constexpr float kLowest = -3.402823466e38f;
 static_assert(kLceLanes % kTileRows == 0);
-
-// sums[8 count][cols] (+)= panels * tiles of lanes, over `depth` words.
-template <bool Dot>
-void multiply_tile(const float* panels, int64_t stride, int64_t count, const float* lanes,
-                   int64_t lane_stride, int64_t cols, int64_t depth, float* sums, int64_t pitch,
-                   bool add) {
-  for (int64_t d = 0; d < depth; d += kStrip) {
-    const int64_t n = depth - d < kStrip ? depth - d : kStrip;
-    for (int64_t c = 0; c < cols; c += kTileRows)
-      multiply_panels<Dot>(lanes + c / kTileRows * lane_stride + d * kTileRows, panels + d * kPanel,
-                           stride, count, cols - c, n, sums + c, pitch, add || d > 0);
-  }
-}
 
 inline int64_t lane_stride(int64_t depth) {
   return kTileRows * depth + kLcePad;
@@ -95,9 +82,15 @@ inline void put_by_token(const float* d, float* to) {
   }
 }
 
-// Element (token, row) of a packed product.
+// Element `along` the depth of row `lane` of a panel.
 template <bool Dot>
 inline void put_one(float* panel, int64_t along, int64_t lane, float x) {
+#if defined(TENFOLD_ISA_AMX)
+  if constexpr (Dot) {
+    float* const row = panel + along / 32 * kAmxTile + lane * 16;
+    return store_n(reinterpret_cast<bf16_t*>(row) + along % 32, set1(x), 1);
+  }
+#endif
   if constexpr (Dot) {
     store_n(reinterpret_cast<bf16_t*>(panel + along / 2 * 8 + lane) + along % 2, set1(x), 1);
   } else {
@@ -105,13 +98,50 @@ inline void put_one(float* panel, int64_t along, int64_t lane, float x) {
   }
 }
 
+// From one panel of tokens to the next.
 template <bool Dot>
-void make_deltas(const LceProblem& p, const LceChunk& c, int64_t first, int64_t n, const float* x,
-                 int64_t pitch, float* by_row, int64_t stride, float* by_token) {
-  const Delta delta(p, c);
+inline int64_t token_stride(const LceChunk& c) {
+  return lce_panel_stride(packed_words<Dot>(lce_whole(c.count, 16)), kPackRows<Dot>);
+}
+
+#if defined(TENFOLD_ISA_AMX)
+// Blocks of 32 tokens x 16 rows: a tile of 16 rows, and halves of the rows of two tiles of tokens.
+void put_deltas(const Delta& delta, int64_t n, const float* x, int64_t pitch, float* by_row,
+                int64_t stride, float* by_token, int64_t token_stride) {
+  constexpr int kTokens = 2 * kAmxRows;
+  const int64_t rows = lce_whole(delta.c.count, 16);
+  const VF none = set1(0.0f);
+  for (int64_t v = 0; v < n; v += kTokens)
+    for (int64_t m = 0; m < rows; m += 16) {
+      alignas(64) float pairs[kAmxTile];
+      float* const tokens = by_token + v / 16 * token_stride + m / 32 * kAmxTile + m % 32 / 2;
+      for (int i = 0; i < kTokens; i += 2) {
+        const auto at = [&](int j) {
+          return v + j < n ? delta(load(x + (v + j) * pitch + m), m, none) : none;
+        };
+        const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(at(i + 1).v, at(i).v);
+        if (by_row != nullptr) store(pairs + i * 8, pair_halves(both));
+        if (by_token == nullptr) continue;
+        float* const to = tokens + i / 16 * token_stride + i % 16 * 16;
+        _mm256_storeu_ps(to, _mm256_castsi256_ps(_mm512_castsi512_si256(both)));
+        _mm256_storeu_ps(to + 16, _mm256_castsi256_ps(_mm512_extracti64x4_epi64(both, 1)));
+        if (m + 16 < rows || m % 32 != 0) continue;
+        _mm256_storeu_ps(to + 8, _mm256_setzero_ps());
+        _mm256_storeu_ps(to + 24, _mm256_setzero_ps());
+      }
+      if (by_row != nullptr)
+        transpose16([&](int i) { return pairs + i * 16; },
+                    by_row + m / 16 * stride + v / 32 * kAmxTile, 16);
+    }
+}
+#endif
+
+template <bool Dot>
+void put_deltas_by_eight(const Delta& delta, int64_t n, const float* x, int64_t pitch,
+                         float* by_row, int64_t stride, float* by_token, int64_t token_stride) {
   constexpr int kWord = Dot ? 2 : 1;
   const VF none = set1(0.0f);
-  const int64_t rows = lce_whole(c.count, 16), token_stride = lce_panel_stride(rows / kWord);
+  const int64_t rows = lce_whole(delta.c.count, 16);
   alignas(64) float d[8 * kSpan];
   for (int64_t v = 0; v < n; v += 8)
     for (int64_t m = 0; m < rows; m += kSpan) {
@@ -124,6 +154,20 @@ void make_deltas(const LceProblem& p, const LceChunk& c, int64_t first, int64_t 
       if (by_token != nullptr)
         put_by_token<Dot>(d, by_token + v / 8 * token_stride + m / kWord * 8);
     }
+}
+
+template <bool Dot>
+void make_deltas(const LceProblem& p, const LceChunk& c, int64_t first, int64_t n, const float* x,
+                 int64_t pitch, float* by_row, int64_t stride, float* by_token) {
+  const Delta delta(p, c);
+  constexpr int kRows = kPackRows<Dot>;
+  const int64_t by = token_stride<Dot>(c);
+#if defined(TENFOLD_ISA_AMX)
+  if constexpr (Dot) {
+    put_deltas(delta, n, x, pitch, by_row, stride, by_token, by);
+  } else
+#endif
+    put_deltas_by_eight<Dot>(delta, n, x, pitch, by_row, stride, by_token, by);
   // Where the target is, with one rounding.
   for (int64_t m = 0; m < c.count; ++m) {
     const int64_t v = c.target[m] - first;
@@ -132,8 +176,8 @@ void make_deltas(const LceProblem& p, const LceChunk& c, int64_t first, int64_t 
     const int64_t lane = m % kWidth;
     for (int i = 0; i < kWidth; ++i) one[i] = i == lane ? c.of_id[m] : 0.0f;
     store(one, delta(load(x + v * pitch + m - lane), m - lane, load(one)));
-    if (by_row != nullptr) put_one<Dot>(by_row + m / 8 * stride, v, m % 8, one[lane]);
-    if (by_token != nullptr) put_one<Dot>(by_token + v / 8 * token_stride, m, v % 8, one[lane]);
+    if (by_row != nullptr) put_one<Dot>(by_row + m / kRows * stride, v, m % kRows, one[lane]);
+    if (by_token != nullptr) put_one<Dot>(by_token + v / kRows * by, m, v % kRows, one[lane]);
   }
 }
 
@@ -158,8 +202,10 @@ inline void sums_of(const float* x, int64_t pitch, int64_t n, VF scale, bool wei
 
 }  // namespace
 
-int64_t lce_word(Dtype dtype) {
-  return with_dtype(dtype, []<class T, bool Dot>() -> int64_t { return Dot ? 2 : 1; });
+LcePacking lce_packing(Dtype dtype) {
+  return with_dtype(dtype, []<class T, bool Dot>() -> LcePacking {
+    return {Dot ? 2 : 1, kPackWords<Dot>, kPackRows<Dot>};
+  });
 }
 
 void lce_pack_lanes(const LceProblem& p, const LceChunk& c, int64_t tile, float* staged) {
@@ -169,16 +215,16 @@ void lce_pack_lanes(const LceProblem& p, const LceChunk& c, int64_t tile, float*
       const T* row[kTileRows] = {};
       for (int i = 0; i < kTileRows && m + i < c.count; ++i)
         row[i] = row_of<T>(p.hidden, p.hidden_stride, c.row[m + i]);
-      pack_rows<T, Dot>(row, p.dim, staged,
-                        c.lanes + m / kTileRows * lane_stride(words<Dot>(p.dim)));
+      pack_tile<T, Dot>(row, p.dim, staged,
+                        c.lanes + m / kTileRows * lane_stride(packed_words<Dot>(p.dim)));
     }
   });
 }
 
 void lce_pack_cols(const LceProblem& p, const LceChunk& c, int64_t col, int64_t n) {
   with_dtype(p.dtype, [&]<class T, bool Dot>() {
-    const int64_t stride = lane_stride(words<Dot>(c.count));
-    pack_lanes<T, Dot>(
+    const int64_t stride = lane_stride(packed_words<Dot>(c.count));
+    pack_tiles_along<T, Dot>(
         [&](int64_t i) { return row_of<T>(p.hidden, p.hidden_stride, c.row[i]) + col; }, c.count, n,
         stride, c.cols + col / kTileRows * stride);
   });
@@ -187,26 +233,16 @@ void lce_pack_cols(const LceProblem& p, const LceChunk& c, int64_t col, int64_t 
 void lce_logits(const LceProblem& p, const LceChunk& c, int64_t v, int64_t n, float* panels,
                 float* staged, float* x) {
   with_dtype(p.dtype, [&]<class T, bool Dot>() {
-    const int64_t depth = words<Dot>(p.dim), stride = lce_panel_stride(depth);
-    const int64_t whole = n / 8 * 8;
-    const T* const from = row_of<T>(p.weight, p.weight_stride, v);
-    for (int64_t r = 0; r < n; r += 8)
-      pack_panels<T, Dot>(from + r * p.weight_stride, p.weight_stride, n - r < 8 ? n - r : 8, p.dim,
-                          staged, panels + r / 8 * stride);
-    multiply_tile<Dot>(panels, stride, whole / 8, c.lanes, lane_stride(depth), c.count, depth, x,
-                       c.pitch, false);
-    if (whole == n) return;
-    // The last tokens by way of 8 rows of their own: x has room for n.
-    alignas(64) float last[8 * kTileRows];
-    for (int64_t m = 0; m < c.count; m += kTileRows) {
-      multiply_tile<Dot>(
-          panels + whole / 8 * stride, stride, 1, c.lanes + m / kTileRows * lane_stride(depth), 0,
-          c.count - m < kTileRows ? c.count - m : kTileRows, depth, last, kTileRows, false);
-      const int64_t here = lce_whole(c.count - m < kTileRows ? c.count - m : kTileRows, kWidth);
-      for (int64_t r = whole; r < n; ++r)
-        __builtin_memcpy(x + r * c.pitch + m, last + (r - whole) * kTileRows,
-                         static_cast<uint64_t>(here) * 4);
+    constexpr int kRows = kPackRows<Dot>;
+    const int64_t depth = packed_words<Dot>(p.dim), stride = lce_panel_stride(depth, kRows);
+    for (int64_t r = 0; r < n; r += kRows) {
+      const T* row[kRows] = {};
+      for (int i = 0; i < kRows && r + i < n; ++i)
+        row[i] = row_of<T>(p.weight, p.weight_stride, v + r + i);
+      pack_panel<T, Dot>(row, p.dim, staged, panels + r / kRows * stride);
     }
+    multiply_packed<Dot>(panels, stride, n, c.lanes, lane_stride(depth), c.count, depth, x, c.pitch,
+                         false);
   });
   if (p.softcap > 0.0f) {
     const VF cap = set1(p.softcap), inverse = set1(1.0f / p.softcap);
@@ -261,18 +297,17 @@ void lce_deltas(const LceProblem& p, const LceChunk& c, int64_t v, int64_t n, co
 void lce_pack_weight(const LceProblem& p, int64_t v, int64_t n, int64_t at, int64_t depth,
                      float* cols) {
   with_dtype(p.dtype, [&]<class T, bool Dot>() {
-    pack_lanes<T, Dot>([&](int64_t i) { return row_of<T>(p.weight, p.weight_stride, v + i); }, n,
-                       p.dim, lane_stride(depth), cols + at * kTileRows);
+    pack_tiles_along<T, Dot>([&](int64_t i) { return row_of<T>(p.weight, p.weight_stride, v + i); },
+                             n, p.dim, lane_stride(depth), cols + at * kTileRows);
   });
 }
 
 void lce_weight_tile(const LceChunk& c, Dtype dtype, const LceWeightTile& t) {
   const int64_t pitch = lce_pitch(lce_whole(t.cols, kLceLanes));
   with_dtype(dtype, [&]<class T, bool Dot>() {
-    const int64_t depth = words<Dot>(c.count), stride = lane_stride(depth);
-    multiply_tile<Dot>(t.by_token, lce_panel_stride(lce_whole(c.count, 16) / (Dot ? 2 : 1)),
-                       (t.n + 7) / 8, c.cols + t.col / kTileRows * stride, stride, t.cols, depth,
-                       t.scratch, pitch, false);
+    const int64_t depth = packed_words<Dot>(c.count), stride = lane_stride(depth);
+    multiply_packed<Dot>(t.by_token, token_stride<Dot>(c), t.n, c.cols + t.col / kTileRows * stride,
+                         stride, t.cols, depth, t.scratch, pitch, false);
   });
   const int64_t size = dtype_size(t.dtype);
   for (int64_t r = 0; r < t.n; ++r) {
@@ -291,8 +326,8 @@ void lce_hidden_tile(Dtype dtype, int64_t rows, int64_t cols, int64_t depth, con
                      float* sums, int64_t pitch, bool add) {
   with_dtype(dtype, [&]<class T, bool Dot>() {
     const int64_t tile = lane_stride(weight_depth);
-    multiply_tile<Dot>(by_row, stride, (rows + 7) / 8, weight + col / kTileRows * tile, tile, cols,
-                       depth, sums, pitch, add);
+    multiply_packed<Dot>(by_row, stride, rows, weight + col / kTileRows * tile, tile, cols, depth,
+                         sums, pitch, add);
   });
 }
 

@@ -37,19 +37,28 @@ Parts column_blocks(const GroupedProduct& p, const Groups& g, int64_t cols) {
 }
 
 struct Task {
-  int64_t group, row, rows, block;
+  int64_t group, row, rows, block, blocks;
 };
 
-// Blocks of rows of a block of columns follow each other: its part of the matrix stays in a cache.
-std::vector<Task> list_tasks(const Groups& g, int64_t blocks) {
+// By AMX it is the rows that are packed: once for as many blocks as leave enough tasks. Else blocks
+// of rows of a block of columns follow each other: its part of the matrix stays in a cache.
+int64_t blocks_of_task(Isa isa, const GroupedProduct& p, const Groups& g, int64_t blocks) {
+  if (isa != Isa::avx512_amx || p.dtype != Dtype::bf16 || !p.w[0].by_rows) return 1;
+  int64_t rows = 0;
+  for (int64_t i = 0; i < g.count; ++i) rows += row_blocks(g.length(i));
+  return std::clamp<int64_t>(rows * blocks / kEnoughTasks, 1, blocks);
+}
+
+std::vector<Task> list_tasks(const Groups& g, int64_t blocks, int64_t of_task) {
   std::vector<Task> tasks;
   for (int64_t i = 0; i < g.count; ++i) {
     if (g.length(i) == 0) continue;
-    const Parts down{g.length(i), 8, row_blocks(g.length(i))};
-    for (int64_t b = 0; b < blocks; ++b)
+    const Parts down{g.length(i), kMoeRowUnit, row_blocks(g.length(i))};
+    for (int64_t b = 0; b < blocks; b += of_task)
       for (int64_t r = 0; r < down.count; ++r)
         if (down.length(r) > 0)
-          tasks.push_back({i, g.offsets[i] + down.begin(r), down.length(r), b});
+          tasks.push_back(
+              {i, g.offsets[i] + down.begin(r), down.length(r), b, std::min(of_task, blocks - b)});
   }
   return tasks;
 }
@@ -68,8 +77,14 @@ class ProductWorker {
 
   void operator()(int64_t item) const {
     const Task& t = tasks_[item];
-    const int64_t col = first_ + across_.begin(t.block), cols = across_.length(t.block);
-    ProductTile tile{{t.row, t.rows, cols}, t.group, col, t.block, {}};
+    const MoeRows* packed = nullptr;
+    for (int64_t b = t.block; b < t.block + t.blocks; ++b) run(t, b, &packed);
+  }
+
+ private:
+  void run(const Task& t, int64_t block, const MoeRows** packed) const {
+    const int64_t col = first_ + across_.begin(block), cols = across_.length(block);
+    ProductTile tile{{t.row, t.rows, cols}, t.group, col, block, {}};
     for (int64_t i = 0; i < p_.parts; ++i) {
       const Matrices& w = p_.w[i];
       const int64_t at = t.group * w.group_stride + col * (w.by_rows ? w.stride : 1);
@@ -77,13 +92,14 @@ class ProductWorker {
       TENFOLD_ISA_CALL_AS(isa_, moe_product,
                           {p_.dtype, p_.a[i], t.row, t.rows,
                            static_cast<const char*>(w.data) + at * dtype_size(p_.dtype), w.stride,
-                           w.by_rows, cols, p_.depth, i > 0 && p_.together, sums, memory_[1]});
+                           w.by_rows, cols, p_.depth, i > 0 && p_.together,
+                           *packed != nullptr && **packed == p_.a[i], sums, memory_[1]});
+      *packed = &p_.a[i];
       tile.sums[i] = sums;
     }
     finish_(tile);
   }
 
- private:
   Isa isa_;
   const GroupedProduct& p_;
   const std::vector<Task>& tasks_;
@@ -112,7 +128,8 @@ void grouped_product(Isa isa, const GroupedProduct& p, const Groups& g, int64_t 
                      const Finish& finish) {
   if (cols == 0) return;
   const Parts across = column_blocks(p, g, cols);
-  const std::vector<Task> tasks = list_tasks(g, across.count);
+  const std::vector<Task> tasks =
+      list_tasks(g, across.count, blocks_of_task(isa, p, g, across.count));
   int64_t active = 0;
   for (int64_t i = 0; i < g.count; ++i) active += g.length(i) > 0;
   const int64_t area = p.parts * cols * p.depth;
@@ -134,7 +151,7 @@ Finish store_as(Isa isa, Dtype dtype, const GroupedProduct& p, float scale, void
 
 void grouped_wgrad(Isa isa, Dtype dtype, const MoeRows& dy, int64_t dy_cols, const MoeRows& a,
                    int64_t a_cols, const Groups& g, void* out) {
-  const Parts down{dy_cols, 8, ceil_div(dy_cols, kMoeRows)};
+  const Parts down{dy_cols, kMoeRowUnit, ceil_div(dy_cols, kMoeRows)};
   const Parts across{a_cols, kMoeColUnit, ceil_div(a_cols, kMoeCols)};
   const int64_t tiles = down.count * across.count, size = dtype_size(dtype);
   const int64_t area = dy_cols * a_cols;

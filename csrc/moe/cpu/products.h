@@ -1,5 +1,5 @@
 // Tiles of products with grouped rows (an expert's slots), for grouped.cpp, made of the panels of
-// core/cpu/panels.h. A tile is what one task computes of
+// core/cpu/packed.h. A tile is what one task computes of
 //   sums [rows, cols] = a [rows, depth] * w^T,  w [cols, depth] (by_rows), or * w [depth, cols]
 // where the rows of a may be gathered, or of a weight gradient
 //   out [rows, cols] = dy[:, rows]^T * a[:, cols]   over the slots of an expert.
@@ -16,19 +16,21 @@
 namespace tenfold {
 
 constexpr int64_t kMoeRows = 256, kMoeCols = 384;  // most of a tile; 48 | kMoeCols
-constexpr int64_t kMoeColUnit = 48;                // a multiple of every ISA's lanes of a tile
+constexpr int64_t kMoeRowUnit = 16;                // a multiple of every ISA's rows of a panel
+constexpr int64_t kMoeColUnit = 48;                // and lanes of a tile
 constexpr int64_t kMoeStrip = 128;                 // words of the depth that are packed at a time
 // Sums lie an odd number of cache lines apart, like packed panels: a power of two would put what is
 // written together into one cache set.
 constexpr int64_t kMoePad = 16, kMoePitch = kMoeCols + kMoePad;
 // So few rows are multiplied without packing, if they fit the second cache as floats.
-constexpr int64_t kMoeFewRows = 32, kMoeFewFloats = int64_t{1} << 17;
+constexpr int64_t kMoeFewest = 8, kMoeFewRows = 32, kMoeFewFloats = int64_t{1} << 17;
 
 // Row i: `stride` elements times gather[i], or times i.
 struct MoeRows {
   const void* data;
   int64_t stride;
   const int32_t* gather = nullptr;
+  bool operator==(const MoeRows&) const = default;
 };
 
 struct MoeProduct {
@@ -40,7 +42,8 @@ struct MoeProduct {
   bool by_rows;
   int64_t cols, depth;
   bool add;     // to what the sums hold
-  float* sums;  // [rows rounded up to 8][kMoePitch]
+  bool again;   // a and room are those of the call before
+  float* sums;  // [rows rounded up to 16][kMoePitch]
   float* room;  // moe_product_room()
 };
 
@@ -61,14 +64,20 @@ constexpr int64_t kMoeSums = kMoeRows * kMoePitch;
 constexpr int64_t kMoeRoom =  // tiles are 12 lanes wide at least
     kMoeRows / 8 * kMoePanel + kMoeCols * kMoeStrip + kMoeCols / 12 * kMoePad + kMoeStaged;
 
+// By AMX: words of the depth of rows of a that are packed at a time, and floats of room.
+constexpr int64_t kMoeTurned = 1024;
+constexpr int64_t kMoeTurnedRoom = (kMoeRows + kMoeColUnit) * (kMoeTurned + kMoePad) +
+                                   kMoeCols * (kMoeRows + kMoePad) + 32 * kMoeTurned;
+
 constexpr bool moe_few_rows(int64_t rows, int64_t depth) {
-  return rows <= 8 || (rows <= kMoeFewRows && rows * depth <= kMoeFewFloats);
+  return rows <= kMoeFewest || (rows <= kMoeFewRows && rows * depth <= kMoeFewFloats);
 }
 // Floats of room for a product.
 constexpr int64_t moe_product_room(int64_t depth) {
   const int64_t few = kMoeFewFloats + kMoeFewRows * 16, long_rows = 8 * (depth + 16);
   const int64_t rows = few > long_rows ? few : long_rows;
-  return kMoeRoom > rows ? kMoeRoom : rows;
+  const int64_t packed = kMoeRoom > kMoeTurnedRoom ? kMoeRoom : kMoeTurnedRoom;
+  return packed > rows ? packed : rows;
 }
 
 TENFOLD_ISA_DECLARE(void moe_product(const MoeProduct& p))

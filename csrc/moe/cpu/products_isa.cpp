@@ -1,5 +1,5 @@
 // See products.h.
-#include "core/cpu/panels.h"
+#include "core/cpu/packed.h"
 #include "moe/cpu/products.h"
 
 TENFOLD_ISA_BEGIN
@@ -11,6 +11,10 @@ constexpr int64_t kLanes = kTileRows * kMoeStrip + kMoePad;  // floats from tile
 
 template <bool Dot>
 constexpr int64_t kStripDepth = Dot ? 2 * kMoeStrip : kMoeStrip;
+template <bool Dot>
+constexpr int64_t kPanels = kPackRows<Dot> * kMoeStrip + kMoePad;  // floats from panel to panel
+static_assert(kMoeRows % kPackRows<true> == 0 &&
+              kMoeRows / kPackRows<true> * kPanels<true> <= kMoeRows / 8 * kMoePanel);
 
 template <class T>
 inline const T* row_at(const MoeRows& rows, int64_t i) {
@@ -27,16 +31,10 @@ struct Packed {
         staged(lanes + kMoeCols / kTileRows * kLanes) {}
 };
 
-// sums (+)= panels * tiles of lanes, `depth` words.
 template <bool Dot>
-void multiply_packed(const Packed& m, int64_t rows, int64_t cols, int64_t depth, bool add,
-                     float* sums) {
-  for (int64_t d = 0; d < depth; d += kStrip)
-    for (int64_t c = 0; c < cols; c += kTileRows)
-      multiply_panels<Dot>(m.lanes + c / kTileRows * kLanes + d * kTileRows, m.panels + d * kPanel,
-                           kMoePanel, (rows + 7) / 8, cols - c,
-                           depth - d < kStrip ? depth - d : kStrip, sums + c, kMoePitch,
-                           add || d > 0);
+void multiply_strip(const Packed& m, int64_t rows, int64_t cols, int64_t n, bool add, float* sums) {
+  multiply_packed<Dot>(m.panels, kPanels<Dot>, rows, m.lanes, kLanes, cols, packed_words<Dot>(n),
+                       sums, kMoePitch, add);
 }
 
 inline void clear(float* sums, int64_t rows, int64_t cols) {
@@ -51,11 +49,11 @@ void product_packed(const MoeProduct& p) {
   if (p.depth == 0 && !p.add) clear(p.sums, p.rows, p.cols);
   for (int64_t k = 0; k < p.depth; k += kStripDepth<Dot>) {
     const int64_t n = p.depth - k < kStripDepth<Dot> ? p.depth - k : kStripDepth<Dot>;
-    for (int64_t r = 0; r < p.rows; r += 8) {
-      const T* row[8] = {};
-      for (int64_t i = 0; i < 8 && r + i < p.rows; ++i)
+    for (int64_t r = 0; r < p.rows; r += kPackRows<Dot>) {
+      const T* row[kPackRows<Dot>] = {};
+      for (int64_t i = 0; i < kPackRows<Dot> && r + i < p.rows; ++i)
         row[i] = row_at<T>(p.a, p.first + r + i) + k;
-      pack_rows8<T, Dot>(row, 8, n, m.staged, m.panels + r / 8 * kMoePanel, kPanel);
+      pack_panel<T, Dot>(row, n, m.staged, m.panels + r / kPackRows<Dot> * kPanels<Dot>);
     }
     if (p.by_rows) {
       for (int64_t c = 0; c < p.cols; c += kTileRows) {
@@ -63,16 +61,96 @@ void product_packed(const MoeProduct& p) {
         for (int64_t i = 0; i < kTileRows && c + i < p.cols; ++i)
           row[i] = w + (c + i) * p.w_stride + k;
         const int64_t left = round_up(p.cols - c, kWidth);
-        pack_rows<T, Dot>(row, n, m.staged, m.lanes + c / kTileRows * kLanes,
+        pack_tile<T, Dot>(row, n, m.staged, m.lanes + c / kTileRows * kLanes,
                           left < kTileRows ? left : kTileRows);
       }
     } else {
-      pack_lanes<T, Dot>([&](int64_t i) { return w + (k + i) * p.w_stride; }, n, p.cols, kLanes,
-                         m.lanes);
+      pack_tiles_along<T, Dot>([&](int64_t i) { return w + (k + i) * p.w_stride; }, n, p.cols,
+                               kLanes, m.lanes);
     }
-    multiply_packed<Dot>(m, p.rows, p.cols, words<Dot>(n), p.add || k > 0, p.sums);
+    multiply_strip<Dot>(m, p.rows, p.cols, n, p.add || k > 0, p.sums);
   }
 }
+
+#if defined(TENFOLD_ISA_AMX)
+// Rows of w are left tiles as they lie: a matrix by rows need not be packed, only the rows of a, as
+// lanes. The sums are transposed, a block of rows of w at a time where the depth is one strip.
+constexpr int64_t kTurnedRows = 2 * kAmxRows, kTurnedPitch = kMoeRows + kMoePad;
+constexpr int64_t kTurnedTile = kTileRows * kMoeTurned + kMoePad;  // floats of a tile of lanes
+
+struct Turned {
+  float *lanes, *sums, *left;
+  explicit Turned(float* room)
+      : lanes(room),
+        sums(lanes + (kMoeRows + kTileRows - 1) / kTileRows * kTurnedTile),
+        left(sums + kMoeCols * kTurnedPitch) {}
+};
+static_assert((kMoeRows + kTileRows - 1) / kTileRows * kTurnedTile + kMoeCols * kTurnedPitch +
+                  kTurnedRows * kMoeTurned <=
+              kMoeTurnedRoom);
+
+// Rows [c, c + kTurnedRows) of w as left tiles, n elements from k on: copied where they would be
+// read past their end.
+inline LeftTiles left_rows(const MoeProduct& p, const Turned& t, int64_t c, int64_t k, int64_t n) {
+  const bf16_t* const w = static_cast<const bf16_t*>(p.w) + c * p.w_stride + k;
+  if (c + kTurnedRows <= p.cols && n % 32 == 0)
+    return {w, p.w_stride * 2, 64, kAmxRows * p.w_stride * 2};
+  const int64_t stride = kAmxRows * packed_words<true>(n);
+  for (int64_t r = 0; r < kTurnedRows; r += kAmxRows) {
+    const bf16_t* row[kAmxRows] = {};
+    for (int64_t i = r; i < r + kAmxRows && c + i < p.cols; ++i) row[i - r] = w + i * p.w_stride;
+    pack_panel<bf16_t, true>(row, n, nullptr, t.left + r / kAmxRows * stride);
+  }
+  return left_panels(t.left, stride);
+}
+
+void product_turned(const MoeProduct& p) {
+  const Turned t(p.room);
+  constexpr int64_t kDepth = 2 * kMoeTurned;
+  const bool whole = p.depth <= kDepth;
+  const int64_t tiles = (p.rows + kTileRows - 1) / kTileRows;
+  const AmxTiles registers;
+  for (int64_t k = 0; k < p.depth; k += kDepth) {
+    const int64_t n = p.depth - k < kDepth ? p.depth - k : kDepth, depth = packed_words<true>(n);
+    for (int64_t r = 0; r < p.rows && !(p.again && whole); r += kTileRows) {
+      const bf16_t* row[kTileRows] = {};
+      for (int64_t i = 0; i < kTileRows && r + i < p.rows; ++i)
+        row[i] = row_at<bf16_t>(p.a, p.first + r + i) + k;
+      const int64_t left = round_up(p.rows - r, kWidth);
+      pack_tile<bf16_t, true>(row, n, nullptr, t.lanes + r / kTileRows * kTurnedTile,
+                              left < kTileRows ? left : kTileRows);
+    }
+    for (int64_t c = 0; c < p.cols; c += kTurnedRows) {
+      float* const sums = t.sums + (whole ? 0 : c * kTurnedPitch);
+      const LeftTiles left = left_rows(p, t, c, k, n);
+      amx_fence();
+      // The next rows of w are on their way from memory: each tile of lanes asks for its share.
+      const char* const next = static_cast<const char*>(left.at) + 2 * left.below;
+      for (int64_t i = 0; i < tiles; ++i) {
+        const int64_t begin = i * kTurnedRows / tiles, end = (i + 1) * kTurnedRows / tiles;
+        const char* ahead = next;
+        const auto fetch = [&]() __attribute__((always_inline)) {
+          for (int64_t j = begin; j < end; ++j) __builtin_prefetch(ahead + j * left.row, 0, 2);
+          ahead += left.step;
+        };
+        const float* const lanes = t.lanes + i * kTurnedTile;
+        float* const to = sums + i * kTileRows;
+        const int64_t some = p.rows - i * kTileRows;
+        if (p.cols - c > kAmxRows) {
+          multiply_lanes<2>(lanes, some, left, depth, to, kTurnedPitch, k > 0, fetch);
+        } else {
+          multiply_lanes<1>(lanes, some, left, depth, to, kTurnedPitch, k > 0, fetch);
+        }
+      }
+      if (k + n < p.depth) continue;
+      for (int64_t j = 0; j < kTurnedRows && c + j < p.cols; j += 16)
+        for (int64_t r = 0; r < p.rows; r += 16)
+          transpose16([&](int i) { return sums + (j + i) * kTurnedPitch + r; },
+                      p.sums + r * kMoePitch + c + j, kMoePitch);
+    }
+  }
+}
+#endif
 
 // Dot products: kDotCols rows of w times Rows rows of a, whose sums fill the registers.
 constexpr int kDotCols = 4;
@@ -81,18 +159,6 @@ constexpr int kDotRows = 6;  // 24 sums, 4 vectors of w, one of a
 #else
 constexpr int kDotRows = 2;
 #endif
-
-// A vector of words from n elements of a row of w.
-template <class T, bool Dot>
-inline VF row_words(const T* from, int64_t n) {
-#if defined(TENFOLD_ISA_BF16)
-  if constexpr (Dot) {
-    const auto some = n >= 32 ? ~__mmask32{0} : static_cast<__mmask32>((1u << n) - 1u);
-    return {_mm512_castsi512_ps(_mm512_maskz_loadu_epi16(some, from))};
-  }
-#endif
-  return load_some(from, n);
-}
 
 template <bool Dot>
 inline VF add_words(VF sum, VF a, VF b) {
@@ -194,9 +260,9 @@ void wgrad_tile(const MoeWgrad& p) {
       return
           [&rows, col, first = p.first + q](int64_t i) { return row_at<T>(rows, first + i) + col; };
     };
-    pack_panels_along<T, Dot>(from(p.dy, p.row), n, p.rows, kMoePanel, m.panels);
-    pack_lanes<T, Dot>(from(p.a, p.col), n, p.cols, kLanes, m.lanes);
-    multiply_packed<Dot>(m, p.rows, p.cols, words<Dot>(n), q > 0, p.sums);
+    pack_panels_of_columns<T, Dot>(from(p.dy, p.row), n, p.rows, kPanels<Dot>, m.panels);
+    pack_tiles_along<T, Dot>(from(p.a, p.col), n, p.cols, kLanes, m.lanes);
+    multiply_strip<Dot>(m, p.rows, p.cols, n, q > 0, p.sums);
   }
   for (int64_t r = 0; r < p.rows; ++r) {
     T* const to = static_cast<T*>(p.out) + r * p.out_stride;
@@ -211,11 +277,13 @@ void wgrad_tile(const MoeWgrad& p) {
 
 void moe_product(const MoeProduct& p) {
   with_dtype(p.dtype, [&]<class T, bool Dot>() {
-    if (p.by_rows && !p.add && p.depth >= 4 * kWidth && moe_few_rows(p.rows, p.depth)) {
-      product_dots<T, Dot>(p);
-    } else {
-      product_packed<T, Dot>(p);
-    }
+    const bool few = kByTiles<Dot> ? p.rows <= kMoeFewest : moe_few_rows(p.rows, p.depth);
+    if (p.by_rows && !p.add && p.depth >= 4 * kWidth && few) return product_dots<T, Dot>(p);
+#if defined(TENFOLD_ISA_AMX)
+    if constexpr (Dot)
+      if (p.by_rows && !p.add && p.depth > 0) return product_turned(p);
+#endif
+    product_packed<T, Dot>(p);
   });
 }
 
