@@ -55,9 +55,9 @@ Tensor lm_weight_op(Tensor cls, Tensor is_pos, double beta, double omega, bool l
   parallel_for(
       c.rows, kMicrosPerWeight * static_cast<double>(c.length), [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
-          const ClassWeights w = class_weights(c.beta, c.omega, c.on_positive && positive[i] != 0);
-          if (!TENFOLD_ISA_CALL(weights_of_classes, classes + i * c.stride, c.length, w,
-                                data_as<float>(out) + i * c.length))
+          const bool answer = c.on_positive && positive[i] != 0;
+          if (!TENFOLD_ISA_CALL(weights_of_classes, classes + i * c.stride, c.length, c.beta,
+                                c.omega, answer, data_as<float>(out) + i * c.length))
             wrong = true;
         }
       });

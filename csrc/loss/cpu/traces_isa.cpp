@@ -85,9 +85,11 @@ void masked_bytes(const uint8_t* mask, int64_t n, uint8_t value, uint8_t* out) {
   for (int64_t i = 0; i < n; ++i) out[i] = mask[i] != 0 ? value : static_cast<uint8_t>(0);
 }
 
-bool weights_of_classes(const uint8_t* cls, int64_t n, const ClassWeights& weights, float* out) {
+bool weights_of_classes(const uint8_t* cls, int64_t n, float beta, float omega, bool answer,
+                        float* out) {
   float table[32] = {};
-  for (int k = 0; k < kTraceClasses; ++k) table[k] = weights.of[k];
+  for (int k = 0; k < kTraceClasses; ++k)
+    table[k] = class_weight(static_cast<uint8_t>(k), beta, omega, answer);
   const VI most = seti(kTraceClasses - 1), low = seti(31);
   bool known = true;
   int64_t i = 0;
