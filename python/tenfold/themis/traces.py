@@ -29,7 +29,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-SPECIALS = ("<start_tool>", "<start_observation>", "<start_work>")
+from tenfold.themis.tokens import SPECIALS
 # What stands for the result of a tool that gave none.
 FAILURE = "The tool gave no result, so its answer is not known."
 # What a trace says that needs no (further) tool.

@@ -1,0 +1,90 @@
+"""The text between special tokens: labels at line starts, fields that cannot be taken for labels, and reading both."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+# Words that mean something at the beginning of a line. Lines of fields that begin so are escaped.
+_LABELS = r"(?:### USER:|### ASSISTANT:|Context:|Question:|Answer:|Thought:|Action:|Action Input:|Observation:|Work:|Finished)"
+_TO_ESCAPE = re.compile(rf"(?<=\n)(?=\\*{_LABELS})")
+_TO_UNESCAPE = re.compile(rf"(?<=\n)\\(?=\\*{_LABELS})")
+_RAW = re.compile(rf"(?<=\n){_LABELS}")
+
+_PROMPT = re.compile(
+    r"### USER:\n(?:Context: (?P<context>.*?)\n)?Question: (?P<question>.*?)\nAnswer: (?P<answer>.*)"
+    r"\n### ASSISTANT:\n",
+    re.DOTALL,
+)
+_CALL = re.compile(
+    r" Thought: (?P<thought>.*?)\nAction: (?P<tool>.*?)\nAction Input: (?P<arguments>.*)\n", re.DOTALL
+)
+_CLOSING = re.compile(r" Thought: (?P<closing>.*)\nFinished\.\n", re.DOTALL)
+_OBSERVATION = re.compile(r" Observation: (?P<observation>.*)\n", re.DOTALL)
+_WORK = re.compile(r" Work: (?P<rationale>.*)", re.DOTALL)
+_SEGMENTS = {"prompt": (_PROMPT,), "tool": (_CALL, _CLOSING), "observation": (_OBSERVATION,), "work": (_WORK,)}  # fmt: skip
+
+# Lenient forms, for what models write.
+_ACTION = re.compile(
+    r"^[ \t]*Action:[ \t]*(?P<tool>.*?)\s*^[ \t]*Action Input:[ \t]*(?P<arguments>.*?)"
+    r"(?=^[ \t]*(?:Thought:|Action:|Observation:|Work:|Finished\b)|\Z)",
+    re.DOTALL | re.MULTILINE,
+)
+_THOUGHT = re.compile(r"^[ \t]*Thought:[ \t]*", re.MULTILINE)
+_FINISHED = re.compile(r"^[ \t]*Finished\b\.?[ \t]*$", re.MULTILINE)
+_WORK_LINE = re.compile(r"^[ \t]*Work:[ \t]*", re.MULTILINE)
+
+
+def escape(text: str) -> str:
+    """The text with a backslash before lines, but for the first, that begin with a label or with backslashes and one."""
+    return _TO_ESCAPE.sub(r"\\", text) if "\n" in text else text
+
+
+def unescape(text: str) -> str:
+    """Undoes :func:`escape`; ValueError for text that it does not make."""
+    if "\n" not in text:
+        return text
+    raw = _RAW.search(text)
+    if raw is not None:
+        raise ValueError(f"a field holds the line {raw[0]!r}, which is not escaped")
+    return _TO_UNESCAPE.sub("", text)
+
+
+def read_segment(kind: str, text: str) -> dict[str, str | None]:
+    """The fields of the text after a special token (``tool``, ``observation``, ``work``) or before all (``prompt``).
+
+    ValueError if the text is not exactly what a row has there.
+    """
+    for pattern in _SEGMENTS[kind]:
+        found = pattern.fullmatch(text)
+        if found is not None:
+            return {k: None if v is None else unescape(v) for k, v in found.groupdict().items()}
+    raise ValueError(f"the {kind} part of a row is malformed: {text[:200]!r}")
+
+
+def read_written(text: str) -> tuple[str, str | None, str | None, bool, str | None]:
+    """(thought, tool, arguments, finished, rationale) of text without special tokens that a model wrote.
+
+    The last action with an input counts, and the thought that is nearest before it; what is missing is None.
+    """
+    work = _WORK_LINE.search(text)
+    rationale = None if work is None else _lenient(text[work.end() :])
+    before = text if work is None else text[: work.start()]
+    actions = list(_ACTION.finditer(before))
+    finished = _FINISHED.search(before)
+    stop = actions[-1].start() if actions else finished.start() if finished else len(before)
+    begin = actions[-2].end() if len(actions) > 1 else 0
+    thought = _thought(before[begin:stop])
+    if not actions:
+        return thought, None, None, finished is not None, rationale
+    tool, arguments = (_lenient(actions[-1][k]) for k in ("tool", "arguments"))
+    return thought, tool, arguments, finished is not None, rationale
+
+
+def _thought(text: str) -> str:
+    at: Sequence[re.Match[str]] = list(_THOUGHT.finditer(text))
+    return _lenient(text[at[-1].end() :] if at else text)
+
+
+def _lenient(text: str) -> str:
+    return _TO_UNESCAPE.sub("", text).strip()
