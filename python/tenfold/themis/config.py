@@ -114,7 +114,9 @@ class ThemisConfig:
         if self.rm_coef == 0 and self.alpha == 0:
             raise ValueError("rm_coef and alpha are both 0: there is nothing to train")
         if self.inputs == "plain" and self.alpha > 0:
-            raise ValueError(f"inputs='plain' has no trace to train on; alpha must be 0, got {self.alpha}")
+            raise ValueError(
+                f"inputs='plain' has no trace to train on; alpha must be 0, got {self.alpha}"
+            )
         if self.require_trace and self.alpha == self.beta == self.omega == 0:
             warnings.warn(
                 "alpha, beta and omega are 0: the traces are read but not trained on; "

@@ -1,65 +1,70 @@
-"""The tool loop: write, call tools, read what they say, judge. Batched, with one KV cache from prompt to score."""
+"""The tool loop: a reward model writes, calls tools, reads what they say, and judges."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from tenfold.themis.traces import Query, Trace
+import torch
 
-FINISH = ("rationale", "no_rationale", "max_rounds", "length", "deadline", "error")
+from tenfold.ma_rlhf.critic import plain_face
+from tenfold.themis.judgement import FINISH, CallRecord, Judgement
+from tenfold.themis.model import check_embeddings
+from tenfold.themis.rounds import Run
+from tenfold.themis.traces import Query, TraceFormat
+from tenfold.training.checks import integers, not_negative
 
-
-@dataclass(frozen=True)
-class CallRecord:
-    """One tool call: what was asked for, what came, its status and the seconds it took."""
-
-    tool: str
-    arguments: str
-    observation: str
-    status: str
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """What the loop says about one answer.
-
-    Attributes:
-        reward: of the trace as it stands, with EOS; NaN where ``finish`` is ``"error"``.
-        ids: of prompt, trace and EOS. text: the same, decoded. trace: as far as it could be read.
-        calls: in order. finish: one of ``FINISH``. prompt_tokens, new_tokens: of ``ids``, new ones without EOS.
-        message: of an error.
-    """
-
-    reward: float
-    ids: list[int]
-    text: str
-    trace: Trace
-    calls: tuple[CallRecord, ...]
-    finish: str
-    prompt_tokens: int
-    new_tokens: int
-    message: str = ""
+__all__ = ["FINISH", "CallRecord", "Judgement", "ToolLoop"]
 
 
 class ToolLoop:
     """Judges answers.
 
     Args:
-        model: a ``ThemisRewardModel``. format: of its traces. toolbox: what it may call.
-        max_iterations: rounds of writing. max_new_tokens: per round. temperature (0: greedy), top_p, top_k.
-        max_length: tokens of a row (None: what the model can hold). batch_size: rows at a time.
+        model: a :class:`~tenfold.themis.model.ThemisRewardModel`; a causal LM without value head writes traces and
+            gives NaN; anything with a method ``make_rows`` (:class:`~tenfold.themis.decoding.Rows`).
+        format: of the model's traces. toolbox: what it may call.
+        max_iterations: rounds of writing. max_new_tokens: of one round. max_length: of a row, with its end token
+            (None: what the model's positions can hold).
+        temperature (0: the likeliest token), top_p, top_k (0: all): of sampling.
+        batch_size: rows at a time. force_work: tools after which the rationale must follow.
+
+    Raises:
+        ValueError: settings; a model without embeddings for the special tokens.
     """
 
     def __init__(
-        self, model: Any, format: Any, toolbox: Any, *, max_iterations: int = 3, max_new_tokens: int = 1024,
-        temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0, max_length: int | None = None,
-        batch_size: int = 16,
+        self, model: Any, format: TraceFormat, toolbox: Any, *, max_iterations: int = 3,
+        max_new_tokens: int = 1024, temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0,
+        max_length: int | None = None, batch_size: int = 16,
+        force_work: Collection[str] = ("wiki_search",),
     ) -> None:  # fmt: skip
-        raise NotImplementedError
+        self.model, self.format, self.toolbox = model, format, toolbox
+        self.max_iterations, self.max_new_tokens, self.batch_size = (
+            max_iterations,
+            max_new_tokens,
+            batch_size,
+        )
+        self.temperature, self.top_p, self.top_k = temperature, top_p, top_k
+        face = plain_face(model)
+        text = face.config.get_text_config() if hasattr(face, "config") else None
+        held = getattr(text, "max_position_embeddings", None)
+        self.max_length = held if max_length is None else max_length
+        self.force_work = frozenset(force_work)
+        integers(self, {"max_iterations": 1, "max_new_tokens": 1, "batch_size": 1, "top_k": 0, "max_length": 2},
+                 ("max_length",))  # fmt: skip
+        not_negative("temperature", temperature)
+        if not 0 < top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {top_p}")
+        if held is not None and self.max_length > held:
+            raise ValueError(
+                f"max_length must be at most {held}, the model's positions, got {max_length}"
+            )
+        if not hasattr(face, "make_rows"):
+            check_embeddings(face, format)
 
+    @torch.inference_mode()
     def judge(
         self,
         queries: Sequence[Query],
@@ -70,6 +75,26 @@ class ToolLoop:
     ) -> list[Judgement]:
         """Judgements in the order of the queries.
 
-        ``deadlines`` are times of ``time.monotonic()``; ``examples`` are what tools may read beside arguments.
+        Args:
+            examples: what tools may read beside arguments and the query. deadlines: points of ``time.monotonic()``;
+                then the trace is scored as it stands. seed: of sampling; a row's draws depend on it and its prompt.
+
+        What is wrong with one query (text with special tokens, too long) is that query's ``"error"``.
         """
-        raise NotImplementedError
+        for name, given in (("examples", examples), ("deadlines", deadlines)):
+            if given is not None and len(given) != len(queries):
+                raise ValueError(f"{name} must be one per query, {len(queries)}, got {len(given)}")
+        module = plain_face(self.model)
+        was = getattr(module, "training", False)
+        if was:
+            module.eval()
+        try:
+            run = Run(self, len(queries))
+            for i, query in enumerate(queries):
+                example = (examples[i] if examples else None) or {}
+                limit = deadlines[i] if deadlines else None
+                run.begin(i, query, example, math.inf if limit is None else limit, seed)
+            return run.to_the_end()
+        finally:
+            if was:
+                module.train()
