@@ -63,7 +63,8 @@ class Pair:
     def rows(self) -> tuple[tuple[Query, Trace], tuple[Query, Trace]]:
         """(query, trace) of the preferred answer and of the rejected one."""
         chosen, rejected = (
-            (Query(self.question, c.answer, self.context), c.trace) for c in (self.chosen, self.rejected)
+            (Query(self.question, c.answer, self.context), c.trace)
+            for c in (self.chosen, self.rejected)
         )
         return chosen, rejected
 
@@ -77,7 +78,9 @@ class Pairs(list[Pair]):
     """Pairs as read; ``skipped`` counts lines left out by reason: ``json``, ``malformed``, ``max_steps``, ``scores``,
     ``answers``."""
 
-    def __init__(self, pairs: Iterable[Pair] = (), skipped: Mapping[str, int] | None = None) -> None:
+    def __init__(
+        self, pairs: Iterable[Pair] = (), skipped: Mapping[str, int] | None = None
+    ) -> None:
         super().__init__(pairs)
         self.skipped: Counter[str] = Counter(skipped or {})
 
@@ -100,11 +103,15 @@ def _call(value: Any) -> Step:
     if missing == ["Observation"] and "Observation" in value and value["Observation"] is None:
         missing = []
     if missing:
-        raise _bad(f"a call needs text in {', '.join(map(repr, missing))}; it has {sorted(map(str, value))}")
+        raise _bad(
+            f"a call needs text in {', '.join(map(repr, missing))}; it has {sorted(map(str, value))}"
+        )
     return Step(*(value[k] for k in _CALL_KEYS))
 
 
-_LINE = re.compile(r"^(Thought|Action Input|Action|Observation):[ \t]?|^(Finished)\.?[ \t]*$", re.MULTILINE)
+_LINE = re.compile(
+    r"^(Thought|Action Input|Action|Observation):[ \t]?|^(Finished)\.?[ \t]*$", re.MULTILINE
+)
 _AFTER = {"Thought": ("", "Observation"), "Action": ("Thought",), "Action Input": ("Action",),
           "Observation": ("Action Input",), "Finished": ("Thought",)}  # fmt: skip
 
@@ -122,7 +129,9 @@ def parse_actions(text: str) -> tuple[tuple[Step, ...], str | None]:
         if label == "Thought" and last == "Thought":
             continue
         if last not in _AFTER[label]:
-            raise _bad(f"`{label}` after {f'`{last}`' if last else 'nothing'} in actions {text[:300]!r}")
+            raise _bad(
+                f"`{label}` after {f'`{last}`' if last else 'nothing'} in actions {text[:300]!r}"
+            )
         marks.append((label, m.start(), m.end()))
     ends = [start for _, start, _ in marks[1:]] + [len(text)]
     values = [(label, text[end:stop].strip()) for (label, _, end), stop in zip(marks, ends)]
@@ -147,7 +156,9 @@ def _steps(actions: Any) -> tuple[tuple[Step, ...], str | None]:
     if isinstance(actions, Mapping):
         return (_call(actions),), None
     if not isinstance(actions, Sequence):
-        raise _bad(f"actions must be a call, a text or a list of calls, got {type(actions).__name__}")
+        raise _bad(
+            f"actions must be a call, a text or a list of calls, got {type(actions).__name__}"
+        )
     rows, closing = list(actions), None
     if rows and isinstance(rows[-1], Mapping) and rows[-1].get("Finished") is True:
         closing = rows.pop().get("Thought")
@@ -171,7 +182,7 @@ def _trace(value: Mapping[str, Any], max_steps: int, need_traces: bool) -> Trace
     rationale = agent.get("explanation") if isinstance(agent, Mapping) else agent
     if not isinstance(rationale, str | None):
         raise _bad(f"score_agent.explanation must be text, got {rationale!r}"[:300])
-    return Trace(steps, closing, rationale)
+    return Trace(steps, closing, None if rationale is None else rationale.strip())
 
 
 def _candidate(row: Mapping[str, Any], key: str, max_steps: int, need_traces: bool) -> Candidate:
@@ -211,7 +222,9 @@ def _pair(row: Any, max_steps: int, allow_ties: bool, need_traces: bool) -> Pair
     wrong = [k for k in ("question", "context")
              if not isinstance(row.get(k), str) and not (k == "context" and row.get(k) is None)]  # fmt: skip
     if wrong:
-        raise _bad(f"text is needed in {', '.join(wrong)}; there is {[row.get(k) for k in wrong]}"[:300])
+        raise _bad(
+            f"text is needed in {', '.join(wrong)}; there is {[row.get(k) for k in wrong]}"[:300]
+        )
     both = [_candidate(row, k, max_steps, need_traces) for k in ("pos_answer", "neg_answer")]
     chosen, rejected = both
     if chosen.score < rejected.score or (chosen.score == rejected.score and not allow_ties):
@@ -223,7 +236,9 @@ def _pair(row: Any, max_steps: int, allow_ties: bool, need_traces: bool) -> Pair
     if chosen.answer == rejected.answer:
         raise _BadExample("answers", "the two answers are equal")
     extra = {k: v for k, v in row.items() if k not in _OWN}
-    return Pair(name, row["question"], row.get("context"), chosen, rejected, _source(row, name, both), extra)
+    return Pair(
+        name, row["question"], row.get("context"), chosen, rejected, _source(row, name, both), extra
+    )
 
 
 def read_tara(
@@ -234,7 +249,7 @@ def read_tara(
     allow_ties: bool = False,
     need_traces: bool = True,
 ) -> Pairs:
-    """Reads pairs.
+    """Reads pairs. White space around rationales is dropped, as the published code does.
 
     Args:
         source: a file, or its lines. max_steps: calls in a trace, at most. on_bad: ``"raise"``, or ``"skip"``, which
@@ -249,8 +264,11 @@ def read_tara(
     one_of("on_bad", on_bad, ("raise", "skip"))
     if max_steps < 0:
         raise ValueError(f"max_steps must be >= 0, got {max_steps}")
-    named = isinstance(source, str | Path)
-    lines = Path(source).read_text(encoding="utf-8").split("\n") if named else source  # type: ignore[arg-type]
+    lines: Iterable[str]
+    if isinstance(source, str | Path):
+        lines, where = Path(source).read_text(encoding="utf-8").split("\n"), f"{source}: "
+    else:
+        lines, where = source, ""
     found = Pairs()
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -265,7 +283,6 @@ def read_tara(
             found.append(_pair(row, max_steps, allow_ties, need_traces))
         except _BadExample as error:
             if on_bad == "raise":
-                where = f"{source}: " if named else ""
                 raise ValueError(f"{where}line {number}{name}: {error}") from None
             found.skipped[error.reason] += 1
     return found
@@ -289,15 +306,21 @@ def _actions(trace: Trace) -> Any:
     return [*calls, *closing]
 
 
+def _row(pair: Pair) -> dict[str, Any]:
+    taken = sorted(set(pair.extra) & set(_OWN))
+    if taken:
+        raise ValueError(f"example {pair.id!r}: extra must not have the keys {taken}")
+    row: dict[str, Any] = {"id": pair.id, "source": pair.source, "question": pair.question}
+    if pair.context is not None:
+        row["context"] = pair.context
+    row |= pair.extra
+    for key, c in (("pos_answer", pair.chosen), ("neg_answer", pair.rejected)):
+        row[key] = {"answer": c.answer, "score": c.score, "actions": _actions(c.trace),
+                    "score_agent": {"explanation": c.trace.rationale}}  # fmt: skip
+    return row
+
+
 def write_tara(pairs: Iterable[Pair], path: str | Path) -> None:
-    """Writes what :func:`read_tara` reads back as it was."""
-    with Path(path).open("w", encoding="utf-8", newline="\n") as file:
-        for pair in pairs:
-            row: dict[str, Any] = {"id": pair.id, "source": pair.source, "question": pair.question}
-            if pair.context is not None:
-                row["context"] = pair.context
-            row |= pair.extra
-            for key, c in (("pos_answer", pair.chosen), ("neg_answer", pair.rejected)):
-                row[key] = {"answer": c.answer, "score": c.score, "actions": _actions(c.trace),
-                            "score_agent": {"explanation": c.trace.rationale}}  # fmt: skip
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    """Writes what :func:`read_tara` reads back as it was. ValueError: ``extra`` has a key of the layout's own."""
+    text = "".join(json.dumps(_row(p), ensure_ascii=False) + "\n" for p in pairs)
+    Path(path).write_bytes(text.encode("utf-8"))

@@ -29,7 +29,9 @@ class PieceEncoder:
         self._tokenizer = tokenizer
         self._backend = getattr(tokenizer, "backend_tokenizer", None)
         self._copy = None if self._backend is None else _without_added(self._backend)
-        sample = ' Odd:\ttext \n\n with 3  spaces, "ünïcode" \u4f60\U0001f600\u200b e\u0301\r\n <x> '
+        sample = (
+            ' Odd:\ttext \n\n with 3  spaces, "ünïcode" \u4f60\U0001f600\u200b e\u0301\r\n <x> '
+        )
         self.exact = self.decode(self.encode([sample])[0]) == sample
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
@@ -86,6 +88,13 @@ def _without_added(backend: Any) -> Any:
     return type(backend).from_str(json.dumps(settings))
 
 
+def special_ids(tokenizer: Any) -> set[int]:
+    """Ids of a tokenizer's special tokens, but for that of unknown text, which text may give."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    found = {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
+    return found - {tokenizer.unk_token_id}
+
+
 def begin_ids(tokenizer: Any) -> list[int]:
     """What the tokenizer puts before every text: its begin token, or nothing."""
     begin = getattr(tokenizer, "bos_token_id", None)
@@ -95,12 +104,12 @@ def begin_ids(tokenizer: Any) -> list[int]:
 
 
 def byte_tokenizer(texts: Iterable[str] = (), size: int = 0) -> Any:
-    """A fast tokenizer of bytes that needs no files: ids 0 to 255 are bytes.
+    """A fast tokenizer of bytes that needs no files.
 
-    Then come ``<pad>``, ``</s>`` and the tokens of traces, 256 to 260.
+    Ids 0 to 255 are bytes, 256 is ``<pad>``, 257 ``</s>``, and then come ``SPECIALS``.
 
     Args:
-        texts, size: train byte-pair merges on texts until there are ``size`` ids; they come before the special ones.
+        texts, size: train byte-pair merges on texts until there are ``size`` ids; the special ones are the last.
 
     Returns:
         A transformers tokenizer; ``save_pretrained`` and ``from_pretrained`` work.
@@ -120,12 +129,11 @@ def byte_tokenizer(texts: Iterable[str] = (), size: int = 0) -> Any:
             initial_alphabet=letters, special_tokens=[],
         )  # fmt: skip
         backend.train_from_iterator(list(texts), trainer)
-    made = PreTrainedTokenizerFast(
+    backend.add_special_tokens(["<pad>", "</s>", *SPECIALS])
+    return PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", padding_side="right",
-        clean_up_tokenization_spaces=False,
+        extra_special_tokens=list(SPECIALS), clean_up_tokenization_spaces=False,
     )  # fmt: skip
-    made.add_special_tokens({"additional_special_tokens": list(SPECIALS)})
-    return made
 
 
 def _byte_letters() -> list[str]:

@@ -6,7 +6,10 @@ import re
 from collections.abc import Sequence
 
 # Words that mean something at the beginning of a line. Lines of fields that begin so are escaped.
-_LABELS = r"(?:### USER:|### ASSISTANT:|Context:|Question:|Answer:|Thought:|Action:|Action Input:|Observation:|Work:|Finished)"
+_LABELS = (
+    r"(?:### USER:|### ASSISTANT:|Context:|Question:|Answer:|Thought:|Action:|Action Input:|Observation:|Work:"
+    r"|Finished)"
+)
 _TO_ESCAPE = re.compile(rf"(?<=\n)(?=\\*{_LABELS})")
 _TO_UNESCAPE = re.compile(rf"(?<=\n)\\(?=\\*{_LABELS})")
 _RAW = re.compile(rf"(?<=\n){_LABELS}")
@@ -17,12 +20,18 @@ _PROMPT = re.compile(
     re.DOTALL,
 )
 _CALL = re.compile(
-    r" Thought: (?P<thought>.*?)\nAction: (?P<tool>.*?)\nAction Input: (?P<arguments>.*)\n", re.DOTALL
+    r" Thought: (?P<thought>.*?)\nAction: (?P<tool>.*?)\nAction Input: (?P<arguments>.*)\n",
+    re.DOTALL,
 )
 _CLOSING = re.compile(r" Thought: (?P<closing>.*)\nFinished\.\n", re.DOTALL)
 _OBSERVATION = re.compile(r" Observation: (?P<observation>.*)\n", re.DOTALL)
 _WORK = re.compile(r" Work: (?P<rationale>.*)", re.DOTALL)
-_SEGMENTS = {"prompt": (_PROMPT,), "tool": (_CALL, _CLOSING), "observation": (_OBSERVATION,), "work": (_WORK,)}  # fmt: skip
+_SEGMENTS = {
+    "prompt": (_PROMPT,),
+    "tool": (_CALL, _CLOSING),
+    "observation": (_OBSERVATION,),
+    "work": (_WORK,),
+}
 
 # Lenient forms, for what models write.
 _ACTION = re.compile(
@@ -35,13 +44,13 @@ _FINISHED = re.compile(r"^[ \t]*Finished\b\.?[ \t]*$", re.MULTILINE)
 _WORK_LINE = re.compile(r"^[ \t]*Work:[ \t]*", re.MULTILINE)
 
 
-def escape(text: str) -> str:
-    """The text with a backslash before lines, but for the first, that begin with a label or with backslashes and one."""
+def escape_lines(text: str) -> str:
+    """Puts a backslash before lines, but for the first, that begin with a label, or with backslashes and a label."""
     return _TO_ESCAPE.sub(r"\\", text) if "\n" in text else text
 
 
-def unescape(text: str) -> str:
-    """Undoes :func:`escape`; ValueError for text that it does not make."""
+def unescape_lines(text: str) -> str:
+    """Undoes :func:`escape_lines`; ValueError for text that it does not make."""
     if "\n" not in text:
         return text
     raw = _RAW.search(text)
@@ -58,7 +67,9 @@ def read_segment(kind: str, text: str) -> dict[str, str | None]:
     for pattern in _SEGMENTS[kind]:
         found = pattern.fullmatch(text)
         if found is not None:
-            return {k: None if v is None else unescape(v) for k, v in found.groupdict().items()}
+            return {
+                k: None if v is None else unescape_lines(v) for k, v in found.groupdict().items()
+            }
     raise ValueError(f"the {kind} part of a row is malformed: {text[:200]!r}")
 
 
