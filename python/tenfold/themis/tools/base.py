@@ -16,6 +16,8 @@ Status = Literal["ok", "bad_args", "unknown_tool", "timeout", "failed", "refused
 STATUSES: tuple[str, ...] = get_args(Status)
 # A model has no use for longer arguments, and a parser need not be asked.
 MAX_ARGUMENTS = 20_000
+CUT = " [...]"  # ends a text that was longer
+_MAX_ERROR = 300
 
 
 class BadArguments(ValueError):
@@ -84,3 +86,28 @@ def field_of(example: Mapping[str, Any], name: str) -> Any:
         there = ", ".join(map(str, example)) or "nothing"
         raise KeyError(f"the example needs {name!r} for this tool; it has {there}")
     return example[name]
+
+
+def plain_text(value: Any, max_chars: int) -> str:
+    """Whatever a tool returned as a text of at most so many characters that can be encoded.
+
+    A longer one ends with ``CUT``. Bytes are decoded. Raises what the value's own ``__str__`` raises; LookupError
+    for None.
+    """
+    if value is None:
+        raise LookupError("the tool returned nothing")
+    if isinstance(value, bytes | bytearray | memoryview):
+        value = bytes(value[: 4 * max_chars + 4]).decode("utf-8", "replace")
+    text = str.__str__(value) if isinstance(value, str) else str.__str__(str(value))
+    if len(text) > max_chars:
+        text = text[: max_chars - len(CUT)] + CUT
+    # Half a surrogate pair is no character: tokenizers refuse it.
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def error_text(error: BaseException) -> str:
+    """What was raised, for the record; an error's own ``__str__`` may raise, too."""
+    try:
+        return plain_text(f"{type(error).__name__}: {error}", _MAX_ERROR)
+    except Exception:
+        return type(error).__name__
