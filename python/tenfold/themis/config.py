@@ -47,7 +47,7 @@ class ThemisConfig:
         schedule: after a linear ``warmup`` (share of the steps).
         epochs: unless ``steps`` says how many. batch_size: pairs per step over all ranks; micro_batch_size:
             pairs per forward and rank (None: all of them).
-        max_length: tokens of a row.
+        max_length: tokens of a row. packed: rows are read behind one another instead of padded.
         lora_rank: 0 for full fine-tuning; lora_alpha, lora_dropout, lora_targets: of PEFT. Value head, LM head
             and embeddings train fully.
         dropout: False turns the model's own dropout off (LoRA's stays).
@@ -79,6 +79,7 @@ class ThemisConfig:
     batch_size: int = 64
     micro_batch_size: int | None = None
     max_length: int = 512
+    packed: bool = False
     lora_rank: int = 0
     lora_alpha: int = 16
     lora_dropout: float = 0.05

@@ -22,6 +22,7 @@ from tenfold.integrations import transformers as hf
 from tenfold.ma_rlhf.critic import model_inputs, plain_face, trunk_of
 
 _MASKED = ("sdpa", "eager")  # attention that takes any mask
+_PLAIN = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
 class Rows(Protocol):
@@ -162,14 +163,8 @@ class AttentionRows(_Heads):
             attention_mask=self._masks(positions, width),
         )  # fmt: skip
         hidden = out.last_hidden_state
-        if every and len(rows) < size:
+        if list(order) != list(rows):
             hidden = hidden[torch.tensor(list(rows), device=self.device)]
-        elif every:
-            hidden = (
-                hidden
-                if list(rows) == list(order)
-                else hidden[torch.tensor(list(rows), device=self.device)]
-            )
         return self._read(rows, chunks, hidden)
 
     def _masks(self, positions: Tensor, width: int) -> Any:
@@ -269,10 +264,8 @@ def make_rows(model: Any, count: int) -> Rows:
         return model.make_rows(count)
     face = plain_face(model)
     layers = DynamicCache(config=face.config).layers
-    plain = all(type(x) in (DynamicLayer, DynamicSlidingWindowLayer) for x in layers)
+    plain = bool(layers) and all(type(x) in _PLAIN for x in layers)
     masks = getattr(face.config, "_attn_implementation", None) in _MASKED
-    takes_positions = "position_ids" in model_inputs(
-        trunk_of(face), torch.zeros(1, 1).long(), torch.ones(1, 1).long()
-    )
-    kind = AttentionRows if layers and plain and masks and takes_positions else SingleRows
-    return kind(model, count)
+    one = torch.zeros(1, 1, dtype=torch.int64)
+    counts = "position_ids" in model_inputs(trunk_of(face), one, one)
+    return (AttentionRows if plain and masks and counts else SingleRows)(model, count)

@@ -1,4 +1,4 @@
-"""One run of the tool loop: write, call tools, read what they say, judge. Batched, with one KV cache from prompt to score.
+"""One run of the tool loop: batched, with one KV cache from prompt to score.
 
 A row is a query's: it writes until ``<start_observation>`` or the end token, is interpreted, gets an observation or
 ``<start_work>`` appended as token ids, and goes on; in the end one decode step on the end token gives its reward.
@@ -208,6 +208,8 @@ class Run:
                 self._end(row, "deadline")
 
     def _wait(self) -> None:
+        if not self.live:
+            return
         calls = [r.waiting for r in self.live if r.waiting is not None]
         first = min(r.deadline for r in self.live)
         left = (
