@@ -1,4 +1,4 @@
-"""The scorer: batches, order, deadlines, back-pressure, cancellation, judges that raise, lie or hang; the normalizer."""
+"""The scorer: batches, deadlines, back-pressure, cancellation, judges that raise, lie or hang; the normalizer."""
 
 import asyncio
 import math

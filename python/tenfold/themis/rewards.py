@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from tenfold.sandbox.programs import completion_text
+from tenfold.ma_rlhf.programs import completion_text
 from tenfold.themis.normalize import Normalizer
 from tenfold.themis.scorer import Scored
 from tenfold.themis.traces import Query
@@ -189,7 +189,8 @@ class ThemisReward:
         labels = [None] * len(queries) if labels is None else labels
         if not len(queries) == len(prompts) == len(labels):
             raise ValueError(
-                f"queries, prompts and labels must be equally many, got {len(queries)}, {len(prompts)} and {len(labels)}"
+                f"queries, prompts and labels must be equally many, got {len(queries)}, {len(prompts)} and "
+                f"{len(labels)}"
             )
         answers = [answer_in(q, p, self.ends) for q, p in zip(queries, prompts)]
         questions = self._questions(prompts, {}) if callable(self.question) else list(prompts)

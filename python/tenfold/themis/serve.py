@@ -130,7 +130,7 @@ class Server:
         return f"http://{host}:{self.port}"
 
     async def run(self, ready: Any = lambda: None) -> None:
-        """Serves until :meth:`stop`; requests that are being answered then are dropped. ``ready``: called once it listens."""
+        """Serves until :meth:`stop`, which drops what is being answered. ``ready``: called once it listens."""
         loop = self._loop = asyncio.get_running_loop()
         self._end = asyncio.Event()
 
@@ -256,8 +256,10 @@ class Server:
             return
         kind, _, given = request.headers.get("authorization", "").partition(" ")
         if kind.lower() == "basic":
-            with contextlib.suppress(binascii.Error, ValueError):
+            try:
                 given = base64.b64decode(given, validate=True).decode("latin-1").partition(":")[2]
+            except binascii.Error:
+                given = ""
         # The time of the comparison does not depend on how much of the token is right.
         right = hmac.compare_digest(given.encode("latin-1", "replace"), self.token.encode())
         if not right or kind.lower() not in ("bearer", "basic"):
@@ -276,8 +278,9 @@ class Server:
             raise HttpError(503, str(error)) from None
         found = asyncio.gather(*map(asyncio.wrap_future, futures))
         left = asyncio.ensure_future(gone.wait())
+        first: set[asyncio.Future[Any]] = {found, left}
         try:
-            await asyncio.wait({found, left}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
             if not found.done():
                 raise _Gone
             return list(found.result())
