@@ -175,22 +175,17 @@ class TestTexts:
             question_of([{"role": "system", "content": "a"}])
 
 
+EXTRA = {"question": "how long?", "context": "c", "test_list": ["x"], "index": 3, "state": object()}
+
+
 class TestHosts:
     """verl and OpenRLHF load these by name; the server is a real one. In the hosts themselves: tests/integrations."""
-
-    EXTRA = {
-        "question": "how long?",
-        "context": "c",
-        "test_list": ["x"],
-        "index": 3,
-        "state": object(),
-    }
 
     def test_verl(self, served):
         judge = Lengths()
         served(judge)
         assert inspect.iscoroutinefunction(hosts.compute_score)
-        found = asyncio.run(hosts.compute_score("set", "abcdefg", "truth", self.EXTRA, more=1))
+        found = asyncio.run(hosts.compute_score("set", "abcdefg", "truth", EXTRA, more=1))
         assert found == {
             "score": 5.0,
             "themis_finish": "rationale",
@@ -198,7 +193,7 @@ class TestHosts:
             "themis_new_tokens": 1,
         }
         assert judge.examples == [{"test_list": ["x"], "index": 3, "ground_truth": "truth"}]
-        many = hosts.compute_scores(["set"] * 2, ["a", "bc"], [None, None], [self.EXTRA] * 2)
+        many = hosts.compute_scores(["set"] * 2, ["a", "bc"], [None, None], [EXTRA] * 2)
         assert [m["score"] for m in many] == [1, 2]
 
     def test_openrlhf(self, served):
@@ -232,7 +227,7 @@ class TestHosts:
         with pytest.raises(ValueError, match="TENFOLD_THEMIS_URL must say where"):
             hosts.trl_reward(["p"], ["a"])
         with pytest.raises(
-            ValueError, match="extra_info needs the text `question`.*it has \\['index'\\]"
+            ValueError, match=r"extra_info needs the text `question`.*it has \['index'\]"
         ):
             asyncio.run(hosts.compute_score("set", "a", None, {"index": 1}))
         monkeypatch.setenv("TENFOLD_THEMIS_URL", "http://127.0.0.1:1")

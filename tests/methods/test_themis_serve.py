@@ -110,12 +110,13 @@ class TestScore:
         assert [r["text"] for r in found["results"]] == [f"judged {t}" for t in texts]
 
 
-class TestOpenRlhf:
-    BODY = {"query": ["p: yes</s>", "p: no"], "prompts": ["p: ", "p: "], "labels": ["a", None]}
+REMOTE = {"query": ["p: yes</s>", "p: no"], "prompts": ["p: ", "p: "], "labels": ["a", None]}
 
+
+class TestOpenRlhf:
     def test_its_form(self, open_server):
         judge = Lengths()
-        status, found, _ = ask(open_server(judge), body=self.BODY)
+        status, found, _ = ask(open_server(judge), body=REMOTE)
         assert status == 200 and found["rewards"] == [5, 2] and found["scores"] == [7, 2]
         assert found["extra_logs"] == {"themis_calls": [0, 0], "themis_finished": [1, 1]}
         assert judge.examples == [{"label": "a"}, None] and judge.batches == [["yes</s>", "no"]]
@@ -147,7 +148,7 @@ class TestOpenRlhf:
         ],
     )
     def test_refused(self, open_server, change, message):
-        body = self.BODY | change
+        body = REMOTE | change
         status, found, _ = ask(open_server(), body=body)
         if change == {"labels": []}:  # none at all is as good as None
             assert status == 200
@@ -289,7 +290,10 @@ class TestConnections:
         judge = Hangs()
         server = open_server(judge, scorer={"batch_size": 1})
         body = json.dumps({"items": [ONE, ONE, ONE]}).encode()
-        head = b"POST /score HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+        head = (
+            b"POST /score HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            b"Content-Length: %d\r\n\r\n"
+        )
         with socket.create_connection(("127.0.0.1", server.port)) as s:
             s.sendall(head % len(body) + body)
             judge.entered.wait(5)
@@ -409,17 +413,15 @@ class TestClient:
 
     def test_says_why_not(self, open_server):
         server = open_server(token=TOKEN)
-        with RemoteScorer(server.url, "wrong" * 5) as remote:
-            with pytest.raises(
-                RemoteError, match="refused a request with 401: the token is missing or wrong"
-            ):
-                remote.score_many([query()])
+        with (
+            RemoteScorer(server.url, "wrong" * 5) as remote,
+            pytest.raises(RemoteError, match="401: the token"),
+        ):
+            remote.score_many([query()])
         server.stop()
         with RemoteScorer(server.url, TOKEN, deadline=0.3) as remote:
             assert remote.health() == "unreachable"
-            with pytest.raises(
-                RemoteError, match="no answer of 127.0.0.1 by the deadline; the last attempt: Conn"
-            ):
+            with pytest.raises(RemoteError, match="by the deadline; the last attempt: Conn"):
                 remote.score_many([query()])
 
     @pytest.mark.parametrize("url", ["127.0.0.1:80", "ftp://host", "http://", "http://:80"])
