@@ -176,6 +176,13 @@ class ProgramResult:
         return self.passed == len(self.outcomes)
 
 
+def _shown(value: Any) -> str:
+    try:
+        return repr(value)
+    except RecursionError:
+        return "a value too deep to print"
+
+
 def _run_test(
     sandbox: Sandbox, source: str, test: Test, tolerance: float
 ) -> tuple[str, str, float]:
@@ -190,7 +197,7 @@ def _run_test(
             json.dumps(test.accepted)
         )  # tuples as lists, keys as text: as the value is
         right = run.kind == "value" and any(_same_value(run.value, a, tolerance) for a in accepted)
-        error = "" if right else f"returned {run.value!r}, not {test.accepted[0]!r}"[:500]
+        error = "" if right else f"returned {_shown(run.value)}, not {test.accepted[0]!r}"[:500]
     else:
         nonce = secrets.token_hex(16)
         run = sandbox.run(source, "assert", test=test.code, nonce=nonce)
