@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 
 from tenfold.themis.tokens import SPECIALS, PieceEncoder
-from tenfold.themis.trace_text import read_segment, read_written, unescape_lines
+from tenfold.themis.trace_text import read_after, read_segment, read_written
 from tenfold.themis.trace_types import Generated, Query, SpecialIds, Step, Trace
 
 # What may come before a part of a row: nothing, a call, its observation, the closing thought.
@@ -45,7 +46,7 @@ class TraceReader:
         if prompt[: len(self._begin)] != self._begin:
             raise ValueError(f"a row must begin with the tokens {self._begin}")
         prompt = prompt[len(self._begin) :]
-        strange = self._encoder.forbidden.intersection(prompt, *(part for _, part in parts))
+        strange = self._encoder.forbidden.intersection(chain(prompt, *(part for _, part in parts)))
         if strange:
             raise ValueError(f"special tokens have no place in a text: {sorted(strange)}")
         fields = read_segment("prompt", self.decode(prompt))
@@ -92,9 +93,7 @@ class TraceReader:
                 continue
             text = self.decode(part)
             if token == self.ids.work:
-                made = replace(
-                    made, work=True, rationale=text.strip().removeprefix("Work:").strip()
-                )
+                made = replace(made, work=True, rationale=read_after("work", text))
                 continue
             thought, tool, arguments, finished, rationale = read_written(text)
             if tool is not None:
@@ -113,9 +112,9 @@ class TraceReader:
         closing = rationale = None
         for token, part in parts:
             if token == self.ids.observation:
-                text = self.decode(part).strip().removeprefix("Observation:").strip()
                 if steps and steps[-1].observation is None:
-                    steps[-1] = replace(steps[-1], observation=unescape_lines(text))
+                    found_text = read_after("observation", self.decode(part))
+                    steps[-1] = replace(steps[-1], observation=found_text)
                 continue
             found = self.parse_steps([token, *part])
             if found.tool is not None:

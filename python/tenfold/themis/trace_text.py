@@ -76,20 +76,26 @@ def read_segment(kind: str, text: str) -> dict[str, str | None]:
 def read_written(text: str) -> tuple[str, str | None, str | None, bool, str | None]:
     """(thought, tool, arguments, finished, rationale) of text without special tokens that a model wrote.
 
-    The last action with an input counts, and the thought that is nearest before it; what is missing is None.
+    As in a row if it is just so. Else the last action with an input counts, and the thought that is nearest before
+    it; what is missing is None.
     """
+    exact = _as_in_a_row("tool", text)
+    if exact is not None:
+        finished = "closing" in exact
+        thought = exact["closing" if finished else "thought"] or ""
+        return thought, exact.get("tool"), exact.get("arguments"), finished, None
     work = _WORK_LINE.search(text)
     rationale = None if work is None else _lenient(text[work.end() :])
     before = text if work is None else text[: work.start()]
     actions = list(_ACTION.finditer(before))
-    finished = _FINISHED.search(before)
-    stop = actions[-1].start() if actions else finished.start() if finished else len(before)
+    end = _FINISHED.search(before)
+    stop = actions[-1].start() if actions else end.start() if end else len(before)
     begin = actions[-2].end() if len(actions) > 1 else 0
     thought = _thought(before[begin:stop])
     if not actions:
-        return thought, None, None, finished is not None, rationale
+        return thought, None, None, end is not None, rationale
     tool, arguments = (_lenient(actions[-1][k]) for k in ("tool", "arguments"))
-    return thought, tool, arguments, finished is not None, rationale
+    return thought, tool, arguments, end is not None, rationale
 
 
 def _thought(text: str) -> str:
@@ -97,5 +103,22 @@ def _thought(text: str) -> str:
     return _lenient(text[at[-1].end() :] if at else text)
 
 
+def read_after(kind: str, text: str) -> str:
+    """The one field of an ``observation`` or ``work`` part: as in a row if it is just so, else whatever is there."""
+    exact = _as_in_a_row(kind, text)
+    if exact is not None:
+        return next(iter(exact.values())) or ""
+    label = "Observation:" if kind == "observation" else "Work:"
+    return _lenient(text).removeprefix(label).strip()
+
+
+def _as_in_a_row(kind: str, text: str) -> dict[str, str | None] | None:
+    try:
+        return read_segment(kind, text)
+    except ValueError:
+        return None
+
+
 def _lenient(text: str) -> str:
+    """Unescaped, whatever it is, and without white space around it."""
     return _TO_UNESCAPE.sub("", text).strip()
