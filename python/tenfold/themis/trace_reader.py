@@ -112,7 +112,7 @@ class TraceReader:
         closing = rationale = None
         for token, part in parts:
             if token == self.ids.observation:
-                if steps and steps[-1].observation is None:
+                if part and steps and steps[-1].observation is None:
                     found_text = read_after("observation", self.decode(part))
                     steps[-1] = replace(steps[-1], observation=found_text)
                 continue
