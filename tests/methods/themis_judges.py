@@ -27,8 +27,8 @@ class Lengths:
 
     def judge(self, queries, examples=None, *, deadlines=None, seed=0):
         self.batches.append([q.answer for q in queries])
-        self.examples += list(examples)
-        self.deadlines += list(deadlines)
+        self.examples += list(examples or [])
+        self.deadlines += list(deadlines or [])
         if self.seconds:
             time.sleep(self.seconds)
         return [judgement(float(len(q.answer)), text=f"judged {q.answer}") for q in queries]
