@@ -71,7 +71,7 @@ class LinearLoss {
   Isa isa_;  // one for all calls: they must agree on the panels
   LceProblem p_;
   const CountedRows& rows_;
-  int64_t num_rows_, word_, tiles_, threads_, chunk_rows_ = 16;
+  int64_t num_rows_, most_rows_, word_, tiles_, threads_, chunk_rows_ = 16;
   bool wants_entropy_;
 };
 

@@ -110,34 +110,43 @@ def differentiable(
     _library.impl(name, kernel, "Autograd", with_keyset=True)
 
 
-def differentiable_by(name: str, function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """Autograd of an op in its first argument by ``function``, whose forward takes (first, others, kwargs).
+def differentiable_by(
+    name: str, function: type[torch.autograd.Function], tensors: tuple[int, ...] = (0,)
+) -> Callable[..., Any]:
+    """Autograd of an op in the arguments at ``tensors`` by ``function``, whose forward takes these, others, kwargs.
 
     Returns what calls the op: the same, without the dispatcher's way into Python (about 8 us). (Each
-    argument of ``apply`` costs half a microsecond, so the others are one.)
+    argument of ``apply`` costs half a microsecond, so the others are one.) Those at ``tensors`` are positional.
     """
     op = getattr(torch.ops.tenfold, name).default
+    first = tensors == (0,)
 
-    def wanted(first: Any) -> bool:
-        return torch.is_grad_enabled() and _requires_grad(first)
+    def wanted(args: tuple[Any, ...]) -> bool:
+        return torch.is_grad_enabled() and any(_requires_grad(args[i]) for i in tensors)
 
-    def kernel(keyset: Any, first: Any, *others: Any, **kwargs: Any) -> Any:
-        if wanted(first):
-            return function.apply(first, others, kwargs)
+    def apply(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if first:
+            return function.apply(args[0], args[1:], kwargs)
+        others = tuple(x for i, x in enumerate(args) if i not in tensors)
+        return function.apply(*(args[i] for i in tensors), others, kwargs)
+
+    def kernel(keyset: Any, *args: Any, **kwargs: Any) -> Any:
+        if wanted(args):
+            return apply(args, kwargs)
         with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(keyset & torch._C._after_autograd_keyset, first, *others, **kwargs)
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
 
     _library.impl(name, kernel, "Autograd", with_keyset=True)
 
-    def face(first: Any, *others: Any, **kwargs: Any) -> Any:
+    def face(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():  # first: Dynamo cannot trace the question after the next
-            return op(first, *others, **kwargs)
-        if wanted(first):
-            return function.apply(first, others, kwargs)
+            return op(*args, **kwargs)
+        if wanted(args):
+            return apply(args, kwargs)
         if torch.is_inference_mode_enabled():
-            return op(first, *others, **kwargs)
+            return op(*args, **kwargs)
         with torch._C._AutoDispatchBelowAutograd():
-            return op(first, *others, **kwargs)
+            return op(*args, **kwargs)
 
     return face
 
