@@ -30,8 +30,8 @@ NAN = math.nan
 def pair(number, chosen, rejected, source="calculator", calls=0):
     """Answers whose lengths are their rewards by the judge ``Lengths``."""
     trace = Trace(tuple(Step("", "calculator", "", "") for _ in range(calls)))
-    return Pair(f"p{number}", "q", None, Candidate("x" * chosen, trace, 1), Candidate("y" * rejected, trace, -1), source,
-                {"test_list": [number]})  # fmt: skip
+    both = Candidate("x" * chosen, trace, 1), Candidate("y" * rejected, trace, -1)
+    return Pair(f"p{number}", "q", None, *both, source, {"test_list": [number]})
 
 
 class TestAccuracy:
@@ -62,11 +62,10 @@ class TestAccuracy:
         judge, told = Lengths(), []
         found = evaluate(judge, self.PAIRS, batch_size=4, step=told.append)
         assert told == [4, 4, 2] and [len(b) for b in judge.batches] == told
-        assert sum(judge.batches, []) == sorted(
-            sum(judge.batches, []), key=len
-        )  # of like length together
+        asked = [a for batch in judge.batches for a in batch]
+        assert asked == sorted(asked, key=len)  # of like length together
         assert {tuple(e["test_list"]) for e in judge.examples} == {(i,) for i in range(5)}
-        assert all(e["answer"] == a for e, a in zip(judge.examples, sum(judge.batches, [])))
+        assert all(e["answer"] == a for e, a in zip(judge.examples, asked))
         assert [p.chosen.reward for p in found.pairs] == [3, 2, 1, 5, 6]
 
     def test_kinds_of_judges(self):
@@ -208,8 +207,8 @@ class TestRewardBench:
 
     def test_ties(self):
         """Margins and spreads by hand: ref 2.0; tied margin 1.5, spread 0.5, and margin -1, spread 1."""
-        items = [Item("ref:1", "Ties", "q", ("a", "b"), 1), Item("tied:1", "Ties", "q", ("a", "b", "c"), 2),
-                 Item("ref:2", "Ties", "q", ("a", "b"), 1), Item("tied:2", "Ties", "q", ("a", "b", "c"), 2)]  # fmt: skip
+        items = [Item(i, "Ties", "q", tuple("abc"[:n]), n - 1)
+                 for i, n in (("ref:1", 2), ("tied:1", 3), ("ref:2", 2), ("tied:2", 3))]  # fmt: skip
         scores = [[3.0, 1.0], [3.0, 2.5, 1.0], [2.0, 0.0], [2.0, 1.0, 2.0]]
         hints = (math.tanh(1.5 / 0.5 - 1) + math.tanh(-1 / 1 - 1)) / 2
         assert ties_score(items, scores) == pytest.approx(
@@ -341,6 +340,6 @@ class TestBestOfN:
             best_of_n(Gives({"a": 1.0}), ["p", "q"], [["a"], ["b"]])
         with pytest.raises(
             ValueError,
-            match=r"answers must be equally many for each of 1 prompts, got 2 rows of \[1\]",
+            match=r"equally many for each of 1 prompts, got 2 rows of \[1\]",
         ):
             best_of_n(Lengths(), ["p"], [["a"], ["b"]])

@@ -91,7 +91,7 @@ def read_rewardbench(path: str | Path) -> list[Item]:
     Raises:
         ValueError: a row that is none, with its number.
     """
-    found = []
+    found: list[Item] = []
     for where, row in read_rows(path):
         missing = [k for k in ("prompt", "chosen", "rejected") if k not in row]
         if missing:

@@ -292,7 +292,8 @@ def best_of_n(
     sizes = {len(row) for row in answers}
     if len(prompts) != len(answers) or len(sizes) != 1 or 0 in sizes:
         raise ValueError(
-            f"answers must be equally many for each of {len(prompts)} prompts, got {len(answers)} rows of {sorted(sizes)}"
+            f"answers must be equally many for each of {len(prompts)} prompts, got {len(answers)} rows of "
+            f"{sorted(sizes)}"
         )
     (n,) = sizes
     given = [None] * len(prompts) if examples is None else list(examples)
