@@ -20,7 +20,7 @@ from tenfold.themis.benchmarks import (
 from tenfold.themis.calibration import calibration
 from tenfold.themis.data import Candidate, Pair, read_tara
 from tenfold.themis.evaluate import Accuracy, best_of_n, evaluate, judge_all
-from tenfold.themis.loop import CallRecord
+from tenfold.themis.judgement import CallRecord
 from tenfold.themis.scorer import Scorer
 from tenfold.themis.traces import Query, Step, Trace
 

@@ -4,7 +4,7 @@ import math
 import threading
 import time
 
-from tenfold.themis.loop import CallRecord, Judgement
+from tenfold.themis.judgement import CallRecord, Judgement
 from tenfold.themis.traces import Query, Step, Trace
 
 

@@ -18,7 +18,7 @@ from tenfold.ma_rlhf.best_of import BestOfN
 from tenfold.ma_rlhf.evaluate import Estimate, wilson
 from tenfold.themis.calibration import Calibration, calibration
 from tenfold.themis.data import Pair
-from tenfold.themis.loop import CallRecord, Judgement
+from tenfold.themis.judgement import CallRecord, Judgement
 from tenfold.themis.traces import Query, Trace
 
 Examples = Sequence[Mapping[str, Any] | None]

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tenfold.themis.loop import CallRecord, Judgement
+from tenfold.themis.judgement import CallRecord, Judgement
 from tenfold.themis.traces import Query, Step, Trace
 from tenfold.themis.waiting import Scored
 

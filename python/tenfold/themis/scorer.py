@@ -14,13 +14,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from tenfold.themis.loop import Judgement
+from tenfold.themis.judgement import Judgement
 from tenfold.themis.normalize import Normalizer
 from tenfold.themis.traces import Query
 from tenfold.themis.waiting import Example, Request, Scored, ScorerFull, Waiting
@@ -31,13 +32,22 @@ __all__ = ["Scored", "Scorer", "ScorerFull"]
 _log = logging.getLogger(__name__)
 
 
+def _is_loop(judge: Any) -> bool:
+    # A loop has been imported already if the judge is one.
+    module = sys.modules.get("tenfold.themis.loop")
+    return module is not None and isinstance(judge, module.ToolLoop)
+
+
 class Scorer:
     """Collects requests into batches for a judge.
 
+    A tool loop is handed the next requests as soon as it has places for them, and each answer is given when it is
+    there; other judges get a batch after the other.
+
     Args:
         judge: a :class:`~tenfold.themis.loop.ToolLoop`, or what has its ``judge(queries, examples, *, deadlines)``.
-        batch_size: requests that are judged at a time. max_wait: seconds that a request waits for others to fill a
-            batch, but at most a tenth of its deadline.
+        batch_size: requests that are judged at a time; a tool loop's own may be smaller.
+        max_wait: seconds that a request waits for others to fill a batch, but at most a tenth of its deadline.
         deadline: seconds in which a request is answered unless it says otherwise; None: as long as it takes.
         margin: seconds before its deadline at which the judge is told to end, so that it can still score the trace
             as it stands; of short deadlines a fifth.
@@ -73,6 +83,7 @@ class Scorer:
         self.judge, self.batch_size, self.max_wait = judge, batch_size, max_wait
         self.deadline, self.margin, self.queue = deadline, margin, queue
         self.normalizer = normalizer or Normalizer()
+        self._streams = _is_loop(judge)
         self._waiting = Waiting(queue, log)
         self._busy: dict[int, float] = {}  # worker -> last deadline of its batch
         self._batches = self._judged = 0
@@ -148,34 +159,68 @@ class Scorer:
 
     def _work(self, worker: int) -> None:
         while (batch := self._waiting.take(self.batch_size, self.max_wait)) is not None:
-            with self._waiting.changed:
-                self._busy[worker] = max(r.due for r in batch)
-                self._batches += 1
-                self._judged += len(batch)
-            self._judge(batch)
+            held: dict[Request, None] = {}  # in their order
+            self._hold(worker, held, batch)
+            try:
+                if self._streams:
+                    self._stream(worker, held, batch)
+                else:
+                    self._deliver(batch, self._call(batch))
+                left = [r for r in held if r.state != "answered"]
+                if left:
+                    raise ValueError(f"the judge forgot {len(left)} answers")
+            except BaseException as error:  # whatever it was, these requests must be answered
+                self._one_by_one([r for r in held if r.state != "answered"], error)
             with self._waiting.changed:
                 del self._busy[worker]
 
-    def _judge(self, batch: list[Request]) -> None:
-        try:
-            self._deliver(batch, self._call(batch))
-            return
-        except BaseException as error:  # whatever it was, these requests must be answered
-            _log.warning("the judge failed on %d requests, now one by one: %r", len(batch), error)
-        for request in batch:
+    def _hold(self, worker: int, held: dict[Request, None], taken: list[Request]) -> None:
+        """Notes what a judge has from now on."""
+        if taken:
+            with self._waiting.changed:
+                held.update(dict.fromkeys(taken))
+                self._busy[worker] = max(self._busy.get(worker, 0.0), *(r.due for r in taken))
+                self._batches += 1
+                self._judged += len(taken)
+
+    def _stream(self, worker: int, held: dict[Request, None], batch: list[Request]) -> None:
+        from tenfold.themis.streaming import stream
+
+        def rows(taken: list[Request]) -> list[tuple[Request, float]]:
+            return [
+                (r, math.inf if end is None else end) for r, end in zip(taken, self._ends(taken))
+            ]
+
+        def take(room: int) -> list[tuple[Request, float]]:
+            taken = self._waiting.take_now(room)
+            self._hold(worker, held, taken)
+            return rows(taken)
+
+        def deliver(request: Request, judgement: Judgement) -> None:
+            self._deliver([request], [judgement])
+            held.pop(request, None)
+
+        stream(self.judge, rows(batch), take, deliver)
+
+    def _one_by_one(self, left: list[Request], error: BaseException) -> None:
+        _log.warning("the judge failed on %d requests, now one by one: %r", len(left), error)
+        for request in left:
             if request.state == "answered":
                 continue
             try:
                 self._deliver([request], self._call([request]))
-            except BaseException as error:
-                self._waiting.miss(request, "error", f"{type(error).__name__}: {error}")
+            except BaseException as reason:
+                self._waiting.miss(request, "error", f"{type(reason).__name__}: {reason}")
+
+    def _ends(self, batch: list[Request]) -> list[float | None]:
+        """When the judge has to end, so that it can still score what it has by the deadline."""
+        now = time.monotonic()
+        return [None if r.due == math.inf else r.due - min(self.margin, 0.2 * max(r.due - now, 0.0))
+                for r in batch]  # fmt: skip
 
     def _call(self, batch: list[Request]) -> list[Judgement]:
-        now = time.monotonic()
-        ends = [None if r.due == math.inf else r.due - min(self.margin, 0.2 * max(r.due - now, 0.0))
-                for r in batch]  # fmt: skip
         queries, examples = [r.query for r in batch], [r.example for r in batch]
-        found = list(self.judge.judge(queries, examples, deadlines=ends))
+        found = list(self.judge.judge(queries, examples, deadlines=self._ends(batch)))
         if len(found) != len(batch):
             raise ValueError(f"the judge gave {len(found)} judgements of {len(batch)} answers")
         wrong = next((j for j in found if not isinstance(j, Judgement)), None)

@@ -18,7 +18,7 @@ from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, fields
 from typing import Any
 
-from tenfold.themis.loop import Judgement
+from tenfold.themis.judgement import Judgement
 from tenfold.themis.traces import Query, Trace
 
 Example = Mapping[str, Any]
@@ -173,6 +173,11 @@ class Waiting:
                     return None
                 else:
                     self.changed.wait()
+
+    def take_now(self, size: int) -> list[Request]:
+        """Up to ``size`` requests that wait now."""
+        with self.changed:
+            return self._pop(size)
 
     def _pop(self, size: int) -> list[Request]:
         batch: list[Request] = []
