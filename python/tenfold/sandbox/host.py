@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import secrets
 import selectors
 import signal
 import stat
@@ -28,6 +27,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tenfold.sandbox.folders import remove
 from tenfold.training.checks import integers, positive
 
 PURPOSES = ("network", "processes", "signals", "files", "disk")
@@ -116,33 +116,6 @@ def _reopened(data: bytes) -> int:
         os.unlink(name)
 
 
-def _remove(folder: str) -> None:
-    """Removes a folder in which nothing runs any more: however deep it is, and whatever the modes in it."""
-    mark = secrets.token_hex(8)
-    count, left = 0, -1
-    with contextlib.suppress(OSError):
-        while left:
-            with os.scandir(folder) as entries:
-                found = list(entries)
-            if len(found) == left and not count:
-                return  # what cannot be removed stays
-            left, count = len(found), 0
-            for entry in found:
-                with contextlib.suppress(OSError):
-                    if not entry.is_dir(follow_symlinks=False):
-                        os.unlink(entry.path)
-                        count += 1
-                        continue
-                    os.chmod(entry.path, 0o700)
-                    # Up by one level: no path ever gets longer than two names.
-                    with os.scandir(entry.path) as inner:
-                        for number, item in enumerate(inner):
-                            os.rename(item.path, f"{folder}/{mark}-{entry.inode()}-{number}")
-                    os.rmdir(entry.path)
-                    count += 1
-        os.rmdir(folder)
-
-
 class Sandbox:
     """Runs programs one at a time per call; calls may be made from several threads.
 
@@ -220,7 +193,7 @@ class Sandbox:
         try:
             return self._run(json.dumps(spec).encode(), stdin.encode("utf-8", "replace"), folder)
         finally:
-            _remove(folder)
+            remove(folder)
 
     def protection(self) -> dict[str, str]:
         """By purpose, what protects here (``none``: nothing does); found by running an empty program."""
