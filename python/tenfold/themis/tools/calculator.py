@@ -65,8 +65,9 @@ class Checked:
 def stated_answer(answer: str) -> float | None:
     """The number after the last ``####`` of an answer: negative, grouped by commas, a fraction, with a currency."""
     tail = answer.rpartition("####")
-    found = _STATED.match(tail[2][:_MAX_VALUE].split("\n", 1)[0]) if tail[1] else None
-    if found is None:
+    line = tail[2][: _MAX_VALUE + 1].split("\n", 1)[0]
+    found = _STATED.match(line) if tail[1] else None
+    if found is None or found.end() > _MAX_VALUE:  # it may have been cut off
         return None
     below = read_number(found["below"]) if found["below"] else 1
     if below == 0:
@@ -114,6 +115,8 @@ class Calculator(Tool):
         expression, equals, written = inside.rpartition("=")
         if not equals:
             return None, f"{inside!r} has no ="
+        if "<<" in after or ">>" in after:
+            return None, f"{after.strip()[:40]!r} is half a calculation"
         try:
             value = evaluate(expression)
         except NotArithmetic as error:
