@@ -39,7 +39,7 @@ class Bucket:
             self._tokens = min(self._full, self._tokens + (later - self._at) * self._per_second)
             self._at = later
             wait = max(0.0, (1.0 - self._tokens) / self._per_second)
-            full = self._tokens <= 1 - self._most
+            full = self._tokens <= -self._most
             if full or (latest is not None and later + wait > latest):
                 return None
             self._tokens -= 1.0

@@ -142,7 +142,7 @@ class Toolbox:
             if value < low:
                 raise ValueError(f"{name} must be >= {low}, got {value}")
         self.max_chars = max_chars
-        self.cache = cache or ToolCache()
+        self.cache = ToolCache() if cache is None else cache  # an empty one is false
         self._clock = Clock()
         self._closed = False
         self._open: set[_Call] = set()
