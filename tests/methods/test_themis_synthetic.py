@@ -9,7 +9,7 @@ import pytest
 from tenfold.data.models import MissingData
 from tenfold.themis import synthetic, synthetic_texts
 from tenfold.themis.collate import encode_pairs
-from tenfold.themis.data import read_tara, write_tara
+from tenfold.themis.data import Candidate, read_tara, write_tara
 from tenfold.themis.synthetic import (
     KINDS,
     Draft,
@@ -22,7 +22,7 @@ from tenfold.themis.synthetic import (
 from tenfold.themis.synthetic_code import _TASKS, _run
 from tenfold.themis.tokens import byte_tokenizer
 from tenfold.themis.tools import Calculator
-from tenfold.themis.traces import NO_TOOL, TraceFormat
+from tenfold.themis.traces import NO_TOOL, Trace, TraceFormat
 
 COUNT = {"code": 2, "none": 6, "search": 10}
 CALLS = {"multi": 2, "none": 0}
@@ -81,8 +81,10 @@ def test_function_of_the_arguments(kind):
 
 @kinds
 def test_parts_share_no_question(kind, monkeypatch):
-    monkeypatch.setattr(synthetic, "_judged", lambda draft, right, name, tools: (
-        synthetic.Candidate(draft.good if right else draft.bad, synthetic.Trace(), 1.0 if right else -1.0)))  # fmt: skip
+    def no_tools(draft, right, name, tools):
+        return Candidate(draft.good if right else draft.bad, Trace(), 1.0 if right else -1.0)
+
+    monkeypatch.setattr(synthetic, "_judged", no_tools)
     train = [p for seed in range(3) for p in make(kind, 40, seed)]
     test = [p for seed in range(3) for p in make(kind, 20, seed, split="test")]
     asked = [{(p.question, p.context) for p in part} for part in (train, test)]
