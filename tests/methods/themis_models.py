@@ -1,7 +1,7 @@
 """What Themis' tests share: tiny reward models over bytes, a scripted language model, and a box of stub tools."""
 
 import random
-import time
+import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -9,6 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tenfold.themis.data import Candidate, Pair
+from tenfold.themis.decoding import make_rows
 from tenfold.themis.model import ThemisRewardModel
 from tenfold.themis.tokens import byte_tokenizer
 from tenfold.themis.traces import FAILURE, Query, Step, Trace, TraceFormat
@@ -18,6 +19,11 @@ TOKENIZER = byte_tokenizer()
 
 def format(max_length=512, **options):
     return TraceFormat(TOKENIZER, max_length=max_length, **options)
+
+
+def encode(text):
+    """Ids of a text, whatever words are in it."""
+    return TOKENIZER(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
 def llama(seed=0, tied=False, hidden=16, layers=1, **changes):
@@ -36,6 +42,16 @@ def llama(seed=0, tied=False, hidden=16, layers=1, **changes):
 
 def reward_model(seed=0, pooling="last", **changes):
     return ThemisRewardModel.from_model(llama(seed, **changes), seed=seed, pooling=pooling)
+
+
+def same(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def close(a, b, atol):
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.allclose(a[k], b[k], atol=atol, rtol=1e-4) for k in a)
 
 
 def query(n=0, answer="4", context=None):
@@ -60,7 +76,10 @@ class ScriptedRows:
         return logits
 
     def share(self, source, target):
-        self.tokens[target], self.rewards[target] = list(self.tokens[source]), list(self.rewards[source])
+        self.tokens[target], self.rewards[target] = (
+            list(self.tokens[source]),
+            list(self.rewards[source]),
+        )
 
     def crop(self, row, length):
         del self.tokens[row][length:], self.rewards[row][length:]
@@ -91,10 +110,30 @@ class Scripted:
             return 65
         kind, done = kinds[ids[at]], list(ids[at + 1 :])
         text, then = self.script(kind, ids[:at].count(special.observation), ids)
-        want = TOKENIZER(text, add_special_tokens=False)["input_ids"]
+        want = encode(text)
         if done == want[: len(done)] and len(done) < len(want):
             return want[len(done)]
         return getattr(special, then)
+
+
+class Steered(Scripted):
+    """The same words, by a real model's rows: its keys, values and rewards."""
+
+    def __init__(self, script, format, model):
+        super().__init__(script, format)
+        self.model, self.config, self.pooling = model, model.config, model.pooling
+
+    def make_rows(self, count):
+        rows, steered = make_rows(self.model, count), self
+
+        def feed(numbers, chunks):
+            logits = type(rows).feed(rows, numbers, chunks)
+            for i, row in enumerate(numbers):
+                logits[i, steered.next(rows.tokens[row])] += 1e6
+            return logits
+
+        rows.feed = feed
+        return rows
 
 
 def call(tool="calculator", arguments="2+2", thought="let me see"):
@@ -102,7 +141,10 @@ def call(tool="calculator", arguments="2+2", thought="let me see"):
 
 
 class Box:
-    """Stub tools: name -> text, exception, or (seconds, text). Unknown names get the failure sentence."""
+    """Stub tools: name -> text, a function of the arguments, None (fails), or an event to wait for.
+
+    Unknown names get the failure sentence.
+    """
 
     def __init__(self, **tools):
         self.tools, self.names, self.asked = tools, frozenset(tools), []
@@ -112,7 +154,9 @@ class Box:
         self.asked.append((name, arguments, example, deadline))
         if name not in self.tools:
             made = Future()
-            made.set_result(SimpleNamespace(text=FAILURE, status="unknown_tool", seconds=0.0, cached=False))
+            made.set_result(
+                SimpleNamespace(text=FAILURE, status="unknown_tool", seconds=0.0, cached=False)
+            )
             return made
         return self.pool.submit(self._run, name, arguments)
 
@@ -120,18 +164,18 @@ class Box:
         what, status = self.tools[name], "ok"
         if callable(what):
             what = what(arguments)
-        seconds = 0.0
-        if isinstance(what, tuple):
-            seconds, what = what
-            time.sleep(seconds)
+        if isinstance(what, threading.Event):
+            what = "late" if what.wait(30) else None
         if what is None:
             what, status = FAILURE, "failed"
-        return SimpleNamespace(text=what, status=status, seconds=seconds, cached=False)
+        return SimpleNamespace(text=what, status=status, seconds=0.0, cached=False)
 
 
 def trace(question, answer, right):
     said = "correct" if right else "incorrect"
-    return Trace((Step("check it", "check", f"{question} {answer}", said),), None, f"so it is {said}")
+    return Trace(
+        (Step("check it", "check", f"{question} {answer}", said),), None, f"so it is {said}"
+    )
 
 
 def pairs(count=16, seed=0, context=False):

@@ -67,7 +67,7 @@ class Run:
         self.made: dict[int, Judgement] = {}
         self.places = min(loop.batch_size, max(count, 1))
         self.rows: Rows = make_rows(loop.model, self.places)
-        self.pace = 0.0  # seconds of a forward
+        self.pace = 0.0  # seconds of a forward of one token each
 
     def begin(
         self, index: int, query: Query, example: Mapping[str, Any], deadline: float, seed: int
@@ -98,22 +98,22 @@ class Run:
     def to_the_end(self) -> list[Judgement]:
         """All judgements."""
         while self.queue or self.live:
-            self._admit()
             self._observe()
             self._expire()
+            # What has no time left comes before prompts, which may take long to read.
+            self._step([r for r in self.live if r.finish == "deadline"])
+            self._admit()
             fed = [r for r in self.live if r.waiting is None]
             if not fed:
                 self._wait()
-                continue
-            begin = time.monotonic()
             # One token each is another forward than many: padding the former to the latter would cost more.
-            for group in (
-                [r for r in fed if self._pending(r) > 1],
-                [r for r in fed if self._pending(r) == 1],
-            ):
-                self._step(group)
-            took = time.monotonic() - begin
-            self.pace = took if self.pace == 0 else 0.7 * self.pace + 0.3 * took
+            single = [r for r in fed if self._pending(r) == 1]
+            self._step([r for r in fed if self._pending(r) > 1])
+            begin = time.monotonic()
+            self._step(single)
+            if single:
+                took = time.monotonic() - begin
+                self.pace = took if self.pace == 0 else 0.7 * self.pace + 0.3 * took
         return [self.made[i] for i in sorted(self.made)]
 
     def _pending(self, row: _Row) -> int:

@@ -36,7 +36,9 @@ class JointLoss(nn.Module):
             hidden = self.model.packed_hidden(batch["ids"], batch["position_ids"])
         else:
             hidden = self.model.hidden(batch["ids"], batch["mask"])
-        x, weight, v = self.model.operands(hidden)
+        x, weight, v = hidden, None, self.model.score.weight
+        if self.config.alpha > 0:
+            x, weight, v = self.model.operands(hidden)
         return joint_loss(x, batch, weight, v, self.config, normaliser=normaliser)
 
 

@@ -150,8 +150,8 @@ def _forget(folder: WorkFolder) -> None:
     folder.release()
 
 
-def _ready(model: Any, pairs: Sequence[Pair], format: TraceFormat, config: ThemisConfig) -> None:
-    """Checks what training needs, and makes the model's settings those of the run."""
+def _check(model: Any, pairs: Sequence[Pair], format: TraceFormat, config: ThemisConfig) -> None:
+    """What training needs."""
     if not pairs:
         raise ValueError("pairs is empty")
     check_embeddings(model, format)
@@ -159,6 +159,10 @@ def _ready(model: Any, pairs: Sequence[Pair], format: TraceFormat, config: Themi
         raise ValueError(
             f"format cuts rows to max_length={format.max_length} tokens, the settings say {config.max_length}"
         )
+
+
+def _ready(model: Any, format: TraceFormat, config: ThemisConfig) -> None:
+    """Makes the model's settings those of the run."""
     model.config.themis["pooling"] = config.pooling
     if model.config.pad_token_id is None:
         model.config.pad_token_id = format.ids.pad
@@ -201,7 +205,7 @@ def train_themis(
         TrainingError: a loss that is not a number.
     """
     config = (config or ThemisConfig()).with_changes(**changes)
-    _ready(model, pairs, format, config)
+    _check(model, pairs, format, config)
     accelerator = make_accelerator(config, next(model.parameters()).device)
     target = None if out is None else Path(out).expanduser()
     folder = None
@@ -209,6 +213,7 @@ def train_themis(
         identity = {"config": config.to_json(), "kind": STAGE, "model": model_digest(model),
                     "data": _digest(pairs), "validation": _digest(validation)}  # fmt: skip
         folder = _claimed(target, accelerator, resume, identity)
+    _ready(model, format, config)
     record = ThemisRecord(config.to_json(), pairs=len(pairs))
     record.parameters = sum(p.numel() for p in model.parameters())
     model.to(accelerator.device)
