@@ -213,8 +213,15 @@ class Evaluation:
         expected = sum(len(e) for p in self.pairs for e in p.expected)
         return (made / size, expected / size) if size else (math.nan, math.nan)
 
+    def samples(self) -> list[dict[str, Any]]:
+        """The first pair of every source: both texts with their traces."""
+        first = {p.source: p for p in reversed(self.pairs)}
+        return [{"id": p.id, "source": p.source, "preferred": side == "chosen", "text": j.text,
+                 "reward": _rounded(j), "finish": j.finish} for _, p in sorted(first.items())
+                for side, j in (("chosen", p.chosen), ("rejected", p.rejected))]  # fmt: skip
+
     def to_json(self) -> dict[str, Any]:
-        """Numbers, and of every pair rewards and finish reasons."""
+        """Numbers, of every pair rewards and finish reasons, and a sample of every source."""
         found = self.calibration()
         rates = self.call_rate()
         return {
@@ -225,6 +232,7 @@ class Evaluation:
             "calls_per_trace": rates[0], "expected_calls_per_trace": rates[1],
             "call_agreement": self.call_agreement(),
             "new_tokens": math.fsum(j.new_tokens for j in self.judgements) / max(1, 2 * len(self.pairs)),
+            "samples": self.samples(),
             "pairs": [{"id": p.id, "source": p.source, "rewards": [_rounded(p.chosen), _rounded(p.rejected)],
                        "finish": [p.chosen.finish, p.rejected.finish]} for p in self.pairs],
         }  # fmt: skip
