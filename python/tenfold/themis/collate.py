@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import TypeAlias
 
 import torch
@@ -43,9 +44,9 @@ class EncodedPair:
 AnyPair: TypeAlias = Pair | EncodedPair
 
 
-def _row(format: TraceFormat, query: Query, trace: Trace) -> Row:
-    made = format.assemble(query, trace)
-    return Row(torch.tensor(made.ids), made.answer[0], made.assistant)
+def _rows(ids: list[list[int]], starts: list[tuple[int, int]]) -> list[Row]:
+    flat = torch.tensor(list(chain.from_iterable(ids)), dtype=torch.int64)
+    return [Row(part, *at) for part, at in zip(flat.split([len(r) for r in ids]), starts)]
 
 
 def _parts(pair: Pair, drop_rationale: bool) -> list[tuple[Query, Trace]]:
@@ -72,11 +73,11 @@ def encode_pairs(
     texts = [part for pair in pairs for part in _parts(pair, drop_rationale)]
     try:
         if inputs == "plain":
-            ids = [format.plain(q) for q, _ in texts]
-            rows = [Row(torch.tensor(r), len(r), len(r)) for r in ids]
+            plain = [format.plain(q) for q, _ in texts]
+            rows = _rows(plain, [(len(r), len(r)) for r in plain])
         else:
             found = format.assemble_all(texts)
-            rows = [Row(torch.tensor(e.ids), e.answer[0], e.assistant) for e in found]
+            rows = _rows([e.ids for e in found], [(e.answer[0], e.assistant) for e in found])
     except ValueError as error:
         raise ValueError(f"{_blame(pairs, format, inputs, drop_rationale)}{error}") from None
     made = []
@@ -134,7 +135,9 @@ def _chosen_row(
         steps = tuple(
             replace(s, observation=FAILURE) if i in which else s for i, s in enumerate(trace.steps)
         )
-        row = item.made[side, which] = _row(format, query, replace(trace, steps=steps))
+        made = format.assemble(query, replace(trace, steps=steps))
+        (row,) = _rows([made.ids], [(made.answer[0], made.assistant)])
+        item.made[side, which] = row
     return row
 
 

@@ -145,7 +145,11 @@ class TraceFormat(TraceReader):
                     f"{name} holds the special token {found[0]!r} at character {found.start()}; remove it, or use "
                     "escape=True, which encodes it as ordinary text"
                 )
-        return self._encoder.encode([" " + escape_lines(text) for _, text in fields])
+        texts = [" " + escape_lines(text) for _, text in fields]
+        # The rows of a pair share their question and much of their traces: each text is tokenised once.
+        unique = list(dict.fromkeys(texts))
+        ids = dict(zip(unique, self._encoder.encode(unique)))
+        return [ids[text] for text in texts]
 
     def _query(self, query: Query, texts: Iterator[list[int]]) -> list[_Piece]:
         """The user's part; its last three pieces are the answer, its line's end, and ``### ASSISTANT:``."""
