@@ -169,6 +169,7 @@ class TestDoctor:
         built = _load.native.build_cuda()
         assert (f"kernels built with {built}" in out) if built else "no CUDA kernels" in out
         assert re.search(r"^SmolLM2 +ready$", out, re.MULTILINE)
+        assert re.search(r"^sandbox +(network: |no programs can be run: )", out, re.MULTILINE)
 
     def test_json(self):
         found = json.loads(succeeds("doctor", "--json"))
@@ -177,6 +178,10 @@ class TestDoctor:
         assert found["cpu_path"] == tenfold.cpu_capability() and found["error"] is None
         assert found["ops"] == list(tenfold.ops.__all__)
         assert found["gpu"]["kernels_built_for"] == (_load.native.build_cuda() or None)
+        # Programs can be run, and every purpose is protected; or there is a reason why not.
+        sandbox = found["sandbox"]
+        assert sandbox["usable"] == (sandbox["why"] == "")
+        assert not sandbox["usable"] or "Landlock" in sandbox["protection"]["files"]
         # A GPU is usable, or there is a reason why not.
         assert found["gpu"]["usable"] == (found["gpu"]["why"] == "")
         if not torch.cuda.is_available():

@@ -299,3 +299,12 @@ class TestFallbacks:
         assert Sandbox(QUICK).run("import numpy").error.startswith("ModuleNotFoundError")
         roomy = Sandbox(Limits(cpu_seconds=10, memory_bytes=2 << 30), packages=True)
         assert roomy.run("import numpy; print(numpy.arange(3).sum())").stdout == "3\n"
+
+
+def test_the_pages_example(capsys):
+    page = Path(__file__).parents[2] / "docs" / "sandbox.md"
+    (code,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    exec(code, {})
+    shown = re.findall(r"# (.*)$", code, re.MULTILINE)
+    for line, want in zip(capsys.readouterr().out.replace("42\n\n", "42\n").splitlines(), shown):
+        assert line == want or line.startswith(want.removesuffix("..."))
