@@ -19,8 +19,8 @@ from tenfold.themis.training import ThemisRecord, train_themis
 from tenfold.training.errors import TrainingError
 
 FORMAT = tiny.format(256)
-SETTINGS = {"steps": 4, "batch_size": 4, "max_length": 256, "learning_rate": 3e-3, "checkpoint_every": 1, "eval_every": 2,
-            "obs_dropout": 0.3, "warmup": 0.0}  # fmt: skip
+SETTINGS = {"steps": 4, "batch_size": 4, "max_length": 256, "learning_rate": 3e-3, "checkpoint_every": 1,
+            "eval_every": 2, "obs_dropout": 0.3, "warmup": 0.0}  # fmt: skip
 
 
 class Killed(Exception):
@@ -137,7 +137,8 @@ class TestSteps:
     @pytest.mark.parametrize("changes", [
         {"lm_reduce": "component_sum"}, {"preset": "reference", "rm_coef": 0.5}, {"pooling": "mean", "tied": True},
         {"beta": 0.0, "omega": 0.0}, {"alpha": 0.0, "require_trace": False}, {"rm_coef": 0.0},
-        {"alpha": 0.0, "inputs": "plain", "require_trace": False}, {"gradient_checkpointing": True}, {"drop_rationale": True, "lm_on_positive": False},
+        {"alpha": 0.0, "inputs": "plain", "require_trace": False}, {"gradient_checkpointing": True},
+        {"drop_rationale": True, "lm_on_positive": False},
     ])  # fmt: skip
     def test_every_form(self, whole, changes):
         model, record = train(steps=2, validation=False, **changes)
@@ -187,7 +188,7 @@ class TestSteps:
             ValueError, match="format cuts rows to max_length=256 tokens, the settings say 512"
         ):
             train_themis(tiny.reward_model(), tiny.pairs(2), FORMAT)
-        with pytest.raises(ValueError, match="'tool': 258.*resize it with prepare_tokenizer"):
+        with pytest.raises(ValueError, match=r"'tool': 258.*resize it with prepare_tokenizer"):
             train(tiny.reward_model(vocab_size=258))
         model = tiny.reward_model()
         model.score.weight.data.fill_(torch.nan)

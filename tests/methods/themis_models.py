@@ -140,6 +140,23 @@ def call(tool="calculator", arguments="2+2", thought="let me see"):
     return f" Thought: {thought}\nAction: {tool}\nAction Input: {arguments}\n"
 
 
+OBSERVED = (" Observation: made up\n", "work")
+DONE = (" Work: it is right", "eos")
+
+
+def calls(count, tool="calculator"):
+    """A script of ``count`` calls and a rationale."""
+
+    def script(kind, n, ids):
+        if kind == "tool":
+            return (call(tool, f"1+{n}"), "observation") if n < count else (" Thought: no\n", "eos")
+        if kind == "observation":
+            return OBSERVED[0], "tool" if n + 1 < count else "work"
+        return DONE
+
+    return script
+
+
 class Box:
     """Stub tools: name -> text, a function of the arguments, None (fails), or an event to wait for.
 

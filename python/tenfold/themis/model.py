@@ -269,12 +269,13 @@ class ThemisRewardModel(PreTrainedModel):
         mask = found.get("attention_mask")
         if mask is None or mask.ndim != 2:
             mask = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
-        logits = loss = None
+        logits: Tensor | None = None
+        loss = None
         if labels is not None or logits_to_keep is not None:
             keep = logits_to_keep or 0
             kept = hidden[:, slice(-keep, None) if isinstance(keep, int) else keep]
             logits = self.lm_logits(kept if labels is None else hidden)
-        if labels is not None:
+        if labels is not None and logits is not None:
             loss = self.loss_function(logits, labels, vocab_size=logits.shape[-1])
         made = {f.name: out.get(f.name) for f in fields(ThemisOutput)}
         reward = self.pooled(hidden, mask[:, -hidden.shape[1] :])

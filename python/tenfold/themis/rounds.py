@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 RESERVE = 32
 # Time that is kept for scoring before a deadline, in forwards of the current pace.
 _MARGIN = 2.0
+# Seconds of one wait: the platform's clocks take no deadline in the far future.
+_PATIENCE = 60.0
 
 
 @dataclass
