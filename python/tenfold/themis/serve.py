@@ -70,6 +70,18 @@ def is_loopback(host: str) -> bool:
     return host.lower() == "localhost"
 
 
+def checked_access(host: str, token: str | None, missing: float | None = None) -> None:
+    """ValueError where a server may not be reached so; see :class:`Server`."""
+    if token is None and not is_loopback(host):
+        raise ValueError(
+            f"host {host!r} can be reached from other machines: give a token, or listen on 127.0.0.1"
+        )
+    if token is not None and (len(token) < TOKEN_LENGTH or not token.isascii()):
+        raise ValueError(f"token must have at least {TOKEN_LENGTH} ASCII characters")
+    if missing is not None and not math.isfinite(missing):
+        raise ValueError(f"missing must be a finite number or None, got {missing}")
+
+
 class _Stream(asyncio.StreamReaderProtocol):
     """Knows when the client has gone, while nobody reads."""
 
@@ -110,14 +122,7 @@ class Server:
     missing: float | None = None
 
     def __post_init__(self) -> None:
-        if self.token is None and not is_loopback(self.host):
-            raise ValueError(
-                f"host {self.host!r} can be reached from other machines: give a token, or listen on 127.0.0.1"
-            )
-        if self.token is not None and (len(self.token) < TOKEN_LENGTH or not self.token.isascii()):
-            raise ValueError(f"token must have at least {TOKEN_LENGTH} ASCII characters")
-        if self.missing is not None and not math.isfinite(self.missing):
-            raise ValueError(f"missing must be a finite number or None, got {self.missing}")
+        checked_access(self.host, self.token, self.missing)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._end: asyncio.Event | None = None
         self._thread: threading.Thread | None = None

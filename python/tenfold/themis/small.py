@@ -1,4 +1,4 @@
-"""Reward models small enough for a CPU: a Llama over bytes with the traces' special tokens. For demos, studies, tests."""
+"""Reward models small enough for a CPU: a Llama over bytes, with the special tokens of traces. For demos and studies."""
 
 from __future__ import annotations
 
