@@ -10,6 +10,7 @@ import typer
 
 from tenfold.cli import ma_rlhf_options as opt
 from tenfold.cli import themis_options as own
+from tenfold.cli import themis_results as results
 from tenfold.cli.common import (
     dtype_of,
     err,
@@ -170,24 +171,7 @@ def train(
     record = train_themis(network, pairs, format, config, validation=held, out=folder, tokenizer=tokenizer,
                           resume=not restart, quiet=quiet or json)  # fmt: skip
     if is_main_process():
-        _finish_train(record, folder, f"{'plain ' if plain else ''}reward model of {model}", json)
-
-
-def _finish_train(record: Any, folder: Path, title: str, json: bool) -> None:
-    from tenfold.themis.report import write_page
-
-    page = write_page(folder / "report" / "index.html", title, records={title: record})
-    if json:
-        write_json({
-            "model": str(folder), "report": str(page), "steps": len(record.curve), "pairs": record.pairs,
-            "before": record.before, "after": record.after, "best": record.best, "last": record.curve[-1],
-            "config": record.config, "seconds": record.seconds, "parameters": record.parameters,
-        })  # fmt: skip
-        return
-    rows = [[k, f"{record.before[k]:.4f}", f"{v:.4f}"] for k, v in record.after.items()]
-    if rows:
-        out.print(table(f"{title}: held-out pairs, traces given", ("", "before", "after"), rows))
-    out.print(f"reward model: {folder}   report: {page}", highlight=False, soft_wrap=True)
+        results.trained(record, folder, f"{'plain ' if plain else ''}reward model of {model}", json)
 
 
 @app.command()
@@ -220,7 +204,6 @@ def score(
     given = dict(locals())
     from tenfold.themis.evaluate import judge_all
     from tenfold.themis.inputs import read_queries
-    from tenfold.themis.record import judgement_json
     from tenfold.themis.traces import Query
 
     if (data is None) == (question is None or not answer):
@@ -232,22 +215,7 @@ def score(
         examples = [{} for _ in queries]
     with own.judge_of(model, given, rank_device(device)) as loaded:
         found = judge_all(loaded.judge, queries, examples, batch_size=batch_size)
-    if json:
-        write_json([judgement_json(j, trace=trace) for j in found])
-        return
-    for query, j in zip(queries, found):
-        out.print(
-            f"reward {j.reward:.4f}   {j.finish}   {len(j.calls)} calls   {j.new_tokens} tokens",
-            highlight=False,
-        )
-        out.print(
-            j.text if trace else f"{query.question}\n{query.answer}",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
-        if j.message:
-            out.print(j.message, markup=False, highlight=False, soft_wrap=True)
+    results.judged(queries, found, json, trace)
 
 
 @app.command("eval")
@@ -282,12 +250,11 @@ def evaluate(
 ) -> None:
     """Accuracy by tool, calls, calibration of one or more reward models; RewardBench's form; multiple choice."""
     given = dict(locals())
-    from tenfold.cli.themis_eval import evaluated
     from tenfold.ma_rlhf.inputs import named_paths
     from tenfold.training.checks import one_of
 
     one_of("--form", form, ("tara", "rewardbench", "choices"))
-    evaluated(named_paths(models, "model"), given, rank_device(device))
+    results.evaluated(named_paths(models, "model"), given, rank_device(device))
 
 
 @app.command()
@@ -367,10 +334,9 @@ def report(
     json: opt.Json = False,
 ) -> None:
     """A page of training runs and evaluations."""
-    from tenfold.cli.themis_eval import read_results
     from tenfold.themis.report import write_page
 
-    records, found = read_results(files)
+    records, found = results.read_results(files)
     page = write_page(folder / "index.html", "", found, records)
     if json:
         write_json({"report": str(page)})

@@ -1,4 +1,4 @@
-"""Reward models small enough for a CPU: a Llama over bytes, with the special tokens of traces. For demos and studies."""
+"""Reward models small enough for a CPU: a Llama over bytes that knows the special tokens of traces."""
 
 from __future__ import annotations
 

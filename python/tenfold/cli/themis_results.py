@@ -1,4 +1,4 @@
-"""What ``tenfold themis eval`` and ``report`` do: judges on data of three forms, and their results as tables and pages."""
+"""How results of ``tenfold themis`` are shown and kept: runs, judgements, evaluations of three forms."""
 
 from __future__ import annotations
 
@@ -18,6 +18,40 @@ def _some(rows: Sequence[Any], limit: int | None) -> list[Any]:
     if limit is None or limit >= len(rows):
         return list(rows)
     return [rows[i * len(rows) // limit] for i in range(limit)]
+
+
+def trained(record: Any, folder: Path, title: str, json: bool) -> None:
+    """A run's page, and its numbers."""
+    from tenfold.themis.report import write_page
+
+    page = write_page(folder / "report" / "index.html", title, records={title: record})
+    if json:
+        write_json({
+            "model": str(folder), "report": str(page), "steps": len(record.curve), "pairs": record.pairs,
+            "before": record.before, "after": record.after, "best": record.best, "last": record.curve[-1],
+            "config": record.config, "seconds": record.seconds, "parameters": record.parameters,
+        })  # fmt: skip
+        return
+    rows = [[k, f"{record.before[k]:.4f}", f"{v:.4f}"] for k, v in record.after.items()]
+    if rows:
+        out.print(table(f"{title}: held-out pairs, traces given", ("", "before", "after"), rows))
+    out.print(f"reward model: {folder}   report: {page}", highlight=False, soft_wrap=True)
+
+
+def judged(queries: Sequence[Any], found: Sequence[Any], json: bool, trace: bool) -> None:
+    """Rewards of single answers, and their traces."""
+    from tenfold.themis.record import judgement_json
+
+    if json:
+        write_json([judgement_json(j, trace=trace) for j in found])
+        return
+    for query, j in zip(queries, found):
+        about = f"reward {j.reward:.4f}   {j.finish}   {len(j.calls)} calls   {j.new_tokens} tokens"
+        out.print(about, highlight=False)
+        text = j.text if trace else f"{query.question}\n{query.answer}"
+        out.print(text, markup=False, highlight=False, soft_wrap=True)
+        if j.message:
+            out.print(j.message, markup=False, highlight=False, soft_wrap=True)
 
 
 def evaluated(models: Mapping[str, str], given: dict[str, Any], device: str) -> None:
