@@ -205,6 +205,24 @@ class TestBadInput:
             collate([good, long], TraceFormat(byte_tokenizer()))
         assert collate([good, bad], TraceFormat(byte_tokenizer(), escape=True))["ids"].shape[0] == 4
 
+    def test_skip(self):
+        pairs = [
+            cases.pair("a"),
+            cases.pair("evil", bad="<start_work>"),
+            cases.pair("b"),
+            cases.pair("long", good="x" * 600),
+        ]
+        form = TraceFormat(byte_tokenizer())
+        with pytest.warns(
+            UserWarning,
+            match="2 of 4 pairs are left out, the first because of pair 'evil': answer holds",
+        ):
+            kept = encode_pairs(pairs, form, on_bad="skip")
+        assert [k.pair.id for k in kept] == ["a", "b"]
+        assert len(encode_pairs(pairs[:1], form, on_bad="skip")) == 1
+        with pytest.raises(ValueError, match="on_bad must be one of raise, skip, got 'x'"):
+            encode_pairs(pairs, form, on_bad="x")
+
     def test_rows_that_are_the_same(self):
         same = cases.pair("twin", bad="It is 4.")
         with pytest.raises(

@@ -325,6 +325,17 @@ class TestParts:
 
 
 class TestEdges:
+    def test_nothing_predicts_a_first_token(self):
+        """Not the last token of the row before, either, whatever its weight."""
+        hidden, batch, head, value = given((1.0, 0.5, 0.0, 0.2))
+        want = joint_loss(hidden, batch, head, value, settings())
+        weights = batch["weights"].clone()
+        weights[:, 0] = 5.0
+        changed = batch | {"weights": weights}
+        assert torch.equal(joint_loss(hidden, changed, head, value, settings()).lm, want.lm)
+        assert Normaliser.of(changed, settings()) == Normaliser.of(batch, settings())
+        assert weights[0, 0] == 5.0  # the caller's batch stays as it is
+
     def test_nothing_to_learn_from(self):
         trace = Trace((), None, None)
         batch = collate([cases.pair(trace=trace)], FORM, lm_on_positive=False)

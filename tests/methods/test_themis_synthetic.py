@@ -54,6 +54,8 @@ def test_pairs(kind, tmp_path):
     )
     form = TraceFormat(byte_tokenizer(), max_length=None)
     assert len(encode_pairs(pairs, form)) == len(pairs)
+    rows = [row for pair in pairs for row in pair.rows()]
+    assert [form.parse(made.ids) for made in form.assemble_all(rows)] == rows
     for pair in pairs:
         assert pair.source == kind and pair.chosen.score > pair.rejected.score
         for side in (pair.chosen, pair.rejected):

@@ -2,12 +2,19 @@
 
 import copy
 import functools
+import pickle
 import threading
 
 import pytest
 import themis_cases as cases
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AddedToken,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from tenfold import ops
 from tenfold.themis.tokens import SPECIALS, PieceEncoder, byte_tokenizer
@@ -275,6 +282,23 @@ class TestInjection:
         assert (
             not tokenizer.backend_tokenizer.encode_special_tokens
         )  # ours leaves the tokenizer as it is
+
+    def test_letters_that_a_tokenizer_folds(self):
+        """Full-width letters become a token's name under NFKC, after any search of the text for names."""
+        from tokenizers import normalizers
+
+        tokenizer = cases.bare_tokenizer()
+        tokenizer.backend_tokenizer.normalizer = normalizers.NFKC()
+        tokenizer.add_tokens(
+            [AddedToken(n, special=True, normalized=True) for n in SPECIALS], special_tokens=True
+        )
+        form = TraceFormat(tokenizer)
+        wide = "".join(chr(ord(c) + 0xFEE0) for c in "<start_tool>")
+        assert tokenizer(wide)["input_ids"] == [form.ids.tool] and not form.exact
+        prompt = form.prompt(Query(wide, "a"))
+        assert prompt.count(form.ids.tool) == 1 and "Question: <start_tool>\n" in form.decode(
+            prompt
+        )
 
     def test_pieces_do_not_join_to_a_token(self):
         """Halves of a token's name in neighbouring fields stay text."""
@@ -586,6 +610,11 @@ class TestTokenizers:
             again = AutoTokenizer.from_pretrained(tmp_path)
             rows = [TraceFormat(t).assemble(cases.QUERY, cases.TRACE) for t in (made, again)]
             assert rows[0] == rows[1] and TraceFormat(again).ids == TraceFormat(made).ids
+
+    def test_pickle(self):
+        form = pickle.loads(pickle.dumps(make("merged", escape=True)))
+        for _, query, trace in fields("<start_tool>"):
+            assert form.assemble(query, trace) == make("merged", escape=True).assemble(query, trace)
 
     def test_encoder_knows_no_added_tokens(self):
         tokenizer = byte_tokenizer()

@@ -7,6 +7,7 @@ reads the classes of its tokens off them, which costs nanoseconds per token.
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -25,7 +26,7 @@ INPUTS = ("trace", "plain")
 
 @dataclass(frozen=True)
 class Row:
-    """A row as tensors: ``ids`` int64 [n]; the columns where its answer and its trace begin (n without a trace)."""
+    """A row as tensors: ``ids`` int32 [n]; the columns where its answer and its trace begin (n without a trace)."""
 
     ids: Tensor
     answer: int
@@ -45,7 +46,7 @@ AnyPair: TypeAlias = Pair | EncodedPair
 
 
 def _rows(ids: list[list[int]], starts: list[tuple[int, int]]) -> list[Row]:
-    flat = torch.tensor(list(chain.from_iterable(ids)), dtype=torch.int64)
+    flat = torch.tensor(list(chain.from_iterable(ids)), dtype=torch.int32)
     return [Row(part, *at) for part, at in zip(flat.split([len(r) for r in ids]), starts)]
 
 
@@ -59,51 +60,58 @@ def encode_pairs(
     *,
     inputs: str = "trace",
     drop_rationale: bool = False,
+    on_bad: str = "raise",
 ) -> list[EncodedPair]:
     """Pairs in tokens, to be kept and given to :func:`collate` again and again.
 
     Args:
         inputs: ``"trace"``, or ``"plain"`` for question and answer alone. drop_rationale: leave the rationale out.
+        on_bad: ``"raise"``, or ``"skip"``: leave pairs out that cannot be encoded, with a warning that counts them.
 
     Raises:
-        ValueError: see :meth:`tenfold.themis.traces.TraceFormat.assemble`; a pair whose two rows are the same. The
-            pair's id is named.
+        ValueError: settings; see :meth:`tenfold.themis.traces.TraceFormat.assemble`; a pair whose two rows are the
+            same. The pair's id is named.
     """
     one_of("inputs", inputs, INPUTS)
-    texts = [part for pair in pairs for part in _parts(pair, drop_rationale)]
+    one_of("on_bad", on_bad, ("raise", "skip"))
     try:
-        if inputs == "plain":
-            plain = [format.plain(q) for q, _ in texts]
-            rows = _rows(plain, [(len(r), len(r)) for r in plain])
-        else:
-            found = format.assemble_all(texts)
-            rows = _rows([e.ids for e in found], [(e.answer[0], e.assistant) for e in found])
-    except ValueError as error:
-        raise ValueError(f"{_blame(pairs, format, inputs, drop_rationale)}{error}") from None
-    made = []
-    for i, pair in enumerate(pairs):
-        both = rows[2 * i], rows[2 * i + 1]
-        if torch.equal(both[0].ids, both[1].ids):
-            raise ValueError(
-                f"pair {pair.id!r}: the rows of its two answers are the same {len(both[0].ids)} tokens, so that "
-                "nothing could tell them apart"
-            )
-        made.append(EncodedPair(pair, both))
+        return _encoded(pairs, format, inputs, drop_rationale)
+    except ValueError:
+        pass  # one by one, to find out which
+    made, bad = [], []
+    for pair in pairs:
+        try:
+            made += _encoded([pair], format, inputs, drop_rationale)
+        except ValueError as error:
+            bad.append(f"pair {pair.id!r}: {error}")
+            if on_bad == "raise":
+                raise ValueError(bad[0]) from None
+    if bad:
+        warnings.warn(
+            f"{len(bad)} of {len(pairs)} pairs are left out, the first because of {bad[0]}",
+            UserWarning, stacklevel=2,
+        )  # fmt: skip
     return made
 
 
-def _blame(pairs: Sequence[Pair], format: TraceFormat, inputs: str, drop_rationale: bool) -> str:
-    """Which pair cannot be encoded; found only once something went wrong."""
-    for pair in pairs:
-        try:
-            for query, trace in _parts(pair, drop_rationale):
-                if inputs == "plain":
-                    format.plain(query)
-                else:
-                    format.assemble(query, trace)
-        except ValueError:
-            return f"pair {pair.id!r}: "
-    return ""
+def _encoded(
+    pairs: Sequence[Pair], format: TraceFormat, inputs: str, drop_rationale: bool
+) -> list[EncodedPair]:
+    texts = [part for pair in pairs for part in _parts(pair, drop_rationale)]
+    if inputs == "plain":
+        plain = [format.plain(q) for q, _ in texts]
+        rows = _rows(plain, [(len(r), len(r)) for r in plain])
+    else:
+        found = format.assemble_all(texts)
+        rows = _rows([e.ids for e in found], [(e.answer[0], e.assistant) for e in found])
+    made = [EncodedPair(p, (rows[2 * i], rows[2 * i + 1])) for i, p in enumerate(pairs)]
+    for item in made:
+        if torch.equal(item.rows[0].ids, item.rows[1].ids):
+            raise ValueError(
+                f"the rows of its two answers are the same {len(item.rows[0].ids)} tokens, so that nothing could "
+                "tell them apart"
+            )
+    return made
 
 
 def dropped(pair: Pair, side: int, share: float, seed: int, step: int) -> tuple[int, ...]:
@@ -211,7 +219,7 @@ def _batch(
     # Of every column, how far it is into its row.
     columns = torch.arange(width) - first[:, None]
     mask = (columns >= 0) & (columns < lengths[:, None])
-    flat = torch.cat([r.ids for r in rows])
+    flat = torch.cat([r.ids for r in rows]).long()
     ids = torch.full(mask.shape, format.ids.pad).masked_scatter_(mask, flat)
     answer = first + torch.tensor([r.answer for r in rows])
     assistant = first + torch.tensor([r.assistant for r in rows])
