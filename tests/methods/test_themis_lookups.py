@@ -1,9 +1,11 @@
 """Themis's tools that look things up: tables, search over a corpus, the web client; and the default set."""
 
+import contextlib
 import http.server
 import json
 import math
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -158,6 +160,7 @@ class Service(http.server.BaseHTTPRequestHandler):
 
     reply: tuple = (200, b"{}", {})
     asked: tuple = ()
+    drip = 0.0  # seconds after each byte
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -167,7 +170,10 @@ class Service(http.server.BaseHTTPRequestHandler):
         for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(data)
+        with contextlib.suppress(OSError):
+            for i in range(0, len(data), 1 if self.drip else len(data)):
+                self.wfile.write(data[i:] if not self.drip else data[i : i + 1])
+                time.sleep(self.drip)
 
     def log_message(self, *args):
         pass
@@ -184,8 +190,9 @@ def service(monkeypatch):
 
         def reply(value, status=200, **headers):
             data = value if isinstance(value, bytes) else json.dumps(value).encode()
-            Service.reply = (status, data, headers)
+            Service.reply = (status, data or b" ", headers)
 
+        Service.drip = 0.0
         yield reply, f"http://127.0.0.1:{server.server_port}/search"
         server.shutdown()
 
@@ -237,6 +244,15 @@ class TestGoogle:
         with pytest.raises(OSError, match="HTTP 302"):
             tool.call("google_serper", "x", {})
 
+    def test_a_service_that_drips(self, service):
+        reply, url = service
+        Service.drip = 0.05
+        reply(b" " * 100)
+        start = time.monotonic()
+        with pytest.raises(OSError, match="too long"):
+            GoogleSerper("k", url=url, timeout=0.5).call("google_serper", "x", {})
+        assert time.monotonic() - start < 4
+
     def test_off_by_default(self):
         names = {n for tool in default_tools({"wiki_search": [("a", "b")]}) for n in tool.names}
         assert names == {"calculator", "Calendar.week_day", "Calendar.target_day", "Calendar.day_difference",
@@ -247,6 +263,10 @@ class TestGoogle:
         monkeypatch.delenv("SERPER_API_KEY", raising=False)
         with pytest.raises(Refused, match="set SERPER_API_KEY"):
             GoogleSerper(url="http://127.0.0.1:1").call("google_serper", "x", {})
+        for key in ("line\nbreak", "schlüssel"):
+            with pytest.raises(Refused, match="that no key has") as caught:
+                GoogleSerper(key, url="http://127.0.0.1:1").call("google_serper", "x", {})
+            assert key not in str(caught.value)
         for bad in ("", "x" * 501):
             with pytest.raises(BadArguments, match="1 to 500 characters"):
                 GoogleSerper("k").call("google_serper", bad, {})

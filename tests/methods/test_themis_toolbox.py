@@ -249,6 +249,7 @@ class TestTime:
             assert gone.cancel()
             tool.free.set()
             assert box.run("odd", "y").ok and tool.calls["x"] == 0
+            wait_for(lambda: not box._open)  # nothing is kept of it
 
     def test_idle_threads_end(self, monkeypatch):
         monkeypatch.setattr(pool, "IDLE_SECONDS", 0.05)

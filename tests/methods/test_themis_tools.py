@@ -206,9 +206,11 @@ class TestCodeRun:
         assert self.run("def f(x): return 1") == (
             "The pass rate is 0.33. 1 of 3 tests passed, 2 failed. Reasons: wrong result."
         )
+        short = CodeRun(Sandbox(Limits(cpu_seconds=1, wall_seconds=0.5)))
+        loop = {"answer": "def f(x):\n    while True: pass", "test_list": ASSERTS}
         start = time.monotonic()
-        assert "Reasons: out of time." in self.run("def f(x):\n    while True: pass")
-        assert time.monotonic() - start < 8  # two of one second each; the third is not run
+        assert short.call("code_run", "", loop).endswith("Reasons: out of time.")
+        assert time.monotonic() - start < 8  # two of half a second each; the third is not run
         connect = "__import__('socket').create_connection(('127.0.0.1', 80), 1)"
         for refused in ("open('/etc/passwd')", "open('/tmp/tenfold-x', 'w')", connect):
             said = self.run(f"def f(x):\n    {refused}\n    return x", ASSERTS[:1])

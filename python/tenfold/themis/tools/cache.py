@@ -2,7 +2,8 @@
 
 A file has one JSON object per line: ``tool`` (the action name), ``key`` (a digest of what the result depends on),
 ``arguments`` (their beginning, for readers), ``status`` and ``text``. Of several lines for one key the last counts.
-Only what a tool answered is kept (``ok`` and ``bad_args``): a failure may be gone the next time.
+Only what a tool answered is kept (``ok`` and ``bad_args``): a failure may be gone the next time. Keys do not hold a
+tool's settings: a cache belongs to tools that are made in the same way.
 """
 
 from __future__ import annotations

@@ -19,7 +19,9 @@ from tenfold.sandbox import (
 )
 from tenfold.themis.tools.base import Refused, Tool, field_of
 
-LIMITS = Limits(cpu_seconds=2, wall_seconds=4.0)
+LIMITS = Limits(
+    cpu_seconds=2, wall_seconds=4.0, memory_bytes=256 << 20, processes=4, output_bytes=1 << 16
+)
 _MAX_TIMEOUTS = 2  # then the tests that are left count as timed out, too
 _MAX_TESTS = 32
 _MAX_REASONS = 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
@@ -109,12 +110,20 @@ class GoogleSerper(Tool):
         key = self._key or os.environ.get(KEY_VARIABLE)
         if not key:
             raise Refused(f"no key for the web search: set {KEY_VARIABLE}")
+        if not (key.isascii() and key.isprintable()):  # http.client would say which, and show it
+            raise Refused("the key for the web search has characters that no key has")
         body = json.dumps({"q": query, "num": self.results}).encode()
         headers = {"X-API-KEY": key, "Content-Type": "application/json"}
         asked = urllib.request.Request(self.url, body, headers, method="POST")
+        limit = 0.8 * self.timeout  # so that it ends before it is given up
+        late = time.monotonic() + limit
+        data = b""
         try:
-            with self._opener.open(asked, timeout=0.8 * self.timeout) as reply:
-                data = reply.read(_MAX_BYTES + 1)
+            with self._opener.open(asked, timeout=limit) as reply:
+                while len(data) <= _MAX_BYTES and (part := reply.read1(1 << 16)):
+                    data += part
+                    if time.monotonic() > late:
+                        raise OSError("the web search takes too long to answer")
         except urllib.error.HTTPError as error:
             error.close()
             if error.code in (401, 403):

@@ -58,6 +58,12 @@ class _Call:
         self.key: str | None = None
         self.tried = 0
         self.alarm: Any = None
+        self.future.add_done_callback(self._done)
+
+    def _done(self, future: Future[Observation]) -> None:
+        self._open_calls.discard(self)
+        if self.alarm is not None:
+            self.alarm.cancel()
 
     def answer(
         self, status: Status, text: str = FAILURE, error: str = "", cached: bool = False
@@ -65,9 +71,6 @@ class _Call:
         """Answers, unless somebody did."""
         seconds = time.monotonic() - self.begun
         made = Observation(text if status == "ok" else FAILURE, status, seconds, cached, error)
-        self._open_calls.discard(self)
-        if self.alarm is not None:
-            self.alarm.cancel()
         try:
             self.future.set_result(made)
         except InvalidStateError:
@@ -269,6 +272,8 @@ class Toolbox:
     def _start(self, call: _Call) -> None:
         now = time.monotonic()
         self._open.add(call)
+        if call.future.done():  # answered or cancelled while it waited for another attempt
+            return call._done(call.future)
         if call.deadline is not None:
             if call.deadline <= now:
                 return call.answer("timeout", error="the deadline had passed")
