@@ -53,7 +53,7 @@ class TestCache:
         assert isinstance(rows, SingleRows if kind == "Lfm2" else AttentionRows)
         with torch.inference_mode():
             rows.feed([0], [a[:4]])
-            rows.share(0, 3)
+            rows.share(0, 3, 4)
             rows.feed([1, 2], [b[:9], c[:3]])
             rows.feed([2, 0, 1], [c[3:4], a[4:6], b[9:14]])
             rows.crop(1, 11)
@@ -80,13 +80,34 @@ class TestCache:
 
     def test_a_question_is_read_once(self):
         """Two answers to one question, and nothing is read twice on the way to the score."""
-        lm = tiny.Scripted(calls(2), FORMAT)
-        long = "long " * 30
-        a, b = ToolLoop(lm, FORMAT, tiny.Box(calculator="2")).judge(
-            [Query(long, "4"), Query(long, "5")]
-        )
-        shared = next(i for i, (x, y) in enumerate(zip(a.ids, b.ids)) if x != y)
-        assert shared > 150 and lm.read == len(a.ids) + len(b.ids) - shared
+        long, box = "long " * 30, tiny.Box(calculator="2")
+        answers = [
+            Query(long, "4"),
+            Query(long, "5"),
+            Query(long, "4"),
+            query(),
+            Query(long, "66", "context"),
+        ]
+
+        def script(kind, n, ids):
+            return calls(2 if "Answer: 4" in FORMAT.decode(ids) else 1)(kind, n, ids)
+
+        for size in (5, 2):  # all begin together, or the third while the first is still there
+            lm = tiny.Scripted(script, FORMAT)
+            made = ToolLoop(lm, FORMAT, box, batch_size=size).judge(answers)
+            heads = [FORMAT.prompt(q) for q in answers]
+            first = next(i for i, (x, y) in enumerate(zip(heads[0], heads[1])) if x != y)
+            assert first > 150 and made[0].ids == made[2].ids
+            whole = sum(len(j.ids) for j in made)
+            assert lm.read == whole - first - (len(heads[0]) - 1)
+        model = tiny.reward_model()
+        for size in (5, 2):
+            for found in ToolLoop(
+                tiny.Steered(calls(1), FORMAT, model), FORMAT, box, batch_size=size
+            ).judge(answers):
+                with torch.no_grad():
+                    want = model.reward(torch.tensor([found.ids]))
+                assert found.reward == pytest.approx(float(want), abs=1e-5)
 
     def test_stops_where_the_old_loop_reads_again(self):
         lm = tiny.Scripted(calls(2), FORMAT)
@@ -124,7 +145,7 @@ class TestRowsAreTheirOwn:
         model = tiny.reward_model()
 
         def script(kind, n, ids):
-            return calls(FORMAT.decode(ids).count("4") % 3)(kind, n, ids)
+            return calls(FORMAT.decode(ids).count("4") % 2)(kind, n, ids)
 
         box = tiny.Box(calculator=lambda arguments: arguments * 3)
         queries = [query(n, "4" * (n + 1)) for n in range(8)]

@@ -43,6 +43,7 @@ class TestFinish:
         assert made.reward == len(made.ids) and made.ids[-1] == FORMAT.ids.eos
         assert made.prompt_tokens == len(FORMAT.prompt(query()))
         assert FORMAT.parse(made.ids) == (query(), made.trace)
+        assert FORMAT.assemble(query(), made.trace).ids == made.ids  # what training would have read
         assert FORMAT.decode(made.ids) == made.text
 
     def test_finished_gets_a_work_token(self):

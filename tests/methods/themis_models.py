@@ -75,11 +75,9 @@ class ScriptedRows:
         self.lm.read += sum(map(len, chunks))
         return logits
 
-    def share(self, source, target):
-        self.tokens[target], self.rewards[target] = (
-            list(self.tokens[source]),
-            list(self.rewards[source]),
-        )
+    def share(self, source, target, length):
+        self.tokens[target] = self.tokens[source][:length]
+        self.rewards[target] = self.rewards[source][:length]
 
     def crop(self, row, length):
         del self.tokens[row][length:], self.rewards[row][length:]

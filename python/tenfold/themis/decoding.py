@@ -37,8 +37,8 @@ class Rows(Protocol):
     def feed(self, rows: Sequence[int], chunks: Sequence[Sequence[int]]) -> Tensor:
         """Appends tokens to some rows; logits [n, V] after the last token of each."""
 
-    def share(self, source: int, target: int) -> None:
-        """Makes row ``target`` a copy of ``source``."""
+    def share(self, source: int, target: int, length: int) -> None:
+        """Gives the empty row ``target`` the first tokens of ``source``, or leaves it as it is."""
 
     def crop(self, row: int, length: int) -> None:
         """Forgets a row's tokens from ``length`` on."""
@@ -54,9 +54,15 @@ class _Heads:
         self.model = plain_face(model)
         self.trunk = trunk_of(self.model)
         self.device = next(self.model.parameters()).device
+        self._cache_name = hf.cache_name(self.trunk)
         self.tokens: list[list[int]] = [[] for _ in range(count)]
         # The value head's output at every token: a reward is the last of them, or their mean.
         self.rewards: list[list[float]] = [[] for _ in range(count)]
+
+    def _hidden(self, ids: Tensor, cache: Any, **inputs: Any) -> Tensor:
+        return self.trunk(
+            ids, use_cache=True, **{self._cache_name: cache}, **inputs
+        ).last_hidden_state
 
     def _read(self, rows: Sequence[int], chunks: Sequence[Sequence[int]], hidden: Tensor) -> Tensor:
         """Stores tokens and values of chunks, whose hidden states are [n, k, H]; logits after each."""
@@ -74,6 +80,10 @@ class _Heads:
         if hasattr(self.model, "lm_logits"):
             return self.model.lm_logits(hidden)
         return self.model.get_output_embeddings()(hidden)
+
+    def _copy(self, source: int, target: int, length: int) -> None:
+        self.tokens[target] = self.tokens[source][:length]
+        self.rewards[target] = self.rewards[source][:length]
 
 
 class _Plan:
@@ -158,11 +168,10 @@ class AttentionRows(_Heads):
         plan.width = width
         # What is no token sees column 0 and is seen by none; its result is not used.
         positions = torch.where(steps < new, positions, 0).to(self.device)
-        out = hf.forward(
-            self.trunk, ids.to(self.device), self.cache, position_ids=positions,
-            attention_mask=self._masks(positions, width),
-        )  # fmt: skip
-        hidden = out.last_hidden_state
+        masks = self._masks(positions, width)
+        hidden = self._hidden(
+            ids.to(self.device), self.cache, position_ids=positions, attention_mask=masks
+        )
         if list(order) != list(rows):
             hidden = hidden[torch.tensor(list(rows), device=self.device)]
         return self._read(rows, chunks, hidden)
@@ -189,17 +198,13 @@ class AttentionRows(_Heads):
             if layer.is_initialized:
                 layer.grow(self.plan.room)
 
-    def share(self, source: int, target: int) -> None:
-        """Makes row ``target`` a copy of ``source``."""
-        n = len(self.tokens[source])
+    def share(self, source: int, target: int, length: int) -> None:
+        """Gives the empty row ``target`` the first tokens of ``source``."""
+        length = min(length, len(self.tokens[source]))
         for layer in self.cache.layers:
             for kept in (layer.keys, layer.values):
-                kept[target, :, :n] = kept[source, :, :n]
-        self._copy(source, target)
-
-    def _copy(self, source: int, target: int) -> None:
-        self.tokens[target] = list(self.tokens[source])
-        self.rewards[target] = list(self.rewards[source])
+                kept[target, :, :length] = kept[source, :, :length]
+        self._copy(source, target, length)
 
     def crop(self, row: int, length: int) -> None:
         """Forgets a row's tokens from ``length`` on."""
@@ -236,15 +241,15 @@ class SingleRows(_Heads):
             inputs = model_inputs(self.trunk, ids, mask)
             if "position_ids" in inputs:
                 inputs["position_ids"] = inputs["position_ids"][:, -ids.shape[1] :]
-            out = hf.forward(self.trunk, inputs.pop("input_ids"), self.caches[row], **inputs)
-            made.append(self._read([row], [chunk], out.last_hidden_state[:, len(again) :]))
+            hidden = self._hidden(inputs.pop("input_ids"), self.caches[row], **inputs)
+            made.append(self._read([row], [chunk], hidden[:, len(again) :]))
         return torch.cat(made)
 
-    def share(self, source: int, target: int) -> None:
-        """Makes row ``target`` a copy of ``source``."""
-        self.caches[target] = copy.deepcopy(self.caches[source])
-        self.tokens[target] = list(self.tokens[source])
-        self.rewards[target] = list(self.rewards[source])
+    def share(self, source: int, target: int, length: int) -> None:
+        """Gives the empty row ``target`` the first tokens of ``source``, if it has no others."""
+        if length == len(self.tokens[source]) and self.caches[source] is not None:
+            self.caches[target] = copy.deepcopy(self.caches[source])
+            self._copy(source, target, length)
 
     def crop(self, row: int, length: int) -> None:
         """Forgets a row's tokens from ``length`` on."""

@@ -70,10 +70,12 @@ class ThemisRewardModel(PreTrainedModel):
         return object.__new__(themis_class(config) if cls is ThemisRewardModel else cls)
 
     def __init__(self, config: Any, *inputs: Any, **kwargs: Any) -> None:
-        # Stock classes read these: one score per row, and how it is pooled.
-        config.num_labels = 1
-        config.themis = {"pooling": "last"} | (getattr(config, "themis", None) or {})
-        one_of("pooling", config.themis["pooling"], POOLING)
+        settings = {"pooling": "last"} | (getattr(config, "themis", None) or {})
+        one_of("pooling", settings["pooling"], POOLING)
+        config.num_labels, config.themis = (
+            1,
+            settings,
+        )  # stock classes score rows with one label, too
         super().__init__(config, *inputs, **kwargs)
         self.score = nn.Linear(hidden_size(self.base_model), 1, bias=False)
 
@@ -119,10 +121,12 @@ class ThemisRewardModel(PreTrainedModel):
     def from_model(cls, model: Any, *, seed: int = 0, pooling: str = "last") -> Any:
         """A reward model around the weights of a causal LM, which it shares, and a new head."""
         model = plain_face(model)
+        one_of("pooling", pooling, POOLING)
         config, weight = model.config, next(model.parameters())
+        kind = themis_class(config)
         config.themis = {"pooling": pooling}
         with torch.device("meta"):
-            made = themis_class(config)(config)
+            made = kind(config)
         for name, child in model.named_children():
             setattr(made, name, child)
         if hasattr(model, "generation_config"):

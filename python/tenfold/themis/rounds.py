@@ -149,28 +149,23 @@ class Run:
 
     def _share(self, new: list[_Row]) -> None:
         """Reads what the prompts of several answers to a question begin with once."""
-        groups: dict[tuple[str, str | None], list[_Row]] = {}
+        owners = {(r.query.question, r.query.context): r for r in self.live}
+        lead: dict[int, tuple[_Row, int]] = {}
+        takers = []
         for row in new:
-            groups.setdefault((row.query.question, row.query.context), []).append(row)
-        shared = [g for g in groups.values() if len(g) > 1]
-        if not shared:
-            return
-        common = []
-        for group in shared:
-            columns = zip(*(r.ids for r in group))
-            common.append(
-                next(
-                    (i for i, c in enumerate(columns) if len(set(c)) > 1),
-                    min(len(r.ids) for r in group) - 1,
-                )
+            owner = owners.setdefault((row.query.question, row.query.context), row)
+            common = _common(owner, row)
+            if owner is row or common == 0:
+                continue
+            takers.append((owner, row, common))
+            if not self.rows.tokens[owner.slot]:  # new, too: it has read nothing yet
+                lead[owner.index] = owner, max(common, lead.get(owner.index, (owner, 0))[1])
+        if lead:
+            self.rows.feed(
+                [r.slot for r, _ in lead.values()], [r.ids[:n] for r, n in lead.values()]
             )
-        lead = [(g, n) for g, n in zip(shared, common) if n]
-        if not lead:
-            return
-        self.rows.feed([g[0].slot for g, _ in lead], [g[0].ids[:n] for g, n in lead])
-        for group, _ in lead:
-            for row in group[1:]:
-                self.rows.share(group[0].slot, row.slot)
+        for owner, row, common in takers:
+            self.rows.share(owner.slot, row.slot, common)
 
     # Tools and time.
 
@@ -214,10 +209,8 @@ class Run:
             return
         calls = [r.waiting for r in self.live if r.waiting is not None]
         first = min(r.deadline for r in self.live)
-        left = (
-            None if first == math.inf else max(0.0, first - time.monotonic() - _MARGIN * self.pace)
-        )
-        cf.wait(calls, left, cf.FIRST_COMPLETED)
+        left = max(0.0, first - time.monotonic() - _MARGIN * self.pace)
+        cf.wait(calls, min(left, _PATIENCE), cf.FIRST_COMPLETED)
 
     # Writing.
 
@@ -288,3 +281,9 @@ class Run:
             reward, list(row.ids), self.format.decode(row.ids), self.format.read(row.ids), tuple(row.calls), finish,
             row.prompt, row.written, message,
         )  # fmt: skip
+
+
+def _common(a: _Row, b: _Row) -> int:
+    """How many tokens two prompts begin with alike; at least one of ``b`` is left to read."""
+    most = min(a.prompt, b.prompt - 1)
+    return next((i for i in range(most) if a.ids[i] != b.ids[i]), most)
