@@ -188,6 +188,11 @@ class TestSteps:
             ValueError, match="format cuts rows to max_length=256 tokens, the settings say 512"
         ):
             train_themis(tiny.reward_model(), tiny.pairs(2), FORMAT)
+        long = [*tiny.pairs(6), tiny.pairs(1, 5, answer="9" * 300)[0]]
+        with pytest.raises(ValueError, match=r"pair 's5-0': a row needs \d+ tokens"):
+            train(data=long)
+        with pytest.warns(UserWarning, match="1 of 7 pairs are left out"):
+            assert train(data=long, on_bad="skip", steps=1)[1].pairs == 6
         with pytest.raises(ValueError, match=r"'tool': 258.*resize it with prepare_tokenizer"):
             train(tiny.reward_model(vocab_size=258))
         model = tiny.reward_model()

@@ -193,13 +193,14 @@ def trace(question, answer, right):
     )
 
 
-def pairs(count=16, seed=0, context=False):
+def pairs(count=16, seed=0, context=False, answer=None):
     """Sums, their right answer and a wrong one; texts of several lengths."""
     made = random.Random(seed)
     found = []
     for i in range(count):
         a, b = made.randrange(10, 99), made.randrange(1, 9 if i % 3 else 2000)
         question, right, wrong = f"{a}+{b}=?", str(a + b), str(a + b + made.choice((-2, 1, 10)))
+        right = answer or right
         chosen = Candidate(right, trace(question, right, True), 1.0)
         rejected = Candidate(wrong, trace(question, wrong, False), -1.0)
         text = f"pair {i} " * (i % 4 + 1) if context else None

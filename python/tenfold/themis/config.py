@@ -47,7 +47,8 @@ class ThemisConfig:
         schedule: after a linear ``warmup`` (share of the steps).
         epochs: unless ``steps`` says how many. batch_size: pairs per step over all ranks; micro_batch_size:
             pairs per forward and rank (None: all of them).
-        max_length: tokens of a row. packed: rows are read behind one another instead of padded.
+        max_length: tokens of a row. on_bad: ``"raise"``, or ``"skip"`` pairs that cannot be encoded in it.
+        packed: rows are read behind one another instead of padded.
         lora_rank: 0 for full fine-tuning; lora_alpha, lora_dropout, lora_targets: of PEFT. Value head, LM head
             and embeddings train fully.
         dropout: False turns the model's own dropout off (LoRA's stays).
@@ -79,6 +80,7 @@ class ThemisConfig:
     batch_size: int = 64
     micro_batch_size: int | None = None
     max_length: int = 512
+    on_bad: str = "raise"
     packed: bool = False
     lora_rank: int = 0
     lora_alpha: int = 16
@@ -96,6 +98,7 @@ class ThemisConfig:
         one_of("lm_reduce", self.lm_reduce, LM_REDUCE)
         one_of("pooling", self.pooling, POOLING)
         one_of("inputs", self.inputs, INPUTS)
+        one_of("on_bad", self.on_bad, ("raise", "skip"))
         one_of("schedule", self.schedule, SCHEDULES)
         one_of("mixed_precision", self.mixed_precision, ("no", "bf16", "fp16"))
         one_of("preset", self.preset, PRESETS)

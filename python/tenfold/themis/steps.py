@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from tenfold.ma_rlhf.reward_training import RewardTrainer
-from tenfold.themis.collate import collate
+from tenfold.themis.collate import AnyPair, collate
 from tenfold.themis.config import ThemisConfig
-from tenfold.themis.data import Pair
 from tenfold.themis.objective import CLASS_NAMES, Normaliser, ThemisLoss, joint_loss
 from tenfold.themis.traces import TraceFormat
 from tenfold.training.batches import Batches
@@ -76,7 +75,7 @@ class ThemisTrainer(RewardTrainer):
     """The loop's part that is Themis's."""
 
     config: ThemisConfig  # type: ignore[assignment]
-    pairs: Sequence[Pair]
+    pairs: Sequence[AnyPair]
     format: TraceFormat
 
     def rank_rows(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -112,7 +111,7 @@ class ThemisTrainer(RewardTrainer):
 
 
 def collated(
-    pairs: Sequence[Pair], format: TraceFormat, config: ThemisConfig, device: Any, *, step: int | None = None
+    pairs: Sequence[AnyPair], format: TraceFormat, config: ThemisConfig, device: Any, *, step: int | None = None
 ) -> dict[str, Tensor]:  # fmt: skip
     """A batch as the settings want it; observations are dropped in training alone (``step`` is given)."""
     batch = collate(
@@ -125,7 +124,7 @@ def collated(
 
 @torch.no_grad()
 def score_gold(
-    model: Any, pairs: Sequence[Pair], format: TraceFormat, config: ThemisConfig, *,
+    model: Any, pairs: Sequence[AnyPair], format: TraceFormat, config: ThemisConfig, *,
     batch_size: int = 16, accelerator: Any = None,
 ) -> Metrics:  # fmt: skip
     """Loss and metrics over pairs whose traces are given (no tool is called); a tie is wrong.

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tenfold.ma_rlhf.reward_training import RewardRecord, without_dropout
+from tenfold.themis.collate import AnyPair, EncodedPair, encode_pairs
 from tenfold.themis.config import ThemisConfig
 from tenfold.themis.data import Pair
 from tenfold.themis.model import ThemisRewardModel, check_embeddings
@@ -125,9 +126,10 @@ def _trainable(model: Any, config: ThemisConfig) -> Iterator[Any]:
             p.requires_grad_(before[name])
 
 
-def _digest(pairs: Sequence[Pair]) -> str:
+def _digest(pairs: Sequence[AnyPair]) -> str:
     made = hashlib.sha256()
-    for pair in pairs:
+    for item in pairs:
+        pair = item.pair if isinstance(item, EncodedPair) else item
         made.update(json.dumps(dataclasses.asdict(pair), sort_keys=True, default=str).encode())
     return made.hexdigest()[:16]
 
@@ -150,8 +152,10 @@ def _forget(folder: WorkFolder) -> None:
     folder.release()
 
 
-def _check(model: Any, pairs: Sequence[Pair], format: TraceFormat, config: ThemisConfig) -> None:
-    """What training needs."""
+def _encoded(
+    model: Any, pairs: Sequence[Pair], format: TraceFormat, config: ThemisConfig
+) -> list[EncodedPair]:
+    """Checks what training needs; the pairs in tokens."""
     if not pairs:
         raise ValueError("pairs is empty")
     check_embeddings(model, format)
@@ -159,6 +163,15 @@ def _check(model: Any, pairs: Sequence[Pair], format: TraceFormat, config: Themi
         raise ValueError(
             f"format cuts rows to max_length={format.max_length} tokens, the settings say {config.max_length}"
         )
+    made = _rows(pairs, format, config)
+    if not made:
+        raise ValueError(f"none of the {len(pairs)} pairs can be encoded")
+    return made
+
+
+def _rows(pairs: Sequence[Pair], format: TraceFormat, config: ThemisConfig) -> list[EncodedPair]:
+    return encode_pairs(pairs, format, inputs=config.inputs, drop_rationale=config.drop_rationale,
+                        on_bad=config.on_bad)  # fmt: skip
 
 
 def _ready(model: Any, format: TraceFormat, config: ThemisConfig) -> None:
@@ -205,31 +218,31 @@ def train_themis(
         TrainingError: a loss that is not a number.
     """
     config = (config or ThemisConfig()).with_changes(**changes)
-    _check(model, pairs, format, config)
+    encoded, held_out = _encoded(model, pairs, format, config), _rows(validation, format, config)
     accelerator = make_accelerator(config, next(model.parameters()).device)
     target = None if out is None else Path(out).expanduser()
     folder = None
     if target is not None:
         identity = {"config": config.to_json(), "kind": STAGE, "model": model_digest(model),
-                    "data": _digest(pairs), "validation": _digest(validation)}  # fmt: skip
+                    "data": _digest(encoded), "validation": _digest(held_out)}  # fmt: skip
         folder = _claimed(target, accelerator, resume, identity)
     _ready(model, format, config)
-    record = ThemisRecord(config.to_json(), pairs=len(pairs))
+    record = ThemisRecord(config.to_json(), pairs=len(encoded))
     record.parameters = sum(p.numel() for p in model.parameters())
     model.to(accelerator.device)
     start = time.perf_counter()
     with kept_random_state():
-        keeper = _Keeper(model, lambda: score_gold(model, validation, format, config, accelerator=accelerator),
-                         folder, len(pairs), config) if validation else None  # fmt: skip
+        keeper = _Keeper(model, lambda: score_gold(model, held_out, format, config, accelerator=accelerator),
+                         folder, len(encoded), config) if held_out else None  # fmt: skip
         if keeper:
             record.before = keeper.score()
         with _trainable(model, config) as wrapped:
             record.trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
             trainer = ThemisTrainer(
-                accelerator, config, PairBatches(len(pairs), config.seed), folder, callback, quiet
+                accelerator, config, PairBatches(len(encoded), config.seed), folder, callback, quiet
             )
-            trainer.pairs, trainer.format = pairs, format
-            steps = steps_of(config, len(pairs))
+            trainer.pairs, trainer.format = encoded, format
+            steps = steps_of(config, len(encoded))
 
             def after_step(module: nn.Module, step: int, metrics: Metrics) -> bool:
                 means(metrics)
