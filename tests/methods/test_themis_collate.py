@@ -169,6 +169,12 @@ class TestDropout:
             assert keep(a) == keep(b)
         assert torch.equal(whole["is_pos"], gone["is_pos"])
 
+    def test_what_has_not_come_is_not_replaced(self):
+        trace = Trace((Step("t", "n", "i", "seen"), Step("t", "n", "i")))
+        assert dropped(cases.pair(trace=trace), 0, 1.0, 0, 0) == (0,)
+        batch = collate([cases.pair(trace=trace)], FORM, obs_dropout=1.0)
+        assert self.observations(batch) == [FAILURE, None] * 2
+
     def test_replaced_rows_fit_too(self):
         form = TraceFormat(byte_tokenizer(), max_length=220)
         trace = Trace((Step("t", "n", "i", "o"),), None, "r")

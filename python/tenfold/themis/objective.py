@@ -107,11 +107,11 @@ def component_weights(batch: Mapping[str, Tensor]) -> Tensor:
     """
     weights = target_weights(batch)
     kind = torch.where(batch["mask"], batch["cls"], IGNORE)
-    begins = batch["position_ids"] == 0
-    before_work = (kind[:, :-1] == TOOL) & (kind[:, 1:] == RATIONALE) & ~begins[:, 1:]
+    before_work = (kind[:, :-1] == TOOL) & (kind[:, 1:] == RATIONALE)
     kind[:, :-1].masked_fill_(before_work, RATIONALE)
-    begins[:, 0] = True
-    begins[:, 1:] |= kind[:, 1:] != kind[:, :-1]
+    # Rows begin with tokens that are ignored, so that no run goes on from row to row, packed or not.
+    begins = torch.ones_like(batch["mask"])
+    begins[:, 1:] = kind[:, 1:] != kind[:, :-1]
     run = begins.flatten().cumsum(0) - 1
     return weights / torch.bincount(run)[run].view(weights.shape)
 
