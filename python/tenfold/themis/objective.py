@@ -80,7 +80,10 @@ class ThemisLoss:
     correct: Tensor
 
     def metrics(self) -> dict[str, float]:
-        """``loss``, ``loss/rm``, ``loss/lm``, ``loss/tool`` and so on of classes that count, ``accuracy``, ``margin``."""
+        """``loss``, ``loss/rm``, ``loss/lm``, ``loss/tool`` and so on, ``accuracy``, ``margin``.
+
+        Only classes that count have a loss.
+        """
         scalars = torch.stack([self.loss, self.rm, self.lm]).detach().tolist()
         made = dict(zip(("loss", "loss/rm", "loss/lm"), scalars))
         sums, counts = self.nll_sum.tolist(), self.nll_count.tolist()
@@ -127,12 +130,10 @@ def rewards(
     if pooling == "last":
         last = hidden[0, ends - 1][:, None]
         return ops.last_token_reward(last, torch.ones_like(last[..., 0], dtype=torch.bool), head)
-    # The mean commutes with the head: one number per token, and sums over rows.
+    # The mean commutes with the head: one number per token, and the means of these.
     ones = torch.ones(hidden.shape[1], 1, dtype=torch.bool, device=hidden.device)
     values = ops.last_token_reward(hidden[0][:, None], ones, head)
-    lengths = batch["offsets"].diff()
-    row = torch.repeat_interleave(torch.arange(len(lengths), device=hidden.device), lengths)
-    return values.new_zeros(len(lengths)).index_add(0, row, values) / lengths
+    return torch.segment_reduce(values, "mean", lengths=batch["offsets"].diff())
 
 
 def joint_loss(
