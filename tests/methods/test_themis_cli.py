@@ -11,7 +11,7 @@ import themis_models as models
 from cli_calls import fails, succeeds, tenfold_
 from test_ma_rlhf_cli import save_tokenizer
 
-from tenfold.themis import inputs, serve
+from tenfold.themis import demo, inputs, serve
 from tenfold.themis.client import RemoteScorer
 from tenfold.themis.data import read_tara, write_tara
 from tenfold.themis.synthetic import synthetic_pairs
@@ -236,6 +236,30 @@ class TestServe:
         lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
         assert sorted(x["answer"] for x in lines) == ["<start_tool>", "a"]
         assert sorted(x["reward"] for x in lines) == sorted(f.reward for f in seen)
+
+
+class TestDemo:
+    def test_page_and_tables(self, tmp_path, monkeypatch):
+        for name, value in {
+            "TRAIN": 8,
+            "TEST": 2,
+            "SETTINGS": demo.SETTINGS | {"steps": 10, "batch_size": 2},
+        }.items():
+            monkeypatch.setattr(demo, name, value)
+        monkeypatch.setattr(demo, "STEPS", 7)
+        said = succeeds("demo", "themis", "--out", tmp_path, "--quiet")
+        assert "Themis, the tool lies" in said and "Scores, all at once" in said
+        page = (tmp_path / "index.html").read_text()
+        assert "Themis: a reward model that asks a tool" in page and "Calibration" in page
+
+    @pytest.mark.slow
+    def test_what_it_claims(self, tmp_path):
+        """Right with the tool, at chance without or if it fails, wrong if it lies; everything answered."""
+        found = json.loads(succeeds("demo", "themis", "--out", tmp_path, "--json"))["themis"]
+        values = {n: e["accuracy"]["all"]["value"] for n, e in found["evaluations"].items()}
+        plain, right, fails, lies = values.values()
+        assert right >= 0.95 and plain <= 0.65 and fails <= 0.65 and lies <= 0.05
+        assert found["speed"]["answered"] == found["speed"]["requests"] and found["seconds"] < 100
 
 
 @pytest.mark.parametrize(

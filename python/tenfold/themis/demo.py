@@ -178,8 +178,10 @@ def run_demo(step: Callable[[str], None] = lambda text: None) -> Demo:
             made = evaluated(name, loop)
             if name == NAMES[1]:
                 first = made.pairs[0]
-                demo.traces = [(c.answer, j.reward, j.text.split("### ASSISTANT:\n")[-1])
-                               for c, j in zip((test[0].chosen, test[0].rejected), (first.chosen, first.rejected))]  # fmt: skip
+                sides = ((test[0].chosen, first.chosen), (test[0].rejected, first.rejected))
+                demo.traces = [
+                    (c.answer, j.reward, j.text.split("### ASSISTANT:\n")[-1]) for c, j in sides
+                ]
                 demo.speed = _speed(loop, test)
                 step("all requests at once")
     size = sum(p.numel() for p in model.parameters()) / 1e6
