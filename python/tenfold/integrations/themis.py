@@ -3,8 +3,8 @@
     tenfold themis serve my-themis --port 8760                    # once; TENFOLD_THEMIS_TOKEN for other machines
 
     export TENFOLD_THEMIS_URL=http://127.0.0.1:8760               # for the trainer's processes
-    python -m verl.trainer.main_ppo custom_reward_function.path=pkg://tenfold.integrations.themis \
-        custom_reward_function.name=compute_score ...
+    python -m verl.trainer.main_ppo reward.custom_reward_function.path=pkg://tenfold.integrations.themis \
+        reward.custom_reward_function.name=compute_score ...
     python -m openrlhf.cli.train_ppo_ray --reward.remote_url $(python -m tenfold.integrations.themis) ...
     python -m openrlhf.cli.train_ppo_ray --reward.remote_url http://any:TOKEN@host:8760/score ...     # or so
 
