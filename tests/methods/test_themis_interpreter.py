@@ -1,5 +1,7 @@
 """What a round of writing means: at the level of ids, so that no text can pass for a special token."""
 
+import time
+
 import pytest
 import themis_models as tiny
 
@@ -73,3 +75,30 @@ def test_escaped_lines_and_unicode():
     stop = made.ids.index(SPECIAL["<O>"])
     move = next_move(FORMAT, made.ids[start:stop])
     assert move.arguments == "a\nAction Input: é\n\\Work: b"
+
+
+@pytest.mark.parametrize("end", ["", "x", "\nFinished", "\nAction Input:"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Action:" + 20_000 * " ", "Action:" + 20_000 * "\n", "Action:" + 10_000 * " \n", 20_000 * " \t",
+        2000 * "Action:\n" + 5000 * "\n", 2000 * "Action: a\nAction Input: b\n", 2000 * "Thought:\n",
+        " Thought: t" + 700 * "\nAction: a\nAction Input: b",
+    ],
+    ids=["spaces", "lines", "both", "tabs", "actions", "calls", "thoughts", "row"],
+)  # fmt: skip
+def test_no_text_takes_long(text, end):
+    """While a pattern tries every way to read a text, no other thread runs: not even the clock of deadlines."""
+    begin = time.process_time()
+    next_move(FORMAT, tiny.encode(text + end))
+    FORMAT.read([FORMAT.ids.tool, *tiny.encode(text + end)])
+    assert time.process_time() - begin < 1
+
+
+def test_actions_as_models_write_them():
+    text = (
+        "Thought: a\nAction: one\nAction Input: 1\n  Thought: b\nso\n Action:  two \n\n Action Input: 2,\n3\n"
+        "Observation: made up\nAction: three\n"
+    )
+    made = next_move(FORMAT, tiny.encode(text))
+    assert (made.kind, made.tool, made.arguments, made.thought) == ("call", "two", "2,\n3", "b\nso")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import NamedTuple
 
 # Words that mean something at the beginning of a line. Lines of fields that begin so are escaped.
 _LABELS = (
@@ -34,10 +35,9 @@ _SEGMENTS = {
 }
 
 # Lenient forms, for what models write.
-_ACTION = re.compile(
-    r"^[ \t]*Action:[ \t]*(?P<tool>.*?)\s*^[ \t]*Action Input:[ \t]*(?P<arguments>.*?)"
-    r"(?=^[ \t]*(?:Thought:|Action:|Observation:|Work:|Finished\b)|\Z)",
-    re.DOTALL | re.MULTILINE,
+# Models may write anything: each of these takes time in proportion to the text, and no more.
+_LABEL = re.compile(
+    r"^[ \t]*(Thought:|Action:|Action Input:|Observation:|Work:|Finished\b)[ \t]*", re.MULTILINE
 )
 _THOUGHT = re.compile(r"^[ \t]*Thought:[ \t]*", re.MULTILINE)
 _FINISHED = re.compile(r"^[ \t]*Finished\b\.?[ \t]*$", re.MULTILINE)
@@ -87,15 +87,47 @@ def read_written(text: str) -> tuple[str, str | None, str | None, bool, str | No
     work = _WORK_LINE.search(text)
     rationale = None if work is None else _lenient(text[work.end() :])
     before = text if work is None else text[: work.start()]
-    actions = list(_ACTION.finditer(before))
+    actions = _actions(before)
     end = _FINISHED.search(before)
-    stop = actions[-1].start() if actions else end.start() if end else len(before)
-    begin = actions[-2].end() if len(actions) > 1 else 0
+    stop = actions[-1].start if actions else end.start() if end else len(before)
+    begin = actions[-2].end if len(actions) > 1 else 0
     thought = _thought(before[begin:stop])
     if not actions:
         return thought, None, None, end is not None, rationale
-    tool, arguments = (_lenient(actions[-1][k]) for k in ("tool", "arguments"))
-    return thought, tool, arguments, end is not None, rationale
+    last = actions[-1]
+    return thought, _lenient(last.tool), _lenient(last.arguments), end is not None, rationale
+
+
+class _Action(NamedTuple):
+    start: int
+    end: int
+    tool: str
+    arguments: str
+
+
+def _actions(text: str) -> list[_Action]:
+    """Actions with an input: what stands between the two labels, and up to the next label that is no input."""
+    marks = list(_LABEL.finditer(text))
+    found: list[_Action] = []
+    action: re.Match[str] | None = None
+    given: re.Match[str] | None = None
+    for mark in (*marks, None):
+        if (
+            action is not None
+            and given is not None
+            and (mark is None or mark[1] != "Action Input:")
+        ):
+            end = len(text) if mark is None else mark.start()
+            tool = text[action.end() : given.start()]
+            found.append(_Action(action.start(), end, tool, text[given.end() : end]))
+            action = given = None
+        if mark is None:
+            break
+        if mark[1] == "Action:" and action is None:
+            action = mark
+        elif mark[1] == "Action Input:" and action is not None and given is None:
+            given = mark
+    return found
 
 
 def _thought(text: str) -> str:
@@ -113,6 +145,8 @@ def read_after(kind: str, text: str) -> str:
 
 
 def _as_in_a_row(kind: str, text: str) -> dict[str, str | None] | None:
+    if kind == "tool" and not text.endswith("\n"):
+        return None  # as the pattern would say, after it had tried every way to split the text
     try:
         return read_segment(kind, text)
     except ValueError:
