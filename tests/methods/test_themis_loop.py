@@ -82,6 +82,17 @@ class TestFinish:
         made = one(lambda kind, n, ids: (" Thought: " + 99 * "x", "eos"), max_length=room)
         assert made.finish == "length" and len(made.ids) == room and made.ids[-1] == FORMAT.ids.eos
 
+    def test_the_rows_limit_holds_wherever_it_is_met(self):
+        def script(kind, n, ids):
+            return (" Thought: no\nFinished.\n", "eos") if kind == "tool" else DONE
+
+        said = len(" Thought: no\nFinished.\n")
+        for more in range(said - 2, said + 20):
+            room = len(FORMAT.prompt(query())) + more
+            made = one(script, max_length=room)
+            assert len(made.ids) <= room and made.ids[-1] == FORMAT.ids.eos
+            assert made.finish == ("rationale" if more > said + len(DONE[0]) + 1 else "length")
+
     def test_long_observations_are_cut(self):
         room = len(FORMAT.prompt(query())) + 150
         made = one(calls(1), tiny.Box(calculator="é" * 1000), max_length=room)
@@ -131,13 +142,14 @@ class TestFinish:
 
 class TestTools:
     def test_what_tools_are_given(self):
+        """A data set's own answer does not take the place of the one that is judged."""
         box = tiny.Box(calculator="2")
         loop(calls(1), box).judge([Query("Q", "A", "C"), query()], [{"id": "7", "answer": "mine"}, None],
                                   deadlines=[None, 1e12])  # fmt: skip
         assert box.asked[0] == (
             "calculator",
             "1+0",
-            {"question": "Q", "answer": "mine", "context": "C", "id": "7"},
+            {"question": "Q", "answer": "A", "context": "C", "id": "7"},
             None,
         )
         assert (

@@ -212,6 +212,33 @@ class TestBackPressure:
         assert [f.result().reward for f in futures] == [0, 1, 2, 3, 4]
 
 
+class TestMemory:
+    def test_what_is_answered_is_let_go(self, scorers):
+        """Deadlines that are far away keep no answers, behind a request that takes as long."""
+
+        class Holds(Hangs):
+            def judge(self, queries, examples=None, *, deadlines=None, seed=0):
+                if queries[0].answer == "hold":
+                    return super().judge(queries)
+                return Lengths.judge(self, queries)
+
+        judge = Holds()
+        scorer = scorers(judge, batch_size=512, max_wait=0.0, deadline=1e6, workers=2)
+        first = scorer.submit(query("hold"), deadline=1e5)
+        judge.entered.wait()
+        for _ in range(5):
+            scorer.score_many([query()] * 512)
+        assert len(scorer._waiting._due) < 2048 and not first.done()
+
+    def test_what_a_judge_that_hangs_never_takes(self, scorers):
+        judge = Hangs()
+        scorer = scorers(judge, batch_size=1, queue=512, deadline=0.01)
+        scorer.submit(query()).result()
+        for _ in range(5):
+            scorer.score_many([query()] * 512)
+        assert len(scorer._waiting._heap) < 2048 and scorer.stats()["pending"] == 0
+
+
 class TestCancellation:
     def test_before_it_is_judged(self, scorers):
         judge = Hangs()

@@ -35,7 +35,7 @@ RESERVE = 32
 # Time that is kept for scoring before a deadline, in forwards of the current pace.
 _MARGIN = 2.0
 # Seconds of one wait: the platform's clocks take no deadline in the far future.
-_PATIENCE = 60.0
+PATIENCE = 60.0
 
 
 @dataclass
@@ -70,6 +70,7 @@ class Run:
         self.places = min(loop.batch_size, max(count, 1))
         self.rows: Rows = make_rows(loop.model, self.places)
         self.pace = 0.0  # seconds of a forward of one token each
+        self.patience = PATIENCE
 
     def begin(
         self, index: int, query: Query, example: Mapping[str, Any], deadline: float, seed: int
@@ -92,9 +93,9 @@ class Run:
             draws = torch.rand(loop.max_iterations * loop.max_new_tokens, generator=made)
         judged = {"question": query.question, "answer": query.answer}
         judged |= {} if query.context is None else {"context": query.context}
-        row = _Row(
-            index, query, judged | dict(example), deadline, ids, len(ids), draws, start=len(ids)
-        )
+        # Data sets have columns of these names, too: the answer that is known to be right, for one.
+        given = dict(example) | judged
+        row = _Row(index, query, given, deadline, ids, len(ids), draws, start=len(ids))
         self.queue.append(row)
 
     def to_the_end(self) -> list[Judgement]:
@@ -210,7 +211,7 @@ class Run:
         calls = [r.waiting for r in self.live if r.waiting is not None]
         first = min(r.deadline for r in self.live)
         left = max(0.0, first - time.monotonic() - _MARGIN * self.pace)
-        cf.wait(calls, min(left, _PATIENCE), cf.FIRST_COMPLETED)
+        cf.wait(calls, min(left, self.patience), cf.FIRST_COMPLETED)
 
     # Writing.
 
@@ -238,9 +239,13 @@ class Run:
             self._interpret(row)
             return
         row.ids.append(token)
-        full = loop.max_length is not None and len(row.ids) + 1 >= loop.max_length
-        if full or len(row.ids) - row.start >= loop.max_new_tokens:
+        if self._full(row) or len(row.ids) - row.start >= loop.max_new_tokens:
             self._end(row, "length")
+
+    def _full(self, row: _Row) -> bool:
+        """Is there room for the end token alone?"""
+        limit = self.loop.max_length
+        return limit is not None and len(row.ids) + 1 >= limit
 
     def _interpret(self, row: _Row) -> None:
         loop, special = self.loop, self.format.ids
@@ -260,6 +265,8 @@ class Run:
             row.start = len(row.ids) - 1
             if row.rounds >= loop.max_iterations:
                 self._end(row, "max_rounds")
+            elif self._full(row):
+                self._end(row, "length")
         else:
             self._end(row, "rationale" if move.kind == "rationale" else "no_rationale")
 

@@ -178,6 +178,8 @@ class Scorer:
         """Notes what a judge has from now on."""
         if taken:
             with self._waiting.changed:
+                for request in [r for r in held if r.state == "answered"]:
+                    del held[request]
                 held.update(dict.fromkeys(taken))
                 self._busy[worker] = max(self._busy.get(worker, 0.0), *(r.due for r in taken))
                 self._batches += 1

@@ -13,9 +13,11 @@ import torch
 from tenfold.ma_rlhf.critic import plain_face
 from tenfold.themis.judgement import Judgement
 from tenfold.themis.loop import ToolLoop
-from tenfold.themis.rounds import Run
+from tenfold.themis.rounds import PATIENCE, Run
 from tenfold.themis.waiting import Request
 
+# Seconds of one wait for tools while there are free places, for which requests may come.
+_SOON = 0.01
 Take = Callable[[int], Sequence[tuple[Request, float]]]
 Deliver = Callable[[Request, Judgement], None]
 
@@ -46,6 +48,19 @@ class _Stream(Run):
             self.count += 1
             self.begin(self.count - 1, request.query, request.example or {}, end, 0)
 
+    def _expire(self) -> None:
+        """Rows whose callers have gone, or were told that it is too late, give up their places, too."""
+        for row in [r for r in self.live if self.requests[r.index].state == "answered"]:
+            if row.waiting is not None:
+                row.waiting.cancel()
+            del self.requests[row.index]
+            self.live.remove(row)
+        super()._expire()
+
+    def _wait(self) -> None:
+        self.patience = _SOON if len(self.live) < self.places else PATIENCE
+        super()._wait()
+
     def _admit(self) -> None:
         room = self.places - len(self.live) - len(self.queue)
         if room > 0:
@@ -69,7 +84,8 @@ def stream(
     Args:
         first: requests, and times of ``time.monotonic()`` at which their traces have to end.
         take: called between steps with the number of free places; more of them, or none.
-        deliver: called with every request and its judgement, once it is there.
+        deliver: called with every request and its judgement, once it is there; not with those that somebody else
+            has answered meanwhile.
     """
     module = plain_face(loop.model)
     was = getattr(module, "training", False)

@@ -66,6 +66,17 @@ class Request:
         self.state = "waiting"
 
 
+_Entry = tuple[float, int, Request]
+
+
+def _push(heap: list[_Entry], entry: _Entry) -> None:
+    """Adds to a heap; what has its answer need not stay until its time, with that: looked for at sizes that double."""
+    heapq.heappush(heap, entry)
+    if len(heap) >= 1024 and not len(heap) & (len(heap) - 1):
+        heap[:] = [e for e in heap if e[2].state != "answered"]
+        heapq.heapify(heap)
+
+
 class Waiting:
     """All requests that have no answer yet; earliest deadline first.
 
@@ -80,8 +91,8 @@ class Waiting:
         self.changed = threading.Condition()  # its lock guards everything here
         self._on_answer = on_answer
         self._live: set[Request] = set()
-        self._heap: list[tuple[float, int, Request]] = []
-        self._due: list[tuple[float, int, Request]] = []
+        self._heap: list[_Entry] = []
+        self._due: list[_Entry] = []
         self._outside: deque[Request] = deque()
         self._number = itertools.count()
 
@@ -125,13 +136,13 @@ class Waiting:
         self._live.add(request)
         request.future.add_done_callback(lambda future: self._when_done(request))
         if request.due < math.inf:
-            heapq.heappush(self._due, (request.due, next(self._number), request))
+            _push(self._due, (request.due, next(self._number), request))
             self.changed.notify_all()
 
     def _enqueue(self, request: Request) -> None:
         request.state = "queued"
         self.queued += 1
-        heapq.heappush(self._heap, (request.due, next(self._number), request))
+        _push(self._heap, (request.due, next(self._number), request))
         self.changed.notify_all()
 
     def _move(self, request: Request, state: str) -> None:
