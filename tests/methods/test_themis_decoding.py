@@ -67,6 +67,19 @@ class TestCache:
                 torch.testing.assert_close(logits[i], out.logits[0, 0], atol=1e-5, rtol=1e-5)
                 assert rows.rewards[i][-1] == pytest.approx(float(out.reward), abs=1e-5)
 
+    def test_numbers_of_a_row_that_broke_stay_there(self):
+        """An infinity in a row that was cut is not in what takes its place."""
+        model = tiny.reward_model()
+        rows = AttentionRows(model, 2)
+        ids = tiny_models.prompt(1, 12)[0].tolist()
+        with torch.inference_mode():
+            rows.feed([0, 1], [ids, ids])
+            rows.cache.layers[0].values[0, :, :12] = torch.inf
+            rows.crop(0, 0)
+            rows.feed([0, 1], [ids[:5], ids[:1]])
+            want = float(model.reward(torch.tensor([ids[:5]])))
+        assert rows.rewards[0][-1] == pytest.approx(want, abs=1e-5)
+
     def test_rows_grow(self):
         model = tiny.reward_model()
         rows = AttentionRows(model, 2, room=4)

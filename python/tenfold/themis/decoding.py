@@ -208,6 +208,10 @@ class AttentionRows(_Heads):
 
     def crop(self, row: int, length: int) -> None:
         """Forgets a row's tokens from ``length`` on."""
+        end = len(self.tokens[row])
+        for layer in self.cache.layers if length < end else ():
+            # What is hidden counts with weight 0, and 0 times infinity would be in every row that comes here.
+            layer.keys[row, :, length:end] = layer.values[row, :, length:end] = 0
         del self.tokens[row][length:], self.rewards[row][length:]
 
     def keep(self, rows: Sequence[int]) -> None:
