@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import dataclasses
 import http.client
 import json
 import math
@@ -264,6 +265,25 @@ class TestConnections:
             server, b"GET /health HTTP/1.0\r\nHost: localhost\r\n\r\n"
         )
 
+    def test_a_client_that_does_not_read(self, open_server):
+        """Its connection ends, and with it what it was sent."""
+        long = dataclasses.replace(CALL, observation="x" * 50_000)
+        server = open_server(Gives({}, [long]), limits=Limits(read_seconds=0.3, connections=1))
+        body = json.dumps({"items": 256 * [ONE]}).encode()
+        with socket.socket() as s:
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            s.connect(("127.0.0.1", server.port))
+            s.sendall(
+                b"POST /score HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                b"Content-Length: %d\r\n\r\n" % len(body) + body
+            )
+            end = time.monotonic() + 5
+            while time.monotonic() < end and not server._connections:
+                time.sleep(0.01)
+            while time.monotonic() < end and server._connections:
+                time.sleep(0.05)
+            assert ask(server, "GET", "/health")[0] == 200
+
     def test_continue(self, open_server):
         body = json.dumps(ONE).encode()
         head = (
@@ -410,6 +430,21 @@ class TestClient:
         with RemoteScorer(server.url, batch=2, connections=4, trace=False) as remote:
             found = remote.score_many([query("x" * i) for i in range(12)], deadline=10)
         assert [f.reward for f in found] == list(range(12))
+
+    def test_the_deadline_is_of_all(self, open_server):
+        """Requests that wait for a connection wait within it."""
+        judge = Hangs()
+        server = open_server(judge)
+        with RemoteScorer(server.url, batch=1, connections=1) as remote:
+            begin = time.monotonic()
+            found = [remote.submit(query(), deadline=0.4) for _ in range(4)]
+            assert found[0].result().finish == "deadline"
+            for future in found[1:]:
+                with pytest.raises(RemoteError, match="by the deadline"):
+                    future.result()
+            assert time.monotonic() - begin < 1
+            with pytest.raises(ValueError, match="deadline must be a positive number, got 0"):
+                remote.score_many([query()], deadline=0)
 
     def test_says_why_not(self, open_server):
         server = open_server(token=TOKEN)

@@ -68,7 +68,8 @@ class RemoteScorer:
         self, query: Query, example: Example | None = None, deadline: float | None = None
     ) -> Future[Scored]:
         """A future of one answer."""
-        return self._pool.submit(lambda: self._ask([query], [example], deadline)[0])
+        end = self._end(deadline)
+        return self._pool.submit(lambda: self._ask([query], [example], end)[0])
 
     async def score(
         self, query: Query, example: Example | None = None, deadline: float | None = None
@@ -90,16 +91,22 @@ class RemoteScorer:
             raise ValueError(
                 f"examples must be as many as queries, {len(queries)}; got {len(given)}"
             )
+        end = self._end(deadline)
         parts = [
-            self._pool.submit(self._ask, queries[i : i + self.batch], given[i : i + self.batch], deadline)
+            self._pool.submit(self._ask, queries[i : i + self.batch], given[i : i + self.batch], end)
             for i in range(0, len(queries), self.batch)
         ]  # fmt: skip
         return [found for part in parts for found in part.result()]
 
+    def _end(self, deadline: float | None) -> float:
+        """When the answer has to be here; time that is spent waiting for a free connection counts."""
+        if deadline is not None:
+            positive("deadline", deadline)
+        return time.monotonic() + (self.deadline if deadline is None else deadline)
+
     def _ask(
-        self, queries: Sequence[Query], examples: Sequence[Example | None], deadline: float | None
+        self, queries: Sequence[Query], examples: Sequence[Example | None], end: float
     ) -> list[Scored]:
-        end = time.monotonic() + (self.deadline if deadline is None else deadline)
         items = [
             {k: v for k, v in (asdict(q) | {"example": e}).items() if v is not None}
             for q, e in zip(queries, examples)

@@ -43,7 +43,8 @@ class Limits:
 
     Attributes:
         body: bytes of a request. batch: answers in it. text: characters of a question, answer or context.
-        connections: at a time. read_seconds: in which a request has to arrive; a quiet connection ends then.
+        connections: at a time. read_seconds: in which a request has to arrive, and a client to read its answer; a
+            quiet connection ends then.
         deadline: largest number of seconds that a request may give itself.
     """
 
@@ -197,9 +198,11 @@ class Server:
                 writer.write(wire.response(503, busy, headers={"Retry-After": "1"}))
             else:
                 await self._talk(reader, writer)
-            await writer.drain()
+            await self._sent(writer)
         except ConnectionError:
             pass
+        except TimeoutError:  # nobody reads: what is not sent yet would keep the connection open
+            writer.transport.abort()
         finally:
             self._connections.discard(task)
             writer.close()
@@ -226,6 +229,11 @@ class Server:
                 _log.exception("a request failed")
                 status, payload, more, keep = 500, {"error": "internal error"}, {}, False
             writer.write(wire.response(status, payload, keep=keep, headers=more))
+            await self._sent(writer)
+
+    async def _sent(self, writer: asyncio.StreamWriter) -> None:
+        """Waits until most is sent; TimeoutError if the client takes too long to read it."""
+        async with asyncio.timeout(self.limits.read_seconds):
             await writer.drain()
 
     async def _answer(self, request: HttpRequest, gone: asyncio.Event) -> tuple[int, Any]:
