@@ -83,7 +83,7 @@ def parse_score(body: dict[str, Any], limits: Limits) -> Asked:
 def _remote(body: dict[str, Any], limits: Limits) -> Asked:
     """OpenRLHF's form: ``query`` is prompt and response in one; what is shared among servers may be empty."""
     _known(body, _REMOTE, "the body")
-    columns = {name: body.get(name) for name in _REMOTE}
+    columns: dict[str, Any] = {name: body.get(name) for name in _REMOTE}
     for name, values in columns.items():
         if not isinstance(values, list) and not (name == "labels" and values is None):
             raise HttpError(400, f"{name} must be a list, got {type(values).__name__}")

@@ -23,9 +23,10 @@ def with_lora(
         raise ModuleNotFoundError("LoRA needs peft; install it with `pip install 'tenfold[train]'`")
     from peft import LoraConfig, get_peft_model
 
+    more: dict[str, Any] = {"ensure_weight_tying": True} if tied else {}  # older versions lack it
     settings = LoraConfig(
         r=rank, lora_alpha=alpha, lora_dropout=dropout, bias="none", task_type="CAUSAL_LM",
         target_modules=targets if isinstance(targets, str) else list(targets),
-        modules_to_save=list(whole) or None, **({"ensure_weight_tying": True} if tied else {}),
+        modules_to_save=list(whole) or None, **more,
     )  # fmt: skip
     return get_peft_model(model, settings)
