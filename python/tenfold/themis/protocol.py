@@ -58,7 +58,8 @@ def parse_score(body: dict[str, Any], limits: Limits) -> Asked:
     if not isinstance(items, list):
         raise HttpError(400, f"items must be a list, got {type(items).__name__}")
     _few(items, "items", limits)
-    queries, examples = [], []
+    queries: list[Query] = []
+    examples: list[Mapping[str, Any] | None] = []
     for i, item in enumerate(items):
         where = f"items[{i}]" if "items" in body else "the body"
         if not isinstance(item, dict):
