@@ -77,20 +77,12 @@ API void emu_reward_backward(const float* grad, const float* pooled, const uint8
   }
 }
 
-// of: margin grad_loss grad_delta, or null; out: loss delta, or of_pos of_neg. n: dtype pairs
-// backward
-API void emu_pairs(const void* pos, const void* neg, const float* const* of, void* const* out,
+// out: loss delta of_pos of_neg, the last two or null. n: dtype pairs
+API void emu_pairs(const void* pos, const void* neg, const float* margin, float* const* out,
                    const int64_t* n, const double* x) {
   PairArgs a{};
-  a.pos = pos, a.neg = neg, a.margin = of[0];
+  a.pos = pos, a.neg = neg, a.margin = margin;
   a.pairs = n[1], a.center = static_cast<float>(x[0]);
-  with_dtype(n[0], [&]<class T>() {
-    if (n[2] != 0) {
-      a.grad_loss = of[1], a.grad_delta = of[2], a.of_pos = out[0], a.of_neg = out[1];
-      launch_pair_slopes<T>(a, nullptr);
-    } else {
-      a.loss = static_cast<float*>(out[0]), a.delta = static_cast<float*>(out[1]);
-      launch_pair_loss<T>(a, nullptr);
-    }
-  });
+  a.loss = out[0], a.delta = out[1], a.of_pos = out[2], a.of_neg = out[3];
+  with_dtype(n[0], [&]<class T>() { launch_pair_loss<T>(a, nullptr); });
 }

@@ -92,39 +92,36 @@ PairArgs pair_args(const PairCall& c) {
   return a;
 }
 
-std::tuple<Tensor, Tensor> pairwise_logsigmoid_op(Tensor r_pos, Tensor r_neg, OptTensor margin,
-                                                  double center) {
-  constexpr auto kOp = "pairwise_logsigmoid";
-  const PairCall c = check_pairs(kOp, r_pos, r_neg, margin, center);
-  const Launch launch(r_pos);
-  const Tensor loss = new_output(r_pos, {}, ScalarType::Float);
-  const Tensor delta = new_output(r_pos, {c.pairs}, ScalarType::Float);
+// of_pos, of_neg: or null.
+std::tuple<Tensor, Tensor> pair_loss(const char* op, const PairCall& c, float* of_pos,
+                                     float* of_neg) {
+  const Launch launch(c.pos);
+  const Tensor loss = new_output(c.pos, {}, ScalarType::Float);
+  const Tensor delta = new_output(c.pos, {c.pairs}, ScalarType::Float);
   PairArgs a = pair_args(c);
   a.loss = data_as<float>(loss), a.delta = data_as<float>(delta);
-  dispatch_dtype(r_pos.scalar_type(), kOp,
+  a.of_pos = of_pos, a.of_neg = of_neg;
+  dispatch_dtype(c.pos.scalar_type(), op,
                  [&]<class T>() { launch_pair_loss<T>(a, launch.stream); });
   launch.check();
   return {loss, delta};
 }
 
-std::tuple<Tensor, Tensor> pairwise_logsigmoid_backward_op(OptTensor grad_loss,
-                                                           OptTensor grad_delta, Tensor r_pos,
-                                                           Tensor r_neg, OptTensor margin,
-                                                           double center) {
-  constexpr auto kOp = "pairwise_logsigmoid_backward";
+std::tuple<Tensor, Tensor> pairwise_logsigmoid_op(Tensor r_pos, Tensor r_neg, OptTensor margin,
+                                                  double center) {
+  constexpr auto kOp = "pairwise_logsigmoid";
+  return pair_loss(kOp, check_pairs(kOp, r_pos, r_neg, margin, center), nullptr, nullptr);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> pairwise_logsigmoid_grads_op(Tensor r_pos, Tensor r_neg,
+                                                                        OptTensor margin,
+                                                                        double center) {
+  constexpr auto kOp = "pairwise_logsigmoid_grads";
   const PairCall c = check_pairs(kOp, r_pos, r_neg, margin, center);
-  const PairGrads up = check_pair_grads(kOp, c, grad_loss, grad_delta);
-  const Launch launch(r_pos);
-  const ScalarType dtype = r_pos.scalar_type();
-  const Tensor of_pos = new_output(r_pos, {c.pairs}, dtype);
-  const Tensor of_neg = new_output(r_pos, {c.pairs}, dtype);
-  PairArgs a = pair_args(c);
-  a.grad_loss = up.loss ? data_as<const float>(*up.loss) : nullptr;
-  a.grad_delta = up.delta ? data_as<const float>(*up.delta) : nullptr;
-  a.of_pos = of_pos.data_ptr(), a.of_neg = of_neg.data_ptr();
-  dispatch_dtype(dtype, kOp, [&]<class T>() { launch_pair_slopes<T>(a, launch.stream); });
-  launch.check();
-  return {of_pos, of_neg};
+  const Tensor of_pos = new_output(r_pos, {c.pairs}, ScalarType::Float);
+  const Tensor of_neg = new_output(r_pos, {c.pairs}, ScalarType::Float);
+  const auto [loss, delta] = pair_loss(kOp, c, data_as<float>(of_pos), data_as<float>(of_neg));
+  return {loss, delta, of_pos, of_neg};
 }
 
 }  // namespace
@@ -135,6 +132,5 @@ STABLE_TORCH_LIBRARY_IMPL(tenfold, CUDA, m) {
   m.impl("last_token_reward_forward", TORCH_BOX(&tenfold::cuda::last_token_reward_forward_op));
   m.impl("last_token_reward_backward", TORCH_BOX(&tenfold::cuda::last_token_reward_backward_op));
   m.impl("pairwise_logsigmoid", TORCH_BOX(&tenfold::cuda::pairwise_logsigmoid_op));
-  m.impl("pairwise_logsigmoid_backward",
-         TORCH_BOX(&tenfold::cuda::pairwise_logsigmoid_backward_op));
+  m.impl("pairwise_logsigmoid_grads", TORCH_BOX(&tenfold::cuda::pairwise_logsigmoid_grads_op));
 }

@@ -87,13 +87,14 @@ __global__ void __launch_bounds__(kRewardThreads) reward_parts_kernel(RewardArgs
   for (int k = 0; k < kRewardEach; ++k) sums[group * kRewardBlock + mine + k] = x[k];
   __syncthreads();
   // Of a row without tokens NaN: the host cannot say it.
-  const float share = tokens.count > 0 ? 1.0f / static_cast<float>(tokens.count) : NAN;
+  const float count = tokens.count > 0 ? static_cast<float>(tokens.count) : NAN;
   for (int i = static_cast<int>(threadIdx.x); i < kRewardBlock; i += kRewardThreads) {
     float sum = sums[i];
     for (int g = 1; g < kRewardGroups; ++g) sum += sums[g * kRewardBlock + i];
-    sums[i] = sum * share;
+    sum /= count;
+    sums[i] = sum;
     const int64_t at = block * kRewardBlock + i;
-    if (a.pooled != nullptr && at < a.dim) a.pooled[row * a.dim + at] = sum * share;
+    if (a.pooled != nullptr && at < a.dim) a.pooled[row * a.dim + at] = sum;
   }
   __syncthreads();
   for (int64_t c = 0; c < a.classes; ++c) {
@@ -157,12 +158,12 @@ __global__ void __launch_bounds__(kRewardThreads) reward_hidden_kernel(RewardGra
   const int64_t end = a.length - begin < kRewardTokens ? a.length : begin + kRewardTokens;
   const uint8_t* const mask = a.mask + row * a.mask_stride;
   const RowTokens tokens = tokens_of_row(mask, a.length, a.pool, memory);
-  const float share = 1.0f / static_cast<float>(tokens.count);
+  const auto count = static_cast<float>(tokens.count);
   const bool some = tokens.count > 0 && tokens.first < end && tokens.last >= begin;
   for (int64_t col = threadIdx.x * kRewardEach; col < a.dim; col += kRewardThreads * kRewardEach) {
     float x[kRewardEach] = {};
     for (int64_t c = 0; some && c < a.classes; ++c) {
-      const float by = share * a.grad[row * a.classes + c];
+      const float by = a.grad[row * a.classes + c] / count;
 #pragma unroll
       for (int k = 0; k < kRewardEach; ++k)
         if (col + k < a.dim) x[k] = fmaf(by, a.weight[c * a.dim + col + k], x[k]);
@@ -215,52 +216,32 @@ struct PairArgs {
   int64_t pairs;
   float center;
   float *loss, *delta;
-  const float *grad_loss, *grad_delta;  // or null
-  void *of_pos, *of_neg;
+  float *of_pos, *of_neg;  // or null
 };
-
-template <class T>
-__device__ inline PairTerm pair_at(const PairArgs& a, int64_t i, float* delta) {
-  const float pos = to_float(static_cast<const T*>(a.pos)[i]);
-  const float neg = to_float(static_cast<const T*>(a.neg)[i]);
-  *delta = pos - neg;
-  return pair_term(pos, neg, a.margin != nullptr ? a.margin[i] : 0.0f, a.center);
-}
 
 // One block.
 template <class T>
 __global__ void __launch_bounds__(kPairThreads) pair_loss_kernel(PairArgs a) {
   TENFOLD_SHARED(double, memory, kPairThreads / 32);
   double sum = 0.0;
-  for (int64_t i = threadIdx.x; i < a.pairs; i += kPairThreads)
-    sum += pair_at<T>(a, i, a.delta + i).loss;
+  const float share = 1.0f / static_cast<float>(a.pairs);
+  for (int64_t i = threadIdx.x; i < a.pairs; i += kPairThreads) {
+    const float pos = to_float(static_cast<const T*>(a.pos)[i]);
+    const float neg = to_float(static_cast<const T*>(a.neg)[i]);
+    a.delta[i] = pos - neg;
+    const PairTerm t = pair_term(pos, neg, a.margin != nullptr ? a.margin[i] : 0.0f, a.center);
+    sum += t.loss;
+    if (a.of_pos == nullptr) continue;
+    a.of_pos[i] = share * (t.level + t.slope);
+    a.of_neg[i] = share * (t.level - t.slope);
+  }
   sum = block_sum<kPairThreads>(sum, memory);
   if (threadIdx.x == 0) *a.loss = static_cast<float>(sum / static_cast<double>(a.pairs));
 }
 
 template <class T>
-__global__ void __launch_bounds__(kPairThreads) pair_slopes_kernel(PairArgs a) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kPairThreads + threadIdx.x;
-  if (i >= a.pairs) return;
-  float delta;
-  const PairTerm t = pair_at<T>(a, i, &delta);
-  const float by = a.grad_loss != nullptr ? *a.grad_loss / static_cast<float>(a.pairs) : 0.0f;
-  const float of_delta = a.grad_delta != nullptr ? a.grad_delta[i] : 0.0f;
-  const float slope = fmaf(by, t.slope, of_delta), level = by * t.level;
-  from_float(level + slope, static_cast<T*>(a.of_pos) + i);
-  from_float(level - slope, static_cast<T*>(a.of_neg) + i);
-}
-
-template <class T>
 void launch_pair_loss(const PairArgs& a, cudaStream_t stream) {
   TENFOLD_LAUNCH(pair_loss_kernel<T>, 1, kPairThreads, stream, a);
-}
-
-template <class T>
-void launch_pair_slopes(const PairArgs& a, cudaStream_t stream) {
-  TENFOLD_LAUNCH(pair_slopes_kernel<T>,
-                 static_cast<unsigned>((a.pairs + kPairThreads - 1) / kPairThreads), kPairThreads,
-                 stream, a);
 }
 
 }  // namespace tenfold::cuda
