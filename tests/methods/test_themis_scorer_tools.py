@@ -1,4 +1,4 @@
-"""The scorer over the real tool loop and toolbox, with a scripted language model: 1,000 requests, all kinds of tools."""
+"""The scorer over the real tool loop and toolbox, with a scripted language model: 1,000 requests, odd tools."""
 
 import asyncio
 import random
