@@ -459,6 +459,17 @@ class TestClient:
             with pytest.raises(RemoteError, match="by the deadline; the last attempt: Conn"):
                 remote.score_many([query()])
 
+    @pytest.mark.parametrize(
+        "found",
+        [{}, {"results": []}, {"results": 3}, {"results": [{"reward": 1.0}]}, {"results": [None]}],
+    )
+    def test_another_server(self, found, monkeypatch):
+        """Answers that are not as many as the questions would be taken for those of others."""
+        with RemoteScorer("http://host") as remote:
+            monkeypatch.setattr(remote, "_post", lambda body, seconds: (200, found))
+            with pytest.raises(RemoteError, match="is it a server of Themis"):
+                remote.score_many([query()])
+
     @pytest.mark.parametrize("url", ["127.0.0.1:80", "ftp://host", "http://", "http://:80"])
     def test_urls(self, url):
         with pytest.raises(ValueError, match="url must be as http://host:port"):
