@@ -26,12 +26,9 @@ TENFOLD_HD PairTerm pair_term(float pos, float neg, float margin, float center) 
           2.0f * center * sum};
 }
 
-// margin: or null. Sum of the terms; writes delta.
+// margin: or null. Sum of the terms; writes delta, and of_pos and of_neg unless they are null: the
+// gradients of the mean.
 TENFOLD_ISA_DECLARE(double pair_losses(const float* pos, const float* neg, const float* margin,
-                                       float center, int64_t n, float* delta))
-// by: of the loss, over B; grad_delta: or null.
-TENFOLD_ISA_DECLARE(void pair_slopes(const float* pos, const float* neg, const float* margin,
-                                     float center, float by, const float* grad_delta, int64_t n,
-                                     float* of_pos, float* of_neg))
-
+                                       float center, int64_t n, float* delta, float* of_pos,
+                                       float* of_neg))
 }  // namespace tenfold

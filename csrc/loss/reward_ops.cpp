@@ -110,27 +110,13 @@ PairCall check_pairs(const char* op, const Tensor& r_pos, const Tensor& r_neg,
                       shape_str(r_neg), "; an odd number of rows is no number of pairs");
   TENFOLD_CHECK_VALUE(pairs > 0, "tenfold::", op, ": r_pos must have at least one pair, got ",
                       shape_str(r_pos));
-  check_same_device(op, "r_pos", r_pos, "r_neg", r_neg);
+  if (r_neg.device() != r_pos.device()) check_same_device(op, "r_pos", r_pos, "r_neg", r_neg);
   TENFOLD_CHECK_VALUE(center >= 0.0 && std::isfinite(center), "tenfold::", op,
                       ": center must be finite, and 0 or above, got ", center);
   return {as_contiguous(r_pos), as_contiguous(r_neg),
           margin ? OptTensor(check_float_vector(op, "margin", *margin, "r_pos", r_pos, pairs))
                  : OptTensor(),
           pairs, static_cast<float>(center)};
-}
-
-PairGrads check_pair_grads(const char* op, const PairCall& c, const OptTensor& grad_loss,
-                           const OptTensor& grad_delta) {
-  PairGrads up{grad_loss, std::nullopt};
-  if (grad_loss) {
-    TENFOLD_CHECK_TYPE(grad_loss->scalar_type() == ScalarType::Float, "tenfold::", op,
-                       ": grad_loss must be float32, got ", dtype_name(grad_loss->scalar_type()));
-    check_sizes(op, "grad_loss", *grad_loss, {}, "[]");
-    check_same_device(op, "r_pos", c.pos, "grad_loss", *grad_loss);
-  }
-  if (grad_delta)
-    up.delta = check_float_vector(op, "grad_delta", *grad_delta, "r_pos", c.pos, c.pairs);
-  return up;
 }
 
 }  // namespace tenfold
@@ -152,7 +138,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tenfold, m) {
   m.def(
       "pairwise_logsigmoid(Tensor r_pos, Tensor r_neg, Tensor? margin=None, float center=0.0) "
       "-> (Tensor loss, Tensor delta)");
+  // With the gradients of the loss, float32.
   m.def(
-      "pairwise_logsigmoid_backward(Tensor? grad_loss, Tensor? grad_delta, Tensor r_pos, "
-      "Tensor r_neg, Tensor? margin=None, float center=0.0) -> (Tensor grad_pos, Tensor grad_neg)");
+      "pairwise_logsigmoid_grads(Tensor r_pos, Tensor r_neg, Tensor? margin=None, "
+      "float center=0.0) -> (Tensor loss, Tensor delta, Tensor grad_pos, Tensor grad_neg)");
 }

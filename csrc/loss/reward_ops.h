@@ -46,11 +46,4 @@ struct PairCall {
 PairCall check_pairs(const char* op, const Tensor& r_pos, const Tensor& r_neg,
                      const OptTensor& margin, double center);
 
-// Of the results, or nothing: float32, 0-d and [B], contiguous.
-struct PairGrads {
-  OptTensor loss, delta;
-};
-PairGrads check_pair_grads(const char* op, const PairCall& c, const OptTensor& grad_loss,
-                           const OptTensor& grad_delta);
-
 }  // namespace tenfold

@@ -19,9 +19,9 @@ enum class PoolTokens : int { last, mean };
 
 constexpr int64_t kRewardBlock = 1024;
 
-// Sums of columns [0, n) of `count` rows, times `scale`.
-TENFOLD_ISA_DECLARE(void sum_of_rows(const void* const* rows, int64_t count, int64_t n, Dtype dtype,
-                                     float scale, float* out))
+// Means of columns [0, n) of `count` rows.
+TENFOLD_ISA_DECLARE(void mean_of_rows(const void* const* rows, int64_t count, int64_t n,
+                                      Dtype dtype, float* out))
 TENFOLD_ISA_DECLARE(float dot_floats(const float* x, const float* y, int64_t n))
 TENFOLD_ISA_DECLARE(void floats_of(const void* x, int64_t n, Dtype dtype, float* out))
 // out = sum of by[c] x[c * stride + i] over c, as the dtype; by_stride: floats between factors.

@@ -43,13 +43,13 @@ TENFOLD_HD uint8_t class_of(uint8_t before, uint8_t after) {
   return after == kIgnore ? kEndOfSequence : kTool;
 }
 
-struct ClassWeights {
-  float of[kTraceClasses];
-};
-
-// In a row whose answer counts (`answer`) or not.
-TENFOLD_HD ClassWeights class_weights(float beta, float omega, bool answer) {
-  return {{0.0f, answer ? 1.0f : 0.0f, 1.0f, beta, omega, 1.0f}};
+// Of a class in a row whose answer counts (`answer`) or not; 0 of what is no class.
+TENFOLD_HD float class_weight(uint8_t cls, float beta, float omega, bool answer) {
+  return cls == kTool || cls == kEndOfSequence ? 1.0f
+         : cls == kObservation                 ? beta
+         : cls == kRationale                   ? omega
+         : cls == kAnswer && answer            ? 1.0f
+                                               : 0.0f;
 }
 
 // Int is int64_t if `wide`, else int32_t. Classes of n tokens of a trace from its first one on.
@@ -58,8 +58,8 @@ TENFOLD_ISA_DECLARE(void trace_classes(const void* ids, bool wide, const uint8_t
 // out[i] = value where mask[i] is not 0, else 0.
 TENFOLD_ISA_DECLARE(void masked_bytes(const uint8_t* mask, int64_t n, uint8_t value, uint8_t* out))
 // Whether all classes are there.
-TENFOLD_ISA_DECLARE(bool weights_of_classes(const uint8_t* cls, int64_t n,
-                                            const ClassWeights& weights, float* out))
+TENFOLD_ISA_DECLARE(bool weights_of_classes(const uint8_t* cls, int64_t n, float beta, float omega,
+                                            bool answer, float* out))
 // Where the first token is that is one of stops[count]; n if there is none.
 TENFOLD_ISA_DECLARE(int64_t find_stop(const void* ids, bool wide, int64_t n, const int64_t* stops,
                                       int64_t count))

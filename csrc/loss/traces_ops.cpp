@@ -57,8 +57,10 @@ TraceCall check_trace(const char* op, const Tensor& ids, const Tensor& mask,
               0,
               special};
   c.ids_stride = row_stride(c.ids), c.mask_stride = row_stride(c.mask);
-  for (int64_t i = 0; ids.is_cpu() && i < rows; ++i) {
-    const int64_t trace = int_at(c.trace_start, i), answer = int_at(c.answer_start, i);
+  if (!ids.is_cpu()) return c;
+  const RowInts traces(c.trace_start), answers(c.answer_start);
+  for (int64_t i = 0; i < rows; ++i) {
+    const int64_t trace = traces[i], answer = answers[i];
     TENFOLD_CHECK_INDEX(trace >= 0 && trace <= length, "tenfold::", op, ": asst_start[", i,
                         "] = ", trace, " is not a column of ids, nor its width ", length);
     TENFOLD_CHECK_INDEX(answer >= 0 && answer <= trace, "tenfold::", op, ": answer_start[", i,
@@ -103,8 +105,10 @@ StopCall check_first_stop(const char* op, const Tensor& ids, const Tensor& lens,
              ids.sizes()[1],
              row_stride(rows),
              stop_ids.sizes()[0]};
-  for (int64_t i = 0; ids.is_cpu() && i < c.rows; ++i) {
-    const int64_t n = int_at(c.lens, i);
+  if (!ids.is_cpu()) return c;
+  const RowInts lengths(c.lens);
+  for (int64_t i = 0; i < c.rows; ++i) {
+    const int64_t n = lengths[i];
     TENFOLD_CHECK_INDEX(n >= 0 && n <= c.length, "tenfold::", op, ": lens[", i, "] = ", n,
                         " must be in [0, ", c.length, "], the width of ids");
   }

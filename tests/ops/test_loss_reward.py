@@ -28,7 +28,7 @@ def sequences(rows, length, dim, dtype=torch.float32, side="right"):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("pool", ["last", "mean"])
 @pytest.mark.parametrize(
-    "shape", [(0, 5, 4, 0), (1, 1, 1, 0), (4, 9, 33, 0), (3, 70, 1030, 3), (2, 5, 64, 1)]
+    "shape", [(0, 5, 4, 0), (1, 1, 1, 0), (24, 9, 33, 0), (3, 9, 1030, 8), (16, 5, 64, 1)]
 )
 def test_values_and_gradients(shape, pool, dtype, device):
     rows, length, dim, classes = shape
@@ -41,8 +41,8 @@ def test_values_and_gradients(shape, pool, dtype, device):
 @pytest.mark.parametrize("pool", ["last", "mean"])
 def test_padding_and_other_rows_change_nothing(pool, device):
     """Bit for bit: either side, any width, a batch of 1 or 8 (acceptance check 5)."""
-    hidden, mask = on(device, sequences(8, 40, 96, torch.bfloat16))
-    w = rand(2, 96).to(device)
+    hidden, mask = on(device, sequences(8, 21, 40, torch.bfloat16))
+    w = rand(2, 40).to(device)
     want = ops.last_token_reward(hidden, mask, w, pool)
     assert want.isfinite().all()
     for left, right in ((0, 24), (24, 0), (3, 5)):

@@ -65,8 +65,8 @@ Tensor forward(const RewardForward& c, float* pooled) {
                      from.push_back(static_cast<const char*>(c.hidden.data_ptr()) +
                                     (i * c.row_stride + t * c.token_stride + col) * size);
                    float* const to = pooled != nullptr ? pooled + i * c.dim + col : sums.data();
-                   TENFOLD_ISA_CALL(sum_of_rows, from.data(), static_cast<int64_t>(from.size()), n,
-                                    dtype, 1.0f / static_cast<float>(from.size()), to);
+                   TENFOLD_ISA_CALL(mean_of_rows, from.data(), static_cast<int64_t>(from.size()), n,
+                                    dtype, to);
                    for (int64_t k = 0; k < c.classes; ++k)
                      parts[task * c.classes + k] =
                          TENFOLD_ISA_CALL(dot_floats, to, weight.data() + k * c.dim + col, n);
@@ -112,9 +112,9 @@ Tensor hidden_gradient(const RewardBackward& c, const Tensor& like) {
           tokens_of(c, i, &tokens);
           auto next = std::lower_bound(tokens.begin(), tokens.end(), first);
           if (next != tokens.end() && *next < last) {
-            const float share = 1.0f / static_cast<float>(tokens.size());
+            const auto count = static_cast<float>(tokens.size());
             for (int64_t k = 0; k < c.classes; ++k)
-              by[k] = share * data_as<float>(c.grad)[i * c.classes + k];
+              by[k] = data_as<float>(c.grad)[i * c.classes + k] / count;
             TENFOLD_ISA_CALL(combine_rows, weight.data(), c.dim, by.data(), 1, c.classes, c.dim,
                              dtype, row.data());
           }
@@ -178,48 +178,32 @@ class Rewards {
   const float* data_;
 };
 
-const float* margins(const PairCall& c) {
-  return c.margin ? data_as<float>(*c.margin) : nullptr;
-}
-
-std::tuple<Tensor, Tensor> pairwise_logsigmoid_op(Tensor r_pos, Tensor r_neg, OptTensor margin,
-                                                  double center) {
-  const PairCall c = check_pairs("pairwise_logsigmoid", r_pos, r_neg, margin, center);
-  const Tensor loss = new_output(r_pos, {}, ScalarType::Float);
-  const Tensor delta = new_output(r_pos, {c.pairs}, ScalarType::Float);
+// Gradients go to of_pos and of_neg, or null.
+std::tuple<Tensor, Tensor> pair_loss(const PairCall& c, float* of_pos, float* of_neg) {
+  const Tensor loss = new_output(c.pos, {}, ScalarType::Float);
+  const Tensor delta = new_output(c.pos, {c.pairs}, ScalarType::Float);
   const Rewards pos(c.pos), neg(c.neg);
-  const double sum = TENFOLD_ISA_CALL(pair_losses, pos.data(), neg.data(), margins(c), c.center,
-                                      c.pairs, data_as<float>(delta));
+  const float* const margin = c.margin ? data_as<float>(*c.margin) : nullptr;
+  const double sum = TENFOLD_ISA_CALL(pair_losses, pos.data(), neg.data(), margin, c.center,
+                                      c.pairs, data_as<float>(delta), of_pos, of_neg);
   *data_as<float>(loss) = static_cast<float>(sum / static_cast<double>(c.pairs));
   return {loss, delta};
 }
 
-std::tuple<Tensor, Tensor> pairwise_logsigmoid_backward_op(OptTensor grad_loss,
-                                                           OptTensor grad_delta, Tensor r_pos,
-                                                           Tensor r_neg, OptTensor margin,
-                                                           double center) {
-  constexpr auto kOp = "pairwise_logsigmoid_backward";
-  const PairCall c = check_pairs(kOp, r_pos, r_neg, margin, center);
-  const PairGrads up = check_pair_grads(kOp, c, grad_loss, grad_delta);
-  const ScalarType dtype = r_pos.scalar_type();
-  const Tensor of_pos = new_output(r_pos, {c.pairs}, dtype),
-               of_neg = new_output(r_pos, {c.pairs}, dtype);
-  const bool wide = dtype == ScalarType::Float;
-  const Rewards pos(c.pos), neg(c.neg);
-  Floats memory(wide ? 0 : 2 * c.pairs);
-  float* const to_pos = wide ? data_as<float>(of_pos) : memory.data();
-  float* const to_neg = wide ? data_as<float>(of_neg) : memory.data() + c.pairs;
-  const double by = up.loss ? *data_as<float>(*up.loss) / static_cast<double>(c.pairs) : 0.0;
-  TENFOLD_ISA_CALL(pair_slopes, pos.data(), neg.data(), margins(c), c.center,
-                   static_cast<float>(by), up.delta ? data_as<float>(*up.delta) : nullptr, c.pairs,
-                   to_pos, to_neg);
-  if (wide) return {of_pos, of_neg};
-  const float one = 1.0f;
-  TENFOLD_ISA_CALL(combine_rows, to_pos, 0, &one, 0, 1, c.pairs, to_dtype(dtype),
-                   of_pos.data_ptr());
-  TENFOLD_ISA_CALL(combine_rows, to_neg, 0, &one, 0, 1, c.pairs, to_dtype(dtype),
-                   of_neg.data_ptr());
-  return {of_pos, of_neg};
+std::tuple<Tensor, Tensor> pairwise_logsigmoid_op(Tensor r_pos, Tensor r_neg, OptTensor margin,
+                                                  double center) {
+  return pair_loss(check_pairs("pairwise_logsigmoid", r_pos, r_neg, margin, center), nullptr,
+                   nullptr);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> pairwise_logsigmoid_grads_op(Tensor r_pos, Tensor r_neg,
+                                                                        OptTensor margin,
+                                                                        double center) {
+  const PairCall c = check_pairs("pairwise_logsigmoid_grads", r_pos, r_neg, margin, center);
+  const Tensor of_pos = new_output(r_pos, {c.pairs}, ScalarType::Float);
+  const Tensor of_neg = new_output(r_pos, {c.pairs}, ScalarType::Float);
+  const auto [loss, delta] = pair_loss(c, data_as<float>(of_pos), data_as<float>(of_neg));
+  return {loss, delta, of_pos, of_neg};
 }
 
 }  // namespace
@@ -230,5 +214,5 @@ STABLE_TORCH_LIBRARY_IMPL(tenfold, CPU, m) {
   m.impl("last_token_reward_forward", TORCH_BOX(&tenfold::cpu::last_token_reward_forward_op));
   m.impl("last_token_reward_backward", TORCH_BOX(&tenfold::cpu::last_token_reward_backward_op));
   m.impl("pairwise_logsigmoid", TORCH_BOX(&tenfold::cpu::pairwise_logsigmoid_op));
-  m.impl("pairwise_logsigmoid_backward", TORCH_BOX(&tenfold::cpu::pairwise_logsigmoid_backward_op));
+  m.impl("pairwise_logsigmoid_grads", TORCH_BOX(&tenfold::cpu::pairwise_logsigmoid_grads_op));
 }

@@ -73,20 +73,33 @@ struct PairLanes {
   }
 };
 
+// Gradients of the mean of the terms.
+struct PairSlopes {
+  VF share, level;
+
+  PairSlopes(float share, float center) : share(set1(share)), level(set1(2.0f * center * share)) {}
+
+  inline void write(const PairLanes& t, int64_t i, int lanes, float* of_pos, float* of_neg) const {
+    const VF one = set1(1.0f), sigmoid = select(lt(t.x, set1(0.0f)), one, t.e) / (one + t.e);
+    const VF slope = share * sigmoid, both = level * t.sum;
+    store_some(of_pos + i, both - slope, lanes);
+    store_some(of_neg + i, both + slope, lanes);
+  }
+};
+
 }  // namespace
 
-void sum_of_rows(const void* const* rows, int64_t count, int64_t n, Dtype dtype, float scale,
-                 float* out) {
+void mean_of_rows(const void* const* rows, int64_t count, int64_t n, Dtype dtype, float* out) {
   with_dtype(dtype, [&]<class T>() {
     const auto* const from = reinterpret_cast<const T* const*>(rows);
     int64_t r = 0;
     for (; r + 8 <= count; r += 8) add_rows<T, 8>(from + r, n, r == 0, out);
     for (; r < count; ++r) add_rows<T, 1>(from + r, n, r == 0, out);
   });
-  if (scale == 1.0f) return;
-  const VF by = set1(scale);
+  if (count == 1) return;
+  const VF by = set1(static_cast<float>(count));
   by_vectors(
-      n, [&](int64_t i, int lanes) { store_some(out + i, load_some(out + i, lanes) * by, lanes); });
+      n, [&](int64_t i, int lanes) { store_some(out + i, load_some(out + i, lanes) / by, lanes); });
 }
 
 float dot_floats(const float* x, const float* y, int64_t n) {
@@ -122,10 +135,11 @@ void combine_rows(const float* x, int64_t stride, const float* by, int64_t by_st
 }
 
 double pair_losses(const float* pos, const float* neg, const float* margin, float center, int64_t n,
-                   float* delta) {
+                   float* delta, float* of_pos, float* of_neg) {
   constexpr int64_t kBlock = 128;  // summed in float32
   double total = 0.0;
   const VF zero = set1(0.0f), by = set1(center);
+  const PairSlopes slopes(1.0f / static_cast<float>(n), center);
   for (int64_t first = 0; first < n; first += kBlock) {
     VF sum = zero;
     by_vectors(n - first < kBlock ? n - first : kBlock, [&](int64_t j, int lanes) {
@@ -135,24 +149,11 @@ double pair_losses(const float* pos, const float* neg, const float* margin, floa
       const VM there = lt(iota(), seti(static_cast<uint32_t>(lanes)));
       sum = sum + select(there, loss, zero);
       store_some(delta + i, load_some(pos + i, lanes) - load_some(neg + i, lanes), lanes);
+      if (of_pos != nullptr) slopes.write(t, i, lanes, of_pos, of_neg);
     });
     total += static_cast<double>(hsum(sum));
   }
   return total;
-}
-
-void pair_slopes(const float* pos, const float* neg, const float* margin, float center, float by,
-                 const float* grad_delta, int64_t n, float* of_pos, float* of_neg) {
-  const VF zero = set1(0.0f), one = set1(1.0f), scale = set1(by), level = set1(2.0f * center * by);
-  by_vectors(n, [&](int64_t i, int lanes) {
-    const PairLanes t(pos, neg, margin, center, i, lanes);
-    const VF sigmoid = select(lt(t.x, zero), one, t.e) / (one + t.e);
-    VF slope = zero - scale * sigmoid;
-    if (grad_delta != nullptr) slope = slope + load_some(grad_delta + i, lanes);
-    const VF both = level * t.sum;
-    store_some(of_pos + i, both + slope, lanes);
-    store_some(of_neg + i, both - slope, lanes);
-  });
 }
 
 TENFOLD_ISA_END

@@ -3,6 +3,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <vector>
 
 #include "core/parallel.h"
@@ -13,18 +14,30 @@ namespace {
 
 constexpr double kMicrosPerToken = 4e-4;
 
-// f(row, its numbers as int32, -1 where a token is not read) for all rows.
+// What a thread reuses from row to row.
+struct RowMemory {
+  std::vector<int32_t> ids, counts;  // ids: -1 where a token is not read
+  std::vector<double> sums;
+  std::vector<float> shares;
+
+  explicit RowMemory(const SegmentMeanCall& c)
+      : ids(c.length), counts(c.segments), sums(c.segments), shares(c.segments) {}
+};
+
+// f(row, memory) for all rows; ids are there, counts and sums are 0.
 template <class F>
 void over_rows(const SegmentMeanCall& c, const F& f) {
-  const bool wide = c.seg.scalar_type() == ScalarType::Long;
+  const int64_t size = c.seg.scalar_type() == ScalarType::Long ? 8 : 4;
   const auto* const seg = static_cast<const char*>(c.seg.data_ptr());
-  parallel_for(c.rows, kMicrosPerToken * static_cast<double>(c.length + c.segments),
+  parallel_for(c.rows, kMicrosPerToken * static_cast<double>(c.length + 2 * c.segments),
                [&](int64_t begin, int64_t end) {
-                 std::vector<int32_t> ids(c.length);
+                 RowMemory m(c);
                  for (int64_t i = begin; i < end; ++i) {
-                   TENFOLD_ISA_CALL(segments_inside, seg + i * c.length * (wide ? 8 : 4), wide,
-                                    c.length, static_cast<int32_t>(c.segments), ids.data());
-                   f(i, ids.data());
+                   TENFOLD_ISA_CALL(segments_inside, seg + i * c.length * size, size == 8, c.length,
+                                    static_cast<int32_t>(c.segments), m.ids.data());
+                   std::fill(m.counts.begin(), m.counts.end(), 0);
+                   std::fill(m.sums.begin(), m.sums.end(), 0.0);
+                   f(i, m);
                  }
                });
 }
@@ -32,14 +45,13 @@ void over_rows(const SegmentMeanCall& c, const F& f) {
 Tensor segment_mean_op(Tensor nll, Tensor seg, int64_t segments) {
   const SegmentMeanCall c = check_segment_mean("segment_mean", "nll", false, nll, seg, segments);
   const Tensor out = new_output(c.x, {c.rows, segments}, ScalarType::Float);
-  over_rows(c, [&](int64_t i, const int32_t* ids) {
-    std::vector<double> sums(segments);
-    std::vector<int32_t> counts(segments);
-    TENFOLD_ISA_CALL(add_segments, data_as<float>(c.x) + i * c.length, ids, c.length, sums.data(),
-                     counts.data());
-    float* const to = data_as<float>(out) + i * segments;
+  const auto* const from = data_as<float>(c.x);
+  auto* const to = data_as<float>(out);
+  over_rows(c, [&](int64_t i, RowMemory& m) {
+    TENFOLD_ISA_CALL(add_segments, from + i * c.length, m.ids.data(), c.length, m.sums.data(),
+                     m.counts.data());
     for (int64_t t = 0; t < segments; ++t)
-      to[t] = counts[t] > 0 ? static_cast<float>(sums[t] / counts[t]) : 0.0f;
+      to[i * segments + t] = m.counts[t] > 0 ? static_cast<float>(m.sums[t] / m.counts[t]) : 0.0f;
   });
   return out;
 }
@@ -48,15 +60,14 @@ Tensor segment_mean_backward_op(Tensor grad, Tensor seg, int64_t segments) {
   const SegmentMeanCall c =
       check_segment_mean("segment_mean_backward", "grad", true, grad, seg, segments);
   const Tensor out = new_output(c.x, {c.rows, c.length}, ScalarType::Float);
-  over_rows(c, [&](int64_t i, const int32_t* ids) {
-    std::vector<int32_t> counts(segments);
-    std::vector<float> shares(segments);
-    TENFOLD_ISA_CALL(add_segments, nullptr, ids, c.length, nullptr, counts.data());
-    const float* const from = data_as<float>(c.x) + i * segments;
+  const auto* const from = data_as<float>(c.x);
+  auto* const to = data_as<float>(out);
+  over_rows(c, [&](int64_t i, RowMemory& m) {
+    TENFOLD_ISA_CALL(add_segments, nullptr, m.ids.data(), c.length, nullptr, m.counts.data());
     for (int64_t t = 0; t < segments; ++t)
-      shares[t] = counts[t] > 0 ? from[t] / static_cast<float>(counts[t]) : 0.0f;
-    TENFOLD_ISA_CALL(spread_segments, shares.data(), ids, c.length,
-                     data_as<float>(out) + i * c.length);
+      m.shares[t] =
+          m.counts[t] > 0 ? from[i * segments + t] / static_cast<float>(m.counts[t]) : 0.0f;
+    TENFOLD_ISA_CALL(spread_segments, m.shares.data(), m.ids.data(), c.length, to + i * c.length);
   });
   return out;
 }

@@ -8,8 +8,10 @@ constexpr int64_t kMost = 64;  // vectors that are summed in float32
 
 template <class Int>
 void inside(const Int* seg, int64_t n, int32_t limit, int32_t* out) {
-  for (int64_t i = 0; i < n; ++i)
-    out[i] = seg[i] >= 0 && seg[i] < limit ? static_cast<int32_t>(seg[i]) : -1;
+  for (int64_t i = 0; i < n; ++i) {
+    const Int s = seg[i];
+    out[i] = (s >= 0) & (s < limit) ? static_cast<int32_t>(s) : -1;
+  }
 }
 
 inline VI load_ids(const int32_t* p) {

@@ -14,32 +14,28 @@
 namespace tenfold::cpu {
 namespace {
 
-constexpr double kMicrosPerClass = 4e-4, kMicrosPerWeight = 1.5e-4, kMicrosPerStop = 2e-4;
-
-const char* ids_at(const Tensor& ids, int64_t i) {
-  return static_cast<const char*>(ids.data_ptr()) +
-         i * (ids.scalar_type() == ScalarType::Long ? 8 : 4);
-}
-
-bool is_wide(const Tensor& ids) {
-  return ids.scalar_type() == ScalarType::Long;
-}
+constexpr double kMicrosPerClass = 3e-4, kMicrosPerWeight = 1.5e-4, kMicrosPerStop = 1e-4;
+constexpr int64_t kRowTokens = 64;  // what a row costs beside its tokens
 
 Tensor trace_token_class_op(Tensor ids, Tensor mask, Tensor asst_start, Tensor answer_start,
                             int64_t id_tool, int64_t id_obs, int64_t id_work, int64_t id_eos) {
   const TraceCall c = check_trace("trace_token_class", ids, mask, asst_start, answer_start,
                                   {id_tool, id_obs, id_work, id_eos});
   const Tensor out = new_output(ids, {c.rows, c.length}, ScalarType::Char);
+  const RowInts tokens(c.ids), answers(c.answer_start), traces(c.trace_start);
+  const auto* const real = static_cast<const uint8_t*>(c.mask.data_ptr());
+  auto* const classes = static_cast<uint8_t*>(out.data_ptr());
   parallel_for(
-      c.rows, kMicrosPerClass * static_cast<double>(c.length), [&](int64_t begin, int64_t end) {
+      c.rows, kMicrosPerClass * static_cast<double>(c.length + kRowTokens),
+      [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
-          const int64_t answer = int_at(c.answer_start, i), trace = int_at(c.trace_start, i);
-          const auto* there = static_cast<const uint8_t*>(c.mask.data_ptr()) + i * c.mask_stride;
-          auto* to = static_cast<uint8_t*>(out.data_ptr()) + i * c.length;
+          const int64_t answer = answers[i], trace = traces[i];
+          const uint8_t* const mask = real + i * c.mask_stride;
+          uint8_t* const to = classes + i * c.length;
           std::memset(to, kIgnore, answer);
-          TENFOLD_ISA_CALL(masked_bytes, there + answer, trace - answer, kAnswer, to + answer);
-          TENFOLD_ISA_CALL(trace_classes, ids_at(c.ids, i * c.ids_stride + trace), is_wide(c.ids),
-                           there + trace, c.length - trace, c.special, to + trace);
+          TENFOLD_ISA_CALL(masked_bytes, mask + answer, trace - answer, kAnswer, to + answer);
+          TENFOLD_ISA_CALL(trace_classes, tokens.at(i * c.ids_stride + trace), tokens.wide(),
+                           mask + trace, c.length - trace, c.special, to + trace);
         }
       });
   return out;
@@ -51,16 +47,17 @@ Tensor lm_weight_op(Tensor cls, Tensor is_pos, double beta, double omega, bool l
   const Tensor out = new_output(cls, {c.rows, c.length}, ScalarType::Float);
   const auto* const classes = static_cast<const uint8_t*>(c.cls.data_ptr());
   const auto* const positive = static_cast<const uint8_t*>(c.is_pos.data_ptr());
+  auto* const to = data_as<float>(out);
   std::atomic<bool> wrong{false};
-  parallel_for(
-      c.rows, kMicrosPerWeight * static_cast<double>(c.length), [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-          const ClassWeights w = class_weights(c.beta, c.omega, c.on_positive && positive[i] != 0);
-          if (!TENFOLD_ISA_CALL(weights_of_classes, classes + i * c.stride, c.length, w,
-                                data_as<float>(out) + i * c.length))
-            wrong = true;
-        }
-      });
+  parallel_for(c.rows, kMicrosPerWeight * static_cast<double>(c.length),
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t i = begin; i < end; ++i) {
+                   const bool answer = c.on_positive && positive[i] != 0;
+                   if (!TENFOLD_ISA_CALL(weights_of_classes, classes + i * c.stride, c.length,
+                                         c.beta, c.omega, answer, to + i * c.length))
+                     wrong = true;
+                 }
+               });
   for (int64_t i = 0; wrong && i < c.rows * c.length; ++i) {
     const int64_t row = i / c.length, j = i % c.length;
     const int value = static_cast<int8_t>(classes[row * c.stride + j]);
@@ -75,20 +72,20 @@ std::tuple<Tensor, Tensor> first_stop_op(Tensor ids, Tensor lens, Tensor stop_id
   const Tensor pos = new_output(ids, {c.rows}, ScalarType::Long);
   const Tensor which = new_output(ids, {c.rows}, ScalarType::Long);
   const std::vector<int64_t> stops = read_ints<int64_t>(c.stop_ids);
-  parallel_for(c.rows, kMicrosPerStop * static_cast<double>(c.length * (c.stops + 1)),
-               [&](int64_t begin, int64_t end) {
-                 for (int64_t i = begin; i < end; ++i) {
-                   const int64_t n = int_at(c.lens, i);
-                   const int64_t at = TENFOLD_ISA_CALL(find_stop, ids_at(c.ids, i * c.stride),
-                                                       is_wide(c.ids), n, stops.data(), c.stops);
-                   data_as<int64_t>(pos)[i] = at;
-                   data_as<int64_t>(which)[i] = -1;
-                   if (at == n) continue;
-                   const int64_t id = int_at(c.ids, i * c.stride + at);
-                   data_as<int64_t>(which)[i] =
-                       std::find(stops.begin(), stops.end(), id) - stops.begin();
-                 }
-               });
+  const RowInts tokens(c.ids), lengths(c.lens);
+  auto *const to_pos = data_as<int64_t>(pos), *const to_which = data_as<int64_t>(which);
+  parallel_for(
+      c.rows, kMicrosPerStop * static_cast<double>((c.length + kRowTokens) * (c.stops + 1)),
+      [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          const int64_t n = lengths[i], row = i * c.stride;
+          const int64_t at =
+              TENFOLD_ISA_CALL(find_stop, tokens.at(row), tokens.wide(), n, stops.data(), c.stops);
+          to_pos[i] = at, to_which[i] = -1;
+          if (at == n) continue;
+          to_which[i] = std::find(stops.begin(), stops.end(), tokens[row + at]) - stops.begin();
+        }
+      });
   return {pos, which};
 }
 

@@ -48,15 +48,14 @@ def inference_only(name: str, mutates: tuple[int, ...] = ()) -> None:
 def call_inference(
     op: Any, *args: Any, mutates: tuple[Tensor | list[Tensor], ...] = (), **kwargs: Any
 ) -> Any:
-    """``call`` of an op of :func:`inference_only`, past its Autograd kernel if grad mode is off.
+    """``call`` of an op of :func:`inference_only`, past its Autograd kernel where that has nothing to refuse.
 
-    That kernel has nothing to refuse then, and entering Python from the dispatcher costs about 4 us:
-    as much as a tenth of a small op. ``mutates`` are the tensors, or lists
-    of them, that the op writes.
+    Entering Python from the dispatcher costs about 4 us: as much as a tenth of a small op. ``mutates`` are
+    the tensors, or lists of them, that the op writes.
     """
     if (
-        torch.compiler.is_compiling()  # first: Dynamo cannot trace the question after the next
-        or torch.is_grad_enabled()
+        torch.compiler.is_compiling()  # first: Dynamo cannot trace the last question
+        or (torch.is_grad_enabled() and any(map(_requires_grad, (*args, *kwargs.values()))))
         or torch.is_inference_mode_enabled()
     ):
         return call(op, *args, **kwargs)
@@ -149,6 +148,21 @@ def differentiable_by(
             return op(*args, **kwargs)
 
     return face
+
+
+# Whether the backward now running may be followed by another, which needs what this one saved.
+_keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+
+
+def is_done(grad: Tensor, made: Tensor) -> bool:
+    """What the forward ``made`` is the gradient for a loss's ``grad``: of 1, and nobody else will ask for it."""
+    return (
+        type(grad) is type(made) is Tensor
+        and grad.device.type == "cpu"
+        and not torch._C._len_torch_dispatch_stack()  # under a mode it may be traced
+        and not _keeps_graph()
+        and grad.item() == 1.0
+    )
 
 
 def autocast_floats(name: str) -> None:

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from tenfold._load import call
 from tenfold.ops._masks import as_bytes
-from tenfold.ops._register import differentiable_by, inference_only
+from tenfold.ops._register import call_inference, differentiable_by, inference_only, is_done
 
 _ops = torch.ops.tenfold
 
 for _name in ("last_token_reward_forward", "last_token_reward_backward",
-              "pairwise_logsigmoid_backward"):  # fmt: skip
+              "pairwise_logsigmoid_grads"):  # fmt: skip
     inference_only(_name)
 
 
@@ -48,15 +48,18 @@ def _(r_pos, r_neg, margin=None, center=0.0):
     return floats.new_empty(()), floats
 
 
-@torch.library.register_fake("tenfold::pairwise_logsigmoid_backward")
-def _(grad_loss, grad_delta, r_pos, r_neg, margin=None, center=0.0):
-    return r_pos.new_empty(r_pos.shape), r_pos.new_empty(r_pos.shape)
+@torch.library.register_fake("tenfold::pairwise_logsigmoid_grads")
+def _(r_pos, r_neg, margin=None, center=0.0):
+    floats = [r_pos.new_empty(r_pos.shape, dtype=torch.float32) for _ in range(3)]
+    return floats[0].new_empty(()), *floats
 
 
 def _named(
     names: dict[str, Any], others: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Any, ...]:
     """Arguments in the order of ``names``, which holds their defaults."""
+    if len(others) == len(names):  # as the faces call
+        return others
     return tuple({**names, **dict(zip(names, others)), **kwargs}.values())
 
 
@@ -76,7 +79,9 @@ class _Reward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad[:2]
-        made = _ops.last_token_reward_backward(grad, *ctx.saved_tensors, *needed, ctx.pool)
+        made = call_inference(
+            _ops.last_token_reward_backward.default, grad, *ctx.saved_tensors, *needed, ctx.pool
+        )
         return *(x if wanted else None for x, wanted in zip(made, needed)), None, None
 
 
@@ -87,21 +92,31 @@ class _Pairs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         margin, ctx.center = _named({"margin": None, "center": 0.0}, others, kwargs)
         with torch._C._AutoDispatchBelowAutograd():
-            made = _ops.pairwise_logsigmoid.default(r_pos, r_neg, margin, ctx.center)
+            made = _ops.pairwise_logsigmoid_grads.default(r_pos, r_neg, margin, ctx.center)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(r_pos, r_neg, margin)
-        return made
+        ctx.save_for_backward(*made[2:])
+        ctx.dtype = r_pos.dtype
+        return made[:2]
 
     @staticmethod
     def backward(
         ctx: Any, grad_loss: Tensor | None, grad_delta: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        if grad_loss is None and grad_delta is None:
-            return None, None, None, None
-        made = _ops.pairwise_logsigmoid_backward(
-            grad_loss, grad_delta, *ctx.saved_tensors, ctx.center
-        )
-        return *(x if wanted else None for x, wanted in zip(made, ctx.needs_input_grad)), None, None
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "tenfold::pairwise_logsigmoid is differentiable once, not with create_graph"
+            )
+        of_pos, of_neg = ctx.saved_tensors
+        if grad_loss is None:
+            of_pos = of_neg = None
+        elif not is_done(grad_loss, of_pos):
+            of_pos, of_neg = of_pos * grad_loss, of_neg * grad_loss
+        if grad_delta is not None:
+            of_pos = grad_delta if of_pos is None else of_pos + grad_delta
+            of_neg = -grad_delta if of_neg is None else of_neg - grad_delta
+        if ctx.dtype != torch.float32 and of_pos is not None:
+            of_pos, of_neg = of_pos.to(ctx.dtype), of_neg.to(ctx.dtype)
+        return of_pos, of_neg, None, None
 
 
 _last_token_reward = differentiable_by("last_token_reward", _Reward, (0, 2))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tenfold._load import call
-from tenfold.ops._register import differentiable_by, inference_only
+from tenfold.ops._register import call_inference, differentiable_by, inference_only
 
 _ops = torch.ops.tenfold
 
@@ -37,7 +37,7 @@ class _Mean(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (seg,) = ctx.saved_tensors
-        return _ops.segment_mean_backward(grad, seg, ctx.count), None, None
+        return call_inference(_ops.segment_mean_backward.default, grad, seg, ctx.count), None, None
 
 
 _mean = differentiable_by("segment_mean", _Mean)

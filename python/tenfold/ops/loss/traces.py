@@ -57,7 +57,7 @@ def trace_token_class(
     Source:
         Themis (arXiv 2310.01045), sections 2 and 4 of the method's specification.
     """
-    return call_inference(_ops.trace_token_class, ids, as_bytes(mask), asst_start, answer_start, id_tool,
+    return call_inference(_ops.trace_token_class.default, ids, as_bytes(mask), asst_start, answer_start, id_tool,
                           id_obs, id_work, id_eos)  # fmt: skip
 
 
@@ -83,7 +83,9 @@ def lm_weight(
     Source:
         Themis (arXiv 2310.01045), section 4 of the method's specification.
     """
-    return call_inference(_ops.lm_weight, cls, as_bytes(is_pos), beta, omega, lm_on_positive)
+    return call_inference(
+        _ops.lm_weight.default, cls, as_bytes(is_pos), beta, omega, lm_on_positive
+    )
 
 
 def first_stop(ids: Tensor, lens: Tensor, stop_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,4 +107,4 @@ def first_stop(ids: Tensor, lens: Tensor, stop_ids: Tensor) -> tuple[Tensor, Ten
     Source:
         Themis (arXiv 2310.01045), section 5 of the method's specification: stop at the observation token.
     """
-    return call_inference(_ops.first_stop, ids, lens, stop_ids)
+    return call_inference(_ops.first_stop.default, ids, lens, stop_ids)
