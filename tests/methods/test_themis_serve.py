@@ -438,11 +438,12 @@ class TestClient:
         with RemoteScorer(server.url, batch=1, connections=1) as remote:
             begin = time.monotonic()
             found = [remote.submit(query(), deadline=0.4) for _ in range(4)]
-            assert found[0].result().finish == "deadline"
-            for future in found[1:]:
-                with pytest.raises(RemoteError, match="by the deadline"):
-                    future.result()
-            assert time.monotonic() - begin < 1
+            for future in found:  # the server's word, or, without time for one, the client's
+                try:
+                    assert future.result().finish == "deadline"
+                except RemoteError as error:
+                    assert "by the deadline" in str(error)
+            assert time.monotonic() - begin < 1.2  # and not 4 times as long
             with pytest.raises(ValueError, match="deadline must be a positive number, got 0"):
                 remote.score_many([query()], deadline=0)
 
