@@ -438,11 +438,12 @@ class TestClient:
         with RemoteScorer(server.url, batch=1, connections=1) as remote:
             begin = time.monotonic()
             found = [remote.submit(query(), deadline=0.4) for _ in range(4)]
-            assert found[0].result().finish == "deadline"
-            for future in found[1:]:
-                with pytest.raises(RemoteError, match="by the deadline"):
-                    future.result()
-            assert time.monotonic() - begin < 1
+            for future in found:  # the server's word, or, without time for one, the client's
+                try:
+                    assert future.result().finish == "deadline"
+                except RemoteError as error:
+                    assert "by the deadline" in str(error)
+            assert time.monotonic() - begin < 1.2  # and not 4 times as long
             with pytest.raises(ValueError, match="deadline must be a positive number, got 0"):
                 remote.score_many([query()], deadline=0)
 
@@ -457,6 +458,17 @@ class TestClient:
         with RemoteScorer(server.url, TOKEN, deadline=0.3) as remote:
             assert remote.health() == "unreachable"
             with pytest.raises(RemoteError, match="by the deadline; the last attempt: Conn"):
+                remote.score_many([query()])
+
+    @pytest.mark.parametrize(
+        "found",
+        [{}, {"results": []}, {"results": 3}, {"results": [{"reward": 1.0}]}, {"results": [None]}],
+    )
+    def test_another_server(self, found, monkeypatch):
+        """Answers that are not as many as the questions would be taken for those of others."""
+        with RemoteScorer("http://host") as remote:
+            monkeypatch.setattr(remote, "_post", lambda body, seconds: (200, found))
+            with pytest.raises(RemoteError, match="is it a server of Themis"):
                 remote.score_many([query()])
 
     @pytest.mark.parametrize("url", ["127.0.0.1:80", "ftp://host", "http://", "http://:80"])

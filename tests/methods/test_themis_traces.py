@@ -425,6 +425,16 @@ class TestTruncation:
         assert make(max_length=free).assemble(self.LONG, self.TAIL).cut == 0
         assert make(max_length=free - 1).assemble(self.LONG, self.TAIL).cut == 1
 
+    def test_nothing_is_left(self):
+        """Of context and observation not even the space before them, and the row can be read all the same."""
+        empty = (
+            Query("What?", "This one.", ""),
+            Trace((Step("t", "n", "i", ""),), None, "And so it is."),
+        )
+        least = len(make().assemble(*empty).ids) - 2
+        made = make(max_length=least).assemble(self.LONG, self.TAIL)
+        assert len(made.ids) == least and make().parse(made.ids) == empty
+
     def test_too_long_without(self):
         query = Query("q" * 60, "a" * 60, "c" * 50)
         least = (

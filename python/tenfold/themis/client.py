@@ -121,13 +121,24 @@ class RemoteScorer:
                 said = f"{type(error).__name__}: {error}"
             else:
                 if status == 200:
-                    return [read_judgement(j) for j in found["results"]]
+                    return self._judgements(found, len(queries))
                 said = f"{status}: {found.get('error', '')}"
                 if status not in _AGAIN:
                     raise RemoteError(f"the server refused a request with {said}")
             time.sleep(min(wait * random.uniform(0.5, 1.0), max(0.0, end - time.monotonic())))
             wait = min(2 * wait, 2.0)
         raise RemoteError(f"no answer of {self._host} by the deadline; the last attempt: {said}")
+
+    def _judgements(self, found: dict[str, Any], count: int) -> list[Scored]:
+        made = found.get("results")
+        if not isinstance(made, list) or len(made) != count:
+            raise RemoteError(
+                f"{self._host} gave no results of {count} answers; is it a server of Themis?"
+            )
+        try:
+            return [read_judgement(j) for j in made]
+        except ValueError as error:
+            raise RemoteError(f"{self._host}: {error}; is it a server of Themis?") from None
 
     def _post(self, body: bytes, seconds: float) -> tuple[int, dict[str, Any]]:
         # A little longer than the deadline: the server's answer at it says why.
@@ -137,9 +148,12 @@ class RemoteScorer:
             answer = connection.getresponse()
             text = answer.read()
             try:
-                return answer.status, json.loads(text)
+                found = json.loads(text)
             except ValueError:
-                raise http.client.HTTPException(f"{answer.status} without JSON") from None
+                found = None
+            if not isinstance(found, dict):
+                raise http.client.HTTPException(f"{answer.status} without a JSON object")
+            return answer.status, found
         finally:
             connection.close()
 

@@ -66,9 +66,14 @@ class Check(Tool):
     right, wrong = "correct", "wrong"
 
     def call(self, name: str, arguments: str, example: Mapping[str, Any]) -> str:
-        """One of two words; the arguments stand for the answer itself."""
-        same = reckon(example["question"].removesuffix(" = ?")) == reckon(example["answer"])
-        return self.right if same else self.wrong
+        """One of two words; the arguments stand for the answer itself. What is no number is wrong."""
+        try:
+            said = reckon(example["answer"])
+        except ValueError:
+            return self.wrong
+        return (
+            self.right if reckon(example["question"].removesuffix(" = ?")) == said else self.wrong
+        )
 
 
 class Fails(Check):

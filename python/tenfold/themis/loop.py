@@ -77,7 +77,8 @@ class ToolLoop:
 
         Args:
             examples: what tools may read beside arguments and the query (whose ``answer`` they cannot replace).
-            deadlines: points of ``time.monotonic()``; then the trace is scored as it stands. seed: of sampling; a row's draws depend on it and its prompt.
+            deadlines: points of ``time.monotonic()``; then the trace is scored as it stands.
+            seed: of sampling; a row's draws depend on it and its prompt.
 
         What is wrong with one query (text with special tokens, too long) is that query's ``"error"``.
         """

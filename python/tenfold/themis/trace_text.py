@@ -15,9 +15,10 @@ _TO_ESCAPE = re.compile(rf"(?<=\n)(?=\\*{_LABELS})")
 _TO_UNESCAPE = re.compile(rf"(?<=\n)\\(?=\\*{_LABELS})")
 _RAW = re.compile(rf"(?<=\n){_LABELS}")
 
+# A context or an observation of which nothing was left has not even its space.
 _PROMPT = re.compile(
-    r"### USER:\n(?:Context: (?P<context>.*?)\n)?Question: (?P<question>.*?)\nAnswer: (?P<answer>.*)"
-    r"\n### ASSISTANT:\n",
+    r"### USER:\n(?:Context:(?: |(?=\nQuestion: ))(?P<context>.*?)\n)?"
+    r"Question: (?P<question>.*?)\nAnswer: (?P<answer>.*)\n### ASSISTANT:\n",
     re.DOTALL,
 )
 _CALL = re.compile(
@@ -25,7 +26,7 @@ _CALL = re.compile(
     re.DOTALL,
 )
 _CLOSING = re.compile(r" Thought: (?P<closing>.*)\nFinished\.\n", re.DOTALL)
-_OBSERVATION = re.compile(r" Observation: (?P<observation>.*)\n", re.DOTALL)
+_OBSERVATION = re.compile(r" Observation:(?: |(?=\n\Z))(?P<observation>.*)\n", re.DOTALL)
 _WORK = re.compile(r" Work: (?P<rationale>.*)", re.DOTALL)
 _SEGMENTS = {
     "prompt": (_PROMPT,),
