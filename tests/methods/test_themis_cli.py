@@ -1,5 +1,6 @@
 """``tenfold themis``: data, training, scores, evaluation of three forms, the server, reports; and what they refuse."""
 
+import functools
 import json
 import os
 import signal
@@ -11,7 +12,7 @@ import themis_models as models
 from cli_calls import fails, succeeds, tenfold_
 from test_ma_rlhf_cli import save_tokenizer
 
-from tenfold.themis import demo, inputs, serve
+from tenfold.themis import demo, inputs, serve, small
 from tenfold.themis.client import RemoteScorer
 from tenfold.themis.data import read_tara, write_tara
 from tenfold.themis.synthetic import synthetic_pairs
@@ -117,6 +118,18 @@ class TestTrain:
         record = ThemisRecord.read(place / "more" / "themis.json")
         assert record.before["margin"] == pytest.approx(run[1]["after"]["margin"], abs=1e-4)
         assert record.config["beta"] == 0 and record.config["lm_reduce"] == "component_sum"
+
+    def test_defaults_fit_together(self, tmp_path, monkeypatch):
+        """What build-data writes is what train takes, with no option but the sizes."""
+        monkeypatch.setattr(
+            small, "small_model", functools.partial(small.small_model, layers=1, heads=2)
+        )
+        succeeds("themis", "build-data", "--kinds", "calculator,multi", "--count", "2", "--test", "1", "--out", tmp_path,
+                 "--quiet")  # fmt: skip
+        found = json.loads(succeeds("themis", "train", "--data", tmp_path / "train.jsonl", "--out", tmp_path / "run",
+                                    "--validation", tmp_path / "test.jsonl", "--steps", "1", "--batch-size", "1",
+                                    "--on-bad", "skip", "--json"))  # fmt: skip
+        assert found["config"]["max_length"] == 1024 and found["config"]["on_bad"] == "skip"
 
 
 class TestScore:
