@@ -37,8 +37,8 @@ def place(tmp_path_factory):
 
 
 def train(place, name, *more):
-    return succeeds("themis", "train", "--model", place / "base", "--data", place / "train.jsonl", "--out", place / name,
-                    "--max-length", "900", *FEW, *more)  # fmt: skip
+    return succeeds("themis", "train", "--model", place / "base", "--data", place / "train.jsonl", "--out",
+                    place / name, "--max-length", "900", *FEW, *more)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -124,8 +124,8 @@ class TestTrain:
         monkeypatch.setattr(
             small, "small_model", functools.partial(small.small_model, layers=1, heads=2)
         )
-        succeeds("themis", "build-data", "--kinds", "calculator,multi", "--count", "2", "--test", "1", "--out", tmp_path,
-                 "--quiet")  # fmt: skip
+        succeeds("themis", "build-data", "--kinds", "calculator,multi", "--count", "2", "--test", "1", "--out",
+                 tmp_path, "--quiet")  # fmt: skip
         found = json.loads(succeeds("themis", "train", "--data", tmp_path / "train.jsonl", "--out", tmp_path / "run",
                                     "--validation", tmp_path / "test.jsonl", "--steps", "1", "--batch-size", "1",
                                     "--on-bad", "skip", "--json"))  # fmt: skip
@@ -290,7 +290,7 @@ class TestDemo:
         (["score", "run", "-q", "q"], "give --data, or --question and --answer"),
         (["score", "./none", "-q", "q", "-a", "a"], "no model folder at './none'; `tenfold themis train` makes one"),
         (["score", "run", "-q", "q", "-a", "a", "--tools", "all"], "tools must be one of default, synthetic, none"),
-        (["score", "run", "-q", "q", "-a", "a", "--tools", "none", "--tool-data", "."], "tool data are for the default"),
+        (["score", "run", "-q", "q", "-a", "a", "--tools", "none", "--tool-data", "."], "tool data are for the"),
         (["score", "run", "-q", "q", "-a", "a", "--tool-data", "none"], "data must be a folder"),
         (["eval", "run", "--data", "test.jsonl", "--form", "xml"], "--form must be one of tara, rewardbench, choices"),
         (["eval", "run", "run", "--data", "test.jsonl"], "two models are called 'run'"),
