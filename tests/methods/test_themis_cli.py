@@ -1,5 +1,6 @@
 """``tenfold themis``: data, training, scores, evaluation of three forms, the server, reports; and what they refuse."""
 
+import functools
 import json
 import os
 import signal
@@ -11,7 +12,7 @@ import themis_models as models
 from cli_calls import fails, succeeds, tenfold_
 from test_ma_rlhf_cli import save_tokenizer
 
-from tenfold.themis import demo, inputs, serve
+from tenfold.themis import demo, inputs, serve, small
 from tenfold.themis.client import RemoteScorer
 from tenfold.themis.data import read_tara, write_tara
 from tenfold.themis.synthetic import synthetic_pairs
@@ -36,8 +37,8 @@ def place(tmp_path_factory):
 
 
 def train(place, name, *more):
-    return succeeds("themis", "train", "--model", place / "base", "--data", place / "train.jsonl", "--out", place / name,
-                    "--max-length", "900", *FEW, *more)  # fmt: skip
+    return succeeds("themis", "train", "--model", place / "base", "--data", place / "train.jsonl", "--out",
+                    place / name, "--max-length", "900", *FEW, *more)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +118,18 @@ class TestTrain:
         record = ThemisRecord.read(place / "more" / "themis.json")
         assert record.before["margin"] == pytest.approx(run[1]["after"]["margin"], abs=1e-4)
         assert record.config["beta"] == 0 and record.config["lm_reduce"] == "component_sum"
+
+    def test_defaults_fit_together(self, tmp_path, monkeypatch):
+        """What build-data writes is what train takes, with no option but the sizes."""
+        monkeypatch.setattr(
+            small, "small_model", functools.partial(small.small_model, layers=1, heads=2)
+        )
+        succeeds("themis", "build-data", "--kinds", "calculator,multi", "--count", "2", "--test", "1", "--out",
+                 tmp_path, "--quiet")  # fmt: skip
+        found = json.loads(succeeds("themis", "train", "--data", tmp_path / "train.jsonl", "--out", tmp_path / "run",
+                                    "--validation", tmp_path / "test.jsonl", "--steps", "1", "--batch-size", "1",
+                                    "--on-bad", "skip", "--json"))  # fmt: skip
+        assert found["config"]["max_length"] == 1024 and found["config"]["on_bad"] == "skip"
 
 
 class TestScore:
@@ -277,7 +290,7 @@ class TestDemo:
         (["score", "run", "-q", "q"], "give --data, or --question and --answer"),
         (["score", "./none", "-q", "q", "-a", "a"], "no model folder at './none'; `tenfold themis train` makes one"),
         (["score", "run", "-q", "q", "-a", "a", "--tools", "all"], "tools must be one of default, synthetic, none"),
-        (["score", "run", "-q", "q", "-a", "a", "--tools", "none", "--tool-data", "."], "tool data are for the default"),
+        (["score", "run", "-q", "q", "-a", "a", "--tools", "none", "--tool-data", "."], "tool data are for the"),
         (["score", "run", "-q", "q", "-a", "a", "--tool-data", "none"], "data must be a folder"),
         (["eval", "run", "--data", "test.jsonl", "--form", "xml"], "--form must be one of tara, rewardbench, choices"),
         (["eval", "run", "run", "--data", "test.jsonl"], "two models are called 'run'"),

@@ -28,7 +28,7 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 FOLDER = Path("tenfold-report/themis")
-Models = Annotated[list[str], typer.Argument(help="folders or hub ids, or NAME=PATH")]
+Models = Annotated[list[str], typer.Argument(help="NAME=PATH, or folders or hub ids")]
 Pooling = Annotated[
     str | None, typer.Option(help="reward of the last token, or the mean: last, mean")
 ]
@@ -116,15 +116,14 @@ def train(
     omega: Annotated[float | None, typer.Option(help="weight of the rationale in it")] = None,
     rm_coef: Annotated[float | None, typer.Option(help="weight of the ranking loss")] = None,
     lm_reduce: Annotated[str | None, typer.Option(help="token_mean or component_sum")] = None,
-    obs_dropout: Annotated[
-        float | None, typer.Option(help="share of observations replaced by a failure")
-    ] = None,
+    obs_dropout: own.Dropout = None,
     pooling: Pooling = None,
     epochs: opt.Epochs = None,
     steps: opt.Steps = None,
     batch_size: opt.Batch = None,
     micro_batch_size: opt.Micro = None,
-    max_length: Annotated[int | None, typer.Option(help="tokens of a row")] = None,
+    max_length: own.RowLength = None,
+    on_bad: own.OnBad = None,
     learning_rate: opt.Rate = None,
     lora_rank: opt.Rank = None,
     mixed_precision: opt.Precision = None,
@@ -146,7 +145,7 @@ def train(
     """
     given = dict(locals())
     from tenfold.themis.config import ThemisConfig
-    from tenfold.themis.inputs import read_pairs, reward_model, split_off
+    from tenfold.themis.inputs import SMALL, read_pairs, reward_model, split_off
     from tenfold.themis.traces import TraceFormat
     from tenfold.themis.training import train_themis
     from tenfold.training.loop import is_main_process
@@ -159,6 +158,8 @@ def train(
             "inputs": "plain",
             "require_trace": False,
         }
+    if model == SMALL and not any(m.startswith("max") for m in more or []):
+        given["max_length"] = max_length or 1024
     config = opt.settings_of(ThemisConfig, preset, given, more)
     pairs: Any = read_pairs(data, need_traces=not plain)
     held: Any = read_pairs([validation], need_traces=not plain) if validation else []

@@ -28,6 +28,12 @@ Plain = Annotated[
     bool | None, typer.Option("--plain/--traces", help="reads answers alone; default: its record's")
 ]
 
+RowLength = Annotated[
+    int | None, typer.Option(help="tokens of a row; default: the preset's, 1024 for bytes")
+]
+OnBad = Annotated[str | None, typer.Option(help="pairs that do not fit: raise (default), or skip")]
+Dropout = Annotated[float | None, typer.Option(help="share of observations replaced by a failure")]
+
 
 def judge_of(name: str, given: dict[str, Any], device: str) -> Any:
     """The judge that a verb's options name."""
