@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_trl import tiny  # noqa: F401: its fixtures
+from test_trl import tiny, tokenizer, trl  # noqa: F401, its fixtures
 from themis_judges import CALL, Crashes, Gives, Lengths
 
 from tenfold.integrations import themis as adapter
