@@ -1152,6 +1152,7 @@ class TestGpuSteps:
             (repository / f"tests/{name}/test_{name}.py").write_text(self.PASSES)
         assert gpu.tests(env, tmp_path / "log", 120)["passed"] == 8
 
+    @pytest.mark.slow  # collects all tests
     def test_the_real_folders_are_collected_where_tenfold_is_not_installed(self, tmp_path):
         """As on the GPU machine: only the sources on the path, and no metadata of the package."""
         code = (
@@ -1208,6 +1209,7 @@ class TestGpuSteps:
             if "__global__" in text:
                 assert re.search(r"^namespace tenfold", text, re.MULTILINE), path
 
+    @pytest.mark.slow  # collects all tests
     def test_the_small_selection_leaves_no_test_out(self):
         """Of the long rows one is kept; no test of a kernel is left out."""
         listed = subprocess.run(
