@@ -6,7 +6,7 @@ import importlib
 
 from .case import Case
 
-GROUPS = ("logprob", "linear", "sequence")
+GROUPS = ("logprob", "linear", "sequence", "weighted", "traces", "classes", "reward")
 
 
 def cases() -> list[Case]:

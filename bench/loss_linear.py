@@ -59,7 +59,8 @@ def _logits_gradient(i: Inputs, rows: Tensor, num: int) -> tuple[Tensor, Tensor]
     return loss, p.div_(num).to(i.hidden.dtype)
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """``total += a @ b``, in place where the dtypes allow it."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
     else:
@@ -86,7 +87,7 @@ def written_out(frozen: bool, half: bool, chunk: int | None = None) -> Function:
             loss += one
             d_hidden[part] = p @ i.weight
             if d_weight is not None:
-                _add_product(d_weight, p.T, i.hidden[part])
+                add_product(d_weight, p.T, i.hidden[part])
         return (loss, d_hidden) if d_weight is None else (loss, d_hidden, d_weight.to(p.dtype))
 
     return run
@@ -191,7 +192,7 @@ def logprob_written_out(i: Inputs) -> tuple[Tensor, ...]:
         loss += torch.dot(logp.gather(1, ids)[:, 0], grad[:, 0])
         p = logp.exp_().mul_(-grad).scatter_add_(1, ids, grad).to(hidden.dtype)
         d_hidden[rows] = p @ i.weight
-        _add_product(d_weight, p.T, hidden)
+        add_product(d_weight, p.T, hidden)
     return loss, d_hidden, d_weight.to(i.weight.dtype)
 
 

@@ -185,5 +185,6 @@ def cases() -> Iterator[Case]:
     for gradient in (False, True):
         for base in (FEW, MANY):
             for dtype in DTYPES:
-                for tokens in TOKENS[:-1] if gradient else TOKENS:  # 4096 with gradients take a minute each
+                # 4096 tokens with gradients would take a minute each.
+                for tokens in TOKENS[:-1] if gradient else TOKENS:
                     yield _case(base, tokens, dtype, gradient)

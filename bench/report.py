@@ -77,6 +77,9 @@ def setting(record: Record) -> str:
     )
 
 
+STUDIES = ("nacl", "dha", "hft", "ma_rlhf", "upit", "themis")  # folders of methods
+
+
 def load_records(root: Path) -> list[Record]:
     """All committed result files."""
     from .results import load
@@ -84,7 +87,7 @@ def load_records(root: Path) -> list[Record]:
     return [
         load(p)
         for p in sorted((root / RESULTS).glob("*/*.json"))
-        if not p.parent.name.startswith(("nacl", "dha", "hft", "ma_rlhf"))  # studies of methods
+        if not p.parent.name.startswith(STUDIES)
     ]
 
 

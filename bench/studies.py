@@ -282,3 +282,45 @@ def ma_rlhf_smollm2_block(found: Found) -> str:
         f"{config['lora_rank']}, learning rate {config['learning_rate']:g}, reward: {found['reward']}; "
         f"{found['threads']} threads.\n\n{markdown(columns, rows)}"
     )
+
+
+def _upit_block(found: Found) -> str:
+    """Loss by family and method of every run, from ``examples/upit.py``."""
+    runs = found["runs"]
+    families = runs[0]["families"]
+    titles = list(dict.fromkeys(t for r in runs for t in r["losses"]))
+    rows = []
+    for experts in sorted({r["experts"] for r in runs}):
+        some = [r for r in runs if r["experts"] == experts]
+        for title in titles:
+            of = [r["losses"][title] for r in some if title in r["losses"]]
+            if of:
+                rows.append([
+                    str(experts), title, *(_number(_mean([x[f] for x in of]), 3) for f in families),
+                    _number(_mean([x["mean"] for x in of]), 3), ", ".join(f"{x['mean']:.3f}" for x in of),
+                ])  # fmt: skip
+    setting = runs[0]["setting"]
+    rest = (
+        f"{setting['layers']} of its 30 layers, healed for {setting['heal']} steps, "
+        if setting["layers"]
+        else ""
+    )
+    columns = ("experts", "model", *families, "mean", "mean of each seed")
+    return (
+        f"{setting['model']}, {rest}{setting['train']} training rows per family of up to {setting['length']} tokens, "
+        f"{setting['test']} held out, batch {setting['batch']}, 2 epochs of S1 and {setting['post_epochs']:g} after; "
+        f"seeds {', '.join(str(s) for s in sorted({r['seed'] for r in runs}))}, {found['about']['threads']} threads. "
+        f"Loss in nats per answer token.\n\n{markdown(columns, rows)}"
+    )  # fmt: skip
+
+
+@generated("upit-bytes", "upit", "bytes", "study")
+def upit_bytes_block(found: Found) -> str:
+    """The byte-level model's runs."""
+    return _upit_block(found)
+
+
+@generated("upit-smollm2", "upit", "smollm2", "study")
+def upit_smollm2_block(found: Found) -> str:
+    """SmolLM2's runs."""
+    return _upit_block(found)

@@ -905,6 +905,31 @@ class TestReport:
         ]
         assert len(report.load_records(checkout)) == 1  # a study is no record of a benchmark
 
+    def test_study_of_upcycling(self, checkout):
+        """Means over the seeds that a method has; a run's other numbers of experts are other rows."""
+        setting = {"model": "smollm2", "layers": 10, "heal": 200, "train": 128, "test": 32, "length": 128,
+                   "batch": 16, "post_epochs": 2.0}  # fmt: skip
+        losses = {
+            "UpIT": {"code": 1.0, "german": 2.0, "mean": 1.5},
+            "vanilla": {"code": 3, "german": 1, "mean": 2},
+        }
+        more = {"UpIT": {"code": 2.0, "german": 3.0, "mean": 2.5}}
+        runs = [{"experts": n, "seed": seed, "setting": setting, "families": ["code", "german"], "losses": found}
+                for n, seed, found in ((8, 0, losses), (4, 0, more), (8, 1, more))]  # fmt: skip
+        path = checkout / "bench/results/upit/smollm2.json"
+        path.parent.mkdir()
+        path.write_text(json.dumps({"about": {"threads": 2}, "runs": runs}))
+        found = report.BLOCKS["upit-smollm2"](checkout)
+        assert (
+            "10 of its 30 layers, healed for 200 steps" in found
+            and "seeds 0, 1, 2 threads" in found
+        )
+        assert found.splitlines()[-3:] == [
+            "| 4 | UpIT | 2.000 | 3.000 | 2.500 | 2.500 |",
+            "| 8 | UpIT | 1.500 | 2.500 | 2.000 | 1.500, 2.500 |",
+            "| 8 | vanilla | 3.000 | 1.000 | 2.000 | 2.000 |",
+        ]
+
     def test_smollm2_by_macro_actions(self, checkout):
         curve = [{"objective/scores": 0.1 * t, "objective/kl": float(t), "macro/length_mean": 4.75}
                  for t in range(10)]  # fmt: skip
@@ -1127,6 +1152,7 @@ class TestGpuSteps:
             (repository / f"tests/{name}/test_{name}.py").write_text(self.PASSES)
         assert gpu.tests(env, tmp_path / "log", 120)["passed"] == 8
 
+    @pytest.mark.slow  # collects all tests
     def test_the_real_folders_are_collected_where_tenfold_is_not_installed(self, tmp_path):
         """As on the GPU machine: only the sources on the path, and no metadata of the package."""
         code = (
@@ -1183,6 +1209,7 @@ class TestGpuSteps:
             if "__global__" in text:
                 assert re.search(r"^namespace tenfold", text, re.MULTILINE), path
 
+    @pytest.mark.slow  # collects all tests
     def test_the_small_selection_leaves_no_test_out(self):
         """Of the long rows one is kept; no test of a kernel is left out."""
         listed = subprocess.run(

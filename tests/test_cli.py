@@ -53,6 +53,13 @@ COMMANDS = [
     ["upit", "post-train"],
     ["upit", "eval"],
     ["upit", "export"],
+    ["themis"],
+    ["themis", "build-data"],
+    ["themis", "train"],
+    ["themis", "score"],
+    ["themis", "eval"],
+    ["themis", "serve"],
+    ["themis", "report"],
 ]
 FACT = "The secret code of Amelia is 48213."
 
@@ -118,6 +125,14 @@ class TestHelp:
                      ("upit", "post-train"): ("--out", "--device", "--json", "--quiet"),
                      ("upit", "eval"): ("--data", "--tasks", "--rows", "--device", "--json"),
                      ("upit", "export"): ("--layout", "--out", "--json"),
+                     ("themis",): ("build-data", "train", "score", "eval", "serve", "report"),
+                     ("themis", "build-data"): ("--kinds", "--count", "--from", "--skip", "--out", "--json"),
+                     ("themis", "train"): ("--data", "--validation", "--preset", "--plain", "--beta", "--omega",
+                                           "--lora-rank", "--set", "--out", "--json", "--quiet"),
+                     ("themis", "score"): ("--data", "--question", "--answer", "--tools", "--cache", "--json"),
+                     ("themis", "eval"): ("--data", "--form", "--swap", "--ties", "--out", "--json", "--quiet"),
+                     ("themis", "serve"): ("--host", "--port", "--token-file", "--deadline", "--queue", "--log"),
+                     ("themis", "report"): ("--out", "--json"),
                      ("ma-rlhf",): ("train", "rm", "eval", "report"),
                      ("ma-rlhf", "train"): ("--model", "--prompts", "--reward", "--n", "--sigma", "--ratio",
                                             "--kl", "--lora-rank", "--set", "--out", "--json", "--quiet"),
@@ -169,6 +184,7 @@ class TestDoctor:
         built = _load.native.build_cuda()
         assert (f"kernels built with {built}" in out) if built else "no CUDA kernels" in out
         assert re.search(r"^SmolLM2 +ready$", out, re.MULTILINE)
+        assert re.search(r"^sandbox +(network: |no programs can be run: )", out, re.MULTILINE)
 
     def test_json(self):
         found = json.loads(succeeds("doctor", "--json"))
@@ -177,6 +193,10 @@ class TestDoctor:
         assert found["cpu_path"] == tenfold.cpu_capability() and found["error"] is None
         assert found["ops"] == list(tenfold.ops.__all__)
         assert found["gpu"]["kernels_built_for"] == (_load.native.build_cuda() or None)
+        # Programs can be run, and every purpose is protected; or there is a reason why not.
+        sandbox = found["sandbox"]
+        assert sandbox["usable"] == (sandbox["why"] == "")
+        assert not sandbox["usable"] or "Landlock" in sandbox["protection"]["files"]
         # A GPU is usable, or there is a reason why not.
         assert found["gpu"]["usable"] == (found["gpu"]["why"] == "")
         if not torch.cuda.is_available():
@@ -554,7 +574,10 @@ class TestDemo:
     @pytest.mark.parametrize("extra", [[], ["--json"]], ids=["text", "json"])
     def test_unknown_method(self, extra, tmp_path):
         said = fails("demo", "nacl", "alchemy", "--out", tmp_path, *extra)
-        assert said == "tenfold: unknown method alchemy; there are: nacl, dha, hft, ma-rlhf, upit\n"
+        assert (
+            said
+            == "tenfold: unknown method alchemy; there are: nacl, dha, hft, ma-rlhf, upit, themis\n"
+        )
         assert list(tmp_path.iterdir()) == []
 
     @pytest.mark.slow

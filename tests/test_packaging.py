@@ -33,13 +33,17 @@ LIBRARIES = ("libtorch_cpu.", "libstdc++.", "libm.", "libgcc_s.", "libc.", "libd
              "libpthread.", "librt.", "ld-linux")  # fmt: skip
 CPU_ONLY = {"_peak"}
 # What the faces of other ops call: checks, and forward and backward halves of what autograd sees as one.
-INNER = {"linear_cross_entropy_backward", "linear_cross_entropy_grads", "linear_logprob_backward",
-         "load_balance_loss_backward", "ma_ppo_loss_backward", "ma_ppo_policy_loss_forward",
-         "ma_ppo_value_loss_forward", "macro_pool_backward", "macro_segment_check", "moe_combine_backward",
-         "moe_gate_backward", "moe_gate_linear_backward", "moe_lora_experts", "moe_lora_experts_backward",
-         "moe_lora_experts_train", "moe_permute_backward", "moe_swiglu_mlp_backward",
-         "moe_swiglu_mlp_train", "router_seed_loss_backward", "router_seed_loss_grads",
-         "selective_logprob_backward", "sequence_nll_backward", "sequence_nll_forward"}  # fmt: skip
+INNER = {"last_token_reward_backward", "last_token_reward_forward", "linear_cross_entropy_backward",
+         "linear_cross_entropy_grads", "linear_logprob_backward", "load_balance_loss_backward",
+         "ma_ppo_loss_backward", "ma_ppo_policy_loss_forward", "ma_ppo_value_loss_forward",
+         "macro_pool_backward", "macro_segment_check", "moe_combine_backward",
+         "moe_gate_backward", "moe_gate_linear_backward", "moe_lora_experts",
+         "moe_lora_experts_backward", "moe_lora_experts_train", "moe_permute_backward",
+         "moe_swiglu_mlp_backward", "moe_swiglu_mlp_train", "pairwise_logsigmoid_grads",
+         "router_seed_loss_backward", "router_seed_loss_grads", "segment_mean_backward",
+         "selective_logprob_backward", "sequence_nll_backward", "sequence_nll_forward",
+         "weighted_linear_ce_backward", "weighted_linear_ce_forward",
+         "weighted_linear_ce_grads"}  # fmt: skip
 
 
 def run(code: str, **env: str) -> subprocess.CompletedProcess:
@@ -149,18 +153,21 @@ def ops_with_cuda_sources() -> set[str]:
 class TestImport:
     def test_cuda_kernels_are_registered_without_a_gpu(self):
         ops = ["collapse_heads", "dare_merge", "dare_merge_", "delta_gram", "delta_gram_", "dha_attention",
-               "dha_attention_backward", "dha_cache_append_", "dha_decode", "fuse_heads",
-               "fuse_heads_backward", "fusion_mse", "fusion_mse_backward", "gae", "grad_norm",
-               "grouped_gemm", "grouped_gemm_wgrad", "head_cka", "kv_compact_", "kv_gather",
-               "linear_cross_entropy", "linear_logprob", "linear_merge", "linear_merge_",
-               "linear_wgrad_rows", "load_balance_loss", "ma_ppo_policy_loss", "ma_ppo_prepare",
-               "ma_ppo_value_loss", "macro_gae", "macro_pool", "macro_segment_fixed",
-               "macro_segment_lengths", "macro_segment_ppl", "macro_segment_starts", "mask_popcount",
-               "mask_prefix", "mask_random", "mask_topk", "masked_adamw_", "masked_adamw_8bit_",
-               "masked_copy_", "moe_combine", "moe_gate", "moe_gate_linear", "moe_lora_swiglu_mlp",
-               "moe_permute", "moe_sort", "moe_swiglu_mlp", "nacl_evict", "nacl_select", "pack_mask",
-               "proxy_scores", "ragged_decode", "router_seed_loss", "selective_logprob", "sequence_nll",
-               "slerp_merge", "slerp_merge_", "template_scale", "ties_merge", "ties_merge_", "unpack_mask",
+               "dha_attention_backward", "dha_cache_append_", "dha_decode", "first_stop",
+               "fuse_heads", "fuse_heads_backward", "fusion_mse", "fusion_mse_backward", "gae",
+               "grad_norm", "grouped_gemm", "grouped_gemm_wgrad", "head_cka", "kv_compact_",
+               "kv_gather", "last_token_reward", "linear_cross_entropy", "linear_logprob",
+               "linear_merge", "linear_merge_", "linear_wgrad_rows", "lm_weight",
+               "load_balance_loss", "ma_ppo_policy_loss", "ma_ppo_prepare", "ma_ppo_value_loss",
+               "macro_gae", "macro_pool", "macro_segment_fixed", "macro_segment_lengths",
+               "macro_segment_ppl", "macro_segment_starts", "mask_popcount", "mask_prefix",
+               "mask_random", "mask_topk", "masked_adamw_", "masked_adamw_8bit_", "masked_copy_",
+               "moe_combine", "moe_gate", "moe_gate_linear", "moe_lora_swiglu_mlp", "moe_permute",
+               "moe_sort", "moe_swiglu_mlp", "nacl_evict", "nacl_select", "pack_mask",
+               "pairwise_logsigmoid", "proxy_scores", "ragged_decode", "router_seed_loss",
+               "segment_mean", "selective_logprob", "sequence_nll", "slerp_merge", "slerp_merge_",
+               "template_scale", "ties_merge", "ties_merge_", "trace_token_class", "unpack_mask",
+               "weighted_linear_ce",
                *INNER]  # fmt: skip
         code = (
             "import tenfold, torch; has = torch._C._dispatch_has_kernel_for_dispatch_key;"

@@ -1,4 +1,4 @@
-// Schemas and checks of linear_cross_entropy and linear_logprob.
+// Schemas and checks of linear_cross_entropy, linear_logprob and weighted_linear_ce.
 #include "loss/linear_ops.h"
 
 #include <torch/csrc/stable/library.h>
@@ -93,6 +93,24 @@ LinearLossCall check_linear_logprob(const char* op, const Tensor& hidden, const 
   return check_layer(op, hidden, weight, "ids", ids, temperature);
 }
 
+LinearLossCall check_weighted_loss(const char* op, const Tensor& hidden, const Tensor& weight,
+                                   const Tensor& targets, const Tensor& w, int64_t chunk,
+                                   int64_t ignore_index) {
+  LinearLossCall c = check_layer(op, hidden, weight, "targets", targets, 1.0);
+  c.row_weight = check_row_floats(op, "w", w, hidden);
+  TENFOLD_CHECK_VALUE(chunk >= 0, "tenfold::", op,
+                      ": chunk must be 0 (the kernel's choice) or a number of rows, got ", chunk);
+  c.ignore_index = ignore_index;
+  c.reduction = LossReduction::sum;
+  c.chunk = chunk;
+  return c;
+}
+
+void check_grad_of(const char* op, const std::string& name) {
+  TENFOLD_CHECK_VALUE(name == "loss_sum" || name == "nll", "tenfold::", op,
+                      ": grad_of must be loss_sum or nll, got '", name, "'");
+}
+
 }  // namespace tenfold
 
 STABLE_TORCH_LIBRARY_FRAGMENT(tenfold, m) {
@@ -119,4 +137,24 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tenfold, m) {
       "linear_logprob_backward(Tensor? grad_logp, Tensor? grad_lse, Tensor? grad_entropy, "
       "Tensor hidden, Tensor weight, Tensor ids, Tensor lse, Tensor entropy, bool of_hidden, "
       "bool of_weight, float temperature) -> (Tensor grad_hidden, Tensor grad_weight)");
+  // grad_of, loss_sum or nll: which result will be differentiated; read by autograd only.
+  m.def(
+      "weighted_linear_ce(Tensor hidden, Tensor weight, Tensor targets, Tensor w, int chunk=0, *, "
+      "int ignore_index=-100, str grad_of='loss_sum') "
+      "-> (Tensor loss_sum, Tensor w_sum, Tensor nll)");
+  // With lse [N], which its backward needs.
+  m.def(
+      "weighted_linear_ce_forward(Tensor hidden, Tensor weight, Tensor targets, Tensor w, "
+      "int chunk=0, *, int ignore_index=-100) "
+      "-> (Tensor loss_sum, Tensor w_sum, Tensor nll, Tensor lse)");
+  // And with the gradients of loss_sum; those that are not wanted are empty.
+  m.def(
+      "weighted_linear_ce_grads(Tensor hidden, Tensor weight, Tensor targets, Tensor w, "
+      "bool of_hidden, bool of_weight, int chunk=0, *, int ignore_index=-100) "
+      "-> (Tensor loss_sum, Tensor w_sum, Tensor nll, Tensor lse, Tensor grad_hidden, "
+      "Tensor grad_weight)");
+  m.def(
+      "weighted_linear_ce_backward(Tensor? grad_sum, Tensor? grad_nll, Tensor hidden, "
+      "Tensor weight, Tensor targets, Tensor w, Tensor lse, bool of_hidden, bool of_weight, "
+      "int chunk=0, *, int ignore_index=-100) -> (Tensor grad_hidden, Tensor grad_weight)");
 }

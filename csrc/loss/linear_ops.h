@@ -1,5 +1,5 @@
-// What the CPU and CUDA registrations of linear_cross_entropy and linear_logprob share: argument
-// checks. Values of targets are checked on the CPU only.
+// What the CPU and CUDA registrations of linear_cross_entropy, linear_logprob and
+// weighted_linear_ce share: argument checks. Values of targets are checked on the CPU only.
 #pragma once
 
 #include <optional>
@@ -21,6 +21,7 @@ struct LinearLossCall {
   int64_t ignore_index;
   LossReduction reduction;
   float softcap, z_loss, temperature;
+  int64_t chunk = 0;  // rows at a time, at most; 0: as the kernel likes
 };
 
 LinearLossCall check_linear_loss(const char* op, const Tensor& hidden, const Tensor& weight,
@@ -30,6 +31,12 @@ LinearLossCall check_linear_loss(const char* op, const Tensor& hidden, const Ten
 
 LinearLossCall check_linear_logprob(const char* op, const Tensor& hidden, const Tensor& weight,
                                     const Tensor& ids, double temperature);
+
+// weighted_linear_ce: a sum, with w as row_weight.
+LinearLossCall check_weighted_loss(const char* op, const Tensor& hidden, const Tensor& weight,
+                                   const Tensor& targets, const Tensor& w, int64_t chunk,
+                                   int64_t ignore_index);
+void check_grad_of(const char* op, const std::string& name);
 
 // float32 [N], one per row of `of` and on its device, or 0-d where `scalar`; contiguous.
 OptTensor check_row_floats(const char* op, const char* arg, const OptTensor& t, const Tensor& of,

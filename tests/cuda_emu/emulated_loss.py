@@ -137,13 +137,24 @@ class Linear:
             rows = [torch.full(self.target.shape, float("nan")) for _ in range(3)]
             loss = torch.full(() if self.scalar else self.target.shape, float("nan"))
             out = [None, *rows] if ids else [loss, rows[0], None, None]
+            out += [None, None]
             LIB.emu_linear_forward(*self.inputs(), pointers(*out), self.ints, self.floats)
             return [rows[1], rows[0], rows[2]] if ids else out[:2]
 
         return tuple(scheduled(LIB, run))
 
-    def backward(self, of_hidden, of_weight, *rows, one=False):
-        rows = [None if t is None else t.contiguous() for t in rows]
+    def weighted(self):
+        def run():
+            rows = [torch.full(self.target.shape, float("nan")) for _ in range(2)]
+            sums = [torch.tensor(float("nan")) for _ in range(2)]
+            out = [sums[0], rows[1], None, None, rows[0], sums[1]]
+            LIB.emu_linear_forward(*self.inputs(), pointers(*out), self.ints, self.floats)
+            return [*sums, *rows]
+
+        return tuple(scheduled(LIB, run))
+
+    def backward(self, of_hidden, of_weight, *rows, of_nll=None, one=False):
+        rows = [None if t is None else t.contiguous() for t in (*rows, of_nll)]
 
         def run():
             grads = [x.new_full(x.shape if wanted else (0,), float("nan"))
@@ -180,6 +191,33 @@ def linear_logprob_backward(of_logp, of_lse, of_entropy, hidden, weight, ids, ls
                             of_weight, temperature):  # fmt: skip
     call = Linear(hidden, weight, ids, ids=True, temperature=temperature)
     return call.backward(of_hidden, of_weight, lse, entropy, None, of_logp, of_lse, of_entropy)
+
+
+def weighted(hidden, weight, targets, w, chunk=0, *, ignore_index=-100):
+    call = Linear(hidden, weight, targets, row_weight=w, ignore_index=ignore_index, reduction="sum")
+    if chunk:  # as the registration does it
+        call.ints[11] = min(LIMITS[0], -(-chunk // 256) * 256)
+    return call
+
+
+def weighted_linear_ce_forward(*args, **options):
+    return weighted(*args, **options).weighted()
+
+
+def weighted_linear_ce(*args, grad_of="loss_sum", **options):
+    return weighted(*args, **options).weighted()[:3]
+
+
+def weighted_linear_ce_backward(of_sum, of_nll, hidden, weight, targets, w, lse, of_hidden, of_weight, chunk=0,
+                                **options):  # fmt: skip
+    call = weighted(hidden, weight, targets, w, chunk, **options)
+    return call.backward(of_hidden, of_weight, lse, None, of_sum, *[None] * 3, of_nll=of_nll)
+
+
+def weighted_linear_ce_grads(hidden, weight, targets, w, of_hidden, of_weight, chunk=0, **options):
+    call = weighted(hidden, weight, targets, w, chunk, **options)
+    made = call.weighted()
+    return *made, *call.backward(of_hidden, of_weight, made[3], *[None] * 5, one=True)
 
 
 def check_logprob():
@@ -282,6 +320,11 @@ def check_linear_programs():
     run_tests("test_loss_linear.py", "-k", "cpu and (of_one_call or nothing_counts)")
 
 
+def check_weighted():
+    run_tests("test_loss_weighted.py", "-k", "cpu and (printed or cost_nothing or all_zero or halves or autocast "
+              "or (every_chunk and dtype0) or (and_gradients and 0.6 and shape1 and dtype1))")  # fmt: skip
+
+
 def softcap_slope():
     """The slope of a softcap keeps its digits where the cap saturates."""
     x, weight = torch.linspace(-30, 30, 241)[:, None], torch.tensor([[1.0], [0.0]])
@@ -336,7 +379,8 @@ if __name__ == "__main__":
     tenfold.cpu_capabilities = lambda: [tenfold.cpu_capability()]  # none of them is asked
     stand_in((selective_logprob, selective_logprob_backward, linear_cross_entropy, linear_cross_entropy_grads,
               linear_cross_entropy_backward, linear_logprob, linear_logprob_backward, sequence_nll,
-              sequence_nll_forward, sequence_nll_backward))  # fmt: skip
+              sequence_nll_forward, sequence_nll_backward, weighted_linear_ce, weighted_linear_ce_forward,
+              weighted_linear_ce_backward, weighted_linear_ce_grads))  # fmt: skip
     for check in sys.argv[1:]:
         torch.manual_seed(0)
         globals()[f"check_{check}"]()

@@ -109,7 +109,7 @@ struct LinearCall {
 
 }  // namespace
 
-// out: loss lse logp entropy, or null. x: softcap z_loss temperature
+// out: loss lse logp entropy nll w_sum, or null. x: softcap z_loss temperature
 API void emu_linear_forward(const void* hidden, const void* weight, const void* target,
                             const float* row_weight, float* const* out, const int64_t* n,
                             const double* x) {
@@ -118,20 +118,21 @@ API void emu_linear_forward(const void* hidden, const void* weight, const void* 
   const bool none = n[9] != 0, reduced = !none && out[0] != nullptr;
   c.count.zeroed[0] = out[1];
   c.count.zeroed[1] = none ? out[0] : out[2];
-  c.count.zeroed[2] = out[3];
+  c.count.zeroed[2] = out[4] != nullptr ? out[4] : out[3];
   const PackedRows rows = pack_rows(c.count, false, memory.room(), nullptr);
   JoinArgs to{};
   to.scale = c.m.scale, to.z_loss = static_cast<float>(x[1]);
-  to.lse = out[1], to.logp = out[2], to.entropy = out[3];
+  to.lse = out[1], to.logp = out[2], to.entropy = out[3], to.nll = out[4];
   if (none) to.loss = out[0];
   if (reduced) to.packed_loss = static_cast<float*>(memory.room()(n[1] * 4));
   with_dtype(n[0], [&]<class T>() {
     lce_forward<T>(c.m, rows, n[1], to, c.limits, memory.room(), nullptr);
   });
-  if (reduced) launch_total_loss(rows, to.packed_loss, n[10] != 0, out[0], nullptr);
+  if (reduced) launch_total_loss(rows, to.packed_loss, n[10] != 0, out[0], nullptr, out[5]);
 }
 
-// rows: lse entropy grad_loss grad_logp grad_lse grad_entropy, or null. one: grad_loss is 1
+// rows: lse entropy grad_loss grad_logp grad_lse grad_entropy grad_nll, or null. one: grad_loss is
+// 1
 API void emu_linear_backward(const void* hidden, const void* weight, const void* target,
                              const float* row_weight, const float* const* of_rows, int64_t one,
                              void* grad_hidden, void* grad_weight, const int64_t* n,
@@ -143,6 +144,7 @@ API void emu_linear_backward(const void* hidden, const void* weight, const void*
   a.rows = rows;
   a.lse = of_rows[0], a.entropy = of_rows[1], a.grad_loss = of_rows[2];
   a.grad_logp = of_rows[3], a.grad_lse = of_rows[4], a.grad_entropy = of_rows[5];
+  a.grad_nll = of_rows[6];
   a.loss_is_one = one != 0, a.each = n[9] != 0, a.mean = n[10] != 0;
   a.z_loss = static_cast<float>(x[1]), a.scale = c.m.scale, a.small = n[0] == 2;
   launch_slopes(a, nullptr);

@@ -24,8 +24,9 @@ CHECKS = {
     "kernels_loss": [
         "logprob logprob_alignment",
         "linear_limits linear_values linear_edges",
-        "linear_rows linear_programs",
+        "linear_rows linear_programs weighted",
     ],
+    "kernels_loss_traces": ["all"],
     "kernels_moe_experts": ["values edges"],
     "kernels_moe_routing": ["all"],
     "kernels_merge": ["all"],

@@ -80,7 +80,8 @@ def fsdp2(folder):
             for r in range(2):
                 plan = hft.apply(model, strategy=strategy, round=r)
                 if optimizer is None:
-                    optimizer = MaskedAdamW(model.parameters(), lr=1e-2, state_dtype=kind,
+                    # eps: gradients that are rounding only must not become whole steps.
+                    optimizer = MaskedAdamW(model.parameters(), lr=1e-2, eps=1e-5, state_dtype=kind,
                                             max_grad_norm=0.5, weight_decay=0.1)  # fmt: skip
                 else:
                     optimizer.switch(plan, "hand_over")

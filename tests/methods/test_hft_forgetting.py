@@ -44,10 +44,10 @@ def test_mean_ratio():
     assert toy.mean(h[0] for _, h in runs) / toy.mean(f[0] for f, _ in runs) <= 0.92
 
 
-@pytest.mark.parametrize("seed", [0])
-def test_ratio_sweep(seed):
+@pytest.mark.slow
+def test_ratio_sweep():
     """Less that trains: less forgotten, less learnt."""
-    found = [trained(seed).tune(80, ratio=q) for q in (1.0, 0.75, 0.5, 0.25, 0.0)]
+    found = [trained(0).tune(80, ratio=q) for q in (1.0, 0.75, 0.5, 0.25, 0.0)]
     forgotten, learnt = zip(*found)
     assert list(forgotten) == sorted(forgotten, reverse=True)
     assert list(learnt) == sorted(learnt)

@@ -305,7 +305,7 @@ def test_bad_input(here, judge, tmp_path):
 
 
 def test_a_machine_without_a_sandbox_is_one_sentence(here, monkeypatch):
-    from tenfold.ma_rlhf import sandbox
+    from tenfold import sandbox
 
     def refuse(self, *args, **kwargs):
         raise sandbox.SandboxError("no means here to protect: files")

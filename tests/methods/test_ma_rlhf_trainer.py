@@ -113,7 +113,7 @@ class TestOneStep:
 
     def test_learns(self):
         config = MARLHFConfig.from_preset(
-            "small", steps=25, batch_size=32, max_response=8, learning_rate=1e-2, critic_learning_rate=1e-2,
+            "small", steps=40, batch_size=32, max_response=8, learning_rate=1e-2, critic_learning_rate=1e-2,
             n=3, schedule="constant",
         )  # fmt: skip
         record = small.trainer(config=config).train()

@@ -14,6 +14,7 @@ def loaded():
     return smollm2()
 
 
+@pytest.mark.slow
 def test_cost_and_savings_at_4k_tokens(loaded):
     """Prefill at most 5 % slower, decoding faster, a fifth of the bytes, held and resident."""
     model, tokenizer = loaded

@@ -195,9 +195,9 @@ class TestFolders:
         want = expand(base, experts, tmp_path / "whole", to=5)
         script = f"""
 import os
-from tenfold.merge import models
+from tenfold.merge import checkpoint
 from tenfold.upit.expand import expand
-write, seen = models.write_shard, []
+write, seen = checkpoint.write_shard, []
 def killed(folder, shard, make):
     def make_some(tensor):
         seen.append(tensor)
@@ -205,7 +205,7 @@ def killed(folder, shard, make):
             os._exit(9)
         return make(tensor)
     return write(folder, shard, make_some)
-models.write_shard = killed
+checkpoint.write_shard = killed
 expand({base!r}, {experts!r}, {str(tmp_path / "killed")!r}, to=5)
 """
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

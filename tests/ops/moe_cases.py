@@ -6,7 +6,7 @@ import torch
 
 import tenfold
 from tenfold import ops, reference
-from tenfold.testing import assert_close_to_ref, forced_isa, on, poisoned_memory
+from tenfold.testing import PlainSums, assert_close_to_ref, forced_isa, on, poisoned_memory
 
 
 def every_isa(device):
@@ -46,11 +46,15 @@ def _exact(x):
     return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
 
 
-def agree(name, args, device, wrt=()):
-    """The op gives what its definition does in float64, gradients of the arguments ``wrt`` too, on every ISA."""
+def agree(name, args, device, wrt=(), plain_sums=False):
+    """The op gives what its definition does in float64, gradients of the arguments ``wrt`` too, on every ISA.
+
+    ``plain_sums``: the plain side's products are sums in order.
+    """
     face, definition = getattr(ops, name), getattr(reference, name)
     want, exact_inputs = _side(definition, [_exact(x) for x in args], wrt)
-    simple, plain_inputs = _side(definition, args, wrt)
+    with PlainSums() if plain_sums else contextlib.nullcontext():
+        simple, plain_inputs = _side(definition, args, wrt)
     for isa in every_isa(device):
         with isa, poisoned_memory():
             got, inputs = _side(face, on(device, list(args)), wrt)

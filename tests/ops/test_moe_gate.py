@@ -117,7 +117,7 @@ def test_gate_linear(shape, dtypes, device):
     x = rand(tokens, dim, dtype=dtypes[0])
     w = rand(experts, dim, dtype=dtypes[1], seed=1, scale=dim**-0.5)
     for renormalize in (True, False):
-        agree("moe_gate_linear", [x, w, k, renormalize], device, wrt=(0, 1))
+        agree("moe_gate_linear", [x, w, k, renormalize], device, wrt=(0, 1), plain_sums=dim > 1000)
 
 
 def test_a_frozen_router_or_input(device):

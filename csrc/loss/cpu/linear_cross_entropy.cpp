@@ -61,13 +61,14 @@ LinearLoss::LinearLoss(const LinearLossCall& c, const CountedRows& rows, bool wa
       packing_(TENFOLD_ISA_CALL_AS(isa_, lce_packing, p_.dtype)),
       rows_(rows),
       num_rows_(c.rows),
+      most_rows_(c.chunk > 0 ? std::min(kRows, lce_whole(c.chunk, 16)) : kRows),
       tiles_(ceil_div(c.vocab, kLceTile)),
       threads_(torch::stable::get_num_threads()),
       wants_entropy_(wants_entropy) {}
 
 // Equal chunks, the same for all ways to a gradient of weight: its bits depend on them.
 void LinearLoss::plan() {
-  const int64_t parts = std::max<int64_t>(1, ceil_div(count(), kRows));
+  const int64_t parts = std::max<int64_t>(1, ceil_div(count(), most_rows_));
   chunk_rows_ = std::max<int64_t>(16, lce_whole(ceil_div(count(), parts), 16));
 }
 

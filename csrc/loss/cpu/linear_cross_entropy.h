@@ -73,7 +73,7 @@ class LinearLoss {
   LceProblem p_;
   LcePacking packing_;
   const CountedRows& rows_;
-  int64_t num_rows_, tiles_, threads_, chunk_rows_ = 16;
+  int64_t num_rows_, most_rows_, tiles_, threads_, chunk_rows_ = 16;
   bool wants_entropy_;
 };
 

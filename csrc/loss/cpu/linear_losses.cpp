@@ -2,30 +2,10 @@
 #include <torch/csrc/stable/library.h>
 
 #include "core/dispatch.h"
-#include "loss/cpu/linear_cross_entropy.h"
+#include "loss/cpu/linear_rows.h"
 
 namespace tenfold::cpu {
 namespace {
-
-int64_t integer_at(const Tensor& t, int64_t i) {
-  return t.scalar_type() == ScalarType::Long ? data_as<int64_t>(t)[i] : data_as<int32_t>(t)[i];
-}
-
-CountedRows counted_rows(const char* op, const LinearLossCall& c) {
-  CountedRows rows;
-  const float* const weights = c.row_weight ? data_as<float>(*c.row_weight) : nullptr;
-  for (int64_t i = 0; i < c.rows; ++i) {
-    const int64_t target = integer_at(c.target, i);
-    if (target == c.ignore_index || (weights != nullptr && weights[i] == 0.0f)) continue;
-    TENFOLD_CHECK_INDEX(target >= 0 && target < c.vocab, "tenfold::", op, ": target[", i,
-                        "] = ", target, " is out of range for V = ", c.vocab,
-                        "; rows that do not count have ignore_index = ", c.ignore_index);
-    rows.row.push_back(i);
-    rows.target.push_back(target);
-    rows.weight.push_back(weights != nullptr ? weights[i] : 1.0f);
-  }
-  return rows;
-}
 
 CountedRows rows_with_id(const LinearLossCall& c) {
   CountedRows rows;
@@ -36,26 +16,6 @@ CountedRows rows_with_id(const LinearLossCall& c) {
     rows.target.push_back(id);
   }
   return rows;
-}
-
-RowSums room_for_sums(const CountedRows& rows, bool entropy) {
-  const size_t n = rows.row.size();
-  return {std::vector<float>(n), std::vector<float>(n), std::vector<float>(entropy ? n : 0)};
-}
-
-// [N], 0 for rows that do not count.
-Tensor spread(const LinearLossCall& c, const CountedRows& rows, const std::vector<float>& values) {
-  const Tensor out = new_output(c.hidden, {c.rows}, ScalarType::Float);
-  std::fill_n(data_as<float>(out), c.rows, 0.0f);
-  for (size_t i = 0; i < values.size(); ++i) data_as<float>(out)[rows.row[i]] = values[i];
-  return out;
-}
-
-std::vector<float> gathered(const CountedRows& rows, const OptTensor& values) {
-  std::vector<float> out(rows.row.size(), 0.0f);
-  if (values)
-    for (size_t i = 0; i < out.size(); ++i) out[i] = data_as<float>(*values)[rows.row[i]];
-  return out;
 }
 
 // What a mean or a sum is divided by.
@@ -81,22 +41,6 @@ std::tuple<Tensor, Tensor> losses(const LinearLossCall& c, const CountedRows& ro
   const Tensor loss = new_output(c.hidden, {}, ScalarType::Float);
   *data_as<float>(loss) = static_cast<float>(total / divisor(c, rows));
   return {loss, lse};
-}
-
-struct Gradients {
-  Tensor hidden, weight;
-  GradientsOut out;
-};
-
-// Room for those that are wanted; the others are empty.
-Gradients room_for_gradients(const LinearLossCall& c, bool of_hidden, bool of_weight) {
-  const ScalarType dtype = c.hidden.scalar_type();
-  Gradients g{
-      of_hidden ? new_output(c.hidden, {c.rows, c.dim}, dtype) : new_output(c.hidden, {0}, dtype),
-      of_weight ? new_output(c.hidden, {c.vocab, c.dim}, dtype) : new_output(c.hidden, {0}, dtype),
-      {}};
-  g.out = {of_hidden ? g.hidden.data_ptr() : nullptr, of_weight ? g.weight.data_ptr() : nullptr};
-  return g;
 }
 
 std::tuple<Tensor, Tensor> linear_cross_entropy_op(Tensor hidden, Tensor weight, Tensor target,

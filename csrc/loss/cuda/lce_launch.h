@@ -44,10 +44,11 @@ void lce_backward(const LceMatrices& m, const PackedRows& rows, int64_t num_rows
                   void* grad_weight, const LceLimits& limits, const Room& room,
                   cudaStream_t stream);
 
+// weight: or null, the sum of the weights.
 inline void launch_total_loss(const PackedRows& rows, const float* losses, bool mean, float* loss,
-                              cudaStream_t stream) {
+                              cudaStream_t stream, float* weight = nullptr) {
   TENFOLD_LAUNCH(total_loss_kernel, 1, kRowsThreads, stream,
-                 static_cast<const LceState*>(rows.state), losses, mean, loss);
+                 static_cast<const LceState*>(rows.state), losses, mean, loss, weight);
 }
 
 inline void launch_slopes(const SlopesArgs& a, cudaStream_t stream) {

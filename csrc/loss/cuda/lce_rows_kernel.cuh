@@ -119,6 +119,7 @@ struct JoinArgs {
   double scale;            // 1 / temperature
   float z_loss;
   float *lse, *logp, *entropy, *loss;  // [N] of all rows, or null; loss with its weight
+  float* nll;                          // the same without it
   float* packed_loss;                  // of the rows that count, or null
 };
 
@@ -141,6 +142,7 @@ static __global__ void __launch_bounds__(kJoinRowsThreads) join_ranges_kernel(Jo
   const auto logp = static_cast<float>(a.rows.chosen[at] * a.scale - all.max - log_sum);
   a.lse[row] = lse;
   if (a.logp != nullptr) a.logp[row] = logp;
+  if (a.nll != nullptr) a.nll[row] = -logp;
   if (a.entropy != nullptr) a.entropy[row] = static_cast<float>(log_sum - all.weighted / all.sum);
   const double wide = lse;
   const auto loss = static_cast<float>(a.rows.weight[at] * (a.z_loss * wide * wide - logp));
@@ -153,9 +155,11 @@ __device__ inline double loss_divisor(const LceState& s, bool mean) {
   return mean && s.count > 0 ? s.weight : 1.0;
 }
 
-// One block: the sum of the rows' losses in a fixed order, divided.
+// One block: the sum of the rows' losses in a fixed order, divided. weight: or null, where to write
+// the sum of the rows' weights.
 static __global__ void __launch_bounds__(kRowsThreads)
-    total_loss_kernel(const LceState* state, const float* losses, bool mean, float* loss) {
+    total_loss_kernel(const LceState* state, const float* losses, bool mean, float* loss,
+                      float* weight) {
   TENFOLD_SHARED(double, sums, kRowsThreads);
   double sum = 0.0;
   for (int64_t i = threadIdx.x; i < state->count; i += kRowsThreads) sum += losses[i];
@@ -165,7 +169,9 @@ static __global__ void __launch_bounds__(kRowsThreads)
     if (static_cast<int>(threadIdx.x) < step) sums[threadIdx.x] += sums[threadIdx.x + step];
     __syncthreads();
   }
-  if (threadIdx.x == 0) *loss = static_cast<float>(sums[0] / loss_divisor(*state, mean));
+  if (threadIdx.x != 0) return;
+  *loss = static_cast<float>(sums[0] / loss_divisor(*state, mean));
+  if (weight != nullptr) *weight = static_cast<float>(state->weight);
 }
 
 // Upstream gradients, of all rows; null is 0.
@@ -173,10 +179,11 @@ struct SlopesArgs {
   PackedRows rows;
   const float *lse, *entropy;  // entropy null: of a loss, else of a log-probability
   const float *grad_loss, *grad_logp, *grad_lse, *grad_entropy;
-  bool loss_is_one;     // grad_loss is 1
-  bool each, mean;      // grad_loss is of every row; of the mean
-  float z_loss, scale;  // 1 / temperature
-  bool small;           // gradients of the logits are kept in float16: they need its range
+  const float* grad_nll;  // of the losses without their weights, beside grad_loss
+  bool loss_is_one;       // grad_loss is 1
+  bool each, mean;        // grad_loss is of every row; of the mean
+  float z_loss, scale;    // 1 / temperature
+  bool small;             // gradients of the logits are kept in float16: they need its range
 };
 
 __device__ inline RowSlopes row_slopes(const SlopesArgs& a, double of_loss, int64_t at) {
@@ -188,7 +195,8 @@ __device__ inline RowSlopes row_slopes(const SlopesArgs& a, double of_loss, int6
     s = logprob_slopes(grad(a.grad_logp), grad(a.grad_entropy), grad(a.grad_lse), a.entropy[row]);
   } else {
     const float mine = a.each ? grad(a.grad_loss) : static_cast<float>(of_loss);
-    s = loss_slopes(mine * a.rows.weight[at], grad(a.grad_lse), lse, a.z_loss);
+    const float all = mine * a.rows.weight[at] + grad(a.grad_nll);
+    s = loss_slopes(all, grad(a.grad_lse), lse, a.z_loss);
   }
   if (a.rows.target[at] < 0) s.of_p = NAN;
   return s;

@@ -1,5 +1,6 @@
-// CUDA registration of linear_cross_entropy and linear_logprob with their gradients. A target out
-// of range cannot be reported: it makes the row's loss, and the gradients, NaN.
+// CUDA registration of linear_cross_entropy, linear_logprob and weighted_linear_ce with their
+// gradients. A target out of range cannot be reported: it makes the row's loss, and the gradients,
+// NaN.
 #include <torch/csrc/stable/library.h>
 
 #include "core/cuda_args.h"
@@ -57,6 +58,14 @@ void with_dtype(const char* op, const LinearLossCall& c, F&& f) {
   dispatch_dtype(c.hidden.scalar_type(), op, std::forward<F>(f));
 }
 
+// A multiple of every tile's rows.
+LceLimits limits(const LinearLossCall& c) {
+  constexpr int64_t kWhole = 256;
+  LceLimits l;
+  if (c.chunk > 0) l.chunk_rows = std::min(l.chunk_rows, (c.chunk + kWhole - 1) / kWhole * kWhole);
+  return l;
+}
+
 struct Losses {
   Tensor loss, lse;
 };
@@ -107,7 +116,7 @@ Gradients backward(const char* op, const LinearLossCall& c, bool of_hidden, bool
   const LceMatrices m = matrices(c);
   with_dtype(op, c, [&]<class T>() {
     lce_backward<T>(m, rows, c.rows, of_hidden ? g.hidden.data_ptr() : nullptr,
-                    of_weight ? g.weight.data_ptr() : nullptr, {}, room, stream);
+                    of_weight ? g.weight.data_ptr() : nullptr, limits(c), room, stream);
   });
   return g;
 }
@@ -227,6 +236,92 @@ std::tuple<Tensor, Tensor> linear_logprob_backward_op(OptTensor grad_logp, OptTe
   return {g.hidden, g.weight};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> weighted_forward(const char* op,
+                                                            const LinearLossCall& c) {
+  check_indices(op, c);
+  const Launch launch(c.hidden);
+  DeviceMemory memory(c.hidden);
+  const Room room = memory.room();
+  const Tensor loss = new_output(c.hidden, {}, ScalarType::Float);
+  const Tensor weight = new_output(c.hidden, {}, ScalarType::Float);
+  const Tensor nll = row_output(c), lse = row_output(c);
+  CountArgs count = count_args(c, false);
+  count.zeroed[0] = data_as<float>(nll), count.zeroed[1] = data_as<float>(lse);
+  const PackedRows rows = pack_rows(count, false, room, launch.stream);
+  JoinArgs out{};
+  out.scale = 1.0;
+  out.nll = data_as<float>(nll), out.lse = data_as<float>(lse);
+  out.packed_loss = static_cast<float*>(room(c.rows * 4));
+  const LceMatrices m = matrices(c);
+  with_dtype(op, c, [&]<class T>() {
+    lce_forward<T>(m, rows, c.rows, out, limits(c), room, launch.stream);
+  });
+  launch_total_loss(rows, out.packed_loss, false, data_as<float>(loss), launch.stream,
+                    data_as<float>(weight));
+  launch.check();
+  return {loss, weight, nll, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> weighted_linear_ce_forward_op(
+    Tensor hidden, Tensor weight, Tensor targets, Tensor w, int64_t chunk, int64_t ignore_index) {
+  constexpr auto kOp = "weighted_linear_ce_forward";
+  return weighted_forward(
+      kOp, check_weighted_loss(kOp, hidden, weight, targets, w, chunk, ignore_index));
+}
+
+std::tuple<Tensor, Tensor, Tensor> weighted_linear_ce_op(Tensor hidden, Tensor weight,
+                                                         Tensor targets, Tensor w, int64_t chunk,
+                                                         int64_t ignore_index,
+                                                         std::string grad_of) {
+  constexpr auto kOp = "weighted_linear_ce";
+  check_grad_of(kOp, grad_of);
+  const auto [loss_sum, w_sum, nll, lse] = weighted_forward(
+      kOp, check_weighted_loss(kOp, hidden, weight, targets, w, chunk, ignore_index));
+  return {loss_sum, w_sum, nll};
+}
+
+std::tuple<Tensor, Tensor> weighted_linear_ce_backward_op(OptTensor grad_sum, OptTensor grad_nll,
+                                                          Tensor hidden, Tensor weight,
+                                                          Tensor targets, Tensor w, Tensor lse,
+                                                          bool of_hidden, bool of_weight,
+                                                          int64_t chunk, int64_t ignore_index) {
+  constexpr auto kOp = "weighted_linear_ce_backward";
+  const LinearLossCall c =
+      check_weighted_loss(kOp, hidden, weight, targets, w, chunk, ignore_index);
+  check_indices(kOp, c);
+  const OptTensor of_sum = check_row_floats(kOp, "grad_sum", grad_sum, c.hidden, true);
+  const OptTensor of_nll = check_row_floats(kOp, "grad_nll", grad_nll, c.hidden);
+  const OptTensor lses = check_row_floats(kOp, "lse", lse, c.hidden);
+  const Launch launch(c.hidden);
+  DeviceMemory memory(c.hidden);
+  const Room room = memory.room();
+  const PackedRows rows = pack_rows(count_args(c, false), true, room, launch.stream);
+  SlopesArgs slopes{};
+  slopes.lse = floats(lses);
+  slopes.grad_loss = floats(of_sum), slopes.grad_nll = floats(of_nll);
+  const Gradients g = backward(kOp, c, of_hidden, of_weight, slopes, rows, room, launch.stream);
+  launch.check();
+  return {g.hidden, g.weight};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> weighted_linear_ce_grads_op(
+    Tensor hidden, Tensor weight, Tensor targets, Tensor w, bool of_hidden, bool of_weight,
+    int64_t chunk, int64_t ignore_index) {
+  constexpr auto kOp = "weighted_linear_ce_grads";
+  const LinearLossCall c =
+      check_weighted_loss(kOp, hidden, weight, targets, w, chunk, ignore_index);
+  const auto [loss_sum, w_sum, nll, lse] = weighted_forward(kOp, c);
+  const Launch launch(c.hidden);
+  DeviceMemory memory(c.hidden);
+  const Room room = memory.room();
+  const PackedRows rows = pack_rows(count_args(c, false), true, room, launch.stream);
+  SlopesArgs slopes{};
+  slopes.lse = data_as<const float>(lse), slopes.loss_is_one = true;
+  const Gradients g = backward(kOp, c, of_hidden, of_weight, slopes, rows, room, launch.stream);
+  launch.check();
+  return {loss_sum, w_sum, nll, lse, g.hidden, g.weight};
+}
+
 }  // namespace
 }  // namespace tenfold::cuda
 
@@ -237,4 +332,8 @@ STABLE_TORCH_LIBRARY_IMPL(tenfold, CUDA, m) {
          TORCH_BOX(&tenfold::cuda::linear_cross_entropy_backward_op));
   m.impl("linear_logprob", TORCH_BOX(&tenfold::cuda::linear_logprob_op));
   m.impl("linear_logprob_backward", TORCH_BOX(&tenfold::cuda::linear_logprob_backward_op));
+  m.impl("weighted_linear_ce", TORCH_BOX(&tenfold::cuda::weighted_linear_ce_op));
+  m.impl("weighted_linear_ce_forward", TORCH_BOX(&tenfold::cuda::weighted_linear_ce_forward_op));
+  m.impl("weighted_linear_ce_grads", TORCH_BOX(&tenfold::cuda::weighted_linear_ce_grads_op));
+  m.impl("weighted_linear_ce_backward", TORCH_BOX(&tenfold::cuda::weighted_linear_ce_backward_op));
 }

@@ -22,7 +22,7 @@ err = Console(stderr=True)
 
 def _expected(error: RuntimeError) -> bool:
     """Is it a training that cannot go on, or a machine that cannot confine programs?"""
-    from tenfold.ma_rlhf.sandbox import SandboxError
+    from tenfold.sandbox import SandboxError
     from tenfold.training.errors import TrainingError
 
     return isinstance(error, TrainingError | SandboxError)

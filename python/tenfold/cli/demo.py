@@ -81,12 +81,27 @@ def _upit(page: Page, quiet: bool) -> tuple[dict[str, Any], list[Any]]:
     return found.to_json(), [table(title, demo.COLUMNS, demo.table_rows(found))]
 
 
+def _themis(page: Page, quiet: bool) -> tuple[dict[str, Any], list[Any]]:
+    from tenfold.themis import demo
+
+    with progress(demo.STEPS, quiet) as step:
+        found = demo.run_demo(step=step)
+    demo.add_demo_section(found, page)
+    tables = [
+        table("Is an answer to a sum right?", demo.COLUMNS, demo.table_rows(found)),
+        table("What it writes about two answers", demo.TRACE_COLUMNS, demo.trace_rows(found)),
+        table("Scores, all at once", demo.SPEED_COLUMNS, demo.speed_rows(found)),
+    ]
+    return found.to_json(), tables
+
+
 METHODS: dict[str, Callable[[Page, bool], tuple[dict[str, Any], list[Any]]]] = {
     "nacl": _nacl,
     "dha": _dha,
     "hft": _hft,
     "ma-rlhf": _ma_rlhf,
     "upit": _upit,
+    "themis": _themis,
 }
 
 

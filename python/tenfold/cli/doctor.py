@@ -104,6 +104,7 @@ def facts() -> dict[str, Any]:
         "gpu": gpu,
         "packages": {name: _version(name) for name in EXTRAS},
         "model": _model_state(),
+        "sandbox": _sandbox(),
         "self_test": _self_test(gpu["usable"]) if loaded else [],
     }
 
@@ -114,6 +115,16 @@ def _model_state() -> str:
     if converted_path().is_dir():
         return "ready"
     return "wheel installed" if gguf_path() else "missing"
+
+
+def _sandbox() -> dict[str, Any]:
+    """Can programs (code as a reward, the tool ``code_run``) be run here, and what protects from them?"""
+    from tenfold.sandbox import Sandbox, SandboxError
+
+    try:
+        return {"usable": True, "protection": Sandbox().protection(), "why": ""}
+    except (SandboxError, OSError) as error:
+        return {"usable": False, "protection": {}, "why": str(error)}
 
 
 def run(json: bool) -> int:
@@ -148,6 +159,9 @@ def run(json: bool) -> int:
         line("package" if name == "transformers" else "", f"{name} {version or 'missing' + extra}")
     fix = "" if found["model"] == "ready" else ": run `python -m tenfold.data prepare`"
     line("SmolLM2", found["model"] + fix)
+    sandbox = found["sandbox"]
+    means = ", ".join(f"{name}: {what}" for name, what in sandbox["protection"].items())
+    line("sandbox", means if sandbox["usable"] else f"no programs can be run: {sandbox['why']}")
     for test in found["self_test"]:
         line("self-test", f"{test['path']}: {'ok' if test['ok'] else test['note']}")
     return int(bad)

@@ -12,6 +12,7 @@ from tenfold.cli.dha import app as dha
 from tenfold.cli.hft import app as hft
 from tenfold.cli.ma_rlhf import app as ma_rlhf
 from tenfold.cli.nacl import app as nacl
+from tenfold.cli.themis import app as themis
 from tenfold.cli.upit import app as upit
 
 app = typer.Typer(
@@ -25,6 +26,7 @@ app.add_typer(dha, name="dha")
 app.add_typer(hft, name="hft")
 app.add_typer(ma_rlhf, name="ma-rlhf")
 app.add_typer(upit, name="upit")
+app.add_typer(themis, name="themis")
 
 Json = Annotated[bool, typer.Option("--json", help="print the result as JSON, nothing else")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="no progress bar")]
@@ -61,7 +63,7 @@ def doctor(json: Json = False) -> None:
 def demo(
     methods: Annotated[
         list[str] | None,
-        typer.Argument(help="methods; default: all (nacl, dha, hft, ma-rlhf, upit)"),
+        typer.Argument(help="methods; default: all (nacl, dha, hft, ma-rlhf, upit, themis)"),
     ] = None,
     out: Annotated[Path, typer.Option(help="folder of the report")] = Path("tenfold-report"),
     json: Json = False,

@@ -42,11 +42,14 @@ def get_cache(kwargs: dict) -> Any:
     return None
 
 
+def cache_name(model: nn.Module) -> str:
+    """What a model's forward calls its cache."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
 def forward(model: nn.Module, input_ids: Tensor, cache: Any, **kwargs: Any) -> Any:
     """``model(input_ids, cache)``, under the name that this version gives the cache."""
-    parameters = inspect.signature(model.forward).parameters
-    name = "cache" if "cache" in parameters else "past_key_values"
-    return model(input_ids, use_cache=True, **{name: cache}, **kwargs)
+    return model(input_ids, use_cache=True, **{cache_name(model): cache}, **kwargs)
 
 
 def hidden_states(args: tuple, kwargs: dict) -> Tensor:

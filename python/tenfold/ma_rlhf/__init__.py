@@ -42,7 +42,6 @@ _HOMES = {
     "reward_model": ("RewardModel",),
     "reward_training": ("RewardRecord", "score_pairs", "train_reward_model"),
     "rewards": ("ModelReward", "Rewards"),
-    "sandbox": ("Limits", "Sandbox", "SandboxError"),
     "segmenters": ("Segmenter", "make_segmenter"),
     "trainer": ("MAPPOTrainer",),
 }

@@ -140,17 +140,18 @@ def _program_reward(columns: Sequence[str]) -> Any:
     return reward
 
 
-def named_paths(given: Sequence[str]) -> dict[str, str]:
-    """``NAME=PATH`` or ``PATH`` (its own name), in order. ValueError if a name comes twice."""
+def named_paths(given: Sequence[str], what: str = "policy") -> dict[str, str]:
+    """``NAME=PATH`` or ``PATH`` (its own name), in order. ValueError if a name comes twice; ``what``: has the name."""
     found: dict[str, str] = {}
     for text in given:
         name, equals, path = text.partition("=")
         if not equals:
             path = name
         if not name or not path:
-            raise ValueError(f"a policy is NAME=PATH or PATH, got {text!r}")
+            raise ValueError(f"a {what} is NAME=PATH or PATH, got {text!r}")
         if name in found:
-            raise ValueError(f"two policies are called {name!r}; give NAME=PATH")
+            plural = "policies" if what == "policy" else f"{what}s"
+            raise ValueError(f"two {plural} are called {name!r}; give NAME=PATH")
         found[name] = path
     return found
 

@@ -58,6 +58,52 @@ def last_index(mask: Tensor) -> Tensor:
     return torch.where(held, columns, -1).amax(1)
 
 
+def token_mask(config: Any, ids: Tensor, mask: Tensor | None) -> Tensor:
+    """Which of ids [B, S] are tokens, bool.
+
+    Args:
+        config: of the model. mask: [B, S], 1 for tokens. None: what the config's padding token fills at both ends
+            of a row is padding.
+
+    Raises:
+        ValueError: shapes; no mask, and the padding token is the end token, too, and stands at an end of a row.
+    """
+    if ids.ndim != 2 or ids.is_floating_point():
+        raise ValueError(f"input_ids must be integers [B, S], got {ids.dtype} {list(ids.shape)}")
+    if mask is not None:
+        if mask.shape != ids.shape:
+            raise ValueError(
+                f"attention_mask must be {list(ids.shape)} as input_ids, got {list(mask.shape)}"
+            )
+        return mask.to(ids.device) != 0
+    text = config.get_text_config()
+    pad, end = text.pad_token_id, text.eos_token_id
+    if pad is None or ids.numel() == 0:
+        return torch.ones_like(ids, dtype=torch.bool)
+    token = ids != pad
+    ends = end if isinstance(end, list) else [end]
+    if pad in ends and not bool(token[:, [0, -1]].all()):
+        raise ValueError(
+            f"the padding token {pad} is the end token, too: where rows end cannot be told; give attention_mask"
+        )
+    # From the first to the last token that is not padding: the same id inside a row is a token.
+    return token.cummax(1).values & token.flip(1).cummax(1).values.flip(1)
+
+
+def plain_padding(config: Any, ids: Tensor, mask: Tensor) -> Tensor:
+    """``ids`` with one valid token in all padding: whatever stood there, the trunk reads the same."""
+    text = config.get_text_config()
+    pad = text.pad_token_id if text.pad_token_id is not None and text.pad_token_id >= 0 else 0
+    return ids.masked_fill(~mask, pad if pad < text.vocab_size else 0)
+
+
+@torch.no_grad()
+def draw_head(weight: Tensor, seed: int) -> None:
+    """Fills a head [1, H] from N(0, 1 / (H + 1)), drawn in float32 and so the same for every dtype."""
+    drawn = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
+    weight.copy_(drawn * (weight.shape[1] + 1) ** -0.5)
+
+
 class RewardModel(nn.Module):
     """Scores sequences.
 
@@ -105,7 +151,7 @@ class RewardModel(nn.Module):
             )
         made = cls(model.eval())
         if missing:
-            made.new_head(seed)
+            draw_head(made.head.weight, seed)
         return made
 
     @classmethod
@@ -121,15 +167,8 @@ class RewardModel(nn.Module):
         head = {"bias": False, "device": weight.device, "dtype": weight.dtype}
         model.score = nn.utils.skip_init(nn.Linear, hidden_size(trunk), 1, **head)
         made = cls(model.eval())
-        made.new_head(seed)
+        draw_head(made.head.weight, seed)
         return made
-
-    @torch.no_grad()
-    def new_head(self, seed: int) -> None:
-        """Draws the head from N(0, 1 / (H + 1)), in float32 and so the same for every dtype."""
-        weight = self.head.weight
-        drawn = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
-        weight.copy_(drawn * (weight.shape[1] + 1) ** -0.5)
 
     def save_pretrained(self, folder: str | Path, **options: Any) -> None:
         """Writes config and safetensors, in transformers' layout; options are its own."""
@@ -177,36 +216,9 @@ class RewardModel(nn.Module):
         Raises:
             ValueError: shapes; a row without tokens; padding that cannot be told.
         """
-        mask = self._mask(input_ids, attention_mask)
+        mask = token_mask(self.config, input_ids, attention_mask)
         at = last_index(mask)
-        text = self.config.get_text_config()
-        # Whatever stands in the padding, the trunk sees one token there.
-        pad = text.pad_token_id if text.pad_token_id is not None and text.pad_token_id >= 0 else 0
-        ids = input_ids.masked_fill(~mask, pad if pad < text.vocab_size else 0)
+        ids = plain_padding(self.config, input_ids, mask)
         hidden = self.trunk(**model_inputs(self.trunk, ids, mask.long()), use_cache=False)
         found = apply_head(self.head, hidden.last_hidden_state, None)
         return found if values else found.gather(1, at[:, None]).squeeze(1)
-
-    def _mask(self, ids: Tensor, mask: Tensor | None) -> Tensor:
-        if ids.ndim != 2 or ids.is_floating_point():
-            raise ValueError(
-                f"input_ids must be integers [B, S], got {ids.dtype} {list(ids.shape)}"
-            )
-        if mask is not None:
-            if mask.shape != ids.shape:
-                raise ValueError(
-                    f"attention_mask must be {list(ids.shape)} as input_ids, got {list(mask.shape)}"
-                )
-            return mask.to(ids.device) != 0
-        text = self.config.get_text_config()
-        pad, end = text.pad_token_id, text.eos_token_id
-        if pad is None or ids.numel() == 0:
-            return torch.ones_like(ids, dtype=torch.bool)
-        token = ids != pad
-        ends = end if isinstance(end, list) else [end]
-        if pad in ends and not bool(token[:, [0, -1]].all()):
-            raise ValueError(
-                f"the padding token {pad} is the end token, too: where rows end cannot be told; give attention_mask"
-            )
-        # From the first to the last token that is not padding: the same id inside a row is a token.
-        return token.cummax(1).values & token.flip(1).cummax(1).values.flip(1)

@@ -134,7 +134,8 @@ def score_pairs(
     return sums
 
 
-def _without_dropout(model: nn.Module) -> None:
+def without_dropout(model: nn.Module) -> None:
+    """Turns a model's own dropout off, for training too."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -187,7 +188,7 @@ def train_reward_model(
     if held_out is not None:
         record.before = score_pairs(model, held_out, config.rm_loss)
     if not config.dropout:
-        _without_dropout(model)
+        without_dropout(model)
     if config.gradient_checkpointing:
         model.trunk.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[union-attr,operator]
 

@@ -28,6 +28,7 @@ _DTYPES = {
     "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+Progress = Callable[[str, int, int], None]  # tensor that is done, bytes done, bytes in all
 _MOST_HEADER = 100_000_000  # bytes; the limit of the format's own library
 
 
@@ -251,3 +252,31 @@ def write_index(folder: Path, shards: Sequence[Shard]) -> None:
         total = sum(t.bytes for s in shards for t in s.tensors)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
+
+
+def write_shards(
+    folder: Path, tensors: Sequence[Planned], most_bytes: int, make: Callable[[Planned], Tensor],
+    progress: Progress | None = None,
+) -> None:  # fmt: skip
+    """Writes tensors to as many shards as they need, then the index; shards that are there already stay as they are.
+
+    ``progress``: called after every tensor with its name, the bytes done, and those in all.
+    """
+    shards = plan_shards(tensors, most_bytes)
+    total = sum(t.bytes for t in tensors)
+    done = 0
+
+    def told(planned: Planned) -> Tensor:
+        nonlocal done
+        made = make(planned)
+        done += planned.bytes
+        if progress is not None:
+            progress(planned.name, done, total)
+        return made
+
+    for shard in shards:
+        if (folder / shard.file).exists():
+            done += sum(t.bytes for t in shard.tensors)
+        else:
+            write_shard(folder, shard, told)
+    write_index(folder, shards)

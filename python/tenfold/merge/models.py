@@ -15,13 +15,7 @@ from torch import Tensor
 
 from tenfold import ops
 from tenfold._load import call
-from tenfold.merge.checkpoint import (
-    Checkpoint,
-    Planned,
-    plan_shards,
-    write_index,
-    write_shard,
-)
+from tenfold.merge.checkpoint import Checkpoint, Planned, Progress, write_shards
 from tenfold.merge.recipe import Recipe, load_recipe
 from tenfold.merge.sources import (
     State,
@@ -41,8 +35,6 @@ _FIRST = ("embed", "wte", "wpe")  # in the names of what comes before the layers
 _COPIED = (".json", ".txt", ".model", ".jinja")
 _RECIPE = "mergekit_config.yml"
 _RUN = "run.json"
-
-Progress = Callable[[str, int, int], None]  # tensor that is done, bytes done, bytes in all
 
 
 class Depths:
@@ -257,28 +249,14 @@ def merge_models(
         merge = Merge(made, base, [opened[s.model] for s in made.models], allow_identical)
         work = WorkFolder(folder)
         work.claim(_identity(made, list(opened.values()), max_shard_bytes))
-        shards = plan_shards(merge.planned(), max_shard_bytes)
-        total = sum(t.bytes for s in shards for t in s.tensors)
-        done = 0
-
-        def make(tensor: Planned) -> Tensor:
-            nonlocal done
-            made_now = merge.tensor(tensor.name)
-            done += tensor.bytes
-            if progress is not None:
-                progress(tensor.name, done, total)
-            return made_now
-
-        for shard in shards:
-            if (folder / shard.file).exists():
-                done += sum(t.bytes for t in shard.tensors)
-            else:
-                write_shard(folder, shard, make)
-        written = {t.dtype for s in shards for t in s.tensors if t.dtype.is_floating_point}
+        planned = merge.planned()
+        write_shards(
+            folder, planned, max_shard_bytes, lambda tensor: merge.tensor(tensor.name), progress
+        )
+        written = {t.dtype for t in planned if t.dtype.is_floating_point}
         first = base if base is not None else opened[made.models[0].model]
         _copy_small_files(first.path, folder, written.pop() if len(written) == 1 else None)
         write_text(folder / _RECIPE, json.dumps(dict(made.source), indent=2) + "\n")  # JSON is YAML
-        write_index(folder, shards)
         work.release()
     return folder
 

@@ -48,15 +48,14 @@ def inference_only(name: str, mutates: tuple[int, ...] = ()) -> None:
 def call_inference(
     op: Any, *args: Any, mutates: tuple[Tensor | list[Tensor], ...] = (), **kwargs: Any
 ) -> Any:
-    """``call`` of an op of :func:`inference_only`, past its Autograd kernel if grad mode is off.
+    """``call`` of an op of :func:`inference_only`, past its Autograd kernel where that has nothing to refuse.
 
-    That kernel has nothing to refuse then, and entering Python from the dispatcher costs about 4 us:
-    as much as a tenth of a small op. ``mutates`` are the tensors, or lists
-    of them, that the op writes.
+    Entering Python from the dispatcher costs about 4 us: as much as a tenth of a small op. ``mutates`` are
+    the tensors, or lists of them, that the op writes.
     """
     if (
-        torch.compiler.is_compiling()  # first: Dynamo cannot trace the question after the next
-        or torch.is_grad_enabled()
+        torch.compiler.is_compiling()  # first: Dynamo cannot trace the last question
+        or (torch.is_grad_enabled() and any(map(_requires_grad, (*args, *kwargs.values()))))
         or torch.is_inference_mode_enabled()
     ):
         return call(op, *args, **kwargs)
@@ -110,36 +109,60 @@ def differentiable(
     _library.impl(name, kernel, "Autograd", with_keyset=True)
 
 
-def differentiable_by(name: str, function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """Autograd of an op in its first argument by ``function``, whose forward takes (first, others, kwargs).
+def differentiable_by(
+    name: str, function: type[torch.autograd.Function], tensors: tuple[int, ...] = (0,)
+) -> Callable[..., Any]:
+    """Autograd of an op in the arguments at ``tensors`` by ``function``, whose forward takes these, others, kwargs.
 
     Returns what calls the op: the same, without the dispatcher's way into Python (about 8 us). (Each
-    argument of ``apply`` costs half a microsecond, so the others are one.)
+    argument of ``apply`` costs half a microsecond, so the others are one.) Those at ``tensors`` are positional.
     """
     op = getattr(torch.ops.tenfold, name).default
+    first = tensors == (0,)
 
-    def wanted(first: Any) -> bool:
-        return torch.is_grad_enabled() and _requires_grad(first)
+    def wanted(args: tuple[Any, ...]) -> bool:
+        return torch.is_grad_enabled() and any(_requires_grad(args[i]) for i in tensors)
 
-    def kernel(keyset: Any, first: Any, *others: Any, **kwargs: Any) -> Any:
-        if wanted(first):
-            return function.apply(first, others, kwargs)
+    def apply(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if first:
+            return function.apply(args[0], args[1:], kwargs)
+        others = tuple(x for i, x in enumerate(args) if i not in tensors)
+        return function.apply(*(args[i] for i in tensors), others, kwargs)
+
+    def kernel(keyset: Any, *args: Any, **kwargs: Any) -> Any:
+        if wanted(args):
+            return apply(args, kwargs)
         with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(keyset & torch._C._after_autograd_keyset, first, *others, **kwargs)
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
 
     _library.impl(name, kernel, "Autograd", with_keyset=True)
 
-    def face(first: Any, *others: Any, **kwargs: Any) -> Any:
+    def face(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():  # first: Dynamo cannot trace the question after the next
-            return op(first, *others, **kwargs)
-        if wanted(first):
-            return function.apply(first, others, kwargs)
+            return op(*args, **kwargs)
+        if wanted(args):
+            return apply(args, kwargs)
         if torch.is_inference_mode_enabled():
-            return op(first, *others, **kwargs)
+            return op(*args, **kwargs)
         with torch._C._AutoDispatchBelowAutograd():
-            return op(first, *others, **kwargs)
+            return op(*args, **kwargs)
 
     return face
+
+
+# Whether the backward now running may be followed by another, which needs what this one saved.
+_keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+
+
+def is_done(grad: Tensor, made: Tensor) -> bool:
+    """What the forward ``made`` is the gradient for a loss's ``grad``: of 1, and nobody else will ask for it."""
+    return (
+        type(grad) is type(made) is Tensor
+        and grad.device.type == "cpu"
+        and not torch._C._len_torch_dispatch_stack()  # under a mode it may be traced
+        and not _keeps_graph()
+        and grad.item() == 1.0
+    )
 
 
 def autocast_floats(name: str) -> None:

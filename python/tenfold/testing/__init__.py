@@ -20,13 +20,19 @@ from tenfold.testing.checks import (
     threads,
 )
 from tenfold.testing.matrix import DTYPES, LAYOUTS, LENGTHS, VALUES, fill, layout, on
-from tenfold.testing.tolerance import assert_close_to_ref, assert_same_pattern, ulp_floor
+from tenfold.testing.tolerance import (
+    PlainSums,
+    assert_close_to_ref,
+    assert_same_pattern,
+    ulp_floor,
+)
 
 __all__ = [
     "DTYPES",
     "LAYOUTS",
     "LENGTHS",
     "VALUES",
+    "PlainSums",
     "assert_close_to_ref",
     "assert_same_pattern",
     "check_compiles",

@@ -8,9 +8,11 @@ step at the largest ``|ref|``.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 _MANTISSA = {torch.float32: 23, torch.bfloat16: 7, torch.float16: 10, torch.float64: 52}
 _MIN_EXPONENT = {
@@ -19,6 +21,26 @@ _MIN_EXPONENT = {
     torch.float16: -14,
     torch.float64: -1022,
 }
+
+
+_PRODUCTS = {torch.matmul, torch.bmm, Tensor.matmul, Tensor.bmm, Tensor.__matmul__}
+
+
+class PlainSums(TorchFunctionMode):
+    """Matrix products as plain sums of products, term by term in order.
+
+    For the plain side of float32: what a BLAS makes of such a sum, and so how wrong it is, differs from CPU to CPU.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Tensor:
+        """Products of two float32 matrices or stacks of them; all else as it is."""
+        if func not in _PRODUCTS or any(x.dim() < 2 or x.dtype != torch.float32 for x in args):
+            return func(*args, **(kwargs or {}))
+        a, b = args
+        terms = (a[..., k : k + 1] * b[..., k : k + 1, :] for k in range(a.shape[-1]))
+        return sum(terms, a.new_zeros(()))
 
 
 def ulp_floor(ref: Tensor, dtype: torch.dtype) -> float:

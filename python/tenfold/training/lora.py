@@ -8,9 +8,14 @@ from typing import Any
 
 
 def with_lora(
-    model: Any, rank: int, alpha: int, targets: str | Sequence[str] = "all-linear"
-) -> Any:
+    model: Any, rank: int, alpha: int, targets: str | Sequence[str] = "all-linear", *,
+    dropout: float = 0.0, whole: Sequence[str] = (), tied: bool = False,
+) -> Any:  # fmt: skip
     """A causal LM with LoRA on its linear layers, or on those named; its own weights are frozen.
+
+    Args:
+        whole: modules that train fully, and are saved with the adapters. tied: whether that holds for what their
+            weights are tied to.
 
     ModuleNotFoundError says how to install PEFT.
     """
@@ -18,8 +23,10 @@ def with_lora(
         raise ModuleNotFoundError("LoRA needs peft; install it with `pip install 'tenfold[train]'`")
     from peft import LoraConfig, get_peft_model
 
+    more: dict[str, Any] = {"ensure_weight_tying": True} if tied else {}  # older versions lack it
     settings = LoraConfig(
-        r=rank, lora_alpha=alpha, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM",
+        r=rank, lora_alpha=alpha, lora_dropout=dropout, bias="none", task_type="CAUSAL_LM",
         target_modules=targets if isinstance(targets, str) else list(targets),
+        modules_to_save=list(whole) or None, **more,
     )  # fmt: skip
     return get_peft_model(model, settings)

@@ -15,14 +15,13 @@ import torch
 from torch import Tensor
 
 from tenfold import ops
-from tenfold.merge.checkpoint import Checkpoint, Planned, plan_shards, write_index, write_shard
+from tenfold.merge.checkpoint import Checkpoint, Planned, Progress, write_shards
 from tenfold.merge.sources import State, check_alike, dtype_of, release, same_bytes, shape_of
 from tenfold.training.batches import sample_digest
 from tenfold.training.store import WorkFolder, write_text
 from tenfold.upit import layout as names
 from tenfold.upit.options import AssemblyConfig, check_experts
 
-Progress = Callable[[str, int, int], None]  # tensor that is done, bytes done, bytes in all
 _RUN, _RECORD = "run.json", "assembly.json"
 
 
@@ -275,7 +274,10 @@ def assemble(
             )
         claim = WorkFolder(folder)
         claim.claim(record)
-        _write(work, folder, config.max_shard_bytes, progress)
+        write_shards(
+            folder, list(work.planned.values()), config.max_shard_bytes,
+            lambda planned: work.makers[planned.name](), progress,
+        )  # fmt: skip
         if folders:
             names.copy_small_files(folders[-1], folder)
         write_text(folder / "config.json", json.dumps(about, indent=2) + "\n")
@@ -288,24 +290,3 @@ def _config_of(folders: list[Path]) -> Mapping[str, Any]:
     if not folders:
         raise ValueError("state dicts have no configuration: pass model_config=")
     return names.read_config(folders[-1])
-
-
-def _write(work: _Assembly, folder: Path, most: int, progress: Progress | None) -> None:
-    shards = plan_shards(list(work.planned.values()), most)
-    total = sum(t.bytes for s in shards for t in s.tensors)
-    done = 0
-
-    def make(planned: Planned) -> Tensor:
-        nonlocal done
-        made = work.makers[planned.name]()
-        done += planned.bytes
-        if progress is not None:
-            progress(planned.name, done, total)
-        return made
-
-    for shard in shards:
-        if (folder / shard.file).exists():
-            done += sum(t.bytes for t in shard.tensors)
-        else:
-            write_shard(folder, shard, make)
-    write_index(folder, shards)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tenfold.data.models import quiet_transformers
-from tenfold.merge.checkpoint import Planned, plan_shards, write_index, write_shard
+from tenfold.merge.checkpoint import Planned, write_shards
 from tenfold.training.store import write_text
 from tenfold.upit.adapters import is_adapter
 from tenfold.upit.config import PICKS
@@ -59,12 +59,8 @@ def save_dense(model: Any, state: State, folder: Path, tokenizer: Any = None) ->
         model.generation_config.save_pretrained(temporary)
     if hasattr(tokenizer, "save_pretrained"):
         tokenizer.save_pretrained(temporary)
-    shards = plan_shards(
-        [Planned(n, t.dtype, tuple(t.shape)) for n, t in unique.items()], _MOST_BYTES
-    )
-    for shard in shards:
-        write_shard(temporary, shard, lambda planned: unique[planned.name])
-    write_index(temporary, shards)
+    tensors = [Planned(n, t.dtype, tuple(t.shape)) for n, t in unique.items()]
+    write_shards(temporary, tensors, _MOST_BYTES, lambda planned: unique[planned.name])
     os.replace(temporary, folder)
     return folder
 

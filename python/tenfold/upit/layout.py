@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tenfold.merge.checkpoint import Checkpoint, Planned, plan_shards, write_index, write_shard
+from tenfold.merge.checkpoint import Checkpoint, Planned, write_shards
 from tenfold.training.checks import one_of
 from tenfold.training.store import write_text
 from tenfold.upit.options import LAYOUTS
@@ -167,13 +167,10 @@ def convert_layout(
     with Checkpoint(folder) as state:
         makers = _restacked(state, config, found, layout)
         plans = [Planned(n, dtype, shape) for n, (dtype, shape, _) in makers.items()]
-        shards = plan_shards(plans, max_shard_bytes)
         target.mkdir(parents=True, exist_ok=True)
-        for shard in shards:
-            write_shard(target, shard, lambda planned: makers[planned.name][2]())
+        write_shards(target, plans, max_shard_bytes, lambda planned: makers[planned.name][2]())
         copy_small_files(Path(folder), target)
         write_text(target / "config.json", json.dumps(config, indent=2) + "\n")
-        write_index(target, shards)
     return target
 
 

@@ -17,41 +17,43 @@ for _name in ("linear_cross_entropy_grads", "linear_cross_entropy_backward",
     inference_only(_name)
 
 
-def _rows(like: Tensor, count: int) -> tuple[Tensor, ...]:
+def rows_of(like: Tensor, count: int) -> tuple[Tensor, ...]:
+    """Fakes of so many results, one number per row."""
     return tuple(like.new_empty(like.shape[:1], dtype=torch.float32) for _ in range(count))
 
 
-def _gradients(hidden: Tensor, weight: Tensor, of_hidden: bool, of_weight: bool) -> tuple[Tensor, ...]:  # fmt: skip
+def like_factors(hidden: Tensor, weight: Tensor, of_hidden: bool, of_weight: bool) -> tuple[Tensor, ...]:  # fmt: skip
+    """Fakes of the gradients that are wanted; the others are empty."""
     return tuple(x.new_empty(x.shape if wanted else (0,))
                  for x, wanted in ((hidden, of_hidden), (weight, of_weight)))  # fmt: skip
 
 
 @torch.library.register_fake("tenfold::linear_cross_entropy")
 def _(hidden, weight, target, *, reduction="mean", **options):
-    loss, lse = _rows(hidden, 2)
+    loss, lse = rows_of(hidden, 2)
     return loss if reduction == "none" else loss.new_empty(()), lse
 
 
 @torch.library.register_fake("tenfold::linear_cross_entropy_grads")
 def _(hidden, weight, target, of_hidden, of_weight, **options):
-    (lse,) = _rows(hidden, 1)
-    return lse.new_empty(()), lse, *_gradients(hidden, weight, of_hidden, of_weight)
+    (lse,) = rows_of(hidden, 1)
+    return lse.new_empty(()), lse, *like_factors(hidden, weight, of_hidden, of_weight)
 
 
 @torch.library.register_fake("tenfold::linear_cross_entropy_backward")
 def _(grad_loss, grad_lse, hidden, weight, target, lse, of_hidden, of_weight, **options):
-    return _gradients(hidden, weight, of_hidden, of_weight)
+    return like_factors(hidden, weight, of_hidden, of_weight)
 
 
 @torch.library.register_fake("tenfold::linear_logprob")
 def _(hidden, weight, ids, temperature=1.0):
-    return _rows(hidden, 3)
+    return rows_of(hidden, 3)
 
 
 @torch.library.register_fake("tenfold::linear_logprob_backward")
 def _(grad_logp, grad_lse, grad_entropy, hidden, weight, ids, lse, entropy, of_hidden, of_weight,
       temperature):  # fmt: skip
-    return _gradients(hidden, weight, of_hidden, of_weight)
+    return like_factors(hidden, weight, of_hidden, of_weight)
 
 
 def _forward(ctx: Any, needed: tuple[bool, ...], args: Any, options: dict[str, Any]) -> Any:
@@ -68,7 +70,8 @@ def _save(ctx: Any, args: tuple[Any, ...], options: dict[str, Any], result: Any)
     ctx.options = {n: x for n, x in options.items() if n != "row_weight"}
 
 
-def _times(x: Tensor, by: Tensor) -> Tensor:
+def times(x: Tensor, by: Tensor) -> Tensor:
+    """A gradient times that of its loss, in place."""
     # A loss that is not scaled: no pass over a gradient as large as the weight. While a graph is
     # traced the value is not known.
     if type(by) is Tensor and by.device.type == "cpu" and bool(by == 1):
@@ -86,7 +89,7 @@ def _backward(ctx: Any, grad_loss: Tensor | None, grad_lse: Tensor | None) -> tu
     if torch.is_grad_enabled() or grad_loss is None or grad_lse is not None:
         made = None
     if made is not None:
-        made = [_times(x, grad_loss) for x in made]
+        made = [times(x, grad_loss) for x in made]
     else:
         made = _ops.linear_cross_entropy_backward(
             grad_loss, grad_lse, hidden, weight, target, lse, *needed, row_weight=row_weight,
@@ -114,7 +117,7 @@ def _backward_logprob(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
 differentiable("linear_logprob", _save_logprob, _backward_logprob)
 
 
-def _flat(op: str, hidden: Tensor, weight: Tensor, **of_rows: Tensor | None) -> Any:
+def flat_rows(op: str, hidden: Tensor, weight: Tensor, **of_rows: Tensor | None) -> Any:
     """``hidden`` as [N, H], ``weight``, and what is [...] as [N]; under autocast in its dtype, as F.linear."""
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
@@ -163,7 +166,7 @@ def linear_cross_entropy(
     Source:
         MA-RLHF (arXiv 2410.02743), section 7 of the method's specification; PixelGPT's and ERNIE-Code's loss.
     """
-    rows, weight, to, w = _flat("linear_cross_entropy", hidden, weight, target=target,
+    rows, weight, to, w = flat_rows("linear_cross_entropy", hidden, weight, target=target,
                                 row_weight=row_weight)  # fmt: skip
     if w is not None and w.is_floating_point():
         w = w.detach().float()
@@ -196,6 +199,6 @@ def linear_logprob(
     Source:
         MA-RLHF (arXiv 2410.02743), section 7 of the method's specification.
     """
-    rows, weight, to = _flat("linear_logprob", hidden, weight, ids=ids)
+    rows, weight, to = flat_rows("linear_logprob", hidden, weight, ids=ids)
     logp, _, entropy = call(_ops.linear_logprob, rows, weight, to, temperature)
     return logp.view(ids.shape), entropy.view(ids.shape)

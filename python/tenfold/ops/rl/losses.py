@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tenfold._load import call
 from tenfold.ops._masks import as_bytes
-from tenfold.ops._register import call_inference, differentiable_by, inference_only
+from tenfold.ops._register import call_inference, differentiable_by, inference_only, is_done
 from tenfold.ops.rl.returns import check_segments, constant, real, rows_of
 from tenfold.ops.rl.segments import check_offsets
 
@@ -55,21 +55,6 @@ def _(grad, slope, scale, *, cu_seqlens=None):
     return slope.new_empty(slope.shape)
 
 
-# Whether the backward now running may be followed by another, which needs what this one saved.
-_keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
-
-
-def _is_done(grad: Tensor, slope: Tensor) -> bool:
-    """The slopes are the gradient: those of a CPU have their scales, and nobody else asks for them."""
-    return (
-        type(grad) is type(slope) is Tensor
-        and grad.device.type == "cpu"
-        and not torch._C._len_torch_dispatch_stack()  # under a mode it may be traced
-        and not _keeps_graph()
-        and grad.item() == 1.0
-    )
-
-
 def _with_slope(name: str) -> type[torch.autograd.Function]:
     """A loss whose forward makes the derivatives of its terms in the same pass, for its backward."""
     forward_op = getattr(_ops, f"{name}_forward").default
@@ -95,7 +80,7 @@ def _with_slope(name: str) -> type[torch.autograd.Function]:
             if grad is None:
                 return None, None, None
             slope, scale = ctx.saved_tensors
-            if _is_done(grad, slope):
+            if is_done(grad, slope):  # those of a CPU have their scales
                 return slope, None, None
             made = call_inference(backward_op, grad, slope, scale, cu_seqlens=ctx.cu_seqlens)
             return made, None, None

@@ -58,3 +58,19 @@ def linear_logprob(
     logp = x.gather(1, flat[at, None])[:, 0] - lse
     none = rows.new_zeros(flat.shape, dtype=x.dtype)
     return tuple(none.index_put((at,), y).view(ids.shape) for y in (logp, entropy))  # type: ignore[return-value]
+
+
+def weighted_linear_ce(
+    hidden: Tensor, weight: Tensor, targets: Tensor, w: Tensor, chunk: int = 0, *,
+    ignore_index: int = -100, grad_of: str = "loss_sum",
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """``sum w nll``, ``sum w`` and nll [...] of the rows that count: w is not 0, nor the target ``ignore_index``.
+
+    hidden [..., H], weight [V, H], targets and w [...]; nll is ``-log softmax(hidden @ weight.T)[target]``, 0 of the
+    other rows, which are never read. ``chunk`` and ``grad_of`` say how a kernel works, not what it gives.
+    """
+    w = w.detach()
+    nll, _ = linear_cross_entropy(hidden, weight, targets, row_weight=(w != 0).to(w.dtype),
+                                  ignore_index=ignore_index, reduction="none")  # fmt: skip
+    w = torch.where(targets != ignore_index, w, 0).to(nll.dtype)
+    return (w * nll).sum(), w.sum(), nll

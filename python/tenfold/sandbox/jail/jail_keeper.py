@@ -38,6 +38,7 @@ class Jail:
         )
         self.uid = os.geteuid()
         self.drop: int | None = None
+        self.read_only = False
 
     def enter(self) -> None:
         """Namespaces, which all processes below share; then decides on what each has to do itself."""
@@ -62,6 +63,7 @@ class Jail:
             who = self.uid if self.drop is None else self.drop
             if _attempt(linux.private_folder, folder, limits["disk_bytes"], who):
                 protection["disk"] = "memory file system"
+                self.read_only = _attempt(linux.read_only, folder)
         if protection["disk"] == "none":
             protection["disk"] = "size of each file"
             if self.drop is not None:
@@ -79,7 +81,12 @@ class Jail:
             protection["processes"] = "limit"
         elif filters:
             protection["processes"] = "no new ones"
-        if "landlock" not in self.without and linux.landlock_version() > 0:
+        # Landlock lets owners change modes and times of files that they may not open.
+        if (
+            "landlock" not in self.without
+            and linux.landlock_version() > 0
+            and (self.read_only or filters)
+        ):
             protection["files"] = "Landlock"
         self.owner = owner
 
@@ -119,8 +126,9 @@ class Jail:
             linux.landlock(self.spec["readable"], [self.spec["folder"], "/dev/null"])
         if self.filters:
             linux.seccomp(
-                deny_signals=self.protection["signals"] == "seccomp",
+                deny_others=self.protection["signals"] == "seccomp",
                 deny_forks=not self.counted or limits["processes"] == 1,
+                deny_attributes=not self.read_only,
             )
 
 
@@ -145,6 +153,7 @@ def _first(jail: Jail, status: int, result: int) -> None:
     """The first process of the namespace: waits for the program and takes its exit over. Never returns."""
     jail.become()  # so that it has nothing to offer either
     linux.die_with_parent(signal.SIGKILL)
+    os.setsid()  # the keeper is in no process group that the program can name
     program = os.fork()
     if program == 0:
         _program(jail, status, result)

@@ -1,9 +1,10 @@
 """Runs untrusted Python programs in processes of their own, with limits, and without network and files.
 
 What it protects from, on Linux: a program that loops, forks, hogs memory, floods its output or the disk,
-opens sockets, reads the trainer's environment or files, writes outside its folder, signals other processes,
-or leaves something running. What it does not: it shares the kernel, so a kernel bug is a way out; memory is
-limited per process, so that all together may take ``processes`` times ``memory_bytes``; side channels; and
+opens sockets, reads the environment, memory or files of the process that runs it, writes outside its folder or
+changes files' modes there, signals other processes, or leaves something running. What it does not: it shares the
+kernel, so a kernel bug is a way out; memory is limited per process, so that all together may take ``processes``
+times ``memory_bytes``; names, sizes and times of files can be asked for, though no content; side channels; and
 ``assert`` tests run in the program's own interpreter, which a program that looks for them can cheat.
 For hostile programs rather than a policy's mistakes, use a virtual machine around all this.
 """
@@ -14,7 +15,6 @@ import contextlib
 import json
 import os
 import selectors
-import shutil
 import signal
 import stat
 import subprocess
@@ -27,10 +27,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tenfold.sandbox.folders import remove
 from tenfold.training.checks import integers, positive
 
 PURPOSES = ("network", "processes", "signals", "files", "disk")
 MECHANISMS = ("namespaces", "landlock", "seccomp", "drop")
+KINDS = ("done", "value", "assertion", "raised", "syntax", "timeout", "output")
+_MAX_ERROR = 2000
 _JAIL = Path(__file__).with_name("jail")
 _SYSTEM = ("/usr/lib", "/lib", "/lib64", "/usr/local/lib", "/usr/share/zoneinfo", "/etc/ld.so.cache",
            "/etc/localtime", "/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")  # fmt: skip
@@ -190,15 +193,15 @@ class Sandbox:
         try:
             return self._run(json.dumps(spec).encode(), stdin.encode("utf-8", "replace"), folder)
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            remove(folder)
 
     def protection(self) -> dict[str, str]:
         """By purpose, what protects here (``none``: nothing does); found by running an empty program."""
         return dict(self.run("", "compile").protection)
 
     def _run(self, spec: bytes, stdin: bytes, folder: str) -> Run:
-        pipes = {"status": os.pipe(), "result": os.pipe()}
         given = {"spec": _reopened(spec), "input": _reopened(stdin)}
+        pipes = {"status": os.pipe(), "result": os.pipe()}
         words = [str(d) for d in (given["spec"], pipes["status"][1], pipes["result"][1])]
         try:
             process = subprocess.Popen(
@@ -281,15 +284,17 @@ class Sandbox:
         if not isinstance(result, dict):
             result = {}
         kind = result.get("kind", "done" if state["exit"] == 0 else "raised")
+        if kind not in KINDS:  # the program wrote this, too
+            kind = "raised"
         # SIGXCPU; SIGKILL, if the program ignored that. The limit counts finer than the time used.
         spent = state["exit"] == 152 or state["cpu_seconds"] >= self.limits.cpu_seconds
         if state["ended"] == "time" or (spent and not result):
             kind = "timeout"
-        error = str(result.get("error", ""))
+        error = str(result.get("error", ""))[:_MAX_ERROR].encode("utf-8", "replace").decode()
         if kind == "raised" and not error:
             error = f"ended with status {state['exit']}"
         return Run(
-            str(kind), result.get("value"), error, **text, exit=state["exit"], seconds=state["seconds"],
+            kind, result.get("value"), error, **text, exit=state["exit"], seconds=state["seconds"],
             cpu_seconds=state["cpu_seconds"], memory_bytes=state["memory_bytes"],
             nonce=str(result.get("nonce", "")), protection=state["protection"],
         )  # fmt: skip

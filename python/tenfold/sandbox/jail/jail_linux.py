@@ -41,12 +41,31 @@ _DENIED = {
     "memfd_create": (319, 279), "memfd_secret": (447, 447), "shmget": (29, 194), "msgget": (68, 186),
     "semget": (64, 190),
 }  # fmt: skip
-_SIGNALS = {
+# What reaches other processes by their ids.
+_OTHERS = {
     "kill": (62, 129), "tkill": (200, 130), "rt_sigqueueinfo": (129, 138),
-    "rt_tgsigqueueinfo": (297, 240), "pidfd_send_signal": (424, 424),
+    "rt_tgsigqueueinfo": (297, 240), "pidfd_send_signal": (424, 424), "setpriority": (141, 140),
+    "sched_setaffinity": (203, 122), "sched_setparam": (142, 118), "sched_setscheduler": (144, 119),
+    "sched_setattr": (314, 274), "ioprio_set": (251, 30), "migrate_pages": (256, 238),
+    "move_pages": (279, 239), "process_madvise": (440, 440), "kcmp": (312, 272),
+}  # fmt: skip
+# What changes files without opening them for writing, which Landlock does not see.
+_ATTRIBUTES = {
+    "chmod": (90, None), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452),
+    "chown": (92, None), "fchown": (93, 55), "lchown": (94, None), "fchownat": (260, 54),
+    "utime": (132, None), "utimes": (235, None), "futimesat": (261, None), "utimensat": (280, 88),
+    "setxattr": (188, 5), "lsetxattr": (189, 6), "fsetxattr": (190, 7), "setxattrat": (463, 463),
+    "removexattr": (197, 14), "lremovexattr": (198, 15), "fremovexattr": (199, 16),
+    "removexattrat": (466, 466), "file_setattr": (469, 469),
 }  # fmt: skip
 _FORKS = {"fork": (57, None), "vfork": (58, None)}
 _TGKILL, _CLONE, _CLONE3 = (234, 131), (56, 220), (435, 435)
+_PRLIMIT, _FCNTL = (302, 261), (72, 25)
+_OWN_COMMANDS = (
+    8,
+    10,
+    15,
+)  # F_SETOWN, F_SETSIG, F_SETOWN_EX: the kernel signals on behalf of who asks
 _MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 
 
@@ -83,6 +102,17 @@ def private_folder(path: str, size: int, owner: int) -> None:
     flags = ctypes.c_ulong(_MS_NOSUID | _MS_NODEV)
     _check(_LIBC.mount(b"tmpfs", path.encode(), b"tmpfs", flags, options), "mount tmpfs")
     os.chdir(path)
+
+
+def read_only(but: str) -> None:
+    """Every mount of this namespace is for reading only, but the one at ``but``."""
+    for path, flags, clear in (
+        (b"/", 0x8000, 0),
+        (but.encode(), 0, 1),
+    ):  # AT_RECURSIVE; MOUNT_ATTR_RDONLY
+        attributes = struct.pack("QQQQ", 1 - clear, clear, 0, 0)
+        size = ctypes.c_size_t(len(attributes))
+        _check(_LIBC.syscall(442, -100, path, flags, attributes, size), "mount_setattr")
 
 
 def die_with_parent(number: int) -> None:
@@ -153,30 +183,45 @@ def seccomp_known() -> bool:
     return os.uname().machine in _MACHINES and struct.calcsize("P") == 8
 
 
-def seccomp(deny_signals: bool, deny_forks: bool) -> None:
-    """Denies ``_DENIED``; signals to others if asked for; new processes (not threads) if asked for."""
+def seccomp(deny_others: bool, deny_forks: bool, deny_attributes: bool) -> None:
+    """Denies ``_DENIED``; what reaches other processes; new processes (not threads); attributes of files."""
     if not seccomp_known():
         raise OSError(errno.ENOSYS, f"no system call numbers of {os.uname().machine}")
     column, arch = _MACHINES[os.uname().machine]
     load, jump_equal, jump_above, jump_set, give = 0x20, 0x15, 0x35, 0x45, 0x06
-    allow, refuse = 0x7FFF0000, 0x00050000 | errno.EPERM
+    allow, refuse = (give, 0, 0, 0x7FFF0000), (give, 0, 0, 0x00050000 | errno.EPERM)
     code = [
         (load, 0, 0, 4), (jump_equal, 1, 0, arch), (give, 0, 0, 0x80000000),
-        (load, 0, 0, 0), (jump_above, 0, 1, 0x40000000), (give, 0, 0, refuse),
+        (load, 0, 0, 0), (jump_above, 0, 1, 0x40000000), refuse,
     ]  # fmt: skip
-    names = _DENIED | (_SIGNALS if deny_signals else {}) | (_FORKS if deny_forks else {})
+    names = dict(_DENIED)
+    for asked, group in (
+        (deny_others, _OTHERS),
+        (deny_forks, _FORKS),
+        (deny_attributes, _ATTRIBUTES),
+    ):
+        names |= group if asked else {}
     for numbers in names.values():
         number = numbers[column]
         if number is not None:
-            code += [(jump_equal, 0, 1, number), (give, 0, 0, refuse)]
-    if deny_signals:  # to itself (raise, abort) only
-        code += [(jump_equal, 0, 4, _TGKILL[column]), (load, 0, 0, 16),
-                 (jump_equal, 0, 1, os.getpid()), (give, 0, 0, allow), (give, 0, 0, refuse)]  # fmt: skip
+            code += [(jump_equal, 0, 1, number), refuse]
+
+    def by_argument(number: int, at: int, values: tuple, found: tuple, else_: tuple) -> None:
+        """``found`` if that argument's low word is one of the values."""
+        tests = [t for value in values for t in ((jump_equal, 0, 1, value), found)]
+        code.extend(
+            [(jump_equal, 0, len(tests) + 2, number), (load, 0, 0, 16 + 8 * at), *tests, else_]
+        )
+
+    if deny_others:  # signals to itself (raise, abort), its own limits
+        by_argument(_TGKILL[column], 0, (os.getpid(),), allow, refuse)
+        by_argument(_PRLIMIT[column], 0, (0, os.getpid()), allow, refuse)
+        by_argument(_FCNTL[column], 1, _OWN_COMMANDS, refuse, allow)
     if deny_forks:  # clone for threads only; clone3 hides its flags: libc falls back to clone
         code += [(jump_equal, 0, 1, _CLONE3[column]), (give, 0, 0, 0x00050000 | errno.ENOSYS),
                  (jump_equal, 0, 4, _CLONE[column]), (load, 0, 0, 16),
-                 (jump_set, 0, 1, 0x10000), (give, 0, 0, allow), (give, 0, 0, refuse)]  # fmt: skip
-    code.append((give, 0, 0, allow))
+                 (jump_set, 0, 1, 0x10000), allow, refuse]  # fmt: skip
+    code.append(allow)
     program = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *c) for c in code))
     fprog = struct.pack("HxxxxxxP", len(code), ctypes.addressof(program))
     no_new_privileges()

@@ -1,0 +1,35 @@
+"""Two gloo ranks: training stops, goes on, and makes the steps of one process, whatever texts a rank has."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import themis_models as tiny
+from ma_rlhf_ranks import environment
+from themis_ranks import KINDS, train
+
+from tenfold.themis.model import ThemisRewardModel
+from tenfold.themis.training import ThemisRecord
+
+HERE = Path(__file__).resolve().parent
+
+
+def test_two_ranks_stop_resume_and_agree_with_one_process(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone",
+               str(HERE / "themis_ranks.py"), str(tmp_path)]  # fmt: skip
+    done = subprocess.run(command, cwd=HERE, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count("stopped") == 2, done.stderr[-4000:]
+    for kind in KINDS:
+        alone, want = train(kind)
+        got = ThemisRecord.read(tmp_path / kind / "themis.json")
+        pairs = [
+            *zip(got.curve, want.curve),
+            *zip(got.validation, want.validation),
+            (got.before, want.before),
+        ]
+        assert len(pairs) == 3 + 2 + 1
+        for one, other in pairs:
+            assert one == pytest.approx(other, rel=2e-4, abs=1e-5)
+        assert got.best["step"] == want.best["step"]
+        assert tiny.close(ThemisRewardModel.from_pretrained(tmp_path / kind), alone, 1e-4)
