@@ -10,21 +10,44 @@ namespace tenfold {
 namespace {
 
 constexpr int64_t kMostKept = int64_t{4} << 20;  // bytes of a block
+constexpr int64_t kHugePage = int64_t{2} << 20;
 constexpr std::align_val_t kAlign{64};
-
-struct Block {
-  void* data = nullptr;
-  int64_t bytes = 0;
-  bool used = false;
-  ~Block() { ::operator delete(data, kAlign); }
-};
-
-// Two: a thread that shares out work also does some of it.
-thread_local Block blocks[2];
 
 void* allocate(int64_t bytes) {
   return ::operator new(static_cast<std::size_t>(bytes), kAlign);
 }
+
+// Whole huge pages, if the system has them to give.
+void* allocate_huge(int64_t bytes) {
+  void* const data = ::operator new(static_cast<std::size_t>(bytes), std::align_val_t{kHugePage});
+  madvise(data, static_cast<std::size_t>(bytes), MADV_HUGEPAGE);
+  return data;
+}
+
+// What is to stay in the second cache must lie evenly in its sets, which small pages from all over
+// the memory do not: a product of matrices took up to twice as long.
+struct Block {
+  void* data = nullptr;
+  int64_t bytes = 0;
+  bool used = false;
+
+  void grow(int64_t wanted) {
+    const int64_t whole = (wanted + kHugePage - 1) / kHugePage * kHugePage;
+    const int64_t size = wanted > kHugePage / 2 ? whole : wanted;
+    void* const larger = size >= kHugePage ? allocate_huge(size) : allocate(size);
+    free();
+    data = larger, bytes = size;
+  }
+  ~Block() { free(); }
+
+ private:
+  void free() {
+    ::operator delete(data, bytes >= kHugePage ? std::align_val_t{kHugePage} : kAlign);
+  }
+};
+
+// Several: a thread that shares out work also does some of it.
+thread_local Block blocks[4];
 
 Block* free_block(int64_t bytes) {
   if (bytes > kMostKept) return nullptr;
@@ -61,8 +84,7 @@ class LargeBlocks {
       }
     }
     const auto whole = (bytes + kHugePage - 1) / kHugePage * kHugePage;
-    void* const data = ::operator new(static_cast<std::size_t>(whole), std::align_val_t{kHugePage});
-    advise_huge_pages(data, whole);
+    void* const data = allocate_huge(whole);
     const std::lock_guard<std::mutex> lock(mutex_);
     for (Large& x : blocks_)
       if (x.data == nullptr) {
@@ -87,7 +109,6 @@ class LargeBlocks {
   }
 
  private:
-  static constexpr int64_t kHugePage = int64_t{2} << 20;
   void free(Large* x) {
     waiting_ -= x->bytes;
     ::operator delete(x->data, std::align_val_t{kHugePage});
@@ -108,10 +129,10 @@ LargeBlocks& large_blocks() {
 
 void advise_huge_pages(void* data, int64_t bytes) {
   constexpr int64_t kFrom = int64_t{4} << 20;
-  constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
+  constexpr uintptr_t kPage = kHugePage;
   if (bytes < kFrom) return;
-  const auto begin = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) & ~(kHugePage - 1);
-  const auto end = (reinterpret_cast<uintptr_t>(data) + bytes) & ~(kHugePage - 1);
+  const auto begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) & ~(kPage - 1);
+  const auto end = (reinterpret_cast<uintptr_t>(data) + bytes) & ~(kPage - 1);
   if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 }
 
@@ -122,12 +143,7 @@ Scratch::Scratch(int64_t bytes) {
     large_ = bytes > kMostKept;
     return;
   }
-  if (block->bytes < bytes) {
-    void* const larger = allocate(bytes);
-    ::operator delete(block->data, kAlign);
-    block->data = larger;
-    block->bytes = bytes;
-  }
+  if (block->bytes < bytes) block->grow(bytes);
   block->used = true;
   in_use_ = &block->used;
   data_ = block->data;

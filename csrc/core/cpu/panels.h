@@ -295,8 +295,16 @@ inline VF load_some(const T* p, int64_t n) {
   return n >= kWidth ? load(p) : n > 0 ? load_n(p, static_cast<int>(n)) : set1(0.0f);
 }
 
-// Words of n elements of a row and, where a word is a pair along the depth, of the next (null:
-// zeros).
+#if defined(TENFOLD_ISA_BF16)
+// A vector of the next n elements of a row, then zeros.
+inline VF bf16_words(const bf16_t* from, int64_t n) {
+  const auto some = n >= 32 ? ~__mmask32{0} : static_cast<__mmask32>((1u << n) - 1u);
+  return {_mm512_castsi512_ps(_mm512_maskz_loadu_epi16(some, from))};
+}
+#endif
+
+// Words of n elements of a row and, where a word is a pair along the depth, of the next (either
+// null: zeros).
 template <class T, bool Dot>
 inline VF words_along(const T* row, [[maybe_unused]] const T* next, int64_t n) {
 #if defined(TENFOLD_ISA_BF16)

@@ -115,7 +115,7 @@ void LinearLoss::logits(Chunk& c, const Kept& kept, RowSums* sums) const {
   const Floats parts{3 * c.pitch * tiles_};
   float* const keep = kept_logits(kept, c.index);
   parallel_for(tiles_, micros(2 * kLceTile * c.count * p_.dim), [&](int64_t begin, int64_t end) {
-    const Floats at{lce_panels_size(kLceTile, words(p_.dim), packing_.panel),
+    const Floats at{lce_panels_size(packing_.tokens, words(p_.dim), packing_.panel),
                     8 * lce_whole(p_.dim, 16), kLceTile * c.pitch};
     for (int64_t t = begin; t < end; ++t) {
       const int64_t v = t * kLceTile, n = std::min(kLceTile, p_.vocab - v);
@@ -170,7 +170,7 @@ void LinearLoss::block_gradients(const Chunk& c, const Block& b, const Kept& kep
   const bool again = keep == nullptr;
   parallel_for(b.tiles, micros(2 * kLceTile * c.count * p_.dim), [&](int64_t begin, int64_t end) {
     const Floats at{
-        again ? lce_panels_size(kLceTile, words(p_.dim), packing_.panel) : 0,
+        again ? lce_panels_size(packing_.tokens, words(p_.dim), packing_.panel) : 0,
         again ? 8 * lce_whole(p_.dim, 16) : 0, again ? kLceTile * c.pitch : 0,
         for_weight ? lce_panels_size(kLceTile, words(lce_whole(c.count, 16)), packing_.panel) : 0,
         for_weight ? kLceTile * lce_pitch(widest) : 0};
@@ -199,9 +199,11 @@ void LinearLoss::block_gradients(const Chunk& c, const Block& b, const Kept& kep
 }
 
 void LinearLoss::hidden_tiles(const Chunk& c, const Block& b, float* sums, bool add) const {
-  const int64_t col_parts = ceil_div(p_.dim, kLceCols), panels = ceil_div(c.count, packing_.panel);
+  // Tiles are so fast that what counts is how often a panel is read from beyond the second cache.
+  const int64_t most_rows = by_tiles() ? 256 : 128, most_cols = (by_tiles() ? 2 : 1) * kLceCols;
+  const int64_t col_parts = ceil_div(p_.dim, most_cols), panels = ceil_div(c.count, packing_.panel);
   const int64_t even = threads_ / std::gcd(threads_, col_parts);
-  const int64_t row_parts = std::min(panels, ceil_div(ceil_div(c.count, 128), even) * even);
+  const int64_t row_parts = std::min(panels, ceil_div(ceil_div(c.count, most_rows), even) * even);
   const Parts across{p_.dim, kLceLanes, col_parts}, down{c.count, packing_.panel, row_parts};
   const int64_t stride = lce_panel_stride(b.depth, packing_.panel), pitch = hidden_pitch();
   const int64_t tasks = row_parts * col_parts;

@@ -67,6 +67,7 @@ class LinearLoss {
   int64_t hidden_pitch() const { return lce_pitch(lce_whole(p_.dim, kLceLanes)); }
   int64_t count() const { return static_cast<int64_t>(rows_.row.size()); }
   int64_t words(int64_t n) const { return packing_.words(n); }
+  bool by_tiles() const { return packing_.unit > 1; }
 
   Isa isa_;  // one for all calls: they must agree on the panels
   LceProblem p_;

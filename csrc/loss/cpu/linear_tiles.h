@@ -62,9 +62,10 @@ constexpr int64_t lce_pitch(int64_t n) {
   return (lce_whole(n, 16) / 16 | 1) * 16;
 }
 
-// Elements of a word, what a depth in words is a multiple of, and rows of a panel.
+// Elements of a word, what a depth in words is a multiple of, rows of a panel; and tokens of a tile
+// whose rows of weight are packed at a time for the logits.
 struct LcePacking {
-  int64_t word, unit, panel;
+  int64_t word, unit, panel, tokens;
   int64_t words(int64_t n) const { return lce_whole((n + word - 1) / word, unit); }
 };
 TENFOLD_ISA_DECLARE(LcePacking lce_packing(Dtype dtype))

@@ -87,8 +87,8 @@ template <bool Dot>
 inline void put_one(float* panel, int64_t along, int64_t lane, float x) {
 #if defined(TENFOLD_ISA_AMX)
   if constexpr (Dot) {
-    float* const row = panel + along / 32 * kAmxTile + lane * 16;
-    return store_n(reinterpret_cast<bf16_t*>(row) + along % 32, set1(x), 1);
+    float* const row = panel + along / kAmxDepth * kAmxTile + lane * kAmxWords;
+    return store_n(reinterpret_cast<bf16_t*>(row) + along % kAmxDepth, set1(x), 1);
   }
 #endif
   if constexpr (Dot) {
@@ -105,33 +105,36 @@ inline int64_t token_stride(const LceChunk& c) {
 }
 
 #if defined(TENFOLD_ISA_AMX)
-// Blocks of 32 tokens x 16 rows: a tile of 16 rows, and halves of the rows of two tiles of tokens.
+// Blocks of 32 tokens x 16 rows: a tile of rows, and halves of the rows of two tiles of tokens.
 void put_deltas(const Delta& delta, int64_t n, const float* x, int64_t pitch, float* by_row,
                 int64_t stride, float* by_token, int64_t token_stride) {
-  constexpr int kTokens = 2 * kAmxRows;
   const int64_t rows = lce_whole(delta.c.count, 16);
   const VF none = set1(0.0f);
-  for (int64_t v = 0; v < n; v += kTokens)
+  const auto store_half = [](float* to, __m256i half) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), half);
+  };
+  for (int64_t v = 0; v < n; v += kAmxDepth)
     for (int64_t m = 0; m < rows; m += 16) {
       alignas(64) float pairs[kAmxTile];
-      float* const tokens = by_token + v / 16 * token_stride + m / 32 * kAmxTile + m % 32 / 2;
-      for (int i = 0; i < kTokens; i += 2) {
-        const auto at = [&](int j) {
+      const bool is_last = m + 16 == rows && m % kAmxDepth == 0;
+      for (int i = 0; i < kAmxDepth; i += 2) {
+        const auto at = [&](int j) __attribute__((always_inline)) {
           return v + j < n ? delta(load(x + (v + j) * pitch + m), m, none) : none;
         };
         const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(at(i + 1).v, at(i).v);
-        if (by_row != nullptr) store(pairs + i * 8, pair_halves(both));
+        if (by_row != nullptr) store(pairs + i / 2 * 16, pair_halves(both));
         if (by_token == nullptr) continue;
-        float* const to = tokens + i / 16 * token_stride + i % 16 * 16;
-        _mm256_storeu_ps(to, _mm256_castsi256_ps(_mm512_castsi512_si256(both)));
-        _mm256_storeu_ps(to + 16, _mm256_castsi256_ps(_mm512_extracti64x4_epi64(both, 1)));
-        if (m + 16 < rows || m % 32 != 0) continue;
-        _mm256_storeu_ps(to + 8, _mm256_setzero_ps());
-        _mm256_storeu_ps(to + 24, _mm256_setzero_ps());
+        float* const to = by_token + (v + i) / 16 * token_stride + m / kAmxDepth * kAmxTile +
+                          i % 16 * kAmxWords + m % kAmxDepth / 2;
+        store_half(to, _mm512_castsi512_si256(both));
+        store_half(to + kAmxWords, _mm512_extracti64x4_epi64(both, 1));
+        if (!is_last) continue;
+        store_half(to + 8, __m256i{});
+        store_half(to + kAmxWords + 8, __m256i{});
       }
       if (by_row != nullptr)
         transpose16([&](int i) { return pairs + i * 16; },
-                    by_row + m / 16 * stride + v / 32 * kAmxTile, 16);
+                    by_row + m / 16 * stride + v / kAmxDepth * kAmxTile, kAmxWords);
     }
 }
 #endif
@@ -204,7 +207,7 @@ inline void sums_of(const float* x, int64_t pitch, int64_t n, VF scale, bool wei
 
 LcePacking lce_packing(Dtype dtype) {
   return with_dtype(dtype, []<class T, bool Dot>() -> LcePacking {
-    return {Dot ? 2 : 1, kPackWords<Dot>, kPackRows<Dot>};
+    return {Dot ? 2 : 1, kPackWords<Dot>, kPackRows<Dot>, kByTiles<Dot> ? 32 : kLceTile};
   });
 }
 
@@ -230,9 +233,25 @@ void lce_pack_cols(const LceProblem& p, const LceChunk& c, int64_t col, int64_t 
   });
 }
 
+#if defined(TENFOLD_ISA_AMX)
+// Rows of weight are left tiles as they lie.
+void logits_by_tiles(const LceProblem& p, const LceChunk& c, int64_t v, int64_t n, float* spare,
+                     float* x) {
+  constexpr int64_t kBlock = 128;
+  const int64_t depth = amx_words(p.dim);
+  const AmxTiles registers;
+  multiply_rows({row_of<bf16_t>(p.weight, p.weight_stride, v), p.weight_stride, n}, p.dim, kBlock,
+                amx_strip(depth), spare, c.lanes, lane_stride(depth), c.count, x, c.pitch, false,
+                [&](int64_t, int64_t rows, float* sums) { return sums + rows * c.pitch; });
+}
+#endif
+
 void lce_logits(const LceProblem& p, const LceChunk& c, int64_t v, int64_t n, float* panels,
                 float* staged, float* x) {
   with_dtype(p.dtype, [&]<class T, bool Dot>() {
+#if defined(TENFOLD_ISA_AMX)
+    if constexpr (Dot) return logits_by_tiles(p, c, v, n, panels, x);
+#endif
     constexpr int kRows = kPackRows<Dot>;
     const int64_t depth = packed_words<Dot>(p.dim), stride = lce_panel_stride(depth, kRows);
     for (int64_t r = 0; r < n; r += kRows) {
@@ -334,7 +353,7 @@ void lce_hidden_tile(Dtype dtype, int64_t rows, int64_t cols, int64_t depth, con
 void lce_store(const float* from, int64_t n, Dtype dtype, void* to) {
   const auto all = [&]<class T>(T* out) {
     int64_t i = 0;
-    for (; i + kWidth <= n; i += kWidth) store(out + i, load(from + i));
+    for (; i + kWidth <= n; i += kWidth) store_quick(out + i, load(from + i));
     if (i < n) store_n(out + i, load_n(from + i, static_cast<int>(n - i)), static_cast<int>(n - i));
   };
   if (dtype == Dtype::f32) return all(static_cast<float*>(to));

@@ -12,9 +12,9 @@ constexpr int64_t kRoundFloats = int64_t{8} << 20;  // of rows that wait for the
 // Tasks that keep many threads busy. Not the number of threads: partial sums belong to a block.
 constexpr int64_t kEnoughTasks = 64;
 
-// A thread's work is worth its waking; about 50 GFLOP/s and 10 GB/s.
-double micros(int64_t flops, int64_t bytes) {
-  return static_cast<double>(flops) / 5e4 + static_cast<double>(bytes) / 1e4;
+// A thread's work is worth its waking; about 50 GFLOP/s (by AMX 1000) and 10 GB/s.
+double micros(int64_t flops, int64_t bytes, bool by_tiles = false) {
+  return static_cast<double>(flops) / (by_tiles ? 1e6 : 5e4) + static_cast<double>(bytes) / 1e4;
 }
 
 int64_t row_blocks(int64_t rows) {
@@ -43,7 +43,7 @@ struct Task {
 // By AMX it is the rows that are packed: once for as many blocks as leave enough tasks. Else blocks
 // of rows of a block of columns follow each other: its part of the matrix stays in a cache.
 int64_t blocks_of_task(Isa isa, const GroupedProduct& p, const Groups& g, int64_t blocks) {
-  if (isa != Isa::avx512_amx || p.dtype != Dtype::bf16 || !p.w[0].by_rows) return 1;
+  if (!moe_by_tiles(isa, p.dtype) || !p.w[0].by_rows) return 1;
   int64_t rows = 0;
   for (int64_t i = 0; i < g.count; ++i) rows += row_blocks(g.length(i));
   return std::clamp<int64_t>(rows * blocks / kEnoughTasks, 1, blocks);
@@ -73,7 +73,7 @@ class ProductWorker {
         across_(across),
         first_(first),
         finish_(finish),
-        memory_{kMoeSums, moe_product_room(p.depth)} {}
+        memory_{kMoeSums, moe_product_room(isa, p.dtype, p.depth)} {}
 
   void operator()(int64_t item) const {
     const Task& t = tasks_[item];
@@ -133,9 +133,10 @@ void grouped_product(Isa isa, const GroupedProduct& p, const Groups& g, int64_t 
   int64_t active = 0;
   for (int64_t i = 0; i < g.count; ++i) active += g.length(i) > 0;
   const int64_t area = p.parts * cols * p.depth;
-  for_each_task(static_cast<int64_t>(tasks.size()),
-                micros(2 * g.rows() * area, active * area * dtype_size(p.dtype)),
-                [&] { return ProductWorker(isa, p, tasks, across, first, finish); });
+  for_each_task(
+      static_cast<int64_t>(tasks.size()),
+      micros(2 * g.rows() * area, active * area * dtype_size(p.dtype), moe_by_tiles(isa, p.dtype)),
+      [&] { return ProductWorker(isa, p, tasks, across, first, finish); });
 }
 
 Finish store_as(Isa isa, Dtype dtype, const GroupedProduct& p, float scale, void* out,
@@ -155,20 +156,21 @@ void grouped_wgrad(Isa isa, Dtype dtype, const MoeRows& dy, int64_t dy_cols, con
   const Parts across{a_cols, kMoeColUnit, ceil_div(a_cols, kMoeCols)};
   const int64_t tiles = down.count * across.count, size = dtype_size(dtype);
   const int64_t area = dy_cols * a_cols;
-  for_each_task(g.count * tiles, micros(2 * g.rows() * area, g.count * area * size), [&] {
-    return [&, memory = std::make_shared<Floats>(
-                   std::initializer_list<int64_t>{kMoeSums, kMoeRoom})](int64_t item) {
-      const int64_t group = item / tiles, row = item % tiles / across.count;
-      const int64_t col = item % across.count, first_row = down.begin(row);
-      const int64_t first_col = across.begin(col);
-      const int64_t at = group * area + first_row * a_cols + first_col;
-      TENFOLD_ISA_CALL_AS(
-          isa, moe_wgrad,
-          {dtype, dy, a, g.offsets[group], g.length(group), first_row, down.length(row), first_col,
-           across.length(col), static_cast<char*>(out) + at * size, a_cols, (*memory)[0],
-           (*memory)[1]});
-    };
-  });
+  for_each_task(g.count * tiles,
+                micros(2 * g.rows() * area, g.count * area * size, moe_by_tiles(isa, dtype)), [&] {
+                  return [&, memory = std::make_shared<Floats>(std::initializer_list<int64_t>{
+                                 kMoeSums, kMoeRoom})](int64_t item) {
+                    const int64_t group = item / tiles, row = item % tiles / across.count;
+                    const int64_t col = item % across.count, first_row = down.begin(row);
+                    const int64_t first_col = across.begin(col);
+                    const int64_t at = group * area + first_row * a_cols + first_col;
+                    TENFOLD_ISA_CALL_AS(
+                        isa, moe_wgrad,
+                        {dtype, dy, a, g.offsets[group], g.length(group), first_row,
+                         down.length(row), first_col, across.length(col),
+                         static_cast<char*>(out) + at * size, a_cols, (*memory)[0], (*memory)[1]});
+                  };
+                });
 }
 
 int64_t round_cols(int64_t rows, int64_t cols) {

@@ -42,7 +42,7 @@ struct MoeProduct {
   bool by_rows;
   int64_t cols, depth;
   bool add;     // to what the sums hold
-  bool again;   // a and room are those of the call before
+  bool again;   // rows of a as in the call before, with the same room
   float* sums;  // [rows rounded up to 16][kMoePitch]
   float* room;  // moe_product_room()
 };
@@ -64,20 +64,27 @@ constexpr int64_t kMoeSums = kMoeRows * kMoePitch;
 constexpr int64_t kMoeRoom =  // tiles are 12 lanes wide at least
     kMoeRows / 8 * kMoePanel + kMoeCols * kMoeStrip + kMoeCols / 12 * kMoePad + kMoeStaged;
 
-// By AMX: words of the depth of rows of a that are packed at a time, and floats of room.
-constexpr int64_t kMoeTurned = 1024;
-constexpr int64_t kMoeTurnedRoom = (kMoeRows + kMoeColUnit) * (kMoeTurned + kMoePad) +
-                                   kMoeCols * (kMoeRows + kMoePad) + 32 * kMoeTurned;
-
 constexpr bool moe_few_rows(int64_t rows, int64_t depth) {
   return rows <= kMoeFewest || (rows <= kMoeFewRows && rows * depth <= kMoeFewFloats);
 }
+
+// By AMX a matrix by rows is not packed; of the rows of a as many words of their depth at a time as
+// fit the second cache.
+constexpr bool moe_by_tiles(Isa isa, Dtype dtype) {
+  return isa == Isa::avx512_amx && dtype == Dtype::bf16;
+}
+constexpr int64_t moe_turned_words(int64_t depth) {
+  return depth > 2048 ? 1024 : (depth + 31) / 32 * 16;
+}
+
 // Floats of room for a product.
-constexpr int64_t moe_product_room(int64_t depth) {
+constexpr int64_t moe_product_room(Isa isa, Dtype dtype, int64_t depth) {
   const int64_t few = kMoeFewFloats + kMoeFewRows * 16, long_rows = 8 * (depth + 16);
   const int64_t rows = few > long_rows ? few : long_rows;
-  const int64_t packed = kMoeRoom > kMoeTurnedRoom ? kMoeRoom : kMoeTurnedRoom;
-  return packed > rows ? packed : rows;
+  const int64_t packed = kMoeRoom > rows ? kMoeRoom : rows, words = moe_turned_words(depth);
+  const int64_t turned =
+      (kMoeRows + kMoeColUnit) * (words + kMoePad) + kMoeCols * (kMoeRows + kMoePad) + 32 * words;
+  return moe_by_tiles(isa, dtype) && turned > packed ? turned : packed;
 }
 
 TENFOLD_ISA_DECLARE(void moe_product(const MoeProduct& p))

@@ -73,83 +73,60 @@ void product_packed(const MoeProduct& p) {
 }
 
 #if defined(TENFOLD_ISA_AMX)
-// Rows of w are left tiles as they lie: a matrix by rows need not be packed, only the rows of a, as
-// lanes. The sums are transposed, a block of rows of w at a time where the depth is one strip.
-constexpr int64_t kTurnedRows = 2 * kAmxRows, kTurnedPitch = kMoeRows + kMoePad;
-constexpr int64_t kTurnedTile = kTileRows * kMoeTurned + kMoePad;  // floats of a tile of lanes
+// Rows of w are left tiles as they lie; only those of a are packed, as lanes. The sums are
+// transposed, and turned block by block where the depth is one strip.
+class Turned {
+ public:
+  explicit Turned(const MoeProduct& p)
+      : p_(p),
+        words_(moe_turned_words(p.depth)),
+        tile_(kTileRows * words_ + kMoePad),
+        lanes_(p.room),
+        sums_(lanes_ + (kMoeRows + kTileRows - 1) / kTileRows * tile_),
+        spare_(sums_ + kMoeCols * kPitch) {}
 
-struct Turned {
-  float *lanes, *sums, *left;
-  explicit Turned(float* room)
-      : lanes(room),
-        sums(lanes + (kMoeRows + kTileRows - 1) / kTileRows * kTurnedTile),
-        left(sums + kMoeCols * kTurnedPitch) {}
-};
-static_assert((kMoeRows + kTileRows - 1) / kTileRows * kTurnedTile + kMoeCols * kTurnedPitch +
-                  kTurnedRows * kMoeTurned <=
-              kMoeTurnedRoom);
-
-// Rows [c, c + kTurnedRows) of w as left tiles, n elements from k on: copied where they would be
-// read past their end.
-inline LeftTiles left_rows(const MoeProduct& p, const Turned& t, int64_t c, int64_t k, int64_t n) {
-  const bf16_t* const w = static_cast<const bf16_t*>(p.w) + c * p.w_stride + k;
-  if (c + kTurnedRows <= p.cols && n % 32 == 0)
-    return {w, p.w_stride * 2, 64, kAmxRows * p.w_stride * 2};
-  const int64_t stride = kAmxRows * packed_words<true>(n);
-  for (int64_t r = 0; r < kTurnedRows; r += kAmxRows) {
-    const bf16_t* row[kAmxRows] = {};
-    for (int64_t i = r; i < r + kAmxRows && c + i < p.cols; ++i) row[i - r] = w + i * p.w_stride;
-    pack_panel<bf16_t, true>(row, n, nullptr, t.left + r / kAmxRows * stride);
+  void run() const {
+    const int64_t depth = 2 * words_;
+    const bool whole = p_.depth <= depth;
+    const AmxTiles registers;
+    for (int64_t k = 0; k < p_.depth; k += depth) {
+      const int64_t n = p_.depth - k < depth ? p_.depth - k : depth;
+      if (!p_.again || !whole) pack(k, n);
+      const auto* const w = static_cast<const bf16_t*>(p_.w) + k;
+      const bool last = k + n == p_.depth;
+      multiply_rows({w, p_.w_stride, p_.cols}, n, kBlock, words_, spare_, lanes_, tile_, p_.rows,
+                    sums_, kPitch, k > 0, [&](int64_t c, int64_t rows, float* sums) {
+                      if (last) turn(sums, c, rows);
+                      return whole ? sums : sums + rows * kPitch;
+                    });
+    }
   }
-  return left_panels(t.left, stride);
-}
 
-void product_turned(const MoeProduct& p) {
-  const Turned t(p.room);
-  constexpr int64_t kDepth = 2 * kMoeTurned;
-  const bool whole = p.depth <= kDepth;
-  const int64_t tiles = (p.rows + kTileRows - 1) / kTileRows;
-  const AmxTiles registers;
-  for (int64_t k = 0; k < p.depth; k += kDepth) {
-    const int64_t n = p.depth - k < kDepth ? p.depth - k : kDepth, depth = packed_words<true>(n);
-    for (int64_t r = 0; r < p.rows && !(p.again && whole); r += kTileRows) {
+ private:
+  static constexpr int64_t kBlock = 32, kPitch = kMoeRows + kMoePad;
+
+  // Elements [k, k + n) of the rows of a.
+  void pack(int64_t k, int64_t n) const {
+    for (int64_t r = 0; r < p_.rows; r += kTileRows) {
       const bf16_t* row[kTileRows] = {};
-      for (int64_t i = 0; i < kTileRows && r + i < p.rows; ++i)
-        row[i] = row_at<bf16_t>(p.a, p.first + r + i) + k;
-      const int64_t left = round_up(p.rows - r, kWidth);
-      pack_tile<bf16_t, true>(row, n, nullptr, t.lanes + r / kTileRows * kTurnedTile,
+      for (int64_t i = 0; i < kTileRows && r + i < p_.rows; ++i)
+        row[i] = row_at<bf16_t>(p_.a, p_.first + r + i) + k;
+      const int64_t left = round_up(p_.rows - r, kWidth);
+      pack_tile<bf16_t, true>(row, n, nullptr, lanes_ + r / kTileRows * tile_,
                               left < kTileRows ? left : kTileRows);
     }
-    for (int64_t c = 0; c < p.cols; c += kTurnedRows) {
-      float* const sums = t.sums + (whole ? 0 : c * kTurnedPitch);
-      const LeftTiles left = left_rows(p, t, c, k, n);
-      amx_fence();
-      // The next rows of w are on their way from memory: each tile of lanes asks for its share.
-      const char* const next = static_cast<const char*>(left.at) + 2 * left.below;
-      for (int64_t i = 0; i < tiles; ++i) {
-        const int64_t begin = i * kTurnedRows / tiles, end = (i + 1) * kTurnedRows / tiles;
-        const char* ahead = next;
-        const auto fetch = [&]() __attribute__((always_inline)) {
-          for (int64_t j = begin; j < end; ++j) __builtin_prefetch(ahead + j * left.row, 0, 2);
-          ahead += left.step;
-        };
-        const float* const lanes = t.lanes + i * kTurnedTile;
-        float* const to = sums + i * kTileRows;
-        const int64_t some = p.rows - i * kTileRows;
-        if (p.cols - c > kAmxRows) {
-          multiply_lanes<2>(lanes, some, left, depth, to, kTurnedPitch, k > 0, fetch);
-        } else {
-          multiply_lanes<1>(lanes, some, left, depth, to, kTurnedPitch, k > 0, fetch);
-        }
-      }
-      if (k + n < p.depth) continue;
-      for (int64_t j = 0; j < kTurnedRows && c + j < p.cols; j += 16)
-        for (int64_t r = 0; r < p.rows; r += 16)
-          transpose16([&](int i) { return sums + (j + i) * kTurnedPitch + r; },
-                      p.sums + r * kMoePitch + c + j, kMoePitch);
-    }
   }
-}
+  void turn(const float* sums, int64_t c, int64_t cols) const {
+    for (int64_t j = 0; j < cols; j += 16)
+      for (int64_t r = 0; r < p_.rows; r += 16)
+        transpose16([&](int i) { return sums + (j + i) * kPitch + r; },
+                    p_.sums + r * kMoePitch + c + j, kMoePitch);
+  }
+
+  const MoeProduct& p_;
+  int64_t words_, tile_;
+  float *lanes_, *sums_, *spare_;
+};
 #endif
 
 // Dot products: kDotCols rows of w times Rows rows of a, whose sums fill the registers.
@@ -159,6 +136,15 @@ constexpr int kDotRows = 6;  // 24 sums, 4 vectors of w, one of a
 #else
 constexpr int kDotRows = 2;
 #endif
+
+// A vector of words from n elements of a row of w.
+template <class T, bool Dot>
+inline VF row_words(const T* from, int64_t n) {
+#if defined(TENFOLD_ISA_BF16)
+  if constexpr (Dot) return bf16_words(from, n);
+#endif
+  return load_some(from, n);
+}
 
 template <bool Dot>
 inline VF add_words(VF sum, VF a, VF b) {
@@ -260,7 +246,7 @@ void wgrad_tile(const MoeWgrad& p) {
       return
           [&rows, col, first = p.first + q](int64_t i) { return row_at<T>(rows, first + i) + col; };
     };
-    pack_panels_of_columns<T, Dot>(from(p.dy, p.row), n, p.rows, kPanels<Dot>, m.panels);
+    pack_columns_along<T, Dot>(from(p.dy, p.row), n, p.rows, kPanels<Dot>, m.panels);
     pack_tiles_along<T, Dot>(from(p.a, p.col), n, p.cols, kLanes, m.lanes);
     multiply_strip<Dot>(m, p.rows, p.cols, n, q > 0, p.sums);
   }
@@ -281,7 +267,7 @@ void moe_product(const MoeProduct& p) {
     if (p.by_rows && !p.add && p.depth >= 4 * kWidth && few) return product_dots<T, Dot>(p);
 #if defined(TENFOLD_ISA_AMX)
     if constexpr (Dot)
-      if (p.by_rows && !p.add && p.depth > 0) return product_turned(p);
+      if (p.by_rows && !p.add && p.depth > 0) return Turned(p).run();
 #endif
     product_packed<T, Dot>(p);
   });
