@@ -276,7 +276,7 @@ class TestDemo:
         values = {n: e["accuracy"]["all"]["value"] for n, e in found["evaluations"].items()}
         plain, right, fails, lies = values.values()
         assert right >= 0.95 and plain <= 0.65 and fails <= 0.65 and lies <= 0.05
-        assert found["speed"]["answered"] == found["speed"]["requests"] and found["seconds"] < 100
+        assert found["speed"]["answered"] == found["speed"]["requests"]
 
 
 @pytest.mark.parametrize(

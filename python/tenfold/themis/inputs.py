@@ -129,12 +129,16 @@ def load_judge(
     if not os.path.isdir(name) and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise MissingData(f"no model folder at {name!r}; `tenfold themis train` makes one")
     if getattr(AutoConfig.from_pretrained(name), "themis", None) is None:
-        raise ValueError(f"{name} has no value head; `tenfold themis train` makes a reward model of it")
+        raise ValueError(
+            f"{name} has no value head; `tenfold themis train` makes a reward model of it"
+        )
     settings = {"inputs": "trace", "max_length": 512} | recorded(name)
     options = {} if dtype is None else {"dtype": dtype}
     tokenizer = AutoTokenizer.from_pretrained(name)
     try:
-        format = TraceFormat(tokenizer, max_length=max_length or settings["max_length"], escape=True)
+        format = TraceFormat(
+            tokenizer, max_length=max_length or settings["max_length"], escape=True
+        )
     except KeyError as error:
         raise ValueError(f"{name} is no model of `tenfold themis train`: {error.args[0]}") from None
     model = ThemisRewardModel.from_pretrained(name, **options).to(device)
