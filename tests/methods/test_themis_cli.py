@@ -315,8 +315,8 @@ def test_refused(place, run, monkeypatch, command, message):
 
 def test_no_reward_model(place):
     """A causal LM, and a reward model whose tokenizer lacks the special tokens."""
-    assert "has no value head; `tenfold themis train` makes" in fails("themis", "score", place / "base", "-q", "q", "-a",
-                                                                      "a")  # fmt: skip
+    said = fails("themis", "score", place / "base", "-q", "q", "-a", "a")
+    assert "has no value head; `tenfold themis train` makes" in said
     models.reward_model().save_pretrained(place / "other")
     save_tokenizer(place / "other")
     said = fails("themis", "score", place / "other", "-q", "q", "-a", "a")

@@ -132,7 +132,7 @@ def load_judge(
         raise ValueError(
             f"{name} has no value head; `tenfold themis train` makes a reward model of it"
         )
-    settings = {"inputs": "trace", "max_length": 512} | recorded(name)
+    settings: dict[str, Any] = {"inputs": "trace", "max_length": 512} | recorded(name)
     options = {} if dtype is None else {"dtype": dtype}
     tokenizer = AutoTokenizer.from_pretrained(name)
     try:
