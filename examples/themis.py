@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM
 
 from tenfold.ma_rlhf.inputs import named_settings
 from tenfold.report import PALETTE, figure, png_bytes
@@ -91,7 +92,10 @@ def rewards(chosen: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
     file = chosen.work / f"ppo-{seed}.json"
     if file.is_file():
         return json.loads(file.read_text())
-    policy = study.noisy_policy(seed, chosen.policy_steps, step=told)
+    place = chosen.work / f"policy-{seed}-{chosen.policy_steps}"
+    if not (place / "config.json").is_file():
+        study.noisy_policy(seed, chosen.policy_steps, step=told).save_pretrained(place)
+    policy = AutoModelForCausalLM.from_pretrained(place).eval()
     judges = study.arithmetic_judges(seed, chosen.judge_steps, told)
     settings = {"steps": chosen.rl_steps, "batch_size": 64, "minibatches": 2, "ppo_epochs": 1, "learning_rate": 3e-4,
                 "critic_learning_rate": 6e-4, "beta": 0.02, "n": 1, "checkpoint_every": None}  # fmt: skip

@@ -6,7 +6,7 @@ import math
 
 import pytest
 from test_ma_rlhf_rewards import answers
-from themis_judges import CALL, Crashes, Gives, Hangs, Lengths
+from themis_judges import CALL, Crashes, Gives, Hangs, Lengths, judgement
 
 from tenfold.integrations import themis as hosts
 from tenfold.ma_rlhf.rewards import Rewards
@@ -123,6 +123,20 @@ class TestTrl:
         found = made(["q"] * 4, ["a", "aa", "aaa", "aaaa"])
         assert found == pytest.approx([-1.3416408, -0.4472136, 0.4472136, 1.3416408], abs=1e-6)
         assert [x.reward for x in made.last] == [1, 2, 3, 4]
+
+    def test_only_complete_traces(self, reward):
+        """A reward of a trace that was cut off may be left out."""
+
+        class Cut(Lengths):
+            def judge(self, queries, examples=None, *, deadlines=None, seed=0):
+                return [
+                    judgement(4.0, "length" if q.answer == "cut" else "rationale") for q in queries
+                ]
+
+        assert reward(Cut())(["q", "q"], ["cut", "whole"]) == [4, 4]
+        assert reward(Cut(), accept=("rationale",))(["q", "q"], ["cut", "whole"]) == [None, 4]
+        with pytest.raises(ValueError, match="accept must be one of rationale, no_rationale"):
+            reward(Cut(), accept=("done",))
 
     def test_deadline(self, reward):
         made = reward(Hangs(), deadline=0.1)

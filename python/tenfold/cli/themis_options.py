@@ -22,7 +22,10 @@ CacheMode = Annotated[
 Iterations = Annotated[int, typer.Option(min=1, help="rounds of writing and calling")]
 NewTokens = Annotated[int, typer.Option(min=1, help="tokens of one round")]
 Temperature = Annotated[float, typer.Option(min=0, help="of writing; 0: greedy")]
-PromptLength = Annotated[int, typer.Option(min=8, help="tokens of question, answer and context")]
+PromptLength = Annotated[
+    int | None,
+    typer.Option(min=8, help="tokens of question, answer and context; default: as it was trained"),
+]
 Batch = Annotated[int, typer.Option(min=1, help="answers at a time")]
 Plain = Annotated[
     bool | None, typer.Option("--plain/--traces", help="reads answers alone; default: its record's")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json as json_module
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,12 @@ def judged(queries: Sequence[Any], found: Sequence[Any], json: bool, trace: bool
         out.print(text, markup=False, highlight=False, soft_wrap=True)
         if j.message:
             out.print(j.message, markup=False, highlight=False, soft_wrap=True)
+    if len(queries) > 1 and len({(q.question, q.context) for q in queries}) == 1:
+        rewards = [j.reward for j in found]
+        top = math.nan if any(map(math.isnan, rewards)) else max(rewards)
+        best = [q.answer for q, r in zip(queries, rewards) if r == top]
+        said = best[0] if len(best) == 1 else "none, by a tie or a missing reward"
+        out.print(f"preferred: {said}", markup=False, highlight=False, soft_wrap=True)
 
 
 def evaluated(models: Mapping[str, str], given: dict[str, Any], device: str) -> None:

@@ -101,7 +101,8 @@ def named_reward(name: str, tokenizer: Any, columns: Sequence[str], device: str 
 
     Args:
         name: ``"spelling"`` (words of the standard library's documentation), ``"program"`` (needs the column
-            ``tests``), ``module:function``, or the folder or hub id of a reward model.
+            ``tests``), ``module:function``, the folder or hub id of a reward model, or the address of a server of
+            ``tenfold themis serve``.
         tokenizer: the policy's. columns: of the prompts. device: of a reward model.
 
     Raises:
@@ -114,6 +115,11 @@ def named_reward(name: str, tokenizer: Any, columns: Sequence[str], device: str 
         return Spelling(vocabulary(bytes(byte_stream().tolist()).decode()))
     if name == "program":
         return _program_reward(columns)
+    if os.path.isdir(name) or name.startswith(("http://", "https://")):
+        from tenfold.themis.inputs import themis_reward
+
+        if (asked := themis_reward(name, device)) is not None:
+            return asked
     if os.path.isdir(name) or (":" not in name and "/" in name):
         model, own = load_reward_model(name, device)
         return ModelReward(model, None if same_tokens(own, tokenizer) else own)
@@ -123,8 +129,8 @@ def named_reward(name: str, tokenizer: Any, columns: Sequence[str], device: str 
             raise ValueError(f"the reward {name} must be callable, got {type(found).__name__}")
         return found
     raise ValueError(
-        f"a reward is {', '.join(REWARDS)}, module:function, or the folder or hub id of a reward model; "
-        f"got {name!r}"
+        f"a reward is {', '.join(REWARDS)}, module:function, the folder or hub id of a reward model, or "
+        f"http://host:port of `tenfold themis serve`; got {name!r}"
     )
 
 

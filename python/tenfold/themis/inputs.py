@@ -90,13 +90,14 @@ def named_tools(
     return (synthetic_tools() if name == "synthetic" else []) + ([GoogleSerper()] if web else [])
 
 
-def trained_on_traces(folder: str) -> bool:
-    """Does the record beside a model say that it reads traces? True where there is none."""
+def recorded(folder: str) -> dict[str, Any]:
+    """The settings in the record beside a model; {} where there is none. ValueError for another file of that name."""
     file = Path(folder) / RECORD
     if not file.is_file():
-        return True
+        return {}
     try:
-        return json.loads(file.read_text())["config"]["inputs"] == "trace"
+        config = json.loads(file.read_text())["config"]
+        return {k: config[k] for k in ("inputs", "max_length")}
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{file} is no record of `tenfold themis train`") from None
 
@@ -104,7 +105,7 @@ def trained_on_traces(folder: str) -> bool:
 def load_judge(
     name: str, dtype: Any = None, device: str = "cpu", *, tools: str = "default",
     tool_data: str | Path | None = None, web: bool = False, cache: str | Path | None = None,
-    cache_mode: str = "both", max_length: int | None = 512, batch_size: int = 16, plain: bool | None = None,
+    cache_mode: str = "both", max_length: int | None = None, batch_size: int = 16, plain: bool | None = None,
     **loop: Any,
 ) -> LoadedJudge:  # fmt: skip
     """A trained reward model as a judge.
@@ -112,12 +113,13 @@ def load_judge(
     Args:
         name: folder or hub id. plain: whether it reads question and answer alone; default: what its record says.
         tools, tool_data, web: of :func:`named_tools`. cache, cache_mode: of ``ToolCache``.
-        max_length: tokens of question, answer and context. batch_size, loop: of ``ToolLoop``.
+        max_length: tokens of question, answer and context; default: what its record says, else 512.
+        batch_size, loop: of ``ToolLoop``.
 
     Raises:
-        ValueError: no reward model with the special tokens of traces.
+        ValueError: no reward model with the special tokens of traces, or without a value head.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     from tenfold.data.models import MissingData
     from tenfold.themis.loop import ToolLoop
@@ -126,14 +128,21 @@ def load_judge(
 
     if not os.path.isdir(name) and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise MissingData(f"no model folder at {name!r}; `tenfold themis train` makes one")
+    if getattr(AutoConfig.from_pretrained(name), "themis", None) is None:
+        raise ValueError(
+            f"{name} has no value head; `tenfold themis train` makes a reward model of it"
+        )
+    settings: dict[str, Any] = {"inputs": "trace", "max_length": 512} | recorded(name)
     options = {} if dtype is None else {"dtype": dtype}
     tokenizer = AutoTokenizer.from_pretrained(name)
     try:
-        format = TraceFormat(tokenizer, max_length=max_length, escape=True)
+        format = TraceFormat(
+            tokenizer, max_length=max_length or settings["max_length"], escape=True
+        )
     except KeyError as error:
         raise ValueError(f"{name} is no model of `tenfold themis train`: {error.args[0]}") from None
     model = ThemisRewardModel.from_pretrained(name, **options).to(device)
-    if not trained_on_traces(name) if plain is None else plain:
+    if settings["inputs"] == "plain" if plain is None else plain:
         return LoadedJudge(PlainJudge(model, format, batch_size), model, format)
     kept = ToolCache(cache, cache_mode) if cache is not None else None
     box = Toolbox(named_tools(tools, tool_data, web), cache=kept)
@@ -144,6 +153,24 @@ def load_judge(
     except BaseException:
         box.close()
         raise
+
+
+def themis_reward(name: str, device: str = "cpu") -> Any:
+    """Themis as a reward by name: the address of a server (``http://...``), or the folder of a reward model.
+
+    What it opens stays open as long as the process. None: the name is of something else. The token of a server:
+    ``TENFOLD_THEMIS_TOKEN``.
+    """
+    from tenfold.themis.client import RemoteScorer
+    from tenfold.themis.rewards import ThemisReward
+    from tenfold.themis.scorer import Scorer
+
+    if name.startswith(("http://", "https://")):
+        return ThemisReward(RemoteScorer(name, os.environ.get("TENFOLD_THEMIS_TOKEN") or None))
+    file = Path(name) / "config.json"
+    if not file.is_file() or "themis" not in json.loads(file.read_text()):
+        return None
+    return ThemisReward(Scorer(load_judge(name, device=device).judge, deadline=None))
 
 
 def read_pairs(

@@ -15,9 +15,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from tenfold.ma_rlhf.programs import completion_text
+from tenfold.themis.judgement import FINISH
 from tenfold.themis.normalize import Normalizer
 from tenfold.themis.scorer import Scored
 from tenfold.themis.traces import Query
+from tenfold.training.checks import one_of
 
 
 class Scores(Protocol):
@@ -86,6 +88,8 @@ class ThemisReward:
         normalizer: makes rewards of raw ones, batch by batch in the order of the responses, so that a run can be
             repeated; default: clipped to +-5.
         missing: reward of a response that got none (deadline, error); None: it is not judged.
+        accept: finish reasons whose rewards count, as ``("rationale",)``; others are missing. None: all that have a
+            reward, cut-off traces, too. A policy learns to make the judge write no end, if that pays.
         ends: of :func:`answer_in`, for OpenRLHF.
 
     Attributes:
@@ -97,7 +101,7 @@ class ThemisReward:
     def __init__(
         self, scorer: Scores, *, question: str | Callable[[Any], str] = question_of, context: str = "context",
         deadline: float | None = None, normalizer: Normalizer | None = None, missing: float | None = None,
-        ends: Sequence[str] = (),
+        accept: Sequence[str] | None = None, ends: Sequence[str] = (),
     ) -> None:  # fmt: skip
         if not callable(getattr(scorer, "score_many", None)):
             raise TypeError(
@@ -105,6 +109,9 @@ class ThemisReward:
             )
         if missing is not None and not math.isfinite(missing):
             raise ValueError(f"missing must be a finite number or None, got {missing}")
+        for reason in accept or ():
+            one_of("accept", reason, FINISH)
+        self.accept = FINISH if accept is None else tuple(accept)
         self.scorer, self.question, self.context = scorer, question, context
         self.deadline, self.missing, self.ends = deadline, missing, tuple(ends)
         self.normalizer = normalizer or Normalizer()
@@ -162,7 +169,9 @@ class ThemisReward:
         self, queries: Sequence[Query], examples: Sequence[Mapping[str, Any] | None]
     ) -> list[float | None]:
         self.last = self.scorer.score_many(queries, examples, self.deadline)
-        scores = self.normalizer([found.reward for found in self.last])
+        scores = self.normalizer(
+            [f.reward if f.finish in self.accept else math.nan for f in self.last]
+        )
         return [self.missing if math.isnan(s) else s for s in scores]
 
     @property

@@ -176,7 +176,7 @@ def ppo(
     with Toolbox([demo.Check()]) as box:
         made: Any = PlainJudge(model, format, 64)
         if variant != "plain":
-            made = ToolLoop(model, format, box, max_new_tokens=64, batch_size=64)
+            made = ToolLoop(model, format, box, max_new_tokens=96, batch_size=64)
         with Scorer(made, batch_size=64, deadline=120.0) as scorer:
             reward = ThemisReward(scorer, question=str.strip)
             config = MARLHFConfig.from_preset("small", **({"max_prompt": 64, "max_response": ANSWER, "min_response": 1,
