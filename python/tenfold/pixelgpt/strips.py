@@ -1,0 +1,136 @@
+"""Strips of patches as tensors: what is a valid one, the mask of its patches, grey models, cropping."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tenfold.training.checks import one_of
+
+WHITE = 255
+
+
+def channels_first(image: Tensor, channels: int) -> bool:
+    """Is a batch of strips [B, C, H, W], and not [B, H, W, C]?"""
+    return image.shape[1] == channels and image.shape[-1] != channels
+
+
+def check_strips(image: Tensor, patch: int, channels: int) -> int:
+    """Patches L of a batch of strips.
+
+    Args:
+        image: [B, C, H, W] or [B, H, W, C], uint8 or floating in [0, 1]. patch, channels: of the model.
+
+    Raises:
+        ValueError: rank, channels, sides that are no multiples of the patch, values (which are looked at on the CPU only).
+        TypeError: anything but a tensor.
+    """
+    if not isinstance(image, Tensor):
+        raise TypeError(f"pixel_values must be a tensor, got {type(image).__name__}")
+    if image.ndim != 4:
+        raise ValueError(f"pixel_values must be [B, C, H, W] or [B, H, W, C], got {list(image.shape)}")  # fmt: skip
+    first = channels_first(image, channels)
+    if not first and image.shape[-1] != channels:
+        raise ValueError(
+            f"pixel_values must have the {channels} channels of the patch embedding, got {list(image.shape)}"
+        )
+    height, width = image.shape[2:] if first else image.shape[1:3]
+    for name, size in (("height", height), ("width", width)):
+        if size % patch or not size:
+            raise ValueError(
+                f"the {name} of pixel_values must be a multiple of the patch size {patch}, got {size}"
+            )
+    if image.dtype != torch.uint8:
+        _check_values(image)
+    return (height // patch) * (width // patch)
+
+
+def _check_values(image: Tensor) -> None:
+    bad = not image.is_floating_point()
+    if not bad and image.device.type == "cpu" and image.numel():
+        low, high = torch.aminmax(image)
+        # NaN passes: it shows in the loss, as everywhere.
+        bad = bool(low < 0) or bool(high > 1)
+    if bad:
+        what = f"{image.dtype}"
+        if image.is_floating_point():
+            what += f" from {float(low):g} to {float(high):g}"
+        raise ValueError(f"pixel_values: expected uint8 or float in [0,1], got {what}")
+
+
+def patch_mask(num_patches: Tensor | int, length: int) -> Tensor:
+    """Bool mask of patches: 1 for the text and the black patch after it, ``i < min(num_patches + 1, length)``.
+
+    Args:
+        num_patches: int or integers [B], without the black patch at the end. length: patches of a strip, L.
+
+    Returns:
+        [L], or [B, L].
+
+    Raises:
+        ValueError: a negative ``num_patches``, a length < 1.
+    """
+    counts = torch.as_tensor(num_patches)
+    if length < 1:
+        raise ValueError(f"length must be at least 1 patch, got {length}")
+    if counts.is_floating_point() or (counts.numel() and int(counts.min()) < 0):
+        raise ValueError(f"num_patches must be integers >= 0, got {counts.tolist()}")
+    return torch.arange(length) < (counts + 1).clamp(max=length)[..., None]
+
+
+def without_eos(mask: Tensor) -> Tensor:
+    """A mask of patches [B, L] without the last valid one of each row."""
+    valid = mask != 0
+    at = torch.arange(mask.shape[-1], device=mask.device)
+    last = torch.where(valid, at, -1).amax(-1, keepdim=True)
+    return valid & (at != last)
+
+
+def cropped(image: Tensor, length: int, patch: int = 16) -> Tensor:
+    """Strips uint8 [..., H, W, C] with exactly ``length`` patches side by side: cut, or filled with white.
+
+    Black, with which a crop would fill, is what separators look like.
+    """
+    width = length * patch
+    if image.shape[-2] >= width:
+        return image[..., :width, :]
+    shape = (*image.shape[:-2], width - image.shape[-2], image.shape[-1])
+    return torch.cat([image, image.new_full(shape, WHITE)], -2)
+
+
+@torch.no_grad()
+def grey_weight(weight: Tensor, how: str = "sum") -> Tensor:
+    """The patch convolution [D, C, p, p] for strips of one channel, [D, 1, p, p].
+
+    ``"sum"`` over the input channels gives what the model gives for the grey strip with its channel repeated; ``"mean"``,
+    the published code's, a share of it.
+    """
+    one_of("how", how, ("sum", "mean"))
+    made = weight.sum(1, keepdim=True) if how == "sum" else weight.mean(1, keepdim=True)
+    return made.contiguous()
+
+
+def to_grey(model: Any, how: str = "sum") -> Any:
+    """Makes a model's patch embedding one for strips of one channel, in place; returns the model.
+
+    A pixel head is left alone, so this is for classifiers. ValueError if the model has one, or has one channel already.
+    """
+    if hasattr(model, "pixel_head"):
+        raise ValueError("a model with a pixel head writes colours; to_grey is for classifiers")
+    trunk = model.base_model
+    embedding = trunk.embed_patches
+    if embedding.num_channels == 1:
+        raise ValueError("the patch embedding has one channel already")
+    old = embedding.projection
+    made = torch.nn.utils.skip_init(
+        torch.nn.Conv2d, 1, old.out_channels, kernel_size=old.kernel_size, stride=old.stride,
+        device=old.weight.device, dtype=old.weight.dtype,
+    )  # fmt: skip
+    with torch.no_grad():
+        made.weight.copy_(grey_weight(old.weight, how))
+        made.bias.copy_(old.bias)
+    embedding.projection, embedding.num_channels = made, 1
+    model.config.num_channels = 1
+    return model
