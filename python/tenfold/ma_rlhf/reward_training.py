@@ -15,8 +15,8 @@ from tenfold.ma_rlhf.reward_config import RewardConfig
 from tenfold.ma_rlhf.reward_losses import bradley_terry_loss, pair_metrics, token_span_loss
 from tenfold.ma_rlhf.reward_model import last_index
 from tenfold.training.batches import Batches, Data, model_digest
-from tenfold.training.loop import Callback, Pieces, Trainer, kept_random_state, make_accelerator
-from tenfold.training.recipe import decay_groups, even_pieces, scheduled, steps_of
+from tenfold.training.loop import Callback, kept_random_state, make_accelerator
+from tenfold.training.recipe import AdamWTrainer, steps_of
 from tenfold.training.store import WorkFolder, write_text
 
 STAGE = "reward"
@@ -51,30 +51,10 @@ class RewardRecord:
         return cls(**json.loads(Path(path).read_text()))
 
 
-class RewardTrainer(Trainer):
+class RewardTrainer(AdamWTrainer):
     """The loop's part that is a reward model's."""
 
     config: RewardConfig
-
-    def pieces(self, batch: dict[str, Tensor], rows: int | None) -> Pieces:
-        """Pairs count equally, however many tokens they have."""
-        return even_pieces(batch, rows)
-
-    def make_optimizer(self, module: nn.Module) -> torch.optim.Optimizer:
-        """AdamW over everything that trains."""
-        config = self.config
-        trained = [p for p in module.parameters() if p.requires_grad]
-        groups = decay_groups(trained, config.learning_rate, config.weight_decay)
-        return torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, fused=True)
-
-    def rate(self, step: int, steps: int) -> float:
-        """The schedule."""
-        return scheduled(step, steps, self.config.schedule, self.config.warmup)
-
-    def clip(self, optimizer: Any) -> None:
-        """Clips the norm of all gradients."""
-        trained = [p for g in optimizer.param_groups for p in g["params"]]
-        self.accelerator.clip_grad_norm_(trained, self.config.max_grad_norm)
 
 
 def _joined(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

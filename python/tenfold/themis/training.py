@@ -15,8 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tenfold.ma_rlhf.reward_training import RewardRecord, without_dropout
 from tenfold.themis.collate import AnyPair, EncodedPair, encode_pairs
@@ -26,6 +25,7 @@ from tenfold.themis.model import ThemisRewardModel, check_embeddings
 from tenfold.themis.steps import JointLoss, PairBatches, ThemisTrainer, means, score_gold
 from tenfold.themis.traces import TraceFormat
 from tenfold.training.batches import model_digest
+from tenfold.training.best import BestWeights
 from tenfold.training.loop import Callback, Metrics, kept_random_state, make_accelerator
 from tenfold.training.lora import with_lora
 from tenfold.training.recipe import steps_of
@@ -59,35 +59,25 @@ class _Keeper:
     def __init__(
         self, model: Any, score: Callable[[], Metrics], folder: WorkFolder | None, pairs: int, config: ThemisConfig
     ) -> None:  # fmt: skip
-        self.model, self.score, self.folder = model, score, folder
+        self.score = score
+        self.kept = BestWeights(model, folder, _BEST)
         self.epoch = pairs / config.batch_size  # steps, not always whole
         self.every = config.eval_every or max(1, round(self.epoch))
-        self.weights: dict[str, Tensor] = {}
-        self.best: Metrics = (folder.load(_BEST) if folder else None) or {}
 
     def after(self, step: int, last: bool) -> Metrics:
         """What is logged of a step: scores of the weights as they are after it, if they are due."""
         if step % self.every and not last:
             return {}
         found = {"step": float(step), "epoch": step / self.epoch} | self.score()
-        if not self.best or _rank(found) > _rank(self.best):
-            self.best = found
-            trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-            if self.folder:
-                self.folder.save(_BEST, found, trained)
-            else:
-                self.weights = {n: p.detach().clone() for n, p in trained.items()}
+        if not self.kept.found or _rank(found) > _rank(self.kept.found):
+            self.kept.keep(found)
         return {_HELD_OUT + name: value for name, value in found.items()}
 
-    @torch.no_grad()
     def restore(self, record: ThemisRecord) -> None:
         """Puts the best weights in, and takes the scores out of the curve."""
-        weights = self.folder.load_tensors(_BEST) if self.folder else self.weights
-        own = dict(self.model.named_parameters())
-        for name, value in weights.items():
-            own[name].copy_(value)
-        record.best = self.best
-        record.after = {k: v for k, v in self.best.items() if k not in ("step", "epoch")}
+        self.kept.restore()
+        record.best = self.kept.found
+        record.after = {k: v for k, v in self.kept.found.items() if k not in ("step", "epoch")}
         for metrics in record.curve:
             names = [k for k in metrics if k.startswith(_HELD_OUT)]
             if names:

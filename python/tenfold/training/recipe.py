@@ -6,9 +6,10 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from tenfold.training.loop import Pieces, Settings, warm_cosine
+from tenfold.training.loop import Pieces, Settings, Trainer, warm_cosine
 
 SCHEDULES = ("linear", "cosine", "constant")
 
@@ -51,3 +52,31 @@ def even_pieces(batch: dict[str, Tensor], rows: int | None) -> Pieces:
         return [(batch, 1.0)]
     parts = [{k: v[at : at + rows] for k, v in batch.items()} for at in range(0, size, rows)]
     return [(p, len(p["input_ids"]) / size) for p in parts]
+
+
+class AdamWTrainer(Trainer):
+    """The loop with AdamW on everything that trains, and rows that count equally.
+
+    Its settings have ``learning_rate``, ``betas``, ``eps``, ``weight_decay``, ``max_grad_norm``, ``schedule`` and
+    ``warmup`` beside those of every loop.
+    """
+
+    def pieces(self, batch: dict[str, Tensor], rows: int | None) -> Pieces:
+        """Rows count equally, however many tokens they have."""
+        return even_pieces(batch, rows)
+
+    def make_optimizer(self, module: nn.Module) -> torch.optim.Optimizer:
+        """AdamW over everything that trains."""
+        config = self.config
+        trained = [p for p in module.parameters() if p.requires_grad]
+        groups = decay_groups(trained, config.learning_rate, config.weight_decay)
+        return torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, fused=True)
+
+    def rate(self, step: int, steps: int) -> float:
+        """The schedule."""
+        return scheduled(step, steps, self.config.schedule, self.config.warmup)
+
+    def clip(self, optimizer: Any) -> None:
+        """Clips the norm of all gradients."""
+        trained = [p for g in optimizer.param_groups for p in g["params"]]
+        self.accelerator.clip_grad_norm_(trained, self.config.max_grad_norm)
