@@ -53,16 +53,6 @@ class _TaskTrainer(AdamWTrainer):
             made.append(({k: v.to(self.accelerator.device) for k, v in rows_.items()}, share))
         return made
 
-    def rate(self, step: int, steps: int) -> float:
-        """Linear warm-up over so many steps, then the schedule."""
-        warm = self.config.warmup_steps
-        if step < warm:
-            return (step + 1) / warm
-        at = (step - warm) / max(1, steps - warm)
-        if self.config.schedule == "constant":
-            return 1.0
-        return super().rate(step, steps) if self.config.schedule == "cosine" else 1 - at
-
     def loss_of(self, model: Any, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The classifier's loss, and the share of right ones."""
         made = model(**batch)

@@ -43,7 +43,7 @@ from tenfold.pixelgpt.strips import check_strips, without_eos
 
 IGNORE = -100
 # What this version of transformers calls the cache in outputs.
-_CACHE = "cache" if "cache" in {f.name for f in fields(BaseModelOutputWithPast)} else "past_key_values"  # fmt: skip
+CACHE = "cache" if "cache" in {f.name for f in fields(BaseModelOutputWithPast)} else "past_key_values"  # fmt: skip
 
 
 @dataclass
@@ -301,7 +301,7 @@ class PixelGPTForCausalLM(PixelGPTPreTrainedModel, GenerationMixin):
             out["logits"] = self.lm_head(hidden[:, -kept:])
         return PixelGPTOutput(
             **out, hidden_states=made.hidden_states, attentions=made.attentions,
-            **{_CACHE: made[_CACHE] if _CACHE in made else None},
+            **{CACHE: made[CACHE] if CACHE in made else None},
         )  # fmt: skip
 
     def _pixels(

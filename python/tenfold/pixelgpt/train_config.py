@@ -150,6 +150,11 @@ class FineTuneConfig(_Settings):
         one_of("render_mode", self.render_mode, ("rgb", "gray", "binary"))
         integers(self, {"warmup_steps": 0, "patience": 0})
 
+    @property
+    def warmup(self) -> float:
+        """The warm-up as a share of the steps."""
+        return min(1.0, self.warmup_steps / self.steps)
+
     @classmethod
     def from_preset(cls, name: str, **changes: Any) -> FineTuneConfig:
         """``"paper"`` or ``"small"`` (a model of a few million parameters on a CPU), with some fields changed."""
