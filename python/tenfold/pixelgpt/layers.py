@@ -20,15 +20,14 @@ class PixelGPTRMSNorm(LlamaRMSNorm):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """The normalised hidden states [..., D]."""
-        return ops.rms_norm(hidden_states, self.weight, eps=self.variance_epsilon)
+        return ops.rms_norm(hidden_states, None, self.weight, self.variance_epsilon)[0]
 
     def add(self, hidden_states: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """(norm(hidden_states + residual), hidden_states + residual), both [..., D]."""
         # Under autocast a linear layer's output is narrower than the residual stream.
         hidden_states = hidden_states.to(residual.dtype)
-        return ops.rms_norm(
-            hidden_states, self.weight, residual=residual, eps=self.variance_epsilon
-        )
+        normed, total, _ = ops.rms_norm(hidden_states, residual, self.weight, self.variance_epsilon)
+        return normed, total
 
 
 class PixelGPTMLP(LlamaMLP):
