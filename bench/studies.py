@@ -324,3 +324,54 @@ def upit_bytes_block(found: Found) -> str:
 def upit_smollm2_block(found: Found) -> str:
     """SmolLM2's runs."""
     return _upit_block(found)
+
+
+@generated("pixelgpt-study", "pixelgpt", "study", "study")
+def pixelgpt_study_block(found: Found) -> str:
+    """Losses of the variants, and accuracies by script, from ``examples/pixelgpt.py``."""
+    setting = found["setting"]
+    runs = found["pretraining"]
+    losses = []
+    for variant in dict.fromkeys(r["variant"] for r in runs):
+        some = [r for r in runs if r["variant"] == variant]
+        for key in some[0]["validation"][-1]:
+            if key == "step":
+                continue
+            stream, kind = key.split("/")
+            base = some[0]["baselines"] if key == "pixel/npp" else {}
+            losses.append([
+                some[0]["title"], f"{'next patch' if kind == 'npp' else 'next token'}, {stream}",
+                _number(_mean([r["validation"][0][key] for r in some]), 3),
+                ", ".join(_number(r["validation"][-1][key], 3) for r in some),
+                *(_number(base.get(b), 3) for b in ("zero", "copy", "mean")),
+                f"{_mean([r['seconds'] for r in some]):.0f}",
+            ])  # fmt: skip
+    first = markdown(("model", "loss", "before", "after, each seed", "predict zero", "copy the last patch",
+                      "mean patch", "seconds"), losses)  # fmt: skip
+    names = list(dict.fromkeys((t["variant"], t["modality"]) for t in found["tasks"]))
+    tasks = list(dict.fromkeys(t["task"] for t in found["tasks"]))
+    groups = {task: list(setting["groups"][task]) for task in tasks}
+    rows = []
+    for variant, modality in names:
+        title = next((r["title"] for r in runs if r["variant"] == variant), "no pre-training")
+        row = [title, modality]
+        for task in tasks:
+            for group in groups[task]:
+                values = [100 * t["scores"][group]["accuracy"] for t in found["tasks"]
+                          if (t["variant"], t["modality"], t["task"]) == (variant, modality, task)]  # fmt: skip
+                row.append(f"{_mean(values):.1f} ({', '.join(f'{v:.0f}' for v in values)})")
+        rows.append(row)
+    second = markdown(("model", "reads", *(f"{t}, {g}" for t in tasks for g in groups[t])), rows)
+    languages = "; ".join(
+        f"{task}: " + ", ".join(f"{g} {' '.join(codes)}" for g, codes in setting["groups"][task].items())
+        for task in tasks
+    )  # fmt: skip
+    return (
+        f"{runs[0]['parameters'] / 1e6:.1f}M parameters ({setting['layers']} layers of {setting['width']}), "
+        f"{setting['steps']} steps per stream of {setting['batch']} rows of {setting['length']} patches or tokens, learning "
+        f"rate {setting['learning_rate']:g}, {setting['documents']['train']} documents; seeds "
+        f"{', '.join(map(str, setting['seeds']))}, {found['about']['threads']} threads. Held-out losses: mean squared error "
+        f"per normalised pixel, nats per token.\n\n{first}\n\n"
+        f"Accuracy in per cent, mean and each seed, after {setting['tune_steps']} steps on {setting['train']} lines per "
+        f"language of up to {setting['tune_length']} patches or tokens. {languages}.\n\n{second}"
+    )
