@@ -217,12 +217,14 @@ def reconstruct(
     json: opt.Json = False,
 ) -> None:
     """Draw what a model expects at every patch of a text, and how it goes on: PNG files."""
+    import torch
+
     from tenfold.pixelgpt import report
-    from tenfold.pixelgpt.collate import strips_of
+    from tenfold.pixelgpt.collate import strips_of, with_settings
     from tenfold.pixelgpt.generate import generate_patches
     from tenfold.pixelgpt.generate import reconstruct as expected_of
     from tenfold.pixelgpt.loading import load
-    from tenfold.pixelgpt.strips import without_eos
+    from tenfold.pixelgpt.images import without_eos
     from tenfold.pixelgpt.texts import documents
 
     network, processor, _ = load(model, device=rank_device(device))
@@ -231,16 +233,17 @@ def reconstruct(
     if file is not None:
         text = [t for line in file.read_text(encoding="utf-8").splitlines() if (t := line.strip())]
     texts = text or [d.lines[0] for d in documents(("de", "ru", "el"), 2)]
-    batch = strips_of(processor, texts, length)
+    batch = strips_of(with_settings(processor, max_patches=length), texts)
     batch = {k: v.to(network.device) for k, v in batch.items()}
-    found = network(**batch, use_cache=False)
+    with torch.no_grad():
+        npp = float(network(**batch, use_cache=False).pixel_loss)
     expected = expected_of(network, **batch, denorm=denorm)
     folder.mkdir(parents=True, exist_ok=True)
     png = folder / "reconstructions.png"
     png.write_bytes(report.pairs_png(batch["pixel_values"], expected, rows=len(texts), patches=length, scale=scale))  # fmt: skip
-    made: dict[str, Any] = {"picture": str(png), "npp": float(found.pixel_loss), "texts": len(texts)}
+    made: dict[str, Any] = {"picture": str(png), "npp": npp, "texts": len(texts)}
     if write:
-        mask = without_eos(batch["pixel_attention_mask"])
+        mask = without_eos(batch["patch_mask"])
         how = denorm if denorm != "target" else None
         more = generate_patches(network, batch["pixel_values"], mask, steps=write, denorm=how)
         rows = []
@@ -259,13 +262,13 @@ def reconstruct(
 
 
 def _joined(strip: Any, patches: int, new: Any) -> Any:
-    """A strip up to the end of its text, a red line, and the patches that were written."""
+    """A strip up to the end of its text, a red patch, and the patches that were written."""
     import torch
 
-    size = strip.shape[0]
-    line = strip.new_zeros(size, 2, strip.shape[-1])
-    line[..., 0] = 220
-    return torch.cat([strip[:, : patches * size], line, new], 1)
+    size = strip.shape[1]
+    line = strip.new_zeros(strip.shape[0], size, size)
+    line[0] = 220  # red, in colour
+    return torch.cat([strip[..., : patches * size], line, new], -1)
 
 
 def add_to(app: typer.Typer) -> None:

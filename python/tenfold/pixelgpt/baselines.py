@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tenfold import ops
 from tenfold.pixelgpt.streams import Streams
-from tenfold.pixelgpt.strips import without_eos
+from tenfold.pixelgpt.images import without_eos
 
 
 def normalised(patches: Tensor, eps: float) -> Tensor:
@@ -26,7 +26,7 @@ def _targets(streams: Streams, config: Any, limit: int) -> tuple[Tensor, Tensor]
     )
     if config.norm_pix_loss:
         patches = normalised(patches.double(), config.norm_pix_eps).float()
-    mask = batch["pixel_attention_mask"]
+    mask = batch["patch_mask"]
     mask = mask if config.eos_in_loss else without_eos(mask)
     counts = mask.clone()
     counts[:, 0] = False

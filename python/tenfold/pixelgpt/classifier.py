@@ -33,16 +33,18 @@ class PixelGPTForSequenceClassification(PixelGPTPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         pixel_values: Tensor | None = None,
-        pixel_attention_mask: Tensor | None = None,
+        patch_mask: Tensor | None = None,
         labels: Tensor | None = None,
+        num_patches: Any = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutputWithPast:
         """Class scores float32 [B, num_labels], and the loss.
 
         Args:
-            input_ids, attention_mask, pixel_values, pixel_attention_mask: as :class:`PixelGPTModel` takes them. A
+            input_ids, attention_mask, pixel_values, patch_mask: as :class:`PixelGPTModel` takes them. A
                 segment without a mask has no padding.
             labels: int64 [B] (cross-entropy), or floating [B] where ``num_labels == 1`` (mean squared error).
+            num_patches: what a processor gives beside the strips; not read.
 
         Raises:
             ValueError: as the trunk's; a row without a valid position. IndexError: a label outside the classes.
@@ -53,12 +55,12 @@ class PixelGPTForSequenceClassification(PixelGPTPreTrainedModel):
         kwargs.setdefault("use_cache", False)
         made = self.model(
             input_ids=input_ids, attention_mask=attention_mask, pixel_values=pixel_values,
-            pixel_attention_mask=pixel_attention_mask, **kwargs,
+            patch_mask=patch_mask, **kwargs,
         )  # fmt: skip
         hidden = made.last_hidden_state
         tokens = 0 if input_ids is None else input_ids.shape[1]
         mask = joint_mask(
-            pixel_attention_mask, attention_mask, hidden.shape[1] - tokens, tokens, hidden
+            patch_mask, attention_mask, hidden.shape[1] - tokens, tokens, hidden
         )
         if mask is None:
             mask = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tenfold.pixelgpt.collate import Batch, classifier_batch
+from tenfold.pixelgpt.collate import Batch, classifier_batch, with_settings
 from tenfold.pixelgpt.metrics import METRICS
 from tenfold.pixelgpt.record import HELD_OUT, FineTuneRecord, model_summary
 from tenfold.pixelgpt.session import Session
@@ -163,7 +163,9 @@ def finetune(
     for name, thing, used in (("processor", processor, "text"), ("tokenizer", tokenizer, "pixel")):
         if thing is None and config.modality != used:
             raise ValueError(f"modality {config.modality!r} needs a {name}")
-    processor = None if processor is None else processor.with_render_mode(config.render_mode)
+    if processor is not None:
+        processor = with_settings(processor, mode=config.render_mode, channels=model.config.num_channels,
+                                  max_patches=config.length)  # fmt: skip
     session = Session(STAGE, model, config, _digest(train, validation), out, resume)
     accelerator = session.accelerator
     record = FineTuneRecord(config.to_json(), model_summary(model.config), task=asdict(spec), examples=len(train))  # fmt: skip

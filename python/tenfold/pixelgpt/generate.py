@@ -18,7 +18,7 @@ from torch import Tensor
 from tenfold import ops
 from tenfold.integrations import transformers as hf
 from tenfold.pixelgpt.model import CACHE
-from tenfold.pixelgpt.strips import channels_first, check_strips
+from tenfold.pixelgpt.images import channels_first, check_strips
 from tenfold.training.checks import one_of
 
 DENORM = ("context", "minmax", "none")
@@ -31,8 +31,9 @@ def patch_values(image: Tensor, patch: int) -> Tensor:
 
 
 def to_strips(patches: Tensor, patch: int) -> Tensor:
-    """Strips uint8 [B, p, p * L, C] of patches [B, L, P] in [0, 1]; what is outside is clipped."""
-    made = ops.unpatchify(patches.clamp(0, 1).float(), patch)
+    """Strips uint8 [B, C, p, p * L] of patches [B, L, P] in [0, 1]; what is outside is clipped."""
+    values = patches.clamp(0, 1).float()
+    made = ops.unpatchify(values, patch, patch, patch * patches.shape[-2], layout="rcc")
     return (made * 255).round().to(torch.uint8)
 
 
@@ -79,7 +80,7 @@ def _at_the_end(image: Tensor, mask: Tensor, patch: int) -> tuple[Tensor, Tensor
 def generate_patches(
     model: Any,
     pixel_values: Tensor,
-    pixel_attention_mask: Tensor | None = None,
+    patch_mask: Tensor | None = None,
     *,
     steps: int = 16,
     denorm: str | None = None,
@@ -90,14 +91,14 @@ def generate_patches(
     Args:
         model: a :class:`~tenfold.pixelgpt.PixelGPTForCausalLM`.
         pixel_values: strips of one row of patches, as the model takes them.
-        pixel_attention_mask: [B, L], 1 for the patches to go on from, at the beginning of each row: without the black
+        patch_mask: [B, L], 1 for the patches to go on from, at the beginning of each row: without the black
             one that ends a text. Default: all.
         steps: patches to write. denorm: see the module; default ``"context"``, or ``"none"`` without ``norm_pix_loss``.
         until_black: stop when every row has written a black patch. Never with ``norm_pix_loss``: there black and white
             have the same target.
 
     Returns:
-        The new patches as strips uint8 [B, p, p * n, C], n <= steps.
+        The new patches as strips uint8 [B, C, p, p * n], n <= steps.
 
     Raises:
         ValueError: settings, strips of several rows, an empty row, more positions than the model has.
@@ -115,15 +116,15 @@ def generate_patches(
     first = channels_first(pixel_values, config.num_channels)
     if pixel_values.shape[2 if first else 1] != config.patch_size:
         raise ValueError(f"strips must be one row of patches, got {list(pixel_values.shape)}")
-    if pixel_attention_mask is None:
-        pixel_attention_mask = torch.ones(len(pixel_values), length, dtype=torch.bool, device=pixel_values.device)  # fmt: skip
-    if not bool((pixel_attention_mask != 0).any(1).all()):
-        raise ValueError("a row of pixel_attention_mask has no patch to go on from")
+    if patch_mask is None:
+        patch_mask = torch.ones(len(pixel_values), length, dtype=torch.bool, device=pixel_values.device)  # fmt: skip
+    if not bool((patch_mask != 0).any(1).all()):
+        raise ValueError("a row of patch_mask has no patch to go on from")
     if length + steps - 1 > config.max_position_embeddings:
         raise ValueError(f"{length} patches and {steps} more are longer than the model's "
                          f"{config.max_position_embeddings} positions")  # fmt: skip
     trunk, embed = model.model, model.model.embed_patches
-    values, mask = _at_the_end(pixel_values, pixel_attention_mask, config.patch_size)
+    values, mask = _at_the_end(pixel_values, patch_mask, config.patch_size)
     context, dtype = values[:, -1], embed.projection.weight.dtype
     written: list[Tensor] = []
     cache: Any = None
@@ -146,9 +147,9 @@ def generate_patches(
 
 @torch.no_grad()
 def reconstruct(
-    model: Any, pixel_values: Tensor, pixel_attention_mask: Tensor, *, denorm: str | None = None
+    model: Any, pixel_values: Tensor, patch_mask: Tensor, *, denorm: str | None = None
 ) -> Tensor:
-    """What a model expects at every patch, given the true ones before it: strips uint8 [B, p, p * L, C].
+    """What a model expects at every patch, given the true ones before it: strips uint8 [B, C, p, p * L].
 
     The first patch, which nothing predicts, is the true one; padding is white.
 
@@ -159,10 +160,10 @@ def reconstruct(
     config = model.config
     how = _denorm_of(config, denorm, ("target", *DENORM))
     true = patch_values(pixel_values, config.patch_size)
-    made = model(pixel_values=pixel_values, pixel_attention_mask=pixel_attention_mask, use_cache=False)  # fmt: skip
+    made = model(pixel_values=pixel_values, patch_mask=patch_mask, use_cache=False)  # fmt: skip
     like = true[:, 1:] if how == "target" else true[:, :-1]
     expected = denormalised(made.patches[:, :-1], how, like, config.norm_pix_eps)
     whole = torch.cat([true[:, :1], expected], 1)
-    valid = (pixel_attention_mask != 0)[..., None]
+    valid = (patch_mask != 0)[..., None]
     return to_strips(torch.where(valid, whole, 1.0), config.patch_size)
 

@@ -2,7 +2,7 @@
 
     import tenfold.pixelgpt.model  # registers the model type "pixelgpt"
     model = PixelGPTForCausalLM.from_pretrained(folder)
-    loss = model(pixel_values=strips, pixel_attention_mask=mask).loss
+    loss = model(pixel_values=strips, patch_mask=mask).loss
 
 Inputs are tokens, patches, or both; then they stand as [patches ; tokens] and positions run through. The trunk is
 ``LlamaModel`` with a patch embedding beside its token embedding, under Llama's names.
@@ -39,7 +39,7 @@ from tenfold.integrations import attention as tenfold_attention
 from tenfold.integrations import transformers as hf
 from tenfold.pixelgpt.config import PixelGPTConfig
 from tenfold.pixelgpt.layers import PatchEmbedding, PixelGPTDecoderLayer, PixelGPTRMSNorm
-from tenfold.pixelgpt.strips import check_strips, without_eos
+from tenfold.pixelgpt.images import check_strips, without_eos
 
 IGNORE = -100
 # What this version of transformers calls the cache in outputs.
@@ -102,7 +102,7 @@ def joint_mask(
     """
     parts = []
     for name, mask, size in (
-        ("pixel_attention_mask", pixel_mask, patches),
+        ("patch_mask", pixel_mask, patches),
         ("attention_mask", text_mask, tokens),
     ):
         if mask is not None and tuple(mask.shape) != (like.shape[0], size):
@@ -141,7 +141,7 @@ class PixelGPTModel(PixelGPTPreTrainedModel, LlamaModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         pixel_values: Tensor | None = None,
-        pixel_attention_mask: Tensor | None = None,
+        patch_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         cache: Any = None,
         inputs_embeds: Tensor | None = None,
@@ -153,7 +153,7 @@ class PixelGPTModel(PixelGPTPreTrainedModel, LlamaModel):
         Args:
             input_ids: int64 [B, T]. attention_mask: [B, T], or of all tokens so far where there is a cache.
             pixel_values: [B, C, H, W] or [B, H, W, C], uint8 or floating in [0, 1]: L patches.
-            pixel_attention_mask: [B, L], 1 up to the black patch that ends the text; needed beside tokens, and again
+            patch_mask: [B, L], 1 up to the black patch that ends the text; needed beside tokens, and again
                 with every later token of a cache that has patches.
             inputs_embeds: [B, S, D] in the place of both.
             position_ids: default: counted through, padding included, from the length of the cache on.
@@ -173,7 +173,7 @@ class PixelGPTModel(PixelGPTPreTrainedModel, LlamaModel):
             mask = attention_mask
         else:
             inputs_embeds, mask = self._embedded(
-                input_ids, attention_mask, pixel_values, pixel_attention_mask, past
+                input_ids, attention_mask, pixel_values, patch_mask, past
             )
         self._check_positions(past + inputs_embeds.shape[1])
         return super().forward(
@@ -192,7 +192,7 @@ class PixelGPTModel(PixelGPTPreTrainedModel, LlamaModel):
             before = 0 if pixel_mask is None else pixel_mask.shape[1]
             if before and not past:
                 raise ValueError(
-                    "pixel_attention_mask without pixel_values is for tokens after a cache that has "
+                    "patch_mask without pixel_values is for tokens after a cache that has "
                     "the patches; there is none"
                 )
             tokens = past + ids.shape[1] - before
@@ -208,7 +208,7 @@ class PixelGPTModel(PixelGPTPreTrainedModel, LlamaModel):
             return self.embed_patches(image), joint_mask(pixel_mask, None, patches, 0, image)
         if pixel_mask is None:
             raise ValueError(
-                "a batch of pairs needs pixel_attention_mask [B, L]: which patches are text"
+                "a batch of pairs needs patch_mask [B, L]: which patches are text"
             )
         if ids.shape[0] != image.shape[0]:
             raise ValueError(f"a pair has a strip for every row of input_ids {list(ids.shape)}, got "
@@ -244,7 +244,7 @@ class PixelGPTForCausalLM(PixelGPTPreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         pixel_values: Tensor | None = None,
-        pixel_attention_mask: Tensor | None = None,
+        patch_mask: Tensor | None = None,
         labels: Tensor | None = None,
         position_ids: Tensor | None = None,
         cache: Any = None,
@@ -252,8 +252,9 @@ class PixelGPTForCausalLM(PixelGPTPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
         return_logits: bool | None = None,
-        num_tokens: Tensor | None = None,
-        num_patches: Tensor | None = None,
+        token_count: Tensor | None = None,
+        patch_count: Tensor | None = None,
+        num_patches: Any = None,
         **kwargs: Any,
     ) -> PixelGPTOutput:
         """Predictions of the next patch and of the next token, and their losses.
@@ -263,8 +264,9 @@ class PixelGPTForCausalLM(PixelGPTPreTrainedModel, GenerationMixin):
             labels: int64 [B, T], unshifted; -100 is ignored. A label outside the vocabulary is an error on the CPU
                 and undefined elsewhere.
             logits_to_keep: of the last tokens only (0: all). return_logits: default: where no labels are given.
-            num_tokens, num_patches: 0-d or [1] floating, by which the losses are divided in the place of this batch's
+            token_count, patch_count: 0-d or [1] floating, by which the losses are divided in the place of this batch's
                 own counts, so that micro-batches and ranks add up to one mean.
+            num_patches: what a processor gives beside the strips; the mask says as much, so it is not read.
 
         Returns:
             ``loss`` is next token prediction plus next patch prediction, as far as there are targets. Each is shifted
@@ -280,7 +282,7 @@ class PixelGPTForCausalLM(PixelGPTPreTrainedModel, GenerationMixin):
             use_cache = False
         made = self.model(
             input_ids=input_ids, attention_mask=attention_mask, pixel_values=pixel_values,
-            pixel_attention_mask=pixel_attention_mask, position_ids=position_ids, cache=cache,
+            patch_mask=patch_mask, position_ids=position_ids, cache=cache,
             inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs,
         )  # fmt: skip
         hidden = made.last_hidden_state
@@ -290,9 +292,9 @@ class PixelGPTForCausalLM(PixelGPTPreTrainedModel, GenerationMixin):
         patches = hidden.shape[1] - tokens
         out: dict[str, Any] = {}
         if patches:
-            out |= self._pixels(hidden[:, :patches], pixel_values, pixel_attention_mask, num_patches)  # type: ignore[arg-type]
+            out |= self._pixels(hidden[:, :patches], pixel_values, patch_mask, patch_count)  # type: ignore[arg-type]
         if labels is not None:
-            out["token_loss"] = self._token_loss(hidden, labels, tokens, num_tokens)
+            out["token_loss"] = self._token_loss(hidden, labels, tokens, token_count)
         losses = [out[name] for name in ("token_loss", "pixel_loss") if out.get(name) is not None]
         if losses:
             out["loss"] = losses[0] + losses[1] if len(losses) == 2 else losses[0]
@@ -339,22 +341,23 @@ class PixelGPTForCausalLM(PixelGPTPreTrainedModel, GenerationMixin):
         return loss if count is None else loss / count.reshape(()).to(loss.dtype).clamp(min=1)
 
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, pixel_values: Tensor | None = None, pixel_attention_mask: Tensor | None = None,
+        self, input_ids: Tensor, pixel_values: Tensor | None = None, patch_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:  # fmt: skip
         """What ``generate`` calls a forward with: patches once, their mask always."""
-        kwargs.pop("position_ids", None)  # ours are counted through, padding included
+        for name in ("position_ids", "num_patches"):  # positions are counted through, padding included
+            kwargs.pop(name, None)
         made = super().prepare_inputs_for_generation(input_ids, **kwargs)
         made.pop("position_ids", None)
         cache = hf.get_cache(made)
         if pixel_values is not None and (cache is None or cache.get_seq_length() == 0):
             made["pixel_values"] = pixel_values
-            if pixel_attention_mask is None:
+            if patch_mask is None:
                 raise ValueError(
-                    "generate with pixel_values needs pixel_attention_mask [B, L]: which patches are text"
+                    "generate with pixel_values needs patch_mask [B, L]: which patches are text"
                 )
-        if pixel_attention_mask is not None:
-            made["pixel_attention_mask"] = pixel_attention_mask
+        if patch_mask is not None:
+            made["patch_mask"] = patch_mask
         return made
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from tenfold.pixelgpt.config import TITLES
+from tenfold.pixelgpt.picture import stack, strip_picture
 from tenfold.pixelgpt.record import FineTuneRecord, PretrainRecord
 from tenfold.report import PALETTE, Card, Page, figure, png_bytes
 
@@ -20,11 +21,13 @@ PRETRAIN_COLUMNS = ("model", "loss", "before", "after", "predict zero", "copy th
 TUNE_COLUMNS = ("model", "reads", "task", "set", "metric", "value")
 
 
-def strip_png(rows: Sequence[Tensor], *, patches: int | None = None, scale: int = 2) -> bytes:
-    """Strips uint8 [p, W, C] under each other as a PNG; a white line between, pixels ``scale`` times as large.
+def strip_png(rows: Sequence[Tensor], *, patches: int = 48, scale: int = 2) -> bytes:
+    """Strips uint8 [C, p, W] or [p, W, C] under each other as a PNG.
 
     Args:
-        patches: cut to so many. ModuleNotFoundError says how to install Pillow.
+        patches: that stand in a row; longer strips go on in the next. scale: pixels are so many times as large.
+
+    ModuleNotFoundError says how to install Pillow.
     """
     if importlib.util.find_spec("PIL") is None:
         raise ModuleNotFoundError(
@@ -32,19 +35,9 @@ def strip_png(rows: Sequence[Tensor], *, patches: int | None = None, scale: int 
         )
     from PIL import Image
 
-    height = rows[0].shape[0]
-    width = max(r.shape[1] for r in rows)
-    if patches is not None:
-        width = min(width, patches * height)
-    gap = 3
-    canvas = np.full((len(rows) * (height + gap) + gap, width, 3), 255, dtype=np.uint8)
-    for i, row in enumerate(rows):
-        made = row[:, :width].cpu().numpy()
-        top = gap + i * (height + gap)
-        canvas[top : top + height, : made.shape[1]] = made  # one channel is repeated
-    picture = Image.fromarray(canvas).resize((scale * width, scale * canvas.shape[0]), Image.NEAREST)  # fmt: skip
+    made = stack([strip_picture(row, wrap=patches, scale=scale) for row in rows])
     buffer = io.BytesIO()
-    picture.save(buffer, format="PNG", optimize=True)
+    Image.fromarray(made).save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()
 
 

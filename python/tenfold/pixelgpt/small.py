@@ -78,7 +78,7 @@ def corpus_of(
     if processor is None:
         from tenfold.pixelgpt import PixelProcessor
 
-        processor = PixelProcessor()
+        processor = PixelProcessor(on_missing="box")
     if tokenizer is None:
         tokenizer = train_tokenizer((d.text for d in train), vocabulary)
     return Corpus(train, held, processor, tokenizer)
@@ -90,7 +90,7 @@ def model_for(
     """A random model of a size by name, with the corpus's vocabulary."""
     ids = corpus.tokenizer
     known = {"vocab_size": len(ids), "bos_token_id": ids.bos_token_id, "eos_token_id": ids.eos_token_id,
-             "pad_token_id": ids.pad_token_id, "patch_size": corpus.processor.patch_size}  # fmt: skip
+             "pad_token_id": ids.pad_token_id, "patch_size": corpus.processor.settings.patch_size}  # fmt: skip
     return make_model(PixelGPTConfig.from_size(size, **(known | changes)), seed)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tenfold.pixelgpt.collate import IGNORE, Batch
 from tenfold.pixelgpt.streams import MixtureBatches, Streams
-from tenfold.pixelgpt.strips import without_eos
+from tenfold.pixelgpt.images import without_eos
 from tenfold.pixelgpt.train_config import PretrainConfig
 from tenfold.training.loop import Metrics, Pieces
 from tenfold.training.recipe import AdamWTrainer
@@ -27,7 +27,7 @@ def target_counts(batch: Batch, eos_in_loss: bool = True) -> Tensor:
     if "labels" in batch:
         found[0] = (batch["labels"][:, 1:] != IGNORE).sum()
     if "pixel_values" in batch:
-        mask = batch["pixel_attention_mask"]
+        mask = batch["patch_mask"]
         found[1] = (mask if eos_in_loss else without_eos(mask))[:, 1:].sum()
     return found
 
@@ -49,7 +49,7 @@ class PretrainLoss(nn.Module):
     def forward(self, batch: Batch, over: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """(loss, its parts) of a batch, each divided by ``over`` = (tokens, patches) in the place of its own counts."""
         made = self.model(
-            **batch, use_cache=False, return_logits=False, num_tokens=over[0], num_patches=over[1]
+            **batch, use_cache=False, return_logits=False, token_count=over[0], patch_count=over[1]
         )
         loss = made.loss
         for used, side in zip(("input_ids" in batch, "pixel_values" in batch), self.sides):

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tenfold.pixelgpt.collate import Batch, pair_batch, strips_of, text_batch
+from tenfold.pixelgpt.collate import Batch, pair_batch, strips_of, with_settings
 from tenfold.pixelgpt.config import MODALITIES
 from tenfold.pixelgpt.texts import Document
 from tenfold.pixelgpt.tokens import encode_rows
@@ -22,45 +22,20 @@ from tenfold.pixelgpt.train_config import PretrainConfig
 from tenfold.training.batches import Batches, sample_digest, token_rows
 from tenfold.training.checks import one_of
 
-Width = Callable[[str], float]
-
-
-def pack_lines(lines: Iterable[str], width: Width, room: float, space: float = 0.0) -> list[str]:
-    """Whole lines, joined by spaces, as texts that are at most ``room`` pixels wide.
-
-    A line that is wider by itself is a text of its own (and will be cut). PIXEL's packing; section 3.1 of the method's
-    specification.
-
-    Args:
-        width: of a line in pixels. space: of what stands between two lines.
-    """
-    packed: list[str] = []
-    taken: list[str] = []
-    used = 0.0
-    for line in lines:
-        own = width(line)
-        if taken and used + space + own >= room:
-            packed.append(" ".join(taken))
-            taken, used = [], 0.0
-        used += own + (space if taken else 0.0)
-        taken.append(line)
-    if taken:
-        packed.append(" ".join(taken))
-    return packed
-
 
 @dataclass
 class Streams:
     """Rows of every stream: ``text`` int64 [R, T], ``pixel`` and ``pair`` texts of a strip each.
 
     Attributes:
-        processor, tokenizer: of strips, and of tokens. length: patches of a strip. pair_lengths: (patches, tokens).
+        processor, pair_processor: of strips, and of those in pairs, each of its own length. tokenizer.
+        pair_tokens: of a pair, at most.
     """
 
     processor: Any
+    pair_processor: Any
     tokenizer: Any
-    length: int
-    pair_lengths: tuple[int, int]
+    pair_tokens: int
     text: Tensor | None = None
     pixel: Sequence[str] = ()
     pair: Sequence[str] = ()
@@ -75,15 +50,16 @@ class Streams:
         """Rows by their numbers, as the model takes them, targets included."""
         if name == "text":
             assert self.text is not None
-            return text_batch(self.text[torch.as_tensor(numbers)])
+            rows = self.text[torch.as_tensor(numbers)]
+            return {"input_ids": rows, "labels": rows}
         texts = [getattr(self, name)[i] for i in numbers]
         if name == "pixel":
-            return strips_of(self.processor, texts, self.length)
-        return pair_batch(self.processor, self.tokenizer, texts, *self.pair_lengths)
+            return strips_of(self.processor, texts)
+        return pair_batch(self.pair_processor, self.tokenizer, texts, self.pair_tokens)
 
     def digest(self) -> str:
         """Identifies the data in a work folder."""
-        made = hashlib.sha256(f"{self.length} {self.pair_lengths}".encode())
+        made = hashlib.sha256(f"{self.processor} {self.pair_processor} {self.pair_tokens}".encode())
         if self.text is not None:
             sample_digest(self.text, made)
         for name in ("pixel", "pair"):
@@ -109,19 +85,23 @@ def make_streams(
     for name, thing, of in (("processor", processor, ("pixel", "pair")), ("tokenizer", tokenizer, ("text", "pair"))):  # fmt: skip
         if thing is None and any(s in wanted for s in of):
             raise ValueError(f"{config.variant} needs a {name}")
-    made = Streams(processor, tokenizer, config.length, config.pair_lengths)
+    patches, tokens = config.pair_lengths
+    strips, pairs = (
+        None if processor is None else with_settings(processor, max_patches=n)
+        for n in (config.length, patches)
+    )
+    made = Streams(strips, pairs, tokenizer, tokens)
     shared = config.variant != "monogpt"
     if "text" in wanted:
         own = documents if shared else documents[::2]
         made.text = token_rows(tokenizer, [d.text for d in own], config.length)
     if "pixel" in wanted:
         own = documents if shared else documents[1::2] or documents
-        made.pixel = _packed(own, processor, config.length)
+        made.pixel = _packed(own, strips)
     if "pair" in wanted:
-        patches, tokens = config.pair_lengths
         made.pair = [
             text
-            for text in _packed(documents, processor, patches)
+            for text in _packed(documents, pairs)
             if len(encode_rows(tokenizer, [text], None, 10**9, end=True)[0]) <= tokens
         ]
         if not made.pair:
@@ -129,13 +109,9 @@ def make_streams(
     return made
 
 
-def _packed(documents: Sequence[Document], processor: Any, length: int) -> list[str]:
-    """Texts of strips of ``length`` patches."""
-    room = processor.patch_size * length - 2 * processor.patch_size
-    space = processor.width(" ")
-    return [
-        text for d in documents for text in pack_lines(d.lines, processor.width, room, space)
-    ]  # fmt: skip
+def _packed(documents: Sequence[Document], processor: Any) -> list[str]:
+    """Texts of full strips: whole lines of one document each."""
+    return [text for d in documents for text in processor.pack(d.lines)]
 
 
 class MixtureBatches(Batches):

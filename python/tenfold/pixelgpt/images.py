@@ -1,4 +1,4 @@
-"""Strips of patches as tensors: what is a valid one, the mask of its patches, grey models, cropping."""
+"""Strips of patches as tensors: what is a valid one, masks without the end, models for grey ones."""
 
 from __future__ import annotations
 
@@ -8,9 +8,6 @@ import torch
 from torch import Tensor
 
 from tenfold.training.checks import one_of
-
-WHITE = 255
-
 
 def channels_first(image: Tensor, channels: int) -> bool:
     """Is a batch of strips [B, C, H, W], and not [B, H, W, C]?"""
@@ -45,44 +42,12 @@ def check_strips(image: Tensor, patch: int, channels: int) -> int:
     return (height // patch) * (width // patch)
 
 
-def patch_mask(num_patches: Tensor | int, length: int) -> Tensor:
-    """Bool mask of patches: 1 for the text and the black patch after it, ``i < min(num_patches + 1, length)``.
-
-    Args:
-        num_patches: int or integers [B], without the black patch at the end. length: patches of a strip, L.
-
-    Returns:
-        [L], or [B, L].
-
-    Raises:
-        ValueError: a negative ``num_patches``, a length < 1.
-    """
-    counts = torch.as_tensor(num_patches)
-    if length < 1:
-        raise ValueError(f"length must be at least 1 patch, got {length}")
-    if counts.is_floating_point() or (counts.numel() and int(counts.min()) < 0):
-        raise ValueError(f"num_patches must be integers >= 0, got {counts.tolist()}")
-    return torch.arange(length) < (counts + 1).clamp(max=length)[..., None]
-
-
 def without_eos(mask: Tensor) -> Tensor:
     """A mask of patches [B, L] without the last valid one of each row."""
     valid = mask != 0
     at = torch.arange(mask.shape[-1], device=mask.device)
     last = torch.where(valid, at, -1).amax(-1, keepdim=True)
     return valid & (at != last)
-
-
-def cropped(image: Tensor, length: int, patch: int = 16) -> Tensor:
-    """Strips uint8 [..., H, W, C] with exactly ``length`` patches side by side: cut, or filled with white.
-
-    Black, with which a crop would fill, is what separators look like.
-    """
-    width = length * patch
-    if image.shape[-2] >= width:
-        return image[..., :width, :]
-    shape = (*image.shape[:-2], width - image.shape[-2], image.shape[-1])
-    return torch.cat([image, image.new_full(shape, WHITE)], -2)
 
 
 @torch.no_grad()

@@ -1,0 +1,55 @@
+"""Two gloo ranks make the steps of one process: every stream of DualGPT, and a classifier."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pixelgpt_runs as runs
+import torch
+from test_pixelgpt_finetune import tuned
+
+from tenfold.pixelgpt.classifier import PixelGPTForSequenceClassification
+from tenfold.pixelgpt.model import PixelGPTForCausalLM
+from tenfold.pixelgpt.pretraining import pretrain
+from tenfold.pixelgpt.record import FineTuneRecord, PretrainRecord
+
+HERE = Path(__file__).resolve().parent
+
+
+def ranks(folder, what):
+    env = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone",
+               str(HERE / "pixelgpt_ranks.py"), str(folder), "0", what]  # fmt: skip
+    done = subprocess.run(command, cwd=HERE, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def near(a, b):
+    for name in a:
+        assert abs(a[name] - b[name]) < 2e-3 * max(1.0, abs(b[name])), name
+
+
+def test_pretraining(tmp_path):
+    ranks(tmp_path, "pretrain")
+    model = runs.model()
+    want = pretrain(model, runs.streams("dualgpt"), runs.config("dualgpt"), held_out=runs.streams("dualgpt", held=True))  # fmt: skip
+    made = PretrainRecord.read(tmp_path / "record.json")
+    assert len(made.curve) == len(want.curve)
+    for a, b in zip(made.curve + made.validation, want.curve + want.validation):
+        near(a, b)
+    weights = PixelGPTForCausalLM.from_pretrained(tmp_path).state_dict()
+    for name, p in model.state_dict().items():
+        torch.testing.assert_close(weights[name], p, atol=2e-3, rtol=2e-2)
+
+
+def test_finetuning(tmp_path):
+    ranks(tmp_path, "finetune")
+    model, want = tuned("pixel")
+    made = FineTuneRecord.read(tmp_path / "record.json")
+    for a, b in zip(made.validation, want.validation):
+        near(a, b)
+    assert made.best == want.best
+    weights = PixelGPTForSequenceClassification.from_pretrained(tmp_path).state_dict()
+    for name, p in model.state_dict().items():
+        torch.testing.assert_close(weights[name], p, atol=2e-3, rtol=2e-2)
