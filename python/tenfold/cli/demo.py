@@ -95,6 +95,19 @@ def _themis(page: Page, quiet: bool) -> tuple[dict[str, Any], list[Any]]:
     return found.to_json(), tables
 
 
+def _pixelgpt(page: Page, quiet: bool) -> tuple[dict[str, Any], list[Any]]:
+    from tenfold.pixelgpt import demo
+
+    with progress(demo.STEPS, quiet) as step:
+        found = demo.run_demo(step=step)
+    demo.add_demo_section(found, page)
+    tables = [
+        table("Held-out losses, pixels and tokens", demo.COLUMNS, demo.table_rows(found)),
+        table("Which language is it?", demo.TUNE_COLUMNS, demo.tune_rows(found)),
+    ]
+    return found.to_json(), tables
+
+
 METHODS: dict[str, Callable[[Page, bool], tuple[dict[str, Any], list[Any]]]] = {
     "nacl": _nacl,
     "dha": _dha,
@@ -102,6 +115,7 @@ METHODS: dict[str, Callable[[Page, bool], tuple[dict[str, Any], list[Any]]]] = {
     "ma-rlhf": _ma_rlhf,
     "upit": _upit,
     "themis": _themis,
+    "pixelgpt": _pixelgpt,
 }
 
 

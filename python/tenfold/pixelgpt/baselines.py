@@ -12,20 +12,12 @@ from tenfold.pixelgpt.streams import Streams
 from tenfold.pixelgpt.images import without_eos
 
 
-def normalised(patches: Tensor, eps: float) -> Tensor:
-    """Patches [..., P] in [0, 1] by their own mean and unbiased variance: the targets of ``norm_pix_loss``."""
-    mean, var = patches.mean(-1, keepdim=True), patches.var(-1, keepdim=True)
-    return (patches - mean) / (var + eps).sqrt()
-
-
 def _targets(streams: Streams, config: Any, limit: int) -> tuple[Tensor, Tensor]:
     """(targets float32 [B, L, P], mask of those that count [B, L]) of strips, uncropped to one length."""
     batch = streams.batch("pixel", range(min(limit, streams.count("pixel"))))
     patches = ops.patchify_u8(
-        batch["pixel_values"], config.patch_size, layout="rcc", dtype=torch.float32
+        batch["pixel_values"], config.patch_size, normalize=config.norm_pix_loss, eps=config.norm_pix_eps
     )
-    if config.norm_pix_loss:
-        patches = normalised(patches.double(), config.norm_pix_eps).float()
     mask = batch["patch_mask"]
     mask = mask if config.eos_in_loss else without_eos(mask)
     counts = mask.clone()

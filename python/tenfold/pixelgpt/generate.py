@@ -32,9 +32,7 @@ def patch_values(image: Tensor, patch: int) -> Tensor:
 
 def to_strips(patches: Tensor, patch: int) -> Tensor:
     """Strips uint8 [B, C, p, p * L] of patches [B, L, P] in [0, 1]; what is outside is clipped."""
-    values = patches.clamp(0, 1).float()
-    made = ops.unpatchify(values, patch, patch, patch * patches.shape[-2], layout="rcc")
-    return (made * 255).round().to(torch.uint8)
+    return ops.unpatchify(patches, patch, patch, patch * patches.shape[-2])
 
 
 def denormalised(

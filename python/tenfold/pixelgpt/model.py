@@ -317,8 +317,7 @@ class PixelGPTForCausalLM(PixelGPTPreTrainedModel, GenerationMixin):
         if not config.eos_in_loss:
             mask = without_eos(mask)
         loss, per_patch, _ = ops.patch_mse(
-            predicted, image, mask, config.patch_size, norm_pix=config.norm_pix_loss,
-            eps=config.norm_pix_eps, shift=1, denom=count,
+            predicted, image, mask, config.patch_size, config.norm_pix_loss, config.norm_pix_eps, denom=count
         )  # fmt: skip
         return {"pixel_loss": loss, "patches": predicted, "per_patch": per_patch}
 
