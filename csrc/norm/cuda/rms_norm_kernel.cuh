@@ -145,7 +145,8 @@ __global__ void __launch_bounds__(kRmsThreads) rms_norm_grad_kernel(RmsGradArgs 
   const int group = static_cast<int>(threadIdx.x) / kRowThreads;
   const int64_t begin = blockIdx.x * a.strip;
   const int64_t end = begin + a.strip < a.rows ? begin + a.strip : a.rows;
-  float* const part = a.parts + static_cast<int64_t>(blockIdx.x) * r.cols;
+  float* const part =
+      a.parts != nullptr ? a.parts + static_cast<int64_t>(blockIdx.x) * r.cols : nullptr;
 
   float dw[kChunks][kEach];
 #pragma unroll
@@ -158,7 +159,7 @@ __global__ void __launch_bounds__(kRmsThreads) rms_norm_grad_kernel(RmsGradArgs 
     const Y* const dy = static_cast<const Y*>(r.dy) + row * r.dy_stride;
     const X* const h = static_cast<const X*>(r.h) + row * r.h_stride;
     const X* const dsum = static_cast<const X*>(r.dsum) + row * r.dsum_stride;
-    X* const dx = static_cast<X*>(r.dx) + row * r.cols;
+    X* const dx = r.dx != nullptr ? static_cast<X*>(r.dx) + row * r.cols : nullptr;
     const float rstd = cols > 0 ? r.rstd[row] : 0.0f;
     const auto read = [&](int64_t j, float(&d)[kEach], float(&x)[kEach]) {
       load_some<Y, kEach>(dy + j, cols - j, a.wide, d);
