@@ -95,12 +95,13 @@ def _peer(out: bool) -> Provider:
 
 
 def _copies(into: bool) -> Provider:
-    """A yardstick that moves four tensors, a third more than the op: its time is scaled by nothing."""
+    """A yardstick that moves as many bytes: of one tensor and a half."""
 
     def run(i: Inputs) -> None:
-        for source in _parts(i):
+        half = slice(0, len(i.b) // 2)
+        for source, out in ((i.a, i.out), (i.b[half], i.out[half])):
             if into:
-                i.out.copy_(source)
+                out.copy_(source)
             else:
                 source.clone()
 
