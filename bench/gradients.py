@@ -32,6 +32,30 @@ def with_gradients(loss: Loss, *names: str) -> Function:
     return run
 
 
+def pulled_back(form: Loss, *names: str) -> Function:
+    """Results of ``form`` and, of their gradients ``i.upstream``, those of the inputs ``names``: one flat tuple."""
+
+    .enable_grad()
+    def run(i: Inputs) -> tuple[Tensor, ...]:
+        leaves = {name: getattr(i, name).detach().requires_grad_() for name in names}
+        made = form(Inputs(**{**vars(i), **leaves}))
+        made = (made,) if isinstance(made, Tensor) else tuple(made)
+        grads = torch.autograd.grad(made, list(leaves.values()), i.upstream[: len(made)])
+        return *(x.detach() for x in made), *grads
+
+    return run
+
+
+def compiled_and_pulled_back(form: Loss, *names: str) -> Provider:
+    """The same with ``form``, and by it its backward, under ``torch.compile``."""
+
+    def build(_: Inputs) -> Function:
+        torch.compiler.reset()
+        return pulled_back(torch.compile(form, dynamic=False), *names)
+
+    return Provider("compile", "compile", build)
+
+
 def autograd(name: str, loss: Loss, *names: str, **extra: Any) -> Provider:
     """Provider of a loss that autograd differentiates."""
     return provider(name, with_gradients(loss, *names), **extra)

@@ -33,14 +33,14 @@ LIBRARIES = ("libtorch_cpu.", "libstdc++.", "libm.", "libgcc_s.", "libc.", "libd
              "libpthread.", "librt.", "ld-linux")  # fmt: skip
 CPU_ONLY = {"_peak"}
 # What the faces of other ops call: checks, and forward and backward halves of what autograd sees as one.
-INNER = {"last_token_reward_backward", "last_token_reward_forward", "linear_cross_entropy_backward",
+INNER = {"gated_act_backward", "last_token_reward_backward", "last_token_reward_forward", "linear_cross_entropy_backward",
          "linear_cross_entropy_grads", "linear_logprob_backward", "load_balance_loss_backward",
          "ma_ppo_loss_backward", "ma_ppo_policy_loss_forward", "ma_ppo_value_loss_forward",
          "macro_pool_backward", "macro_segment_check", "moe_combine_backward",
          "moe_gate_backward", "moe_gate_linear_backward", "moe_lora_experts",
          "moe_lora_experts_backward", "moe_lora_experts_train", "moe_permute_backward",
          "moe_swiglu_mlp_backward", "moe_swiglu_mlp_train", "pairwise_logsigmoid_grads",
-         "router_seed_loss_backward", "router_seed_loss_grads", "segment_mean_backward",
+         "rms_norm_backward", "router_seed_loss_backward", "router_seed_loss_grads", "segment_mean_backward",
          "selective_logprob_backward", "sequence_nll_backward", "sequence_nll_forward",
          "weighted_linear_ce_backward", "weighted_linear_ce_forward",
          "weighted_linear_ce_grads"}  # fmt: skip
@@ -155,6 +155,7 @@ class TestImport:
         ops = ["collapse_heads", "dare_merge", "dare_merge_", "delta_gram", "delta_gram_", "dha_attention",
                "dha_attention_backward", "dha_cache_append_", "dha_decode", "first_stop",
                "fuse_heads", "fuse_heads_backward", "fusion_mse", "fusion_mse_backward", "gae",
+               "gated_gelu", "gated_gelu_",
                "grad_norm", "grouped_gemm", "grouped_gemm_wgrad", "head_cka", "kv_compact_",
                "kv_gather", "last_token_reward", "linear_cross_entropy", "linear_logprob",
                "linear_merge", "linear_merge_", "linear_wgrad_rows", "lm_weight",
@@ -164,9 +165,10 @@ class TestImport:
                "mask_random", "mask_topk", "masked_adamw_", "masked_adamw_8bit_", "masked_copy_",
                "moe_combine", "moe_gate", "moe_gate_linear", "moe_lora_swiglu_mlp", "moe_permute",
                "moe_sort", "moe_swiglu_mlp", "nacl_evict", "nacl_select", "pack_mask",
-               "pairwise_logsigmoid", "proxy_scores", "ragged_decode", "router_seed_loss",
+               "pairwise_logsigmoid", "proxy_scores", "ragged_decode", "rms_norm", "rms_norm_",
+               "router_seed_loss",
                "segment_mean", "selective_logprob", "sequence_nll", "slerp_merge", "slerp_merge_",
-               "template_scale", "ties_merge", "ties_merge_", "trace_token_class", "unpack_mask",
+               "swiglu", "swiglu_", "template_scale", "ties_merge", "ties_merge_", "trace_token_class", "unpack_mask",
                "weighted_linear_ce",
                *INNER]  # fmt: skip
         code = (

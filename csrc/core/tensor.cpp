@@ -25,6 +25,12 @@ int64_t element_size(ScalarType t) {
 }  // namespace
 
 Tensor new_output(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  return new_output(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()),
+                    dtype);
+}
+
+Tensor new_output(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes,
+                  ScalarType dtype) {
   Tensor out = torch::stable::new_empty(like, sizes, dtype);
   if (out.is_cpu()) advise_huge_pages(out.data_ptr(), out.numel() * element_size(dtype));
   return out;

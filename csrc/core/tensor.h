@@ -16,6 +16,8 @@ namespace tenfold {
 // Fresh uninitialised output on the device of `like`. CPU outputs of 4 MB and more are advised to
 // huge pages: first-touch page faults otherwise cost more than a memory-bound kernel.
 Tensor new_output(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype);
+Tensor new_output(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes,
+                  ScalarType dtype);
 
 // `t` itself if its last dimension is contiguous, else a contiguous copy.
 Tensor with_contiguous_rows(const Tensor& t);

@@ -1,6 +1,7 @@
 """What the tests of the family ``moe`` share: every ISA, and the comparison with a definition."""
 
 import contextlib
+import functools
 
 import torch
 
@@ -46,12 +47,14 @@ def _exact(x):
     return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
 
 
-def agree(name, args, device, wrt=(), plain_sums=False):
+def agree(name, args, device, wrt=(), plain_sums=False, **kwargs):
     """The op gives what its definition does in float64, gradients of the arguments ``wrt`` too, on every ISA.
 
     ``plain_sums``: the plain side's products are sums in order.
     """
-    face, definition = getattr(ops, name), getattr(reference, name)
+    face, definition = (
+        functools.partial(getattr(module, name), **kwargs) for module in (ops, reference)
+    )
     want, exact_inputs = _side(definition, [_exact(x) for x in args], wrt)
     with PlainSums() if plain_sums else contextlib.nullcontext():
         simple, plain_inputs = _side(definition, args, wrt)

@@ -1,5 +1,5 @@
-// Vector functions made of vec.h: exp2, the bit-exact logarithm and Gumbel noise of det_math.h,
-// Philox.
+// Vector functions made of vec.h: exp2, exp, tanh, sigmoid, the normal distribution, the bit-exact
+// logarithm and Gumbel noise of det_math.h, Philox.
 #pragma once
 
 #include "core/cpu/vec.h"
@@ -58,6 +58,12 @@ inline VF tanh(VF x) {
   p = fma(p, z, set1(0.13331153f));
   p = fma(p, z, set1(-0.33333272f));
   return select(lt(magnitude, set1(0.625f)), fma(x * z, p, x), far);
+}
+
+// 1 / (1 + e^-x), from the exponential that cannot overflow; relatively exact on both sides.
+inline VF sigmoid(VF x) {
+  const VF e = exp(from_bits(bits(x) | seti(0x80000000u))), one = set1(1.0f);
+  return select(lt(x, set1(0.0f)), e, one) * inverse(one + e);
 }
 
 struct DetVecOps {

@@ -6,9 +6,9 @@
 // Every ISA provides: kWidth; load, load_n, store, store_n of float, bf16_t and fp16_t (rounding to
 // nearest even); load_bytes, store_bytes, store_low_bytes, load_halves, store_quick, load_pair,
 // store_pair; gather, lookup32, lookup256; set1, seti; + - * /; fma, fused (a b + c, rounded once
-// on every ISA) and fused_from (c - a b); sqrt; vmax, vmin (if either argument is NaN, the *second*
-// is returned); rint, ldexp; lt, gt, ge, eq, above, unordered masks; lanes_of, both, any, select,
-// store_chosen, store_where, compress, expand; hsum, hmax, hsum4; bits_of, bits_of_bytes,
+// on every ISA) and fused_from (c - a b); sqrt, inverse; vmax, vmin (if either argument is NaN, the
+// *second* is returned); rint, ldexp; lt, gt, ge, eq, above, unordered masks; lanes_of, both, any,
+// select, store_chosen, store_where, compress, expand; hsum, hmax, hsum4; bits_of, bits_of_bytes,
 // store_bits_as_bytes for packed masks; VI arithmetic for Philox and float bits, store_by_four.
 #pragma once
 

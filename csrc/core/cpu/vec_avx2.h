@@ -183,6 +183,9 @@ inline VF fused_from(VF c, VF a, VF b) {
 inline VF sqrt(VF a) {
   return {_mm256_sqrt_ps(a.v)};
 }
+inline VF inverse(VF a) {
+  return {_mm256_div_ps(_mm256_set1_ps(1.0f), a.v)};
+}
 inline VF vmax(VF a, VF b) {
   return {_mm256_max_ps(a.v, b.v)};
 }

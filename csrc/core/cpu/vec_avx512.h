@@ -200,6 +200,11 @@ inline VF fused_from(VF c, VF a, VF b) {
 inline VF sqrt(VF a) {
   return {_mm512_sqrt_ps(a.v)};
 }
+// 1 / a of a normal number, within about an ulp: a division takes three times as long.
+inline VF inverse(VF a) {
+  const __m512 r = _mm512_rcp14_ps(a.v);
+  return {_mm512_fmadd_ps(r, _mm512_fnmadd_ps(a.v, r, _mm512_set1_ps(1.0f)), r)};
+}
 inline VF vmax(VF a, VF b) {
   return {_mm512_max_ps(a.v, b.v)};
 }

@@ -229,6 +229,9 @@ inline VF sqrt(VF a) {
   TENFOLD_LANES r.v[i] = sqrtf(a.v[i]);
   return r;
 }
+inline VF inverse(VF a) {
+  return set1(1.0f) / a;
+}
 inline VF rint(VF a) {  // adding 1.5 * 2^23 rounds to nearest even for |a| < 2^22
   VF r;
   TENFOLD_LANES r.v[i] = (a.v[i] + 12582912.0f) - 12582912.0f;

@@ -6,7 +6,7 @@
 
 #include "core/convert.cuh"
 #include "core/vectors.cuh"
-#include "loss/cuda/block_sums.cuh"
+#include "core/block_sums.cuh"
 #include "loss/pair_loss.h"
 #include "loss/token_reward.h"
 

@@ -5,7 +5,7 @@
 
 #include "core/convert.cuh"
 #include "core/vectors.cuh"
-#include "loss/cuda/block_sums.cuh"
+#include "core/block_sums.cuh"
 #include "loss/traces.h"
 
 namespace tenfold::cuda {

@@ -1,3 +1,4 @@
+#include "core/cpu/pairs.h"
 #include "merge/cpu/drop_draws.h"
 
 TENFOLD_ISA_BEGIN
@@ -60,51 +61,6 @@ struct Sums {
     return fused(mass, lambda, base);
   }
 };
-
-// Two vectors of neighbours: bfloat16 as the even and the odd ones, which needs no shuffle, unless
-// their order counts.
-template <class T>
-constexpr bool kSplit = false;
-#if defined(TENFOLD_ISA_AVX2) || defined(TENFOLD_ISA_AVX512)
-template <>
-constexpr bool kSplit<bf16_t> = true;
-#endif
-
-template <bool kOrdered, class T>
-inline void get_two(const T* p, VF (&x)[2]) {
-  if constexpr (kSplit<T> && !kOrdered) {
-    load_pair(p, &x[0], &x[1]);
-  } else {
-    x[0] = load(p);
-    x[1] = load(p + kWidth);
-  }
-}
-
-inline bool is_aligned(const void* p) {
-  return reinterpret_cast<uintptr_t>(p) % (kWidth * sizeof(float)) == 0;
-}
-
-// `past`: past the caches, where p is aligned.
-template <bool kOrdered, class T>
-inline void put_two(T* p, const VF (&x)[2], bool past) {
-  if (past) {
-    if constexpr (sizeof(T) == 4) {
-      stream(p, x[0]);
-      stream(p + kWidth, x[1]);
-    } else {
-      alignas(64) float both[kWidth];
-      put_two<kOrdered>(reinterpret_cast<T*>(both), x, false);
-      stream(reinterpret_cast<float*>(p), load(both));
-    }
-    return;
-  }
-  if constexpr (kSplit<T> && !kOrdered) {
-    store_pair(p, x[0], x[1]);
-  } else {
-    store(p, x[0]);
-    store(p + kWidth, x[1]);
-  }
-}
 
 // Elements i .. i + 2 kWidth - 1, of which the first is in vector `drawn` of the block of draws.
 template <class T, Pick kPick, Mix kMix>

@@ -41,13 +41,6 @@ inline const T* row_of(const void* rows, int64_t i, int64_t stride) {
   return static_cast<const T*>(rows) + i * stride;
 }
 
-// 1 / (1 + e^-x), from the exponential that cannot overflow.
-inline VF sigmoid(VF x) {
-  const VF zero = set1(0.0f), one = set1(1.0f);
-  const VF e = exp(zero - vmax(zero - x, x));
-  return select(lt(x, zero), e, one) / (one + e);
-}
-
 inline VF with_base(const float* sums, const float* base, int64_t c, int n) {
   const VF x = load(sums + c);
   return base != nullptr ? x + get(base + c, n) : x;

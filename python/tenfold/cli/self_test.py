@@ -35,7 +35,7 @@ def wrong_op(device: str, dtype: torch.dtype) -> str:
     )
     return (
         _kv_eviction(check, q, k, v) or _attention(check, q, k, v) or _optim(check, made)
-        or _rl(check, made) or _loss(check, made)
+        or _rl(check, made) or _loss(check, made) or _norm(check, made)
     )  # fmt: skip
 
 
@@ -145,4 +145,17 @@ def _loss(check: Check, made: torch.Generator) -> str:
         check.near(g, w) for g, w in zip(ops.selective_logprob(*check.move(logits, ids)), want)
     ):
         return "selective_logprob"
+    return ""
+
+
+def _norm(check: Check, made: torch.Generator) -> str:
+    x, residual = (torch.randn(5, 96, generator=made).to(check.dtype) for _ in range(2))
+    weight = torch.rand(96, generator=made).to(check.dtype)
+    want = reference.rms_norm(x.float(), residual.float(), weight.float())
+    if not all(check.near(g, w) for g, w in zip(ops.rms_norm(*check.move(x, residual, weight)), want)):
+        return "rms_norm"
+    if not check.near(ops.swiglu(*check.move(x, residual)), reference.swiglu(x, residual)):
+        return "swiglu"
+    if not check.near(ops.gated_gelu(*check.move(x, residual)), reference.gated_gelu(x, residual)):
+        return "gated_gelu"
     return ""
