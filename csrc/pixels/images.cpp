@@ -127,6 +127,9 @@ Image check_image(const char* op, const Tensor& image_in, int64_t patch, const s
     made.batch.push_back(image.sizes()[i]);
     images *= image.sizes()[i];
   }
+  TENFOLD_CHECK_VALUE(images * (hwc[0] / patch) * (hwc[1] / patch) <= kMostPatches, "tenfold::", op,
+                      ": image of shape ", shape_str(image), " has more than 2^31 - 1 patches of ",
+                      patch, " x ", patch, "; split the batch");
   made.grid = grid_of(image.data_ptr(), pixel, patch, layout == "rcc", images, hwc,
                       *one_step(image, lead), strides);
   if (validate && pixel != Pixel::u8 && image.is_cpu())

@@ -94,7 +94,7 @@ MseCall check_inputs(const char* op, const Tensor& pred_in, const Tensor& image_
   const ScalarType real =
       pred.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   MseCall c{};
-  c.image = image, c.pred = pred, c.mask = mask, c.mse = mse, c.real = real;
+  c.op = op, c.image = image, c.pred = pred, c.mask = mask, c.mse = mse, c.real = real;
   return c;
 }
 

@@ -10,6 +10,7 @@ namespace tenfold {
 // A loss, its gradient, or both; what is not made is not there.
 struct MseCall {
   Image image;
+  const char* op;
   Tensor pred, mask;  // [.., L, P] with contiguous rows; [.., L] contiguous
   PatchMse mse;
   OptTensor given_denom;  // 0-d, of `real`

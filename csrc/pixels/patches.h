@@ -86,6 +86,14 @@ TENFOLD_HD PatchNorm norm_of_floats(double center, double sum, double squares, i
 }
 
 constexpr int64_t kMostValues = int64_t{1} << 22;  // of a patch
+constexpr int64_t kMostPatches = (int64_t{1} << 31) - 1;  // of a batch
+
+// u / 255, rounded once: 1 / 255 in two parts.
+constexpr float kLevelHigh = 8421505.0f / 2147483648.0f;
+constexpr auto kLevelLow = static_cast<float>(-127.0 / (255.0 * 2147483648.0));
+TENFOLD_HD float level_of(float u) {
+  return std::fma(u, kLevelHigh, u * kLevelLow);
+}
 
 // Patches of a strip that count: num_patches of text and, with eos, the one after them.
 TENFOLD_HD int64_t patches_there(int64_t num_patches, bool eos, int64_t length) {

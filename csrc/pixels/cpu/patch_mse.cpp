@@ -3,6 +3,7 @@
 // can be made in the same pass.
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
@@ -37,8 +38,8 @@ double sum_of_weights(const MseCall& c) {
     for (int64_t i = first; i < end; ++i) {
       const double w = m.weights[i];
       TENFOLD_CHECK_VALUE(w >= 0.0 && std::isfinite(w),
-                          "tenfold::patch_mse: mask must be finite, and 0 or above, got ", w,
-                          " at ", i);
+                          "tenfold::", c.op,
+                          ": mask must be finite, and 0 or above, got ", w, " at ", i);
       sum += w;
     }
     total += sum;
@@ -138,7 +139,7 @@ void run_mse(const MseCall& c) {
   const int64_t count = c.positions(), n = m.grid.values();
   const double by = c.grad_loss ? number(*c.grad_loss) : 1.0;
   if (c.made && by == 1.0) return;
-  const double weights = sum_of_weights(c);
+  const double weights = c.grad_loss ? 0.0 : sum_of_weights(c);
   // What is divided by is the number that is given back: both passes must use the same one.
   const double denom = c.given_denom                  ? number(*c.given_denom)
                        : c.real == ScalarType::Double ? weights

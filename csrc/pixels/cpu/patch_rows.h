@@ -163,14 +163,11 @@ struct Floats {
   inline VF operator()(int64_t k) const { return load(x + k); }
 };
 
-// And what becomes of them. u / 255, rounded once: 1 / 255 in two parts (of a fused product; the
-// scalar ISA has none, and divides).
+// And what becomes of them. See level_of; the scalar ISA has no fused product, and divides.
 struct Level {
   inline VF operator()(VF u) const {
     if constexpr (kWidth == 4) return u / set1(255.0f);
-    constexpr float kHigh = 8421505.0f / 2147483648.0f;
-    constexpr auto kLow = static_cast<float>(-127.0 / (255.0 * 2147483648.0));
-    return fma(u, set1(kHigh), u * set1(kLow));
+    return fma(u, set1(kLevelHigh), u * set1(kLevelLow));
   }
 };
 struct Affine {
