@@ -1,0 +1,299 @@
+// A patch at a time, in the first cache: its values brought together in their order, sums of them,
+// and what becomes of them. For ISA sources only.
+#pragma once
+
+#include "core/cpu/vec.h"
+#include "pixels/cpu/patch_kernels.h"
+
+namespace tenfold::TENFOLD_ISA {
+namespace {
+
+// -- moving ------------------------------------------------------------------------------------
+
+using V16 = uint8_t __attribute__((vector_size(16)));
+
+inline V16 load16(const uint8_t* p) {
+  V16 x;
+  __builtin_memcpy(&x, p, 16);
+  return x;
+}
+inline void store16(uint8_t* p, V16 x) {
+  __builtin_memcpy(p, &x, 16);
+}
+
+// Short runs of any length: a call of memcpy would cost more than they do.
+inline void copy_run(char* to, const char* from, int64_t bytes) {
+  if (bytes >= 16) {
+    int64_t i = 0;
+    for (; i + 16 <= bytes; i += 16) __builtin_memcpy(to + i, from + i, 16);
+    if (i < bytes) __builtin_memcpy(to + bytes - 16, from + bytes - 16, 16);
+  } else if (bytes >= 8) {
+    __builtin_memcpy(to, from, 8);
+    __builtin_memcpy(to + bytes - 8, from + bytes - 8, 8);
+  } else {
+    for (int64_t i = 0; i < bytes; ++i) to[i] = from[i];
+  }
+}
+
+// to = a0 b0 c0 a1 b1 c1 ...
+template <class E>
+inline void interleave3(const E* a, const E* b, const E* c, int64_t n, E* to) {
+  int64_t i = 0;
+  if constexpr (sizeof(E) == 1) {
+    for (; i + 16 <= n; i += 16) {
+      const V16 x = load16(a + i), y = load16(b + i), z = load16(c + i);
+      const V16 p = __builtin_shuffle(
+          x, y, V16{0, 16, 0, 1, 17, 0, 2, 18, 0, 3, 19, 0, 4, 20, 0, 5});
+      const V16 q = __builtin_shuffle(
+          x, y, V16{21, 0, 6, 22, 0, 7, 23, 0, 8, 24, 0, 9, 25, 0, 10, 26});
+      const V16 r = __builtin_shuffle(
+          x, y, V16{0, 11, 27, 0, 12, 28, 0, 13, 29, 0, 14, 30, 0, 15, 31, 0});
+      store16(to + 3 * i, __builtin_shuffle(p, z, V16{0, 1, 16, 3, 4, 17, 6, 7, 18, 9, 10, 19, 12,
+                                                      13, 20, 15}));
+      store16(to + 3 * i + 16, __builtin_shuffle(q, z, V16{0, 21, 2, 3, 22, 5, 6, 23, 8, 9, 24, 11,
+                                                           12, 25, 14, 15}));
+      store16(to + 3 * i + 32, __builtin_shuffle(r, z, V16{26, 1, 2, 27, 4, 5, 28, 7, 8, 29, 10,
+                                                           11, 30, 13, 14, 31}));
+    }
+  }
+  for (; i < n; ++i) to[3 * i] = a[i], to[3 * i + 1] = b[i], to[3 * i + 2] = c[i];
+}
+
+template <class E>
+inline void deinterleave3(const E* from, int64_t n, E* a, E* b, E* c) {
+  int64_t i = 0;
+  if constexpr (sizeof(E) == 1) {
+    for (; i + 16 <= n; i += 16) {
+      const V16 x = load16(from + 3 * i), y = load16(from + 3 * i + 16),
+                z = load16(from + 3 * i + 32);
+      const V16 p = __builtin_shuffle(
+          x, y, V16{0, 3, 6, 9, 12, 15, 18, 21, 24, 27, 30, 0, 0, 0, 0, 0});
+      const V16 q = __builtin_shuffle(
+          x, y, V16{1, 4, 7, 10, 13, 16, 19, 22, 25, 28, 31, 0, 0, 0, 0, 0});
+      const V16 r = __builtin_shuffle(
+          x, y, V16{2, 5, 8, 11, 14, 17, 20, 23, 26, 29, 0, 0, 0, 0, 0, 0});
+      store16(a + i, __builtin_shuffle(p, z, V16{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 17, 20, 23, 26,
+                                                 29}));
+      store16(b + i, __builtin_shuffle(q, z, V16{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 18, 21, 24, 27,
+                                                 30}));
+      store16(c + i, __builtin_shuffle(r, z, V16{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 19, 22, 25, 28,
+                                                 31}));
+    }
+  }
+  for (; i < n; ++i) a[i] = from[3 * i], b[i] = from[3 * i + 1], c[i] = from[3 * i + 2];
+}
+
+// How a patch's values lie in its image.
+enum class Order { runs, planes, pixels, any };
+
+inline Order order_of(const PatchBox& b) {
+  if (b.stride[2] == 1) return Order::runs;
+  if (b.size[2] == 3 && b.stride[1] == 1) return Order::planes;  // rcc of a planar image
+  if (b.size[0] == 3 && b.stride[0] == 1 && b.stride[2] == 3) return Order::pixels;  // crc of HWC
+  return Order::any;
+}
+
+// kGather: patch = what the image holds at `at`; else back.
+template <bool kGather, class E, class Image>
+inline void move_patch(Image* at, const PatchBox& b, E* patch) {
+  const auto [n0, n1, n2] = b.size;
+  const auto [s0, s1, s2] = b.stride;
+  constexpr int64_t kSize = sizeof(E);
+  const auto run = [](auto* image, E* mine, int64_t n) {
+    if constexpr (kGather) {
+      copy_run(reinterpret_cast<char*>(mine), reinterpret_cast<const char*>(image), n * kSize);
+    } else {
+      copy_run(reinterpret_cast<char*>(image), reinterpret_cast<const char*>(mine), n * kSize);
+    }
+  };
+  switch (order_of(b)) {
+    case Order::runs:
+      if (s1 == n2) {
+        for (int64_t i = 0; i < n0; ++i) run(at + i * s0, patch + i * n1 * n2, n1 * n2);
+        return;
+      }
+      for (int64_t i = 0; i < n0; ++i)
+        for (int64_t j = 0; j < n1; ++j) run(at + i * s0 + j * s1, patch + (i * n1 + j) * n2, n2);
+      return;
+    case Order::planes:
+      for (int64_t i = 0; i < n0; ++i) {
+        auto *const x = at + i * s0, *const y = x + s2, *const z = y + s2;
+        E* const mine = patch + i * n1 * 3;
+        if constexpr (kGather) {
+          interleave3<E>(x, y, z, n1, mine);
+        } else {
+          deinterleave3<E>(mine, n1, x, y, z);
+        }
+      }
+      return;
+    case Order::pixels:
+      for (int64_t j = 0; j < n1; ++j) {
+        E *const x = patch + j * n2, *const y = x + n1 * n2, *const z = y + n1 * n2;
+        if constexpr (kGather) {
+          deinterleave3<E>(at + j * s1, n2, x, y, z);
+        } else {
+          interleave3<E>(x, y, z, n2, at + j * s1);
+        }
+      }
+      return;
+    case Order::any:
+      for (int64_t i = 0; i < n0; ++i)
+        for (int64_t j = 0; j < n1; ++j)
+          for (int64_t k = 0; k < n2; ++k) {
+            auto* const image = at + i * s0 + j * s1 + k * s2;
+            E* const mine = patch + (i * n1 + j) * n2 + k;
+            if constexpr (kGather) {
+              *mine = *image;
+            } else {
+              *image = *mine;
+            }
+          }
+  }
+}
+
+// -- values ------------------------------------------------------------------------------------
+
+// Where values come from, kWidth of them from k on; both may be read up to a vector past their end.
+struct Bytes {
+  const uint8_t* x;
+  inline VF operator()(int64_t k) const { return to_float(load_bytes(x + k)); }
+};
+struct Floats {
+  const float* x;
+  inline VF operator()(int64_t k) const { return load(x + k); }
+};
+
+// And what becomes of them. See level_of; the scalar ISA has no fused product, and divides.
+struct Level {
+  inline VF operator()(VF u) const {
+    if constexpr (kWidth == 4) return u / set1(255.0f);
+    return fma(u, set1(kLevelHigh), u * set1(kLevelLow));
+  }
+};
+struct Affine {
+  VF center, scale, offset;
+  explicit Affine(const PatchNorm& n)
+      : center(set1(static_cast<float>(n.center))),
+        scale(set1(static_cast<float>(n.scale))),
+        offset(set1(static_cast<float>(n.offset))) {}
+  inline VF operator()(VF x) const { return fma(x - center, scale, offset); }
+};
+
+inline VM lanes_below(int64_t n) {
+  return lt(iota(), seti(static_cast<uint32_t>(n)));
+}
+
+// The bytes as floats, and their norm. Lanes hold whole numbers below 2^24 exactly: up to 256
+// squares of a byte each.
+inline PatchNorm norm_of(const uint8_t* x, int64_t n, double eps, float* floats) {
+  constexpr int64_t kStep = 256 * kWidth;
+  uint64_t sum = 0, squares = 0;
+  for (int64_t first = 0; first < n; first += kStep) {
+    const int64_t end = first + kStep < n ? first + kStep : n;
+    VF s = set1(0.0f), q = s, s1 = s, q1 = s;
+    int64_t k = first;
+    for (; k + 2 * kWidth <= end; k += 2 * kWidth) {
+      const VF u = Bytes{x}(k), v = Bytes{x}(k + kWidth);
+      store(floats + k, u);
+      store(floats + k + kWidth, v);
+      s = s + u, s1 = s1 + v;
+      q = fma(u, u, q), q1 = fma(v, v, q1);
+    }
+    for (; k < end; k += kWidth) {
+      const VF u = select(lanes_below(end - k), Bytes{x}(k), set1(0.0f));
+      store(floats + k, u);
+      s = s + u, q = fma(u, u, q);
+    }
+    float lanes[4][kWidth];
+    store(lanes[0], s), store(lanes[1], s1), store(lanes[2], q), store(lanes[3], q1);
+    int32_t a = 0, b = 0, c = 0;  // below 16 x 2^24 each
+    for (int i = 0; i < kWidth; ++i) {
+      a += static_cast<int32_t>(lanes[0][i]) + static_cast<int32_t>(lanes[1][i]);
+      b += static_cast<int32_t>(lanes[2][i]);
+      c += static_cast<int32_t>(lanes[3][i]);
+    }
+    sum += static_cast<uint64_t>(a);
+    squares += static_cast<uint64_t>(b) + static_cast<uint64_t>(c);
+  }
+  return norm_of_bytes(sum, squares, n, eps);
+}
+
+// First their mean, by differences to the first value, so that equal ones give 0; then differences
+// to that mean.
+inline PatchNorm norm_of(const float* x, int64_t n, double eps) {
+  const auto sums = [&](float from, VF* sum, VF* squares) {
+    const VF center = set1(from), zero = set1(0.0f);
+    VF s = zero, q = zero;
+    for (int64_t k = 0; k < n; k += kWidth) {
+      const VF d = select(lanes_below(n - k), load(x + k) - center, zero);
+      s = s + d, q = fma(d, d, q);
+    }
+    *sum = s, *squares = q;
+  };
+  VF sum, squares;
+  sums(x[0], &sum, &squares);
+  const float center = x[0] + hsum(sum) / static_cast<float>(n);
+  sums(center, &sum, &squares);
+  return norm_of_floats(center, hsum(sum), hsum(squares), n, eps);
+}
+
+template <class E>
+inline void widen(const E* x, int64_t n, float* to) {
+  for (int64_t k = 0; k < n; k += kWidth) store(to + k, load(x + k));
+}
+
+// Memory of a patch: raw values, floats and results, each with a vector to spare.
+struct PatchMemory {
+  char *raw, *made;
+  float* floats;
+
+  PatchMemory(void* work, int64_t values)
+      : raw(static_cast<char*>(work)),
+        made(raw + patch_room(values)),
+        floats(reinterpret_cast<float*>(made + patch_room(values))) {}
+};
+
+// The values of one patch, ready to be used: calls `use` with where they come from and what they
+// become, of which there are two kinds.
+template <class Use>
+inline void with_patch(const PatchGrid& g, const PatchBox& box, int64_t offset, bool normalize,
+                       double eps, const PatchMemory& memory, const Use& use) {
+  const int64_t n = g.values();
+  const auto gathered = [&]<class E>(const E*) {
+    auto* const raw = reinterpret_cast<E*>(memory.raw);
+    move_patch<true, E>(static_cast<const E*>(g.data) + offset, box, raw);
+    return raw;
+  };
+  if (g.pixel == Pixel::u8) {
+    const uint8_t* const raw = gathered(static_cast<const uint8_t*>(nullptr));
+    if (!normalize) return use(Bytes{raw}, Level{});
+    return use(Floats{memory.floats}, Affine(norm_of(raw, n, eps, memory.floats)));
+  }
+  const float* x = memory.floats;
+  if (g.pixel == Pixel::f32) x = gathered(static_cast<const float*>(nullptr));
+  if (g.pixel == Pixel::bf16) widen(gathered(static_cast<const bf16_t*>(nullptr)), n, memory.floats);
+  if (g.pixel == Pixel::f16) widen(gathered(static_cast<const fp16_t*>(nullptr)), n, memory.floats);
+  use(Floats{x}, Affine(normalize ? norm_of(x, n, eps) : PatchNorm{0.0, 1.0, 0.0}));
+}
+
+// -- results -----------------------------------------------------------------------------------
+
+// Whole lines past the caches. Not all addresses can be written so.
+inline bool can_stream(const void* to, int64_t bytes) {
+  return reinterpret_cast<uintptr_t>(to) % 64 == 0 && bytes % 64 == 0;
+}
+inline void stream_copy(void* to, const void* from, int64_t bytes) {
+  auto* const out = static_cast<float*>(to);
+  const auto* const in = static_cast<const float*>(from);
+  for (int64_t i = 0; i < bytes / 4; i += kWidth) stream(out + i, load(in + i));
+}
+
+template <class T, class Source, class Target>
+inline void write_values(const Source& x, const Target& y, int64_t n, T* to) {
+  int64_t k = 0;
+  for (; k + kWidth <= n; k += kWidth) store_quick(to + k, y(x(k)));
+  if (k < n) store_n(to + k, y(x(k)), static_cast<int>(n - k));
+}
+
+}  // namespace
+}  // namespace tenfold::TENFOLD_ISA
