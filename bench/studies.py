@@ -324,3 +324,22 @@ def upit_bytes_block(found: Found) -> str:
 def upit_smollm2_block(found: Found) -> str:
     """SmolLM2's runs."""
     return _upit_block(found)
+
+
+@generated("pixelgpt-render", "pixelgpt", "render", "measurement")
+def pixelgpt_render_block(found: Found) -> str:
+    """Strips per second, from ``python -m tenfold.pixelgpt.speed``."""
+    columns = ("renderer", "characters", "threads", "strips per second", "slowest", "fastest",
+               "to the faster reference")  # fmt: skip
+    rows = [
+        [r["provider"], str(r["characters"]), str(r["threads"]), f"{r['per_second']:.0f}",
+         *(f"{x:.0f}" for x in r["spread"]), f"{r['ratio']:.1f}×"]
+        for r in found["rows"]
+    ]  # fmt: skip
+    setting = found["setting"]
+    cold = ", ".join(f"{v:.0f} of {k} characters" for k, v in setting["cold"].items())
+    used = ", ".join(f"{k} {v}" for k, v in setting["versions"].items())
+    return (
+        f"Batches of {setting['count']} texts, {setting['rounds']} rounds in turns; {used}. Strips per second with "
+        f"empty caches, one thread: {cold}.\n\n{markdown(columns, rows)}"
+    )
