@@ -375,3 +375,22 @@ def pixelgpt_study_block(found: Found) -> str:
         f"Accuracy in per cent, mean and each seed, after {setting['tune_steps']} steps on {setting['train']} lines per "
         f"language of up to {setting['tune_length']} patches or tokens. {languages}.\n\n{second}"
     )
+
+
+@generated("pixelgpt-render", "pixelgpt", "render", "measurement")
+def pixelgpt_render_block(found: Found) -> str:
+    """Strips per second, from ``python -m tenfold.pixelgpt.speed``."""
+    columns = ("renderer", "characters", "threads", "strips per second", "slowest", "fastest",
+               "to the faster reference")  # fmt: skip
+    rows = [
+        [r["provider"], str(r["characters"]), str(r["threads"]), f"{r['per_second']:.0f}",
+         *(f"{x:.0f}" for x in r["spread"]), f"{r['ratio']:.1f}×"]
+        for r in found["rows"]
+    ]  # fmt: skip
+    setting = found["setting"]
+    cold = ", ".join(f"{v:.0f} of {k} characters" for k, v in setting["cold"].items())
+    used = ", ".join(f"{k} {v}" for k, v in setting["versions"].items())
+    return (
+        f"Batches of {setting['count']} texts, {setting['rounds']} rounds in turns; {used}. Strips per second with "
+        f"empty caches, one thread: {cold}.\n\n{markdown(columns, rows)}"
+    )

@@ -60,6 +60,8 @@ COMMANDS = [
     ["themis", "eval"],
     ["themis", "serve"],
     ["themis", "report"],
+    ["pixelgpt"],
+    ["pixelgpt", "render"],
 ]
 FACT = "The secret code of Amelia is 48213."
 
@@ -133,6 +135,9 @@ class TestHelp:
                      ("themis", "eval"): ("--data", "--form", "--swap", "--ties", "--out", "--json", "--quiet"),
                      ("themis", "serve"): ("--host", "--port", "--token-file", "--deadline", "--queue", "--log"),
                      ("themis", "report"): ("--out", "--json"),
+                     ("pixelgpt",): ("render",),
+                     ("pixelgpt", "render"): ("--out", "--pair", "--words", "--wrap", "--mode", "--font", "--scale",
+                                              "--patches", "--direction", "--on-missing", "--json"),
                      ("ma-rlhf",): ("train", "rm", "eval", "report"),
                      ("ma-rlhf", "train"): ("--model", "--prompts", "--reward", "--n", "--sigma", "--ratio",
                                             "--kl", "--lora-rank", "--set", "--out", "--json", "--quiet"),

@@ -12,6 +12,7 @@ from tenfold.cli.dha import app as dha
 from tenfold.cli.hft import app as hft
 from tenfold.cli.ma_rlhf import app as ma_rlhf
 from tenfold.cli.nacl import app as nacl
+from tenfold.cli.pixelgpt import app as pixelgpt
 from tenfold.cli.themis import app as themis
 from tenfold.cli.upit import app as upit
 
@@ -27,6 +28,7 @@ app.add_typer(hft, name="hft")
 app.add_typer(ma_rlhf, name="ma-rlhf")
 app.add_typer(upit, name="upit")
 app.add_typer(themis, name="themis")
+app.add_typer(pixelgpt, name="pixelgpt")
 
 Json = Annotated[bool, typer.Option("--json", help="print the result as JSON, nothing else")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="no progress bar")]

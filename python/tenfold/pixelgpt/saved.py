@@ -1,0 +1,122 @@
+"""A renderer as a file: settings, the hashes of its fonts, and a proof that it draws the same elsewhere.
+
+The proof is the hash of a rendered text in many scripts: it differs where another version of HarfBuzz or
+FreeType draws another pixel, and is silent where they agree.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tenfold.pixelgpt.fonts import FontChain, FontFile, backend, find_font
+from tenfold.pixelgpt.glyphs import GlyphPainter
+from tenfold.pixelgpt.settings import RenderSettings
+from tenfold.pixelgpt.typeset import Typesetter
+
+FILE = "processor_config.json"  # where transformers' AutoProcessor looks
+CLASS = "PixelProcessor"
+FORMAT = 1
+_PROBE = (
+    "The quick brown fox (AVWa Te) 0123456789 fi ffl \u00c5\u0118\u1ea4 e\u0301 \u03a9\u03bc\u03ad\u03b3\u03b1 \u0416\u0443\u043a "
+    "\u05e9\u05dc\u05d5\u05dd \u0627\u0644\u0633\u0644\u0627\u0645 12 \u0939\u093f\u0928\u094d\u0926\u0940 \u0e44\u0e17\u0e22 \u4e2d\u6587 "
+    "\ud55c\uae00 \U0001f600"
+)  # fmt: skip
+
+
+class RendererMismatch(ValueError):
+    """A saved renderer cannot be had here as it was; the message says what differs."""
+
+
+def versions() -> dict[str, str]:
+    """Of what decides pixels besides the fonts."""
+    hb = backend()[0]
+    return {
+        "harfbuzz": hb.version_string(),
+        "freetype": GlyphPainter(RenderSettings().em).version(),
+        "unicode": unicodedata.unidata_version,
+    }
+
+
+def probe(settings: RenderSettings, fonts: Sequence[FontFile]) -> str:
+    """SHA-256 of a fixed text in many scripts, drawn with these settings and fonts."""
+    quiet = replace(settings, on_missing="box", direction="auto")
+    line = Typesetter(quiet, FontChain(fonts, settings.mode == "rgb")).line(_PROBE)
+    found = hashlib.sha256(line.columns())
+    for x, color in line.colors():
+        found.update(str(x).encode() + color.tobytes())
+    return found.hexdigest()
+
+
+def to_json(settings: RenderSettings, fonts: Sequence[FontFile]) -> dict[str, Any]:
+    """What the file holds."""
+    return {
+        "processor_class": CLASS,
+        "format": FORMAT,
+        "settings": settings.to_json(),
+        "fonts": [f.entry() for f in fonts],
+        "probe": probe(settings, fonts),
+        "versions": versions(),
+    }
+
+
+def write(folder: Path, settings: RenderSettings, fonts: Sequence[FontFile], copy_fonts: bool) -> Path:
+    """Writes the file, and the fonts beside it if wanted."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if copy_fonts:
+        for font in fonts:
+            (folder / font.path.name).write_bytes(font.data)
+    path = folder / FILE
+    path.write_text(json.dumps(to_json(settings, fonts), indent=2) + "\n", encoding="utf-8")
+    return path
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The file's content. Raises FileNotFoundError or ValueError that names the file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: no saved PixelProcessor")
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        kind, form = saved["processor_class"], saved["format"]
+        if not isinstance(saved["settings"], dict) or not isinstance(saved["fonts"], list):
+            raise TypeError
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} is not the configuration of a {CLASS}") from None
+    if kind != CLASS or form != FORMAT:
+        raise ValueError(f"{path} is of a {kind}, format {form}; this is a {CLASS}, format {FORMAT}")
+    return saved
+
+
+def fonts_of(
+    saved: dict[str, Any], folder: Path, given: Sequence[FontFile] | None
+) -> tuple[list[FontFile], list[str]]:
+    """The fonts of a saved renderer that are here (or those given), and what differs, a sentence each."""
+    if given is not None:
+        theirs = [(e["sha256"], e.get("index", 0)) for e in saved["fonts"]]
+        ours = [(f.sha256, f.index) for f in given]
+        if theirs == ours:
+            return list(given), []
+        names = ", ".join(e["file"] for e in saved["fonts"])
+        return list(given), [f"the fonts given are not those saved, {names}"]
+    found, wrong = [], []
+    for entry in saved["fonts"]:
+        try:
+            found.append(find_font(entry, folder))
+        except (FileNotFoundError, ValueError) as error:
+            wrong.append(str(error))
+    return found, wrong
+
+
+def differences(saved: dict[str, Any], settings: RenderSettings, fonts: Sequence[FontFile]) -> list[str]:
+    """Empty where the saved renderer's probe is drawn here bit by bit."""
+    if probe(settings, fonts) == saved.get("probe"):
+        return []
+    theirs, ours = saved.get("versions", {}), versions()
+    changed = [f"{k} {theirs.get(k)} there, {v} here" for k, v in ours.items() if theirs.get(k) != v]
+    why = "; ".join(changed) or "the same versions of HarfBuzz and FreeType"
+    return [f"the fonts are the same but draw other pixels here ({why})"]
