@@ -62,6 +62,9 @@ COMMANDS = [
     ["themis", "report"],
     ["pixelgpt"],
     ["pixelgpt", "render"],
+    ["pixelgpt", "pretrain"],
+    ["pixelgpt", "finetune"],
+    ["pixelgpt", "reconstruct"],
 ]
 FACT = "The secret code of Amelia is 48213."
 
@@ -135,7 +138,11 @@ class TestHelp:
                      ("themis", "eval"): ("--data", "--form", "--swap", "--ties", "--out", "--json", "--quiet"),
                      ("themis", "serve"): ("--host", "--port", "--token-file", "--deadline", "--queue", "--log"),
                      ("themis", "report"): ("--out", "--json"),
-                     ("pixelgpt",): ("render",),
+                     ("pixelgpt",): ("render", "pretrain", "finetune", "reconstruct"),
+                     ("pixelgpt", "pretrain"): ("--variant", "--text", "--languages", "--size", "--norm-pix", "--preset", "--steps",
+                                                "--length", "--set", "--restart", "--out", "--json", "--quiet"),
+                     ("pixelgpt", "finetune"): ("--model", "--task", "--data", "--modality", "--published", "--set", "--out", "--json"),
+                     ("pixelgpt", "reconstruct"): ("--model", "--file", "--write", "--denorm", "--out", "--json"),
                      ("pixelgpt", "render"): ("--out", "--pair", "--words", "--wrap", "--mode", "--font", "--scale",
                                               "--patches", "--direction", "--on-missing", "--json"),
                      ("ma-rlhf",): ("train", "rm", "eval", "report"),

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tenfold.pixelgpt.classifier import classifier_of
-from tenfold.pixelgpt.finetune import finetune, predict, score
+from tenfold.pixelgpt.finetuning import finetune, predict, score
 from tenfold.pixelgpt.tasks import Example, TaskSpec
 from tenfold.pixelgpt.texts import language_task
 from tenfold.pixelgpt.train_config import FineTuneConfig

@@ -169,7 +169,7 @@ def finetune(
     """Fine-tune a classifier on pixels, text or pairs, and score it; several ranks with torchrun."""
     given = dict(locals())
     from tenfold.pixelgpt import report
-    from tenfold.pixelgpt.finetune import finetune as run
+    from tenfold.pixelgpt.finetuning import finetune as run
     from tenfold.pixelgpt.loading import load
     from tenfold.pixelgpt.recipes import recipe
     from tenfold.pixelgpt.train_config import FineTuneConfig

@@ -14,7 +14,7 @@ _HOMES = {
     "PretrainConfig": "train_config",
     "FineTuneConfig": "train_config",
     "pretrain": "pretraining",
-    "finetune": "finetune",
+    "finetune": "finetuning",
     "generate_patches": "generate",
     "reconstruct": "generate",
     "make_streams": "streams",

@@ -15,7 +15,7 @@ import torch
 
 from tenfold.pixelgpt import report, small
 from tenfold.pixelgpt.classifier import classifier_of
-from tenfold.pixelgpt.finetune import finetune
+from tenfold.pixelgpt.finetuning import finetune
 from tenfold.pixelgpt.pretraining import pretrain
 from tenfold.pixelgpt.record import FineTuneRecord, PretrainRecord
 from tenfold.pixelgpt.texts import language_task

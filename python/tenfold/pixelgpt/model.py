@@ -37,6 +37,7 @@ from transformers.models.llama.modeling_llama import (
 from tenfold import ops
 from tenfold.integrations import attention as tenfold_attention
 from tenfold.integrations import transformers as hf
+from tenfold.pixelgpt.auto import register as register_processor
 from tenfold.pixelgpt.config import PixelGPTConfig
 from tenfold.pixelgpt.layers import PatchEmbedding, PixelGPTDecoderLayer, PixelGPTRMSNorm
 from tenfold.pixelgpt.images import check_strips, without_eos
@@ -278,7 +279,7 @@ class PixelGPTForCausalLM(PixelGPTPreTrainedModel, GenerationMixin):
         Source:
             arXiv 2404.10710; sections 3.5 and 3.6 of the method's specification.
         """
-        if use_cache is None and labels is not None:
+        if use_cache is None and (labels is not None or self.training):
             use_cache = False
         made = self.model(
             input_ids=input_ids, attention_mask=attention_mask, pixel_values=pixel_values,
@@ -362,6 +363,7 @@ class PixelGPTForCausalLM(PixelGPTPreTrainedModel, GenerationMixin):
 
 AutoModel.register(PixelGPTConfig, PixelGPTModel, exist_ok=True)
 AutoModelForCausalLM.register(PixelGPTConfig, PixelGPTForCausalLM, exist_ok=True)
+register_processor(PixelGPTConfig)
 
 
 def make_model(config: PixelGPTConfig, seed: int = 0) -> PixelGPTForCausalLM:

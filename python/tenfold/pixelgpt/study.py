@@ -13,7 +13,7 @@ from typing import Any
 from tenfold.pixelgpt import report, small
 from tenfold.pixelgpt.classifier import classifier_of
 from tenfold.pixelgpt.config import TITLES, VARIANTS
-from tenfold.pixelgpt.finetune import finetune
+from tenfold.pixelgpt.finetuning import finetune
 from tenfold.pixelgpt.loading import load
 from tenfold.pixelgpt.pretraining import pretrain
 from tenfold.pixelgpt.record import PretrainRecord
