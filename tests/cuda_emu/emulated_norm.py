@@ -145,7 +145,8 @@ def long_rows():
 
 def check_all():
     small = "not errors and not registration and not large and not gradcheck and not inductor and not graph"
-    run_tests("test_norm.py", "-k", f"cpu and {small}")
+    for file in ("test_norm.py", "test_norm_gates.py"):
+        run_tests(file, "-k", f"cpu and {small}")
     long_rows()
 
 
