@@ -67,9 +67,7 @@ def patchify(image, patch, layout, normalize, eps, dtype, channels, shape):
     return scheduled(LIB, run)
 
 
-def patchify_u8(
-    image, patch, layout, normalize, eps, dtype, channels="auto", validate=True, out=None
-):
+def patchify_u8(image, patch, layout, normalize, eps, dtype, channels="auto", validate=True):
     shape = patch_shape(image, patch, channels)
     return patchify(image, patch, layout, normalize, eps, dtype or torch.float32, channels, shape)
 
