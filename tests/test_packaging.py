@@ -40,7 +40,8 @@ INNER = {"gated_act_backward", "last_token_reward_backward", "last_token_reward_
          "moe_gate_backward", "moe_gate_linear_backward", "moe_lora_experts",
          "moe_lora_experts_backward", "moe_lora_experts_train", "moe_permute_backward",
          "moe_swiglu_mlp_backward", "moe_swiglu_mlp_train", "pairwise_logsigmoid_grads",
-         "rms_norm_backward", "router_seed_loss_backward", "router_seed_loss_grads", "segment_mean_backward",
+         "patch_mse_forward", "rms_norm_backward",
+         "router_seed_loss_backward", "router_seed_loss_grads", "segment_mean_backward",
          "selective_logprob_backward", "sequence_nll_backward", "sequence_nll_forward",
          "weighted_linear_ce_backward", "weighted_linear_ce_forward",
          "weighted_linear_ce_grads"}  # fmt: skip
@@ -165,11 +166,12 @@ class TestImport:
                "mask_random", "mask_topk", "masked_adamw_", "masked_adamw_8bit_", "masked_copy_",
                "moe_combine", "moe_gate", "moe_gate_linear", "moe_lora_swiglu_mlp", "moe_permute",
                "moe_sort", "moe_swiglu_mlp", "nacl_evict", "nacl_select", "pack_mask",
-               "pairwise_logsigmoid", "proxy_scores", "ragged_decode", "rms_norm", "rms_norm_",
-               "router_seed_loss",
+               "pairwise_logsigmoid", "patch_mask", "patch_mse", "patch_mse_", "patch_mse_backward",
+               "patch_mse_backward_", "patchify_batch", "patchify_u8", "patchify_u8_",
+               "proxy_scores", "ragged_decode", "rms_norm", "rms_norm_", "router_seed_loss",
                "segment_mean", "selective_logprob", "sequence_nll", "slerp_merge", "slerp_merge_",
                "swiglu", "swiglu_", "template_scale", "ties_merge", "ties_merge_", "trace_token_class", "unpack_mask",
-               "weighted_linear_ce",
+               "unpatchify", "weighted_linear_ce",
                *INNER]  # fmt: skip
         code = (
             "import tenfold, torch; has = torch._C._dispatch_has_kernel_for_dispatch_key;"

@@ -49,7 +49,8 @@ struct PatchGrid {
   TENFOLD_HD_MEMBER int64_t values() const { return box.size[0] * box.size[1] * box.size[2]; }
   // Where a patch of an image begins.
   TENFOLD_HD_MEMBER int64_t offset(int64_t image, int64_t patch) const {
-    const int64_t row = patch / cols;
+    // Fewer than 2^31: check_image sees to that.
+    const int64_t row = static_cast<uint32_t>(patch) / static_cast<uint32_t>(cols);
     return image * image_step + row * row_step + (patch - row * cols) * col_step;
   }
 };

@@ -128,6 +128,8 @@ UnpatchifyCall check_unpatchify(const Tensor& patches_in, int64_t patch, int64_t
     batch.push_back(patches_in.sizes()[i]);
     images *= batch.back();
   }
+  TENFOLD_CHECK_VALUE(images * length <= kMostPatches, "tenfold::", kOp, ": ", images * length,
+                      " patches are more than 2^31 - 1; split the batch");
   std::vector<int64_t> lengths(batch), sizes(batch);
   lengths.push_back(length);
   c.mean = check_moment("mean", mean, patches_in, lengths);

@@ -19,6 +19,7 @@ CHECKS = {
     "kernels_attention_decode": ["float32 edges append", "bfloat16 float16"],
     "kernels_attention_heads": ["mix_heads fuse_backward fusion_mse head_cka"],
     "kernels_rl": ["segments returns wrong", "prepare long", "losses"],
+    "kernels_pixels": ["all"],
     "kernels_optim_masks": ["bits topk wgrad", "grad_norm masked_copy"],
     "kernels_optim_adamw": ["float32 many 8bit", "bfloat16 float16"],
     "kernels_loss": [

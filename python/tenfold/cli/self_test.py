@@ -35,7 +35,7 @@ def wrong_op(device: str, dtype: torch.dtype) -> str:
     )
     return (
         _kv_eviction(check, q, k, v) or _attention(check, q, k, v) or _optim(check, made)
-        or _rl(check, made) or _loss(check, made) or _norm(check, made)
+        or _rl(check, made) or _loss(check, made) or _norm(check, made) or _pixels(check, made)
     )  # fmt: skip
 
 
@@ -159,3 +159,17 @@ def _norm(check: Check, made: torch.Generator) -> str:
     if not check.near(ops.gated_gelu(*check.move(x, residual)), reference.gated_gelu(x, residual)):
         return "gated_gelu"
     return ""
+
+
+def _pixels(check: Check, made: torch.Generator) -> str:
+    image = torch.randint(0, 256, (2, 16, 80, 3), generator=made, dtype=torch.uint8)
+    (there,) = check.move(image)
+    patches = ops.patchify_u8(there, normalize=True, dtype=check.dtype)
+    if not check.near(patches, reference.patchify_u8(image, normalize=True)):
+        return "patchify_u8"
+    if not torch.equal(ops.unpatchify(ops.patchify_u8(there), 16, 16, 80, channels="last"), there):
+        return "unpatchify"
+    pred = torch.randn(2, 5, 768, generator=made).to(check.dtype)
+    mask = ops.patch_mask(torch.tensor([3, 4]), 5)
+    loss = ops.patch_mse(*check.move(pred, image, mask))[0]
+    return "" if check.near(loss, reference.patch_mse(pred, image, mask)[0]) else "patch_mse"

@@ -90,6 +90,17 @@ from tenfold.ops.optim import (
     pack_mask,
     unpack_mask,
 )
+from tenfold.ops.pixels import (
+    patch_mask,
+    patch_mse,
+    patch_mse_,
+    patch_mse_backward,
+    patch_mse_backward_,
+    patchify_batch,
+    patchify_u8,
+    patchify_u8_,
+    unpatchify,
+)
 from tenfold.ops.rl import (
     gae,
     ma_ppo_policy_loss,
@@ -165,6 +176,14 @@ __all__ = [
     "nacl_select",
     "pack_mask",
     "pairwise_logsigmoid",
+    "patch_mask",
+    "patch_mse",
+    "patch_mse_",
+    "patch_mse_backward",
+    "patch_mse_backward_",
+    "patchify_batch",
+    "patchify_u8",
+    "patchify_u8_",
     "proxy_scores",
     "ragged_decode",
     "rms_norm",
@@ -182,5 +201,6 @@ __all__ = [
     "ties_merge_",
     "trace_token_class",
     "unpack_mask",
+    "unpatchify",
     "weighted_linear_ce",
 ]

@@ -86,6 +86,17 @@ from tenfold.reference.optim import (
     pack_mask,
     unpack_mask,
 )
+from tenfold.reference.pixels import (
+    patch_mask,
+    patch_mse,
+    patch_mse_,
+    patch_mse_backward,
+    patch_mse_backward_,
+    patchify_batch,
+    patchify_u8,
+    patchify_u8_,
+    unpatchify,
+)
 from tenfold.reference.random import gumbel, name_stream, philox4x32_10
 from tenfold.reference.rl import (
     gae,
@@ -165,6 +176,14 @@ __all__ = [
     "name_stream",
     "pack_mask",
     "pairwise_logsigmoid",
+    "patch_mask",
+    "patch_mse",
+    "patch_mse_",
+    "patch_mse_backward",
+    "patch_mse_backward_",
+    "patchify_batch",
+    "patchify_u8",
+    "patchify_u8_",
     "philox4x32_10",
     "proxy_scores",
     "ragged_decode",
@@ -184,5 +203,6 @@ __all__ = [
     "ties_merge_",
     "trace_token_class",
     "unpack_mask",
+    "unpatchify",
     "weighted_linear_ce",
 ]
