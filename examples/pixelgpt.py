@@ -3,7 +3,7 @@
 python examples/pixelgpt.py [--steps 400] [--seeds 0 1] [--variants pixelgpt textgpt monogpt dualgpt]
                             [--tasks language domain] [--out bench/results/pixelgpt]
 
-Small models are pre-trained on packaged text in six languages (Python's documentation, django's catalogues), rendered or as
+Small models are pre-trained on packaged text in six languages (Python's reference, django's catalogues), rendered or as
 tokens. Then classifiers are fine-tuned on what language a line is in, and which application it is of, in scripts of the
 pre-training and in others. Finished runs are kept in --work: a stopped study goes on where it was. Some 25 minutes on two
 cores.

@@ -101,7 +101,7 @@ def test_denormalised_target_of_a_perfect_prediction_is_the_patch():
 @pytest.mark.parametrize("changes, text", [
     ({"steps": 0}, "steps must be at least 1"), ({"denorm": "best"}, "denorm must be one of context, minmax, none"),
     ({"until_black": True}, "until_black needs a model without norm_pix_loss"),
-    ({"steps": 62}, "longer than the model's 64 positions"),
+    ({"steps": 63}, "longer than the model's 64 positions"),
     ({"patch_mask": torch.tensor([[1, 1, 1], [0, 0, 0]])}, "has no patch to go on from"),
 ])  # fmt: skip
 def test_refused(changes, text):

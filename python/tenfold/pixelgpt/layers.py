@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -89,11 +87,3 @@ class PatchEmbedding(nn.Module):
         """Patches in the loss's order (row, column, channel) as :meth:`embed` wants them."""
         p, c = self.patch_size, self.num_channels
         return patches.unflatten(-1, (p * p, c)).transpose(-1, -2).flatten(-2)
-
-    @torch.no_grad()
-    def reset(self, init: Any) -> None:
-        """Xavier-uniform on the [D, P] view of the weight; bias 0."""
-        weight = self.projection.weight
-        bound = math.sqrt(6.0 / (weight.shape[0] + weight[0].numel()))
-        init.uniform_(weight, -bound, bound)
-        init.zeros_(self.projection.bias)

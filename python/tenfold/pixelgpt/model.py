@@ -11,6 +11,7 @@ Inputs are tokens, patches, or both; then they stand as [patches ; tokens] and p
 from __future__ import annotations
 
 
+import math
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -78,9 +79,12 @@ class PixelGPTPreTrainedModel(LlamaPreTrainedModel):
     }
 
     def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Conv2d):  # the patch embedding: Xavier-uniform on its [D, P] view
+            bound = math.sqrt(6.0 / (module.weight.shape[0] + module.weight[0].numel()))
+            init.uniform_(module.weight, -bound, bound)
+            init.zeros_(module.bias)
+            return
         super()._init_weights(module)
-        if isinstance(module, PatchEmbedding):
-            module.reset(init)
 
     def _check_and_adjust_attn_implementation(
         self, attn_implementation: str | None, *args: Any, **kwargs: Any

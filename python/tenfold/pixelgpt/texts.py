@@ -55,9 +55,9 @@ def _key(text: str) -> bytes:
 
 
 def _english(limit: int) -> list[Document]:
-    """Paragraphs of Python's reference and documentation as documents of several lines."""
+    """Paragraphs of Python's reference as documents of several lines."""
     found, seen = [], set()
-    for document in long_documents(("reference", "docs"), min_chars=400):
+    for document in long_documents(("reference",), min_chars=400):
         lines = []
         for paragraph in re.split(r"\n\s*\n", document.text[:40_000]):
             line = re.sub(r"\s+", " ", re.sub(r"[=~*^`|\-]{3,}|\.\.\s", " ", paragraph)).strip()
