@@ -163,11 +163,12 @@ class TestText:
 
         w, h = processor.width("abc "), processor.width(HEBREW)
         assert torch.equal(ink(f"abc {HEBREW}", w, w + h), ink(HEBREW, 0, h))
-        assert torch.equal(ink(f"{HEBREW} abc", w - processor.width(" "), w), ink("  ", 0, processor.width(" ")))
-        assert torch.equal(ink(f"{HEBREW} abc", w, w + h), ink(HEBREW, 0, h))
+        turned = ink(f"{HEBREW} abc", 0, w + h)
+        assert torch.equal(turned[..., : processor.width("abc")], ink("abc", 0, processor.width("abc")))
+        assert torch.equal(turned[..., w:], ink(HEBREW, 0, h))
         forced = PixelProcessor(FONT, max_patches=L, direction="rtl")(f"abc {HEBREW}").pixel_values
-        assert torch.equal(forced, processor(f"{HEBREW} abc".replace(" ", " ")).pixel_values) is False
         assert torch.equal(forced[0, ..., 2 : 2 + h], ink(HEBREW, 0, h))
+        assert torch.equal(forced[0, ..., 2 + h + processor.width(" ") : 2 + h + w], ink("abc", 0, processor.width("abc")))
 
     def test_controls_are_not_drawn_and_breaks_are_spaces(self, processor):
         want = processor("ab cd ef").pixel_values
@@ -181,7 +182,7 @@ class TestText:
                 batch = processor(text)
             assert batch.num_patches.tolist() == [1] and black(batch.pixel_values[0]) == [1]
             assert batch.patch_mask.sum() == 2
-        with pytest.warns(UserWarning, match="nothing is drawn of text 1: .* so do 1 others"):
+        with pytest.warns(UserWarning, match=r"nothing is drawn of text 1: .* \(so do 1 others"):
             processor(["a", "", ""])
 
     def test_missing_glyphs(self):
@@ -191,10 +192,10 @@ class TestText:
             drawn = box(text).pixel_values
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            assert torch.equal(box(f"{UNKNOWN} {UNKNOWN}").num_patches, box("\ue124 \ue125"[:0] + f"{UNKNOWN} {UNKNOWN}").num_patches)
+            assert torch.equal(box(text).pixel_values, drawn)  # told once
             silent = PixelProcessor(FONT, max_patches=L, on_missing="box")(text).pixel_values
             skipped = PixelProcessor(FONT, max_patches=L, on_missing="skip")
-            assert torch.equal(skipped(text).pixel_values, skipped("ab ").pixel_values)
+            assert torch.equal(skipped(f"a {UNKNOWN} b").pixel_values, skipped("a  b").pixel_values)
         assert torch.equal(drawn, silent) and not torch.equal(drawn, skipped(text).pixel_values)
         strict = PixelProcessor(FONT, on_missing="error")
         for text, told in ((UNKNOWN, r"U\+E123"), ("\ud800", r"U\+D800"), ("\u4e2d", r"U\+4E2D \(CJK UNIFIED")):
@@ -296,7 +297,6 @@ class TestLong:
     def test_wrap(self, processor, stride):
         batch = processor(["short", self.TEXT], overflow="wrap", stride=stride, return_offsets_mapping=True)
         assert batch.overflow_to_sample_mapping.tolist() == [0] + [1] * (len(batch.num_patches) - 1)
-        assert int(batch.num_patches.max()) < L - 1  # nothing is clipped
         spans = [(int(o[o[:, 1] > 0, 0].min()), int(o[:, 1].max())) for o in batch.offset_mapping[1:]]
         assert spans[0][0] == 0 and spans[-1][1] == len(self.TEXT)
         for (a, b), (c, _) in zip(spans, spans[1:]):
@@ -304,6 +304,7 @@ class TestLong:
             assert a < c and processor.width(again) <= 16 * stride
             assert (c > b) if stride == 0 else (c < b)
         parts = processor.wrap(self.TEXT, stride)
+        assert max(map(processor.width, parts)) <= W - 32
         assert torch.equal(processor(parts).pixel_values, batch.pixel_values[1:])
 
     def test_wrap_of_a_pair(self, processor):
@@ -325,15 +326,14 @@ class TestLong:
         assert "".join(processor.wrap(marks)) == marks
 
     def test_pack(self, processor):
-        lines = [f"line {i} has some words" for i in range(40)] + ["", "\n", self.TEXT]
+        lines = [f"line {i} has some words" for i in range(40)] + ["", "\n", "word " * 40]
         packed = list(processor.pack(lines))
-        assert " ".join(packed) == " ".join(x for x in lines if x.strip())
+        assert " ".join(packed) == " ".join(x.strip() for x in lines if x.strip())
         widths = [processor.width(p) for p in packed]
-        assert max(widths) <= W - 32 and len(packed) < len(lines)
-        for here, after in zip(packed, packed[1:]):
-            following = next(x for x in lines if after.startswith(x[:10]))
-            assert processor.width(here) + processor.width(" ") + min(processor.width(following), W) > 0
-        assert int(processor(packed).num_patches.max()) < L - 1
+        assert max(widths) <= W - 32 and len(packed) < len(lines) / 1.5
+        for here, after in zip(packed[:10], packed[1:]):  # another line would not have fit
+            following = next(x for x in lines if after == x or after.startswith(f"{x} line"))
+            assert processor.width(f"{here} {following}") > W - 32
 
     def test_a_megabyte(self):
         processor = PixelProcessor(FONT)
@@ -369,9 +369,9 @@ class TestOffsets:
 
     def test_pair_and_words(self, processor):
         pair = processor(("ab", "cde"), return_offsets_mapping=True)
-        assert pair.sequence_ids[0, :4].tolist() == [0, 0, -1, 1] or pair.sequence_ids[0, :3].tolist() == [0, -1, 1] or True
-        ids = [i for i in pair.sequence_ids[0].tolist() if i >= 0]
-        assert ids == sorted(ids) and set(ids) == {0, 1}
+        at = processor(("ab", "cde"), return_sep_patches=True).sep_patches[0]
+        assert pair.sequence_ids[0, : at[1] + 1].tolist() == [0, 0, -1, 1, 1, -1] and at == [2, 5]
+        assert pair.offset_mapping[0, : at[1]].tolist() == [[0, 2], [1, 2], [0, 0], [0, 2], [1, 3]]
         words = processor([["one", "two", "three"]], return_offsets_mapping=True, return_sep_patches=True)
         assert [int(words.sequence_ids[0, s]) for s in words.word_starts[0]] == [0, 1, 2]
         assert words.offset_mapping[0, words.word_starts[0][2]].tolist()[0] == 0

@@ -111,7 +111,7 @@ class FontFile:
     def face(self) -> Any:
         """HarfBuzz's face."""
         face = backend()[0].Face(self.data, self.index)
-        if not face.glyph_count:
+        if not face.glyph_count or self.index >= face.count:
             what = f"has no face {self.index}" if self.index else "is not a font"
             raise ValueError(f"font file {str(self.path)!r} {what}")
         return face

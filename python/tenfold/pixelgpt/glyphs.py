@@ -8,14 +8,17 @@ time: each thread has its own, opened on first use.
 from __future__ import annotations
 
 import ctypes
+import io
+import math
 import threading
+import weakref
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
 
-from tenfold.pixelgpt.fonts import FontFile, backend
+from tenfold.pixelgpt.fonts import INSTALL, FontFile, backend
 
 PHASES = 4  # positions inside a pixel, each way
 _NO_HINTING, _NO_BITMAP, _COLOR = 2, 8, 1 << 20
@@ -41,6 +44,17 @@ class GlyphImage:
 _EMPTY = GlyphImage(0, 0, np.zeros((0, 0), np.uint16))
 
 
+class _Library:
+    """FreeType's library with the faces that one thread has opened; closed with its thread."""
+
+    def __init__(self) -> None:
+        raw = backend()[1]
+        self.handle = raw.FT_Library()
+        _check(raw.FT_Init_FreeType(ctypes.byref(self.handle)), "FT_Init_FreeType", None)
+        self.faces: dict[FontFile, Any] = {}
+        weakref.finalize(self, raw.FT_Done_FreeType, self.handle)
+
+
 class GlyphPainter:
     """Draws glyphs of fonts at one size."""
 
@@ -57,59 +71,42 @@ class GlyphPainter:
 
     def version(self) -> str:
         """FreeType's."""
-        self._library()
         numbers = [ctypes.c_int() for _ in range(3)]
-        backend()[1].FT_Library_Version(self._local.library, *map(ctypes.byref, numbers))
+        backend()[1].FT_Library_Version(self._opened().handle, *map(ctypes.byref, numbers))
         return ".".join(str(n.value) for n in numbers)
 
-    def _library(self) -> Any:
-        if not hasattr(self._local, "library"):
-            raw = backend()[1]
-            library = raw.FT_Library()
-            _check(raw.FT_Init_FreeType(ctypes.byref(library)), "FT_Init_FreeType", None)
-            self._local.library, self._local.faces = library, {}
-        return self._local.library
+    def _opened(self) -> _Library:
+        if not hasattr(self._local, "opened"):
+            self._local.opened = _Library()
+        return self._local.opened
 
-    def _face(self, font: FontFile) -> tuple[Any, Fraction]:
-        """FreeType's face, and by how much its bitmaps are scaled (1 for outlines)."""
-        library, raw = self._library(), backend()[1]
-        found = self._local.faces.get(font)
+    def _face(self, font: FontFile) -> Any:
+        """FreeType's face, at the painter's size."""
+        opened, raw = self._opened(), backend()[1]
+        found = opened.faces.get(font)
         if found is None:
             face = raw.FT_Face()
             size = ctypes.c_long(len(font.data))
             _check(
-                raw.FT_New_Memory_Face(library, font.data, size, ctypes.c_long(font.index), ctypes.byref(face)),
+                raw.FT_New_Memory_Face(opened.handle, font.data, size, ctypes.c_long(font.index), ctypes.byref(face)),
                 "FT_New_Memory_Face", font,
             )  # fmt: skip
-            scale = Fraction(1)
-            if face.contents.face_flags & _SCALABLE:
-                wanted = ctypes.c_long(self._size)
-                _check(raw.FT_Set_Char_Size(face, wanted, wanted, 72, 72), "FT_Set_Char_Size", font)
-            else:
-                scale = self._strike(face, font)
-            found = self._local.faces[font] = (face, scale)
+            if not face.contents.face_flags & _SCALABLE:
+                raise ValueError(f"font file {str(font.path)!r} has no outlines")
+            wanted = ctypes.c_long(self._size)
+            _check(raw.FT_Set_Char_Size(face, wanted, wanted, 72, 72), "FT_Set_Char_Size", font)
+            found = opened.faces[font] = face
         return found
-
-    def _strike(self, face: Any, font: FontFile) -> Fraction:
-        """Selects the smallest bitmaps that are at least of the size wanted, or the largest."""
-        sizes = [
-            face.contents.available_sizes[i].y_ppem for i in range(face.contents.num_fixed_sizes)
-        ]
-        if not sizes:
-            raise ValueError(f"font file {str(font.path)!r} has neither outlines nor bitmaps")
-        enough = [s for s in sizes if s >= self._size]
-        chosen = min(enough) if enough else max(sizes)
-        _check(backend()[1].FT_Select_Size(face, sizes.index(chosen)), "FT_Select_Size", font)
-        return Fraction(self._size, chosen)
 
     def draw(self, font: FontFile, glyph: int, x: int = 0, y: int = 0) -> GlyphImage:
         """A glyph moved right by ``x`` and up by ``y`` quarters of a pixel."""
-        raw = backend()[1]
-        face, scale = self._face(font)
+        if font.face.has_color_png:
+            data = font.font.get_glyph_color_png(glyph).data
+            if data:
+                return self._bitmap(font, glyph, data)
+        raw, face = backend()[1], self._face(font)
         slot = face.contents.glyph
-        flags = _NO_HINTING | (_COLOR if font.coloured else 0)
-        if face.contents.face_flags & _SCALABLE and not font.coloured:
-            flags |= _NO_BITMAP
+        flags = _NO_HINTING | (_COLOR if font.coloured else _NO_BITMAP)
         _check(raw.FT_Load_Glyph(face, glyph, flags), "FT_Load_Glyph", font)
         if slot.contents.format == _OUTLINE:
             step = 64 // PHASES
@@ -121,13 +118,24 @@ class GlyphPainter:
         pixels = _pixels(record.bitmap)
         if pixels is None:
             return _EMPTY
-        left, top = record.bitmap_left, record.bitmap_top
-        if scale != 1:
-            pixels, left, top = _shrink(pixels, left, top, scale)
-        columns = pixels.swapaxes(0, 1)
-        if pixels.ndim == 2:
-            return GlyphImage(left, top, columns.astype(np.uint16))
-        return GlyphImage(left, top, columns[..., 3].astype(np.uint16), columns.astype(np.int32))
+        return _image(pixels, record.bitmap_left, record.bitmap_top)
+
+    def _bitmap(self, font: FontFile, glyph: int, data: bytes) -> GlyphImage:
+        """A PNG of the font, scaled to the place that HarfBuzz says it has."""
+        pixels = _decode(data)
+        box, scale = font.font.get_glyph_extents(glyph), self.em / font.face.upem
+        if not box.width or not box.height:
+            return _EMPTY
+        made, left, top = scaled(pixels, (box.x_bearing * scale, box.width * scale),
+                                 (-box.y_bearing * scale, -box.height * scale))  # fmt: skip
+        return _image(made, left, -top)
+
+
+def _image(pixels: np.ndarray, left: int, top: int) -> GlyphImage:
+    columns = pixels.swapaxes(0, 1)
+    if pixels.ndim == 2:
+        return GlyphImage(left, top, columns.astype(np.uint16))
+    return GlyphImage(left, top, columns[..., 3].astype(np.uint16), columns.astype(np.int32))
 
 
 def _check(code: int, call: str, font: FontFile | None) -> None:
@@ -152,23 +160,40 @@ def _pixels(bitmap: Any) -> np.ndarray | None:
     return lines[:, :width].copy()
 
 
-def _overlaps(start: int, count: int, scale: Fraction) -> tuple[np.ndarray, int, int]:
-    """How much of each new pixel each old one covers: [new, old] integers, their sum for a full one, first new."""
-    old, new = scale.denominator, scale.numerator  # a new pixel is old/new old ones wide
-    first = (start * new) // old
-    last = -((-(start + count) * new) // old)
-    edges = np.arange(first, last + 1, dtype=np.int64) * old
-    theirs = np.arange(start, start + count + 1, dtype=np.int64) * new
+def _decode(data: bytes) -> np.ndarray:
+    """[h, w, 4] premultiplied RGBA of a PNG."""
+    try:
+        from PIL import Image
+    except ImportError:
+        raise ImportError(f"emoji in colour need Pillow: {INSTALL}") from None
+    with Image.open(io.BytesIO(data)) as image:
+        pixels = np.array(image.convert("RGBA"), np.int64)
+    pixels[..., :3] = (pixels[..., :3] * pixels[..., 3:] + 127) // 255
+    return pixels
+
+
+def _overlaps(start: Fraction, size: Fraction, count: int) -> tuple[np.ndarray, int, int]:
+    """How much of each new pixel is covered by each of ``count`` old ones that lie on [start, start + size).
+
+    [new, old] integers, what a full pixel's add up to, and the first new pixel.
+    """
+    step = Fraction(size) / count
+    unit = math.lcm(Fraction(start).denominator, step.denominator)
+    begin, width = int(start * unit), int(step * unit)
+    first, last = begin // unit, -(-(begin + count * width) // unit)
+    edges = np.arange(first, last + 1, dtype=np.int64) * unit
+    theirs = begin + np.arange(count + 1, dtype=np.int64) * width
     low = np.maximum(edges[:-1, None], theirs[None, :-1])
     high = np.minimum(edges[1:, None], theirs[None, 1:])
-    return np.maximum(high - low, 0), old, first
+    return np.maximum(high - low, 0), unit, first
 
 
-def _shrink(pixels: np.ndarray, left: int, top: int, scale: Fraction) -> tuple[np.ndarray, int, int]:
-    """Pixels scaled by area, with their new place."""
-    values = pixels if pixels.ndim == 3 else pixels[..., None]
-    down, full, first = _overlaps(-top, values.shape[0], scale)
-    across, _, begin = _overlaps(left, values.shape[1], scale)
-    summed = np.einsum("yi,ijc,xj->yxc", down, values.astype(np.int64), across)
-    made = ((summed + full * full // 2) // (full * full)).astype(np.uint8)
-    return (made if pixels.ndim == 3 else made[..., 0]), begin, -first
+def scaled(
+    pixels: np.ndarray, across: tuple[Fraction, Fraction], down: tuple[Fraction, Fraction]
+) -> tuple[np.ndarray, int, int]:
+    """Pixels [h, w, c] laid on the rectangle of (start, size) each way, by area: new pixels, first column, first row."""
+    x, of_x, left = _overlaps(*across, pixels.shape[1])
+    y, of_y, top = _overlaps(*down, pixels.shape[0])
+    summed = np.einsum("yi,ijc,xj->yxc", y, pixels.astype(np.int64), x, optimize=True)
+    full = of_x * of_y
+    return ((summed + full // 2) // full).astype(np.uint8), left, top

@@ -136,6 +136,7 @@ class PixelProcessor:
             jobs = [part for job in jobs for part in self._wrapped(job, stride)]
         maker = StripMaker(self.settings, self._typesetter, return_offsets_mapping)
         strips, out = self._render(maker, jobs, padding, pad_to_multiple_of, self._threads(num_threads))
+        self._typesetter.maker.shaper.warn()
         empty = [job.sample for job, strip in zip(jobs, strips) if not strip.drawn]
         if empty:
             warnings.warn(f"nothing is drawn of text {empty[0]}: its strip holds only the patch that ends it"

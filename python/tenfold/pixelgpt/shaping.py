@@ -81,13 +81,14 @@ def clusters(text: str) -> list[tuple[int, int]]:
 class Shaper:
     """Cuts pieces into runs and shapes runs, with the fonts of a chain.
 
-    ``on_missing``: see ``RenderSettings``. Warnings are given once per character.
+    ``on_missing``: see ``RenderSettings``. Characters are warned of once, by ``warn``.
     """
 
     def __init__(self, chain: FontChain, on_missing: str, features: tuple[str, ...] = ()) -> None:
         self.chain, self.on_missing = chain, on_missing
         self.features = {f.lstrip("-"): not f.startswith("-") for f in features}
         self._told: set[str] = set()
+        self._new: dict[str, None] = {}
 
     def runs(self, text: str) -> list[Run]:
         """Runs in logical order. Raises ValueError for missing glyphs with ``on_missing="error"``."""
@@ -115,14 +116,19 @@ class Shaper:
     def _report(self, missing: list[str]) -> None:
         if self.on_missing == "error":
             raise ValueError(f"no font has {code_points(dict.fromkeys(missing))}; fonts: {self._names()}")
-        new = [c for c in dict.fromkeys(missing) if c not in self._told]
-        if self.on_missing == "warn" and new:
+        if self.on_missing == "warn":
+            self._new.update(dict.fromkeys(c for c in missing if c not in self._told))
+
+    def warn(self) -> None:
+        """Warns of the missing characters met since the last warning."""
+        new, self._new = list(self._new), {}
+        if new:
             self._told.update(new)
             warnings.warn(
                 f"no font has {code_points(new)}; a box is drawn instead (fonts: {self._names()}; "
                 "on_missing= sets another rule)",
                 MissingGlyphWarning,
-                stacklevel=2,
+                stacklevel=4,
             )
 
     def _names(self) -> str:
