@@ -16,7 +16,7 @@ constexpr bool kSplit<bf16_t> = true;
 #endif
 
 template <bool kOrdered, class T>
-inline void get_two(const T* p, VF (&x)[2]) {
+[[gnu::always_inline]] inline void get_two(const T* p, VF (&x)[2]) {
   if constexpr (kSplit<T> && !kOrdered) {
     load_pair(p, &x[0], &x[1]);
   } else {
@@ -31,7 +31,7 @@ inline bool is_aligned(const void* p) {
 
 // `past`: past the caches, where p is aligned. Order with stream_fence().
 template <bool kOrdered, class T>
-inline void put_two(T* p, const VF (&x)[2], bool past) {
+[[gnu::always_inline]] inline void put_two(T* p, const VF (&x)[2], bool past) {
   if (past) {
     if constexpr (sizeof(T) == 4) {
       stream(p, x[0]);
