@@ -1,3 +1,4 @@
+#include "core/cpu/read_ahead.h"
 #include "merge/cpu/drop_draws.h"
 
 TENFOLD_ISA_BEGIN
@@ -72,6 +73,7 @@ constexpr bool kSplit<bf16_t> = true;
 
 template <bool kOrdered, class T>
 inline void get_two(const T* p, VF (&x)[2]) {
+  read_ahead<2 * kWidth>(p);
   if constexpr (kSplit<T> && !kOrdered) {
     load_pair(p, &x[0], &x[1]);
   } else {
@@ -217,8 +219,11 @@ void sum_as(const WeightedSum& m, int64_t begin, int64_t end) {
 template <class T>
 void keys_as(const T* base, const T* expert, int64_t n, uint32_t* keys) {
   int64_t i = 0;
-  for (; i + kWidth <= n; i += kWidth)
+  for (; i + kWidth <= n; i += kWidth) {
+    read_ahead<kWidth>(expert + i);
+    read_ahead<kWidth>(base + i);
     store(keys + i, magnitude_key(load(expert + i) - load(base + i)));
+  }
   if (i < n) {
     const int left = static_cast<int>(n - i);
     store(keys + i, magnitude_key(load_n(expert + i, left) - load_n(base + i, left)));
