@@ -3,7 +3,7 @@
 // is bfloat16. Others ask for it (kOrdered).
 #pragma once
 
-#include "core/cpu/vec.h"
+#include "core/cpu/read_ahead.h"
 
 namespace tenfold::TENFOLD_ISA {
 namespace {
@@ -23,6 +23,13 @@ template <bool kOrdered, class T>
     x[0] = load(p);
     x[1] = load(p + kWidth);
   }
+}
+
+// The same of an array that is read once, from one end to the other.
+template <bool kOrdered, class T>
+[[gnu::always_inline]] inline void get_next_two(const T* p, VF (&x)[2]) {
+  read_ahead<2 * kWidth>(p);
+  get_two<kOrdered>(p, x);
 }
 
 inline bool is_aligned(const void* p) {
