@@ -66,6 +66,33 @@ inline VF sigmoid(VF x) {
   return select(lt(x, set1(0.0f)), e, one) * inverse(one + e);
 }
 
+// The normal distribution below x, relatively exact on both sides, and e^(-x^2 / 2).
+struct Normal {
+  VF below, bell;
+};
+
+// What lies beyond z = |x| is t p(t) e^(-z^2 / 2) with t = 1 / (1 + 0.35 z): p is fitted to a
+// relative error of 3e-8. Beyond 15 it is 0.
+inline Normal normal(VF x) {
+  const VF zero = set1(0.0f), one = set1(1.0f), half = set1(-0.5f);
+  const VF z = vmin(set1(15.0f), vmax(zero - x, x));  // the NaN operand is the second
+  const VF square = z * z, rest = fma(z, z, zero - square);
+  VF bell = exp(square * half);
+  bell = fma(bell, rest * half, bell);
+  const VF t = inverse(fma(z, set1(0.35f), one));
+  VF p = set1(-0.029163146f);
+  p = fma(p, t, set1(0.14405736f));
+  p = fma(p, t, set1(-0.25589547f));
+  p = fma(p, t, set1(0.15938634f));
+  p = fma(p, t, set1(-0.023259763f));
+  p = fma(p, t, set1(0.10557325f));
+  p = fma(p, t, set1(0.11981585f));
+  p = fma(p, t, set1(0.13986430f));
+  p = fma(p, t, set1(0.13962126f));
+  const VF beyond = p * t * bell;
+  return {select(lt(x, zero), beyond, one - beyond), bell};
+}
+
 struct DetVecOps {
   using F = VF;
   static inline VF set1(float x) { return TENFOLD_ISA::set1(x); }

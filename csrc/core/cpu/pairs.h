@@ -3,7 +3,7 @@
 // is bfloat16. Others ask for it (kOrdered).
 #pragma once
 
-#include "core/cpu/vec.h"
+#include "core/cpu/read_ahead.h"
 
 namespace tenfold::TENFOLD_ISA {
 namespace {
@@ -16,7 +16,7 @@ constexpr bool kSplit<bf16_t> = true;
 #endif
 
 template <bool kOrdered, class T>
-inline void get_two(const T* p, VF (&x)[2]) {
+[[gnu::always_inline]] inline void get_two(const T* p, VF (&x)[2]) {
   if constexpr (kSplit<T> && !kOrdered) {
     load_pair(p, &x[0], &x[1]);
   } else {
@@ -25,13 +25,20 @@ inline void get_two(const T* p, VF (&x)[2]) {
   }
 }
 
+// The same of an array that is read once, from one end to the other.
+template <bool kOrdered, class T>
+[[gnu::always_inline]] inline void get_next_two(const T* p, VF (&x)[2]) {
+  read_ahead<2 * kWidth>(p);
+  get_two<kOrdered>(p, x);
+}
+
 inline bool is_aligned(const void* p) {
   return reinterpret_cast<uintptr_t>(p) % (kWidth * sizeof(float)) == 0;
 }
 
 // `past`: past the caches, where p is aligned. Order with stream_fence().
 template <bool kOrdered, class T>
-inline void put_two(T* p, const VF (&x)[2], bool past) {
+[[gnu::always_inline]] inline void put_two(T* p, const VF (&x)[2], bool past) {
   if (past) {
     if constexpr (sizeof(T) == 4) {
       stream(p, x[0]);

@@ -1,5 +1,5 @@
 #include "core/cpu/math.h"
-#include "core/cpu/vec.h"
+#include "core/cpu/read_ahead.h"
 #include "loss/selective_logprob.h"
 
 TENFOLD_ISA_BEGIN
@@ -49,8 +49,10 @@ BlockSums block_sums(const T* p, int64_t n, float by, float shift) {
     weighted[k] = fma(d, e, weighted[k]);
   };
   int64_t i = 0;
-  for (; i + kSums * kWidth <= n; i += kSums * kWidth)
+  for (; i + kSums * kWidth <= n; i += kSums * kWidth) {
+    read_ahead<kSums * kWidth>(p + i);
     for (int k = 0; k < kSums; ++k) add(k, load(p + i + k * kWidth));
+  }
   for (; i < n; i += kWidth) add(0, logits_at(p + i, n - i));
   for (int step = kSums / 2; step > 0; step /= 2)
     for (int k = 0; k < step; ++k) {
@@ -93,6 +95,7 @@ void grad_of(const T* p, int64_t n, float by, const LogitGrad& g, T* out) {
   const VF of_p = set1(g.of_p * g.scale), of_entropy = set1(g.of_entropy * g.scale);
   const VF entropy = set1(g.entropy), most = set1(-kLowest);
   for (int64_t i = 0; i < n; i += kWidth) {
+    if (i % (64 / static_cast<int64_t>(sizeof(T))) == 0) read_ahead<kWidth>(p + i);
     const VF log_p = logits_at(p + i, n - i) * scale - lse, e = exp(log_p);
     const VF d = set1(0.0f) - (entropy + log_p);  // infinite where p is 0
     const VF y = e * fma(of_entropy, select(lt(most, d), set1(0.0f), d), of_p);

@@ -68,11 +68,11 @@ inline void merge_two(const DeltaMerge& m, int64_t i, int64_t drawn, const Draws
                       int64_t* ties) {
   constexpr bool kAll = kPick == Pick::all, kOrdered = kPick == Pick::largest;
   VF base[2], x[2];
-  get_two<kOrdered>(static_cast<const T*>(m.base) + i, base);
+  get_next_two<kOrdered>(static_cast<const T*>(m.base) + i, base);
   Sums<kMix> sums[2];
   const VM all = eq(base[0], base[0]);
   for (int e = 0; e < m.experts; ++e) {
-    get_two<kOrdered>(static_cast<const T*>(m.expert[e]) + i, x);
+    get_next_two<kOrdered>(static_cast<const T*>(m.expert[e]) + i, x);
     const VF weight = set1(m.weight[e]), share = set1(m.share[e]);
     for (int k = 0; k < 2; ++k) {
       const VF d = x[k] - base[k];
@@ -156,7 +156,7 @@ void sum_as(const WeightedSum& m, int64_t begin, int64_t end) {
   for (; i + 2 * kWidth <= end; i += 2 * kWidth) {
     VF sum[2] = {set1(-0.0f), set1(-0.0f)}, x[2];
     for (int e = 0; e < m.terms; ++e) {
-      get_two<false>(static_cast<const T*>(m.term[e]) + i, x);
+      get_next_two<false>(static_cast<const T*>(m.term[e]) + i, x);
       for (int k = 0; k < 2; ++k) sum[k] = fused(set1(m.weight[e]), x[k], sum[k]);
     }
     put_two<false>(static_cast<T*>(m.out) + i, sum, past);
@@ -173,8 +173,11 @@ void sum_as(const WeightedSum& m, int64_t begin, int64_t end) {
 template <class T>
 void keys_as(const T* base, const T* expert, int64_t n, uint32_t* keys) {
   int64_t i = 0;
-  for (; i + kWidth <= n; i += kWidth)
+  for (; i + kWidth <= n; i += kWidth) {
+    read_ahead<kWidth>(expert + i);
+    read_ahead<kWidth>(base + i);
     store(keys + i, magnitude_key(load(expert + i) - load(base + i)));
+  }
   if (i < n) {
     const int left = static_cast<int>(n - i);
     store(keys + i, magnitude_key(load_n(expert + i, left) - load_n(base + i, left)));

@@ -38,8 +38,8 @@ void forward(const GatedSpan& s) {
   int64_t i = 0;
   for (; i + kTwo <= s.n; i += kTwo) {
     VF x[2], y[2];
-    get_two<false>(a + i, x);
-    get_two<false>(b + i, y);
+    get_next_two<false>(a + i, x);
+    get_next_two<false>(b + i, y);
     for (int k = 0; k < 2; ++k) x[k] = x[k] * part_of<kGate>(x[k]).p * y[k];
     put_two<false>(out + i, x, past);
   }
@@ -60,9 +60,9 @@ void backward(const GatedGradSpan& s) {
   int64_t i = 0;
   for (; i + kTwo <= s.n; i += kTwo) {
     VF x[2], g[2], y[2], of_a[2], of_b[2];
-    get_two<false>(a + i, x);
-    get_two<false>(dout + i, g);
-    if constexpr (kDa) get_two<false>(b + i, y);
+    get_next_two<false>(a + i, x);
+    get_next_two<false>(dout + i, g);
+    if constexpr (kDa) get_next_two<false>(b + i, y);
     for (int k = 0; k < 2; ++k) {
       const Part part = part_of<kGate>(x[k]);
       if constexpr (kDa) of_a[k] = g[k] * y[k] * part.slope;

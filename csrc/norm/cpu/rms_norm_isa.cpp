@@ -18,6 +18,7 @@ struct Types {
   using Y = Y_;
   static constexpr bool kRounds = kRounds_;
   static constexpr bool kOrdered = !(kSplit<X> && kSplit<W> && kSplit<Y>);
+  using Exact = Types<X_, W_, Y_, false>;
 };
 
 template <class X, class F>
@@ -95,7 +96,7 @@ inline VF squares_of(const T* x, int64_t cols) {
   for (; j + 2 * kTwo <= cols; j += 2 * kTwo) {
     VF v[2];
     for (int k = 0; k < 2; ++k) {
-      get_two<false>(x + j + k * kTwo, v);
+      get_next_two<false>(x + j + k * kTwo, v);
       squares[k].add(v);
     }
   }
@@ -113,8 +114,8 @@ inline VF add_rows(const T* x, const T* residual, T* sum, T* kept, bool past, in
   int64_t j = 0;
   for (; j + kTwo <= cols; j += kTwo) {
     VF a[2], b[2];
-    get_two<false>(x + j, a);
-    get_two<false>(residual + j, b);
+    get_next_two<false>(x + j, a);
+    get_next_two<false>(residual + j, b);
     for (int k = 0; k < 2; ++k) a[k] = a[k] + b[k];
     put_two<false>(to + j, a, false);
     if constexpr (!std::is_same_v<T, float>) get_two<false>(to + j, a);
@@ -352,7 +353,7 @@ void rms_norm_rows(const RmsRows& r, int64_t begin, int64_t end, void* kept) {
 void rms_norm_grad_rows(const RmsGradRows& r, int64_t begin, int64_t end, float* dw) {
   // Roundings have no gradient: one program for both ways.
   with_types(r.x_dtype, r.weight_dtype, r.y_dtype, false,
-             [&]<class S>() { grad_rows<S>(r, begin, end, dw); });
+             [&]<class S>() { grad_rows<typename S::Exact>(r, begin, end, dw); });
 }
 
 void rms_norm_add_blocks(const float* blocks, int64_t count, int64_t cols, void* dw, Dtype dtype,
