@@ -67,7 +67,7 @@ def test_learns_what_held_out_strips_look_like():
     data = strips(72)
     train, held = ({k: v[s] for k, v in data.items()} for s in (slice(64), slice(64, 72)))
     model = sanity_model()
-    fit(model, train, 200, 32)
+    fit(model, train, 200, 16)
     assert npp(model, held) < 0.65
 
 

@@ -28,7 +28,8 @@ SCRIPTS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 SCRIPT_OF = {code: script for script, codes in SCRIPTS.items() for code in codes} | {"en": "Latin"}
 DOMAINS = ("core", "admin", "auth", "gis", "postgres", "humanize", "admindocs", "other")
-_LINES = 12  # of a catalogue's document
+_LINES = 12  # of a document
+_SHORTEST = 10  # characters of a line of a catalogue
 _MARKS = re.compile(r"%\(\w+\)[sd]|%[sd]|\{\w*\}|<[^>]*>")
 
 
@@ -71,7 +72,8 @@ def _english(limit: int) -> list[Document]:
 
 
 def _catalogue(language: str, limit: int) -> list[Document]:
-    lines = sorted({plain(e.target) for e in catalogue_entries(language)} - {""}, key=_key)
+    found = {plain(e.target) for e in catalogue_entries(language)}
+    lines = sorted((line for line in found if len(line) >= _SHORTEST), key=_key)
     made = [
         Document(language, tuple(lines[at : at + _LINES])) for at in range(0, len(lines), _LINES)
     ]
