@@ -222,21 +222,18 @@ def test_norm_errors(device):
         check_errors(*into, (*args, w, 1e-6), {}, ValueError, *words)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_registration(dtype, device):
-    x, residual, grad = on(device, [rand(300, 200, dtype=dtype, seed=s) for s in range(3)])
-    weight, rstd = weight_of(200, dtype).to(device), torch.rand(300, device=device)
-    narrow = dtype != torch.float32
-    close = {"rtol": 2e-2 if narrow else 1e-5, "atol": 1e-4}
+def test_registration(device):
+    x, residual, grad = on(device, [rand(300, 200, seed=s) for s in range(3)])
+    weight, rstd = weight_of(200).to(device), torch.rand(300, device=device)
+    close = {"rtol": 1e-5, "atol": 1e-4}
     leaves = [t.clone().requires_grad_() for t in (x, residual, weight)]
     check_op(raw.rms_norm, (*leaves, 1e-5), **close)
-    check_op(raw.rms_norm, (x, None, weight, 1e-5), {"order": "t5"}, **close)
+    check_op(raw.rms_norm, (x, None, weight.bfloat16(), 1e-5), {"order": "t5"}, rtol=2e-2, atol=1e-4)
     check_op(raw.rms_norm_, (torch.zeros_like(x), torch.zeros_like(x), x, residual, weight, 1e-5),
              mutates=True, **close)  # fmt: skip
     backward = raw.rms_norm_backward
     check_op(backward, (grad, residual, x, weight, rstd, True, True), **close)
     check_op(backward, (grad, None, x, weight, rstd, False, True), **close)
-    check_op(backward, (grad, residual, x, weight, rstd, True, False), **close)
 
 
 def test_compiles_with_inductor():

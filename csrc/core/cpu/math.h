@@ -60,10 +60,19 @@ inline VF tanh(VF x) {
   return select(lt(magnitude, set1(0.625f)), fma(x * z, p, x), far);
 }
 
-// 1 / (1 + e^-x), from the exponential that cannot overflow; relatively exact on both sides.
-inline VF sigmoid(VF x) {
+// 1 / (1 + e^-x), from the exponential that cannot overflow, and its derivative; relatively exact on
+// both sides, where 1 - value would not be.
+struct Logistic {
+  VF value, slope;
+};
+inline Logistic logistic(VF x) {
   const VF e = exp(from_bits(bits(x) | seti(0x80000000u))), one = set1(1.0f);
-  return select(lt(x, set1(0.0f)), e, one) * inverse(one + e);
+  const VF inv = inverse(one + e), small = e * inv;
+  return {select(lt(x, set1(0.0f)), small, inv), small * inv};
+}
+
+inline VF sigmoid(VF x) {
+  return logistic(x).value;
 }
 
 // The normal distribution below x, relatively exact on both sides, and e^(-x^2 / 2).

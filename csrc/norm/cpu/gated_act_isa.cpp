@@ -15,18 +15,17 @@ struct Part {
 
 template <Gate kGate>
 inline Part part_of(VF a) {
-  const VF one = set1(1.0f);
   if constexpr (kGate == Gate::gelu) {
     const Normal n = normal(a);
     return {n.below, fma(a * set1(kInverseSqrt2Pi), n.bell, n.below)};
   } else if constexpr (kGate == Gate::gelu_tanh) {
     const VF square = vmin(set1(kGeluFar), a * a);  // a NaN is the second, so it survives
-    const VF p = sigmoid(a * fma(square, set1(kGeluCube), set1(kGeluSlope)));
+    const Logistic s = logistic(a * fma(square, set1(kGeluCube), set1(kGeluSlope)));
     const VF dv = fma(square, set1(3.0f * kGeluCube), set1(kGeluSlope));
-    return {p, fma(a * dv, p * (one - p), p)};
+    return {s.value, fma(a * dv, s.slope, s.value)};
   } else {
-    const VF p = sigmoid(a);
-    return {p, fma(a * p, one - p, p)};
+    const Logistic s = logistic(a);
+    return {s.value, fma(a, s.slope, s.value)};
   }
 }
 

@@ -24,9 +24,11 @@ struct GatedArgs {
   bool wide;
 };
 
-__device__ inline float gate_sigmoid(float x) {
-  const float e = expf(-fabsf(x));
-  return (x < 0.0f ? e : 1.0f) / (1.0f + e);
+// 1 / (1 + e^-x) and its derivative, relatively exact on both sides.
+__device__ inline float gate_logistic(float x, float* slope) {
+  const float e = expf(-fabsf(x)), inverse = 1.0f / (1.0f + e), small = e * inverse;
+  *slope = small * inverse;
+  return x < 0.0f ? small : inverse;
 }
 
 // p(a), and p + a p'.
@@ -37,11 +39,11 @@ __device__ inline void gate_part(float a, float* p, float* slope) {
     *slope = fmaf(a * kInverseSqrt2Pi, expf(-0.5f * a * a), *p);
   } else if constexpr (kGate == Gate::gelu_tanh) {
     const float square = a * a > kGeluFar ? kGeluFar : a * a;
-    *p = gate_sigmoid(a * fmaf(square, kGeluCube, kGeluSlope));
-    *slope = fmaf(a * fmaf(square, 3.0f * kGeluCube, kGeluSlope), *p * (1.0f - *p), *p);
+    *p = gate_logistic(a * fmaf(square, kGeluCube, kGeluSlope), slope);
+    *slope = fmaf(a * fmaf(square, 3.0f * kGeluCube, kGeluSlope), *slope, *p);
   } else {
-    *p = gate_sigmoid(a);
-    *slope = fmaf(a * *p, 1.0f - *p, *p);
+    *p = gate_logistic(a, slope);
+    *slope = fmaf(a, *slope, *p);
   }
 }
 
