@@ -20,11 +20,11 @@ FORMS = ("hwc", "chw", "cropped", "turned", "grey")
 
 
 def values(shape, dtype, seed=0):
-    """Random pixels; every third of the flat image is one value, so that some patches are constant."""
+    """Random pixels; half of the flat image is one value, so that some patches are constant."""
     made = torch.Generator().manual_seed(seed + sum(shape))
     x = torch.randint(0, 256, shape, generator=made, dtype=torch.uint8)
     flat = x.view(-1)
-    flat[: len(flat) // 3] = 255
+    flat[: len(flat) // 2] = 255
     return x if dtype == torch.uint8 else (x.float() / 255).to(dtype)
 
 

@@ -6,29 +6,33 @@
 TENFOLD_ISA_BEGIN
 namespace {
 
-constexpr int kSums = 4;  // independent ones: a sum waits four cycles for the one before
+constexpr int kSums = 4;   // independent ones: a sum waits four cycles for the one before
+constexpr int kChain = 4;  // terms of each before they are added up: rounding grows with chains
 
 // sum (f - y)^2, and to = by (f - y) if there is a `to`, which may be `f`.
 template <bool kGrad, class T, class Source, class Target>
-inline float errors_of(const T* f, const Source& x, const Target& y, int64_t n, float by, T* to) {
+inline double errors_of(const T* f, Source x, Target y, int64_t n, float by, T* to) {
   const VF slope = set1(by);
-  VF sum[kSums];
-  for (VF& s : sum) s = set1(0.0f);
   int64_t k = 0;
-  for (; k + kSums * kWidth <= n; k += kSums * kWidth)
-    for (int j = 0; j < kSums; ++j) {
-      const int64_t at = k + j * kWidth;
-      const VF e = load(f + at) - y(x(at));
-      sum[j] = fma(e, e, sum[j]);
-      if constexpr (kGrad) store_quick(to + at, e * slope);
-    }
+  double total = 0.0;
+  for (; k + kChain * kSums * kWidth <= n; k += kChain * kSums * kWidth) {
+    VF sum[kSums] = {};
+    for (int i = 0; i < kChain; ++i)
+      for (int j = 0; j < kSums; ++j) {
+        const int64_t at = k + (i * kSums + j) * kWidth;
+        const VF e = load(f + at) - y(x(at));
+        sum[j] = fma(e, e, sum[j]);
+        if constexpr (kGrad) store_quick(to + at, e * slope);
+      }
+    total += static_cast<double>(hsum((sum[0] + sum[1]) + (sum[2] + sum[3])));
+  }
   for (; k < n; k += kWidth) {
     const int left = static_cast<int>(n - k < kWidth ? n - k : kWidth);
     const VF e = select(lanes_below(left), load_n(f + k, left) - y(x(k)), set1(0.0f));
-    sum[0] = fma(e, e, sum[0]);
+    total += static_cast<double>(hsum(e * e));
     if constexpr (kGrad) store_n(to + k, e * slope, left);
   }
-  return hsum((sum[0] + sum[1]) + (sum[2] + sum[3]));
+  return total;
 }
 
 template <class T>
@@ -46,7 +50,7 @@ double errors(const PatchMse& m, double slope, bool past_caches, int64_t begin, 
   for (int64_t i = begin; i < end; ++i) {
     T* const grad = m.grad.data != nullptr ? row_of<T>(m.grad, image, position) : nullptr;
     const double weight = m.has_target(position) ? m.weights[i + m.shift] : 0.0;
-    float error = 0.0f;
+    double error = 0.0;
     if (weight != 0.0) {
       const T* const f = row_of<T>(m.pred, image, position);
       with_patch(m.grid, m.grid.box, m.grid.offset(image, position + m.shift), m.normalize, m.eps,
@@ -62,12 +66,12 @@ double errors(const PatchMse& m, double slope, bool past_caches, int64_t begin, 
                      error = errors_of<true, T>(f, x, y, n, by, grad);
                    }
                  });
-      error /= static_cast<float>(n);
-      total += weight * static_cast<double>(error);
+      error /= static_cast<double>(n);
+      total += weight * error;
     } else if (grad != nullptr) {
       __builtin_memset(grad, 0, static_cast<uint64_t>(bytes));
     }
-    if (m.per_patch != nullptr) m.per_patch[i] = error;
+    if (m.per_patch != nullptr) m.per_patch[i] = static_cast<float>(error);
     if (++position == length) position = 0, ++image;
   }
   if (past_caches) stream_fence();

@@ -219,22 +219,27 @@ inline PatchNorm norm_of(const uint8_t* x, int64_t n, double eps, float* floats)
 }
 
 // First their mean, by differences to the first value, so that equal ones give 0; then differences
-// to that mean.
+// to that mean. Sums of a few vectors are added in double: their rounding would be the variance's.
 inline PatchNorm norm_of(const float* x, int64_t n, double eps) {
-  const auto sums = [&](float from, VF* sum, VF* squares) {
+  constexpr int64_t kStep = 16 * kWidth;
+  const auto sums = [&](float from, double* sum, double* squares) {
     const VF center = set1(from), zero = set1(0.0f);
-    VF s = zero, q = zero;
-    for (int64_t k = 0; k < n; k += kWidth) {
-      const VF d = select(lanes_below(n - k), load(x + k) - center, zero);
-      s = s + d, q = fma(d, d, q);
+    *sum = *squares = 0.0;
+    for (int64_t first = 0; first < n; first += kStep) {
+      const int64_t end = first + kStep < n ? first + kStep : n;
+      VF s = zero, q = zero;
+      for (int64_t k = first; k < end; k += kWidth) {
+        const VF d = select(lanes_below(end - k), load(x + k) - center, zero);
+        s = s + d, q = fma(d, d, q);
+      }
+      *sum += static_cast<double>(hsum(s)), *squares += static_cast<double>(hsum(q));
     }
-    *sum = s, *squares = q;
   };
-  VF sum, squares;
+  double sum, squares;
   sums(x[0], &sum, &squares);
-  const float center = x[0] + hsum(sum) / static_cast<float>(n);
+  const float center = x[0] + static_cast<float>(sum / static_cast<double>(n));
   sums(center, &sum, &squares);
-  return norm_of_floats(center, hsum(sum), hsum(squares), n, eps);
+  return norm_of_floats(center, sum, squares, n, eps);
 }
 
 template <class E>
@@ -289,7 +294,7 @@ inline void stream_copy(void* to, const void* from, int64_t bytes) {
 }
 
 template <class T, class Source, class Target>
-inline void write_values(const Source& x, const Target& y, int64_t n, T* to) {
+inline void write_values(Source x, Target y, int64_t n, T* to) {
   int64_t k = 0;
   for (; k + kWidth <= n; k += kWidth) store_quick(to + k, y(x(k)));
   if (k < n) store_n(to + k, y(x(k)), static_cast<int>(n - k));
