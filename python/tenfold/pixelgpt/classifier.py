@@ -93,7 +93,8 @@ def classifier_of(model: Any, num_labels: int, seed: int = 0) -> PixelGPTForSequ
     Args:
         model: a causal LM, or another classifier. num_labels: 1 for regression.
     """
-    config = model.config.__class__.from_dict(model.config.to_dict() | {"num_labels": num_labels})
+    fields = {k: v for k, v in model.config.to_dict().items() if k not in ("id2label", "label2id")}
+    config = type(model.config).from_dict(fields | {"num_labels": num_labels})
     config._attn_implementation = model.config._attn_implementation
     weight = next(model.parameters())
     with torch.random.fork_rng(devices=[]):
