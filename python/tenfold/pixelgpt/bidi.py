@@ -57,7 +57,13 @@ def bidi_class(char: str) -> str:
               (0x1ED00, 0x1ED4F), (0x1EE00, 0x1EEFF))  # fmt: skip
     if any(a <= code <= b for a, b in arabic):
         return "AL"
-    right = ((0x0590, 0x05FF), (0x07C0, 0x085F), (0xFB1D, 0xFB4F), (0x10800, 0x10FFF), (0x1E800, 0x1EFFF))
+    right = (
+        (0x0590, 0x05FF),
+        (0x07C0, 0x085F),
+        (0xFB1D, 0xFB4F),
+        (0x10800, 0x10FFF),
+        (0x1E800, 0x1EFFF),
+    )
     return "R" if any(a <= code <= b for a, b in right) else "L"
 
 
@@ -116,7 +122,8 @@ def _explicit(classes: list[str], base: int, ends: dict[int, int]) -> tuple[list
             if override:
                 out[i] = override
             right = kind == "RLI" or (
-                kind == "FSI" and _first_strong(classes, i + 1, ends.get(i, len(classes)), ends) == 1
+                kind == "FSI"
+                and _first_strong(classes, i + 1, ends.get(i, len(classes)), ends) == 1
             )
             new = (level + 1) | 1 if right else (level + 2) & ~1
             if new <= MAX_DEPTH and not lost_isolates and not lost_embeddings:

@@ -50,7 +50,11 @@ class PixelProcessor:
 
     def __init__(
         self,
-        fonts: str | os.PathLike[str] | FontFile | Sequence[str | os.PathLike[str] | FontFile] | None = None,
+        fonts: str
+        | os.PathLike[str]
+        | FontFile
+        | Sequence[str | os.PathLike[str] | FontFile]
+        | None = None,
         **settings: Any,
     ) -> None:
         unknown = sorted(settings.keys() - RenderSettings.__dataclass_fields__.keys())
@@ -115,8 +119,8 @@ class PixelProcessor:
 
         Returns:
             A dict with attributes. N strips of L patches of side p:
-            ``pixel_values`` [N, C, p, p L] uint8 or float32; ``patch_mask`` [N, L] bool, true for the text and the patch
-            that ends it; ``num_patches`` [N] int64, the index of that patch. With ``wrap``:
+            ``pixel_values`` [N, C, p, p L] uint8 or float32; ``patch_mask`` [N, L] bool, true for the text and the
+            patch that ends it; ``num_patches`` [N] int64, the index of that patch. With ``wrap``:
             ``overflow_to_sample_mapping`` [N] int64. ``offset_mapping`` [N, L, 2] int64: characters (first, end) of
             the text or word that a patch shows, (0, 0) for none; ``sequence_ids`` [N, L] int64: which text of
             the pair or which word it is, -1 for none.
@@ -135,7 +139,9 @@ class PixelProcessor:
         if overflow == "wrap":
             jobs = [part for job in jobs for part in self._wrapped(job, stride)]
         maker = StripMaker(self.settings, self._typesetter, return_offsets_mapping)
-        strips, out = self._render(maker, jobs, padding, pad_to_multiple_of, self._threads(num_threads))
+        strips, out = self._render(
+            maker, jobs, padding, pad_to_multiple_of, self._threads(num_threads)
+        )
         self._typesetter.maker.shaper.warn()
         empty = [job.sample for job, strip in zip(jobs, strips) if not strip.drawn]
         if empty:
@@ -153,7 +159,10 @@ class PixelProcessor:
         if return_offsets_mapping:
             found |= self._offsets(jobs, strips, patches)
         if return_sep_patches:
-            found |= {"sep_patches": [s.separators for s in strips], "word_starts": [s.starts for s in strips]}
+            found |= {
+                "sep_patches": [s.separators for s in strips],
+                "word_starts": [s.starts for s in strips],
+            }
         return PixelBatch(found).tensors() if return_tensors == "pt" else PixelBatch(found)
 
     render_batch = __call__
@@ -231,7 +240,9 @@ class PixelProcessor:
         for first, end in wrapper.ranges(long, stride * self.settings.patch_size):
             yield job.part(long[first:end], first)
 
-    def _offsets(self, jobs: Sequence[Job], strips: Sequence[Strip], patches: int) -> dict[str, np.ndarray]:
+    def _offsets(
+        self, jobs: Sequence[Job], strips: Sequence[Strip], patches: int
+    ) -> dict[str, np.ndarray]:
         both = [patch_spans(s, patches, self.settings.patch_size) for s in strips]
         offsets = np.stack([o for o, _ in both]) if both else np.zeros((0, patches, 2), np.int64)
         parts = np.stack([p for _, p in both]) if both else np.zeros((0, patches), np.int64)
@@ -260,7 +271,9 @@ class PixelProcessor:
         """The same as text."""
         return json.dumps(self.to_dict(), indent=2) + "\n"
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], copy_fonts: bool = False, **_: Any) -> list[str]:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], copy_fonts: bool = False, **_: Any
+    ) -> list[str]:
         """Writes ``processor_config.json``: settings, SHA-256 of the fonts, versions, hash of a rendered probe.
 
         ``copy_fonts`` puts the font files beside it (mind their licences), so that every machine has them.
@@ -325,5 +338,7 @@ def _folder(name: str | os.PathLike[str], hub: dict[str, Any]) -> Path:
         raise FileNotFoundError(f"{os.fspath(name)} has no {saved_file.FILE}")
     for entry in json.loads(Path(file).read_text(encoding="utf-8")).get("fonts", []):
         # Fonts that were saved with it come along; others are looked for here.
-        cached_file(os.fspath(name), entry["file"], **hub, _raise_exceptions_for_missing_entries=False)
+        cached_file(
+            os.fspath(name), entry["file"], **hub, _raise_exceptions_for_missing_entries=False
+        )
     return Path(file).parent

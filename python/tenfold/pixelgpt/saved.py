@@ -23,9 +23,9 @@ FILE = "processor_config.json"  # where transformers' AutoProcessor looks
 CLASS = "PixelProcessor"
 FORMAT = 1
 _PROBE = (
-    "The quick brown fox (AVWa Te) 0123456789 fi ffl \u00c5\u0118\u1ea4 e\u0301 \u03a9\u03bc\u03ad\u03b3\u03b1 \u0416\u0443\u043a "
-    "\u05e9\u05dc\u05d5\u05dd \u0627\u0644\u0633\u0644\u0627\u0645 12 \u0939\u093f\u0928\u094d\u0926\u0940 \u0e44\u0e17\u0e22 \u4e2d\u6587 "
-    "\ud55c\uae00 \U0001f600"
+    "The quick brown fox (AVWa Te) 0123456789 fi ffl ÅĘẤ e\u0301 Ωμέγα Жук "
+    "שלום السلام 12 ह\u093fन\u094dद\u0940 ไทย 中文 "
+    "한글 😀"
 )  # fmt: skip
 
 
@@ -65,7 +65,9 @@ def to_json(settings: RenderSettings, fonts: Sequence[FontFile]) -> dict[str, An
     }
 
 
-def write(folder: Path, settings: RenderSettings, fonts: Sequence[FontFile], copy_fonts: bool) -> Path:
+def write(
+    folder: Path, settings: RenderSettings, fonts: Sequence[FontFile], copy_fonts: bool
+) -> Path:
     """Writes the file, and the fonts beside it if wanted."""
     folder.mkdir(parents=True, exist_ok=True)
     if copy_fonts:
@@ -88,7 +90,9 @@ def read(path: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path} is not the configuration of a {CLASS}") from None
     if kind != CLASS or form != FORMAT:
-        raise ValueError(f"{path} is of a {kind}, format {form}; this is a {CLASS}, format {FORMAT}")
+        raise ValueError(
+            f"{path} is of a {kind}, format {form}; this is a {CLASS}, format {FORMAT}"
+        )
     return saved
 
 
@@ -112,11 +116,15 @@ def fonts_of(
     return found, wrong
 
 
-def differences(saved: dict[str, Any], settings: RenderSettings, fonts: Sequence[FontFile]) -> list[str]:
+def differences(
+    saved: dict[str, Any], settings: RenderSettings, fonts: Sequence[FontFile]
+) -> list[str]:
     """Empty where the saved renderer's probe is drawn here bit by bit."""
     if probe(settings, fonts) == saved.get("probe"):
         return []
     theirs, ours = saved.get("versions", {}), versions()
-    changed = [f"{k} {theirs.get(k)} there, {v} here" for k, v in ours.items() if theirs.get(k) != v]
+    changed = [
+        f"{k} {theirs.get(k)} there, {v} here" for k, v in ours.items() if theirs.get(k) != v
+    ]
     why = "; ".join(changed) or "the same versions of HarfBuzz and FreeType"
     return [f"the fonts are the same but draw other pixels here ({why})"]

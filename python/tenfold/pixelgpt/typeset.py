@@ -28,7 +28,9 @@ _PIECES = re.compile(" +|[^ ]+")
 _CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _LINE_SPACES = "\t\n\v\f\r\x1c\x1d\x1e\x1f\x85\u2028\u2029"
 # Every character keeps its place, so that offsets are those of the text given.
-_CLEAN = {c: "\u200b" for c in (*range(0x20), *range(0x7F, 0xA0))} | {ord(c): " " for c in _LINE_SPACES}
+_CLEAN = {c: "\u200b" for c in (*range(0x20), *range(0x7F, 0xA0))} | {
+    ord(c): " " for c in _LINE_SPACES
+}
 
 
 def clean(text: str) -> str:
@@ -43,7 +45,9 @@ def cuts(word: str) -> Iterator[tuple[int, int]]:
     start = 0
     while len(word) - start > LONGEST:
         end = start + LONGEST
-        while end > start and (joins(word[end], word[end - 1]) or unicodedata.combining(word[end - 1]) == 9):
+        while end > start and (
+            joins(word[end], word[end - 1]) or unicodedata.combining(word[end - 1]) == 9
+        ):
             end -= 1
         if end == start:
             end = start + LONGEST
@@ -85,10 +89,10 @@ class Line:
                     found.append((low, cell.color[..., low - x : high - x]))
         return found
 
-    def spans(self) -> Iterator[Span]:
+    def spans(self, maker: CellMaker) -> Iterator[Span]:
         """Which characters are on which pixels."""
         for x, start, cell in self._placed():
-            for first, last, left, right in cell.spans:
+            for first, last, left, right in maker.spans(cell):
                 low, high = max(x + left, 0), min(x + right, self.width)
                 if low < high:
                     yield start + first, start + last, low, high
@@ -189,7 +193,9 @@ class Typesetter:
                 break
             end = min(len(text), 4 * end)
         parts = [
-            (pieces[i][0] + first, cell) for i in visual_order(order) for first, cell in pieces[i][1]
+            (pieces[i][0] + first, cell)
+            for i in visual_order(order)
+            for first, cell in pieces[i][1]
         ]
         return parts, width
 
