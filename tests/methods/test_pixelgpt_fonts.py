@@ -218,24 +218,31 @@ class TestSaved:
         assert loaded.fonts[1].path == tmp_path / "colour.ttf"
 
     def test_another_font(self, tmp_path, folder, colour):
-        PixelProcessor([FONT, colour], max_patches=L).save_pretrained(tmp_path)
+        mine = Path(shutil.copy(colour, tmp_path / "own.ttf"))
+        PixelProcessor([FONT, mine], max_patches=L).save_pretrained(tmp_path / "saved")
+        assert (
+            PixelProcessor.from_pretrained(tmp_path / "saved").fonts[1].path == mine
+        )  # where it was
+        mine.unlink()
         with pytest.raises(
-            RendererMismatch,
-            match=r"font colour.ttf is not in any of .*TENFOLD_FONTS.*verify='warn'",
+            RendererMismatch, match=r"missing: own.ttf; looked in .*TENFOLD_FONTS.*verify='warn'"
         ):
-            PixelProcessor.from_pretrained(tmp_path)
-        shutil.copy(folder / "other" / "colour.ttf", tmp_path)
-        with pytest.raises(RendererMismatch, match=r"has SHA-256 [0-9a-f]{64}, saved was"):
-            PixelProcessor.from_pretrained(tmp_path)
+            PixelProcessor.from_pretrained(tmp_path / "saved")
+        shutil.copy(folder / "other" / "colour.ttf", mine)
+        told = r"another file than the one saved is .*own.ttf \(SHA-256 saved: [0-9a-f]{64}\)"
+        with pytest.raises(RendererMismatch, match=told):
+            PixelProcessor.from_pretrained(tmp_path / "saved")
         with pytest.warns(UserWarning, match="is not the same here"):
-            left = PixelProcessor.from_pretrained(tmp_path, verify="warn")
+            left = PixelProcessor.from_pretrained(tmp_path / "saved", verify="warn")
         assert [f.path for f in left.fonts] == [FONT]
         with pytest.raises(
             RendererMismatch,
-            match=r"the fonts given are not those saved, DejaVuSans\.ttf, colour\.ttf",
+            match=r"the fonts given are not those saved, DejaVuSans\.ttf, own\.ttf",
         ):
-            PixelProcessor.from_pretrained(tmp_path, fonts=FONT)
-        assert len(PixelProcessor.from_pretrained(tmp_path, fonts=[FONT, colour]).fonts) == 2
+            PixelProcessor.from_pretrained(tmp_path / "saved", fonts=FONT)
+        assert (
+            len(PixelProcessor.from_pretrained(tmp_path / "saved", fonts=[FONT, colour]).fonts) == 2
+        )
 
     def test_other_pixels(self, tmp_path):
         PixelProcessor(FONT, max_patches=L).save_pretrained(tmp_path)

@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from tenfold.pixelgpt import PixelCollator, PixelProcessor
+from tenfold.pixelgpt import PixelCollator, PixelProcessor, packed_batches
 from tenfold.pixelgpt.fonts import packaged_font
 
 FONT = packaged_font()
@@ -83,6 +83,9 @@ class TestLong:
         for here, after in pairwise(packed[:10]):  # another line would not have fit
             following = next(x for x in lines if after == x or after.startswith(f"{x} line"))
             assert processor.width(f"{here} {following}") > W - 32
+        batches = list(packed_batches(processor, lines, batch_size=4, padding="longest"))
+        assert [len(b.num_patches) for b in batches[:-1]] == [4] * (len(batches) - 1)
+        assert sum(len(b.num_patches) for b in batches) == len(packed)
 
     def test_a_megabyte(self):
         processor = PixelProcessor(FONT)

@@ -19,8 +19,9 @@ from tenfold.pixelgpt import (
     next_patch,
     patch_mask,
 )
+from tenfold.pixelgpt.bidi import all_right, embedding_levels
 from tenfold.pixelgpt.fonts import packaged_font
-from tenfold.pixelgpt.typeset import clean
+from tenfold.pixelgpt.typeset import LONGEST, clean
 
 FONT = packaged_font()
 L = 32
@@ -267,6 +268,19 @@ class TestText:
         assert (batch.pixel_values[..., n * 16 + 16 :] == 255).all() and 1 <= n < L
         first, end = batch.offset_mapping[0].unbind(1)
         assert (first <= end).all() and (end <= len(text)).all()
+
+    @settings(max_examples=40, deadline=None)
+    @given(st.text(" ابتלוםשًّ.,(-", max_size=40).map(lambda t: t * 4))
+    def test_any_right_to_left_text(self, text):
+        setter = self.any_._typesetter
+        quick, line = setter.columns(text, 200), setter.line(text, 200)
+        if quick is None:
+            assert not setter.base(text) or max(map(len, text.split())) > LONGEST
+            return
+        assert quick == line.columns()
+        assert all_right(text) and set(embedding_levels(text, setter.base(text))) <= {
+            setter.base(text)
+        }
 
     any_ = PixelProcessor(FONT, max_patches=L, on_missing="box")
 

@@ -9,6 +9,7 @@ from typing import Any
 _HOMES = {
     "PixelBatch": "batches",
     "PixelCollator": "batches",
+    "packed_batches": "batches",
     "FontFile": "fonts",
     "default_fonts": "fonts",
     "strip_picture": "picture",

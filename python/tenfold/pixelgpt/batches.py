@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -104,6 +105,18 @@ class PixelBatch(dict):
         return PixelBatch(
             {k: v.to(*args, **kwargs) if hasattr(v, "to") else v for k, v in self.items()}
         )
+
+
+def packed_batches(
+    processor: PixelProcessor, lines: Iterable[str], batch_size: int = 64, **options: Any
+) -> Iterator[PixelBatch]:
+    """Batches of full strips from a stream of lines (``PixelProcessor.pack``), however long it is.
+
+    ``options`` are keywords of the processor's call. The last batch may be smaller.
+    """
+    packed = iter(processor.pack(lines))
+    while texts := list(islice(packed, batch_size)):
+        yield processor(texts, **options)
 
 
 @dataclass

@@ -137,8 +137,10 @@ class FontFile:
         return bool(self.font.get_nominal_glyph(code))
 
     def entry(self) -> dict[str, Any]:
-        """What a saved configuration says about the font."""
-        return {"file": self.path.name, "index": self.index, "sha256": self.sha256}
+        """What a saved configuration says about the font; its path too, where it is in none of the usual places."""
+        told = {"file": self.path.name, "index": self.index, "sha256": self.sha256}
+        usual = any(place.resolve() == self.path.parent.resolve() for place in places())
+        return told if usual else told | {"path": str(self.path.absolute())}
 
     def __repr__(self) -> str:
         return f"FontFile({str(self.path)!r}{f', {self.index}' if self.index else ''})"
@@ -178,29 +180,28 @@ def default_fonts() -> list[FontFile]:
     return fonts
 
 
-def find_font(entry: dict[str, Any], near: Path | None = None) -> FontFile:
-    """The file of a saved entry: beside the configuration, in matplotlib's wheel, or in ``folders()``.
+def places() -> list[Path]:
+    """Folders in which fonts are found by their name: matplotlib's, and ``folders()``."""
+    with contextlib.suppress(ImportError):
+        return [packaged_font().parent, *folders()]
+    return folders()
 
-    Raises FileNotFoundError if no file of that name is found, ValueError if none has its hash.
+
+def find_font(entry: dict[str, Any], near: Path) -> FontFile | Path | None:
+    """The font of a saved entry: in the folder ``near``, in ``places()``, or where it was.
+
+    Without one of its hash, a file of its name that has another; None without any.
     """
     name, index = Path(entry["file"]).name, int(entry.get("index", 0))
-    places = [near] if near is not None else []
-    with contextlib.suppress(ImportError):
-        places.append(packaged_font().parent)
-    places += folders()
-    other = None
-    for folder in places:
-        if (folder / name).is_file():
-            font = FontFile(folder / name, index)
-            if font.sha256 == entry["sha256"]:
-                return font
-            other = other or font
-    if other is None:
-        told = ", ".join(map(str, places))
-        raise FileNotFoundError(
-            f"font {name} is not in any of {told}; {FOLDERS_VARIABLE} adds folders"
-        )
-    raise ValueError(f"font {other.path} has SHA-256 {other.sha256}, saved was {entry['sha256']}")
+    candidates = [folder / name for folder in (near, *places())]
+    if "path" in entry:
+        candidates.append(Path(entry["path"]))
+    files = [path for path in candidates if path.is_file()]
+    for path in files:
+        font = FontFile(path, index)
+        if font.sha256 == entry["sha256"]:
+            return font
+    return files[0] if files else None
 
 
 class FontChain:

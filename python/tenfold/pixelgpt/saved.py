@@ -14,7 +14,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tenfold.pixelgpt.fonts import FontChain, FontFile, backend, find_font
+from tenfold.pixelgpt.fonts import (
+    FOLDERS_VARIABLE,
+    FontChain,
+    FontFile,
+    backend,
+    find_font,
+    places,
+)
 from tenfold.pixelgpt.glyphs import GlyphPainter
 from tenfold.pixelgpt.settings import RenderSettings
 from tenfold.pixelgpt.typeset import Typesetter
@@ -107,13 +114,21 @@ def fonts_of(
             return list(given), []
         names = ", ".join(e["file"] for e in saved["fonts"])
         return list(given), [f"the fonts given are not those saved, {names}"]
-    found, wrong = [], []
-    for entry in saved["fonts"]:
-        try:
-            found.append(find_font(entry, folder))
-        except (FileNotFoundError, ValueError) as error:
-            wrong.append(str(error))
-    return found, wrong
+    here = [(entry, find_font(entry, folder)) for entry in saved["fonts"]]
+    missing = [entry["file"] for entry, font in here if font is None]
+    other = [
+        f"{font} (SHA-256 saved: {entry['sha256']})"
+        for entry, font in here
+        if isinstance(font, Path)
+    ]
+    wrong = [f"another file than the one saved is {o}" for o in other[:3]]
+    if missing:
+        listed = ", ".join(missing[:3]) + (
+            f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        )
+        searched = ", ".join(str(p) for p in (folder, *places()))
+        wrong.append(f"missing: {listed}; looked in {searched}; {FOLDERS_VARIABLE} adds folders")
+    return [font for _, font in here if isinstance(font, FontFile)], wrong
 
 
 def differences(
