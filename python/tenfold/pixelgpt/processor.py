@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +24,8 @@ from tenfold.pixelgpt.typeset import Typesetter, clean
 from tenfold.pixelgpt.wrapping import Wrapper
 from tenfold.training.checks import integers, one_of
 
+# Strips that are blanked by one call: long enough for other threads to run meanwhile, few enough for a cache.
+_TOGETHER = 4
 _HUB = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 _IGNORED = ("trust_remote_code", "code_revision", "_from_auto", "_from_pipeline", "_commit_hash")
 
@@ -181,38 +183,47 @@ class PixelProcessor:
         """Strips, and their pixels."""
         settings, size = self.settings, len(jobs)
         strips: list[Any] = [None] * size
-        out: np.ndarray | None = None
+        out = np.empty(0)
 
         def room(patches: int) -> np.ndarray:
             width = patches * settings.patch_size
             return np.empty((size, settings.channels or 1, settings.patch_size, width), np.uint8)
 
-        def lay(i: int) -> None:
-            strips[i] = jobs[i].lay(maker)
-            if out is not None:
+        def lay(first: int, end: int) -> None:
+            for i in range(first, end):
+                strips[i] = jobs[i].lay(maker)
+
+        def draw(first: int, end: int) -> None:
+            maker.blank(out[first:end])
+            for i in range(first, end):
                 maker.draw(strips[i], out[i])
+
+        def both(first: int, end: int) -> None:
+            lay(first, end)
+            draw(first, end)
 
         if padding == "max_length":
             out = room(settings.max_patches)
-            self._spread(lay, size, threads)
+            self._spread(both, size, threads)
             return strips, out
         self._spread(lay, size, threads)
         longest = max((s.num_patches + 1 for s in strips), default=1)
-        made = room(min(-(-longest // multiple) * multiple, settings.max_patches))
-        self._spread(lambda i: maker.draw(strips[i], made[i]), size, threads)
-        return strips, made
+        out = room(min(-(-longest // multiple) * multiple, settings.max_patches))
+        self._spread(draw, size, threads)
+        return strips, out
 
-    def _spread(self, work: Any, size: int, threads: int) -> None:
-        """Calls ``work`` for 0 to ``size``, in as many contiguous shares as there are threads."""
+    def _spread(self, work: Callable[[int, int], None], size: int, threads: int) -> None:
+        """Calls ``work`` for ranges of 0 to ``size``; each thread has a contiguous share."""
         threads = min(threads, size)
 
         def share(at: int) -> None:
-            for i in range(at * size // threads, (at + 1) * size // threads):
-                work(i)
+            start, stop = at * size // threads, (at + 1) * size // threads
+            for first in range(start, stop, _TOGETHER):
+                work(first, min(first + _TOGETHER, stop))
 
         if threads < 2:
-            for i in range(size):
-                work(i)
+            if size:
+                share(0)
             return
         process = os.getpid()  # threads do not live on in a forked process
         if self._pool is None or self._pool[:2] != (process, threads):
@@ -300,7 +311,7 @@ class PixelProcessor:
         hub = {k: kwargs.pop(k) for k in _HUB if k in kwargs}
         for name in _IGNORED:
             kwargs.pop(name, None)
-        folder = _folder(pretrained_model_name_or_path, hub)
+        folder = saved_file.locate(pretrained_model_name_or_path, hub)
         saved = saved_file.read(folder / saved_file.FILE)
         settings = RenderSettings.from_json(saved["settings"])
         given = None if fonts is None else cls(fonts).fonts
@@ -322,23 +333,3 @@ class PixelProcessor:
 
 def _integer(name: str, value: Any, least: int) -> None:
     integers(SimpleNamespace(**{name: value}), {name: least})
-
-
-def _folder(name: str | os.PathLike[str], hub: dict[str, Any]) -> Path:
-    """The folder with the saved file: the one named, or the hub's in the cache."""
-    path = Path(name)
-    if path.is_dir():
-        return path / hub.get("subfolder", "")
-    if path.is_file():
-        return path.parent
-    from transformers.utils import cached_file
-
-    file = cached_file(os.fspath(name), saved_file.FILE, **hub)
-    if file is None:
-        raise FileNotFoundError(f"{os.fspath(name)} has no {saved_file.FILE}")
-    for entry in json.loads(Path(file).read_text(encoding="utf-8")).get("fonts", []):
-        # Fonts that were saved with it come along; others are looked for here.
-        cached_file(
-            os.fspath(name), entry["file"], **hub, _raise_exceptions_for_missing_entries=False
-        )
-    return Path(file).parent

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import replace
@@ -101,6 +102,26 @@ def read(path: Path) -> dict[str, Any]:
             f"{path} is of a {kind}, format {form}; this is a {CLASS}, format {FORMAT}"
         )
     return saved
+
+
+def locate(name: str | os.PathLike[str], hub: dict[str, Any]) -> Path:
+    """The folder with the saved file: the one named, or the hub's in the cache."""
+    path = Path(name)
+    if path.is_dir():
+        return path / hub.get("subfolder", "")
+    if path.is_file():
+        return path.parent
+    from transformers.utils import cached_file
+
+    file = cached_file(os.fspath(name), FILE, **hub)
+    if file is None:
+        raise FileNotFoundError(f"{os.fspath(name)} has no {FILE}")
+    for entry in json.loads(Path(file).read_text(encoding="utf-8")).get("fonts", []):
+        # Fonts that were saved with it come along; others are looked for here.
+        cached_file(
+            os.fspath(name), entry["file"], **hub, _raise_exceptions_for_missing_entries=False
+        )
+    return Path(file).parent
 
 
 def fonts_of(

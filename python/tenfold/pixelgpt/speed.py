@@ -45,7 +45,7 @@ def texts(length: int, count: int) -> list[str]:
 
 def shares(name: str, count: int) -> int:
     """How many texts a provider is given."""
-    return count if name.startswith("tenfold") else min(count, 16)
+    return min(count, {"Pillow": 16, "pygame": 4}.get(name, count))
 
 
 def _finish(strip: np.ndarray, width: int) -> np.ndarray:

@@ -110,21 +110,20 @@ class StripMaker:
         strip.separators.append(end // self.patch)
         return strip
 
+    def blank(self, out: np.ndarray) -> None:
+        """Fills [..., C, patch, W] uint8 with paper."""
+        if not self.settings.tinted:
+            out.fill(self.typesetter.maker.paper)
+            return
+        for channel, value in enumerate(self.settings.background):
+            out[..., channel, :, :] = value
+
     def draw(self, strip: Strip, out: np.ndarray) -> None:
-        """Writes the strip over all of ``out`` [C, patch, width] uint8, by calls that let other threads run."""
-        settings, rows, width = self.settings, self.patch, out.shape[-1]
-        paper = (
-            settings.background if settings.tinted else (self.typesetter.maker.paper,) * len(out)
-        )
-        done = 0
+        """Writes the strip on blank [C, patch, W] uint8."""
+        rows, width = self.patch, out.shape[-1]
         for x, columns in strip.inks:
             ink = np.frombuffer(columns, np.uint8).reshape(-1, rows)[: max(width - x, 0)]
-            for channel, value in zip(out, paper):
-                channel[:, done:x] = value
             self._ink(out[..., x : x + len(ink)], ink)
-            done = x + len(ink)
-        for channel, value in zip(out, paper):
-            channel[:, done:] = value
         for x, color in strip.colors:
             out[..., x : x + color.shape[-1]] = color[..., : max(width - x, 0)]
         for patch in strip.separators:
