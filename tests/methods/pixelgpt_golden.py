@@ -18,15 +18,16 @@ from tenfold.pixelgpt.picture import stack, strip_picture
 FOLDER = Path(__file__).parent / "golden"
 L = 32
 CASES = {
-    "latin": (["The quick brown fox jumps over 13 lazy dogs.", "AVATAR fi ffl To. Wa \u00c5ngstr\u00f6m \u0141\u00f3d\u017a na\u00efve"], {}),
-    "greek_cyrillic": (["\u039e\u03b5\u03c3\u03ba\u03b5\u03c0\u03ac\u03b6\u03c9 \u03c4\u1f74\u03bd \u03c8\u03c5\u03c7\u03bf\u03c6\u03b8\u03cc\u03c1\u03b1", "\u0421\u044a\u0435\u0448\u044c \u0435\u0449\u0451 \u044d\u0442\u0438\u0445 \u0431\u0443\u043b\u043e\u043a"], {}),
-    "right_to_left": (["\u0627\u0644\u0633\u0644\u0627\u0645 \u0639\u0644\u064a\u0643\u0645", "\u05e9\u05dc\u05d5\u05dd (\u05e2\u05d5\u05dc\u05dd) 123", "read \u0642\u0631\u0623 12.5 \u0643\u062a\u0628 twice"], {}),
-    "marks": (["e\u0301 o\u0308\u0304 a\u0323\u0302 \u0e01 Z\u0351\u0343\u035b\u0346 \u1ea4\u1ed6g", "\u05e9\u05b8\u05c1\u05dc\u05d5\u05b9\u05dd \u0645\u064f\u062d\u064e\u0645\u0651\u064e\u062f"], {"on_missing": "box"}),
+    "latin": (["The quick brown fox jumps over 13 lazy dogs.", "AVATAR fi ffl To. Wa Ångström Łódź naïve"], {}),
+    "greek_cyrillic": (["Ξεσκεπάζω τὴν ψυχοφθόρα", "Съешь ещё этих булок"], {}),
+    "right_to_left": (["السلام عليكم", "שלום (עולם) 123", "read قرأ 12.5 كتب twice"], {}),
+    "marks": (["e\u0301 o\u0308\u0304 a\u0323\u0302 ก Z\u0351\u0343\u035b\u0346 ẤỖg",
+               "ש\u05b8\u05c1לו\u05b9ם م\u064fح\u064eم\u0651\u064eد"], {"on_missing": "box"}),
     "pair": ([("A premise about foxes.", "A hypothesis.")], {}),
     "words": ([["Each", "word", "starts", "on", "a", "patch"]], {}),
     "clipped": (["clipped text " * 9], {"max_patches": 8}),
     "binary": (["gray becomes binary"], {"mode": "binary"}),
-    "gray": (["gray \u2603 \U0001f600"], {"mode": "gray"}),
+    "gray": (["gray \u2603 😀"], {"mode": "gray"}),
     "colours": (["dark red on straw"], {"foreground": (120, 0, 20), "background": (255, 244, 200)}),
 }  # fmt: skip
 

@@ -7,7 +7,15 @@ from tenfold.pixelgpt.bidi import embedding_levels, paragraph_level, turns, visu
 # Written as in UAX #9: small letters run left to right, capitals are Hebrew. Brackets of right-to-left text are
 # shown as they are written: fonts mirror them. All of BidiTest.txt and BidiCharacterTest.txt of Unicode 15 passes too.
 HEBREW = {chr(65 + i): chr(0x5D0 + i) for i in range(26)}
-CONTROLS = {"<": "\u202b", ">": "\u202c", "{": "\u2067", "}": "\u2069", "@": "\u202e", "~": "\u200f", "^": "\u2068"}
+CONTROLS = {
+    "<": "\u202b",
+    ">": "\u202c",
+    "{": "\u2067",
+    "}": "\u2069",
+    "@": "\u202e",
+    "~": "\u200f",
+    "^": "\u2068",
+}
 
 
 def shown(text, base=None):

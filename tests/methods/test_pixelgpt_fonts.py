@@ -53,9 +53,19 @@ def folder(tmp_path_factory):
         made.setupGlyphOrder([".notdef", "space", "face", "red", "blue", "own"])
         made.setupCharacterMap({0x20: "space", 0x1F600: "face", 0xE001: "own"})
         empty = TTGlyphPen(None).glyph()
-        made.setupGlyf({".notdef": box(0, 0, 500, 700), "space": empty, "face": box(0, 0, right, 800),
-                        "red": box(0, 0, 450, 800), "blue": box(450, 0, right, 800), "own": box(100, 0, 500, 600)})  # fmt: skip
-        made.setupHorizontalMetrics({g: (1000, 0) for g in made.font.getGlyphOrder()})
+        made.setupGlyf(
+            {
+                ".notdef": box(0, 0, 500, 700),
+                "space": empty,
+                "face": box(0, 0, right, 800),
+                "red": box(0, 0, 450, 800),
+                "blue": box(450, 0, right, 800),
+                "own": box(100, 0, 500, 600),
+            }
+        )
+        made.setupHorizontalMetrics(
+            {g: (1000, {"blue": 450, "own": 100}.get(g, 0)) for g in made.font.getGlyphOrder()}
+        )
         made.setupHorizontalHeader(ascent=800, descent=-200)
         made.setupNameTable({"familyName": "Colour", "styleName": "Regular"})
         made.setupOS2()
@@ -101,9 +111,16 @@ class TestFonts:
     def test_fallback_by_character(self, colour):
         processor = PixelProcessor([FONT, colour], max_patches=L)
         private = processor("\ue001").pixel_values
-        assert torch.equal(private, PixelProcessor([FONT, colour], max_patches=L, on_missing="error")("\ue001").pixel_values)
+        assert torch.equal(
+            private,
+            PixelProcessor([FONT, colour], max_patches=L, on_missing="error")(
+                "\ue001"
+            ).pixel_values,
+        )
         chain = FontChain([FontFile(FONT), FontFile(colour)], colour=True)
-        assert [chain.choose(c) for c in ("a", "\ue001", "\ue002", "\u200d", "a\u0301", "\u00a0")] == [0, 1, None, 0, 0, 0]
+        assert [
+            chain.choose(c) for c in ("a", "\ue001", "\ue002", "\u200d", "a\u0301", "\u00a0")
+        ] == [0, 1, None, 0, 0, 0]
         assert chain.choose(GRIN) == 1 and chain.choose(GRIN + "\ufe0e") == 0
         assert FontChain(chain.fonts, colour=False).choose(GRIN) == 0
 
@@ -117,7 +134,9 @@ class TestFonts:
 
     def test_colours(self, colour):
         def drawn(**settings):
-            return PixelProcessor([FONT, colour], max_patches=L, **settings)(f"a {GRIN} b").pixel_values[0]
+            return PixelProcessor([FONT, colour], max_patches=L, **settings)(
+                f"a {GRIN} b"
+            ).pixel_values[0]
 
         rgb, gray, two = drawn(), drawn(mode="gray"), drawn(mode="binary")
         seen = {tuple(c) for c in rgb.flatten(1).T.tolist()}
@@ -142,23 +161,30 @@ class TestFonts:
         pixels = np.arange(256, dtype=np.uint8).reshape(8, 8, 4)
         half, left, top = scaled(pixels, (Fraction(1), Fraction(4)), (Fraction(-3), Fraction(4)))
         assert (left, top) == (1, -3) and half.shape == (4, 4, 4)
-        assert np.array_equal(half, (pixels.reshape(4, 2, 4, 2, 4).astype(int).sum((1, 3)) + 2) // 4)
+        assert np.array_equal(
+            half, (pixels.reshape(4, 2, 4, 2, 4).astype(int).sum((1, 3)) + 2) // 4
+        )
         full = np.full((7, 5, 4), 255, np.uint8)
-        third, left, top = scaled(full, (Fraction(-1, 2), Fraction(7, 3)), (Fraction(1, 4), Fraction(3)))
+        third, left, top = scaled(
+            full, (Fraction(-1, 2), Fraction(7, 3)), (Fraction(1, 4), Fraction(3))
+        )
         assert (left, top) == (-1, 0) and third.shape == (4, 3, 4)
         assert abs(third[..., 0].sum() / 255 - 7) < 0.05  # the area of the rectangle
 
     @pytest.mark.parametrize("script, text", [
-        ("Devanagari", "\u0939\u093f\u0928\u094d\u0926\u0940"), ("Thai", "\u0e20\u0e32\u0e29\u0e32\u0e44\u0e17\u0e22"), ("Bengali", "\u09ac\u09be\u0982\u09b2\u09be"),
-        ("Chinese", "\u4e2d\u6587"),
+        ("Devanagari", "हि\u0928\u094dदी"), ("Thai", "ภาษาไทย"), ("Bengali", "বাংলা"), ("Chinese", "中文"),
     ])  # fmt: skip
     def test_other_scripts(self, script, text):
         processor = PixelProcessor(max_patches=L, on_missing="error")
-        if any(processor._typesetter.maker.chain.choose(text[a:b]) is None for a, b in clusters(text)):
+        if any(
+            processor._typesetter.maker.chain.choose(text[a:b]) is None for a, b in clusters(text)
+        ):
             pytest.skip(f"needs a font of {script}")
         batch = processor([text, f"abc {text}"], return_offsets_mapping=True)
         assert (batch.pixel_values < 128).flatten(1).any(1).all()
-        if script == "Devanagari":  # the vowel sign I stands before its consonant, and both are one cluster
+        if (
+            script == "Devanagari"
+        ):  # the vowel sign I stands before its consonant, and both are one cluster
             assert processor.width(text) < sum(processor.width(c) for c in text if c != "\u094d")
 
 
@@ -192,18 +218,31 @@ class TestSaved:
         assert loaded.fonts[1].path == tmp_path / "colour.ttf"
 
     def test_another_font(self, tmp_path, folder, colour):
-        PixelProcessor([FONT, colour], max_patches=L).save_pretrained(tmp_path)
-        with pytest.raises(RendererMismatch, match=r"font colour.ttf is not in any of .*TENFOLD_FONTS.*verify='warn'"):
-            PixelProcessor.from_pretrained(tmp_path)
-        shutil.copy(folder / "other" / "colour.ttf", tmp_path)
-        with pytest.raises(RendererMismatch, match="has SHA-256 [0-9a-f]{64}, saved was"):
-            PixelProcessor.from_pretrained(tmp_path)
+        mine = Path(shutil.copy(colour, tmp_path / "own.ttf"))
+        PixelProcessor([FONT, mine], max_patches=L).save_pretrained(tmp_path / "saved")
+        assert (
+            PixelProcessor.from_pretrained(tmp_path / "saved").fonts[1].path == mine
+        )  # where it was
+        mine.unlink()
+        with pytest.raises(
+            RendererMismatch, match=r"missing: own.ttf; looked in .*TENFOLD_FONTS.*verify='warn'"
+        ):
+            PixelProcessor.from_pretrained(tmp_path / "saved")
+        shutil.copy(folder / "other" / "colour.ttf", mine)
+        told = r"another file than the one saved is .*own.ttf \(SHA-256 saved: [0-9a-f]{64}\)"
+        with pytest.raises(RendererMismatch, match=told):
+            PixelProcessor.from_pretrained(tmp_path / "saved")
         with pytest.warns(UserWarning, match="is not the same here"):
-            left = PixelProcessor.from_pretrained(tmp_path, verify="warn")
+            left = PixelProcessor.from_pretrained(tmp_path / "saved", verify="warn")
         assert [f.path for f in left.fonts] == [FONT]
-        with pytest.raises(RendererMismatch, match="the fonts given are not those saved, DejaVuSans.ttf, colour.ttf"):
-            PixelProcessor.from_pretrained(tmp_path, fonts=FONT)
-        assert len(PixelProcessor.from_pretrained(tmp_path, fonts=[FONT, colour]).fonts) == 2
+        with pytest.raises(
+            RendererMismatch,
+            match=r"the fonts given are not those saved, DejaVuSans\.ttf, own\.ttf",
+        ):
+            PixelProcessor.from_pretrained(tmp_path / "saved", fonts=FONT)
+        assert (
+            len(PixelProcessor.from_pretrained(tmp_path / "saved", fonts=[FONT, colour]).fonts) == 2
+        )
 
     def test_other_pixels(self, tmp_path):
         PixelProcessor(FONT, max_patches=L).save_pretrained(tmp_path)
@@ -214,7 +253,9 @@ class TestSaved:
         PixelProcessor.from_pretrained(tmp_path)  # another version that draws the same
         saved["probe"] = "0" * 64
         file.write_text(json.dumps(saved))
-        with pytest.raises(RendererMismatch, match=r"draw other pixels here \(freetype 2.0.1 there, "):
+        with pytest.raises(
+            RendererMismatch, match=r"draw other pixels here \(freetype 2.0.1 there, "
+        ):
             PixelProcessor.from_pretrained(tmp_path)
         PixelProcessor.from_pretrained(tmp_path, verify="off")
 
@@ -239,7 +280,13 @@ class TestPictures:
         assert made[0, ::16, 0].tolist() == [0, 1, 2, 3] and made[18, :32:16, 0].tolist() == [4, 5]
         assert tuple(made[18, 40]) == tuple(made[16, 0]) == (225, 228, 235)
         assert strip_picture(strip, wrap=4, num_patches=1, scale=3).shape == (48, 96, 3)
-        for form in (strip.permute(1, 2, 0), strip[0], strip[:1], strip.numpy(), strip.float() / 255):
+        for form in (
+            strip.permute(1, 2, 0),
+            strip[0],
+            strip[:1],
+            strip.numpy(),
+            strip.float() / 255,
+        ):
             assert np.array_equal(strip_picture(form, wrap=4, gap=2), made)
 
     @pytest.mark.parametrize("strip, told", [
@@ -252,17 +299,33 @@ class TestPictures:
 
     def test_command(self, tmp_path):
         (tmp_path / "lines.txt").write_text("one line\n\nanother line\n")
-        text = succeeds("pixelgpt", "render", "Some text", "--out", tmp_path / "a.png", "--font", FONT, "--scale", 1)
+        text = succeeds(
+            "pixelgpt",
+            "render",
+            "Some text",
+            "--out",
+            tmp_path / "a.png",
+            "--font",
+            FONT,
+            "--scale",
+            1,
+        )
         assert "1 strip of 5 patches" in text or "1 strip of 6 patches" in text
         with Image.open(tmp_path / "a.png") as image:
             assert image.size[1] == 16 and image.size[0] % 16 == 0
         found = json.loads(succeeds("pixelgpt", "render", tmp_path / "lines.txt", "--out", tmp_path / "b.png", "--font",
                                     FONT, "--words", "--mode", "binary", "--grid", "--json"))  # fmt: skip
-        assert len(found["num_patches"]) == 2 and found["fonts"] == [FONT.name] and Path(found["picture"]).is_file()
+        assert (
+            len(found["num_patches"]) == 2
+            and found["fonts"] == [FONT.name]
+            and Path(found["picture"]).is_file()
+        )
         found = json.loads(succeeds("pixelgpt", "render", "a \ue123", "--pair", "b", "--out", tmp_path / "c.png",
                                     "--font", FONT, "--json"))  # fmt: skip
         assert len(found["sep_patches"][0]) == 2 and "U+E123" in found["warnings"][0]
-        assert "does not exist" in fails("pixelgpt", "render", "a", "--out", tmp_path / "d.png", "--font", "no.ttf")
+        assert "does not exist" in fails(
+            "pixelgpt", "render", "a", "--out", tmp_path / "d.png", "--font", "no.ttf"
+        )
         assert "no font has U+E123" in fails("pixelgpt", "render", "\ue123", "--out", tmp_path / "d.png",
                                              "--font", FONT, "--on-missing", "error")  # fmt: skip
 

@@ -25,12 +25,16 @@ def render(
     wrap: Annotated[bool, typer.Option("--wrap", help="long texts over several strips")] = False,
     stride: Annotated[int, typer.Option(min=0, help="with --wrap, patches that come again")] = 0,
     mode: Annotated[str, typer.Option(help="rgb, gray or binary")] = "rgb",
-    font: Annotated[list[str] | None, typer.Option(help="font file; may be repeated, first come first")] = None,
+    font: Annotated[
+        list[str] | None, typer.Option(help="font file; may be repeated, first come first")
+    ] = None,
     font_size: Annotated[float, typer.Option(help="points")] = 8.0,
     dpi: Annotated[int, typer.Option(min=1, help="dots per inch")] = 120,
     patches: Annotated[int, typer.Option(min=2, help="patches of a strip")] = 1024,
     direction: Annotated[str, typer.Option(help="auto, ltr or rtl")] = "auto",
-    on_missing: Annotated[str, typer.Option(help="no font has a character: warn, box, skip or error")] = "warn",
+    on_missing: Annotated[
+        str, typer.Option(help="no font has a character: warn, box, skip or error")
+    ] = "warn",
     across: Annotated[int, typer.Option(min=1, help="patches per row of the picture")] = 48,
     scale: Annotated[int, typer.Option(min=1, help="pixels per pixel")] = 2,
     grid: Annotated[bool, typer.Option("--grid", help="a line between patches")] = False,

@@ -23,6 +23,7 @@ _HOMES = {
     "write_report": "report",
     "PixelBatch": "batches",
     "PixelCollator": "batches",
+    "packed_batches": "batches",
     "FontFile": "fonts",
     "default_fonts": "fonts",
     "strip_picture": "picture",

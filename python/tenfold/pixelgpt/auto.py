@@ -1,7 +1,8 @@
 """Makes transformers' ``AutoProcessor`` find a saved ``PixelProcessor``.
 
-``AutoProcessor`` reads ``processor_class`` from ``processor_config.json`` and looks for a class of that name among those
-registered. ``AutoImageProcessor`` takes subclasses of its own base class only, which wants images; it is not served.
+``AutoProcessor`` reads ``processor_class`` from ``processor_config.json`` and looks for a class of that name among
+those registered. ``AutoImageProcessor`` takes subclasses of its own base class only, which wants images: it is
+not served.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,12 +32,15 @@ class Job:
         """The strip."""
         if self.words is not None:
             return maker.words(self.words)
-        return maker.single(self.first) if self.second is None else maker.pair(self.first, self.second)
+        return (
+            maker.single(self.first) if self.second is None else maker.pair(self.first, self.second)
+        )
 
     def part(self, text: str, shift: int) -> Job:
         """The same with a part of the text that goes on."""
-        name = "first" if self.second is None else "second"
-        return replace(self, **{name: text, "shift": shift})
+        if self.second is None:
+            return replace(self, first=text, shift=shift)
+        return replace(self, second=text, shift=shift)
 
 
 def _job(sample: int, text: Any) -> Job:
@@ -72,7 +76,9 @@ def jobs_of(text: Any, text_pair: Any = None, is_split_into_words: bool = False)
         return [_job(i, pair) for i, pair in enumerate(zip(text, text_pair))]
     if is_split_into_words:
         if not isinstance(text, list):
-            raise TypeError(f"with is_split_into_words text must be a list, got a {type(text).__name__}")
+            raise TypeError(
+                f"with is_split_into_words text must be a list, got a {type(text).__name__}"
+            )
         text = text if text and all(isinstance(t, list) for t in text) else [text]
     return [_job(i, t) for i, t in enumerate(text)] if isinstance(text, list) else [_job(0, text)]
 
@@ -96,7 +102,21 @@ class PixelBatch(dict):
 
     def to(self, *args: Any, **kwargs: Any) -> PixelBatch:
         """The same with every tensor moved, as ``Tensor.to`` does it with a device."""
-        return PixelBatch({k: v.to(*args, **kwargs) if hasattr(v, "to") else v for k, v in self.items()})
+        return PixelBatch(
+            {k: v.to(*args, **kwargs) if hasattr(v, "to") else v for k, v in self.items()}
+        )
+
+
+def packed_batches(
+    processor: PixelProcessor, lines: Iterable[str], batch_size: int = 64, **options: Any
+) -> Iterator[PixelBatch]:
+    """Batches of full strips from a stream of lines (``PixelProcessor.pack``), however long it is.
+
+    ``options`` are keywords of the processor's call. The last batch may be smaller.
+    """
+    packed = iter(processor.pack(lines))
+    while texts := list(islice(packed, batch_size)):
+        yield processor(texts, **options)
 
 
 @dataclass

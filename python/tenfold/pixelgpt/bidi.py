@@ -23,6 +23,13 @@ _TURNS = re.compile(
     "[\u0590-\u08ff\u200f\u202a-\u202e\u2066-\u2069\ufb1d-\ufdff\ufe70-\ufefe"
     "\U00010800-\U00010fff\U0001e800-\U0001efff]"
 )
+# Letters and marks of Hebrew and Arabic with neutral characters, without digits and controls: in a paragraph from right
+# to left all of it has the paragraph's level.
+_RIGHT = re.compile(
+    "[ !-/:-@\\[-`{-~\u00ab\u00bb\u2010-\u2027\u0591-\u05f4\u0606-\u061b\u061d-\u065f\u066a\u066d-\u06dc\u06de-\u06ef"
+    "\u06fa-\u070d\u0710-\u074a\u074d-\u07b1\u08a0-\u08c7\u08d3-\u08e1\u08e3-\u08ff\ufb1d-\ufb4f\ufb50-\ufbc1"
+    "\ufbd3-\ufd8f\ufd92-\ufdc7\ufdf0-\ufdff\ufe70-\ufefc]*"
+)
 # Opening brackets whose closing one is the next code point, and the others.
 _NEXT = (
     0x28, 0x0F3A, 0x0F3C, 0x169B, 0x2045, 0x207D, 0x208D, 0x2308, 0x230A, 0x2329, *range(0x2768, 0x2775, 2),
@@ -42,6 +49,11 @@ def turns(text: str) -> bool:
     return not text.isascii() and _TURNS.search(text) is not None
 
 
+def all_right(text: str) -> bool:
+    """Has every character the paragraph's level, if that is 1? (False where it is not plain to see.)"""
+    return _RIGHT.fullmatch(text) is not None
+
+
 def bidi_class(char: str) -> str:
     """The character's class; unassigned code points have that of their block."""
     found = unicodedata.bidirectional(char)
@@ -57,7 +69,13 @@ def bidi_class(char: str) -> str:
               (0x1ED00, 0x1ED4F), (0x1EE00, 0x1EEFF))  # fmt: skip
     if any(a <= code <= b for a, b in arabic):
         return "AL"
-    right = ((0x0590, 0x05FF), (0x07C0, 0x085F), (0xFB1D, 0xFB4F), (0x10800, 0x10FFF), (0x1E800, 0x1EFFF))
+    right = (
+        (0x0590, 0x05FF),
+        (0x07C0, 0x085F),
+        (0xFB1D, 0xFB4F),
+        (0x10800, 0x10FFF),
+        (0x1E800, 0x1EFFF),
+    )
     return "R" if any(a <= code <= b for a, b in right) else "L"
 
 
@@ -116,7 +134,8 @@ def _explicit(classes: list[str], base: int, ends: dict[int, int]) -> tuple[list
             if override:
                 out[i] = override
             right = kind == "RLI" or (
-                kind == "FSI" and _first_strong(classes, i + 1, ends.get(i, len(classes)), ends) == 1
+                kind == "FSI"
+                and _first_strong(classes, i + 1, ends.get(i, len(classes)), ends) == 1
             )
             new = (level + 1) | 1 if right else (level + 2) & ~1
             if new <= MAX_DEPTH and not lost_isolates and not lost_embeddings:

@@ -7,6 +7,7 @@ choice everywhere.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.util
@@ -33,7 +34,9 @@ _NOTO = (
 _LEFT_OUT = re.compile("Mono|Display|UI-")
 # Format characters that are drawn all the same: signs under Arabic, Syriac and Kaithi numbers.
 _VISIBLE_FORMAT = re.compile("[\u0600-\u0605\u06dd\u070f\u0890\u0891\u08e2\U000110bd\U000110cd]")
-_SELECTOR = re.compile("[\u034f\u115f\u1160\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]")
+_SELECTOR = re.compile(
+    "[\u034f\u115f\u1160\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
+)
 # What is drawn in colour by default, or after the selector U+FE0F.
 _EMOJI = re.compile(
     "\ufe0f|[\u231a\u231b\u23e9-\u23ec\u23f0\u23f3\u25fd\u25fe\u2614\u2615\u2648-\u2653\u267f\u2693\u26a1"
@@ -134,8 +137,10 @@ class FontFile:
         return bool(self.font.get_nominal_glyph(code))
 
     def entry(self) -> dict[str, Any]:
-        """What a saved configuration says about the font."""
-        return {"file": self.path.name, "index": self.index, "sha256": self.sha256}
+        """What a saved configuration says about the font; its path too, where it is in none of the usual places."""
+        told = {"file": self.path.name, "index": self.index, "sha256": self.sha256}
+        usual = any(place.resolve() == self.path.parent.resolve() for place in places())
+        return told if usual else told | {"path": str(self.path.absolute())}
 
     def __repr__(self) -> str:
         return f"FontFile({str(self.path)!r}{f', {self.index}' if self.index else ''})"
@@ -175,29 +180,28 @@ def default_fonts() -> list[FontFile]:
     return fonts
 
 
-def find_font(entry: dict[str, Any], near: Path | None = None) -> FontFile:
-    """The file of a saved entry: beside the configuration, in matplotlib's wheel, or in ``folders()``.
+def places() -> list[Path]:
+    """Folders in which fonts are found by their name: matplotlib's, and ``folders()``."""
+    with contextlib.suppress(ImportError):
+        return [packaged_font().parent, *folders()]
+    return folders()
 
-    Raises FileNotFoundError if no file of that name is found, ValueError if none has its hash.
+
+def find_font(entry: dict[str, Any], near: Path) -> FontFile | Path | None:
+    """The font of a saved entry: in the folder ``near``, in ``places()``, or where it was.
+
+    Without one of its hash, a file of its name that has another; None without any.
     """
     name, index = Path(entry["file"]).name, int(entry.get("index", 0))
-    places = [near] if near is not None else []
-    try:
-        places.append(packaged_font().parent)
-    except ImportError:
-        pass
-    places += folders()
-    other = None
-    for folder in places:
-        if (folder / name).is_file():
-            font = FontFile(folder / name, index)
-            if font.sha256 == entry["sha256"]:
-                return font
-            other = other or font
-    if other is None:
-        told = ", ".join(map(str, places))
-        raise FileNotFoundError(f"font {name} is not in any of {told}; {FOLDERS_VARIABLE} adds folders")
-    raise ValueError(f"font {other.path} has SHA-256 {other.sha256}, saved was {entry['sha256']}")
+    candidates = [folder / name for folder in (near, *places())]
+    if "path" in entry:
+        candidates.append(Path(entry["path"]))
+    files = [path for path in candidates if path.is_file()]
+    for path in files:
+        font = FontFile(path, index)
+        if font.sha256 == entry["sha256"]:
+            return font
+    return files[0] if files else None
 
 
 class FontChain:
@@ -228,7 +232,9 @@ class FontChain:
     def _choose(self, cluster: str) -> int | None:
         emoji = self.coloured and _EMOJI.search(cluster) and "\ufe0e" not in cluster
         order = self._emoji if emoji else self._plain
-        forms = {f: None for f in (cluster, *(unicodedata.normalize(n, cluster) for n in ("NFC", "NFD")))}
+        forms = {
+            f: None for f in (cluster, *(unicodedata.normalize(n, cluster) for n in ("NFC", "NFD")))
+        }
         needed = [[c for c in form if not ignorable(c)] for form in forms]
         if not needed[0]:
             return 0

@@ -111,7 +111,9 @@ class GlyphPainter:
         if slot.contents.format == _OUTLINE:
             step = 64 // PHASES
             raw.FT_Outline_Translate(
-                ctypes.byref(slot.contents.outline), ctypes.c_long(x * step), ctypes.c_long(y * step)
+                ctypes.byref(slot.contents.outline),
+                ctypes.c_long(x * step),
+                ctypes.c_long(y * step),
             )
             _check(raw.FT_Render_Glyph(slot, 0), "FT_Render_Glyph", font)
         record = slot.contents
@@ -191,7 +193,7 @@ def _overlaps(start: Fraction, size: Fraction, count: int) -> tuple[np.ndarray, 
 def scaled(
     pixels: np.ndarray, across: tuple[Fraction, Fraction], down: tuple[Fraction, Fraction]
 ) -> tuple[np.ndarray, int, int]:
-    """Pixels [h, w, c] laid on the rectangle of (start, size) each way, by area: new pixels, first column, first row."""
+    """Pixels [h, w, c] laid on a rectangle, (start, size) each way, by area: new pixels, first column, first row."""
     x, of_x, left = _overlaps(*across, pixels.shape[1])
     y, of_y, top = _overlaps(*down, pixels.shape[0])
     summed = np.einsum("yi,ijc,xj->yxc", y, pixels.astype(np.int64), x, optimize=True)

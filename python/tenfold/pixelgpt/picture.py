@@ -23,7 +23,9 @@ def as_rows(strip: Any) -> np.ndarray:
     elif pixels.ndim == 3 and pixels.shape[0] in (1, 3) and pixels.shape[2] not in (1, 3):
         pixels = pixels.transpose(1, 2, 0)
     if pixels.ndim != 3 or pixels.shape[2] not in (1, 3):
-        raise ValueError(f"a strip is [C, p, W], [p, W, C] or [p, W] with C 1 or 3, got {pixels.shape}")
+        raise ValueError(
+            f"a strip is [C, p, W], [p, W, C] or [p, W] with C 1 or 3, got {pixels.shape}"
+        )
     if pixels.dtype != np.uint8:
         if not np.issubdtype(pixels.dtype, np.floating) or pixels.min() < 0 or pixels.max() > 1:
             raise ValueError("a strip is uint8 or float in [0, 1]; clamp predictions first")
@@ -32,7 +34,13 @@ def as_rows(strip: Any) -> np.ndarray:
 
 
 def strip_picture(
-    strip: Any, *, wrap: int = 48, num_patches: int | None = None, scale: int = 1, grid: bool = False, gap: int = 4
+    strip: Any,
+    *,
+    wrap: int = 48,
+    num_patches: int | None = None,
+    scale: int = 1,
+    grid: bool = False,
+    gap: int = 4,
 ) -> np.ndarray:
     """A strip folded into rows of patches: [H, W, 3] uint8.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +24,8 @@ from tenfold.pixelgpt.typeset import Typesetter, clean
 from tenfold.pixelgpt.wrapping import Wrapper
 from tenfold.training.checks import integers, one_of
 
+# Strips that are blanked by one call: long enough for other threads to run meanwhile, few enough for a cache.
+_TOGETHER = 4
 _HUB = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 _IGNORED = ("trust_remote_code", "code_revision", "_from_auto", "_from_pipeline", "_commit_hash")
 
@@ -50,7 +52,11 @@ class PixelProcessor:
 
     def __init__(
         self,
-        fonts: str | os.PathLike[str] | FontFile | Sequence[str | os.PathLike[str] | FontFile] | None = None,
+        fonts: str
+        | os.PathLike[str]
+        | FontFile
+        | Sequence[str | os.PathLike[str] | FontFile]
+        | None = None,
         **settings: Any,
     ) -> None:
         unknown = sorted(settings.keys() - RenderSettings.__dataclass_fields__.keys())
@@ -115,8 +121,8 @@ class PixelProcessor:
 
         Returns:
             A dict with attributes. N strips of L patches of side p:
-            ``pixel_values`` [N, C, p, p L] uint8 or float32; ``patch_mask`` [N, L] bool, true for the text and the patch
-            that ends it; ``num_patches`` [N] int64, the index of that patch. With ``wrap``:
+            ``pixel_values`` [N, C, p, p L] uint8 or float32; ``patch_mask`` [N, L] bool, true for the text and the
+            patch that ends it; ``num_patches`` [N] int64, the index of that patch. With ``wrap``:
             ``overflow_to_sample_mapping`` [N] int64. ``offset_mapping`` [N, L, 2] int64: characters (first, end) of
             the text or word that a patch shows, (0, 0) for none; ``sequence_ids`` [N, L] int64: which text of
             the pair or which word it is, -1 for none.
@@ -135,7 +141,9 @@ class PixelProcessor:
         if overflow == "wrap":
             jobs = [part for job in jobs for part in self._wrapped(job, stride)]
         maker = StripMaker(self.settings, self._typesetter, return_offsets_mapping)
-        strips, out = self._render(maker, jobs, padding, pad_to_multiple_of, self._threads(num_threads))
+        strips, out = self._render(
+            maker, jobs, padding, pad_to_multiple_of, self._threads(num_threads)
+        )
         self._typesetter.maker.shaper.warn()
         empty = [job.sample for job, strip in zip(jobs, strips) if not strip.drawn]
         if empty:
@@ -153,7 +161,10 @@ class PixelProcessor:
         if return_offsets_mapping:
             found |= self._offsets(jobs, strips, patches)
         if return_sep_patches:
-            found |= {"sep_patches": [s.separators for s in strips], "word_starts": [s.starts for s in strips]}
+            found |= {
+                "sep_patches": [s.separators for s in strips],
+                "word_starts": [s.starts for s in strips],
+            }
         return PixelBatch(found).tensors() if return_tensors == "pt" else PixelBatch(found)
 
     render_batch = __call__
@@ -172,38 +183,47 @@ class PixelProcessor:
         """Strips, and their pixels."""
         settings, size = self.settings, len(jobs)
         strips: list[Any] = [None] * size
-        out: np.ndarray | None = None
+        out = np.empty(0)
 
         def room(patches: int) -> np.ndarray:
             width = patches * settings.patch_size
             return np.empty((size, settings.channels or 1, settings.patch_size, width), np.uint8)
 
-        def lay(i: int) -> None:
-            strips[i] = jobs[i].lay(maker)
-            if out is not None:
+        def lay(first: int, end: int) -> None:
+            for i in range(first, end):
+                strips[i] = jobs[i].lay(maker)
+
+        def draw(first: int, end: int) -> None:
+            maker.blank(out[first:end])
+            for i in range(first, end):
                 maker.draw(strips[i], out[i])
+
+        def both(first: int, end: int) -> None:
+            lay(first, end)
+            draw(first, end)
 
         if padding == "max_length":
             out = room(settings.max_patches)
-            self._spread(lay, size, threads)
+            self._spread(both, size, threads)
             return strips, out
         self._spread(lay, size, threads)
         longest = max((s.num_patches + 1 for s in strips), default=1)
-        made = room(min(-(-longest // multiple) * multiple, settings.max_patches))
-        self._spread(lambda i: maker.draw(strips[i], made[i]), size, threads)
-        return strips, made
+        out = room(min(-(-longest // multiple) * multiple, settings.max_patches))
+        self._spread(draw, size, threads)
+        return strips, out
 
-    def _spread(self, work: Any, size: int, threads: int) -> None:
-        """Calls ``work`` for 0 to ``size``, in as many contiguous shares as there are threads."""
+    def _spread(self, work: Callable[[int, int], None], size: int, threads: int) -> None:
+        """Calls ``work`` for ranges of 0 to ``size``; each thread has a contiguous share."""
         threads = min(threads, size)
 
         def share(at: int) -> None:
-            for i in range(at * size // threads, (at + 1) * size // threads):
-                work(i)
+            start, stop = at * size // threads, (at + 1) * size // threads
+            for first in range(start, stop, _TOGETHER):
+                work(first, min(first + _TOGETHER, stop))
 
         if threads < 2:
-            for i in range(size):
-                work(i)
+            if size:
+                share(0)
             return
         process = os.getpid()  # threads do not live on in a forked process
         if self._pool is None or self._pool[:2] != (process, threads):
@@ -231,7 +251,9 @@ class PixelProcessor:
         for first, end in wrapper.ranges(long, stride * self.settings.patch_size):
             yield job.part(long[first:end], first)
 
-    def _offsets(self, jobs: Sequence[Job], strips: Sequence[Strip], patches: int) -> dict[str, np.ndarray]:
+    def _offsets(
+        self, jobs: Sequence[Job], strips: Sequence[Strip], patches: int
+    ) -> dict[str, np.ndarray]:
         both = [patch_spans(s, patches, self.settings.patch_size) for s in strips]
         offsets = np.stack([o for o, _ in both]) if both else np.zeros((0, patches, 2), np.int64)
         parts = np.stack([p for _, p in both]) if both else np.zeros((0, patches), np.int64)
@@ -260,7 +282,9 @@ class PixelProcessor:
         """The same as text."""
         return json.dumps(self.to_dict(), indent=2) + "\n"
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], copy_fonts: bool = False, **_: Any) -> list[str]:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], copy_fonts: bool = False, **_: Any
+    ) -> list[str]:
         """Writes ``processor_config.json``: settings, SHA-256 of the fonts, versions, hash of a rendered probe.
 
         ``copy_fonts`` puts the font files beside it (mind their licences), so that every machine has them.
@@ -287,7 +311,7 @@ class PixelProcessor:
         hub = {k: kwargs.pop(k) for k in _HUB if k in kwargs}
         for name in _IGNORED:
             kwargs.pop(name, None)
-        folder = _folder(pretrained_model_name_or_path, hub)
+        folder = saved_file.locate(pretrained_model_name_or_path, hub)
         saved = saved_file.read(folder / saved_file.FILE)
         settings = RenderSettings.from_json(saved["settings"])
         given = None if fonts is None else cls(fonts).fonts
@@ -309,21 +333,3 @@ class PixelProcessor:
 
 def _integer(name: str, value: Any, least: int) -> None:
     integers(SimpleNamespace(**{name: value}), {name: least})
-
-
-def _folder(name: str | os.PathLike[str], hub: dict[str, Any]) -> Path:
-    """The folder with the saved file: the one named, or the hub's in the cache."""
-    path = Path(name)
-    if path.is_dir():
-        return path / hub.get("subfolder", "")
-    if path.is_file():
-        return path.parent
-    from transformers.utils import cached_file
-
-    file = cached_file(os.fspath(name), saved_file.FILE, **hub)
-    if file is None:
-        raise FileNotFoundError(f"{os.fspath(name)} has no {saved_file.FILE}")
-    for entry in json.loads(Path(file).read_text(encoding="utf-8")).get("fonts", []):
-        # Fonts that were saved with it come along; others are looked for here.
-        cached_file(os.fspath(name), entry["file"], **hub, _raise_exceptions_for_missing_entries=False)
-    return Path(file).parent

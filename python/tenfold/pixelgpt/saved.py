@@ -8,13 +8,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tenfold.pixelgpt.fonts import FontChain, FontFile, backend, find_font
+from tenfold.pixelgpt.fonts import (
+    FOLDERS_VARIABLE,
+    FontChain,
+    FontFile,
+    backend,
+    find_font,
+    places,
+)
 from tenfold.pixelgpt.glyphs import GlyphPainter
 from tenfold.pixelgpt.settings import RenderSettings
 from tenfold.pixelgpt.typeset import Typesetter
@@ -23,9 +31,9 @@ FILE = "processor_config.json"  # where transformers' AutoProcessor looks
 CLASS = "PixelProcessor"
 FORMAT = 1
 _PROBE = (
-    "The quick brown fox (AVWa Te) 0123456789 fi ffl \u00c5\u0118\u1ea4 e\u0301 \u03a9\u03bc\u03ad\u03b3\u03b1 \u0416\u0443\u043a "
-    "\u05e9\u05dc\u05d5\u05dd \u0627\u0644\u0633\u0644\u0627\u0645 12 \u0939\u093f\u0928\u094d\u0926\u0940 \u0e44\u0e17\u0e22 \u4e2d\u6587 "
-    "\ud55c\uae00 \U0001f600"
+    "The quick brown fox (AVWa Te) 0123456789 fi ffl ÅĘẤ e\u0301 Ωμέγα Жук "
+    "שלום السلام 12 ह\u093fन\u094dद\u0940 ไทย 中文 "
+    "한글 😀"
 )  # fmt: skip
 
 
@@ -65,7 +73,9 @@ def to_json(settings: RenderSettings, fonts: Sequence[FontFile]) -> dict[str, An
     }
 
 
-def write(folder: Path, settings: RenderSettings, fonts: Sequence[FontFile], copy_fonts: bool) -> Path:
+def write(
+    folder: Path, settings: RenderSettings, fonts: Sequence[FontFile], copy_fonts: bool
+) -> Path:
     """Writes the file, and the fonts beside it if wanted."""
     folder.mkdir(parents=True, exist_ok=True)
     if copy_fonts:
@@ -88,8 +98,30 @@ def read(path: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path} is not the configuration of a {CLASS}") from None
     if kind != CLASS or form != FORMAT:
-        raise ValueError(f"{path} is of a {kind}, format {form}; this is a {CLASS}, format {FORMAT}")
+        raise ValueError(
+            f"{path} is of a {kind}, format {form}; this is a {CLASS}, format {FORMAT}"
+        )
     return saved
+
+
+def locate(name: str | os.PathLike[str], hub: dict[str, Any]) -> Path:
+    """The folder with the saved file: the one named, or the hub's in the cache."""
+    path = Path(name)
+    if path.is_dir():
+        return path / hub.get("subfolder", "")
+    if path.is_file():
+        return path.parent
+    from transformers.utils import cached_file
+
+    file = cached_file(os.fspath(name), FILE, **hub)
+    if file is None:
+        raise FileNotFoundError(f"{os.fspath(name)} has no {FILE}")
+    for entry in json.loads(Path(file).read_text(encoding="utf-8")).get("fonts", []):
+        # Fonts that were saved with it come along; others are looked for here.
+        cached_file(
+            os.fspath(name), entry["file"], **hub, _raise_exceptions_for_missing_entries=False
+        )
+    return Path(file).parent
 
 
 def fonts_of(
@@ -103,20 +135,32 @@ def fonts_of(
             return list(given), []
         names = ", ".join(e["file"] for e in saved["fonts"])
         return list(given), [f"the fonts given are not those saved, {names}"]
-    found, wrong = [], []
-    for entry in saved["fonts"]:
-        try:
-            found.append(find_font(entry, folder))
-        except (FileNotFoundError, ValueError) as error:
-            wrong.append(str(error))
-    return found, wrong
+    here = [(entry, find_font(entry, folder)) for entry in saved["fonts"]]
+    missing = [entry["file"] for entry, font in here if font is None]
+    other = [
+        f"{font} (SHA-256 saved: {entry['sha256']})"
+        for entry, font in here
+        if isinstance(font, Path)
+    ]
+    wrong = [f"another file than the one saved is {o}" for o in other[:3]]
+    if missing:
+        listed = ", ".join(missing[:3]) + (
+            f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        )
+        searched = ", ".join(str(p) for p in (folder, *places()))
+        wrong.append(f"missing: {listed}; looked in {searched}; {FOLDERS_VARIABLE} adds folders")
+    return [font for _, font in here if isinstance(font, FontFile)], wrong
 
 
-def differences(saved: dict[str, Any], settings: RenderSettings, fonts: Sequence[FontFile]) -> list[str]:
+def differences(
+    saved: dict[str, Any], settings: RenderSettings, fonts: Sequence[FontFile]
+) -> list[str]:
     """Empty where the saved renderer's probe is drawn here bit by bit."""
     if probe(settings, fonts) == saved.get("probe"):
         return []
     theirs, ours = saved.get("versions", {}), versions()
-    changed = [f"{k} {theirs.get(k)} there, {v} here" for k, v in ours.items() if theirs.get(k) != v]
+    changed = [
+        f"{k} {theirs.get(k)} there, {v} here" for k, v in ours.items() if theirs.get(k) != v
+    ]
     why = "; ".join(changed) or "the same versions of HarfBuzz and FreeType"
     return [f"the fonts are the same but draw other pixels here ({why})"]

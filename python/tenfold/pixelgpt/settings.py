@@ -27,7 +27,9 @@ def _color(name: str, value: Any) -> Color:
     except (TypeError, ValueError):
         channels = ()
     if len(channels) != 3 or not all(0 <= c <= 255 for c in channels):
-        raise ValueError(f"{name} must be three integers of 0 to 255 (red, green, blue), got {value!r}")
+        raise ValueError(
+            f"{name} must be three integers of 0 to 255 (red, green, blue), got {value!r}"
+        )
     return channels  # type: ignore[return-value]
 
 
@@ -70,8 +72,12 @@ class RenderSettings:
         object.__setattr__(self, "channels", self._channels())
         for name in ("foreground", "background"):
             object.__setattr__(self, name, _color(name, getattr(self, name)))
-        if isinstance(self.features, str) or not all(isinstance(f, str) and f for f in self.features):
-            raise TypeError(f"features must be OpenType tags like ('-liga', 'ss01'), got {self.features!r}")
+        if isinstance(self.features, str) or not all(
+            isinstance(f, str) and f for f in self.features
+        ):
+            raise TypeError(
+                f"features must be OpenType tags like ('-liga', 'ss01'), got {self.features!r}"
+            )
         object.__setattr__(self, "features", tuple(self.features))
         if self.em > 4 * self.patch_size:
             raise ValueError(
@@ -84,7 +90,9 @@ class RenderSettings:
         channels = default if self.channels is None else self.channels
         if channels not in ((3,) if self.mode == "rgb" else (1, 3)):
             allowed = "3" if self.mode == "rgb" else "1 or 3"
-            raise ValueError(f"channels must be {allowed} with mode {self.mode!r}, got {channels!r}")
+            raise ValueError(
+                f"channels must be {allowed} with mode {self.mode!r}, got {channels!r}"
+            )
         return channels
 
     @property

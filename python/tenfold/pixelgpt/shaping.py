@@ -37,7 +37,7 @@ class Glyph(NamedTuple):
     ``pen`` and ``advance`` say which part of the line belongs to the characters from ``cluster`` on.
     """
 
-    index: int
+    glyph: int
     cluster: int
     x: int
     y: int
@@ -115,7 +115,9 @@ class Shaper:
 
     def _report(self, missing: list[str]) -> None:
         if self.on_missing == "error":
-            raise ValueError(f"no font has {code_points(dict.fromkeys(missing))}; fonts: {self._names()}")
+            raise ValueError(
+                f"no font has {code_points(dict.fromkeys(missing))}; fonts: {self._names()}"
+            )
         if self.on_missing == "warn":
             self._new.update(dict.fromkeys(c for c in missing if c not in self._told))
 

@@ -46,7 +46,9 @@ class StripMaker:
     With ``spans``, strips say where their characters are, which costs time.
     """
 
-    def __init__(self, settings: RenderSettings, typesetter: Typesetter, spans: bool = False) -> None:
+    def __init__(
+        self, settings: RenderSettings, typesetter: Typesetter, spans: bool = False
+    ) -> None:
         self.settings, self.typesetter, self.spans = settings, typesetter, spans
         self.patch, self.width = settings.patch_size, settings.width
 
@@ -64,7 +66,8 @@ class StripMaker:
             columns = line.columns()
             strip.colors += [(x + at, color) for at, color in line.colors()]
             if self.spans:
-                strip.spans += [(part, a, b, x + low, x + high) for a, b, low, high in line.spans()]
+                found = line.spans(self.typesetter.maker)
+                strip.spans += [(part, a, b, x + low, x + high) for a, b, low, high in found]
         strip.inks.append((x, columns))
         width = len(columns) // self.patch
         strip.drawn += width
@@ -107,19 +110,20 @@ class StripMaker:
         strip.separators.append(end // self.patch)
         return strip
 
+    def blank(self, out: np.ndarray) -> None:
+        """Fills [..., C, patch, W] uint8 with paper."""
+        if not self.settings.tinted:
+            out.fill(self.typesetter.maker.paper)
+            return
+        for channel, value in enumerate(self.settings.background):
+            out[..., channel, :, :] = value
+
     def draw(self, strip: Strip, out: np.ndarray) -> None:
-        """Writes the strip over all of ``out`` [C, patch, width] uint8; calls of numpy that leave other threads alone."""
-        settings, rows, width = self.settings, self.patch, out.shape[-1]
-        paper = settings.background if settings.tinted else (self.typesetter.maker.paper,) * len(out)
-        done = 0
+        """Writes the strip on blank [C, patch, W] uint8."""
+        rows, width = self.patch, out.shape[-1]
         for x, columns in strip.inks:
             ink = np.frombuffer(columns, np.uint8).reshape(-1, rows)[: max(width - x, 0)]
-            for channel, value in zip(out, paper):
-                channel[:, done:x] = value
             self._ink(out[..., x : x + len(ink)], ink)
-            done = x + len(ink)
-        for channel, value in zip(out, paper):
-            channel[:, done:] = value
         for x, color in strip.colors:
             out[..., x : x + color.shape[-1]] = color[..., : max(width - x, 0)]
         for patch in strip.separators:

@@ -1,8 +1,9 @@
 """Lines of text as columns of pixels.
 
 Text is cut at its spaces. What stands between two spaces is a word, set once and kept; a line from left to right is
-its words' columns joined by those of a space, which is one call of ``bytes.join``. Text that turns around, colours and
-very long words take the general way through ``line``, whose result is the same where both apply.
+its words' columns joined by those of a space, which is one call of ``bytes.join``; so is one that is all from right
+to left. Mixed directions, colours and very long words take the general way through ``line``, whose result is the
+same where both apply.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from tenfold.pixelgpt.bidi import embedding_levels, paragraph_level, turns, visual_order
+from tenfold.pixelgpt.bidi import all_right, embedding_levels, paragraph_level, turns, visual_order
 from tenfold.pixelgpt.cells import Cell, CellMaker, Kept, Span
 from tenfold.pixelgpt.fonts import FontChain
 from tenfold.pixelgpt.settings import RenderSettings
@@ -28,7 +29,9 @@ _PIECES = re.compile(" +|[^ ]+")
 _CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _LINE_SPACES = "\t\n\v\f\r\x1c\x1d\x1e\x1f\x85\u2028\u2029"
 # Every character keeps its place, so that offsets are those of the text given.
-_CLEAN = {c: "\u200b" for c in (*range(0x20), *range(0x7F, 0xA0))} | {ord(c): " " for c in _LINE_SPACES}
+_CLEAN = {c: "\u200b" for c in (*range(0x20), *range(0x7F, 0xA0))} | {
+    ord(c): " " for c in _LINE_SPACES
+}
 
 
 def clean(text: str) -> str:
@@ -43,7 +46,9 @@ def cuts(word: str) -> Iterator[tuple[int, int]]:
     start = 0
     while len(word) - start > LONGEST:
         end = start + LONGEST
-        while end > start and (joins(word[end], word[end - 1]) or unicodedata.combining(word[end - 1]) == 9):
+        while end > start and (
+            joins(word[end], word[end - 1]) or unicodedata.combining(word[end - 1]) == 9
+        ):
             end -= 1
         if end == start:
             end = start + LONGEST
@@ -85,10 +90,10 @@ class Line:
                     found.append((low, cell.color[..., low - x : high - x]))
         return found
 
-    def spans(self) -> Iterator[Span]:
+    def spans(self, maker: CellMaker) -> Iterator[Span]:
         """Which characters are on which pixels."""
         for x, start, cell in self._placed():
-            for first, last, left, right in cell.spans:
+            for first, last, left, right in maker.spans(cell):
                 low, high = max(x + left, 0), min(x + right, self.width)
                 if low < high:
                     yield start + first, start + last, low, high
@@ -103,7 +108,8 @@ class Typesetter:
         self.space = self.maker.space
         self._space = self.maker.blank(1, self.space).columns
         self._parts: Kept = Kept(self._set_piece, _WORDS)
-        self._words: Kept = Kept(self._set_word, _WORDS)
+        self._words: Kept = Kept(lambda word: self._set_word(word, False), _WORDS)
+        self._right: Kept = Kept(lambda word: self._set_word(word, True), _WORDS)
 
     def _set_piece(self, key: tuple[str, bool]) -> tuple[tuple[int, Cell], ...]:
         text, right_to_left = key
@@ -111,9 +117,9 @@ class Typesetter:
             return ((0, self.maker.blank(len(text), len(text) * self.space)),)
         return tuple(self.maker.cells(text, right_to_left))
 
-    def _set_word(self, word: str) -> bytes | None:
-        """Columns of a word from left to right; None if it has colours."""
-        cells = [cell for a, b in cuts(word) if b > a for _, cell in self._parts[word[a:b], False]]
+    def _set_word(self, word: str, right_to_left: bool) -> bytes | None:
+        """Columns of a word of at most LONGEST characters; None if it has colours."""
+        cells = [cell for _, cell in self._parts[word, right_to_left]] if word else []
         if any(cell.color is not None for cell in cells):
             return None
         return b"".join([cell.columns for cell in cells])
@@ -125,9 +131,11 @@ class Typesetter:
         return paragraph_level(text) if turns(text) else 0
 
     def columns(self, text: str, limit: int) -> bytes | None:
-        """The first ``limit`` columns of clean text; None where only ``line`` can set it."""
-        if self.settings.direction == "rtl" or turns(text):
+        """The first ``limit`` columns of clean text, in the order of reading; None where only ``line`` can set it."""
+        right = turns(text)
+        if (right and not all_right(text)) or self.base(text) != right:
             return None
+        words_of = self._right if right else self._words
         done: list[bytes] = []
         size = 0
         rest: str | None = text
@@ -136,11 +144,16 @@ class Typesetter:
             rest = words.pop() if len(words) > _BLOCK else None
             if max(map(len, words)) > LONGEST:
                 return None
+            if right:
+                words.reverse()
             try:
-                done.append(self._space.join(map(self._words.__getitem__, words)))
+                done.append(self._space.join(map(words_of.__getitem__, words)))
             except TypeError:  # a word with colours is None
                 return None
             size += len(done[-1]) + len(self._space)
+        if right:
+            done.reverse()
+            return self._space.join(done)[-limit * self.rows :]
         return self._space.join(done)[: limit * self.rows]
 
     def line(self, text: str, limit: int | None = None, base: int | None = None) -> Line:
@@ -189,7 +202,9 @@ class Typesetter:
                 break
             end = min(len(text), 4 * end)
         parts = [
-            (pieces[i][0] + first, cell) for i in visual_order(order) for first, cell in pieces[i][1]
+            (pieces[i][0] + first, cell)
+            for i in visual_order(order)
+            for first, cell in pieces[i][1]
         ]
         return parts, width
 

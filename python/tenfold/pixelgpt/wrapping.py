@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 
 from tenfold.pixelgpt.shaping import clusters
-from tenfold.pixelgpt.typeset import Typesetter, cuts, clean
+from tenfold.pixelgpt.typeset import Typesetter, clean, cuts
 
 _WORD = re.compile("[^ ]+")
 
