@@ -30,8 +30,8 @@ Gate gelu_of(const char* op, const std::string& approximate) {
 GatedCall check_gated(const char* op, const char* a_name, const char* b_name, Gate gate,
                       const Tensor* out, const Tensor& a, const Tensor& b) {
   check_pair(op, a_name, a, b_name, b);
-  GatedCall c{gate, to_dtype(a.scalar_type()), row_shape(a), readable_rows(a), readable_rows(b),
-              {},   false};
+  GatedCall c{gate, to_dtype(a.scalar_type()), row_shape(a), readable_rows(a), readable_rows(b), {},
+              false};
   if (out == nullptr) {
     c.out = new_rows(a, a.scalar_type());
     return c;
@@ -54,8 +54,7 @@ GatedGradCall check_gated_backward(const Tensor& grad, const Tensor& a, const Te
   TENFOLD_CHECK_VALUE(act == "silu" || act == "gelu_tanh" || act == "gelu", "tenfold::", kOp,
                       ": act must be silu, gelu_tanh or gelu, got '", act, "'");
   const auto made = [&](bool wanted) {
-    return wanted ? new_output(a, a.sizes(), a.scalar_type())
-                  : new_output(a, {0}, a.scalar_type());
+    return wanted ? new_output(a, a.sizes(), a.scalar_type()) : new_output(a, {0}, a.scalar_type());
   };
   return {act == "silu"        ? Gate::silu
           : act == "gelu_tanh" ? Gate::gelu_tanh

@@ -85,8 +85,8 @@ RmsCall check_rms_norm(const char* op, const Tensor* y, const OptTensor& sum, co
       check_apart(op, "sum", *c.sum, "x", c.x, c.shape);
       check_apart(op, "sum", *c.sum, "residual", *c.residual, c.shape);
       check_apart(op, "y", c.y, "sum", *c.sum, c.shape, false);
-      c.in_place = c.in_place || over(c.y, *c.residual) || over(*c.sum, c.x) ||
-                   over(*c.sum, *c.residual);
+      c.in_place =
+          c.in_place || over(c.y, *c.residual) || over(*c.sum, c.x) || over(*c.sum, *c.residual);
     }
   }
   RmsRows& r = c.rows;
@@ -110,9 +110,9 @@ RmsGradCall check_rms_norm_backward(const Tensor& grad_y, const OptTensor& grad_
   check_has_rows(kOp, "x", x);
   check_weight(kOp, x, weight);
   const auto y = grad_y.scalar_type();
-  TENFOLD_CHECK_VALUE(y == x.scalar_type() ||
-                          (y == weight.scalar_type() && x.scalar_type() == ScalarType::Float),
-                      "tenfold::", kOp, ": grad_y must have the dtype of y, got ", dtype_name(y));
+  TENFOLD_CHECK_VALUE(
+      y == x.scalar_type() || (y == weight.scalar_type() && x.scalar_type() == ScalarType::Float),
+      "tenfold::", kOp, ": grad_y must have the dtype of y, got ", dtype_name(y));
   check_like(kOp, "x", x, "grad_y", grad_y);
   if (grad_sum) {
     check_same_dtype(kOp, "x", x, "grad_sum", *grad_sum);
@@ -123,16 +123,16 @@ RmsGradCall check_rms_norm_backward(const Tensor& grad_y, const OptTensor& grad_
                       "tenfold::", kOp, ": rstd must be float32 with one number per row of x (",
                       shape.rows, "), got ", dtype_name(rstd.scalar_type()), " ", shape_str(rstd));
   if (!x.is_cpu() || !rstd.is_cpu()) check_same_device(kOp, "x", x, "rstd", rstd);
-  RmsGradCall c{shape,
-                readable_rows(grad_y),
-                readable_rows(x),
-                {},
-                as_contiguous(weight),
-                as_contiguous(rstd),
-                of_x ? new_output(x, x.sizes(), x.scalar_type())
-                     : new_output(x, {0}, x.scalar_type()),
-                new_output(weight, {of_weight ? shape.cols : 0}, weight.scalar_type()),
-                {}};
+  RmsGradCall c{
+      shape,
+      readable_rows(grad_y),
+      readable_rows(x),
+      {},
+      as_contiguous(weight),
+      as_contiguous(rstd),
+      of_x ? new_output(x, x.sizes(), x.scalar_type()) : new_output(x, {0}, x.scalar_type()),
+      new_output(weight, {of_weight ? shape.cols : 0}, weight.scalar_type()),
+      {}};
   RmsGradRows& r = c.rows;
   r.x_dtype = to_dtype(x.scalar_type()), r.weight_dtype = to_dtype(weight.scalar_type());
   r.y_dtype = to_dtype(y), r.cols = shape.cols;

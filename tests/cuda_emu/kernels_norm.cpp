@@ -1,4 +1,5 @@
-// C entry points of the emulated kernels of `norm`, for ctypes. The launch code is the kernels' own.
+// C entry points of the emulated kernels of `norm`, for ctypes. The launch code is the kernels'
+// own.
 #define TENFOLD_CUDA_EMU
 #include "entry.h"  // after the kernels
 #include "norm/cuda/gated_act_kernel.cuh"
@@ -12,7 +13,8 @@ const Dtype kDtypes[] = {Dtype::f32, Dtype::bf16, Dtype::f16};
 
 // in: x residual weight, out: y sum rstd, or null. n: dtypes of x, weight and y, rounds rows cols
 // x_stride residual_stride y_stride sum_stride
-API void emu_rms_norm(const void* const* in, void* const* out, const int64_t* n, const double* eps) {
+API void emu_rms_norm(const void* const* in, void* const* out, const int64_t* n,
+                      const double* eps) {
   RmsArgs a{};
   RmsRows& r = a.r;
   r.x = in[0], r.residual = in[1], r.weight = in[2];
@@ -23,8 +25,8 @@ API void emu_rms_norm(const void* const* in, void* const* out, const int64_t* n,
   launch_rms_norm(a, nullptr);
 }
 
-// in: dy dsum h weight rstd, out: dx dw, or null. n: dtypes of h, weight and dy, rows cols dy_stride
-// dsum_stride h_stride
+// in: dy dsum h weight rstd, out: dx dw, or null. n: dtypes of h, weight and dy, rows cols
+// dy_stride dsum_stride h_stride
 API void emu_rms_norm_grad(const void* const* in, void* const* out, const int64_t* n) {
   Memory memory;
   RmsGradArgs a{};
@@ -45,6 +47,5 @@ API void emu_gated_act(const void* const* in, void* const* out, const int64_t* n
   a.dout = in[0], a.a = in[1], a.b = in[2], a.out = out[0], a.da = out[1], a.db = out[2];
   a.rows = n[2], a.cols = n[3], a.dout_stride = n[4], a.a_stride = n[5], a.b_stride = n[6];
   a.out_stride = n[7];
-  with_dtype(n[0],
-             [&]<class T>() { launch_gated_act<T>(a, static_cast<Gate>(n[1]), nullptr); });
+  with_dtype(n[0], [&]<class T>() { launch_gated_act<T>(a, static_cast<Gate>(n[1]), nullptr); });
 }

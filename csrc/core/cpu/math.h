@@ -60,8 +60,8 @@ inline VF tanh(VF x) {
   return select(lt(magnitude, set1(0.625f)), fma(x * z, p, x), far);
 }
 
-// 1 / (1 + e^-x), from the exponential that cannot overflow, and its derivative; relatively exact on
-// both sides, where 1 - value would not be.
+// 1 / (1 + e^-x), from the exponential that cannot overflow, and its derivative; relatively exact
+// on both sides, where 1 - value would not be.
 struct Logistic {
   VF value, slope;
 };

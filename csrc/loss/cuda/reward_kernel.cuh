@@ -4,9 +4,9 @@
 // from the row's first real one, so padding does not matter.
 #pragma once
 
+#include "core/block_sums.cuh"
 #include "core/convert.cuh"
 #include "core/vectors.cuh"
-#include "core/block_sums.cuh"
 #include "loss/pair_loss.h"
 #include "loss/token_reward.h"
 

@@ -3,9 +3,9 @@
 // special tokens: a step of the block has one barrier.
 #pragma once
 
+#include "core/block_sums.cuh"
 #include "core/convert.cuh"
 #include "core/vectors.cuh"
-#include "core/block_sums.cuh"
 #include "loss/traces.h"
 
 namespace tenfold::cuda {

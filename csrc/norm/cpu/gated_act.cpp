@@ -73,8 +73,8 @@ std::tuple<Tensor, Tensor> gated_act_backward_op(Tensor grad, Tensor a, Tensor b
   const int64_t size = dtype_size(c.dtype), cols = c.shape.cols;
   const RowShape shape = joined_rows(c.shape, {c.dout.stride, c.a.stride, c.b.stride});
   const bool past = past_caches(c.shape.rows * cols * size);
-  auto *const da = of_a ? data_as<char>(c.da) : nullptr,
-              *const db = of_b ? data_as<char>(c.db) : nullptr;
+  auto *const da = of_a ? data_as<char>(c.da) : nullptr, *const db =
+                                                             of_b ? data_as<char>(c.db) : nullptr;
   for_spans(shape, 2 * kMicrosPerElement, [&](int64_t row, int64_t col, int64_t n) {
     const int64_t to = (row * shape.cols + col) * size;
     const GatedGradSpan span{c.dtype,

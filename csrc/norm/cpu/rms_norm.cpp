@@ -52,8 +52,7 @@ void rms_norm_out_op(Tensor y, OptTensor sum, Tensor x, OptTensor residual, Tens
 std::tuple<Tensor, Tensor> rms_norm_backward_op(Tensor grad_y, OptTensor grad_sum, Tensor x,
                                                 Tensor weight, Tensor rstd, bool of_x,
                                                 bool of_weight) {
-  RmsGradCall c =
-      check_rms_norm_backward(grad_y, grad_sum, x, weight, rstd, of_x, of_weight);
+  RmsGradCall c = check_rms_norm_backward(grad_y, grad_sum, x, weight, rstd, of_x, of_weight);
   if (!of_x && !of_weight) return {c.dx, c.dw};
   RmsGradRows& r = c.rows;
   const int64_t rows = c.shape.rows, cols = r.cols, block = rms_block_rows(rows);

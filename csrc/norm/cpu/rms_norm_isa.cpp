@@ -123,7 +123,8 @@ inline VF add_rows(const T* x, const T* residual, T* sum, T* kept, bool past, in
     if (!past) continue;
     constexpr int kStep = static_cast<int>(sizeof(float) / sizeof(T)) * kWidth;
     for (int k = 0; k < kTwo; k += kStep)
-      stream(reinterpret_cast<float*>(sum + j + k), load(reinterpret_cast<const float*>(to + j + k)));
+      stream(reinterpret_cast<float*>(sum + j + k),
+             load(reinterpret_cast<const float*>(to + j + k)));
   }
   for (; j < cols; j += kWidth) {
     const int n = static_cast<int>(cols - j < kWidth ? cols - j : kWidth);

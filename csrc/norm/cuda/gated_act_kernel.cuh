@@ -1,5 +1,5 @@
-// Device code of swiglu, gated_gelu and their gradients (norm/gated_act.h): a thread has two vectors
-// of a row. Rows that lie one after another are one.
+// Device code of swiglu, gated_gelu and their gradients (norm/gated_act.h): a thread has two
+// vectors of a row. Rows that lie one after another are one.
 #pragma once
 
 #include "core/vectors.cuh"
@@ -10,7 +10,7 @@ namespace tenfold::cuda {
 constexpr int kGatedThreads = 128, kGatedVectors = 2;
 
 template <class T>
-constexpr int64_t kGatedBlock = static_cast<int64_t>(kGatedThreads) * kGatedVectors* kPerVector<T>;
+constexpr int64_t kGatedBlock = static_cast<int64_t>(kGatedThreads) * kGatedVectors * kPerVector<T>;
 
 inline int64_t gated_parts(int64_t cols, Dtype dtype) {
   const int64_t block = dtype == Dtype::f32 ? kGatedBlock<float> : kGatedBlock<bf16_t>;
@@ -18,8 +18,8 @@ inline int64_t gated_parts(int64_t cols, Dtype dtype) {
 }
 
 struct GatedArgs {
-  const void *dout, *a, *b;  // dout: of gradients
-  void *out, *da, *db;       // da, db: or null
+  const void *dout, *a, *b;                                         // dout: of gradients
+  void *out, *da, *db;                                              // da, db: or null
   int64_t rows, cols, dout_stride, a_stride, b_stride, out_stride;  // out_stride: of da and db too
   bool wide;
 };
@@ -96,10 +96,8 @@ __global__ void __launch_bounds__(kGatedThreads) gated_act_grad_kernel(GatedArgs
       of_b[k] = d[k] * (a[k] * p);
       if (args.da != nullptr) a[k] = d[k] * b[k] * slope;
     }
-    if (args.da != nullptr)
-      store_some<T, kEach>(a, static_cast<T*>(args.da) + to, n, args.wide);
-    if (args.db != nullptr)
-      store_some<T, kEach>(of_b, static_cast<T*>(args.db) + to, n, args.wide);
+    if (args.da != nullptr) store_some<T, kEach>(a, static_cast<T*>(args.da) + to, n, args.wide);
+    if (args.db != nullptr) store_some<T, kEach>(of_b, static_cast<T*>(args.db) + to, n, args.wide);
   });
 }
 

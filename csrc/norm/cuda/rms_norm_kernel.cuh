@@ -1,7 +1,8 @@
 // Device code of rms_norm and its gradients (norm/rms_norm.h). A warp has a row of up to 1,024
-// elements, a block a longer one; a thread keeps kKept elements of it in registers, and reads what
-// is beyond a second time. Gradients: a block walks over a strip of rows and keeps its sums for the
-// weight in registers, too; then sums of strips are added in order.
+// elements, a block a longer one; a thread keeps kRmsKept elements of it in registers, and reads
+// what is beyond a second time. Gradients: a block walks over a strip of rows, which it reads twice
+// (the second time from the first cache, so that registers are left for more warps), and keeps its
+// sums for the weight in registers; then sums of strips are added in order.
 #pragma once
 
 #include "core/block_sums.cuh"
@@ -93,7 +94,7 @@ __global__ void __launch_bounds__(kRmsThreads) rms_norm_kernel(RmsArgs a) {
 
   float squares = 0.0f;
   // h of the elements from j on; adds their squares.
-  const auto read = [&](int64_t j, float(&h)[kEach]) {
+  const auto read = [&](int64_t j, float (&h)[kEach]) {
     load_some<X, kEach>(x + j, cols - j, a.wide, h);
     if (r.residual != nullptr) {
       float more[kEach];
@@ -116,7 +117,7 @@ __global__ void __launch_bounds__(kRmsThreads) rms_norm_kernel(RmsArgs a) {
   const float rstd = 1.0f / sqrtf(mean + r.eps);
   if (row < a.rows && r.rstd != nullptr && threadIdx.x % kRowThreads == 0) r.rstd[row] = rstd;
 
-  const auto write = [&](int64_t j, const float(&h)[kEach]) {
+  const auto write = [&](int64_t j, const float (&h)[kEach]) {
     float w[kEach], out[kEach];
     load_weight<kEach>(r.weight, r.weight_dtype, j, cols - j, a.wide, w);
 #pragma unroll
@@ -161,34 +162,23 @@ __global__ void __launch_bounds__(kRmsThreads) rms_norm_grad_kernel(RmsGradArgs 
     const X* const dsum = static_cast<const X*>(r.dsum) + row * r.dsum_stride;
     X* const dx = r.dx != nullptr ? static_cast<X*>(r.dx) + row * r.cols : nullptr;
     const float rstd = cols > 0 ? r.rstd[row] : 0.0f;
-    const auto read = [&](int64_t j, float(&d)[kEach], float(&x)[kEach]) {
+    const auto read = [&](int64_t j, float (&d)[kEach], float (&x)[kEach]) {
       load_some<Y, kEach>(dy + j, cols - j, a.wide, d);
       load_some<X, kEach>(h + j, cols - j, a.wide, x);
     };
     float dots = 0.0f;
-    const auto dot = [&](int64_t j, const float(&d)[kEach], const float(&x)[kEach]) {
-      if (r.dx == nullptr) return;
-      float w[kEach];
+    const auto dot = [&](int64_t j) {
+      float d[kEach], x[kEach], w[kEach];
+      read(j, d, x);
       load_weight<kEach>(r.weight, r.weight_dtype, j, cols - j, a.wide, w);
 #pragma unroll
       for (int k = 0; k < kEach; ++k) dots = fmaf(d[k] * w[k], x[k], dots);
     };
-    float d_kept[kChunks][kEach], x_kept[kChunks][kEach];
-    for_chunks<X, kRowThreads>(
-        cols,
-        [&](int c, int64_t j) {
-          read(j, d_kept[c], x_kept[c]);
-          dot(j, d_kept[c], x_kept[c]);
-        },
-        [&](int64_t j) {
-          float d[kEach], x[kEach];
-          read(j, d, x);
-          dot(j, d, x);
-        });
+    if (r.dx != nullptr) for_chunks<X, kRowThreads>(cols, [&](int, int64_t j) { dot(j); }, dot);
     const float mean = row_sum<kRowThreads>(dots, memory) / static_cast<float>(r.cols);
     const float pull = -(rstd * rstd * rstd * mean);
 
-    const auto write = [&](int64_t j, const float(&d)[kEach], const float(&x)[kEach]) {
+    const auto write = [&](int64_t j, const float (&d)[kEach], const float (&x)[kEach]) {
       if (r.dx == nullptr) return;
       float w[kEach], out[kEach];
       load_weight<kEach>(r.weight, r.weight_dtype, j, cols - j, a.wide, w);
@@ -205,10 +195,11 @@ __global__ void __launch_bounds__(kRmsThreads) rms_norm_grad_kernel(RmsGradArgs 
     for_chunks<X, kRowThreads>(
         cols,
         [&](int c, int64_t j) {
-          write(j, d_kept[c], x_kept[c]);
+          float d[kEach], x[kEach];
+          read(j, d, x);
+          write(j, d, x);
 #pragma unroll
-          for (int k = 0; k < kEach; ++k)
-            dw[c][k] = fmaf(d_kept[c][k] * x_kept[c][k], rstd, dw[c][k]);
+          for (int k = 0; k < kEach; ++k) dw[c][k] = fmaf(d[k] * x[k], rstd, dw[c][k]);
         },
         [&](int64_t j) {  // a whole block has the row, so nobody else has these sums
           float d[kEach], x[kEach];
@@ -349,7 +340,7 @@ inline void launch_rms_norm_grad(RmsGradArgs a, void* dw, cudaStream_t stream) {
   if (!of_weight || r.cols == 0) return;
   const auto columns = static_cast<unsigned>((r.cols + kAddCols - 1) / kAddCols);
   const auto add = [&]<class W>() {
-    TENFOLD_LAUNCH(rms_norm_add_kernel<W>, columns, kAddCols* kAddLanes, stream, a.parts, strips,
+    TENFOLD_LAUNCH(rms_norm_add_kernel<W>, columns, kAddCols * kAddLanes, stream, a.parts, strips,
                    r.cols, static_cast<W*>(dw));
   };
   if (r.weight_dtype == Dtype::f32) return add.template operator()<float>();
