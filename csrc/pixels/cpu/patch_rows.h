@@ -83,6 +83,12 @@ inline void deinterleave3(const E* from, int64_t n, E* a, E* b, E* c) {
   for (; i < n; ++i) a[i] = from[3 * i], b[i] = from[3 * i + 1], c[i] = from[3 * i + 2];
 }
 
+// Rows of an image are far apart, and a patch reads a line or two of each: what later ones read.
+constexpr int64_t kAheadInRow = 192;  // bytes
+inline void fetch_ahead(const void* row) {
+  __builtin_prefetch(static_cast<const char*>(row) + kAheadInRow);
+}
+
 // How a patch's values lie in its image.
 enum class Order { runs, planes, pixels, any };
 
@@ -101,6 +107,7 @@ inline void move_patch(Image* at, const PatchBox& b, E* patch) {
   constexpr int64_t kSize = sizeof(E);
   const auto run = [](auto* image, E* mine, int64_t n) {
     if constexpr (kGather) {
+      fetch_ahead(image);
       copy_run(reinterpret_cast<char*>(mine), reinterpret_cast<const char*>(image), n * kSize);
     } else {
       copy_run(reinterpret_cast<char*>(image), reinterpret_cast<const char*>(mine), n * kSize);
@@ -120,6 +127,7 @@ inline void move_patch(Image* at, const PatchBox& b, E* patch) {
         auto *const x = at + i * s0, *const y = x + s2, *const z = y + s2;
         E* const mine = patch + i * n1 * 3;
         if constexpr (kGather) {
+          fetch_ahead(x), fetch_ahead(y), fetch_ahead(z);
           interleave3<E>(x, y, z, n1, mine);
         } else {
           deinterleave3<E>(mine, n1, x, y, z);
@@ -183,39 +191,69 @@ inline VM lanes_below(int64_t n) {
   return lt(iota(), seti(static_cast<uint32_t>(n)));
 }
 
-// The bytes as floats, and their norm. Lanes hold whole numbers below 2^24 exactly: up to 256
+// Sums of bytes, on their way to floats. Lanes hold whole numbers below 2^24 exactly: up to 256
 // squares of a byte each.
-inline PatchNorm norm_of(const uint8_t* x, int64_t n, double eps, float* floats) {
-  constexpr int64_t kStep = 256 * kWidth;
-  uint64_t sum = 0, squares = 0;
-  for (int64_t first = 0; first < n; first += kStep) {
-    const int64_t end = first + kStep < n ? first + kStep : n;
-    VF s = set1(0.0f), q = s, s1 = s, q1 = s;
-    int64_t k = first;
-    for (; k + 2 * kWidth <= end; k += 2 * kWidth) {
-      const VF u = Bytes{x}(k), v = Bytes{x}(k + kWidth);
-      store(floats + k, u);
-      store(floats + k + kWidth, v);
-      s = s + u, s1 = s1 + v;
-      q = fma(u, u, q), q1 = fma(v, v, q1);
-    }
-    for (; k < end; k += kWidth) {
-      const VF u = select(lanes_below(end - k), Bytes{x}(k), set1(0.0f));
-      store(floats + k, u);
-      s = s + u, q = fma(u, u, q);
-    }
-    float lanes[4][kWidth];
-    store(lanes[0], s), store(lanes[1], s1), store(lanes[2], q), store(lanes[3], q1);
-    int32_t a = 0, b = 0, c = 0;  // below 16 x 2^24 each
-    for (int i = 0; i < kWidth; ++i) {
-      a += static_cast<int32_t>(lanes[0][i]) + static_cast<int32_t>(lanes[1][i]);
-      b += static_cast<int32_t>(lanes[2][i]);
-      c += static_cast<int32_t>(lanes[3][i]);
-    }
-    sum += static_cast<uint64_t>(a);
-    squares += static_cast<uint64_t>(b) + static_cast<uint64_t>(c);
+struct ByteSums {
+  VF sum[2], squares[2];
+  uint64_t all = 0, all_squares = 0;
+  int vectors = 0;  // pairs of them since the last flush
+
+  inline ByteSums() { clear(); }
+  inline void clear() { sum[0] = sum[1] = squares[0] = squares[1] = set1(0.0f), vectors = 0; }
+  inline void add(int at, VF u, float* to) {
+    store(to, u);
+    sum[at] = sum[at] + u, squares[at] = fma(u, u, squares[at]);
   }
-  return norm_of_bytes(sum, squares, n, eps);
+  inline void flush() {
+    float lanes[2][kWidth];
+    store(lanes[0], sum[0] + sum[1]);  // exact
+    int32_t a = 0, b = 0, c = 0;       // below 16 x 2^24 each
+    for (int i = 0; i < kWidth; ++i) a += static_cast<int32_t>(lanes[0][i]);
+    store(lanes[0], squares[0]), store(lanes[1], squares[1]);
+    for (int i = 0; i < kWidth; ++i) {
+      b += static_cast<int32_t>(lanes[0][i]);
+      c += static_cast<int32_t>(lanes[1][i]);
+    }
+    all += static_cast<uint64_t>(a);
+    all_squares += static_cast<uint64_t>(b) + static_cast<uint64_t>(c);
+    clear();
+  }
+  // n bytes, a whole number of vectors.
+  inline void run(const uint8_t* x, int64_t n, float* to) {
+    int64_t k = 0;
+    for (; k + 2 * kWidth <= n; k += 2 * kWidth) {
+      add(0, to_float(load_bytes(x + k)), to + k);
+      add(1, to_float(load_bytes(x + k + kWidth)), to + k + kWidth);
+      if (++vectors == 255) flush();
+    }
+    if (k == n) return;
+    add(0, to_float(load_bytes(x + k)), to + k);
+    if (++vectors == 255) flush();
+  }
+};
+
+// The bytes as floats, and their norm; what lies behind them, up to a vector, is 0.
+inline PatchNorm norm_of(const uint8_t* x, int64_t n, double eps, float* floats) {
+  ByteSums sums;
+  sums.run(x, (n + kWidth - 1) / kWidth * kWidth, floats);
+  sums.flush();
+  return norm_of_bytes(sums.all, sums.all_squares, n, eps);
+}
+
+// Likewise of a patch in runs of whole vectors, straight from its image.
+inline PatchNorm norm_of_runs(const uint8_t* at, const PatchBox& b, double eps, float* floats) {
+  const int64_t n1 = b.size[1], n2 = b.size[2];
+  const bool joined = b.stride[1] == n2;
+  const int64_t runs = joined ? 1 : n1, length = joined ? n1 * n2 : n2;
+  ByteSums sums;
+  for (int64_t i = 0; i < b.size[0]; ++i)
+    for (int64_t j = 0; j < runs; ++j, floats += length) {
+      const uint8_t* const row = at + i * b.stride[0] + j * b.stride[1];
+      fetch_ahead(row);
+      sums.run(row, length, floats);
+    }
+  sums.flush();
+  return norm_of_bytes(sums.all, sums.all_squares, b.size[0] * n1 * n2, eps);
 }
 
 // First their mean, by differences to the first value, so that equal ones give 0; then differences
@@ -270,8 +308,13 @@ inline void with_patch(const PatchGrid& g, const PatchBox& box, int64_t offset, 
     return raw;
   };
   if (g.pixel == Pixel::u8) {
+    if (normalize && order_of(box) == Order::runs && box.run() % kWidth == 0) {
+      const auto* const at = static_cast<const uint8_t*>(g.data) + offset;
+      return use(Floats{memory.floats}, Affine(norm_of_runs(at, box, eps, memory.floats)));
+    }
     const uint8_t* const raw = gathered(static_cast<const uint8_t*>(nullptr));
     if (!normalize) return use(Bytes{raw}, Level{});
+    for (int k = 0; k < kWidth; ++k) memory.raw[n + k] = 0;
     return use(Floats{memory.floats}, Affine(norm_of(raw, n, eps, memory.floats)));
   }
   const float* x = memory.floats;
