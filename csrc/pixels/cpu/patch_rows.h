@@ -42,18 +42,20 @@ inline void interleave3(const E* a, const E* b, const E* c, int64_t n, E* to) {
   if constexpr (sizeof(E) == 1) {
     for (; i + 16 <= n; i += 16) {
       const V16 x = load16(a + i), y = load16(b + i), z = load16(c + i);
-      const V16 p = __builtin_shuffle(
-          x, y, V16{0, 16, 0, 1, 17, 0, 2, 18, 0, 3, 19, 0, 4, 20, 0, 5});
-      const V16 q = __builtin_shuffle(
-          x, y, V16{21, 0, 6, 22, 0, 7, 23, 0, 8, 24, 0, 9, 25, 0, 10, 26});
-      const V16 r = __builtin_shuffle(
-          x, y, V16{0, 11, 27, 0, 12, 28, 0, 13, 29, 0, 14, 30, 0, 15, 31, 0});
-      store16(to + 3 * i, __builtin_shuffle(p, z, V16{0, 1, 16, 3, 4, 17, 6, 7, 18, 9, 10, 19, 12,
-                                                      13, 20, 15}));
-      store16(to + 3 * i + 16, __builtin_shuffle(q, z, V16{0, 21, 2, 3, 22, 5, 6, 23, 8, 9, 24, 11,
-                                                           12, 25, 14, 15}));
-      store16(to + 3 * i + 32, __builtin_shuffle(r, z, V16{26, 1, 2, 27, 4, 5, 28, 7, 8, 29, 10,
-                                                           11, 30, 13, 14, 31}));
+      const V16 p =
+          __builtin_shuffle(x, y, V16{0, 16, 0, 1, 17, 0, 2, 18, 0, 3, 19, 0, 4, 20, 0, 5});
+      const V16 q =
+          __builtin_shuffle(x, y, V16{21, 0, 6, 22, 0, 7, 23, 0, 8, 24, 0, 9, 25, 0, 10, 26});
+      const V16 r =
+          __builtin_shuffle(x, y, V16{0, 11, 27, 0, 12, 28, 0, 13, 29, 0, 14, 30, 0, 15, 31, 0});
+      store16(to + 3 * i, __builtin_shuffle(
+                              p, z, V16{0, 1, 16, 3, 4, 17, 6, 7, 18, 9, 10, 19, 12, 13, 20, 15}));
+      store16(
+          to + 3 * i + 16,
+          __builtin_shuffle(q, z, V16{0, 21, 2, 3, 22, 5, 6, 23, 8, 9, 24, 11, 12, 25, 14, 15}));
+      store16(
+          to + 3 * i + 32,
+          __builtin_shuffle(r, z, V16{26, 1, 2, 27, 4, 5, 28, 7, 8, 29, 10, 11, 30, 13, 14, 31}));
     }
   }
   for (; i < n; ++i) to[3 * i] = a[i], to[3 * i + 1] = b[i], to[3 * i + 2] = c[i];
@@ -66,18 +68,18 @@ inline void deinterleave3(const E* from, int64_t n, E* a, E* b, E* c) {
     for (; i + 16 <= n; i += 16) {
       const V16 x = load16(from + 3 * i), y = load16(from + 3 * i + 16),
                 z = load16(from + 3 * i + 32);
-      const V16 p = __builtin_shuffle(
-          x, y, V16{0, 3, 6, 9, 12, 15, 18, 21, 24, 27, 30, 0, 0, 0, 0, 0});
-      const V16 q = __builtin_shuffle(
-          x, y, V16{1, 4, 7, 10, 13, 16, 19, 22, 25, 28, 31, 0, 0, 0, 0, 0});
-      const V16 r = __builtin_shuffle(
-          x, y, V16{2, 5, 8, 11, 14, 17, 20, 23, 26, 29, 0, 0, 0, 0, 0, 0});
-      store16(a + i, __builtin_shuffle(p, z, V16{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 17, 20, 23, 26,
-                                                 29}));
-      store16(b + i, __builtin_shuffle(q, z, V16{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 18, 21, 24, 27,
-                                                 30}));
-      store16(c + i, __builtin_shuffle(r, z, V16{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 19, 22, 25, 28,
-                                                 31}));
+      const V16 p =
+          __builtin_shuffle(x, y, V16{0, 3, 6, 9, 12, 15, 18, 21, 24, 27, 30, 0, 0, 0, 0, 0});
+      const V16 q =
+          __builtin_shuffle(x, y, V16{1, 4, 7, 10, 13, 16, 19, 22, 25, 28, 31, 0, 0, 0, 0, 0});
+      const V16 r =
+          __builtin_shuffle(x, y, V16{2, 5, 8, 11, 14, 17, 20, 23, 26, 29, 0, 0, 0, 0, 0, 0});
+      store16(a + i,
+              __builtin_shuffle(p, z, V16{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 17, 20, 23, 26, 29}));
+      store16(b + i,
+              __builtin_shuffle(q, z, V16{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 18, 21, 24, 27, 30}));
+      store16(c + i,
+              __builtin_shuffle(r, z, V16{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 19, 22, 25, 28, 31}));
     }
   }
   for (; i < n; ++i) a[i] = from[3 * i], b[i] = from[3 * i + 1], c[i] = from[3 * i + 2];
@@ -319,7 +321,8 @@ inline void with_patch(const PatchGrid& g, const PatchBox& box, int64_t offset, 
   }
   const float* x = memory.floats;
   if (g.pixel == Pixel::f32) x = gathered(static_cast<const float*>(nullptr));
-  if (g.pixel == Pixel::bf16) widen(gathered(static_cast<const bf16_t*>(nullptr)), n, memory.floats);
+  if (g.pixel == Pixel::bf16)
+    widen(gathered(static_cast<const bf16_t*>(nullptr)), n, memory.floats);
   if (g.pixel == Pixel::f16) widen(gathered(static_cast<const fp16_t*>(nullptr)), n, memory.floats);
   use(Floats{x}, Affine(normalize ? norm_of(x, n, eps) : PatchNorm{0.0, 1.0, 0.0}));
 }
