@@ -44,7 +44,9 @@ def _bytes(s: Shape, size: int, variant: str, grads: bool) -> int:
     return VALUES * (_counted(s, variant) * (1 + size) + (patches_of(s) * size if grads else 0))
 
 
-def _inputs(s: Shape, dtype: torch.dtype, device: torch.device, variant: str, grads: bool) -> Inputs:  # fmt: skip
+def _inputs(
+    s: Shape, dtype: torch.dtype, device: torch.device, variant: str, grads: bool
+) -> Inputs:
     made = torch.Generator().manual_seed(1)
     at = torch.arange(s["l"]).expand(s["b"], -1)
     mask = at % 4 != 0 if variant == "mae" else at < COUNTED[variant] * s["l"]
@@ -100,8 +102,12 @@ def _case(op: str, s: Shape, dtype: torch.dtype, variant: str) -> Case:
             provider("eager:written_out", lambda i: i.pred.copy_(written_out(i)[1])),
         ]
     elif grads:
-        providers = [autograd("tenfold", ours, "pred"), provider("eager:written_out", written_out),
-                     autograd("peer:autograd", published, "pred"), compiled_gradients(published, "pred")]  # fmt: skip
+        providers = [
+            autograd("tenfold", ours, "pred"),
+            provider("eager:written_out", written_out),
+            autograd("peer:autograd", published, "pred"),
+            compiled_gradients(published, "pred"),
+        ]
     else:
         providers = [provider("tenfold", ours), provider("eager:in_place", short),
                      provider("peer:sequence", published), compiled(published)]  # fmt: skip

@@ -68,7 +68,9 @@ def by_bytes(image: Tensor, dtype: torch.dtype, normalize: bool, **where: str) -
     return x.to(dtype).div_(255)
 
 
-def by_unfold(image: Tensor, dtype: torch.dtype, normalize: bool, channels: str, layout: str) -> Tensor:  # fmt: skip
+def by_unfold(
+    image: Tensor, dtype: torch.dtype, normalize: bool, channels: str, layout: str
+) -> Tensor:
     """As most code has it."""
     x = image.movedim(-1, 1) if channels == "last" else image
     x = F.unfold(x.float() / 255, P, stride=P).transpose(1, 2)
@@ -126,7 +128,8 @@ def _patchify_case(s: Shape, dtype: torch.dtype, channels: str, layout: str, nor
         inputs=functools.partial(_inputs, channels=channels, moved=moved, into=into),
         bytes=lambda s, size: patches_of(s) * VALUES * (1 + size),
         providers=[
-            provider("tenfold", ours), provider("eager:bytes", form(by_bytes)), provider("eager:unfold", form(by_unfold)),
+            provider("tenfold", ours), provider("eager:bytes", form(by_bytes)),
+            provider("eager:unfold", form(by_unfold)),
             *([] if into else [compiled(form(by_unfold))]), yardstick(into),
         ],
         reference=defined, tolerance=1e-5 if dtype == torch.float32 else 1e-2,
@@ -168,11 +171,14 @@ def _unpatchify_case(s: Shape) -> Case:
         b, h, w, _ = i.image.shape
         return x.view(b, h // P, w // P, P, P, C).permute(0, 1, 3, 2, 4, 5).reshape(b, h, w, C)
 
+    def ours(i: Inputs) -> Tensor:
+        return ops.unpatchify(i.patches, P, *i.image.shape[1:3], channels="last")
+
     return Case(
         op="unpatchify", shape=s, dtype=torch.float32, inputs=inputs,
         bytes=lambda s, size: patches_of(s) * VALUES * (1 + size),
         providers=[
-            provider("tenfold", lambda i: ops.unpatchify(i.patches, P, *i.image.shape[1:3], channels="last")),
+            provider("tenfold", ours),
             provider("eager", eager), compiled(eager), yardstick(False),
         ],
         reference=lambda i: i.image, tolerance=0.0,

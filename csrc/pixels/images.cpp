@@ -75,8 +75,8 @@ std::string sizes_str(const std::vector<int64_t>& sizes) {
 }
 
 void check_patch(const char* op, int64_t patch, const std::string& layout) {
-  TENFOLD_CHECK_VALUE(patch >= 1 && patch <= kMostPatch, "tenfold::", op,
-                      ": patch must be in [1, ", kMostPatch, "], got ", patch);
+  TENFOLD_CHECK_VALUE(patch >= 1 && patch <= kMostPatch, "tenfold::", op, ": patch must be in [1, ",
+                      kMostPatch, "], got ", patch);
   TENFOLD_CHECK_VALUE(layout == "rcc" || layout == "crc", "tenfold::", op,
                       ": layout must be rcc or crc, got '", layout, "'");
 }
@@ -89,8 +89,8 @@ void check_eps(const char* op, double eps) {
 PatchGrid grid_of(const void* data, Pixel pixel, int64_t patch, bool rcc, int64_t images,
                   const int64_t (&hwc)[3], int64_t image_step, const int64_t (&strides)[3]) {
   const auto [h, w, c] = strides;
-  PatchGrid g{data,       pixel,     images,    hwc[0] / patch, hwc[1] / patch,
-              image_step, h * patch, w * patch, {}};
+  PatchGrid g{data,      pixel,     images, hwc[0] / patch, hwc[1] / patch, image_step,
+              h * patch, w * patch, {}};
   if (hwc[2] == 1) {  // either order: rows of neighbours
     g.box = {{1, patch, patch}, {0, h, w}};
     return g;
@@ -109,8 +109,7 @@ Image check_image(const char* op, const Tensor& image_in, int64_t patch, const s
                       ": image must be [..., H, W, C] or [..., C, H, W], got shape ",
                       shape_str(image_in));
   const bool last = channels_last(op, image_in, channels);
-  const Tensor image =
-      one_step(image_in, lead) ? image_in : torch::stable::contiguous(image_in);
+  const Tensor image = one_step(image_in, lead) ? image_in : torch::stable::contiguous(image_in);
   const int64_t at[3] = {lead + (last ? 0 : 1), lead + (last ? 1 : 2), lead + (last ? 2 : 0)};
   const int64_t hwc[3] = {image.sizes()[at[0]], image.sizes()[at[1]], image.sizes()[at[2]]};
   const int64_t strides[3] = {image.strides()[at[0]], image.strides()[at[1]],
@@ -159,9 +158,9 @@ Tensor check_num_patches(const char* op, const Tensor& num_patches,
                          const std::vector<int64_t>& sizes) {
   check_int_dtype(op, "num_patches", num_patches);
   const auto got = num_patches.sizes();
-  TENFOLD_CHECK_VALUE(std::equal(got.begin(), got.end(), sizes.begin(), sizes.end()), "tenfold::",
-                      op, ": num_patches must have the image's batch shape ", sizes_str(sizes),
-                      ", got ", shape_str(num_patches));
+  TENFOLD_CHECK_VALUE(std::equal(got.begin(), got.end(), sizes.begin(), sizes.end()),
+                      "tenfold::", op, ": num_patches must have the image's batch shape ",
+                      sizes_str(sizes), ", got ", shape_str(num_patches));
   const Tensor made = as_contiguous(num_patches);
   if (!made.is_cpu()) return made;
   const bool wide = made.scalar_type() == ScalarType::Long;

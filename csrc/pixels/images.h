@@ -16,8 +16,8 @@ using OptTensor = std::optional<Tensor>;
 
 // An image batch, and its grid of patches.
 struct Image {
-  Tensor tensor;                // as given, or a contiguous copy
-  std::vector<int64_t> batch;   // leading sizes
+  Tensor tensor;               // as given, or a contiguous copy
+  std::vector<int64_t> batch;  // leading sizes
   int64_t height, width, channels;
   PatchGrid grid;
 

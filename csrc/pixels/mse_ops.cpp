@@ -13,8 +13,8 @@ namespace {
 void check_shape(const char* op, const char* arg, const Tensor& t, const char* layout,
                  const std::vector<int64_t>& want) {
   const auto got = t.sizes();
-  TENFOLD_CHECK_VALUE(std::equal(got.begin(), got.end(), want.begin(), want.end()), "tenfold::",
-                      op, ": ", arg, " must have shape ", layout, " = ", sizes_str(want), ", got ",
+  TENFOLD_CHECK_VALUE(std::equal(got.begin(), got.end(), want.begin(), want.end()), "tenfold::", op,
+                      ": ", arg, " must have shape ", layout, " = ", sizes_str(want), ", got ",
                       shape_str(t));
 }
 
@@ -46,8 +46,8 @@ WeightKind weight_kind(const char* op, const Tensor& mask) {
 
 // Only what fits vectors of neighbours.
 Tensor with_rows(const Tensor& t, int64_t lead) {
-  const bool fits = one_step(t, lead) && (t.numel() == 0 || t.sizes()[lead + 1] == 1 ||
-                                          t.strides()[lead + 1] == 1);
+  const bool fits = one_step(t, lead) &&
+                    (t.numel() == 0 || t.sizes()[lead + 1] == 1 || t.strides()[lead + 1] == 1);
   return fits ? t : torch::stable::contiguous(t);
 }
 
@@ -59,11 +59,12 @@ OptTensor check_denom(const char* op, const OptTensor& denom, const Tensor& pred
   if (!denom) return std::nullopt;
   TENFOLD_CHECK_TYPE(denom->scalar_type() == real, "tenfold::", op, ": denom must be ",
                      dtype_name(real), ", got ", dtype_name(denom->scalar_type()));
-  TENFOLD_CHECK_VALUE(denom->numel() == 1, "tenfold::", op, ": denom must be one number, got shape ",
-                      shape_str(*denom));
+  TENFOLD_CHECK_VALUE(denom->numel() == 1, "tenfold::", op,
+                      ": denom must be one number, got shape ", shape_str(*denom));
   check_same_device(op, "pred", pred, "denom", *denom);
   if (denom->is_cpu()) {
-    const double x = real == ScalarType::Double ? *data_as<double>(*denom) : *data_as<float>(*denom);
+    const double x =
+        real == ScalarType::Double ? *data_as<double>(*denom) : *data_as<float>(*denom);
     TENFOLD_CHECK_VALUE(x >= 0.0, "tenfold::", op, ": denom must be at least 0, got ", x);
   }
   return denom;

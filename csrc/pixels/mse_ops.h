@@ -55,9 +55,11 @@ struct MseOps {
     kRun(c);
     return {*c.loss, *c.per_patch, *c.denom};
   }
-  static std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
-      Tensor pred, Tensor image, Tensor mask, int64_t patch, bool norm_pix, double eps,
-      int64_t shift, OptTensor denom, std::string channels, bool validate) {
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor pred, Tensor image, Tensor mask,
+                                                            int64_t patch, bool norm_pix,
+                                                            double eps, int64_t shift,
+                                                            OptTensor denom, std::string channels,
+                                                            bool validate) {
     const MseCall c = check_patch_mse("patch_mse", WithGrad::fresh, pred, image, mask,
                                       {patch, norm_pix, eps, shift, channels, validate}, denom);
     kRun(c);
@@ -73,9 +75,9 @@ struct MseOps {
   static Tensor backward(Tensor grad_loss, Tensor pred, Tensor image, Tensor mask, Tensor denom,
                          int64_t patch, bool norm_pix, double eps, int64_t shift,
                          std::string channels) {
-    const MseCall c = check_patch_mse_backward("patch_mse_backward", std::nullopt, false, grad_loss,
-                                               pred, image, mask, denom,
-                                               {patch, norm_pix, eps, shift, channels, false});
+    const MseCall c =
+        check_patch_mse_backward("patch_mse_backward", std::nullopt, false, grad_loss, pred, image,
+                                 mask, denom, {patch, norm_pix, eps, shift, channels, false});
     kRun(c);
     return *c.grad;
   }

@@ -86,7 +86,7 @@ TENFOLD_HD PatchNorm norm_of_floats(double center, double sum, double squares, i
   return patch_norm(center, rest, n > 1 && spread > 0.0 ? spread / (count - 1.0) : 0.0, eps);
 }
 
-constexpr int64_t kMostValues = int64_t{1} << 22;  // of a patch
+constexpr int64_t kMostValues = int64_t{1} << 22;         // of a patch
 constexpr int64_t kMostPatches = (int64_t{1} << 31) - 1;  // of a batch
 
 // u / 255, rounded once: 1 / 255 in two parts.

@@ -19,8 +19,9 @@ bool has_sizes(const Tensor& t, const std::vector<int64_t>& want) {
 void check_given(const char* op, const Tensor& out, const Tensor& image,
                  const std::vector<int64_t>& sizes) {
   check_float_dtype(op, "out", out);
-  TENFOLD_CHECK_VALUE(has_sizes(out, sizes), "tenfold::", op, ": out must have shape [..., L, P] = ",
-                      sizes_str(sizes), ", got ", shape_str(out));
+  TENFOLD_CHECK_VALUE(has_sizes(out, sizes), "tenfold::", op,
+                      ": out must have shape [..., L, P] = ", sizes_str(sizes), ", got ",
+                      shape_str(out));
   check_same_device(op, "image", image, "out", out);
   TENFOLD_CHECK_VALUE(out.is_contiguous(), "tenfold::", op, ": out must be contiguous");
   Memory memory(2);
@@ -52,8 +53,7 @@ PatchifyCall check_patchify(const char* op, const OptTensor& given_out, const Te
   const Image image = check_image(op, image_in, patch, layout, channels, validate);
   const std::vector<int64_t> sizes = image.sizes({image.grid.length(), image.grid.values()});
   if (given_out) check_given(op, *given_out, image_in, sizes);
-  return {image, normalize, eps,
-          given_out ? *given_out : new_output_of(image.tensor, sizes, made)};
+  return {image, normalize, eps, given_out ? *given_out : new_output_of(image.tensor, sizes, made)};
 }
 
 PatchifyBatchCall check_patchify_batch(const Tensor& image_in, const Tensor& num_patches,
@@ -118,10 +118,10 @@ UnpatchifyCall check_unpatchify(const Tensor& patches_in, int64_t patch, int64_t
   TENFOLD_CHECK_VALUE(values >= 1 && values % (patch * patch) == 0 && values <= kMostValues,
                       "tenfold::", kOp, ": patches of ", values, " values are not of ", patch,
                       " x ", patch, " pixels (of at most ", kMostValues, " values)");
-  const bool rows_whole = one_step(patches_in, lead) &&
-                          (values == 1 || patches_in.strides()[lead + 1] == 1);
-  UnpatchifyCall c{{}, rows_whole ? patches_in : torch::stable::contiguous(patches_in), {}, {}, {},
-                   patches_in};
+  const bool rows_whole =
+      one_step(patches_in, lead) && (values == 1 || patches_in.strides()[lead + 1] == 1);
+  UnpatchifyCall c{
+      {}, rows_whole ? patches_in : torch::stable::contiguous(patches_in), {}, {}, {}, patches_in};
   std::vector<int64_t> batch;
   int64_t images = 1;
   for (int64_t i = 0; i < lead; ++i) {

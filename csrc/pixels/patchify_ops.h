@@ -72,10 +72,12 @@ struct PatchifyOps {
     kPatchify(check_patchify("patchify_u8_", out, image, patch, layout, normalize, eps,
                              std::nullopt, channels, validate));
   }
-  static std::tuple<Tensor, Tensor, Tensor, Tensor> batch(
-      Tensor image, Tensor num_patches, int64_t patch, std::string layout, bool norm_pix,
-      double eps, OptDtype dtype, bool eos_in_loss, bool targets, OptDtype target_dtype,
-      std::string channels, bool validate) {
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> batch(Tensor image, Tensor num_patches,
+                                                          int64_t patch, std::string layout,
+                                                          bool norm_pix, double eps, OptDtype dtype,
+                                                          bool eos_in_loss, bool targets,
+                                                          OptDtype target_dtype,
+                                                          std::string channels, bool validate) {
     const PatchifyBatchCall c =
         check_patchify_batch(image, num_patches, patch, layout, norm_pix, eps, dtype, eos_in_loss,
                              targets, target_dtype, channels, validate);

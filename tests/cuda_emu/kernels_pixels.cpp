@@ -11,7 +11,14 @@ constexpr int kGrid = 13;  // numbers
 
 // n: pixel images rows cols image_step row_step col_step size[3] stride[3]
 PatchGrid grid_of(const void* data, const int64_t* n) {
-  return {data, static_cast<Pixel>(n[0]), n[1], n[2], n[3], n[4], n[5], n[6],
+  return {data,
+          static_cast<Pixel>(n[0]),
+          n[1],
+          n[2],
+          n[3],
+          n[4],
+          n[5],
+          n[6],
           {{n[7], n[8], n[9]}, {n[10], n[11], n[12]}}};
 }
 

@@ -22,10 +22,11 @@ LAYOUTS = ("rcc", "crc")
 STRIP = GRIDS[0]
 
 
-def each_isa(device, call):
+def each_isa(device, face, *args, **named):
+    """The face's result on each instruction set."""
     for isa in every_isa(device):
         with isa, poisoned_memory():
-            yield call()
+            yield face(*args, **named)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -39,12 +40,12 @@ def test_patches(grid, form, device):
         for layout, out in zip(LAYOUTS * 2, (*DTYPES, torch.float32)):
             args, named = (image, patch, layout, False, EPS, out), {"channels": channels}
             want = reference.patchify_u8(*args, **named)
-            for got in each_isa(device, lambda: ops.patchify_u8(*args, **named)):
+            for got in each_isa(device, ops.patchify_u8, *args, **named):
                 assert got.dtype == out and got.is_contiguous() and torch.equal(got, want)
             for to in (dtype, torch.float32):
                 back = (want, patch, h, w, layout, to)
                 plain = reference.unpatchify(*back, **named)
-                for got in each_isa(device, lambda: ops.unpatchify(*back, **named)):
+                for got in each_isa(device, ops.unpatchify, *back, **named):
                     assert torch.equal(got, plain) and got.is_contiguous()
                     if to == torch.uint8:  # whatever dtype the patches have
                         assert torch.equal(got, image)
@@ -53,7 +54,7 @@ def test_patches(grid, form, device):
             low = plain_targets(plain_patches(image, patch, channels, torch.float32))
             low = low if layout == "rcc" else reference.patchify_u8(*args, **named)
             low = exact if patch == 1 and grid[4] == 1 else low  # one value has no variance
-            for got in each_isa(device, lambda: ops.patchify_u8(*args, **named)):
+            for got in each_isa(device, ops.patchify_u8, *args, **named):
                 assert_close_to_ref(got.cpu(), exact.cpu(), low.to(out).cpu())
             made = torch.full_like(got, float("nan"))
             ops.patchify_u8_(made, *args[:-1], **named)
@@ -63,7 +64,7 @@ def test_patches(grid, form, device):
 def test_every_byte_is_exact_both_ways(device):
     image = torch.arange(256, dtype=torch.uint8, device=device).view(1, 16, 16)
     for dtype in DTYPES:
-        for got in each_isa(device, lambda: ops.patchify_u8(image, dtype=dtype)):
+        for got in each_isa(device, ops.patchify_u8, image, dtype=dtype):
             assert torch.equal(got.flatten(), (image.flatten().double() / 255).float().to(dtype))
             assert torch.equal(ops.unpatchify(got, 16, 16, 16), image)
 
@@ -76,7 +77,7 @@ def test_values_beyond_the_levels(device):
     x = x.repeat(24).view(1, 3, 64)
     want = reference.unpatchify(x, 8, 8, 24)
     mean, std = torch.rand(2, 1, 3, device=device)
-    for got in each_isa(device, lambda: ops.unpatchify(x, 8, 8, 24)):
+    for got in each_isa(device, ops.unpatchify, x, 8, 8, 24):
         assert torch.equal(got, want)
         wide = ops.unpatchify(x, 8, 8, 24, dtype=torch.float32, mean=mean, std=std)
         same = reference.unpatchify(x, 8, 8, 24, dtype=torch.float32, mean=mean, std=std)
@@ -94,7 +95,12 @@ class TestAcceptance:
     def test_1_layout(self, device):
         from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
-        sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}  # fmt: skip
+        sizes = {
+            "hidden_size": 8,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 1,
+            "intermediate_size": 8,
+        }
         small = {f"decoder_{k}": v for k, v in sizes.items()}
         model = ViTMAEForPreTraining(ViTMAEConfig(**sizes, **small, image_size=48, patch_size=16))
         image, _ = image_of(((2,), 3, 3, 16, 3), "chw", device=device)
@@ -104,7 +110,9 @@ class TestAcceptance:
         assert torch.equal(
             got, torch.einsum("nchpwq->nhwpqc", x.view(2, 3, 3, 16, 3, 16)).reshape(2, 9, 768)
         )
-        assert torch.equal(ops.unpatchify(got, 16, 48, 48, dtype=torch.float32), model.unpatchify(got))  # fmt: skip
+        assert torch.equal(
+            ops.unpatchify(got, 16, 48, 48, dtype=torch.float32), model.unpatchify(got)
+        )
         strip = values((2, 16, 16 * 7, 3), torch.uint8).to(device)  # where theirs wants a square
         for layout in LAYOUTS:
             back = ops.unpatchify(ops.patchify_u8(strip, layout=layout), 16, 16, 112, layout,
@@ -117,7 +125,9 @@ class TestAcceptance:
         weight = (torch.randn(32, 3, 16, 16, generator=made) * 0.05).to(device)
         bias = torch.randn(32, generator=made).to(device)
         pixels = image.movedim(-1, -3).float() / 255
-        want = torch.nn.functional.conv2d(pixels, weight, bias, stride=16).flatten(2).transpose(1, 2)  # fmt: skip
+        want = (
+            torch.nn.functional.conv2d(pixels, weight, bias, stride=16).flatten(2).transpose(1, 2)
+        )
         for layout, matrix in (("rcc", weight.movedim(1, -1)), ("crc", weight)):
             got = ops.patchify_u8(image, layout=layout) @ matrix.flatten(1).T + bias
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
@@ -126,7 +136,7 @@ class TestAcceptance:
         image, _ = image_of(((2,), 1, 9, 16, 3), "hwc", device=device)
         x = plain_patches(image, 16, "last")
         v = x.var(-1)
-        for y in each_isa(device, lambda: ops.patchify_u8(image, normalize=True)):
+        for y in each_isa(device, ops.patchify_u8, image, normalize=True):
             y = y.double()
             constant = v == 0
             assert constant.any() and not y[constant].any()
@@ -135,9 +145,11 @@ class TestAcceptance:
             torch.testing.assert_close(y.square().sum(-1), want, rtol=1e-5, atol=1e-12)
         strip = torch.full((16, 32, 3), 255, dtype=torch.uint8, device=device)
         strip[:, 16:24] = 0
-        for y in each_isa(device, lambda: ops.patchify_u8(strip, normalize=True)):
+        for y in each_isa(device, ops.patchify_u8, strip, normalize=True):
             assert not y[0].any()
-            torch.testing.assert_close(y[1].abs(), torch.full_like(y[1], 0.99934667), rtol=0, atol=6e-8)
+            torch.testing.assert_close(
+                y[1].abs(), torch.full_like(y[1], 0.99934667), rtol=0, atol=6e-8
+            )
             assert torch.equal(y[1] > 0, (strip[:, 16:] > 0).flatten())
 
 
@@ -165,7 +177,7 @@ def test_batches(device):
                         eos)  # fmt: skip
                 named = {"target_dtype": dtypes[1], "channels": channels}
                 want = reference.patchify_batch(*args, **named)
-                for got in each_isa(device, lambda: ops.patchify_batch(*args, **named)):
+                for got in each_isa(device, ops.patchify_batch, *args, **named):
                     for g, w, equal in zip(got, want, (True, not norm, True, True)):
                         assert g.dtype == w.dtype and g.shape == w.shape
                         if equal:
@@ -229,7 +241,9 @@ def test_errors(device):
     wide = torch.zeros(2, 5, 800, device=device)[..., :768]
     check_errors(*both, (wide, *rest), {}, ValueError, "out", "contiguous")
     floats = torch.zeros(2, 16, 80, 3, device=device)
-    check_errors(*both, (floats.view(2, 5, 768), floats, *args[1:-1]), {}, ValueError, "out", "image")  # fmt: skip
+    check_errors(
+        *both, (floats.view(2, 5, 768), floats, *args[1:-1]), {}, ValueError, "out", "image"
+    )
     both = (ops.unpatchify, raw.unpatchify)
     args = (out, 16, 16, 80, "rcc", None)
     check_errors(*both, with_(2, 17), {}, ValueError, "height 17", "width 80")
@@ -251,7 +265,14 @@ def test_errors(device):
     check_errors(*both, (count, -1), {}, ValueError, "length", "-1")
     if device.type == "cpu":
         check_errors(*both, (count - 2, 4), {}, ValueError, "num_patches", "-1")
-        check_errors(ops.patchify_batch, raw.patchify_batch, with_(1, count - 5), {}, ValueError, "num_patches")  # fmt: skip
+        check_errors(
+            ops.patchify_batch,
+            raw.patchify_batch,
+            with_(1, count - 5),
+            {},
+            ValueError,
+            "num_patches",
+        )
 
 
 def test_an_image_that_requires_grad_is_refused(device):
@@ -290,6 +311,8 @@ def test_large_outputs_go_past_the_caches(large, device):
     for dtype in (torch.float32, torch.bfloat16):
         for normalize in (False, True):
             got = ops.patchify_u8(image, 16, "rcc", normalize, EPS, dtype)
-            apart = [ops.patchify_u8(x, 16, "rcc", normalize, EPS, dtype) for x in
-                     (image[:, :, : 16 * (length // 2)], image[:, :, 16 * (length // 2) :])]  # fmt: skip
+            apart = [
+                ops.patchify_u8(x, 16, "rcc", normalize, EPS, dtype)
+                for x in (image[:, :, : 16 * (length // 2)], image[:, :, 16 * (length // 2) :])
+            ]
             assert torch.equal(got, torch.cat(apart, 1))

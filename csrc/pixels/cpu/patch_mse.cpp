@@ -37,8 +37,7 @@ double sum_of_weights(const MseCall& c) {
     double sum = 0.0;
     for (int64_t i = first; i < end; ++i) {
       const double w = m.weights[i];
-      TENFOLD_CHECK_VALUE(w >= 0.0 && std::isfinite(w),
-                          "tenfold::", c.op,
+      TENFOLD_CHECK_VALUE(w >= 0.0 && std::isfinite(w), "tenfold::", c.op,
                           ": mask must be finite, and 0 or above, got ", w, " at ", i);
       sum += w;
     }
@@ -155,12 +154,12 @@ void run_mse(const MseCall& c) {
                  const Scratch work(patch_work(n));
                  for (int64_t i = first; i < last; ++i) {
                    const int64_t begin = i * kBlock, end = std::min(count, begin + kBlock);
-                   sums[i] = c.real == ScalarType::Double
-                                 ? wide_errors(m, slope, begin, end,
-                                               c.per_patch ? data_as<double>(*c.per_patch) : nullptr)
-                                 : TENFOLD_ISA_CALL(patch_errors, m,
-                                                    to_dtype(c.pred.scalar_type()), slope,
-                                                    past_caches, begin, end, work.data());
+                   sums[i] =
+                       c.real == ScalarType::Double
+                           ? wide_errors(m, slope, begin, end,
+                                         c.per_patch ? data_as<double>(*c.per_patch) : nullptr)
+                           : TENFOLD_ISA_CALL(patch_errors, m, to_dtype(c.pred.scalar_type()),
+                                              slope, past_caches, begin, end, work.data());
                  }
                });
   if (!c.loss) return;

@@ -8,6 +8,9 @@ namespace {
 
 constexpr int kSums = 4;   // independent ones: a sum waits four cycles for the one before
 constexpr int kChain = 4;  // terms of each before they are added up: rounding grows with chains
+// Bytes that are asked for ahead: so many operations a load leave the window of those that wait too
+// short to reach the next row.
+constexpr int64_t kAhead = 1536;
 
 // sum (f - y)^2, and to = by (f - y) if there is a `to`, which may be `f`.
 template <bool kGrad, class T, class Source, class Target>
@@ -20,6 +23,9 @@ inline double errors_of(const T* f, Source x, Target y, int64_t n, float by, T* 
     for (int i = 0; i < kChain; ++i)
       for (int j = 0; j < kSums; ++j) {
         const int64_t at = k + (i * kSums + j) * kWidth;
+        constexpr int kLine = 64 / (kWidth * static_cast<int>(sizeof(T)));  // vectors of a line
+        if (kLine < 2 || j % kLine == 0)
+          __builtin_prefetch(reinterpret_cast<const char*>(f + at) + kAhead);
         const VF e = load(f + at) - y(x(at));
         sum[j] = fma(e, e, sum[j]);
         if constexpr (kGrad) store_quick(to + at, e * slope);

@@ -42,18 +42,20 @@ inline void interleave3(const E* a, const E* b, const E* c, int64_t n, E* to) {
   if constexpr (sizeof(E) == 1) {
     for (; i + 16 <= n; i += 16) {
       const V16 x = load16(a + i), y = load16(b + i), z = load16(c + i);
-      const V16 p = __builtin_shuffle(
-          x, y, V16{0, 16, 0, 1, 17, 0, 2, 18, 0, 3, 19, 0, 4, 20, 0, 5});
-      const V16 q = __builtin_shuffle(
-          x, y, V16{21, 0, 6, 22, 0, 7, 23, 0, 8, 24, 0, 9, 25, 0, 10, 26});
-      const V16 r = __builtin_shuffle(
-          x, y, V16{0, 11, 27, 0, 12, 28, 0, 13, 29, 0, 14, 30, 0, 15, 31, 0});
-      store16(to + 3 * i, __builtin_shuffle(p, z, V16{0, 1, 16, 3, 4, 17, 6, 7, 18, 9, 10, 19, 12,
-                                                      13, 20, 15}));
-      store16(to + 3 * i + 16, __builtin_shuffle(q, z, V16{0, 21, 2, 3, 22, 5, 6, 23, 8, 9, 24, 11,
-                                                           12, 25, 14, 15}));
-      store16(to + 3 * i + 32, __builtin_shuffle(r, z, V16{26, 1, 2, 27, 4, 5, 28, 7, 8, 29, 10,
-                                                           11, 30, 13, 14, 31}));
+      const V16 p =
+          __builtin_shuffle(x, y, V16{0, 16, 0, 1, 17, 0, 2, 18, 0, 3, 19, 0, 4, 20, 0, 5});
+      const V16 q =
+          __builtin_shuffle(x, y, V16{21, 0, 6, 22, 0, 7, 23, 0, 8, 24, 0, 9, 25, 0, 10, 26});
+      const V16 r =
+          __builtin_shuffle(x, y, V16{0, 11, 27, 0, 12, 28, 0, 13, 29, 0, 14, 30, 0, 15, 31, 0});
+      store16(to + 3 * i, __builtin_shuffle(
+                              p, z, V16{0, 1, 16, 3, 4, 17, 6, 7, 18, 9, 10, 19, 12, 13, 20, 15}));
+      store16(
+          to + 3 * i + 16,
+          __builtin_shuffle(q, z, V16{0, 21, 2, 3, 22, 5, 6, 23, 8, 9, 24, 11, 12, 25, 14, 15}));
+      store16(
+          to + 3 * i + 32,
+          __builtin_shuffle(r, z, V16{26, 1, 2, 27, 4, 5, 28, 7, 8, 29, 10, 11, 30, 13, 14, 31}));
     }
   }
   for (; i < n; ++i) to[3 * i] = a[i], to[3 * i + 1] = b[i], to[3 * i + 2] = c[i];
@@ -66,21 +68,27 @@ inline void deinterleave3(const E* from, int64_t n, E* a, E* b, E* c) {
     for (; i + 16 <= n; i += 16) {
       const V16 x = load16(from + 3 * i), y = load16(from + 3 * i + 16),
                 z = load16(from + 3 * i + 32);
-      const V16 p = __builtin_shuffle(
-          x, y, V16{0, 3, 6, 9, 12, 15, 18, 21, 24, 27, 30, 0, 0, 0, 0, 0});
-      const V16 q = __builtin_shuffle(
-          x, y, V16{1, 4, 7, 10, 13, 16, 19, 22, 25, 28, 31, 0, 0, 0, 0, 0});
-      const V16 r = __builtin_shuffle(
-          x, y, V16{2, 5, 8, 11, 14, 17, 20, 23, 26, 29, 0, 0, 0, 0, 0, 0});
-      store16(a + i, __builtin_shuffle(p, z, V16{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 17, 20, 23, 26,
-                                                 29}));
-      store16(b + i, __builtin_shuffle(q, z, V16{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 18, 21, 24, 27,
-                                                 30}));
-      store16(c + i, __builtin_shuffle(r, z, V16{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 19, 22, 25, 28,
-                                                 31}));
+      const V16 p =
+          __builtin_shuffle(x, y, V16{0, 3, 6, 9, 12, 15, 18, 21, 24, 27, 30, 0, 0, 0, 0, 0});
+      const V16 q =
+          __builtin_shuffle(x, y, V16{1, 4, 7, 10, 13, 16, 19, 22, 25, 28, 31, 0, 0, 0, 0, 0});
+      const V16 r =
+          __builtin_shuffle(x, y, V16{2, 5, 8, 11, 14, 17, 20, 23, 26, 29, 0, 0, 0, 0, 0, 0});
+      store16(a + i,
+              __builtin_shuffle(p, z, V16{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 17, 20, 23, 26, 29}));
+      store16(b + i,
+              __builtin_shuffle(q, z, V16{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 18, 21, 24, 27, 30}));
+      store16(c + i,
+              __builtin_shuffle(r, z, V16{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 19, 22, 25, 28, 31}));
     }
   }
   for (; i < n; ++i) a[i] = from[3 * i], b[i] = from[3 * i + 1], c[i] = from[3 * i + 2];
+}
+
+// Rows of an image are far apart, and a patch reads a line or two of each: what later ones read.
+constexpr int64_t kAheadInRow = 192;  // bytes
+inline void fetch_ahead(const void* row) {
+  __builtin_prefetch(static_cast<const char*>(row) + kAheadInRow);
 }
 
 // How a patch's values lie in its image.
@@ -101,6 +109,7 @@ inline void move_patch(Image* at, const PatchBox& b, E* patch) {
   constexpr int64_t kSize = sizeof(E);
   const auto run = [](auto* image, E* mine, int64_t n) {
     if constexpr (kGather) {
+      fetch_ahead(image);
       copy_run(reinterpret_cast<char*>(mine), reinterpret_cast<const char*>(image), n * kSize);
     } else {
       copy_run(reinterpret_cast<char*>(image), reinterpret_cast<const char*>(mine), n * kSize);
@@ -120,6 +129,7 @@ inline void move_patch(Image* at, const PatchBox& b, E* patch) {
         auto *const x = at + i * s0, *const y = x + s2, *const z = y + s2;
         E* const mine = patch + i * n1 * 3;
         if constexpr (kGather) {
+          fetch_ahead(x), fetch_ahead(y), fetch_ahead(z);
           interleave3<E>(x, y, z, n1, mine);
         } else {
           deinterleave3<E>(mine, n1, x, y, z);
@@ -183,39 +193,69 @@ inline VM lanes_below(int64_t n) {
   return lt(iota(), seti(static_cast<uint32_t>(n)));
 }
 
-// The bytes as floats, and their norm. Lanes hold whole numbers below 2^24 exactly: up to 256
+// Sums of bytes, on their way to floats. Lanes hold whole numbers below 2^24 exactly: up to 256
 // squares of a byte each.
-inline PatchNorm norm_of(const uint8_t* x, int64_t n, double eps, float* floats) {
-  constexpr int64_t kStep = 256 * kWidth;
-  uint64_t sum = 0, squares = 0;
-  for (int64_t first = 0; first < n; first += kStep) {
-    const int64_t end = first + kStep < n ? first + kStep : n;
-    VF s = set1(0.0f), q = s, s1 = s, q1 = s;
-    int64_t k = first;
-    for (; k + 2 * kWidth <= end; k += 2 * kWidth) {
-      const VF u = Bytes{x}(k), v = Bytes{x}(k + kWidth);
-      store(floats + k, u);
-      store(floats + k + kWidth, v);
-      s = s + u, s1 = s1 + v;
-      q = fma(u, u, q), q1 = fma(v, v, q1);
-    }
-    for (; k < end; k += kWidth) {
-      const VF u = select(lanes_below(end - k), Bytes{x}(k), set1(0.0f));
-      store(floats + k, u);
-      s = s + u, q = fma(u, u, q);
-    }
-    float lanes[4][kWidth];
-    store(lanes[0], s), store(lanes[1], s1), store(lanes[2], q), store(lanes[3], q1);
-    int32_t a = 0, b = 0, c = 0;  // below 16 x 2^24 each
-    for (int i = 0; i < kWidth; ++i) {
-      a += static_cast<int32_t>(lanes[0][i]) + static_cast<int32_t>(lanes[1][i]);
-      b += static_cast<int32_t>(lanes[2][i]);
-      c += static_cast<int32_t>(lanes[3][i]);
-    }
-    sum += static_cast<uint64_t>(a);
-    squares += static_cast<uint64_t>(b) + static_cast<uint64_t>(c);
+struct ByteSums {
+  VF sum[2], squares[2];
+  uint64_t all = 0, all_squares = 0;
+  int vectors = 0;  // pairs of them since the last flush
+
+  inline ByteSums() { clear(); }
+  inline void clear() { sum[0] = sum[1] = squares[0] = squares[1] = set1(0.0f), vectors = 0; }
+  inline void add(int at, VF u, float* to) {
+    store(to, u);
+    sum[at] = sum[at] + u, squares[at] = fma(u, u, squares[at]);
   }
-  return norm_of_bytes(sum, squares, n, eps);
+  inline void flush() {
+    float lanes[2][kWidth];
+    store(lanes[0], sum[0] + sum[1]);  // exact
+    int32_t a = 0, b = 0, c = 0;       // below 16 x 2^24 each
+    for (int i = 0; i < kWidth; ++i) a += static_cast<int32_t>(lanes[0][i]);
+    store(lanes[0], squares[0]), store(lanes[1], squares[1]);
+    for (int i = 0; i < kWidth; ++i) {
+      b += static_cast<int32_t>(lanes[0][i]);
+      c += static_cast<int32_t>(lanes[1][i]);
+    }
+    all += static_cast<uint64_t>(a);
+    all_squares += static_cast<uint64_t>(b) + static_cast<uint64_t>(c);
+    clear();
+  }
+  // n bytes, a whole number of vectors.
+  inline void run(const uint8_t* x, int64_t n, float* to) {
+    int64_t k = 0;
+    for (; k + 2 * kWidth <= n; k += 2 * kWidth) {
+      add(0, to_float(load_bytes(x + k)), to + k);
+      add(1, to_float(load_bytes(x + k + kWidth)), to + k + kWidth);
+      if (++vectors == 255) flush();
+    }
+    if (k == n) return;
+    add(0, to_float(load_bytes(x + k)), to + k);
+    if (++vectors == 255) flush();
+  }
+};
+
+// The bytes as floats, and their norm; what lies behind them, up to a vector, is 0.
+inline PatchNorm norm_of(const uint8_t* x, int64_t n, double eps, float* floats) {
+  ByteSums sums;
+  sums.run(x, (n + kWidth - 1) / kWidth * kWidth, floats);
+  sums.flush();
+  return norm_of_bytes(sums.all, sums.all_squares, n, eps);
+}
+
+// Likewise of a patch in runs of whole vectors, straight from its image.
+inline PatchNorm norm_of_runs(const uint8_t* at, const PatchBox& b, double eps, float* floats) {
+  const int64_t n1 = b.size[1], n2 = b.size[2];
+  const bool joined = b.stride[1] == n2;
+  const int64_t runs = joined ? 1 : n1, length = joined ? n1 * n2 : n2;
+  ByteSums sums;
+  for (int64_t i = 0; i < b.size[0]; ++i)
+    for (int64_t j = 0; j < runs; ++j, floats += length) {
+      const uint8_t* const row = at + i * b.stride[0] + j * b.stride[1];
+      fetch_ahead(row);
+      sums.run(row, length, floats);
+    }
+  sums.flush();
+  return norm_of_bytes(sums.all, sums.all_squares, b.size[0] * n1 * n2, eps);
 }
 
 // First their mean, by differences to the first value, so that equal ones give 0; then differences
@@ -270,13 +310,19 @@ inline void with_patch(const PatchGrid& g, const PatchBox& box, int64_t offset, 
     return raw;
   };
   if (g.pixel == Pixel::u8) {
+    if (normalize && order_of(box) == Order::runs && box.run() % kWidth == 0) {
+      const auto* const at = static_cast<const uint8_t*>(g.data) + offset;
+      return use(Floats{memory.floats}, Affine(norm_of_runs(at, box, eps, memory.floats)));
+    }
     const uint8_t* const raw = gathered(static_cast<const uint8_t*>(nullptr));
     if (!normalize) return use(Bytes{raw}, Level{});
+    for (int k = 0; k < kWidth; ++k) memory.raw[n + k] = 0;
     return use(Floats{memory.floats}, Affine(norm_of(raw, n, eps, memory.floats)));
   }
   const float* x = memory.floats;
   if (g.pixel == Pixel::f32) x = gathered(static_cast<const float*>(nullptr));
-  if (g.pixel == Pixel::bf16) widen(gathered(static_cast<const bf16_t*>(nullptr)), n, memory.floats);
+  if (g.pixel == Pixel::bf16)
+    widen(gathered(static_cast<const bf16_t*>(nullptr)), n, memory.floats);
   if (g.pixel == Pixel::f16) widen(gathered(static_cast<const fp16_t*>(nullptr)), n, memory.floats);
   use(Floats{x}, Affine(normalize ? norm_of(x, n, eps) : PatchNorm{0.0, 1.0, 0.0}));
 }

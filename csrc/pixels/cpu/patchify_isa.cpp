@@ -50,8 +50,7 @@ void put_patch(const PatchGrid& g, const T* from, int64_t offset, const float* m
         const VF level = vmin(vmax(x, set1(0.0f)), set1(1.0f)) * set1(255.0f);
         store_low_bytes(to, bits(level + set1(8388608.0f)));
       });
-    case Pixel::f32:
-      return put(static_cast<float*>(image), [](float* to, VF x) { store(to, x); });
+    case Pixel::f32: return put(static_cast<float*>(image), [](float* to, VF x) { store(to, x); });
     case Pixel::bf16:
       return put(static_cast<bf16_t*>(image), [](bf16_t* to, VF x) { store(to, x); });
     case Pixel::f16:
@@ -111,13 +110,12 @@ bool patches_in_unit_range(const PatchGrid& grid, int64_t begin, int64_t end, vo
   const VF zero = set1(0.0f), one = set1(1.0f);
   bool inside = true;
   for (int64_t i = begin; i < end && inside; ++i, at.next())
-    with_patch(grid, grid.box, at.offset(), false, 0.0, memory,
-               [&](const auto& x, const auto& y) {
-                 for (int64_t k = 0; k < n; k += kWidth) {
-                   const VF v = select(lanes_below(n - k), y(x(k)), zero);
-                   inside &= bits_of(both(ge(v, zero), ge(one, v))) == (1u << kWidth) - 1u;
-                 }
-               });
+    with_patch(grid, grid.box, at.offset(), false, 0.0, memory, [&](const auto& x, const auto& y) {
+      for (int64_t k = 0; k < n; k += kWidth) {
+        const VF v = select(lanes_below(n - k), y(x(k)), zero);
+        inside &= bits_of(both(ge(v, zero), ge(one, v))) == (1u << kWidth) - 1u;
+      }
+    });
   return inside;
 }
 

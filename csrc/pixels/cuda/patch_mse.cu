@@ -28,8 +28,7 @@ void run_mse(const MseCall& c) {
     a.of_errors =
         static_cast<double*>(room(mse_blocks(a.m) * static_cast<int64_t>(sizeof(double))));
   }
-  dispatch_dtype(c.pred.scalar_type(), c.op,
-                 [&]<class T>() { launch_mse<T>(a, launch.stream); });
+  dispatch_dtype(c.pred.scalar_type(), c.op, [&]<class T>() { launch_mse<T>(a, launch.stream); });
   launch.check();
 }
 

@@ -13,9 +13,9 @@ constexpr int kWeightBlocks = 64;  // whose sums every block that makes gradient
 
 struct MseArgs {
   PatchMse m;
-  const float* denom;      // as given, or null
-  const float* grad_loss;  // null: 1
-  bool made;               // see MseCall
+  const float* denom;       // as given, or null
+  const float* grad_loss;   // null: 1
+  bool made;                // see MseCall
   float *loss, *denom_out;  // null: not asked for
   // Working memory: kWeightBlocks, and mse_blocks numbers.
   double *of_weights, *of_errors;
@@ -63,34 +63,38 @@ __device__ inline T* position_row(const PatchRows& rows, int64_t image, int64_t 
   return static_cast<T*>(rows.data) + image * rows.image_step + position * rows.row_step;
 }
 
-// The words of a lane's vectors of pred, under way while the patch is summed.
+// Of 16 bits a lane has the words of pred under way while the patch is summed; of 32 there are not
+// the registers.
 template <class T, bool kHeld>
-struct PredWords {
-  uint4 words[kHeld ? kHeldValues / kPerVector<T> : 1];
-};
+constexpr bool kPredHeld = kHeld && sizeof(T) == 2;
+
+// Blocks of a multiprocessor that leave a thread the registers it needs: 128, or 64.
+template <bool kHeld>
+constexpr int kLeastBlocks = kHeld ? 2 : 4;
 
 template <class T, bool kGrad, bool kHeld>
-__device__ inline float patch_error(const MseArgs& a, const T* f, int64_t offset, float slope,
-                                    T* grad) {
+__device__ inline double patch_error(const MseArgs& a, const T* f, int64_t offset, float slope,
+                                     T* grad) {
   constexpr int kN = kPerVector<T>;
   const int64_t n = a.m.grid.values();
-  PredWords<T, kHeld> pred;
+  constexpr bool kWords = kPredHeld<T, kHeld>;
+  uint4 pred[kWords ? kHeldValues / kN : 1];
   const int lane = static_cast<int>(threadIdx.x % 32);
-  if constexpr (kHeld) {
+  if constexpr (kWords) {
 #pragma unroll
     for (int v = 0; v < kHeldValues / kN; ++v) {
       const int64_t k = static_cast<int64_t>(v * 32 + lane) * kN;
-      if (k < n) pred.words[v] = *reinterpret_cast<const uint4*>(f + k);
+      if (k < n) pred[v] = *reinterpret_cast<const uint4*>(f + k);
     }
   }
   const PatchReader<kN> reader{&a.m.grid, a.m.grid.box, offset, a.vectors};
   const LaneValues<kN, kHeld> values(reader, n);
   const ValueRule target(values, a.m.normalize, a.m.eps);
-  float sum = 0.0f;
+  double total = 0.0;
   values.each([&](int v, int64_t k, const float (&x)[kN]) {
-    float y[kN];
-    if constexpr (kHeld) {
-      to_floats<T>(pred.words[v], y);
+    float y[kN], sum = 0.0f;
+    if constexpr (kWords) {
+      to_floats<T>(pred[v], y);
     } else {
       load_some<T, kN>(f + k, n - k, a.wide, y);
     }
@@ -100,13 +104,14 @@ __device__ inline float patch_error(const MseArgs& a, const T* f, int64_t offset
       sum = fmaf(e, e, sum);
       y[j] = e * slope;
     }
+    total += sum;
     if constexpr (kGrad) store_some<T, kN>(y, grad + k, n - k, a.wide);
   });
-  return warp_sum(sum) / static_cast<float>(n);
+  return warp_sum(total) / static_cast<double>(n);
 }
 
 template <class T, bool kGrad, bool kHeld>
-__global__ void __launch_bounds__(kPatchThreads) patch_mse_kernel(MseArgs a) {
+__global__ void __launch_bounds__(kPatchThreads, kLeastBlocks<kHeld>) patch_mse_kernel(MseArgs a) {
   constexpr int kN = kPerVector<T>;
   TENFOLD_SHARED(double, sums, kPatchWarps);
   const PatchMse& m = a.m;
@@ -124,25 +129,26 @@ __global__ void __launch_bounds__(kPatchThreads) patch_mse_kernel(MseArgs a) {
     const int64_t position = i - image * length;
     const double weight = m.has_target(position) ? m.weights[i + m.shift] : 0.0;
     T* const grad = kGrad ? position_row<T>(m.grad, image, position) : nullptr;
-    float error = 0.0f;
+    double error = 0.0;
     if (weight != 0.0) {
       error = patch_error<T, kGrad, kHeld>(a, position_row<T>(m.pred, image, position),
                                            m.grid.offset(image, position + m.shift),
                                            static_cast<float>(slope * weight), grad);
-      total += weight * static_cast<double>(error);
+      total += weight * error;
     } else if constexpr (kGrad) {
       const float zeros[kN] = {};
       for (int64_t k = static_cast<int64_t>(lane) * kN; k < n; k += 32 * kN)
         store_some<T, kN>(zeros, grad + k, n - k, a.wide);
     }
-    if (lane == 0 && m.per_patch != nullptr) m.per_patch[i] = error;
+    if (lane == 0 && m.per_patch != nullptr) m.per_patch[i] = static_cast<float>(error);
   }
   if (a.of_errors == nullptr) return;
   const double all = total_of_warps(lane == 0 ? total : 0.0, sums);
   if (threadIdx.x == 0) a.of_errors[blockIdx.x] = all;
 }
 
-static __global__ void __launch_bounds__(kPatchThreads) finish_mse_kernel(MseArgs a, int64_t blocks) {
+static __global__ void __launch_bounds__(kPatchThreads)
+    finish_mse_kernel(MseArgs a, int64_t blocks) {
   TENFOLD_SHARED(double, sums, kPatchWarps);
   const double denom = denom_of(a);
   double sum = 0.0;
@@ -179,8 +185,7 @@ void launch_mse(MseArgs a, cudaStream_t stream) {
       held ? launch.template operator()<false, true>() : launch.template operator()<false, false>();
     }
   }
-  if (a.loss != nullptr)
-    TENFOLD_LAUNCH(finish_mse_kernel, 1, kPatchThreads, stream, a, blocks);
+  if (a.loss != nullptr) TENFOLD_LAUNCH(finish_mse_kernel, 1, kPatchThreads, stream, a, blocks);
 }
 
 }  // namespace tenfold::cuda

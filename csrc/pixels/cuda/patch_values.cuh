@@ -22,8 +22,7 @@ inline bool in_vectors(const PatchGrid& g, const PatchBox& box) {
   const auto whole = [](int64_t step) { return step % kN == 0; };
   return g.pixel == Pixel::u8 && whole(box.run()) && whole(box.stride[0]) &&
          (box.run() == box.size[1] * box.size[2] || whole(box.stride[1])) && whole(g.image_step) &&
-         whole(g.row_step) && whole(g.col_step) &&
-         reinterpret_cast<uintptr_t>(g.data) % kN == 0;
+         whole(g.row_step) && whole(g.col_step) && reinterpret_cast<uintptr_t>(g.data) % kN == 0;
 }
 
 template <int kN>
@@ -44,7 +43,8 @@ struct PatchReader {
 
   // Where value k is, and the places of it on the three axes.
   __device__ int64_t place(uint32_t k, uint32_t (&i)[3]) const {
-    const auto inner = static_cast<uint32_t>(box.size[2]), rows = static_cast<uint32_t>(box.size[1]);
+    const auto inner = static_cast<uint32_t>(box.size[2]),
+               rows = static_cast<uint32_t>(box.size[1]);
     const uint32_t row = k / inner;
     i[2] = k - row * inner;
     i[0] = row / rows;
@@ -68,8 +68,7 @@ struct PatchReader {
       }
       // A byte in the lowest bits of 2^23: no conversion, which takes four times as long.
 #pragma unroll
-      for (int j = 0; j < kN; ++j)
-        x[j] = bits_to_float(0x4B000000u | bytes[j]) - 8388608.0f;
+      for (int j = 0; j < kN; ++j) x[j] = bits_to_float(0x4B000000u | bytes[j]) - 8388608.0f;
       return;
     }
 #pragma unroll
@@ -144,19 +143,24 @@ struct LaneValues {
     }
     uint32_t i[3];
     const float start = from.value(from.place(0, i));
-    float sum = 0.0f;
+    // Of a few values in float, of all in double: their rounding would be the variance's.
+    double sum = 0.0;
     each([&](int, int64_t k, const float (&x)[kN]) {
+      float s = 0.0f;
 #pragma unroll
-      for (int j = 0; j < kN; ++j) sum += k + j < n ? x[j] - start : 0.0f;
+      for (int j = 0; j < kN; ++j) s += k + j < n ? x[j] - start : 0.0f;
+      sum += s;
     });
-    const float center = start + warp_sum(sum) / static_cast<float>(n);
-    float rest = 0.0f, squares = 0.0f;
+    const float center = start + static_cast<float>(warp_sum(sum) / static_cast<double>(n));
+    double rest = 0.0, squares = 0.0;
     each([&](int, int64_t k, const float (&x)[kN]) {
+      float s = 0.0f, q = 0.0f;
 #pragma unroll
       for (int j = 0; j < kN; ++j) {
         const float d = k + j < n ? x[j] - center : 0.0f;
-        rest += d, squares = fmaf(d, d, squares);
+        s += d, q = fmaf(d, d, q);
       }
+      rest += s, squares += q;
     });
     return norm_of_floats(center, warp_sum(rest), warp_sum(squares), n, eps);
   }

@@ -45,7 +45,8 @@ void run_batch(const PatchifyBatchCall& c) {
   masks.out[1] = static_cast<uint8_t*>(c.loss_mask.data_ptr());
   launch_patch_mask(masks, launch.stream);
   // One launch for both if their values have one order and one dtype.
-  const bool together = c.targets_wanted && c.norm_pix && g.box.stride[0] == c.target_box.stride[0] &&
+  const bool together = c.targets_wanted && c.norm_pix &&
+                        g.box.stride[0] == c.target_box.stride[0] &&
                         g.box.stride[1] == c.target_box.stride[1] &&
                         c.patches.scalar_type() == c.targets.scalar_type();
   patchify_into(kOp, g, g.box, false, c.eps, c.patches,

@@ -59,8 +59,8 @@ void launch_patchify(PatchifyArgs a, cudaStream_t stream) {
   a.patches = a.grid.images * a.grid.length();
   if (a.patches == 0) return;
   a.vectors = in_vectors<kN>(a.grid, a.grid.box);
-  a.wide = wide_rows<T, kN>(a.out, n, n) &&
-           (a.targets == nullptr || wide_rows<T, kN>(a.targets, n, n));
+  a.wide =
+      wide_rows<T, kN>(a.out, n, n) && (a.targets == nullptr || wide_rows<T, kN>(a.targets, n, n));
   const auto blocks = static_cast<unsigned>(patch_blocks(a.patches, kPatchesEach));
   const bool again = a.normalize || a.targets != nullptr;  // values are used more than once
   with_held(again && n <= 32 * kHeldValues, [&]<bool kHeld>() {
@@ -103,7 +103,8 @@ __global__ void __launch_bounds__(kPatchThreads) unpatchify_kernel(UnpatchifyArg
     }
     uint32_t at[3];
     if (a.vectors) {
-      auto* const to = static_cast<uint8_t*>(image_data) + places.place(static_cast<uint32_t>(k), at);
+      auto* const to =
+          static_cast<uint8_t*>(image_data) + places.place(static_cast<uint32_t>(k), at);
       if constexpr (kN == 8) {
         uint64_t words;
         memcpy(&words, levels, sizeof(words));

@@ -48,7 +48,9 @@ def _normalized(x: Tensor, eps: float) -> Tensor:
     return torch.where(root > 0, apart / root, 0.0)
 
 
-def _values(image: Tensor, patch: int, layout: str, normalize: bool, eps: float, channels: str) -> Tensor:
+def _values(
+    image: Tensor, patch: int, layout: str, normalize: bool, eps: float, channels: str
+) -> Tensor:
     x = _patches(image, patch, layout, channels)
     if normalize:
         return _normalized(x, eps)
@@ -173,4 +175,8 @@ def patch_mse_backward_(
     norm_pix: bool = True, eps: float = 1e-6, shift: int = 1, *, channels: str = "auto", made: bool = False,
 ) -> None:  # fmt: skip
     """:func:`patch_mse_backward` into ``grad``."""
-    grad.copy_(patch_mse_backward(grad_loss, pred, image, mask, denom, patch, norm_pix, eps, shift, channels=channels))
+    grad.copy_(
+        patch_mse_backward(
+            grad_loss, pred, image, mask, denom, patch, norm_pix, eps, shift, channels=channels
+        )
+    )

@@ -98,9 +98,7 @@ class _Mse(torch.autograd.Function):
         ctx: Any, grad: Tensor | None, _per_patch: Any, _denom: Any
     ) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
-            raise RuntimeError(
-                "tenfold::patch_mse is differentiable once, not with create_graph"
-            )
+            raise RuntimeError("tenfold::patch_mse is differentiable once, not with create_graph")
         if grad is None:
             return None, None, None
         *inputs, denom = ctx.saved_tensors[:4]
@@ -144,7 +142,7 @@ def patch_mse(
     pred: Tensor, image: Tensor, mask: Tensor, patch: int = 16, norm_pix: bool = True, eps: float = 1e-6,
     shift: int = 1, denom: Tensor | float | None = None, *, channels: str = "auto", validate: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Next patch prediction: ``sum m_(i + shift) l_i / sum m_(i + shift)``, ``l_i = mean_k (pred_ik - y_(i + shift),k)^2``.
+    """Next patch prediction: the mean of ``l_i = mean_k (pred_ik - y_(i + shift),k)^2``, weighted by ``m_(i + shift)``.
 
     The targets y, patches of the image in the order ``"rcc"``, are never in memory; with ``shift=0`` and the mask of
     a masked autoencoder it is the loss of ViT-MAE and PIXEL.
@@ -202,7 +200,7 @@ def patch_mse_backward(
     grad_loss: Tensor, pred: Tensor, image: Tensor, mask: Tensor, denom: Tensor, patch: int = 16, norm_pix: bool = True,
     eps: float = 1e-6, shift: int = 1, *, channels: str = "auto",
 ) -> Tensor:  # fmt: skip
-    """Gradient of :func:`patch_mse` by pred: ``2 grad_loss m_(i + shift) (pred - y) / (P denom)``, and 0 without a target.
+    """Gradient of :func:`patch_mse` by pred: ``2 grad_loss m_(i + shift) (pred - y) / (P denom)``; 0 without target.
 
     Args:
         grad_loss: one number, float32 (float64 if pred is).
