@@ -5,8 +5,8 @@ python examples/pixelgpt.py [--steps 400] [--seeds 0 1] [--variants pixelgpt tex
 
 Small models are pre-trained on packaged text in six languages (Python's reference, django's catalogues), rendered or as
 tokens. Then classifiers are fine-tuned on what language a line is in, and which application it is of, in scripts of the
-pre-training and in others. Finished runs are kept in --work: a stopped study goes on where it was. Some 25 minutes on two
-cores.
+pre-training and in others. Finished runs are kept in --work: a stopped study goes on where it was.
+Some 25 minutes on two cores.
 """
 
 from __future__ import annotations
@@ -52,16 +52,23 @@ def main() -> None:
     for folder in (chosen.out, chosen.work):
         folder.mkdir(parents=True, exist_ok=True)
     width = chosen.width
-    sizes = {"size": "tiny", "hidden_size": width, "intermediate_size": 11 * width // 4, "num_hidden_layers": chosen.layers,
+    sizes = {"size": "tiny", "hidden_size": width, "intermediate_size": 11 * width // 4,
+             "num_hidden_layers": chosen.layers,
              "num_attention_heads": 6, "num_key_value_heads": 3}  # fmt: skip
     settings = {"steps": chosen.steps, "length": chosen.length, "batch_size": chosen.batch,
                 "learning_rate": chosen.learning_rate}  # fmt: skip
-    tuning = {"steps": chosen.tune_steps, "length": chosen.tune_length, "eval_every": max(1, chosen.tune_steps // 5)}  # fmt: skip
+    tuning = {
+        "steps": chosen.tune_steps,
+        "length": chosen.tune_length,
+        "eval_every": max(1, chosen.tune_steps // 5),
+    }
     corpus = small.packaged_corpus(per_language=chosen.per_language)
     runs, tuned, first = [], [], {}
     for seed in chosen.seeds:
         for variant in chosen.variants:
-            record = study.run_pretraining(variant, corpus, settings, sizes, seed, chosen.work / f"{variant}-{seed}", say)  # fmt: skip
+            record = study.run_pretraining(
+                variant, corpus, settings, sizes, seed, chosen.work / f"{variant}-{seed}", say
+            )
             runs.append(study.pretraining_row(record, seed))
             if seed == chosen.seeds[0]:
                 first[TITLES[variant]] = record

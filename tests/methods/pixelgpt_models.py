@@ -9,8 +9,48 @@ from tenfold.pixelgpt.config import PixelGPTConfig
 from tenfold.pixelgpt.model import make_model
 
 PATCH = 16
-WORDS = """about water people house small light night world place right hand time year the and for with from that this have word
-point story line page letter find learn river green table voice paper number other before between mother question""".split()
+WORDS = [
+    "about",
+    "water",
+    "people",
+    "house",
+    "small",
+    "light",
+    "night",
+    "world",
+    "place",
+    "right",
+    "hand",
+    "time",
+    "year",
+    "the",
+    "and",
+    "for",
+    "with",
+    "from",
+    "that",
+    "this",
+    "have",
+    "word",
+    "point",
+    "story",
+    "line",
+    "page",
+    "letter",
+    "find",
+    "learn",
+    "river",
+    "green",
+    "table",
+    "voice",
+    "paper",
+    "number",
+    "other",
+    "before",
+    "between",
+    "mother",
+    "question",
+]
 
 
 def config(**changes):
@@ -24,14 +64,18 @@ def model(seed=0, **changes):
     made = make_model(config(**changes), seed)
     for name, weight in made.named_parameters():
         if "norm" in name:  # a forgotten norm must not pass for the identity
-            weight.data += 0.3 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(7))
+            weight.data += 0.3 * torch.randn(
+                weight.shape, generator=torch.Generator().manual_seed(7)
+            )
     return made.eval()
 
 
 def noise(batch, patches, seed=0, channels=3):
     """Random strips uint8 [B, C, 16, 16 L]."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (batch, channels, PATCH, PATCH * patches), generator=generator, dtype=torch.uint8)  # fmt: skip
+    return torch.randint(
+        0, 256, (batch, channels, PATCH, PATCH * patches), generator=generator, dtype=torch.uint8
+    )
 
 
 def ids(batch, length, seed=0, vocab=97):

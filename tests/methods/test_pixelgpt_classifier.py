@@ -17,12 +17,17 @@ def classifier(labels=3, **changes):
 CASES = {
     "pixel": ([4, 6], None, [3, 5]),
     "text": (None, [5, 3], [4, 2]),
-    "pair": ([4, 6], [2, 5], [6 + 1, 6 + 4]),  # the second row is the one that the published code pools wrongly
+    "pair": (
+        [4, 6],
+        [2, 5],
+        [6 + 1, 6 + 4],
+    ),  # the second row is the one that the published code pools wrongly
 }
 
 
 @pytest.mark.parametrize(
-    "kind, masked", [("pixel", True), ("text", True), ("pair", True), ("pixel", False), ("text", False)]
+    "kind, masked",
+    [("pixel", True), ("text", True), ("pair", True), ("pixel", False), ("text", False)],
 )
 def test_pools_the_last_valid_position(kind, masked):
     """Check 9; without masks (no padding) the last position."""
@@ -49,7 +54,9 @@ def test_left_padding_pools_the_last_token():
     tokens = tiny.ids(1, 3)
     padded = torch.cat([torch.zeros(1, 2, dtype=torch.int64), tokens], 1)
     keep = torch.tensor([[0, 0, 1, 1, 1]])
-    torch.testing.assert_close(model(padded, keep).logits, model(tokens).logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        model(padded, keep).logits, model(tokens).logits, atol=1e-5, rtol=1e-5
+    )
 
 
 def test_losses_and_gradients():

@@ -38,10 +38,12 @@ def tuned(modality, **options):
 
 @pytest.mark.parametrize("modality", ["pixel", "text", "pair"])
 def test_learns_to_tell_letters_apart(modality):
-    spec, _, test = data()
+    _, _, test = data()
     model, record = tuned(modality, tests={"test": test})
     assert record.best["accuracy"] >= 0.9, record.validation
-    assert record.scores["test"]["accuracy"] == record.best["accuracy"]  # the best weights are in the model
+    assert (
+        record.scores["test"]["accuracy"] == record.best["accuracy"]
+    )  # the best weights are in the model
     assert set(record.scores["test"]) == {"accuracy", "accuracy/il", "accuracy/mw", "average"}
     assert all(p.requires_grad for p in model.parameters()) and not model.training
     assert (record.trained < record.parameters) == (modality != "pair")
@@ -53,7 +55,9 @@ def test_early_stopping_and_patience():
     model = classifier_of(runs.model(), 2)
     record = finetune(model, spec, train, constant, settings("text", patience=2, learning_rate=1e-9, steps=40),
                       tokenizer=runs.tokenizer())  # fmt: skip
-    assert record.best["step"] == 4 and len(record.curve) == 12 and record.curve[-1]["stopped"] == 1.0
+    assert (
+        record.best["step"] == 4 and len(record.curve) == 12 and record.curve[-1]["stopped"] == 1.0
+    )
 
 
 def test_resumed_run_is_the_same(tmp_path):
@@ -72,14 +76,23 @@ def test_resumed_run_is_the_same(tmp_path):
     assert record.best == want.best
     for p, q in zip(model.parameters(), whole.parameters()):
         assert torch.equal(p, q)
-    assert (tmp_path / "processor_config.json").is_file() and (tmp_path / "tokenizer.json").is_file()
+    assert (tmp_path / "processor_config.json").is_file() and (
+        tmp_path / "tokenizer.json"
+    ).is_file()
 
 
 def test_regression():
     spec = TaskSpec("length", metric="spearman")
     lines = [Example("x" * n, None, n / 20) for n in range(1, 21)] * 2
     model = classifier_of(runs.model(), 1)
-    record = finetune(model, spec, lines, lines[:20], settings("text", steps=40, length=32), tokenizer=runs.tokenizer())  # fmt: skip
+    record = finetune(
+        model,
+        spec,
+        lines,
+        lines[:20],
+        settings("text", steps=40, length=32),
+        tokenizer=runs.tokenizer(),
+    )
     assert record.best["spearman"] > 0.9
     assert record.curve[-1]["loss"] < record.curve[0]["loss"]
 
@@ -108,7 +121,7 @@ def test_grey_strips(mode):
 def test_refused():
     spec, train, test = data()
     model = classifier_of(runs.model(), 3)
-    with pytest.raises(ValueError, match="has 2 labels .*, the model 3"):
+    with pytest.raises(ValueError, match=r"has 2 labels .*, the model 3"):
         finetune(model, spec, train, test, settings("text"), tokenizer=runs.tokenizer())
     model = classifier_of(runs.model(), 2)
     with pytest.raises(ValueError, match="needs a processor"):
@@ -118,7 +131,15 @@ def test_refused():
     with pytest.raises(ValueError, match="no examples"):
         finetune(model, spec, [], test, settings("text"), tokenizer=runs.tokenizer())
     with pytest.raises(ValueError, match="66 patches and tokens are longer than the model's 64"):
-        finetune(model, spec, train, test, settings("pair", length=33), processor=runs.processor(), tokenizer=runs.tokenizer())  # fmt: skip
+        finetune(
+            model,
+            spec,
+            train,
+            test,
+            settings("pair", length=33),
+            processor=runs.processor(),
+            tokenizer=runs.tokenizer(),
+        )
     with pytest.raises(ValueError, match="metric must be one of"):
         TaskSpec("x", metric="rouge")
     for changes, text in (({"modality": "audio"}, "modality"), ({"render_mode": "sepia"}, "render_mode"),

@@ -29,7 +29,9 @@ def test_strip_alone_begins_with_the_begin_token():
     made = model.generate(pixel_values=image, patch_mask=keep, bos_token_id=1, **GREEDY)
     want = model.generate(torch.full((2, 1), 1), pixel_values=image, patch_mask=keep, **GREEDY)  # fmt: skip
     assert torch.equal(made, want)
-    beams = model.generate(torch.full((2, 1), 1), pixel_values=image, patch_mask=keep, num_beams=2, **GREEDY)  # fmt: skip
+    beams = model.generate(
+        torch.full((2, 1), 1), pixel_values=image, patch_mask=keep, num_beams=2, **GREEDY
+    )
     assert beams.shape == (2, 7)
     with pytest.raises(ValueError, match="needs patch_mask"):
         model.generate(torch.full((2, 1), 1), pixel_values=image, **GREEDY)
@@ -58,7 +60,9 @@ def test_patches_equal_whole_forwards(norm, denorm):
         context = values[:, -1]
         embed = model.model.embed_patches
         for at in range(4):
-            hidden = model.model(inputs_embeds=embed.embed(embed.reordered(values))).last_hidden_state
+            hidden = model.model(
+                inputs_embeds=embed.embed(embed.reordered(values))
+            ).last_hidden_state
             how = denorm or "none"
             new = denormalised(model.pixel_head(hidden[:, -1]), how, context, 1e-6)
             want = new.view(16, 16, 3).permute(2, 0, 1)
@@ -83,11 +87,21 @@ def test_reconstruction():
     assert bool((made[0, ..., 48:] == 255).all())
     values = patch_values(image, 16)
     predicted = model(pixel_values=image, patch_mask=keep).patches
-    want = denormalised(predicted[1, 1], "target", values[1, 2], 1e-6).view(16, 16, 3).permute(2, 0, 1)
-    torch.testing.assert_close(made[1, ..., 32:48].float() / 255, want, atol=0.5 / 255 + 1e-5, rtol=0)
+    want = (
+        denormalised(predicted[1, 1], "target", values[1, 2], 1e-6).view(16, 16, 3).permute(2, 0, 1)
+    )
+    torch.testing.assert_close(
+        made[1, ..., 32:48].float() / 255, want, atol=0.5 / 255 + 1e-5, rtol=0
+    )
     other = reconstruct(model, image, keep, denorm="context")
-    want = denormalised(predicted[1, 1], "context", values[1, 1], 1e-6).view(16, 16, 3).permute(2, 0, 1)
-    torch.testing.assert_close(other[1, ..., 32:48].float() / 255, want, atol=0.5 / 255 + 1e-5, rtol=0)
+    want = (
+        denormalised(predicted[1, 1], "context", values[1, 1], 1e-6)
+        .view(16, 16, 3)
+        .permute(2, 0, 1)
+    )
+    torch.testing.assert_close(
+        other[1, ..., 32:48].float() / 255, want, atol=0.5 / 255 + 1e-5, rtol=0
+    )
 
 
 def test_denormalised_target_of_a_perfect_prediction_is_the_patch():

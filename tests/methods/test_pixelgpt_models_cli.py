@@ -17,9 +17,31 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pixelgpt")
     lines = TEXT.splitlines()
     (folder / "text.txt").write_text("\n".join(f"{line} {i}" for i, line in enumerate(lines)))
-    found = json.loads(succeeds("pixelgpt", "pretrain", "--variant", "dualgpt", "--text", folder / "text.txt", "--out",
-                                folder / "model", "--vocabulary", "300", *FEW, "--set", "pair_tokens=40", "--json"))  # fmt: skip
-    assert found["steps"] == 3 and set(found["after"]) == {"step", "text/ntp", "pixel/npp", "pair/npp", "pair/ntp"}  # fmt: skip
+    found = json.loads(
+        succeeds(
+            "pixelgpt",
+            "pretrain",
+            "--variant",
+            "dualgpt",
+            "--text",
+            folder / "text.txt",
+            "--out",
+            folder / "model",
+            "--vocabulary",
+            "300",
+            *FEW,
+            "--set",
+            "pair_tokens=40",
+            "--json",
+        )
+    )
+    assert found["steps"] == 3 and set(found["after"]) == {
+        "step",
+        "text/ntp",
+        "pixel/npp",
+        "pair/npp",
+        "pair/ntp",
+    }
     assert Path(found["report"]).is_file() and set(found["baselines"]) == {"zero", "copy", "mean"}
     assert (folder / "model" / "report" / "reconstructions.png").is_file()
     return folder
@@ -53,8 +75,24 @@ def test_finetune_on_files(place):
     (place / "sst2").mkdir()
     for name in ("train.tsv", "dev.tsv"):
         (place / "sst2" / name).write_text(rows)
-    found = json.loads(succeeds("pixelgpt", "finetune", "--model", place / "model", "--out", place / "sst", "--task",
-                                "sst2", "--data", place / "sst2", "--test", place / "sst2" / "dev.tsv", *FEW, "--json"))  # fmt: skip
+    found = json.loads(
+        succeeds(
+            "pixelgpt",
+            "finetune",
+            "--model",
+            place / "model",
+            "--out",
+            place / "sst",
+            "--task",
+            "sst2",
+            "--data",
+            place / "sst2",
+            "--test",
+            place / "sst2" / "dev.tsv",
+            *FEW,
+            "--json",
+        )
+    )
     assert set(found["scores"]) == {"dev"} and 0 <= found["best"]["accuracy"] <= 1
 
 
@@ -81,4 +119,6 @@ def test_reconstruct(place):
     (["reconstruct", "A", "--model", "{place}/text.txt"], "text.txt"),
 ])  # fmt: skip
 def test_refused(place, command, text):
-    assert text in fails("pixelgpt", *(c.format(place=place) for c in command), "--out", place / "bad")
+    assert text in fails(
+        "pixelgpt", *(c.format(place=place) for c in command), "--out", place / "bad"
+    )

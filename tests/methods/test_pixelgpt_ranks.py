@@ -33,7 +33,12 @@ def near(a, b):
 def test_pretraining(tmp_path):
     ranks(tmp_path, "pretrain")
     model = runs.model()
-    want = pretrain(model, runs.streams("dualgpt"), runs.config("dualgpt"), held_out=runs.streams("dualgpt", held=True))  # fmt: skip
+    want = pretrain(
+        model,
+        runs.streams("dualgpt"),
+        runs.config("dualgpt"),
+        held_out=runs.streams("dualgpt", held=True),
+    )
     made = PretrainRecord.read(tmp_path / "record.json")
     assert len(made.curve) == len(want.curve)
     for a, b in zip(made.curve + made.validation, want.curve + want.validation):

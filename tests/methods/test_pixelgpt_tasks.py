@@ -36,7 +36,8 @@ FILES = {
              [Example("A b", "C d", 1)]),
     "mrpc": ("\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\n1\t5\t6\tSay \"this\tand that\n",
              [Example('Say "this', "and that", 1)]),
-    "qqp": ("id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n0\t1\t2\tWhy?\tHow?\t0\n", [Example("Why?", "How?", 0)]),
+    "qqp": ("id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n0\t1\t2\tWhy?\tHow?\t0\n",
+            [Example("Why?", "How?", 0)]),
     "rte": ("index\tsentence1\tsentence2\tlabel\n0\tA\tB\tnot_entailment\n", [Example("A", "B", 1)]),
     "stsb": ("index\tsentence1\tsentence2\tscore\n0\tA\tB\t3.75\n", [Example("A", "B", 3.75)]),
     "xnli": ("language\tgold_label\tsentence1\tsentence2\nde\tcontradictory\tA\tB\nur\tneutral\tC\tD\n",
@@ -54,7 +55,10 @@ def test_tsv(name, tmp_path):
 
 def test_jsonl_and_languages(tmp_path):
     file = tmp_path / "train.jsonl"
-    rows = [{"premise": "A", "hypothesis": "B", "label": i % 3, "language": c} for i, c in enumerate(("de", "sw", "de"))]  # fmt: skip
+    rows = [
+        {"premise": "A", "hypothesis": "B", "label": i % 3, "language": c}
+        for i, c in enumerate(("de", "sw", "de"))
+    ]
     file.write_text("\n".join(map(json.dumps, [*rows, {**rows[0], "label": -1}])), encoding="utf-8")
     found = read_examples(file, TASKS["xnli"], languages=["de"])
     assert [(e.label, e.language) for e in found] == [(0, "de"), (2, "de")]
@@ -77,7 +81,7 @@ def test_bad_rows(text, message, tmp_path):
 def test_missing_files_and_hub(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="no file at"):
         read_examples(tmp_path / "absent.tsv", TASKS["sst2"])
-    with pytest.raises(FileNotFoundError, match="train as .tsv or .jsonl"):
+    with pytest.raises(FileNotFoundError, match=r"train as \.tsv or \.jsonl"):
         read_examples(tmp_path, TASKS["sst2"])
     (tmp_path / "x.jsonl").write_text("[1]\n")
     with pytest.raises(ValueError, match="line 1: not a JSON object"):
@@ -138,7 +142,12 @@ def test_packaged_text():
     assert found == texts.documents(("en", "de", "el"), 10)
     train, held = texts.split_documents(found)
     assert len(held) == 3 and not {d.text for d in held} & {d.text for d in train}
-    assert all("%(" not in line and "<" not in line for d in found for line in d.lines if d.language != "en")  # fmt: skip
+    assert all(
+        "%(" not in line and "<" not in line
+        for d in found
+        for line in d.lines
+        if d.language != "en"
+    )
     spec, some, test = texts.language_task(("de", "ar"), train=20, test=10)
     assert spec.labels == ("de", "ar") and len(some) == 40 and len(test) == 20
     assert {e.label for e in some} == {0, 1} and not {e.text for e in some} & {e.text for e in test}
@@ -152,12 +161,19 @@ def test_tokenizer(tmp_path):
     from transformers import AutoTokenizer
 
     made = train_tokenizer(["ein Text und noch ein Text"] * 20, 300)
-    assert (made.pad_token_id, made.bos_token_id, made.eos_token_id) == (0, 1, 2) and len(made) <= 300
+    assert (made.pad_token_id, made.bos_token_id, made.eos_token_id) == (0, 1, 2) and len(
+        made
+    ) <= 300
     text = "Ünïcode \u10d0\u10d1 und ein Text"
     (row,) = encode_rows(made, [text], None, 100, end=True)
     assert row[0] == 1 and row[-1] == 2 and made.decode(row[1:-1]) == text
     (pair,) = encode_rows(made, ["a"], ["b"], 100)
-    assert pair == [1, *made("a", add_special_tokens=False)["input_ids"], 1, *made("b", add_special_tokens=False)["input_ids"]]  # fmt: skip
+    assert pair == [
+        1,
+        *made("a", add_special_tokens=False)["input_ids"],
+        1,
+        *made("b", add_special_tokens=False)["input_ids"],
+    ]
     assert len(encode_rows(made, [text], None, 5, end=True)[0]) == 5
     made.save_pretrained(tmp_path)
     assert AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"] == made(text)["input_ids"]

@@ -96,7 +96,11 @@ def test_variants(variant):
     model = runs.model()
     before = {n: p.clone() for n, p in model.named_parameters()}
     record = pretrain(model, streams, config, held_out=runs.streams(variant, held=True))
-    changed = {n.split(".")[0 if "head" in n else 1] for n, p in model.named_parameters() if not torch.equal(p, before[n])}  # fmt: skip
+    changed = {
+        n.split(".")[0 if "head" in n else 1]
+        for n, p in model.named_parameters()
+        if not torch.equal(p, before[n])
+    }
     sides = {"textgpt": {"embed_tokens", "lm_head"}, "pixelgpt": {"embed_patches", "pixel_head"}}
     everything = sides["textgpt"] | sides["pixelgpt"]
     assert changed - {"layers", "norm"} == sides.get(variant, everything)
@@ -117,7 +121,9 @@ def test_micro_batches_make_the_same_steps():
     models = []
     for size in (None, 3):
         model = runs.model()
-        record = pretrain(model, runs.streams("dualgpt"), runs.config("dualgpt", micro_batch_size=size))
+        record = pretrain(
+            model, runs.streams("dualgpt"), runs.config("dualgpt", micro_batch_size=size)
+        )
         models.append((model, [m["loss"] for m in record.curve]))
     (a, x), (b, y) = models
     torch.testing.assert_close(torch.tensor(x), torch.tensor(y), atol=1e-4, rtol=1e-4)
@@ -134,7 +140,9 @@ def test_killed_and_resumed_run_is_the_same(tmp_path):
     assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
     assert list((tmp_path / "training").glob("pretrain-4"))
     model = runs.model()
-    again = pretrain(model, runs.streams("dualgpt"), runs.config("dualgpt", checkpoint_every=2), out=tmp_path)
+    again = pretrain(
+        model, runs.streams("dualgpt"), runs.config("dualgpt", checkpoint_every=2), out=tmp_path
+    )
     assert again.curve == record.curve
     for p, q in zip(model.parameters(), whole.parameters()):
         assert torch.equal(p, q)

@@ -21,7 +21,9 @@ ModelFolder = Annotated[Path, typer.Option("--model", help="folder that pretrain
 @friendly
 def pretrain(
     folder: opt.Out = FOLDER / "model",
-    variant: Annotated[str, typer.Option(help="textgpt, pixelgpt, monogpt or dualgpt")] = "pixelgpt",
+    variant: Annotated[
+        str, typer.Option(help="textgpt, pixelgpt, monogpt or dualgpt")
+    ] = "pixelgpt",
     text: Annotated[
         list[Path] | None, typer.Option("--text", help="UTF-8 files; default: packaged text")
     ] = None,
@@ -84,7 +86,9 @@ def pretrain(
             corpus, size, seed=config.seed, norm_pix_loss=norm_pix
         ).to(rank_device(device))  # fmt: skip
     if config.streams != ("pixel",) and network.config.vocab_size < len(corpus.tokenizer):
-        raise ValueError(f"the tokenizer has {len(corpus.tokenizer)} ids, the model {network.config.vocab_size}")  # fmt: skip
+        raise ValueError(
+            f"the tokenizer has {len(corpus.tokenizer)} ids, the model {network.config.vocab_size}"
+        )
     streams, held = corpus.streams(config)
     record = run(network, streams, config, held_out=held, out=folder, resume=not restart,
                  quiet=quiet or json)  # fmt: skip
@@ -119,7 +123,9 @@ def _task(
         rest = [e for i, e in enumerate(test) if not i % 2]
         return spec, train, half, {"test": rest}
     if name not in TASKS:
-        raise ValueError(f"--task must be language, domain or one of {', '.join(TASKS)}, got {name!r}")
+        raise ValueError(
+            f"--task must be language, domain or one of {', '.join(TASKS)}, got {name!r}"
+        )
     spec = TASKS[name]
     source = data or "hub"
 
@@ -127,7 +133,11 @@ def _task(
         found = read_examples(where, spec, split=part, languages=languages)
         return printed(found) if spec.pretokenized else found
 
-    held = read(validation or source, "validation") if validation or Path(source).is_dir() or source == "hub" else []  # fmt: skip
+    held = (
+        read(validation or source, "validation")
+        if validation or Path(source).is_dir() or source == "hub"
+        else []
+    )
     return spec, read(source, "train"), held, {Path(t).stem: read(t, "test") for t in tests}
 
 
@@ -139,7 +149,8 @@ def finetune(
         str, typer.Option(help="language or domain (packaged), or one of GLUE's, or xnli")
     ] = "language",
     data: Annotated[
-        str | None, typer.Option(help="of GLUE and XNLI: a file, a folder, or a hub name; default: the hub")
+        str | None,
+        typer.Option(help="of GLUE and XNLI: a file, a folder, or a hub name; default: the hub"),
     ] = None,
     validation: Annotated[str | None, typer.Option(help="the same; default: of --data")] = None,
     test: Annotated[list[str] | None, typer.Option(help="files that are scored at the end")] = None,
@@ -195,7 +206,11 @@ def finetune(
         write_json({"model": str(folder), "report": str(page), "best": record.best, "scores": record.scores,
                     "steps": len(record.curve), "seconds": record.seconds})  # fmt: skip
         return
-    out.print(table(f"{task}: {len(train)} examples", report.TUNE_COLUMNS, report.tune_rows({name: record})))  # fmt: skip
+    out.print(
+        table(
+            f"{task}: {len(train)} examples", report.TUNE_COLUMNS, report.tune_rows({name: record})
+        )
+    )
     out.print(f"model: {folder}   report: {page}", highlight=False, soft_wrap=True)
 
 
@@ -207,10 +222,12 @@ def reconstruct(
     folder: opt.Out = FOLDER / "reconstructions",
     length: Annotated[int, typer.Option(min=2, help="patches of a strip")] = 48,
     write: Annotated[
-        int, typer.Option("--write", min=0, help="patches that the model goes on with after each text")
+        int,
+        typer.Option("--write", min=0, help="patches that the model goes on with after each text"),
     ] = 0,
     denorm: Annotated[
-        str | None, typer.Option(help="where brightness and contrast come from: target, context, minmax, none")
+        str | None,
+        typer.Option(help="where brightness and contrast come from: target, context, minmax, none"),
     ] = None,
     scale: Annotated[int, typer.Option(min=1, help="pixels are so many times as large")] = 2,
     device: opt.Device = "cpu",
@@ -223,8 +240,8 @@ def reconstruct(
     from tenfold.pixelgpt.collate import strips_of, with_settings
     from tenfold.pixelgpt.generate import generate_patches
     from tenfold.pixelgpt.generate import reconstruct as expected_of
-    from tenfold.pixelgpt.loading import load
     from tenfold.pixelgpt.images import without_eos
+    from tenfold.pixelgpt.loading import load
     from tenfold.pixelgpt.texts import documents
 
     network, processor, _ = load(model, device=rank_device(device))
@@ -240,7 +257,11 @@ def reconstruct(
     expected = expected_of(network, **batch, denorm=denorm)
     folder.mkdir(parents=True, exist_ok=True)
     png = folder / "reconstructions.png"
-    png.write_bytes(report.pairs_png(batch["pixel_values"], expected, rows=len(texts), patches=length, scale=scale))  # fmt: skip
+    png.write_bytes(
+        report.pairs_png(
+            batch["pixel_values"], expected, rows=len(texts), patches=length, scale=scale
+        )
+    )
     made: dict[str, Any] = {"picture": str(png), "npp": npp, "texts": len(texts)}
     if write:
         mask = without_eos(batch["patch_mask"])

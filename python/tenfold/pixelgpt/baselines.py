@@ -8,15 +8,18 @@ import torch
 from torch import Tensor
 
 from tenfold import ops
-from tenfold.pixelgpt.streams import Streams
 from tenfold.pixelgpt.images import without_eos
+from tenfold.pixelgpt.streams import Streams
 
 
 def _targets(streams: Streams, config: Any, limit: int) -> tuple[Tensor, Tensor]:
     """(targets float32 [B, L, P], mask of those that count [B, L]) of strips, uncropped to one length."""
     batch = streams.batch("pixel", range(min(limit, streams.count("pixel"))))
     patches = ops.patchify_u8(
-        batch["pixel_values"], config.patch_size, normalize=config.norm_pix_loss, eps=config.norm_pix_eps
+        batch["pixel_values"],
+        config.patch_size,
+        normalize=config.norm_pix_loss,
+        eps=config.norm_pix_eps,
     )
     mask = batch["patch_mask"]
     mask = mask if config.eos_in_loss else without_eos(mask)

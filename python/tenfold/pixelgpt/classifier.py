@@ -59,9 +59,7 @@ class PixelGPTForSequenceClassification(PixelGPTPreTrainedModel):
         )  # fmt: skip
         hidden = made.last_hidden_state
         tokens = 0 if input_ids is None else input_ids.shape[1]
-        mask = joint_mask(
-            patch_mask, attention_mask, hidden.shape[1] - tokens, tokens, hidden
-        )
+        mask = joint_mask(patch_mask, attention_mask, hidden.shape[1] - tokens, tokens, hidden)
         if mask is None:
             mask = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
         logits = ops.last_token_reward(hidden, mask, self.score.weight)

@@ -1,7 +1,7 @@
-"""PixelGPT on packaged multilingual text: pre-training on pixels and on tokens, and a task in a script that neither saw.
+"""PixelGPT on packaged text: pre-training on pixels and on tokens, and a task in scripts that neither saw.
 
-Two small models of the same size: one reads strips of rendered text and regresses the next patch, the other reads tokens.
-Then both learn to tell languages apart, in scripts of the pre-training and in others. A demo of one seed and a minute:
+Two small models of the same size: one reads strips of rendered text and regresses the next patch, the other reads
+tokens. Then both learn to tell languages apart, in scripts of the pre-training and in others. A demo of one seed and a minute:
 docs/methods/pixelgpt.md has a study.
 """
 
@@ -83,8 +83,8 @@ def run_demo(step: Callable[[str], None] = lambda text: None) -> Demo:
     pixels = next(iter(found.records.values()))
     found.setting = (
         f"{pixels.parameters / 1e6:.1f}M parameters, {len(corpus.train)} documents in {', '.join(small.LANGUAGES)}; "
-        f"{PRETRAIN['steps']} steps of {PRETRAIN['batch_size']} strips of {PRETRAIN['length']} patches, or rows of as many "
-        f"tokens (vocabulary {len(corpus.tokenizer)}); then {FINETUNE['steps']} steps on {len(train)} lines. "
+        f"{PRETRAIN['steps']} steps of {PRETRAIN['batch_size']} strips of {PRETRAIN['length']} patches, or rows of as "
+        f"many tokens (vocabulary {len(corpus.tokenizer)}); then {FINETUNE['steps']} steps on {len(train)} lines. "
         f"{torch.get_num_threads()} threads, one seed."
     )
     return found
@@ -107,14 +107,14 @@ def add_demo_section(demo: Demo, page: Page) -> None:
     """PixelGPT's part of the report page."""
     page.section("PixelGPT: text as pixels")
     page.text(
-        "A strip of 16 x 16 patches of rendered text is read from left to right; the model regresses the pixels of the next "
-        "patch. There is no vocabulary, so no script is out of it."
+        "A strip of 16 x 16 patches of rendered text is read from left to right; the model regresses the pixels of the "
+        "next patch. There is no vocabulary, so no script is out of it."
     )
     page.text(demo.setting, soft=True)
     report.add_pretraining(page, demo.records, demo.pictures)
     page.heading("Which language is it?")
     page.text(
-        f"Both models learn to tell {', '.join(SEEN)} (scripts of the pre-training) and {', '.join(UNSEEN)} (scripts that it "
-        "never saw) apart, from the same lines."
+        f"Both models learn to tell {', '.join(SEEN)} (scripts of the pre-training) and {', '.join(UNSEEN)} (scripts that "
+        "it never saw) apart, from the same lines."
     )
     page.table(TUNE_COLUMNS, tune_rows(demo))

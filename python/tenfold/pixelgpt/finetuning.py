@@ -168,7 +168,9 @@ def finetune(
                                   max_patches=config.length)  # fmt: skip
     session = Session(STAGE, model, config, _digest(train, validation), out, resume)
     accelerator = session.accelerator
-    record = FineTuneRecord(config.to_json(), model_summary(model.config), task=asdict(spec), examples=len(train))  # fmt: skip
+    record = FineTuneRecord(
+        config.to_json(), model_summary(model.config), task=asdict(spec), examples=len(train)
+    )
     record.parameters = sum(p.numel() for p in model.parameters())
     batches = Batches({"input_ids": torch.arange(len(train))[:, None]}, 1, config.seed)
 

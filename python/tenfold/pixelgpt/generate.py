@@ -17,8 +17,8 @@ from torch import Tensor
 
 from tenfold import ops
 from tenfold.integrations import transformers as hf
-from tenfold.pixelgpt.model import CACHE
 from tenfold.pixelgpt.images import channels_first, check_strips
+from tenfold.pixelgpt.model import CACHE
 from tenfold.training.checks import one_of
 
 DENORM = ("context", "minmax", "none")
@@ -60,7 +60,9 @@ def _denorm_of(config: Any, how: str | None, allowed: tuple[str, ...]) -> str:
         return allowed[0] if config.norm_pix_loss else "none"
     one_of("denorm", how, allowed)
     if how in ("context", "target") and not config.norm_pix_loss:
-        raise ValueError(f"denorm={how!r} is for models with norm_pix_loss; this one's patches are in [0, 1] already")  # fmt: skip
+        raise ValueError(
+            f"denorm={how!r} is for models with norm_pix_loss; this one's patches are in [0, 1] already"
+        )
     return how
 
 
@@ -109,7 +111,9 @@ def generate_patches(
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
     if until_black and config.norm_pix_loss:
-        raise ValueError("until_black needs a model without norm_pix_loss: normalised, black looks like white")  # fmt: skip
+        raise ValueError(
+            "until_black needs a model without norm_pix_loss: normalised, black looks like white"
+        )
     length = check_strips(pixel_values, config.patch_size, config.num_channels)
     first = channels_first(pixel_values, config.num_channels)
     if pixel_values.shape[2 if first else 1] != config.patch_size:
@@ -164,4 +168,3 @@ def reconstruct(
     whole = torch.cat([true[:, :1], expected], 1)
     valid = (patch_mask != 0)[..., None]
     return to_strips(torch.where(valid, whole, 1.0), config.patch_size)
-

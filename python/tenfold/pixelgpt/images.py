@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tenfold.training.checks import one_of
 
+
 def channels_first(image: Tensor, channels: int) -> bool:
     """Is a batch of strips [B, C, H, W], and not [B, H, W, C]?"""
     return image.shape[1] == channels and image.shape[-1] != channels
@@ -21,7 +22,7 @@ def check_strips(image: Tensor, patch: int, channels: int) -> int:
         image: [B, C, H, W] or [B, H, W, C], uint8 or floating in [0, 1]. patch, channels: of the model.
 
     Raises:
-        ValueError: rank, channels, sides that are no multiples of the patch. Values are looked at where patches are made.
+        ValueError: rank, channels, sides that are no multiples of the patch. Values are looked at later.
         TypeError: anything but a tensor.
     """
     if not isinstance(image, Tensor):
@@ -54,8 +55,8 @@ def without_eos(mask: Tensor) -> Tensor:
 def grey_weight(weight: Tensor, how: str = "sum") -> Tensor:
     """The patch convolution [D, C, p, p] for strips of one channel, [D, 1, p, p].
 
-    ``"sum"`` over the input channels gives what the model gives for the grey strip with its channel repeated; ``"mean"``,
-    the published code's, a share of it.
+    ``"sum"`` over the input channels gives what the model gives for the grey strip with its channel repeated;
+    ``"mean"``, the published code's, a share of it.
     """
     one_of("how", how, ("sum", "mean"))
     made = weight.sum(1, keepdim=True) if how == "sum" else weight.mean(1, keepdim=True)

@@ -30,16 +30,22 @@ def load(
 
     folder = Path(name).expanduser()
     if not folder.is_dir() and (str(name).startswith((".", "/", "~")) or str(name).count("/") > 1):
-        raise MissingData(f"no model folder at {str(name)!r}; `tenfold pixelgpt pretrain` makes one")
+        raise MissingData(
+            f"no model folder at {str(name)!r}; `tenfold pixelgpt pretrain` makes one"
+        )
     where = str(folder) if folder.is_dir() else str(name)
     options = {} if dtype is None else {"dtype": dtype}
     with quiet_transformers():
         config = AutoConfig.from_pretrained(where)
         if not isinstance(config, PixelGPTConfig):
-            raise ValueError(f"{where} is a model of type {config.model_type!r}, not {PixelGPTConfig.model_type!r}")  # fmt: skip
+            raise ValueError(
+                f"{where} is a model of type {config.model_type!r}, not {PixelGPTConfig.model_type!r}"
+            )
         heads = (config.architectures or [""])[0].endswith("SequenceClassification")
         if num_labels is None and heads:
-            raise ValueError(f"{where} is a classifier; a model with a pixel and a token head is needed")
+            raise ValueError(
+                f"{where} is a classifier; a model with a pixel and a token head is needed"
+            )
         if num_labels is not None and heads and config.num_labels == num_labels:
             model: Any = PixelGPTForSequenceClassification.from_pretrained(where, **options)
         elif num_labels is not None:

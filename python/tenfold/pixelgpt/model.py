@@ -10,7 +10,6 @@ Inputs are tokens, patches, or both; then they stand as [patches ; tokens] and p
 
 from __future__ import annotations
 
-
 import math
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
@@ -40,8 +39,8 @@ from tenfold.integrations import attention as tenfold_attention
 from tenfold.integrations import transformers as hf
 from tenfold.pixelgpt.auto import register as register_processor
 from tenfold.pixelgpt.config import PixelGPTConfig
-from tenfold.pixelgpt.layers import PatchEmbedding, PixelGPTDecoderLayer, PixelGPTRMSNorm
 from tenfold.pixelgpt.images import check_strips, without_eos
+from tenfold.pixelgpt.layers import PatchEmbedding, PixelGPTDecoderLayer, PixelGPTRMSNorm
 
 IGNORE = -100
 # What this version of transformers calls the cache in outputs.
@@ -212,9 +211,7 @@ class PixelGPTModel(PixelGPTPreTrainedModel, LlamaModel):
         if ids is None:
             return self.embed_patches(image), joint_mask(pixel_mask, None, patches, 0, image)
         if pixel_mask is None:
-            raise ValueError(
-                "a batch of pairs needs patch_mask [B, L]: which patches are text"
-            )
+            raise ValueError("a batch of pairs needs patch_mask [B, L]: which patches are text")
         if ids.shape[0] != image.shape[0]:
             raise ValueError(f"a pair has a strip for every row of input_ids {list(ids.shape)}, got "
                              f"pixel_values {list(image.shape)}")  # fmt: skip
@@ -308,7 +305,7 @@ class PixelGPTForCausalLM(PixelGPTPreTrainedModel, GenerationMixin):
             out["logits"] = self.lm_head(hidden[:, -kept:])
         return PixelGPTOutput(
             **out, hidden_states=made.hidden_states, attentions=made.attentions,
-            **{CACHE: made[CACHE] if CACHE in made else None},
+            **{CACHE: made.get(CACHE)},
         )  # fmt: skip
 
     def _pixels(
@@ -349,7 +346,10 @@ class PixelGPTForCausalLM(PixelGPTPreTrainedModel, GenerationMixin):
         **kwargs: Any,
     ) -> dict[str, Any]:  # fmt: skip
         """What ``generate`` calls a forward with: patches once, their mask always."""
-        for name in ("position_ids", "num_patches"):  # positions are counted through, padding included
+        for name in (
+            "position_ids",
+            "num_patches",
+        ):  # positions are counted through, padding included
             kwargs.pop(name, None)
         made = super().prepare_inputs_for_generation(input_ids, **kwargs)
         made.pop("position_ids", None)
@@ -375,5 +375,3 @@ def make_model(config: PixelGPTConfig, seed: int = 0) -> PixelGPTForCausalLM:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return PixelGPTForCausalLM(config)
-
-

@@ -61,7 +61,8 @@ def pretrain(
     Under ``torchrun`` or ``accelerate launch`` all ranks take part; they make the same steps as one process.
 
     Args:
-        model: a :class:`~tenfold.pixelgpt.PixelGPTForCausalLM`. streams: of :func:`~tenfold.pixelgpt.streams.make_streams`.
+        model: a :class:`~tenfold.pixelgpt.PixelGPTForCausalLM`.
+        streams: of :func:`~tenfold.pixelgpt.streams.make_streams`.
         config: settings, default :class:`~tenfold.pixelgpt.train_config.PretrainConfig`; ``changes`` are fields of it.
         held_out: streams that are measured before, on the way and after; at most 64 rows of each.
         out: where model, processor, tokenizer and record (``pretrain.json``) are saved; a run that was killed goes on
@@ -85,9 +86,7 @@ def pretrain(
     def measured(step: int) -> Metrics:
         if held_out is None:
             return {}
-        found = held_out_losses(
-            model, held_out, batch_size=size, limit=64, accelerator=accelerator
-        )
+        found = held_out_losses(model, held_out, batch_size=size, limit=64, accelerator=accelerator)
         return {"step": float(step)} | found
 
     start = time.perf_counter()

@@ -12,7 +12,14 @@ _RHYTHM: dict[str, tuple[int, int, int]] = {
     "cola": (10, 50, 2_000), "stsb": (10, 50, 2_000), "mrpc": (10, 50, 2_000), "rte": (10, 50, 2_000),
     "wnli": (10, 5, 250), "xnli": (100, 500, 15_000),
 }  # fmt: skip
-_CELLS = ("textgpt/text", "pixelgpt/pixel", "monogpt/text", "monogpt/pixel", "dualgpt/text", "dualgpt/pixel")  # fmt: skip
+_CELLS = (
+    "textgpt/text",
+    "pixelgpt/pixel",
+    "monogpt/text",
+    "monogpt/pixel",
+    "dualgpt/text",
+    "dualgpt/pixel",
+)
 # batch / learning rate in 1e-5 / steps, in the order of _CELLS. Where the paper searched a grid: its first point.
 _PUBLISHED: dict[str, tuple[tuple[int, int, int], ...]] = {
     "mnli": ((64, 3, 15000), (64, 5, 15000), (64, 5, 15000), (64, 5, 15000), (64, 5, 8000), (256, 1, 15000)),
@@ -49,7 +56,12 @@ def recipe(task: str, variant: str, modality: str) -> dict[str, Any]:
     one_of("task", task, tuple(_RHYTHM))
     warmup, every, _ = _RHYTHM[task]
     length = 256 if task == "xnli" else 512 if modality == "pair" else 768
-    made: dict[str, Any] = {"warmup_steps": warmup, "eval_every": every, "length": length, "modality": modality}  # fmt: skip
+    made: dict[str, Any] = {
+        "warmup_steps": warmup,
+        "eval_every": every,
+        "length": length,
+        "modality": modality,
+    }
     if modality == "pair":
         one_of("variant of pair runs", variant, ("monogpt", "dualgpt"))
         return made | grid(task, modality)[0]

@@ -17,7 +17,15 @@ from tenfold.pixelgpt.record import FineTuneRecord, PretrainRecord
 from tenfold.report import PALETTE, Card, Page, figure, png_bytes
 
 _NAMES = {"npp": "next patch (MSE)", "ntp": "next token (nats)"}
-PRETRAIN_COLUMNS = ("model", "loss", "before", "after", "predict zero", "copy the last patch", "mean patch")  # fmt: skip
+PRETRAIN_COLUMNS = (
+    "model",
+    "loss",
+    "before",
+    "after",
+    "predict zero",
+    "copy the last patch",
+    "mean patch",
+)
 TUNE_COLUMNS = ("model", "reads", "task", "set", "metric", "value")
 
 

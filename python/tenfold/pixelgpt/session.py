@@ -48,7 +48,7 @@ class Session:
 
     @contextlib.contextmanager
     def training(self, frozen: tuple[str, ...] = ()) -> Iterator[int]:
-        """The model is on its device, with these modules frozen; how many parameters train. All train afterwards again."""
+        """The model is on its device, with these modules frozen; how many parameters train. Afterwards all do."""
         model = self.model
         model.to(self.accelerator.device)
         if self.config.gradient_checkpointing:

@@ -57,9 +57,7 @@ def file_documents(paths: Sequence[str | Path], lines: int = 12) -> list[Documen
     made = []
     for path in map(Path, paths):
         found = [t for line in path.read_text(encoding="utf-8").splitlines() if (t := line.strip())]
-        made += [
-            Document("", tuple(found[at : at + lines])) for at in range(0, len(found), lines)
-        ]
+        made += [Document("", tuple(found[at : at + lines])) for at in range(0, len(found), lines)]
     if not made:
         raise ValueError(f"no text in {', '.join(map(str, paths))}")
     return made
@@ -73,7 +71,9 @@ def corpus_of(
     Raises ValueError for fewer than two documents.
     """
     if len(found) < 2:
-        raise ValueError(f"a corpus needs at least 2 documents, one of them held out; got {len(found)}")
+        raise ValueError(
+            f"a corpus needs at least 2 documents, one of them held out; got {len(found)}"
+        )
     train, held = split_documents(found)
     if processor is None:
         from tenfold.pixelgpt import PixelProcessor
@@ -104,6 +104,8 @@ def pictures(
     batch = held_out.batch("pixel", [i * count // rows for i in range(min(rows, count))])
     batch = {k: v.to(model.device) for k, v in batch.items()}
     expected = reconstruct(model, **batch)
-    how = " with the true brightness and contrast of each patch" if model.config.norm_pix_loss else ""
-    caption = f"Held-out strips, and under each what the model expected, patch by patch, given the true ones before{how}."
+    how = (
+        " with the true brightness and contrast of each patch" if model.config.norm_pix_loss else ""
+    )
+    caption = f"Held-out strips, and under each what the model expected of every patch, given those before{how}."
     return {caption: pairs_png(batch["pixel_values"], expected, rows=rows, patches=patches)}

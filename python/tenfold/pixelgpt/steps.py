@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from tenfold.pixelgpt.collate import IGNORE, Batch
-from tenfold.pixelgpt.streams import MixtureBatches, Streams
 from tenfold.pixelgpt.images import without_eos
+from tenfold.pixelgpt.streams import MixtureBatches, Streams
 from tenfold.pixelgpt.train_config import PretrainConfig
 from tenfold.training.loop import Metrics, Pieces
 from tenfold.training.recipe import AdamWTrainer

@@ -1,4 +1,4 @@
-"""What a model is pre-trained on: streams of text rows, strips and pairs, made of documents; and which step is of which.
+"""What a model is pre-trained on: streams of text rows, strips and pairs; and which step is of which.
 
 Everything is a function of (seed, stage, step): a run that is resumed reads exactly what it would have.
 """
@@ -82,7 +82,10 @@ def make_streams(
     wanted = config.streams
     if not documents:
         raise ValueError("there are no documents to train on")
-    for name, thing, of in (("processor", processor, ("pixel", "pair")), ("tokenizer", tokenizer, ("text", "pair"))):  # fmt: skip
+    for name, thing, of in (
+        ("processor", processor, ("pixel", "pair")),
+        ("tokenizer", tokenizer, ("text", "pair")),
+    ):
         if thing is None and any(s in wanted for s in of):
             raise ValueError(f"{config.variant} needs a {name}")
     patches, tokens = config.pair_lengths
@@ -105,7 +108,9 @@ def make_streams(
             if len(encode_rows(tokenizer, [text], None, 10**9, end=True)[0]) <= tokens
         ]
         if not made.pair:
-            raise ValueError(f"no strip of {patches} patches has a text of at most {tokens} tokens; make pair_tokens larger")  # fmt: skip
+            raise ValueError(
+                f"no strip of {patches} patches has a text of at most {tokens} tokens; make pair_tokens larger"
+            )
     return made
 
 
@@ -147,4 +152,3 @@ class MixtureBatches(Batches):
         name = self.names[at]
         ids = self.parts[name].take(f"{stage}-{name}", before, size)["input_ids"]
         return {"input_ids": ids, "stream": torch.full_like(ids, at)}
-

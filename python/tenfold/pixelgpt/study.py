@@ -32,7 +32,8 @@ CELLS = (("pixelgpt", "pixel"), ("monogpt", "pixel"), ("dualgpt", "pixel"), (NON
          ("dualgpt", "pair"))  # fmt: skip
 # Languages by whether their script was in the pre-training (en, de, fr, es, ru, el). Arabic's was not.
 GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
-    "language": {"seen script": ("de", "fr", "es", "it", "ru", "uk", "bg", "el"), "unseen script": ("ar", "fa", "ur", "ckb")},
+    "language": {"seen script": ("de", "fr", "es", "it", "ru", "uk", "bg", "el"),
+                 "unseen script": ("ar", "fa", "ur", "ckb")},
     "domain": {"seen script": ("de", "fr", "ru", "el"), "unseen script": ("ar", "fa", "hy", "ka", "he")},
 }  # fmt: skip
 
@@ -71,7 +72,9 @@ def run_pretraining(
 
     def told(p: Progress) -> None:
         if p.step % 100 == 0:
-            step(f"{TITLES[variant]}, seed {seed}, step {p.step} of {p.steps}: loss {p.metrics['loss']:.3f}")  # fmt: skip
+            step(
+                f"{TITLES[variant]}, seed {seed}, step {p.step} of {p.steps}: loss {p.metrics['loss']:.3f}"
+            )
 
     return pretrain(model, streams, config, held_out=held, out=folder, callback=told)
 
@@ -119,7 +122,9 @@ def tasks_plot(found: Sequence[Mapping[str, Any]], name: str) -> Any:
                 axes.scatter([at] * len(values), values, s=12, color=PALETTE[j])
                 axes.hlines(sum(values) / len(values), at - 0.14, at + 0.14, color=PALETTE[j],
                             label=group if i == 0 else None)  # fmt: skip
-    axes.set_xticks(range(len(CELLS)), [cell_title(*c) for c in CELLS], rotation=30, ha="right", fontsize=8)  # fmt: skip
+    axes.set_xticks(
+        range(len(CELLS)), [cell_title(*c) for c in CELLS], rotation=30, ha="right", fontsize=8
+    )
     axes.set_ylabel(f"{name}: % right")
     axes.legend(frameon=False, fontsize=8)
     return made

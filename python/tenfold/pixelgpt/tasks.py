@@ -21,7 +21,7 @@ from tenfold.training.checks import one_of
 
 @dataclass(frozen=True)
 class Example:
-    """``text`` and, in tasks about pairs, ``other``; ``label`` a class's number or a score; ``language`` a code or ""."""
+    """``text`` and, in tasks about pairs, ``other``; ``label`` a class's number or a score."""
 
     text: str
     other: str | None = None
@@ -118,7 +118,9 @@ def _label(value: Any, spec: TaskSpec, where: str) -> float:
         try:
             return float(value)
         except (TypeError, ValueError):
-            raise ValueError(f"{where}: the label of {spec.name} is a number, got {value!r}") from None
+            raise ValueError(
+                f"{where}: the label of {spec.name} is a number, got {value!r}"
+            ) from None
     if isinstance(value, str) and value in spec.labels:
         return spec.labels.index(value)
     # XNLI's own files say "contradictory".
@@ -186,8 +188,8 @@ def read_examples(
     """Examples of a file, or of the task's data set on the hub.
 
     Args:
-        source: a ``.tsv``, ``.jsonl`` or ``.json`` (lines) file; a folder that has ``<split>.tsv`` or ``.jsonl`` (GLUE's
-            layout; ``validation`` is also looked for as ``dev``); or ``"hub"``, or a hub name.
+        source: a ``.tsv``, ``.jsonl`` or ``.json`` (lines) file; a folder that has ``<split>.tsv`` or ``.jsonl``
+            (GLUE's layout; ``validation`` is also looked for as ``dev``); or ``"hub"``, or a hub name.
         spec: of the task. split: which part. languages: only these, where rows have a language (XNLI).
 
     Raises:
@@ -207,9 +209,7 @@ def read_examples(
     found = []
     for number, row in rows:
         made = example_of(row, spec, f"{source}, line {number}")
-        if made is not None and (
-            not languages or not made.language or made.language in languages
-        ):
+        if made is not None and (not languages or not made.language or made.language in languages):
             found.append(made)
     if not found:
         raise ValueError(f"{source} has no example of {spec.name}")

@@ -150,7 +150,9 @@ def _dealt(
     parts: tuple[list[Example], list[Example]] = ([], [])
     for language, found in lines.items():
         if len(found) < test + 8:
-            raise ValueError(f"{language} has {len(found)} lines on this machine, too few for {test} tests")  # fmt: skip
+            raise ValueError(
+                f"{language} has {len(found)} lines on this machine, too few for {test} tests"
+            )
         made = [Example(line, None, label, language) for line, label in found]
         parts[1].extend(made[:test])
         parts[0].extend(made[test : test + train])

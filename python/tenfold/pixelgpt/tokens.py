@@ -22,7 +22,9 @@ def train_tokenizer(texts: Iterable[str], size: int = 1024) -> Any:
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     specials = [PAD, BOS, EOS]
     if size < len(letters) + len(specials):
-        raise ValueError(f"a byte-level tokenizer needs at least {len(letters) + len(specials)} ids, got {size}")  # fmt: skip
+        raise ValueError(
+            f"a byte-level tokenizer needs at least {len(letters) + len(specials)} ids, got {size}"
+        )
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()

@@ -125,7 +125,7 @@ class PretrainConfig(_Settings):
 
 @dataclass(frozen=True)
 class FineTuneConfig(_Settings):
-    """Settings of fine-tuning; what the paper's tasks have in common (:func:`tenfold.pixelgpt.recipes.recipe` has the rest).
+    """Settings of fine-tuning; what the paper's tasks have in common; :func:`~tenfold.pixelgpt.recipe` has the rest.
 
     Attributes:
         modality: ``"pixel"``, ``"text"`` or ``"pair"``: what the classifier reads.
