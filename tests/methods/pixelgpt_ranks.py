@@ -30,7 +30,8 @@ def main(folder, step="0", what="pretrain"):
         model = runs.model()
         settings = runs.config("dualgpt", checkpoint_every=2)
         held = runs.streams("dualgpt", held=True) if "WORLD_SIZE" in os.environ else None
-        record = pretrain(model, runs.streams("dualgpt"), settings, held_out=held, out=folder, callback=callback)  # fmt: skip
+        record = pretrain(model, runs.streams("dualgpt"), settings, held_out=held, out=folder,
+                          callback=callback)  # fmt: skip
     if torch.distributed.is_initialized():
         agree(model)
         if torch.distributed.get_rank() == 0:

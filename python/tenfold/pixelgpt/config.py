@@ -64,7 +64,7 @@ class PixelGPTConfig(LlamaConfig):
     eos_in_loss: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if self.rope_parameters is None:
+        if getattr(self, "rope_parameters", None) is None:
             self.rope_parameters = dict(_ROPE)
         integers(self, {"patch_size": 1, "num_channels": 1})
         positive("norm_pix_eps", self.norm_pix_eps)

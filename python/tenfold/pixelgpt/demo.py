@@ -1,7 +1,7 @@
 """PixelGPT on packaged text: pre-training on pixels and on tokens, and a task in scripts that neither saw.
 
 Two small models of the same size: one reads strips of rendered text and regresses the next patch, the other reads
-tokens. Then both learn to tell languages apart, in scripts of the pre-training and in others. A demo of one seed and a minute:
+tokens. Then both learn to tell languages apart, in scripts of the pre-training and in others. A demo of one seed:
 docs/methods/pixelgpt.md has a study.
 """
 
@@ -114,7 +114,7 @@ def add_demo_section(demo: Demo, page: Page) -> None:
     report.add_pretraining(page, demo.records, demo.pictures)
     page.heading("Which language is it?")
     page.text(
-        f"Both models learn to tell {', '.join(SEEN)} (scripts of the pre-training) and {', '.join(UNSEEN)} (scripts that "
-        "it never saw) apart, from the same lines."
+        f"Both models learn to tell {', '.join(SEEN)} (scripts of the pre-training) and {', '.join(UNSEEN)} (scripts "
+        "that it never saw) apart, from the same lines."
     )
     page.table(TUNE_COLUMNS, tune_rows(demo))

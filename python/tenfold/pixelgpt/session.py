@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tenfold.data.models import quiet_transformers
 from tenfold.training.batches import model_digest
 from tenfold.training.loop import make_accelerator
 from tenfold.training.store import WorkFolder
@@ -70,9 +71,10 @@ class Session:
         if self.target is None:
             return
         if self.accelerator.is_main_process:
-            for thing in (self.model, *others):
-                if thing is not None:
-                    thing.save_pretrained(str(self.target))
+            with quiet_transformers():
+                for thing in (self.model, *others):
+                    if thing is not None:
+                        thing.save_pretrained(str(self.target))
             record.write(self.target / name)
         self.accelerator.wait_for_everyone()
         self._forget()
