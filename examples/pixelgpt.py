@@ -1,6 +1,6 @@
 """Do pixels carry over to scripts that pre-training never saw? Pixels, tokens, both, and pairs, at equal rows.
 
-python examples/pixelgpt.py [--steps 400] [--seeds 0 1] [--variants pixelgpt textgpt monogpt dualgpt]
+python examples/pixelgpt.py [--steps 1000] [--seeds 0 1] [--variants pixelgpt textgpt monogpt dualgpt]
                             [--tasks language domain] [--out bench/results/pixelgpt]
 
 Small models are pre-trained on packaged text in six languages (Python's reference, django's catalogues), rendered or as
@@ -32,18 +32,18 @@ def say(text: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--steps", type=int, default=400, help="of pre-training, per stream")
-    parser.add_argument("--tune-steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=1000, help="of pre-training, per stream")
+    parser.add_argument("--tune-steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--tasks", nargs="+", choices=list(study.GROUPS), default=list(study.GROUPS))  # fmt: skip
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--width", type=int, default=192)
-    parser.add_argument("--length", type=int, default=64, help="patches, or tokens")
-    parser.add_argument("--tune-length", type=int, default=40)
+    parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--width", type=int, default=128, help="a multiple of 64")
+    parser.add_argument("--length", type=int, default=48, help="patches, or tokens")
+    parser.add_argument("--tune-length", type=int, default=32)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--per-language", type=int, default=120, help="documents")
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--per-language", type=int, default=400, help="documents")
     parser.add_argument("--train", type=int, default=120, help="lines per language of a task")
     parser.add_argument("--test", type=int, default=40)
     parser.add_argument("--out", type=Path, default=Path("bench/results/pixelgpt"))
@@ -54,7 +54,7 @@ def main() -> None:
     width = chosen.width
     sizes = {"size": "tiny", "hidden_size": width, "intermediate_size": 11 * width // 4,
              "num_hidden_layers": chosen.layers,
-             "num_attention_heads": 6, "num_key_value_heads": 3}  # fmt: skip
+             "num_attention_heads": width // 32, "num_key_value_heads": width // 64}  # fmt: skip
     settings = {"steps": chosen.steps, "length": chosen.length, "batch_size": chosen.batch,
                 "learning_rate": chosen.learning_rate}  # fmt: skip
     tuning = {

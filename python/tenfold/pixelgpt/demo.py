@@ -26,9 +26,9 @@ from tenfold.training.loop import Progress
 # Languages to tell apart: in scripts of the pre-training, and in scripts that it never saw.
 SEEN, UNSEEN = ("de", "fr", "es", "ru", "el"), ("hy", "ka", "he", "ar")
 VARIANTS = {"pixelgpt": "pixel", "textgpt": "text"}
-PRETRAIN: dict[str, Any] = {"steps": 160, "batch_size": 16, "length": 48, "eval_every": 40, "seed": 0,
+PRETRAIN: dict[str, Any] = {"steps": 320, "batch_size": 16, "length": 48, "eval_every": 80, "seed": 0,
                             "checkpoint_every": 10_000, "learning_rate": 2e-3}  # fmt: skip
-FINETUNE: dict[str, Any] = {"steps": 60, "batch_size": 32, "length": 24, "eval_every": 20, "seed": 0,
+FINETUNE: dict[str, Any] = {"steps": 150, "batch_size": 32, "length": 24, "eval_every": 50, "seed": 0,
                             "checkpoint_every": 10_000}  # fmt: skip
 TELL = 20
 STEPS = 1 + len(VARIANTS) * (PRETRAIN["steps"] // TELL + 2)

@@ -92,7 +92,8 @@ def loss_plot(records: Mapping[str, PretrainRecord], kind: str = "npp") -> Any:
         if value < 1.2:
             axes.axhline(value, color="#888", lw=0.8, ls=style)
             axes.annotate({"zero": "predict zero", "mean": "mean patch", "copy": "copy"}[name],
-                          (1, value), fontsize=7, color="#666", va="bottom")  # fmt: skip
+                          (0.99, value), xycoords=("axes fraction", "data"), fontsize=7, color="#666",
+                          va="bottom", ha="right")  # fmt: skip
     axes.set_xlabel("step")
     axes.set_ylabel(_NAMES[kind])
     axes.legend(frameon=False, fontsize=8)
