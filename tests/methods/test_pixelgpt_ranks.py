@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pixelgpt_runs as runs
+import pytest
 import torch
 from test_pixelgpt_finetune import tuned
 
@@ -48,6 +49,7 @@ def test_pretraining(tmp_path):
         torch.testing.assert_close(weights[name], p, atol=2e-3, rtol=2e-2)
 
 
+@pytest.mark.slow
 def test_finetuning(tmp_path):
     ranks(tmp_path, "finetune")
     model, want = tuned("pixel")
