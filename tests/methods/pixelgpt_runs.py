@@ -4,7 +4,7 @@ import functools
 
 import pixelgpt_models as tiny
 
-from tenfold.pixelgpt import PixelProcessor
+from tenfold.pixelgpt.small import packaged_processor
 from tenfold.pixelgpt.streams import make_streams
 from tenfold.pixelgpt.texts import documents, split_documents
 from tenfold.pixelgpt.tokens import train_tokenizer
@@ -21,7 +21,7 @@ def config(variant, **changes):
 
 @functools.cache
 def processor():
-    return PixelProcessor(on_missing="box")
+    return packaged_processor()
 
 
 @functools.cache

@@ -80,6 +80,8 @@ def pretrain(
         if text
         else documents(split(languages, str, "--languages"), per_language)
     )
+    if processor is None and not text:
+        processor = small.packaged_processor()
     corpus = small.corpus_of(found, vocabulary=vocabulary, processor=processor, tokenizer=tokens)
     if network is None:
         network = small.model_for(

@@ -37,15 +37,22 @@ class Corpus:
         return made[0], made[1]
 
 
+def packaged_processor() -> Any:
+    """A renderer with the first default font alone, which every machine has: checkpoints load everywhere."""
+    from tenfold.pixelgpt import PixelProcessor, default_fonts
+
+    return PixelProcessor(default_fonts()[:1], on_missing="box")
+
+
 def packaged_corpus(
     languages: Sequence[str] = LANGUAGES, *, per_language: int = 120, vocabulary: int = 1024, processor: Any = None
 ) -> Corpus:  # fmt: skip
-    """Documents of packaged languages, with a default renderer and byte-pair merges of the training ones.
+    """Documents of packaged languages, with a renderer and byte-pair merges of the training ones.
 
     Raises MissingData without the wheel ``django``, ValueError for an unknown language.
     """
     return corpus_of(
-        documents(languages, per_language), vocabulary=vocabulary, processor=processor
+        documents(languages, per_language), vocabulary=vocabulary, processor=processor or packaged_processor()
     )  # fmt: skip
 
 
