@@ -12,7 +12,8 @@ from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
 from tenfold import ops
 from tenfold.pixelgpt.config import PixelGPTConfig
-from tenfold.pixelgpt.model import PixelGPTModel, PixelGPTPreTrainedModel, joint_mask
+from tenfold.pixelgpt.images import joint_mask
+from tenfold.pixelgpt.model import PixelGPTModel, PixelGPTPreTrainedModel
 
 
 class PixelGPTForSequenceClassification(PixelGPTPreTrainedModel):

@@ -51,6 +51,36 @@ def without_eos(mask: Tensor) -> Tensor:
     return valid & (at != last)
 
 
+def joint_mask(
+    pixel_mask: Tensor | None, text_mask: Tensor | None, patches: int, tokens: int, like: Tensor
+) -> Tensor | None:
+    """The mask over [patches ; tokens], bool [B, patches + tokens]; None if neither segment has one.
+
+    Args:
+        pixel_mask: [B, patches]. text_mask: [B, tokens]. like: [B, ...] on the device of the result.
+
+    Raises:
+        ValueError: a mask of another shape.
+    """
+    parts = []
+    for name, mask, size in (
+        ("patch_mask", pixel_mask, patches),
+        ("attention_mask", text_mask, tokens),
+    ):
+        if mask is not None and tuple(mask.shape) != (like.shape[0], size):
+            raise ValueError(f"{name} must be [{like.shape[0]}, {size}], got {list(mask.shape)}")
+        if size:
+            whole = mask is None
+            parts.append(
+                torch.ones(like.shape[0], size, dtype=torch.bool, device=like.device)
+                if whole
+                else mask != 0  # type: ignore[operator]
+            )
+    if pixel_mask is None and text_mask is None:
+        return None
+    return torch.cat(parts, 1)
+
+
 @torch.no_grad()
 def grey_weight(weight: Tensor, how: str = "sum") -> Tensor:
     """The patch convolution [D, C, p, p] for strips of one channel, [D, 1, p, p].

@@ -39,7 +39,7 @@ from tenfold.integrations import attention as tenfold_attention
 from tenfold.integrations import transformers as hf
 from tenfold.pixelgpt.auto import register as register_processor
 from tenfold.pixelgpt.config import PixelGPTConfig
-from tenfold.pixelgpt.images import check_strips, without_eos
+from tenfold.pixelgpt.images import check_strips, joint_mask, without_eos
 from tenfold.pixelgpt.layers import PatchEmbedding, PixelGPTDecoderLayer, PixelGPTRMSNorm
 
 IGNORE = -100
@@ -91,36 +91,6 @@ class PixelGPTPreTrainedModel(LlamaPreTrainedModel):
         """Where nothing is asked for: tenfold's attention, which reads grouped heads as they are."""
         name = tenfold_attention.NAME if attn_implementation is None else attn_implementation
         return super()._check_and_adjust_attn_implementation(name, *args, **kwargs)
-
-
-def joint_mask(
-    pixel_mask: Tensor | None, text_mask: Tensor | None, patches: int, tokens: int, like: Tensor
-) -> Tensor | None:
-    """The mask over [patches ; tokens], bool [B, patches + tokens]; None if neither segment has one.
-
-    Args:
-        pixel_mask: [B, patches]. text_mask: [B, tokens]. like: [B, ...] on the device of the result.
-
-    Raises:
-        ValueError: a mask of another shape.
-    """
-    parts = []
-    for name, mask, size in (
-        ("patch_mask", pixel_mask, patches),
-        ("attention_mask", text_mask, tokens),
-    ):
-        if mask is not None and tuple(mask.shape) != (like.shape[0], size):
-            raise ValueError(f"{name} must be [{like.shape[0]}, {size}], got {list(mask.shape)}")
-        if size:
-            whole = mask is None
-            parts.append(
-                torch.ones(like.shape[0], size, dtype=torch.bool, device=like.device)
-                if whole
-                else mask != 0  # type: ignore[operator]
-            )
-    if pixel_mask is None and text_mask is None:
-        return None
-    return torch.cat(parts, 1)
 
 
 class PixelGPTModel(PixelGPTPreTrainedModel, LlamaModel):
