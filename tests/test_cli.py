@@ -588,7 +588,7 @@ class TestDemo:
         said = fails("demo", "nacl", "alchemy", "--out", tmp_path, *extra)
         assert (
             said
-            == "tenfold: unknown method alchemy; there are: nacl, dha, hft, ma-rlhf, upit, themis\n"
+            == "tenfold: unknown method alchemy; there are: nacl, dha, hft, ma-rlhf, upit, themis, pixelgpt\n"
         )
         assert list(tmp_path.iterdir()) == []
 

@@ -16,6 +16,7 @@ from tenfold.pixelgpt.config import PixelGPTConfig
 from tenfold.pixelgpt.model import PixelGPTForCausalLM, make_model
 from tenfold.pixelgpt.pretraining import pretrain
 from tenfold.pixelgpt.record import PretrainRecord
+from tenfold.pixelgpt.small import model_for, packaged_corpus
 from tenfold.pixelgpt.steps import held_out_losses, target_counts
 from tenfold.pixelgpt.streams import MixtureBatches
 from tenfold.pixelgpt.train_config import PretrainConfig
@@ -184,3 +185,12 @@ def test_refused():
     ):  # fmt: skip
         with pytest.raises(ValueError, match=text):
             PretrainConfig(**({"variant": "pixelgpt"} | changes))
+
+
+@pytest.mark.slow
+def test_minutes_on_packaged_text_beat_the_mean_patch():
+    corpus = packaged_corpus()
+    config = PretrainConfig.from_preset("small", steps=800, length=48, learning_rate=2e-3, seed=0)
+    streams, held = corpus.streams(config)
+    record = pretrain(model_for(corpus), streams, config, held_out=held)
+    assert record.validation[-1]["pixel/npp"] < 0.85 * record.baselines["mean"]
