@@ -31,12 +31,12 @@ struct Order {
   ScalarType y;
   bool rounds;
 };
-Order order_of(const char* op, const std::string& order, ScalarType x, ScalarType weight) {
-  if (order == "llama") return {x, narrow(x)};
-  if (order == "t5") return {narrow(weight) ? weight : x, narrow(weight)};
-  TENFOLD_CHECK_VALUE(order == "float", "tenfold::", op,
-                      ": order must be llama, t5 or float, got '", order, "'");
-  return {x, false};
+Order order_of(RmsOrder order, ScalarType x, ScalarType weight) {
+  switch (order) {
+    case RmsOrder::llama: return {x, narrow(x)};
+    case RmsOrder::as_t5: return {narrow(weight) ? weight : x, narrow(weight)};
+    default: return {x, false};
+  }
 }
 
 // A given tensor for a result.
@@ -55,9 +55,23 @@ bool over(const Rows& result, const Rows& input) {
 
 }  // namespace
 
+RmsOrder rms_order_of(const char* op, const std::string& order) {
+  if (order == "llama") return RmsOrder::llama;
+  if (order == "t5") return RmsOrder::as_t5;
+  TENFOLD_CHECK_VALUE(order == "float", "tenfold::", op,
+                      ": order must be llama, t5 or float, got '", order, "'");
+  return RmsOrder::as_float;
+}
+
+RmsOrder rms_order_of(const char* op, int64_t order) {
+  TENFOLD_CHECK_VALUE(order >= 0 && order <= 2, "tenfold::", op,
+                      ": order must be 0 (llama), 1 (t5) or 2 (float), got ", order);
+  return static_cast<RmsOrder>(order);
+}
+
 RmsCall check_rms_norm(const char* op, const Tensor* y, const OptTensor& sum, const Tensor& x,
                        const OptTensor& residual, const Tensor& weight, double eps,
-                       const std::string& order) {
+                       RmsOrder order) {
   check_float_dtype(op, "x", x);
   check_has_rows(op, "x", x);
   check_weight(op, x, weight);
@@ -67,16 +81,21 @@ RmsCall check_rms_norm(const char* op, const Tensor* y, const OptTensor& sum, co
   }
   TENFOLD_CHECK_VALUE(eps >= 0.0 && std::isfinite(eps), "tenfold::", op,
                       ": eps must be finite, and 0 or above, got ", eps);
-  const Order way = order_of(op, order, x.scalar_type(), weight.scalar_type());
-  RmsCall c{row_shape(x), readable_rows(x), {}, {}, {}, as_contiguous(weight), false, {}};
+  const Order way = order_of(order, x.scalar_type(), weight.scalar_type());
+  TENFOLD_CHECK_VALUE(y == nullptr || sum.has_value() == residual.has_value(), "tenfold::", op,
+                      ": sum must be given where residual is, and only there");
+  RmsCall c{row_shape(x),
+            readable_rows(x),
+            y == nullptr ? new_rows(x, way.y) : check_result(op, "y", *y, x, way.y),
+            {},
+            {},
+            as_contiguous(weight),
+            false,
+            {}};
   if (residual) c.residual = readable_rows(*residual);
   if (y == nullptr) {
-    c.y = new_rows(x, way.y);
     if (residual) c.sum = new_rows(x, x.scalar_type());
   } else {
-    TENFOLD_CHECK_VALUE(sum.has_value() == residual.has_value(), "tenfold::", op,
-                        ": sum must be given where residual is, and only there");
-    c.y = check_result(op, "y", *y, x, way.y);
     check_apart(op, "y", c.y, "x", c.x, c.shape);
     c.in_place = over(c.y, c.x);
     if (residual) {
@@ -153,7 +172,12 @@ RmsGradCall check_rms_norm_backward(const Tensor& grad_y, const OptTensor& grad_
 
 // rms_norm: sum is empty where there is no residual: a result must not be an input, and a copy of x
 // would be half of the traffic. rms_norm_ writes into y and sum, which may be x or residual.
+// rms_norm_forward is what the face calls where no gradient is wanted: it has no Autograd kernel,
+// so the dispatcher does not enter Python, and no string.
 STABLE_TORCH_LIBRARY_FRAGMENT(tenfold, m) {
+  m.def(
+      "rms_norm_forward(Tensor x, Tensor? residual, Tensor weight, float eps, int order) "
+      "-> (Tensor y, Tensor sum, Tensor rstd)");
   m.def(
       "rms_norm(Tensor x, Tensor? residual, Tensor weight, float eps, *, str order=\"llama\") "
       "-> (Tensor y, Tensor sum, Tensor rstd)");

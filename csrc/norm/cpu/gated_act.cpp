@@ -44,6 +44,13 @@ void run_forward(const GatedCall& c) {
   });
 }
 
+Tensor gated_act_op(Tensor a, Tensor b, int64_t act) {
+  constexpr auto kOp = "gated_act";
+  const GatedCall c = check_gated(kOp, "a", "b", gate_of(kOp, act), nullptr, a, b);
+  run_forward(c);
+  return c.out.t;
+}
+
 Tensor swiglu_op(Tensor gate, Tensor up) {
   const GatedCall c = check_gated("swiglu", "gate", "up", Gate::silu, nullptr, gate, up);
   run_forward(c);
@@ -66,7 +73,7 @@ void gated_gelu_out_op(Tensor out, Tensor a, Tensor b, std::string approximate) 
   run_forward(check_gated(kOp, "a", "b", gelu_of(kOp, approximate), &out, a, b));
 }
 
-std::tuple<Tensor, Tensor> gated_act_backward_op(Tensor grad, Tensor a, Tensor b, std::string act,
+std::tuple<Tensor, Tensor> gated_act_backward_op(Tensor grad, Tensor a, Tensor b, int64_t act,
                                                  bool of_a, bool of_b) {
   const GatedGradCall c = check_gated_backward(grad, a, b, act, of_a, of_b);
   if (!of_a && !of_b) return {c.da, c.db};
@@ -95,6 +102,7 @@ std::tuple<Tensor, Tensor> gated_act_backward_op(Tensor grad, Tensor a, Tensor b
 }  // namespace tenfold::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(tenfold, CPU, m) {
+  m.impl("gated_act", TORCH_BOX(&tenfold::cpu::gated_act_op));
   m.impl("swiglu", TORCH_BOX(&tenfold::cpu::swiglu_op));
   m.impl("swiglu_", TORCH_BOX(&tenfold::cpu::swiglu_out_op));
   m.impl("gated_gelu", TORCH_BOX(&tenfold::cpu::gated_gelu_op));
