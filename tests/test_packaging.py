@@ -28,7 +28,9 @@ OPS = _load.PATH
 RUNTIMES = ("GLIBC_", "GLIBCXX_", "CXXABI_", "GCC_")
 # Weak references of the start-up code in every shared object.
 STARTUP = {"_ITM_deregisterTMCloneTable", "_ITM_registerTMCloneTable", "__gmon_start__"}
-SHIM_HEADERS = ("stable/c/shim.h", "inductor/aoti_torch/c/shim.h")
+# The third: what stable/ops.h itself calls.
+SHIM_HEADERS = ("stable/c/shim.h", "inductor/aoti_torch/c/shim.h",
+                "inductor/aoti_torch/generated/c_shim_aten.h")  # fmt: skip
 LIBRARIES = ("libtorch_cpu.", "libstdc++.", "libm.", "libgcc_s.", "libc.", "libdl.",
              "libpthread.", "librt.", "ld-linux")  # fmt: skip
 CPU_ONLY = {"_peak"}

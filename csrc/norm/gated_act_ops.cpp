@@ -10,12 +10,15 @@
 namespace tenfold {
 namespace {
 
-void check_pair(const char* op, const char* a_name, const Tensor& a, const char* b_name,
-                const Tensor& b) {
+// The dtype of both.
+ScalarType check_pair(const char* op, const char* a_name, const Tensor& a, const char* b_name,
+                      const Tensor& b) {
+  const ScalarType dtype = a.scalar_type();
   check_float_dtype(op, a_name, a);
   check_has_rows(op, a_name, a);
   check_same_dtype(op, a_name, a, b_name, b);
   check_like(op, a_name, a, b_name, b);
+  return dtype;
 }
 
 }  // namespace
@@ -35,17 +38,18 @@ Gate gate_of(const char* op, int64_t act) {
 
 GatedCall check_gated(const char* op, const char* a_name, const char* b_name, Gate gate,
                       const Tensor* out, const Tensor& a, const Tensor& b) {
-  check_pair(op, a_name, a, b_name, b);
+  const ScalarType dtype = check_pair(op, a_name, a, b_name, b);
   if (out != nullptr) {
     check_same_dtype(op, a_name, a, "out", *out);
     check_like(op, a_name, a, "out", *out);
   }
+  const RowShape shape = row_shape(a);
   GatedCall c{gate,
-              to_dtype(a.scalar_type()),
-              row_shape(a),
-              readable_rows(a),
-              readable_rows(b),
-              out != nullptr ? writable_rows(op, "out", *out) : new_rows(a, a.scalar_type()),
+              to_dtype(dtype),
+              shape,
+              readable_rows(a, shape),
+              readable_rows(b, shape),
+              out != nullptr ? writable_rows(op, "out", *out, shape) : new_rows(a, dtype, shape),
               false};
   if (out == nullptr) return c;
   check_apart(op, "out", c.out, a_name, c.a, c.shape);
@@ -57,19 +61,20 @@ GatedCall check_gated(const char* op, const char* a_name, const char* b_name, Ga
 GatedGradCall check_gated_backward(const Tensor& grad, const Tensor& a, const Tensor& b,
                                    int64_t act, bool of_a, bool of_b) {
   constexpr auto kOp = "gated_act_backward";
-  check_pair(kOp, "a", a, "b", b);
+  const ScalarType dtype = check_pair(kOp, "a", a, "b", b);
   check_same_dtype(kOp, "a", a, "grad", grad);
   check_like(kOp, "a", a, "grad", grad);
   const Gate gate = gate_of(kOp, act);
+  const RowShape shape = row_shape(a);
   const auto made = [&](bool wanted) {
-    return wanted ? new_output(a, a.sizes(), a.scalar_type()) : new_output(a, {0}, a.scalar_type());
+    return wanted ? new_output(a, a.sizes(), dtype) : new_output(a, {0}, dtype);
   };
   return {gate,
-          to_dtype(a.scalar_type()),
-          row_shape(a),
-          readable_rows(grad),
-          readable_rows(a),
-          readable_rows(b),
+          to_dtype(dtype),
+          shape,
+          readable_rows(grad, shape),
+          readable_rows(a, shape),
+          readable_rows(b, shape),
           made(of_a),
           made(of_b)};
 }

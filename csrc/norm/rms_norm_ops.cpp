@@ -41,11 +41,11 @@ Order order_of(RmsOrder order, ScalarType x, ScalarType weight) {
 
 // A given tensor for a result.
 Rows check_result(const char* op, const char* arg, const Tensor& t, const Tensor& x,
-                  ScalarType dtype) {
+                  ScalarType dtype, RowShape shape) {
   TENFOLD_CHECK_VALUE(t.scalar_type() == dtype, "tenfold::", op, ": ", arg, " must be ",
                       dtype_name(dtype), ", got ", dtype_name(t.scalar_type()));
   check_like(op, "x", x, arg, t);
-  return writable_rows(op, arg, t);
+  return writable_rows(op, arg, t, shape);
 }
 
 // Whether a result is exactly over an input.
@@ -81,25 +81,27 @@ RmsCall check_rms_norm(const char* op, const Tensor* y, const OptTensor& sum, co
   }
   TENFOLD_CHECK_VALUE(eps >= 0.0 && std::isfinite(eps), "tenfold::", op,
                       ": eps must be finite, and 0 or above, got ", eps);
-  const Order way = order_of(order, x.scalar_type(), weight.scalar_type());
+  const ScalarType dtype = x.scalar_type(), of_weight = weight.scalar_type();
+  const Order way = order_of(order, dtype, of_weight);
   TENFOLD_CHECK_VALUE(y == nullptr || sum.has_value() == residual.has_value(), "tenfold::", op,
                       ": sum must be given where residual is, and only there");
-  RmsCall c{row_shape(x),
-            readable_rows(x),
-            y == nullptr ? new_rows(x, way.y) : check_result(op, "y", *y, x, way.y),
+  const RowShape shape = row_shape(x);
+  RmsCall c{shape,
+            readable_rows(x, shape),
+            y == nullptr ? new_rows(x, way.y, shape) : check_result(op, "y", *y, x, way.y, shape),
             {},
             {},
             as_contiguous(weight),
             false,
             {}};
-  if (residual) c.residual = readable_rows(*residual);
+  if (residual) c.residual = readable_rows(*residual, shape);
   if (y == nullptr) {
-    if (residual) c.sum = new_rows(x, x.scalar_type());
+    if (residual) c.sum = new_rows(x, dtype, shape);
   } else {
     check_apart(op, "y", c.y, "x", c.x, c.shape);
     c.in_place = over(c.y, c.x);
     if (residual) {
-      c.sum = check_result(op, "sum", *sum, x, x.scalar_type());
+      c.sum = check_result(op, "sum", *sum, x, dtype, shape);
       check_apart(op, "y", c.y, "residual", *c.residual, c.shape);
       check_apart(op, "sum", *c.sum, "x", c.x, c.shape);
       check_apart(op, "sum", *c.sum, "residual", *c.residual, c.shape);
@@ -109,7 +111,7 @@ RmsCall check_rms_norm(const char* op, const Tensor* y, const OptTensor& sum, co
     }
   }
   RmsRows& r = c.rows;
-  r.x_dtype = to_dtype(x.scalar_type()), r.weight_dtype = to_dtype(weight.scalar_type());
+  r.x_dtype = to_dtype(dtype), r.weight_dtype = to_dtype(of_weight);
   r.y_dtype = to_dtype(way.y), r.rounds = way.rounds;
   r.cols = c.shape.cols, r.eps = static_cast<float>(eps);
   r.x = c.x.data, r.x_stride = c.x.stride, r.weight = c.weight.data_ptr();
@@ -144,8 +146,8 @@ RmsGradCall check_rms_norm_backward(const Tensor& grad_y, const OptTensor& grad_
   if (!x.is_cpu() || !rstd.is_cpu()) check_same_device(kOp, "x", x, "rstd", rstd);
   RmsGradCall c{
       shape,
-      readable_rows(grad_y),
-      readable_rows(x),
+      readable_rows(grad_y, shape),
+      readable_rows(x, shape),
       {},
       as_contiguous(weight),
       as_contiguous(rstd),
@@ -161,7 +163,7 @@ RmsGradCall check_rms_norm_backward(const Tensor& grad_y, const OptTensor& grad_
   if (of_x) {
     r.dx = c.dx.data_ptr();
     if (grad_sum) {
-      c.grad_sum = readable_rows(*grad_sum);
+      c.grad_sum = readable_rows(*grad_sum, shape);
       r.dsum = c.grad_sum->data, r.dsum_stride = c.grad_sum->stride;
     }
   }

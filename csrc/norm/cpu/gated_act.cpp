@@ -11,15 +11,17 @@ namespace {
 constexpr int64_t kSpan = 8192;  // elements of a task
 constexpr double kMicrosPerElement = 5e-4;
 
-// f(row, first column, how many columns) for spans of all rows.
+// f(row, first column, how many columns) for spans that cover all rows.
 template <class F>
 void for_spans(RowShape shape, double micros, const F& f) {
   const int64_t per_row = ceil_div(shape.cols, kSpan);
   const double size = static_cast<double>(std::min(kSpan, shape.cols));
   parallel_for(shape.rows * per_row, micros * size, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t col = i % per_row * kSpan;
-      f(i / per_row, col, std::min(kSpan, shape.cols - col));
+    for (int64_t i = begin; i < end;) {  // neighbours as one
+      const int64_t row = i / per_row, col = i % per_row * kSpan;
+      const int64_t n = std::min((end - i) * kSpan, shape.cols - col);
+      f(row, col, n);
+      i += ceil_div(n, kSpan);
     }
   });
 }

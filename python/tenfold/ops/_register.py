@@ -158,11 +158,9 @@ def no_gradient(*tensors: Tensor | None) -> bool:
 
     Of ops that take a few microseconds: entering Python from the dispatcher takes as much, keeping it out half of one.
     """
-    if _is_compiling():
+    if _is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
         return False
-    if not _is_grad_enabled():
-        return True
-    return not any(x is not None and x.requires_grad for x in tensors)
+    return not _is_compiling()
 
 
 # Whether the backward now running may be followed by another, which needs what this one saved.

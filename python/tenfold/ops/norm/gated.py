@@ -86,7 +86,7 @@ class _Gelu(torch.autograd.Function):
 
 _swiglu = differentiable_by("swiglu", _Swiglu, (0, 1))
 _gated_gelu = differentiable_by("gated_gelu", _Gelu, (0, 1))
-_gated_act = _ops.gated_act.default
+_gated_act = _ops.gated_act.default._op
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:

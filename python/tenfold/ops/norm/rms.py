@@ -87,7 +87,7 @@ class _Norm(torch.autograd.Function):
 
 
 _rms_norm = differentiable_by("rms_norm", _Norm, (0, 1, 2))
-_forward = _ops.rms_norm_forward.default
+_forward = _ops.rms_norm_forward.default._op
 
 
 def rms_norm(
