@@ -35,7 +35,7 @@ LIBRARIES = ("libtorch_cpu.", "libstdc++.", "libm.", "libgcc_s.", "libc.", "libd
              "libpthread.", "librt.", "ld-linux")  # fmt: skip
 CPU_ONLY = {"_peak"}
 # What the faces of other ops call: checks, and forward and backward halves of what autograd sees as one.
-INNER = {"gated_act", "gated_act_backward", "last_token_reward_backward",
+INNER = {"gated_act", "gated_act_", "gated_act_backward", "last_token_reward_backward",
          "last_token_reward_forward", "linear_cross_entropy_backward",
          "linear_cross_entropy_grads", "linear_logprob_backward", "load_balance_loss_backward",
          "ma_ppo_loss_backward", "ma_ppo_policy_loss_forward", "ma_ppo_value_loss_forward",
@@ -43,7 +43,7 @@ INNER = {"gated_act", "gated_act_backward", "last_token_reward_backward",
          "moe_gate_backward", "moe_gate_linear_backward", "moe_lora_experts",
          "moe_lora_experts_backward", "moe_lora_experts_train", "moe_permute_backward",
          "moe_swiglu_mlp_backward", "moe_swiglu_mlp_train", "pairwise_logsigmoid_grads",
-         "rms_norm_backward", "rms_norm_forward", "router_seed_loss_backward",
+         "rms_norm_backward", "rms_norm_forward", "rms_norm_forward_", "router_seed_loss_backward",
          "router_seed_loss_grads", "segment_mean_backward",
          "selective_logprob_backward", "sequence_nll_backward", "sequence_nll_forward",
          "weighted_linear_ce_backward", "weighted_linear_ce_forward",

@@ -87,11 +87,12 @@ RowShape joined_rows(RowShape shape, std::initializer_list<int64_t> strides) {
 
 }  // namespace tenfold
 
-// gated_act is what the faces of both call where no gradient is wanted: it has no Autograd kernel,
-// so the dispatcher does not enter Python, and no string (half a microsecond) for the gate. The
+// gated_act(_) is what the faces of both call where no gradient is wanted: without an Autograd
+// kernel the dispatcher does not enter Python, and a string would take half a microsecond. The
 // forms that end in _ write into out, which may be either input.
 STABLE_TORCH_LIBRARY_FRAGMENT(tenfold, m) {
   m.def("gated_act(Tensor a, Tensor b, int act) -> Tensor");
+  m.def("gated_act_(Tensor(a!) out, Tensor a, Tensor b, int act) -> ()");
   m.def("swiglu(Tensor gate, Tensor up) -> Tensor");
   m.def("swiglu_(Tensor(a!) out, Tensor gate, Tensor up) -> ()");
   m.def("gated_gelu(Tensor a, Tensor b, *, str approximate=\"tanh\") -> Tensor");

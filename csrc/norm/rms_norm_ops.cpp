@@ -174,9 +174,12 @@ RmsGradCall check_rms_norm_backward(const Tensor& grad_y, const OptTensor& grad_
 
 // rms_norm: sum is empty where there is no residual: a result must not be an input, and a copy of x
 // would be half of the traffic. rms_norm_ writes into y and sum, which may be x or residual.
-// rms_norm_forward is what the face calls where no gradient is wanted: it has no Autograd kernel,
-// so the dispatcher does not enter Python, and no string.
+// rms_norm_forward(_) is what the faces call where no gradient is wanted: without an Autograd
+// kernel the dispatcher does not enter Python, and a string would take half a microsecond.
 STABLE_TORCH_LIBRARY_FRAGMENT(tenfold, m) {
+  m.def(
+      "rms_norm_forward_(Tensor(a!) y, Tensor(b!)? sum, Tensor x, Tensor? residual, "
+      "Tensor weight, float eps, int order) -> ()");
   m.def(
       "rms_norm_forward(Tensor x, Tensor? residual, Tensor weight, float eps, int order) "
       "-> (Tensor y, Tensor sum, Tensor rstd)");

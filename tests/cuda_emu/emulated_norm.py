@@ -64,6 +64,10 @@ def rms_norm(x, residual, weight, eps, *, order="llama"):
     return tuple(scheduled(LIB, run))
 
 
+def rms_norm_forward_(y, sum, x, residual, weight, eps, order):
+    norm(y, sum, None, x, residual, weight, eps, ("llama", "t5", "float")[order])
+
+
 def rms_norm_forward(x, residual, weight, eps, order):
     return rms_norm(x, residual, weight, eps, order=("llama", "t5", "float")[order])
 
@@ -116,6 +120,10 @@ def gated_act(a, b, act):
 
 def swiglu(gate, up):
     return gated_act(gate, up, 0)
+
+
+def gated_act_(out, a, b, act):
+    gate([out, None, None], None, a, b, act)
 
 
 def swiglu_(out, gate_, up):
@@ -178,8 +186,8 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     torch.set_num_threads(1)
     tenfold.cpu_capabilities = lambda: [tenfold.cpu_capability()]  # none of them is asked
-    stand_in((rms_norm, rms_norm_forward, rms_norm_, gated_act, rms_norm_backward, swiglu, swiglu_,
-              gated_gelu, gated_gelu_, gated_act_backward))  # fmt: skip
+    stand_in((rms_norm, rms_norm_, rms_norm_forward, rms_norm_forward_, rms_norm_backward, swiglu, swiglu_,
+              gated_gelu, gated_gelu_, gated_act, gated_act_, gated_act_backward))  # fmt: skip
     for check in sys.argv[1:]:
         torch.manual_seed(0)
         globals()[f"check_{check}"]()

@@ -126,6 +126,11 @@ def test_given_results(device):
             own = x.clone()
             ops.rms_norm_(own, None, own, None, weight, 1e-5, order=order)
             assert same_bits([own], [plain])
+            with torch.inference_mode():
+                own = x.clone(), residual.clone()
+                ops.rms_norm_(*own, *own, weight, 1e-5, order=order)
+                assert same_bits(own, want)
+                assert same_bits([ops.rms_norm(x, None, weight, 1e-5, order=order)[0]], [plain])
     x, weight = on(device, (rand(4, 32), weight_of(32, torch.bfloat16)))
     y = torch.empty(4, 32, dtype=torch.bfloat16, device=device)
     ops.rms_norm_(y, None, x, None, weight, order="t5")

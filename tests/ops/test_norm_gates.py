@@ -106,6 +106,11 @@ def test_given_results(device):
                 version = out._version
                 into(out, *own, **kwargs)
                 assert same_bits([out], [want]) and out._version > version
+                with torch.inference_mode():
+                    own = a.clone(), b.clone()
+                    out = torch.empty_like(a) if at is None else own[at]
+                    into(out, *own, **kwargs)
+                    assert same_bits([out, face(a, b, **kwargs)], [want, want])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -53,6 +53,11 @@ Tensor gated_act_op(Tensor a, Tensor b, int64_t act) {
   return c.out.t;
 }
 
+void gated_act_out_op(Tensor out, Tensor a, Tensor b, int64_t act) {
+  constexpr auto kOp = "gated_act_";
+  run_forward(check_gated(kOp, "a", "b", gate_of(kOp, act), &out, a, b));
+}
+
 Tensor swiglu_op(Tensor gate, Tensor up) {
   const GatedCall c = check_gated("swiglu", "gate", "up", Gate::silu, nullptr, gate, up);
   run_forward(c);
@@ -105,6 +110,7 @@ std::tuple<Tensor, Tensor> gated_act_backward_op(Tensor grad, Tensor a, Tensor b
 
 STABLE_TORCH_LIBRARY_IMPL(tenfold, CPU, m) {
   m.impl("gated_act", TORCH_BOX(&tenfold::cpu::gated_act_op));
+  m.impl("gated_act_", TORCH_BOX(&tenfold::cpu::gated_act_out_op));
   m.impl("swiglu", TORCH_BOX(&tenfold::cpu::swiglu_op));
   m.impl("swiglu_", TORCH_BOX(&tenfold::cpu::swiglu_out_op));
   m.impl("gated_gelu", TORCH_BOX(&tenfold::cpu::gated_gelu_op));

@@ -31,6 +31,12 @@ Tensor gated_act_op(Tensor a, Tensor b, int64_t act) {
   return run_forward(kOp, check_gated(kOp, "a", "b", gate_of(kOp, act), nullptr, a, b), launch);
 }
 
+void gated_act_out_op(Tensor out, Tensor a, Tensor b, int64_t act) {
+  constexpr auto kOp = "gated_act_";
+  const Launch launch(a);
+  run_forward(kOp, check_gated(kOp, "a", "b", gate_of(kOp, act), &out, a, b), launch);
+}
+
 Tensor swiglu_op(Tensor gate, Tensor up) {
   constexpr auto kOp = "swiglu";
   const Launch launch(gate);
@@ -77,6 +83,7 @@ std::tuple<Tensor, Tensor> gated_act_backward_op(Tensor grad, Tensor a_in, Tenso
 
 STABLE_TORCH_LIBRARY_IMPL(tenfold, CUDA, m) {
   m.impl("gated_act", TORCH_BOX(&tenfold::cuda::gated_act_op));
+  m.impl("gated_act_", TORCH_BOX(&tenfold::cuda::gated_act_out_op));
   m.impl("swiglu", TORCH_BOX(&tenfold::cuda::swiglu_op));
   m.impl("swiglu_", TORCH_BOX(&tenfold::cuda::swiglu_out_op));
   m.impl("gated_gelu", TORCH_BOX(&tenfold::cuda::gated_gelu_op));

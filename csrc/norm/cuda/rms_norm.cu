@@ -49,6 +49,14 @@ void rms_norm_out_op(Tensor y, OptTensor sum, Tensor x, OptTensor residual, Tens
   run_forward(kOp, check_rms_norm(kOp, &y, sum, x, residual, weight, eps, way), nullptr, launch);
 }
 
+void rms_norm_forward_out_op(Tensor y, OptTensor sum, Tensor x, OptTensor residual, Tensor weight,
+                             double eps, int64_t order) {
+  constexpr auto kOp = "rms_norm_forward_";
+  const Launch launch(x);
+  const RmsOrder way = rms_order_of(kOp, order);
+  run_forward(kOp, check_rms_norm(kOp, &y, sum, x, residual, weight, eps, way), nullptr, launch);
+}
+
 std::tuple<Tensor, Tensor> rms_norm_backward_op(Tensor grad_y, OptTensor grad_sum, Tensor x,
                                                 Tensor weight, Tensor rstd, bool of_x,
                                                 bool of_weight) {
@@ -71,6 +79,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward_op(Tensor grad_y, OptTensor grad_su
 
 STABLE_TORCH_LIBRARY_IMPL(tenfold, CUDA, m) {
   m.impl("rms_norm_forward", TORCH_BOX(&tenfold::cuda::rms_norm_forward_op));
+  m.impl("rms_norm_forward_", TORCH_BOX(&tenfold::cuda::rms_norm_forward_out_op));
   m.impl("rms_norm", TORCH_BOX(&tenfold::cuda::rms_norm_op));
   m.impl("rms_norm_", TORCH_BOX(&tenfold::cuda::rms_norm_out_op));
   m.impl("rms_norm_backward", TORCH_BOX(&tenfold::cuda::rms_norm_backward_op));

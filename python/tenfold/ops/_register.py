@@ -163,6 +163,13 @@ def no_gradient(*tensors: Tensor | None) -> bool:
     return not _is_compiling()
 
 
+def written(*tensors: Tensor) -> None:
+    """After an op without an Autograd kernel: autograd notices if one of these was saved for a backward elsewhere."""
+    for x in tensors:
+        if not x.is_inference():  # else it has no version
+            torch._C._increment_version((x,))
+
+
 # Whether the backward now running may be followed by another, which needs what this one saved.
 _keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 

@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 
 from tenfold._load import call
-from tenfold.ops._register import call_inference, differentiable_by, inference_only, no_gradient
+from tenfold.ops._register import (
+    call_inference,
+    differentiable_by,
+    inference_only,
+    no_gradient,
+    written,
+)
 
 _ops = torch.ops.tenfold
 _SILU = 0  # numbers of the gates
@@ -41,6 +47,11 @@ def _(a, b, *, approximate="tanh"):
 
 @torch.library.register_fake("tenfold::gated_gelu_")
 def _(out, a, b, *, approximate="tanh"):
+    return None
+
+
+@torch.library.register_fake("tenfold::gated_act_")
+def _(out, a, b, act):
     return None
 
 
@@ -87,6 +98,19 @@ class _Gelu(torch.autograd.Function):
 _swiglu = differentiable_by("swiglu", _Swiglu, (0, 1))
 _gated_gelu = differentiable_by("gated_gelu", _Gelu, (0, 1))
 _gated_act = _ops.gated_act.default._op
+_gated_act_into = _ops.gated_act_.default._op
+
+
+def _into(out: Tensor, a: Tensor, b: Tensor, act: int) -> bool:
+    """Whether it was done; if not, it has to be recorded or traced, or the op itself says what is wrong."""
+    if not no_gradient(out, a, b):
+        return False
+    try:
+        _gated_act_into(out, a, b, act)
+    except RuntimeError:
+        return False
+    written(out)
+    return True
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -124,7 +148,8 @@ def swiglu_(out: Tensor, gate: Tensor, up: Tensor) -> None:
     Raises:
         ValueError: as :func:`swiglu`; tensors that overlap in another way. RuntimeError: an input requires grad.
     """
-    call_inference(_ops.swiglu_.default, out, gate, up, mutates=(out,))
+    if not _into(out, gate, up, _SILU):
+        call_inference(_ops.swiglu_.default, out, gate, up, mutates=(out,))
 
 
 def gated_gelu(a: Tensor, b: Tensor, *, approximate: str = "tanh") -> Tensor:
@@ -163,4 +188,5 @@ def gated_gelu_(out: Tensor, a: Tensor, b: Tensor, *, approximate: str = "tanh")
     Raises:
         ValueError: as :func:`gated_gelu`; tensors that overlap in another way. RuntimeError: an input requires grad.
     """
-    call_inference(_ops.gated_gelu_.default, out, a, b, mutates=(out,), approximate=approximate)
+    if not _into(out, a, b, _GELUS.get(approximate, -1)):
+        call_inference(_ops.gated_gelu_.default, out, a, b, mutates=(out,), approximate=approximate)

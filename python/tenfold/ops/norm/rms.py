@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 
 from tenfold._load import call
-from tenfold.ops._register import call_inference, differentiable_by, inference_only, no_gradient
+from tenfold.ops._register import (
+    call_inference,
+    differentiable_by,
+    inference_only,
+    no_gradient,
+    written,
+)
 
 _ops = torch.ops.tenfold
 # By these numbers the op without an Autograd kernel takes what others take by name.
@@ -37,6 +43,11 @@ def _(x, residual, weight, eps, order):
 
 @torch.library.register_fake("tenfold::rms_norm_")
 def _(y, sum, x, residual, weight, eps, *, order="llama"):
+    return None
+
+
+@torch.library.register_fake("tenfold::rms_norm_forward_")
+def _(y, sum, x, residual, weight, eps, order):
     return None
 
 
@@ -88,6 +99,7 @@ class _Norm(torch.autograd.Function):
 
 _rms_norm = differentiable_by("rms_norm", _Norm, (0, 1, 2))
 _forward = _ops.rms_norm_forward.default._op
+_forward_into = _ops.rms_norm_forward_.default._op
 
 
 def rms_norm(
@@ -147,7 +159,14 @@ def rms_norm_(
     Raises:
         ValueError: as :func:`rms_norm`; tensors that overlap in another way. RuntimeError: an input requires grad.
     """
-    written = (y,) if sum is None else (y, sum)
+    results = (y,) if sum is None else (y, sum)
+    if no_gradient(y, sum, x, residual, weight):
+        try:
+            _forward_into(y, sum, x, residual, weight, eps, _ORDERS.get(order, -1))
+        except RuntimeError:  # as below, in its own words
+            pass
+        else:
+            return written(*results)
     call_inference(
-        _ops.rms_norm_.default, y, sum, x, residual, weight, eps, mutates=written, order=order
+        _ops.rms_norm_.default, y, sum, x, residual, weight, eps, mutates=results, order=order
     )
