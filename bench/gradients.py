@@ -35,7 +35,7 @@ def with_gradients(loss: Loss, *names: str) -> Function:
 def pulled_back(form: Loss, *names: str) -> Function:
     """Results of ``form`` and, of their gradients ``i.upstream``, those of the inputs ``names``: one flat tuple."""
 
-    .enable_grad()
+    @torch.enable_grad()
     def run(i: Inputs) -> tuple[Tensor, ...]:
         leaves = {name: getattr(i, name).detach().requires_grad_() for name in names}
         made = form(Inputs(**{**vars(i), **leaves}))

@@ -108,7 +108,9 @@ def _copies(into: bool) -> Provider:
     return provider("copy_" if into else "clone", run, "bound")
 
 
-def _case(s: Shape, dtype: torch.dtype, gate: str, into: bool = False, halves: bool = False) -> Case:
+def _case(
+    s: Shape, dtype: torch.dtype, gate: str, into: bool = False, halves: bool = False
+) -> Case:
     name, kwargs = GATES[gate]
 
     def ours(i: Inputs) -> Tensor:

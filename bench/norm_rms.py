@@ -1,8 +1,8 @@
 """Cases of ``rms_norm``, its form into given tensors and its gradients: part of the family ``norm``.
 
 Rows of a model while it is trained (4,096 tokens) and while it decodes (1 and 64). Bytes: x (and the residual) read,
-y (and the sum) written; with gradients, what comes back read, h once more, the gradient of the rows written. Eager forms
-are the module of transformers, and one that reads 16-bit rows without a float32 copy of them; the peer is torch's
+y (and the sum) written; with gradients, what comes back read, h once more, the gradient of the rows written. Eager
+forms are the module of transformers, and one that reads 16-bit rows without a float32 copy of them; the peer is torch's
 own function, which rounds once.
 """
 
@@ -33,9 +33,7 @@ def _inputs(residual: bool, weight: torch.dtype | None) -> Callable[..., Inputs]
     def inputs(s: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
         made = torch.Generator().manual_seed(0)
         sizes = (s["rows"], s["d"])
-        x, more, back = (
-            torch.randn(sizes, generator=made).to(device, dtype) for _ in range(3)
-        )
+        x, more, back = (torch.randn(sizes, generator=made).to(device, dtype) for _ in range(3))
         w = torch.rand(s["d"], generator=made).add_(0.5).to(device, weight or dtype)
         of_y = weight if weight is not None else dtype
         i = Inputs(x=x, weight=w, y=torch.zeros(sizes, dtype=of_y, device=device))

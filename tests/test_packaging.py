@@ -28,20 +28,23 @@ OPS = _load.PATH
 RUNTIMES = ("GLIBC_", "GLIBCXX_", "CXXABI_", "GCC_")
 # Weak references of the start-up code in every shared object.
 STARTUP = {"_ITM_deregisterTMCloneTable", "_ITM_registerTMCloneTable", "__gmon_start__"}
-SHIM_HEADERS = ("stable/c/shim.h", "inductor/aoti_torch/c/shim.h")
+# The third: what stable/ops.h itself calls.
+SHIM_HEADERS = ("stable/c/shim.h", "inductor/aoti_torch/c/shim.h",
+                "inductor/aoti_torch/generated/c_shim_aten.h")  # fmt: skip
 LIBRARIES = ("libtorch_cpu.", "libstdc++.", "libm.", "libgcc_s.", "libc.", "libdl.",
              "libpthread.", "librt.", "ld-linux")  # fmt: skip
 CPU_ONLY = {"_peak"}
 # What the faces of other ops call: checks, and forward and backward halves of what autograd sees as one.
-INNER = {"gated_act_backward", "last_token_reward_backward", "last_token_reward_forward", "linear_cross_entropy_backward",
+INNER = {"gated_act", "gated_act_", "gated_act_backward", "last_token_reward_backward",
+         "last_token_reward_forward", "linear_cross_entropy_backward",
          "linear_cross_entropy_grads", "linear_logprob_backward", "load_balance_loss_backward",
          "ma_ppo_loss_backward", "ma_ppo_policy_loss_forward", "ma_ppo_value_loss_forward",
          "macro_pool_backward", "macro_segment_check", "moe_combine_backward",
          "moe_gate_backward", "moe_gate_linear_backward", "moe_lora_experts",
          "moe_lora_experts_backward", "moe_lora_experts_train", "moe_permute_backward",
          "moe_swiglu_mlp_backward", "moe_swiglu_mlp_train", "pairwise_logsigmoid_grads",
-         "patch_mse_forward", "rms_norm_backward",
-         "router_seed_loss_backward", "router_seed_loss_grads", "segment_mean_backward",
+         "patch_mse_forward", "rms_norm_backward", "rms_norm_forward", "rms_norm_forward_", "router_seed_loss_backward",
+         "router_seed_loss_grads", "segment_mean_backward",
          "selective_logprob_backward", "sequence_nll_backward", "sequence_nll_forward",
          "weighted_linear_ce_backward", "weighted_linear_ce_forward",
          "weighted_linear_ce_grads"}  # fmt: skip

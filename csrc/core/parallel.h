@@ -31,6 +31,7 @@ void parallel_for(int64_t n, double micros_per_item, const F& f) {
   const int64_t grain = per_thread < 1.0    ? 1
                         : per_thread > 1e15 ? n
                                             : static_cast<int64_t>(per_thread);
+  if (n <= grain) return f(0, n);
   torch::stable::parallel_for(0, n, grain, f);
 }
 

@@ -34,9 +34,9 @@ Tensor new_output(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef s
   // The shim itself: torch::stable::new_empty looks its op up by name, which takes a microsecond.
   auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle made = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_aten_new_empty(like.get(), sizes.data(), static_cast<int64_t>(sizes.size()), &code,
-                                nullptr, nullptr, 0, nullptr, &made));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), sizes.data(),
+                                                          static_cast<int64_t>(sizes.size()), &code,
+                                                          nullptr, nullptr, 0, nullptr, &made));
   Tensor out(made);
   if (out.is_cpu()) advise_huge_pages(out.data_ptr(), out.numel() * element_size(dtype));
   return out;

@@ -15,8 +15,9 @@ struct GatedCall {
   Rows a, b, out;
   bool in_place;  // out is over an input
 };
-// Of gated_gelu.
+// Of gated_gelu, and by number.
 Gate gelu_of(const char* op, const std::string& approximate);
+Gate gate_of(const char* op, int64_t act);
 
 // out: what is written into; null: a fresh tensor.
 GatedCall check_gated(const char* op, const char* a_name, const char* b_name, Gate gate,
@@ -30,7 +31,7 @@ struct GatedGradCall {
   Tensor da, db;  // contiguous; empty where they are not asked for
 };
 GatedGradCall check_gated_backward(const Tensor& grad, const Tensor& a, const Tensor& b,
-                                   const std::string& act, bool of_a, bool of_b);
+                                   int64_t act, bool of_a, bool of_b);
 
 // Rows that lie one after another in all tensors are one row.
 RowShape joined_rows(RowShape shape, std::initializer_list<int64_t> strides);

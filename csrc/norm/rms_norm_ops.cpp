@@ -31,21 +31,21 @@ struct Order {
   ScalarType y;
   bool rounds;
 };
-Order order_of(const char* op, const std::string& order, ScalarType x, ScalarType weight) {
-  if (order == "llama") return {x, narrow(x)};
-  if (order == "t5") return {narrow(weight) ? weight : x, narrow(weight)};
-  TENFOLD_CHECK_VALUE(order == "float", "tenfold::", op,
-                      ": order must be llama, t5 or float, got '", order, "'");
-  return {x, false};
+Order order_of(RmsOrder order, ScalarType x, ScalarType weight) {
+  switch (order) {
+    case RmsOrder::llama: return {x, narrow(x)};
+    case RmsOrder::as_t5: return {narrow(weight) ? weight : x, narrow(weight)};
+    default: return {x, false};
+  }
 }
 
 // A given tensor for a result.
 Rows check_result(const char* op, const char* arg, const Tensor& t, const Tensor& x,
-                  ScalarType dtype) {
+                  ScalarType dtype, RowShape shape) {
   TENFOLD_CHECK_VALUE(t.scalar_type() == dtype, "tenfold::", op, ": ", arg, " must be ",
                       dtype_name(dtype), ", got ", dtype_name(t.scalar_type()));
   check_like(op, "x", x, arg, t);
-  return writable_rows(op, arg, t);
+  return writable_rows(op, arg, t, shape);
 }
 
 // Whether a result is exactly over an input.
@@ -55,9 +55,23 @@ bool over(const Rows& result, const Rows& input) {
 
 }  // namespace
 
+RmsOrder rms_order_of(const char* op, const std::string& order) {
+  if (order == "llama") return RmsOrder::llama;
+  if (order == "t5") return RmsOrder::as_t5;
+  TENFOLD_CHECK_VALUE(order == "float", "tenfold::", op,
+                      ": order must be llama, t5 or float, got '", order, "'");
+  return RmsOrder::as_float;
+}
+
+RmsOrder rms_order_of(const char* op, int64_t order) {
+  TENFOLD_CHECK_VALUE(order >= 0 && order <= 2, "tenfold::", op,
+                      ": order must be 0 (llama), 1 (t5) or 2 (float), got ", order);
+  return static_cast<RmsOrder>(order);
+}
+
 RmsCall check_rms_norm(const char* op, const Tensor* y, const OptTensor& sum, const Tensor& x,
                        const OptTensor& residual, const Tensor& weight, double eps,
-                       const std::string& order) {
+                       RmsOrder order) {
   check_float_dtype(op, "x", x);
   check_has_rows(op, "x", x);
   check_weight(op, x, weight);
@@ -67,20 +81,27 @@ RmsCall check_rms_norm(const char* op, const Tensor* y, const OptTensor& sum, co
   }
   TENFOLD_CHECK_VALUE(eps >= 0.0 && std::isfinite(eps), "tenfold::", op,
                       ": eps must be finite, and 0 or above, got ", eps);
-  const Order way = order_of(op, order, x.scalar_type(), weight.scalar_type());
-  RmsCall c{row_shape(x), readable_rows(x), {}, {}, {}, as_contiguous(weight), false, {}};
-  if (residual) c.residual = readable_rows(*residual);
+  const ScalarType dtype = x.scalar_type(), of_weight = weight.scalar_type();
+  const Order way = order_of(order, dtype, of_weight);
+  TENFOLD_CHECK_VALUE(y == nullptr || sum.has_value() == residual.has_value(), "tenfold::", op,
+                      ": sum must be given where residual is, and only there");
+  const RowShape shape = row_shape(x);
+  RmsCall c{shape,
+            readable_rows(x, shape),
+            y == nullptr ? new_rows(x, way.y, shape) : check_result(op, "y", *y, x, way.y, shape),
+            {},
+            {},
+            as_contiguous(weight),
+            false,
+            {}};
+  if (residual) c.residual = readable_rows(*residual, shape);
   if (y == nullptr) {
-    c.y = new_rows(x, way.y);
-    if (residual) c.sum = new_rows(x, x.scalar_type());
+    if (residual) c.sum = new_rows(x, dtype, shape);
   } else {
-    TENFOLD_CHECK_VALUE(sum.has_value() == residual.has_value(), "tenfold::", op,
-                        ": sum must be given where residual is, and only there");
-    c.y = check_result(op, "y", *y, x, way.y);
     check_apart(op, "y", c.y, "x", c.x, c.shape);
     c.in_place = over(c.y, c.x);
     if (residual) {
-      c.sum = check_result(op, "sum", *sum, x, x.scalar_type());
+      c.sum = check_result(op, "sum", *sum, x, dtype, shape);
       check_apart(op, "y", c.y, "residual", *c.residual, c.shape);
       check_apart(op, "sum", *c.sum, "x", c.x, c.shape);
       check_apart(op, "sum", *c.sum, "residual", *c.residual, c.shape);
@@ -90,7 +111,7 @@ RmsCall check_rms_norm(const char* op, const Tensor* y, const OptTensor& sum, co
     }
   }
   RmsRows& r = c.rows;
-  r.x_dtype = to_dtype(x.scalar_type()), r.weight_dtype = to_dtype(weight.scalar_type());
+  r.x_dtype = to_dtype(dtype), r.weight_dtype = to_dtype(of_weight);
   r.y_dtype = to_dtype(way.y), r.rounds = way.rounds;
   r.cols = c.shape.cols, r.eps = static_cast<float>(eps);
   r.x = c.x.data, r.x_stride = c.x.stride, r.weight = c.weight.data_ptr();
@@ -125,8 +146,8 @@ RmsGradCall check_rms_norm_backward(const Tensor& grad_y, const OptTensor& grad_
   if (!x.is_cpu() || !rstd.is_cpu()) check_same_device(kOp, "x", x, "rstd", rstd);
   RmsGradCall c{
       shape,
-      readable_rows(grad_y),
-      readable_rows(x),
+      readable_rows(grad_y, shape),
+      readable_rows(x, shape),
       {},
       as_contiguous(weight),
       as_contiguous(rstd),
@@ -142,7 +163,7 @@ RmsGradCall check_rms_norm_backward(const Tensor& grad_y, const OptTensor& grad_
   if (of_x) {
     r.dx = c.dx.data_ptr();
     if (grad_sum) {
-      c.grad_sum = readable_rows(*grad_sum);
+      c.grad_sum = readable_rows(*grad_sum, shape);
       r.dsum = c.grad_sum->data, r.dsum_stride = c.grad_sum->stride;
     }
   }
@@ -153,7 +174,15 @@ RmsGradCall check_rms_norm_backward(const Tensor& grad_y, const OptTensor& grad_
 
 // rms_norm: sum is empty where there is no residual: a result must not be an input, and a copy of x
 // would be half of the traffic. rms_norm_ writes into y and sum, which may be x or residual.
+// rms_norm_forward(_) is what the faces call where no gradient is wanted: without an Autograd
+// kernel the dispatcher does not enter Python, and a string would take half a microsecond.
 STABLE_TORCH_LIBRARY_FRAGMENT(tenfold, m) {
+  m.def(
+      "rms_norm_forward_(Tensor(a!) y, Tensor(b!)? sum, Tensor x, Tensor? residual, "
+      "Tensor weight, float eps, int order) -> ()");
+  m.def(
+      "rms_norm_forward(Tensor x, Tensor? residual, Tensor weight, float eps, int order) "
+      "-> (Tensor y, Tensor sum, Tensor rstd)");
   m.def(
       "rms_norm(Tensor x, Tensor? residual, Tensor weight, float eps, *, str order=\"llama\") "
       "-> (Tensor y, Tensor sum, Tensor rstd)");

@@ -11,6 +11,10 @@ namespace tenfold {
 
 using OptTensor = std::optional<Tensor>;
 
+enum class RmsOrder : int { llama, as_t5, as_float };
+RmsOrder rms_order_of(const char* op, const std::string& order);
+RmsOrder rms_order_of(const char* op, int64_t order);
+
 struct RmsCall {
   RowShape shape;
   Rows x, y;
@@ -21,8 +25,7 @@ struct RmsCall {
 };
 // y, sum: what is written into; null: fresh tensors, `sum` only if there is a residual.
 RmsCall check_rms_norm(const char* op, const Tensor* y, const OptTensor& sum, const Tensor& x,
-                       const OptTensor& residual, const Tensor& weight, double eps,
-                       const std::string& order);
+                       const OptTensor& residual, const Tensor& weight, double eps, RmsOrder order);
 
 struct RmsGradCall {
   RowShape shape;

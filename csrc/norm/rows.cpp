@@ -6,7 +6,7 @@ namespace {
 // The distance of rows, if they are contiguous and all one distance apart.
 bool in_rows(const Tensor& t, RowShape shape, int64_t* stride) {
   *stride = shape.cols;
-  if (t.is_contiguous() || t.numel() == 0) return true;
+  if (t.is_contiguous() || shape.rows * shape.cols == 0) return true;
   const auto sizes = t.sizes(), strides = t.strides();
   const int64_t last = t.dim() - 1;
   if (shape.cols > 1 && strides[last] != 1) return false;
@@ -30,21 +30,20 @@ Rows rows_at(const Tensor& t, int64_t stride) {
 }  // namespace
 
 RowShape row_shape(const Tensor& t) {
-  const int64_t last = t.dim() - 1, cols = t.sizes()[last];
+  const auto sizes = t.sizes();
+  const auto last = static_cast<int64_t>(sizes.size()) - 1;
   int64_t rows = 1;
-  for (int64_t i = 0; i < last; ++i) rows *= t.sizes()[i];
-  return {rows, cols};
+  for (int64_t i = 0; i < last; ++i) rows *= sizes[i];
+  return {rows, sizes[last]};
 }
 
-Rows readable_rows(const Tensor& t) {
-  const RowShape shape = row_shape(t);
+Rows readable_rows(const Tensor& t, RowShape shape) {
   int64_t stride;
   if (in_rows(t, shape, &stride)) return rows_at(t, stride);
   return rows_at(torch::stable::contiguous(t), shape.cols);
 }
 
-Rows writable_rows(const char* op, const char* arg, const Tensor& t) {
-  const RowShape shape = row_shape(t);
+Rows writable_rows(const char* op, const char* arg, const Tensor& t, RowShape shape) {
   int64_t stride;
   TENFOLD_CHECK_VALUE(in_rows(t, shape, &stride) && (shape.rows <= 1 || stride >= shape.cols),
                       "tenfold::", op, ": ", arg,
@@ -53,8 +52,8 @@ Rows writable_rows(const char* op, const char* arg, const Tensor& t) {
   return rows_at(t, stride);
 }
 
-Rows new_rows(const Tensor& like, ScalarType dtype) {
-  return rows_at(new_output(like, like.sizes(), dtype), like.sizes()[like.dim() - 1]);
+Rows new_rows(const Tensor& like, ScalarType dtype, RowShape shape) {
+  return rows_at(new_output(like, like.sizes(), dtype), shape.cols);
 }
 
 void check_apart(const char* op, const char* written, const Rows& a, const char* other,

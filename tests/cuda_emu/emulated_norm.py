@@ -19,7 +19,6 @@ from emu_calls import CODES, numbers, pointers, run_tests, scheduled, stand_in
 from tenfold import ops
 
 LIB = ctypes.CDLL(str(build("kernels_norm", "-shared", "-fPIC")))
-GATES = {"silu": 0, "gelu_tanh": 1, "gelu": 2}
 NAN = float("nan")
 
 
@@ -29,7 +28,9 @@ def as_rows(t):
         return None, 0
     shape = math.prod(t.shape[:-1]), t.shape[-1]
     try:
-        flat = t.view(shape) if t.shape[-1] <= 1 or t.stride(-1) == 1 else t.contiguous().view(shape)
+        flat = (
+            t.view(shape) if t.shape[-1] <= 1 or t.stride(-1) == 1 else t.contiguous().view(shape)
+        )
     except RuntimeError:
         flat = t.contiguous().view(shape)
     return flat, flat.stride(0) if len(flat) > 1 else t.shape[-1]
@@ -55,10 +56,20 @@ def rms_norm(x, residual, weight, eps, *, order="llama"):
     def run():
         made = fresh((x.shape, weight.dtype if narrow else x.dtype),
                      ((0,) if residual is None else x.shape, x.dtype), (x.shape[:-1], torch.float32))  # fmt: skip
-        norm(made[0], None if residual is None else made[1], made[2], x, residual, weight, eps, order)
+        norm(
+            made[0], None if residual is None else made[1], made[2], x, residual, weight, eps, order
+        )
         return made
 
     return tuple(scheduled(LIB, run))
+
+
+def rms_norm_forward_(y, sum, x, residual, weight, eps, order):
+    norm(y, sum, None, x, residual, weight, eps, ("llama", "t5", "float")[order])
+
+
+def rms_norm_forward(x, residual, weight, eps, order):
+    return rms_norm(x, residual, weight, eps, order=("llama", "t5", "float")[order])
 
 
 def rms_norm_(y, sum, x, residual, weight, eps, *, order="llama"):
@@ -68,10 +79,21 @@ def rms_norm_(y, sum, x, residual, weight, eps, *, order="llama"):
 def rms_norm_backward(grad_y, grad_sum, x, weight, rstd, of_x, of_weight):
     (dy, dy_step), (dsum, dsum_step), (h, h_step) = map(as_rows, (grad_y, grad_sum, x))
     weight, rstd = weight.contiguous(), rstd.contiguous()
-    ints = (CODES[x.dtype], CODES[weight.dtype], CODES[dy.dtype], *h.shape, dy_step, dsum_step, h_step)
+    ints = (
+        CODES[x.dtype],
+        CODES[weight.dtype],
+        CODES[dy.dtype],
+        *h.shape,
+        dy_step,
+        dsum_step,
+        h_step,
+    )
 
     def run():
-        made = fresh((x.shape if of_x else None, x.dtype), (weight.shape if of_weight else None, weight.dtype))
+        made = fresh(
+            (x.shape if of_x else None, x.dtype),
+            (weight.shape if of_weight else None, weight.dtype),
+        )
         LIB.emu_rms_norm_grad(
             pointers(dy, dsum if of_x else None, h, weight, rstd), pointers(*made), numbers(*ints)
         )
@@ -80,36 +102,40 @@ def rms_norm_backward(grad_y, grad_sum, x, weight, rstd, of_x, of_weight):
     return tuple(scheduled(LIB, run))
 
 
-def gate(made, dout, a, b, name):
+def gate(made, dout, a, b, act):
     (dout, d_step), (a, a_step), (b, b_step) = map(as_rows, (dout, a, b))
     out_step = a.shape[1] if made[0] is None else as_rows(made[0])[1]
-    ints = (CODES[a.dtype], GATES[name], *a.shape, d_step, a_step, b_step, out_step)
+    ints = (CODES[a.dtype], act, *a.shape, d_step, a_step, b_step, out_step)
     LIB.emu_gated_act(pointers(dout, a, b), pointers(*made), numbers(*ints))
 
 
-def gated(a, b, name):
+def gated_act(a, b, act):
     def run():
         made = fresh((a.shape, a.dtype))
-        gate([*made, None, None], None, a, b, name)
+        gate([*made, None, None], None, a, b, act)
         return made
 
     return scheduled(LIB, run)[0]
 
 
 def swiglu(gate, up):
-    return gated(gate, up, "silu")
+    return gated_act(gate, up, 0)
+
+
+def gated_act_(out, a, b, act):
+    gate([out, None, None], None, a, b, act)
 
 
 def swiglu_(out, gate_, up):
-    gate([out, None, None], None, gate_, up, "silu")
+    gate([out, None, None], None, gate_, up, 0)
 
 
 def gelu_of(approximate):
-    return "gelu_tanh" if approximate == "tanh" else "gelu"
+    return {"tanh": 1, "none": 2}[approximate]
 
 
 def gated_gelu(a, b, *, approximate="tanh"):
-    return gated(a, b, gelu_of(approximate))
+    return gated_act(a, b, gelu_of(approximate))
 
 
 def gated_gelu_(out, a, b, *, approximate="tanh"):
@@ -128,7 +154,11 @@ def gated_act_backward(grad, a, b, act, of_a, of_b):
 
 def long_rows():
     """Longer than a block keeps in registers, and strips of several rows."""
-    for dtype, (rows, n) in ((torch.float32, (3, 8300)), (torch.bfloat16, (2, 8216)), (torch.float16, (600, 24))):
+    for dtype, (rows, n) in (
+        (torch.float32, (3, 8300)),
+        (torch.bfloat16, (2, 8216)),
+        (torch.float16, (600, 24)),
+    ):
         x, residual, upstream = (torch.randn(rows, n).to(dtype) for _ in range(3))
         leaves = [t.clone().requires_grad_() for t in (x, residual, 1 + torch.rand(n).to(dtype))]
         exact = [t.detach().double().requires_grad_() for t in leaves]
@@ -140,7 +170,9 @@ def long_rows():
         wide = upstream.double()
         exact_grads = torch.autograd.grad((want, want_total), exact, (wide, wide))
         for g, e in zip(grads, exact_grads):
-            torch.testing.assert_close(g.double(), e, rtol=20 * step, atol=20 * step * float(e.abs().max()))
+            torch.testing.assert_close(
+                g.double(), e, rtol=20 * step, atol=20 * step * float(e.abs().max())
+            )
 
 
 def check_all():
@@ -154,8 +186,8 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     torch.set_num_threads(1)
     tenfold.cpu_capabilities = lambda: [tenfold.cpu_capability()]  # none of them is asked
-    stand_in((rms_norm, rms_norm_, rms_norm_backward, swiglu, swiglu_, gated_gelu, gated_gelu_,
-              gated_act_backward))  # fmt: skip
+    stand_in((rms_norm, rms_norm_, rms_norm_forward, rms_norm_forward_, rms_norm_backward, swiglu, swiglu_,
+              gated_gelu, gated_gelu_, gated_act, gated_act_, gated_act_backward))  # fmt: skip
     for check in sys.argv[1:]:
         torch.manual_seed(0)
         globals()[f"check_{check}"]()

@@ -44,7 +44,8 @@ def test_norm(shape, dtype, device):
 def test_norm_of_mixed_dtypes(narrow, order, device):
     for x_dtype, w_dtype in ((narrow, torch.float32), (torch.float32, narrow)):
         x, weight = rand(5, 77, dtype=x_dtype), weight_of(77, w_dtype)
-        agree("rms_norm", [x, rand(5, 77, dtype=x_dtype, seed=2), weight, 1e-6], device, (0, 1, 2), order=order)  # fmt: skip
+        args = [x, rand(5, 77, dtype=x_dtype, seed=2), weight, 1e-6]
+        agree("rms_norm", args, device, (0, 1, 2), order=order)
         y = ops.rms_norm(*on(device, [x, None, weight]), order=order)[0]
         assert y.dtype == (narrow if order == "t5" and w_dtype == narrow else x_dtype)
 
@@ -125,6 +126,11 @@ def test_given_results(device):
             own = x.clone()
             ops.rms_norm_(own, None, own, None, weight, 1e-5, order=order)
             assert same_bits([own], [plain])
+            with torch.inference_mode():
+                own = x.clone(), residual.clone()
+                ops.rms_norm_(*own, *own, weight, 1e-5, order=order)
+                assert same_bits(own, want)
+                assert same_bits([ops.rms_norm(x, None, weight, 1e-5, order=order)[0]], [plain])
     x, weight = on(device, (rand(4, 32), weight_of(32, torch.bfloat16)))
     y = torch.empty(4, 32, dtype=torch.bfloat16, device=device)
     ops.rms_norm_(y, None, x, None, weight, order="t5")
@@ -158,7 +164,9 @@ def test_a_row_depends_on_no_other(device):
 
 
 def test_only_what_is_needed(device):
-    x, residual, grad, weight = on(device, (*(rand(6, 40, seed=s) for s in range(3)), weight_of(40)))
+    x, residual, grad, weight = on(
+        device, (*(rand(6, 40, seed=s) for s in range(3)), weight_of(40))
+    )
 
     def gradients(wrt, use):
         leaves = [t.clone().requires_grad_(i in wrt) for i, t in enumerate((x, residual, weight))]
@@ -228,7 +236,9 @@ def test_registration(device):
     close = {"rtol": 1e-5, "atol": 1e-4}
     leaves = [t.clone().requires_grad_() for t in (x, residual, weight)]
     check_op(raw.rms_norm, (*leaves, 1e-5), **close)
-    check_op(raw.rms_norm, (x, None, weight.bfloat16(), 1e-5), {"order": "t5"}, rtol=2e-2, atol=1e-4)
+    check_op(
+        raw.rms_norm, (x, None, weight.bfloat16(), 1e-5), {"order": "t5"}, rtol=2e-2, atol=1e-4
+    )
     check_op(raw.rms_norm_, (torch.zeros_like(x), torch.zeros_like(x), x, residual, weight, 1e-5),
              mutates=True, **close)  # fmt: skip
     backward = raw.rms_norm_backward

@@ -11,15 +11,17 @@ namespace {
 constexpr int64_t kSpan = 8192;  // elements of a task
 constexpr double kMicrosPerElement = 5e-4;
 
-// f(row, first column, how many columns) for spans of all rows.
+// f(row, first column, how many columns) for spans that cover all rows.
 template <class F>
 void for_spans(RowShape shape, double micros, const F& f) {
   const int64_t per_row = ceil_div(shape.cols, kSpan);
   const double size = static_cast<double>(std::min(kSpan, shape.cols));
   parallel_for(shape.rows * per_row, micros * size, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t col = i % per_row * kSpan;
-      f(i / per_row, col, std::min(kSpan, shape.cols - col));
+    for (int64_t i = begin; i < end;) {  // neighbours as one
+      const int64_t row = i / per_row, col = i % per_row * kSpan;
+      const int64_t n = std::min((end - i) * kSpan, shape.cols - col);
+      f(row, col, n);
+      i += ceil_div(n, kSpan);
     }
   });
 }
@@ -44,6 +46,18 @@ void run_forward(const GatedCall& c) {
   });
 }
 
+Tensor gated_act_op(Tensor a, Tensor b, int64_t act) {
+  constexpr auto kOp = "gated_act";
+  const GatedCall c = check_gated(kOp, "a", "b", gate_of(kOp, act), nullptr, a, b);
+  run_forward(c);
+  return c.out.t;
+}
+
+void gated_act_out_op(Tensor out, Tensor a, Tensor b, int64_t act) {
+  constexpr auto kOp = "gated_act_";
+  run_forward(check_gated(kOp, "a", "b", gate_of(kOp, act), &out, a, b));
+}
+
 Tensor swiglu_op(Tensor gate, Tensor up) {
   const GatedCall c = check_gated("swiglu", "gate", "up", Gate::silu, nullptr, gate, up);
   run_forward(c);
@@ -66,7 +80,7 @@ void gated_gelu_out_op(Tensor out, Tensor a, Tensor b, std::string approximate) 
   run_forward(check_gated(kOp, "a", "b", gelu_of(kOp, approximate), &out, a, b));
 }
 
-std::tuple<Tensor, Tensor> gated_act_backward_op(Tensor grad, Tensor a, Tensor b, std::string act,
+std::tuple<Tensor, Tensor> gated_act_backward_op(Tensor grad, Tensor a, Tensor b, int64_t act,
                                                  bool of_a, bool of_b) {
   const GatedGradCall c = check_gated_backward(grad, a, b, act, of_a, of_b);
   if (!of_a && !of_b) return {c.da, c.db};
@@ -95,6 +109,8 @@ std::tuple<Tensor, Tensor> gated_act_backward_op(Tensor grad, Tensor a, Tensor b
 }  // namespace tenfold::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(tenfold, CPU, m) {
+  m.impl("gated_act", TORCH_BOX(&tenfold::cpu::gated_act_op));
+  m.impl("gated_act_", TORCH_BOX(&tenfold::cpu::gated_act_out_op));
   m.impl("swiglu", TORCH_BOX(&tenfold::cpu::swiglu_op));
   m.impl("swiglu_", TORCH_BOX(&tenfold::cpu::swiglu_out_op));
   m.impl("gated_gelu", TORCH_BOX(&tenfold::cpu::gated_gelu_op));

@@ -7,6 +7,8 @@ TENFOLD_ISA_BEGIN
 namespace {
 
 constexpr int kTwo = 2 * kWidth;
+template <class T>
+constexpr int64_t kAhead = kReadAhead / static_cast<int64_t>(sizeof(T));
 
 // p(a), and p + a p'.
 struct Part {
@@ -29,16 +31,31 @@ inline Part part_of(VF a) {
   }
 }
 
+// A span is asked for ahead, from its beginning to its end and not beyond: a short one has few
+// lines for the hardware to learn from, and none to spare.
+template <class T>
+inline void read_first(const T* p, int64_t n) {
+  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
+  const int64_t end = n < kAhead<T> ? n : kAhead<T>;
+  for (int64_t i = 0; i < end; i += kLine) __builtin_prefetch(p + i, 0, 3);
+}
+
 template <class T, Gate kGate>
 void forward(const GatedSpan& s) {
   const T *const a = static_cast<const T*>(s.a), *const b = static_cast<const T*>(s.b);
   T* const out = static_cast<T*>(s.out);
   const bool past = s.past_caches && is_aligned(out);
+  read_first(a, s.n);
+  read_first(b, s.n);
   int64_t i = 0;
   for (; i + kTwo <= s.n; i += kTwo) {
     VF x[2], y[2];
-    get_next_two<false>(a + i, x);
-    get_next_two<false>(b + i, y);
+    if (i + kAhead<T> < s.n) {
+      read_ahead<kTwo>(a + i);
+      read_ahead<kTwo>(b + i);
+    }
+    get_two<false>(a + i, x);
+    get_two<false>(b + i, y);
     for (int k = 0; k < 2; ++k) x[k] = x[k] * part_of<kGate>(x[k]).p * y[k];
     put_two<false>(out + i, x, past);
   }
@@ -56,12 +73,20 @@ void backward(const GatedGradSpan& s) {
   const T* const dout = static_cast<const T*>(s.dout);
   T *const da = static_cast<T*>(s.da), *const db = static_cast<T*>(s.db);
   const bool past_a = s.past_caches && is_aligned(da), past_b = s.past_caches && is_aligned(db);
+  read_first(a, s.n);
+  read_first(dout, s.n);
+  if constexpr (kDa) read_first(b, s.n);
   int64_t i = 0;
   for (; i + kTwo <= s.n; i += kTwo) {
     VF x[2], g[2], y[2], of_a[2], of_b[2];
-    get_next_two<false>(a + i, x);
-    get_next_two<false>(dout + i, g);
-    if constexpr (kDa) get_next_two<false>(b + i, y);
+    if (i + kAhead<T> < s.n) {
+      read_ahead<kTwo>(a + i);
+      read_ahead<kTwo>(dout + i);
+      if constexpr (kDa) read_ahead<kTwo>(b + i);
+    }
+    get_two<false>(a + i, x);
+    get_two<false>(dout + i, g);
+    if constexpr (kDa) get_two<false>(b + i, y);
     for (int k = 0; k < 2; ++k) {
       const Part part = part_of<kGate>(x[k]);
       if constexpr (kDa) of_a[k] = g[k] * y[k] * part.slope;

@@ -33,10 +33,10 @@ void run_forward(const RmsCall& c, float* rstd) {
                });
 }
 
-std::tuple<Tensor, Tensor, Tensor> rms_norm_op(Tensor x, OptTensor residual, Tensor weight,
-                                               double eps, std::string order) {
-  const RmsCall c =
-      check_rms_norm("rms_norm", nullptr, std::nullopt, x, residual, weight, eps, order);
+std::tuple<Tensor, Tensor, Tensor> forward(const char* op, const Tensor& x,
+                                           const OptTensor& residual, const Tensor& weight,
+                                           double eps, RmsOrder order) {
+  const RmsCall c = check_rms_norm(op, nullptr, std::nullopt, x, residual, weight, eps, order);
   const auto sizes = x.sizes();
   const Tensor rstd = new_output(x, sizes.slice(0, sizes.size() - 1), ScalarType::Float);
   const Tensor sum = c.sum ? c.sum->t : new_output(x, {0}, x.scalar_type());
@@ -44,9 +44,30 @@ std::tuple<Tensor, Tensor, Tensor> rms_norm_op(Tensor x, OptTensor residual, Ten
   return {c.y.t, sum, rstd};
 }
 
+std::tuple<Tensor, Tensor, Tensor> rms_norm_op(Tensor x, OptTensor residual, Tensor weight,
+                                               double eps, std::string order) {
+  constexpr auto kOp = "rms_norm";
+  return forward(kOp, x, residual, weight, eps, rms_order_of(kOp, order));
+}
+
+std::tuple<Tensor, Tensor, Tensor> rms_norm_forward_op(Tensor x, OptTensor residual, Tensor weight,
+                                                       double eps, int64_t order) {
+  constexpr auto kOp = "rms_norm_forward";
+  return forward(kOp, x, residual, weight, eps, rms_order_of(kOp, order));
+}
+
 void rms_norm_out_op(Tensor y, OptTensor sum, Tensor x, OptTensor residual, Tensor weight,
                      double eps, std::string order) {
-  run_forward(check_rms_norm("rms_norm_", &y, sum, x, residual, weight, eps, order), nullptr);
+  constexpr auto kOp = "rms_norm_";
+  const RmsOrder way = rms_order_of(kOp, order);
+  run_forward(check_rms_norm(kOp, &y, sum, x, residual, weight, eps, way), nullptr);
+}
+
+void rms_norm_forward_out_op(Tensor y, OptTensor sum, Tensor x, OptTensor residual, Tensor weight,
+                             double eps, int64_t order) {
+  constexpr auto kOp = "rms_norm_forward_";
+  const RmsOrder way = rms_order_of(kOp, order);
+  run_forward(check_rms_norm(kOp, &y, sum, x, residual, weight, eps, way), nullptr);
 }
 
 std::tuple<Tensor, Tensor> rms_norm_backward_op(Tensor grad_y, OptTensor grad_sum, Tensor x,
@@ -82,6 +103,8 @@ std::tuple<Tensor, Tensor> rms_norm_backward_op(Tensor grad_y, OptTensor grad_su
 }  // namespace tenfold::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(tenfold, CPU, m) {
+  m.impl("rms_norm_forward", TORCH_BOX(&tenfold::cpu::rms_norm_forward_op));
+  m.impl("rms_norm_forward_", TORCH_BOX(&tenfold::cpu::rms_norm_forward_out_op));
   m.impl("rms_norm", TORCH_BOX(&tenfold::cpu::rms_norm_op));
   m.impl("rms_norm_", TORCH_BOX(&tenfold::cpu::rms_norm_out_op));
   m.impl("rms_norm_backward", TORCH_BOX(&tenfold::cpu::rms_norm_backward_op));

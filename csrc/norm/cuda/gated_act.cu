@@ -25,6 +25,18 @@ Tensor run_forward(const char* op, const GatedCall& c, const Launch& launch) {
   return c.out.t;
 }
 
+Tensor gated_act_op(Tensor a, Tensor b, int64_t act) {
+  constexpr auto kOp = "gated_act";
+  const Launch launch(a);
+  return run_forward(kOp, check_gated(kOp, "a", "b", gate_of(kOp, act), nullptr, a, b), launch);
+}
+
+void gated_act_out_op(Tensor out, Tensor a, Tensor b, int64_t act) {
+  constexpr auto kOp = "gated_act_";
+  const Launch launch(a);
+  run_forward(kOp, check_gated(kOp, "a", "b", gate_of(kOp, act), &out, a, b), launch);
+}
+
 Tensor swiglu_op(Tensor gate, Tensor up) {
   constexpr auto kOp = "swiglu";
   const Launch launch(gate);
@@ -51,8 +63,8 @@ void gated_gelu_out_op(Tensor out, Tensor a, Tensor b, std::string approximate) 
   run_forward(kOp, check_gated(kOp, "a", "b", gate, &out, a, b), launch);
 }
 
-std::tuple<Tensor, Tensor> gated_act_backward_op(Tensor grad, Tensor a_in, Tensor b_in,
-                                                 std::string act, bool of_a, bool of_b) {
+std::tuple<Tensor, Tensor> gated_act_backward_op(Tensor grad, Tensor a_in, Tensor b_in, int64_t act,
+                                                 bool of_a, bool of_b) {
   const Launch launch(a_in);
   const GatedGradCall c = check_gated_backward(grad, a_in, b_in, act, of_a, of_b);
   if ((!of_a && !of_b) || c.shape.rows * c.shape.cols == 0) return {c.da, c.db};
@@ -70,6 +82,8 @@ std::tuple<Tensor, Tensor> gated_act_backward_op(Tensor grad, Tensor a_in, Tenso
 }  // namespace tenfold::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(tenfold, CUDA, m) {
+  m.impl("gated_act", TORCH_BOX(&tenfold::cuda::gated_act_op));
+  m.impl("gated_act_", TORCH_BOX(&tenfold::cuda::gated_act_out_op));
   m.impl("swiglu", TORCH_BOX(&tenfold::cuda::swiglu_op));
   m.impl("swiglu_", TORCH_BOX(&tenfold::cuda::swiglu_out_op));
   m.impl("gated_gelu", TORCH_BOX(&tenfold::cuda::gated_gelu_op));

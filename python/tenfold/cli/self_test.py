@@ -152,7 +152,9 @@ def _norm(check: Check, made: torch.Generator) -> str:
     x, residual = (torch.randn(5, 96, generator=made).to(check.dtype) for _ in range(2))
     weight = torch.rand(96, generator=made).to(check.dtype)
     want = reference.rms_norm(x.float(), residual.float(), weight.float())
-    if not all(check.near(g, w) for g, w in zip(ops.rms_norm(*check.move(x, residual, weight)), want)):
+    if not all(
+        check.near(g, w) for g, w in zip(ops.rms_norm(*check.move(x, residual, weight)), want)
+    ):
         return "rms_norm"
     if not check.near(ops.swiglu(*check.move(x, residual)), reference.swiglu(x, residual)):
         return "swiglu"

@@ -150,6 +150,26 @@ def differentiable_by(
     return face
 
 
+_is_compiling, _is_grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
+
+
+def no_gradient(*tensors: Tensor | None) -> bool:
+    """Whether an op of these can be called by way of one that has no Autograd kernel: nothing is traced or recorded.
+
+    Of ops that take a few microseconds: entering Python from the dispatcher takes as much, keeping it out half of one.
+    """
+    if _is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        return False
+    return not _is_compiling()
+
+
+def written(*tensors: Tensor) -> None:
+    """After an op without an Autograd kernel: autograd notices if one of these was saved for a backward elsewhere."""
+    for x in tensors:
+        if not x.is_inference():  # else it has no version
+            torch._C._increment_version((x,))
+
+
 # Whether the backward now running may be followed by another, which needs what this one saved.
 _keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 

@@ -8,24 +8,46 @@ import torch
 from torch import Tensor
 
 from tenfold._load import call
-from tenfold.ops._register import call_inference, differentiable_by, inference_only
+from tenfold.ops._register import (
+    call_inference,
+    differentiable_by,
+    inference_only,
+    no_gradient,
+    written,
+)
 
 _ops = torch.ops.tenfold
+# By these numbers the op without an Autograd kernel takes what others take by name.
+_ORDERS = {"llama": 0, "t5": 1, "float": 2}
 
 inference_only("rms_norm_", mutates=(0, 1))
 inference_only("rms_norm_backward")
 
 
-@torch.library.register_fake("tenfold::rms_norm")
-def _(x, residual, weight, eps, *, order="llama"):
-    narrow = order == "t5" and weight.dtype != torch.float32
+def _results(x: Tensor, residual: Tensor | None, weight: Tensor, order: int) -> tuple[Tensor, ...]:
+    narrow = order == _ORDERS["t5"] and weight.dtype != torch.float32
     y = x.new_empty(x.shape, dtype=weight.dtype if narrow else x.dtype)
     total = x.new_empty((0,) if residual is None else x.shape)
     return y, total, x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
+@torch.library.register_fake("tenfold::rms_norm")
+def _(x, residual, weight, eps, *, order="llama"):
+    return _results(x, residual, weight, _ORDERS[order])
+
+
+@torch.library.register_fake("tenfold::rms_norm_forward")
+def _(x, residual, weight, eps, order):
+    return _results(x, residual, weight, order)
+
+
 @torch.library.register_fake("tenfold::rms_norm_")
 def _(y, sum, x, residual, weight, eps, *, order="llama"):
+    return None
+
+
+@torch.library.register_fake("tenfold::rms_norm_forward_")
+def _(y, sum, x, residual, weight, eps, order):
     return None
 
 
@@ -44,7 +66,7 @@ class _Norm(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         with torch._C._AutoDispatchBelowAutograd():
             made = _ops.rms_norm.default(x, residual, weight, *others, **kwargs)
-        y, total, rstd = made
+        _, total, rstd = made
         ctx.set_materialize_grads(False)
         if residual is None:
             ctx.mark_non_differentiable(total, rstd)
@@ -76,6 +98,8 @@ class _Norm(torch.autograd.Function):
 
 
 _rms_norm = differentiable_by("rms_norm", _Norm, (0, 1, 2))
+_forward = _ops.rms_norm_forward.default._op
+_forward_into = _ops.rms_norm_forward_.default._op
 
 
 def rms_norm(
@@ -100,17 +124,22 @@ def rms_norm(
 
     Returns:
         (y, sum, rstd). y: [..., D], of the dtype of ``x`` but for ``"t5"``. sum: ``x + residual`` rounded to its dtype,
-        which is what was normalised: the new residual stream; without a residual an empty tensor [0], not a copy of
-        ``x``. rstd: float32 [...], ``1 / sqrt(mean(h^2) + eps)``. All contiguous. y and sum are differentiable in
-        ``x``, ``residual`` and ``weight``, once, as if nothing were rounded. The gradient of ``weight`` has the same bits
-        for any number of threads.
+        which is what was normalised: the new residual stream; without a residual an empty tensor [0], no copy of x.
+        rstd: float32 [...], ``1 / sqrt(mean(h^2) + eps)``. All contiguous. y and sum are differentiable in ``x``,
+        ``residual`` and ``weight``, once, as if nothing were rounded; the gradient of ``weight`` has the same bits for
+        any number of threads.
 
     Raises:
         ValueError: shapes, devices, eps, order, dtypes that differ. TypeError: dtypes.
 
     Source:
-        Zhang and Sennrich, arXiv 1910.07467; ERNIE-Code, section 3.1 of the method's specification; PixelGPT, section 3.4.
+        Zhang and Sennrich, arXiv 1910.07467; sections 3.1 of ERNIE-Code's and 3.4 of PixelGPT's specification.
     """
+    if no_gradient(x, residual, weight):
+        try:
+            return _forward(x, residual, weight, eps, _ORDERS.get(order, -1))
+        except RuntimeError:  # in its own words
+            return call(_rms_norm, x, residual, weight, eps, order=order)
     return call(_rms_norm, x, residual, weight, eps, order=order)
 
 
@@ -130,7 +159,14 @@ def rms_norm_(
     Raises:
         ValueError: as :func:`rms_norm`; tensors that overlap in another way. RuntimeError: an input requires grad.
     """
-    written = (y,) if sum is None else (y, sum)
+    results = (y,) if sum is None else (y, sum)
+    if no_gradient(y, sum, x, residual, weight):
+        try:
+            _forward_into(y, sum, x, residual, weight, eps, _ORDERS.get(order, -1))
+        except RuntimeError:  # as below, in its own words
+            pass
+        else:
+            return written(*results)
     call_inference(
-        _ops.rms_norm_.default, y, sum, x, residual, weight, eps, mutates=written, order=order
+        _ops.rms_norm_.default, y, sum, x, residual, weight, eps, mutates=results, order=order
     )
