@@ -394,3 +394,59 @@ def pixelgpt_render_block(found: Found) -> str:
         f"Batches of {setting['count']} texts, {setting['rounds']} rounds in turns; {used}. Strips per second with "
         f"empty caches, one thread: {cold}.\n\n{markdown(columns, rows)}"
     )
+
+
+def _percent(values: list[float]) -> str:
+    return f"{100 * _mean(values):.1f}"
+
+
+@generated("themis-study", "themis", "bpe", "study")
+def themis_study_block(found: Found) -> str:
+    """Accuracy by kind of tool, variant and test set, from ``examples/themis.py``."""
+    runs, setting = found["runs"], found["setting"]
+    variants = list(dict.fromkeys(r["variant"] for r in runs))
+    rows = []
+    for test in runs[0]["evaluations"]:
+        kinds = [k for k in runs[0]["evaluations"][test]["accuracy"] if k != "all"]
+        for kind in [*kinds, "all"]:
+            of = {
+                v: [
+                    r["evaluations"][test]["accuracy"][kind]["value"]
+                    for r in runs
+                    if r["variant"] == v
+                ]
+                for v in variants
+            }
+            rows.append([test, kind, *(_percent(of[v]) for v in variants)])
+        errors = [[r["evaluations"][test]["calibration"]["ece"] for r in runs if r["variant"] == v
+                   and r["evaluations"][test]["calibration"]] for v in variants]  # fmt: skip
+        rows.append([test, "calibration error", *(_number(_mean(e), 3) if e else "–" for e in errors)])  # fmt: skip
+    titles = {r["variant"]: next(iter(r["evaluations"].values()))["name"] for r in runs}
+    config = runs[0]["record"]["config"]
+    seconds = ", ".join(
+        f"{titles[v]} {_mean([r['record']['seconds'] for r in runs if r['variant'] == v]) / 60:.0f}"
+        for v in variants
+    )
+    return (
+        f"A Llama of {setting['layers']} layers over {setting['vocabulary']} byte pairs, random at first; "
+        f"{setting['train']} pairs of each of {', '.join(setting['kinds'])}, {config['epochs']:g} epochs of batches of "
+        f"{config['batch_size']}; {setting['test']} other questions per kind to test on; seeds "
+        f"{', '.join(map(str, setting['seeds']))}; minutes of training: {seconds}. Per cent of pairs ranked right; "
+        f"seen tools are tested on new questions, unseen kinds were in no training set.\n\n"
+        f"{markdown(('test set', 'kind', *(titles[v] for v in variants)), rows)}"
+    )
+
+
+@generated("themis-ppo", "themis", "bpe", "run")
+def themis_ppo_block(found: Found) -> str:
+    """PPO with both reward models, from ``examples/themis.py``."""
+    titles = {r["variant"]: next(iter(r["evaluations"].values()))["name"] for r in found["runs"]}
+    rows = [
+        [titles.get(r["variant"], r["variant"]), str(r["seed"]), str(len(r["curve"])),
+         f"{100 * r['before']:.1f}", f"{100 * r['after']:.1f}",
+         f"{r['curve'][0]['score']:.2f}", f"{r['curve'][-1]['score']:.2f}", f"{r['curve'][-1]['kl']:.2f}"]
+        for r in found["ppo"]
+    ]  # fmt: skip
+    columns = ("reward", "seed", "steps", "% of answers right before", "after", "score of the first step",
+               "of the last", "KL")  # fmt: skip
+    return markdown(columns, rows) if rows else "No run has been committed."

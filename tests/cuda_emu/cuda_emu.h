@@ -13,11 +13,9 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <deque>
 #include <functional>
 #include <map>
 #include <memory>
-#include <random>
 #include <string>
 #include <vector>
 
@@ -44,6 +42,10 @@ struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
 using cudaStream_t = void*;
+
+// What switches, waits and schedules runs a million times a second: without the sanitizers, which
+// are there for the kernels.
+#define CUDA_EMU_OWN __attribute__((no_sanitize("address", "undefined"), optimize("O2"))) inline
 
 namespace cuda_emu {
 
@@ -96,22 +98,31 @@ struct Copy {
 };
 
 struct Fiber {
-  std::unique_ptr<char[]> stack;
+  char* stack = nullptr;
   void* pointer = nullptr;  // into the stack, while others run
   State state = State::ready;
   int barrier_line = 0;
-  uint64_t slot = 0;  // value offered to the warp
-  unsigned turn = 0;  // matrix instructions so far: their buffers alternate, one barrier is enough
+  uint64_t slot[2] = {};  // values offered to the warp
+  unsigned turn = 0;  // warp instructions so far: their buffers alternate, so one barrier is enough
   std::vector<Copy> copies;  // asynchronous ones that have not landed
   unsigned groups = 0;       // committed
   void* fake_stack = nullptr;
+};
+
+constexpr int kMostThreads = 1024;
+
+// They live on from block to block, and never move.
+struct Fibers {
+  Fiber* at[kMostThreads] = {};
+  int count = 0;
+  Fiber& operator[](int i) { return *at[i]; }
 };
 
 struct Machine {
   unsigned schedule_seed = 1;
   dim3 grid, block, block_index;
   int current = -1;
-  std::deque<Fiber> fibers;  // they live on from block to block, and never move
+  Fibers fibers;
   std::map<int, std::vector<char>*> shared;
   size_t dynamic_bytes = 0;
   std::function<void()> body;
@@ -122,10 +133,21 @@ struct Machine {
   std::string error;
 };
 
+inline Machine the_machine;
 inline Machine& machine() {
-  static Machine m;
-  return m;
+  return the_machine;
 }
+
+// SplitMix64: a generator that is begun anew for every block.
+struct Random {
+  uint64_t state;
+  CUDA_EMU_OWN uint32_t operator()() {
+    uint64_t z = state += 0x9E3779B97F4A7C15u;
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ z >> 27) * 0x94D049BB133111EBu;
+    return static_cast<uint32_t>(z >> 32);
+  }
+};
 
 [[noreturn]] inline void fail(const std::string& text) {
   std::fprintf(stderr, "cuda_emu: %s\n", text.c_str());
@@ -143,9 +165,9 @@ inline void land(const Copy& copy) {
 // -- switching
 // ---------------------------------------------------------------------------------------
 
-inline void to_scheduler() {
-  Machine& m = machine();
-  Fiber& f = m.fibers[m.current];
+CUDA_EMU_OWN void to_scheduler() {
+  Machine& m = the_machine;
+  Fiber& f = *m.fibers.at[m.current];
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(&f.fake_stack, m.scheduler_stack, m.scheduler_size);
 #endif
@@ -168,12 +190,12 @@ inline void fiber_main() {
   }
 }
 
-inline void resume(int index) {
-  Machine& m = machine();
+CUDA_EMU_OWN void resume(int index) {
+  Machine& m = the_machine;
   m.current = index;
-  Fiber& f = m.fibers[index];
+  Fiber& f = *m.fibers.at[index];
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(&m.scheduler_fake, f.stack.get(), kStackBytes);
+  __sanitizer_start_switch_fiber(&m.scheduler_fake, f.stack, kStackBytes);
 #endif
   cuda_emu_switch(&m.scheduler, f.pointer);
 #if defined(__SANITIZE_ADDRESS__)
@@ -184,31 +206,36 @@ inline void resume(int index) {
 // -- barriers
 // ----------------------------------------------------------------------------------------
 
-inline void wait(State state, int line) {
-  Fiber& f = machine().fibers[machine().current];
+CUDA_EMU_OWN void wait(State state, int line) {
+  Fiber& f = *the_machine.fibers.at[the_machine.current];
   f.state = state;
   f.barrier_line = line;
   to_scheduler();
 }
 
+[[noreturn]] inline void fail_apart(int line, int other) {
+  fail("divergent barrier: threads wait at lines " + std::to_string(line) + " and " +
+       std::to_string(other));
+}
+[[noreturn]] inline void fail_without(int done, int waiting, int line) {
+  fail("divergent barrier: " + std::to_string(done) + " threads have left, " +
+       std::to_string(waiting) + " wait at line " + std::to_string(line));
+}
+
 // Releases the threads [first, last) if all of them wait in `state`; checks that lines agree.
-inline bool release(int first, int last, State state) {
-  Machine& m = machine();
+CUDA_EMU_OWN bool release(int first, int last, State state) {
+  Fiber* const* const fibers = the_machine.fibers.at;
   int line = 0, waiting = 0, done = 0;
   for (int i = first; i < last; ++i) {
-    done += m.fibers[i].state == State::done;
-    if (m.fibers[i].state != state) continue;
+    done += fibers[i]->state == State::done;
+    if (fibers[i]->state != state) continue;
     ++waiting;
-    if (line == 0) line = m.fibers[i].barrier_line;
-    if (line != m.fibers[i].barrier_line)
-      fail("divergent barrier: threads wait at lines " + std::to_string(line) + " and " +
-           std::to_string(m.fibers[i].barrier_line));
+    if (line == 0) line = fibers[i]->barrier_line;
+    if (line != fibers[i]->barrier_line) fail_apart(line, fibers[i]->barrier_line);
   }
   if (waiting == 0 || waiting + done < last - first) return false;
-  if (done > 0)
-    fail("divergent barrier: " + std::to_string(done) + " threads have left, " +
-         std::to_string(waiting) + " wait at line " + std::to_string(line));
-  for (int i = first; i < last; ++i) m.fibers[i].state = State::ready;
+  if (done > 0) fail_without(done, waiting, line);
+  for (int i = first; i < last; ++i) fibers[i]->state = State::ready;
   return true;
 }
 
@@ -217,7 +244,7 @@ constexpr size_t kMostDeclared = 48 << 10, kMostShared = 227 << 10;
 
 // What a device refuses to launch, or ptxas to compile.
 inline void check_launch(dim3 grid, dim3 block) {
-  if (grid.x == 0 || grid.x > INT32_MAX || block.x == 0 || block.x > 1024)
+  if (grid.x == 0 || grid.x > INT32_MAX || block.x == 0 || block.x > kMostThreads)
     fail("invalid launch: " + std::to_string(grid.x) + " blocks of " + std::to_string(block.x));
 }
 
@@ -234,51 +261,72 @@ inline void free_shared() {
          std::to_string(all) + " in all");
 }
 
-inline void run_block() {
-  Machine& m = machine();
-  const int count = static_cast<int>(m.block.x);
-  while (static_cast<int>(m.fibers.size()) < count) {
-    Fiber& f = m.fibers.emplace_back();
-    f.stack.reset(new char[kStackBytes]);
-    f.pointer = first_frame(f.stack.get(), fiber_main);
+inline void begin_block(int count) {
+  Fibers& fibers = machine().fibers;
+  while (fibers.count < count) {
+    auto* const f = fibers.at[fibers.count++] = new Fiber;
+    f->stack = new char[kStackBytes];
+    f->pointer = first_frame(f->stack, fiber_main);
   }
   for (int i = 0; i < count; ++i) {
-    Fiber& f = m.fibers[i];
+    Fiber& f = fibers[i];
     f.state = State::ready;
     f.turn = f.groups = 0;
     f.copies.clear();
   }
-  std::mt19937 random(m.schedule_seed + m.block_index.x);
+}
+
+CUDA_EMU_OWN void resume_all(int* threads, int n, Random* random) {
+  for (int i = n; i > 1; --i) {
+    const uint32_t other = (*random)() % static_cast<uint32_t>(i);
+    const int moved = threads[i - 1];
+    threads[i - 1] = threads[other];
+    threads[other] = moved;
+  }
+  for (int i = 0; i < n; ++i) resume(threads[i]);
+}
+
+CUDA_EMU_OWN void run_threads(int count, Random random) {
+  Fiber* const* const fibers = the_machine.fibers.at;
+  int ready[kMostThreads];
   for (;;) {
-    std::vector<int> ready;
-    int done = 0;
+    int n = 0, done = 0;
     for (int i = 0; i < count; ++i) {
-      if (m.fibers[i].state == State::ready) ready.push_back(i);
-      done += m.fibers[i].state == State::done;
+      if (fibers[i]->state == State::ready) ready[n++] = i;
+      done += fibers[i]->state == State::done;
     }
-    if (done == count) break;
-    if (!ready.empty()) {
-      std::shuffle(ready.begin(), ready.end(), random);
-      // Half of the time one warp runs alone, until only a block barrier holds it: warps drift
-      // apart.
-      const bool alone = random() % 2 == 0;
-      const int first = ready[0] / 32 * 32, last = first + 32 < count ? first + 32 : count;
-      if (alone) std::erase_if(ready, [&](int i) { return i < first || i >= last; });
-      for (int i : ready) resume(i);
-      while (alone && release(first, last, State::warp_barrier)) {
-        ready.resize(last - first);
-        for (int i = first; i < last; ++i) ready[i - first] = i;
-        std::shuffle(ready.begin(), ready.end(), random);
-        for (int i : ready) resume(i);
-      }
+    if (done == count) return;
+    if (n == 0) {
+      bool moved = false;
+      for (int w = 0; w < count; w += 32)
+        moved |= release(w, w + 32 < count ? w + 32 : count, State::warp_barrier);
+      if (!moved) moved = release(0, count, State::block_barrier);
+      if (!moved) fail("deadlock: threads wait at different barriers");
       continue;
     }
-    bool moved = false;
-    for (int w = 0; w < count; w += 32)
-      moved |= release(w, w + 32 < count ? w + 32 : count, State::warp_barrier);
-    if (!moved) moved = release(0, count, State::block_barrier);
-    if (!moved) fail("deadlock: threads wait at different barriers");
+    // Half of the time one warp runs alone, until only a block barrier holds it: warps drift apart.
+    if (random() % 2 == 0) {
+      resume_all(ready, n, &random);
+      continue;
+    }
+    const int first = ready[random() % static_cast<uint32_t>(n)] / 32 * 32;
+    const int last = first + 32 < count ? first + 32 : count;
+    int some = 0;
+    for (int i = 0; i < n; ++i)
+      if (ready[i] >= first && ready[i] < last) ready[some++] = ready[i];
+    resume_all(ready, some, &random);
+    while (release(first, last, State::warp_barrier)) {
+      for (int i = first; i < last; ++i) ready[i - first] = i;
+      resume_all(ready, last - first, &random);
+    }
   }
+}
+
+inline void run_block() {
+  const Machine& m = machine();
+  const int count = static_cast<int>(m.block.x);
+  begin_block(count);
+  run_threads(count, Random{m.schedule_seed * 0x100000001u + m.block_index.x});
   free_shared();
 }
 
@@ -323,28 +371,36 @@ struct Extent {
   } x;
 };
 
+// Where this thread's value of a warp instruction goes, and those of its warp are: [turn].
+struct Offer {
+  Fiber* const* warp;
+  unsigned turn;
+};
+CUDA_EMU_OWN Offer offer(uint64_t value) {
+  Machine& m = the_machine;
+  Fiber& f = *m.fibers.at[m.current];
+  const unsigned turn = f.turn++ % 2;
+  f.slot[turn] = value;
+  return {m.fibers.at + m.current / 32 * 32, turn};
+}
+
 template <class T>
 T exchange(T value, int from, int line) {
   static_assert(sizeof(T) <= 8);
-  Machine& m = machine();
-  const int me = m.current, warp = me / 32 * 32;
-  m.fibers[me].slot = 0;
-  std::memcpy(&m.fibers[me].slot, &value, sizeof(T));
+  uint64_t bits = 0;
+  __builtin_memcpy(&bits, &value, sizeof(T));
+  const Offer all = offer(bits);
   wait(State::warp_barrier, line);
   T got;
-  std::memcpy(&got, &m.fibers[warp + from].slot, sizeof(T));
-  wait(State::warp_barrier, -line);
+  __builtin_memcpy(&got, &all.warp[from]->slot[all.turn], sizeof(T));
   return got;
 }
 
-inline unsigned ballot(bool yes, int line) {
-  Machine& m = machine();
-  const int warp = m.current / 32 * 32;
-  m.fibers[m.current].slot = yes;
+CUDA_EMU_OWN unsigned ballot(bool yes, int line) {
+  const Offer all = offer(yes);
   wait(State::warp_barrier, line);
   unsigned bits = 0;
-  for (int i = 0; i < 32; ++i) bits |= static_cast<unsigned>(m.fibers[warp + i].slot & 1) << i;
-  wait(State::warp_barrier, -line);
+  for (int i = 0; i < 32; ++i) bits |= static_cast<unsigned>(all.warp[i]->slot[all.turn] & 1) << i;
   return bits;
 }
 

@@ -80,11 +80,14 @@ def progress(total: int, quiet: bool) -> Iterator[Callable[[str], None]]:
         yield lambda text: bar.update(task, advance=1, description=text)
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """A table for the terminal: first column left, the others right."""
+def table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], text: bool = False
+) -> Table:
+    """A table for the terminal: first column left, the others right; ``text``: the last one is prose, which wraps."""
     made = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for i, name in enumerate(columns):
-        made.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
+        prose = text and i == len(columns) - 1
+        made.add_column(name, justify="left" if prose or i == 0 else "right", no_wrap=not prose)
     for row in rows:
         made.add_row(*map(str, row))
     return made

@@ -89,7 +89,12 @@ def _themis(page: Page, quiet: bool) -> tuple[dict[str, Any], list[Any]]:
     demo.add_demo_section(found, page)
     tables = [
         table("Is an answer to a sum right?", demo.COLUMNS, demo.table_rows(found)),
-        table("What it writes about two answers", demo.TRACE_COLUMNS, demo.trace_rows(found)),
+        table(
+            "What it writes about two answers",
+            demo.TRACE_COLUMNS,
+            demo.trace_rows(found),
+            text=True,
+        ),
         table("Scores, all at once", demo.SPEED_COLUMNS, demo.speed_rows(found)),
     ]
     return found.to_json(), tables

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 import tenfold
+from tenfold.training.threads import threads
 
 
 @contextlib.contextmanager
@@ -25,17 +26,6 @@ def forced_isa(name: str) -> Iterator[None]:
         yield
     finally:
         tenfold.set_cpu_capability(before)
-
-
-@contextlib.contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Runs with that many torch threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @contextlib.contextmanager

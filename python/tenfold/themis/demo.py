@@ -14,8 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from tenfold.report import Card, Page
 from tenfold.themis import report
 from tenfold.themis.config import ThemisConfig
@@ -29,6 +27,7 @@ from tenfold.themis.tools.arithmetic import evaluate as reckon
 from tenfold.themis.traces import Query, Step, Trace, TraceFormat
 from tenfold.themis.training import ThemisRecord, train_themis
 from tenfold.training.loop import Progress
+from tenfold.training.threads import threads
 
 LAYERS, HEADS, TRAIN, TEST, LENGTH, TELL = 2, 4, 512, 96, 256, 10
 SETTINGS: dict[str, Any] = {"steps": 120, "batch_size": 8, "learning_rate": 3e-3, "warmup": 0.1, "seed": 0,
@@ -152,7 +151,12 @@ def _speed(loop: ToolLoop, pairs: Sequence[Pair]) -> dict[str, float]:
 
 
 def run_demo(step: Callable[[str], None] = lambda text: None) -> Demo:
-    """Runs everything; ``step`` is told after each piece."""
+    """Runs everything, on one thread; ``step`` is told after each piece."""
+    with threads(1):
+        return _run(step)
+
+
+def _run(step: Callable[[str], None]) -> Demo:
     demo = Demo()
     test = problems(TEST, 1)
     pairs = problems(TRAIN, 0, but=test)
@@ -193,7 +197,7 @@ def run_demo(step: Callable[[str], None] = lambda text: None) -> Demo:
     demo.setting = (
         f"A Llama over bytes with {size:.1f}M parameters, random at first; {SETTINGS['steps']} steps of "
         f"{SETTINGS['batch_size']} pairs; {TEST} pairs of other questions to test on; float32, "
-        f"{torch.get_num_threads()} threads, one seed."
+        "one thread, one seed."
     )
     return demo
 
