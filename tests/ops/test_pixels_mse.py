@@ -150,7 +150,9 @@ class TestAcceptance:
     @pytest.mark.parametrize("norm_pix", [True, False])
     @pytest.mark.parametrize("shift", [0, 1])
     @pytest.mark.parametrize(
-        "dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
+        "dtype, tolerance",
+        [(torch.float64, 1e-10), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)],
+        ids=["float64", "float32", "bfloat16"],
     )
     def test_4_the_plain_sequence(self, dtype, tolerance, shift, norm_pix, device):
         pred, image, mask, _ = problem(((3,), 1, 7, 16, 3), kind=torch.float32, device=device)
