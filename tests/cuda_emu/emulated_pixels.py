@@ -241,16 +241,13 @@ def values_that_cannot_be_checked():
 
 
 def check_all():
+    left_out = "not errors and not registration"
+    forms = "not turned and not grey and not cropped"
     run_tests(
-        "test_pixels.py",
-        "-k",
-        "cpu and not errors and not registration and not large and not turned and not grey and not constant",
+        "test_pixels.py", "-k", f"cpu and {left_out} and {forms} and not large and not constant"
     )
-    run_tests(
-        "test_pixels_mse.py",
-        "-k",
-        "cpu and not errors and not registration and not refusals and not cropped and not float64",
-    )
+    run_tests("test_pixels_mse.py", "-k", f"cpu and {left_out} and {forms} and not float64")
+    run_tests("test_pixels_gradients.py", "-k", f"cpu and {left_out} and not refusals")
     places_of_memory()
     values_that_cannot_be_checked()
 
