@@ -217,15 +217,13 @@ struct ByteSums {
     if (k < n) add(x + k, 0, to + k);
   }
   inline void flush() {
-    float lanes[kWidth];
-    store(lanes, sum[0] + sum[1]);  // exact
-    int32_t a = 0, b = 0;           // below 32 x 2^24
-    for (int i = 0; i < kWidth; ++i) a += static_cast<int32_t>(lanes[i]);
-    for (const VF& q : squares) {
-      store(lanes, q);
-      for (int i = 0; i < kWidth; ++i) b += static_cast<int32_t>(lanes[i]);
-    }
-    all += static_cast<uint64_t>(a), all_squares += static_cast<uint64_t>(b);
+    float q[2][kWidth];
+    store(q[0], squares[0]), store(q[1], squares[1]);
+    int32_t all_lanes = 0;  // below 32 x 2^24
+    for (int i = 0; i < kWidth; ++i)
+      all_lanes += static_cast<int32_t>(q[0][i]) + static_cast<int32_t>(q[1][i]);
+    all_squares += static_cast<uint64_t>(all_lanes);
+    all += static_cast<uint64_t>(hsum(sum[0] + sum[1]));  // below 2^22: exact
     clear();
   }
 };
