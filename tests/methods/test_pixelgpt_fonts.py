@@ -31,6 +31,7 @@ from tenfold.pixelgpt.shaping import clusters, script_of
 
 FONT = packaged_font()
 L = 16
+UNKNOWN = "\ue777"
 GRIN = "\U0001f600"
 
 
@@ -96,6 +97,18 @@ class TestFonts:
             PixelProcessor(tmp_path / "text.ttf")
         with pytest.raises(ValueError, match="has no face 7"):
             PixelProcessor(f"{FONT}#7")
+
+    def test_a_font_without_outlines(self, colour, tmp_path):
+        from fontTools.ttLib import TTFont
+
+        with TTFont(colour) as font:
+            for table in ("glyf", "loca", "COLR", "CPAL"):
+                del font[table]
+            font.save(tmp_path / "empty.ttf")
+        with pytest.raises(
+            ValueError, match=r"empty.ttf' has neither outlines nor bitmaps in colour"
+        ):
+            PixelProcessor([FONT, tmp_path / "empty.ttf"])(UNKNOWN)
 
     def test_without_the_packages(self):
         code = (

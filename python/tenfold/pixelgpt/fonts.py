@@ -31,6 +31,7 @@ _NOTO = (
     ("NotoColorEmoji.ttf", 0),
     ("NotoEmoji-Regular.ttf", 0),
 )
+_OUTLINES = frozenset({"glyf", "CFF ", "CFF2"})
 _LEFT_OUT = re.compile("Mono|Display|UI-")
 # Format characters that are drawn all the same: signs under Arabic, Syriac and Kaithi numbers.
 _VISIBLE_FORMAT = re.compile("[\u0600-\u0605\u06dd\u070f\u0890\u0891\u08e2\U000110bd\U000110cd]")
@@ -117,12 +118,21 @@ class FontFile:
         if not face.glyph_count or self.index >= face.count:
             what = f"has no face {self.index}" if self.index else "is not a font"
             raise ValueError(f"font file {str(self.path)!r} {what}")
+        if not (_OUTLINES.intersection(face.table_tags) or face.has_color_png):
+            raise ValueError(
+                f"font file {str(self.path)!r} has neither outlines nor bitmaps in colour"
+            )
         return face
 
     @functools.cached_property
     def font(self) -> Any:
         """HarfBuzz's font; its positions are in units of the em, so integers are exact."""
         return backend()[0].Font(self.face)
+
+    @functools.cached_property
+    def outlined(self) -> bool:
+        """Has the font outlines?"""
+        return bool(_OUTLINES.intersection(self.face.table_tags))
 
     @functools.cached_property
     def coloured(self) -> bool:
