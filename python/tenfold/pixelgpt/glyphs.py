@@ -97,7 +97,7 @@ class GlyphPainter:
 
     def draw(self, font: FontFile, glyph: int, x: int = 0, y: int = 0) -> GlyphImage:
         """A glyph moved right by ``x`` and up by ``y`` quarters of a pixel."""
-        if font.face.has_color_png:
+        if font.bitmapped:
             data = font.font.get_glyph_color_png(glyph).data
             if data or not font.outlined:
                 return self._bitmap(font, glyph, data) if data else _EMPTY
