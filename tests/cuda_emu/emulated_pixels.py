@@ -241,16 +241,13 @@ def values_that_cannot_be_checked():
 
 
 def check_all():
+    # Of each op one form of images with all grids and dtypes; its other tests bring the others.
+    choice = "cpu and not errors and not registration and"
     run_tests(
-        "test_pixels.py",
-        "-k",
-        "cpu and not errors and not registration and not large and not turned and not grey and not constant",
+        "test_pixels.py", "-k", f"{choice} (hwc or not patches) and not large and not constant"
     )
-    run_tests(
-        "test_pixels_mse.py",
-        "-k",
-        "cpu and not errors and not registration and not refusals and not cropped and not float64",
-    )
+    run_tests("test_pixels_mse.py", "-k", f"{choice} (chw or not gradients) and not float64")
+    run_tests("test_pixels_gradients.py", "-k", f"{choice} not refusals")
     places_of_memory()
     values_that_cannot_be_checked()
 

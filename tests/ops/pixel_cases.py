@@ -1,8 +1,11 @@
 """What the tests of the family ``pixels`` share: images of every layout, and the plain PyTorch sequence."""
 
 import torch
+from moe_cases import rand
 
 EPS = 1e-6
+NAN = float("nan")
+STRIP = ((2,), 1, 5, 16, 3)
 # (batch, rows of patches, patches of a row, patch, channels)
 GRIDS = [
     ((2,), 1, 5, 16, 3),
@@ -55,9 +58,10 @@ def plain_patches(image, patch, channels, real=torch.float64):
 
 
 def plain_targets(x, norm_pix=True, eps=EPS):
-    if not norm_pix:
+    if not norm_pix or x.numel() == 0:
         return x
-    return (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True) + eps).sqrt()
+    var = x.var(-1, keepdim=True, correction=min(1, x.shape[-1] - 1))  # one value has none
+    return (x - x.mean(-1, keepdim=True)) / (var + eps).sqrt()
 
 
 def plain_mse(pred, image, mask, patch, norm_pix, channels, shift=1):
@@ -78,3 +82,21 @@ def weights(shape, kind, seed=0):
     if kind.is_floating_point:
         return (torch.rand(shape, generator=made) * there).to(kind)
     return torch.randint(1, 4, shape, generator=made).to(kind) * there.to(kind)
+
+
+def problem(
+    grid, form="hwc", dtype=torch.float32, kind=torch.bool, pixels=torch.uint8, device="cpu"
+):
+    """(pred, image, mask, channels); pred is NaN where it does not count with shift 1."""
+    batch, rows, cols, patch, c = grid
+    image, channels = image_of(grid, form, pixels, device)
+    shape = (*batch, rows * cols)
+    pred = rand(*shape, patch * patch * c, dtype=dtype).to(device)
+    return pred, image, weights(shape, kind).to(device), channels
+
+
+def differentiated(face, pred, *args, by=1.0, **kwargs):
+    x = pred.clone().requires_grad_()
+    loss, per_patch, denom = face(x, *args, **kwargs)
+    (grad,) = torch.autograd.grad(loss * by, x)
+    return loss.detach(), per_patch, denom, grad

@@ -12,8 +12,10 @@ constexpr int kChain = 4;  // terms of each before they are added up: rounding g
 // short to reach the next row.
 constexpr int64_t kAhead = 1536;
 
+enum class Put { no, plain, stream };
+
 // sum (f - y)^2, and to = by (f - y) if there is a `to`, which may be `f`.
-template <bool kGrad, class T, class Source, class Target>
+template <Put kPut, class T, class Source, class Target>
 inline double errors_of(const T* f, Source x, Target y, int64_t n, float by, T* to) {
   const VF slope = set1(by);
   int64_t k = 0;
@@ -21,14 +23,16 @@ inline double errors_of(const T* f, Source x, Target y, int64_t n, float by, T* 
   for (; k + kChain * kSums * kWidth <= n; k += kChain * kSums * kWidth) {
     VF sum[kSums] = {};
     for (int i = 0; i < kChain; ++i)
-      for (int j = 0; j < kSums; ++j) {
+      for (int j = 0; j < kSums; j += 2) {
         const int64_t at = k + (i * kSums + j) * kWidth;
         constexpr int kLine = 64 / (kWidth * static_cast<int>(sizeof(T)));  // vectors of a line
-        if (kLine < 2 || j % kLine == 0)
-          __builtin_prefetch(reinterpret_cast<const char*>(f + at) + kAhead);
-        const VF e = load(f + at) - y(x(at));
+        for (int l = 0; l < 2; l += kLine < 2 ? 1 : 2)
+          __builtin_prefetch(reinterpret_cast<const char*>(f + at + l * kWidth) + kAhead);
+        const VF e = load(f + at) - y(x(at)), g = load(f + at + kWidth) - y(x(at + kWidth));
         sum[j] = fma(e, e, sum[j]);
-        if constexpr (kGrad) store_quick(to + at, e * slope);
+        sum[j + 1] = fma(g, g, sum[j + 1]);
+        if constexpr (kPut != Put::no)
+          store_two<kPut == Put::stream>(to + at, e * slope, g * slope);
       }
     total += static_cast<double>(hsum((sum[0] + sum[1]) + (sum[2] + sum[3])));
   }
@@ -36,7 +40,7 @@ inline double errors_of(const T* f, Source x, Target y, int64_t n, float by, T* 
     const int left = static_cast<int>(n - k < kWidth ? n - k : kWidth);
     const VF e = select(lanes_below(left), load_n(f + k, left) - y(x(k)), set1(0.0f));
     total += static_cast<double>(hsum(e * e));
-    if constexpr (kGrad) store_n(to + k, e * slope, left);
+    if constexpr (kPut != Put::no) store_n(to + k, e * slope, left);
   }
   return total;
 }
@@ -63,13 +67,15 @@ double errors(const PatchMse& m, double slope, bool past_caches, int64_t begin, 
                  memory, [&](const auto& x, const auto& y) {
                    const auto by = static_cast<float>(slope * weight);
                    if (grad == nullptr) {
-                     error = errors_of<false, T>(f, x, y, n, by, nullptr);
-                   } else if (past_caches && can_stream(grad, bytes)) {
-                     auto* const made = reinterpret_cast<T*>(memory.made);
-                     error = errors_of<true, T>(f, x, y, n, by, made);
-                     stream_copy(grad, made, bytes);
+                     error = errors_of<Put::no, T>(f, x, y, n, by, nullptr);
+                   } else if (!past_caches || !can_stream(grad, bytes)) {
+                     error = errors_of<Put::plain, T>(f, x, y, n, by, grad);
+                   } else if constexpr (kStreams<T>) {
+                     error = errors_of<Put::stream, T>(f, x, y, n, by, grad);
                    } else {
-                     error = errors_of<true, T>(f, x, y, n, by, grad);
+                     auto* const made = reinterpret_cast<T*>(memory.made);
+                     error = errors_of<Put::plain, T>(f, x, y, n, by, made);
+                     stream_copy(grad, made, bytes);
                    }
                  });
       error /= static_cast<double>(n);

@@ -194,55 +194,58 @@ inline VM lanes_below(int64_t n) {
 }
 
 // Sums of bytes, on their way to floats. Lanes hold whole numbers below 2^24 exactly: up to 256
-// squares of a byte each.
+// squares of a byte each, so at most kMost vectors between two flushes.
 struct ByteSums {
+  static constexpr int64_t kMost = 2 * 255;
   VF sum[2], squares[2];
   uint64_t all = 0, all_squares = 0;
-  int vectors = 0;  // pairs of them since the last flush
 
   inline ByteSums() { clear(); }
-  inline void clear() { sum[0] = sum[1] = squares[0] = squares[1] = set1(0.0f), vectors = 0; }
-  inline void add(int at, VF u, float* to) {
+  inline void clear() { sum[0] = sum[1] = squares[0] = squares[1] = set1(0.0f); }
+  inline void add(const uint8_t* x, int at, float* to) {
+    const VF u = to_float(load_bytes(x));
     store(to, u);
     sum[at] = sum[at] + u, squares[at] = fma(u, u, squares[at]);
-  }
-  inline void flush() {
-    float lanes[2][kWidth];
-    store(lanes[0], sum[0] + sum[1]);  // exact
-    int32_t a = 0, b = 0, c = 0;       // below 16 x 2^24 each
-    for (int i = 0; i < kWidth; ++i) a += static_cast<int32_t>(lanes[0][i]);
-    store(lanes[0], squares[0]), store(lanes[1], squares[1]);
-    for (int i = 0; i < kWidth; ++i) {
-      b += static_cast<int32_t>(lanes[0][i]);
-      c += static_cast<int32_t>(lanes[1][i]);
-    }
-    all += static_cast<uint64_t>(a);
-    all_squares += static_cast<uint64_t>(b) + static_cast<uint64_t>(c);
-    clear();
   }
   // n bytes, a whole number of vectors.
   inline void run(const uint8_t* x, int64_t n, float* to) {
     int64_t k = 0;
     for (; k + 2 * kWidth <= n; k += 2 * kWidth) {
-      add(0, to_float(load_bytes(x + k)), to + k);
-      add(1, to_float(load_bytes(x + k + kWidth)), to + k + kWidth);
-      if (++vectors == 255) flush();
+      add(x + k, 0, to + k);
+      add(x + k + kWidth, 1, to + k + kWidth);
     }
-    if (k == n) return;
-    add(0, to_float(load_bytes(x + k)), to + k);
-    if (++vectors == 255) flush();
+    if (k < n) add(x + k, 0, to + k);
+  }
+  inline void flush() {
+    float q[2][kWidth];
+    store(q[0], squares[0]), store(q[1], squares[1]);
+    int32_t all_lanes = 0;  // below 32 x 2^24
+    for (int i = 0; i < kWidth; ++i)
+      all_lanes += static_cast<int32_t>(q[0][i]) + static_cast<int32_t>(q[1][i]);
+    all_squares += static_cast<uint64_t>(all_lanes);
+    all += static_cast<uint64_t>(hsum(sum[0] + sum[1]));  // below 2^22: exact
+    clear();
   }
 };
 
 // The bytes as floats, and their norm; what lies behind them, up to a vector, is 0.
 inline PatchNorm norm_of(const uint8_t* x, int64_t n, double eps, float* floats) {
+  constexpr int64_t kStep = ByteSums::kMost * kWidth;
   ByteSums sums;
-  sums.run(x, (n + kWidth - 1) / kWidth * kWidth, floats);
-  sums.flush();
+  for (int64_t k = 0; k < n; k += kStep) {
+    const int64_t left = (n - k + kWidth - 1) / kWidth * kWidth;
+    sums.run(x + k, left < kStep ? left : kStep, floats + k);
+    sums.flush();
+  }
   return norm_of_bytes(sums.all, sums.all_squares, n, eps);
 }
 
-// Likewise of a patch in runs of whole vectors, straight from its image.
+// Likewise of a patch in runs of whole vectors, and not too many of them, straight from its image.
+inline bool fits_runs(const PatchBox& b) {
+  const int64_t values = b.size[0] * b.size[1] * b.size[2];
+  return order_of(b) == Order::runs && b.run() % kWidth == 0 &&
+         values <= ByteSums::kMost / 2 * kWidth;
+}
 inline PatchNorm norm_of_runs(const uint8_t* at, const PatchBox& b, double eps, float* floats) {
   const int64_t n1 = b.size[1], n2 = b.size[2];
   const bool joined = b.stride[1] == n2;
@@ -310,7 +313,7 @@ inline void with_patch(const PatchGrid& g, const PatchBox& box, int64_t offset, 
     return raw;
   };
   if (g.pixel == Pixel::u8) {
-    if (normalize && order_of(box) == Order::runs && box.run() % kWidth == 0) {
+    if (normalize && fits_runs(box)) {
       const auto* const at = static_cast<const uint8_t*>(g.data) + offset;
       return use(Floats{memory.floats}, Affine(norm_of_runs(at, box, eps, memory.floats)));
     }
@@ -339,11 +342,59 @@ inline void stream_copy(void* to, const void* from, int64_t bytes) {
   for (int64_t i = 0; i < bytes / 4; i += kWidth) stream(out + i, load(in + i));
 }
 
-template <class T, class Source, class Target>
+// 2 kWidth neighbours. Rounding to bf16 looks for subnormal lanes once; a whole line of it may go
+// past the caches, as floats may.
+template <class T>
+constexpr bool kStreams = false;
+template <>
+constexpr bool kStreams<float> = true;
+
+template <bool kStream, class T>
+inline void store_two(T* to, VF a, VF b) {
+  store_quick(to, a);
+  store_quick(to + kWidth, b);
+}
+template <bool kStream>
+inline void store_two(float* to, VF a, VF b) {
+  if constexpr (kStream) {
+    stream(to, a);
+    stream(to + kWidth, b);
+  } else {
+    store(to, a);
+    store(to + kWidth, b);
+  }
+}
+#if defined(TENFOLD_ISA_BF16)
+template <>
+constexpr bool kStreams<bf16_t> = true;
+
+template <bool kStream>
+inline void store_two(bf16_t* to, VF a, VF b) {
+  const __mmask16 small =
+      _mm512_fpclass_ps_mask(a.v, kSubnormal) | _mm512_fpclass_ps_mask(b.v, kSubnormal);
+  if (small != 0) [[unlikely]] {
+    store(to, a);
+    store(to + kWidth, b);
+    return;
+  }
+  const auto both = (__m512i)_mm512_cvtne2ps_pbh(b.v, a.v);
+  if constexpr (kStream) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to), both);
+  } else {
+    _mm512_storeu_si512(to, both);
+  }
+}
+#endif
+
+template <bool kStream, class T, class Source, class Target>
 inline void write_values(Source x, Target y, int64_t n, T* to) {
   int64_t k = 0;
-  for (; k + kWidth <= n; k += kWidth) store_quick(to + k, y(x(k)));
-  if (k < n) store_n(to + k, y(x(k)), static_cast<int>(n - k));
+  for (; k + 2 * kWidth <= n; k += 2 * kWidth)
+    store_two<kStream>(to + k, y(x(k)), y(x(k + kWidth)));
+  for (; k < n; k += kWidth) {
+    const int left = static_cast<int>(n - k < kWidth ? n - k : kWidth);
+    store_n(to + k, y(x(k)), left);
+  }
 }
 
 }  // namespace

@@ -9,10 +9,14 @@ template <class T, class Source, class Target>
 inline void write_row(const Source& x, const Target& y, int64_t n, bool past_caches,
                       const PatchMemory& memory, T* to) {
   const int64_t bytes = n * static_cast<int64_t>(sizeof(T));
-  if (!past_caches || !can_stream(to, bytes)) return write_values(x, y, n, to);
-  auto* const made = reinterpret_cast<T*>(memory.made);
-  write_values(x, y, n, made);
-  stream_copy(to, made, bytes);
+  if (!past_caches || !can_stream(to, bytes)) return write_values<false>(x, y, n, to);
+  if constexpr (kStreams<T>) {
+    write_values<true>(x, y, n, to);
+  } else {
+    auto* const made = reinterpret_cast<T*>(memory.made);
+    write_values<false>(x, y, n, made);
+    stream_copy(to, made, bytes);
+  }
 }
 
 // Values of patches as they come, one image row of patches after the other.
