@@ -2,7 +2,8 @@
 
 import pytest
 
-from tenfold.pixelgpt.bidi import embedding_levels, paragraph_level, turns, visual_order
+from tenfold.pixelgpt.bidi import embedding_levels, paragraph_level, visual_order
+from tenfold.pixelgpt.bidi_classes import turns
 
 # Written as in UAX #9: small letters run left to right, capitals are Hebrew. Brackets of right-to-left text are
 # shown as they are written: fonts mirror them. All of BidiTest.txt and BidiCharacterTest.txt of Unicode 15 passes too.

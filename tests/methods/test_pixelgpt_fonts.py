@@ -92,10 +92,38 @@ class TestFonts:
 
     def test_no_font(self, tmp_path):
         (tmp_path / "text.ttf").write_text("no font at all")
-        with pytest.raises(ValueError, match=r"text.ttf' is not a font"):
+        with pytest.raises(ValueError, match=r"text.ttf' is not a TrueType or OpenType"):
             PixelProcessor(tmp_path / "text.ttf")
-        with pytest.raises(ValueError, match="has no face 7"):
+        with pytest.raises(ValueError, match="has no face 7, only one"):
             PixelProcessor(f"{FONT}#7")
+        (tmp_path / "cut.ttf").write_bytes(FONT.read_bytes()[:400])
+        with pytest.raises(ValueError, match=r"cut.ttf' has no glyphs: is it damaged"):
+            PixelProcessor(tmp_path / "cut.ttf")
+
+    def test_a_font_without_outlines(self, colour, tmp_path):
+        from fontTools.ttLib import TTFont
+
+        with TTFont(colour) as font:
+            for table in ("glyf", "loca", "COLR", "CPAL"):
+                del font[table]
+            font.save(tmp_path / "empty.ttf")
+        with pytest.raises(
+            ValueError, match=r"empty.ttf' has neither outlines nor bitmaps in colour"
+        ):
+            PixelProcessor([FONT, tmp_path / "empty.ttf"])
+
+    def test_paint_graphs_are_not_taken_for_colours(self, colour, tmp_path):
+        from fontTools.ttLib import TTFont
+
+        with TTFont(colour) as font:
+            solid = {
+                "Format": 10,
+                "Glyph": "red",
+                "Paint": {"Format": 2, "PaletteIndex": 0, "Alpha": 1.0},
+            }
+            font["COLR"] = buildCOLR({"face": solid}, version=1)
+            font.save(tmp_path / "paint.ttf")
+        assert FontFile(colour).coloured and not FontFile(tmp_path / "paint.ttf").coloured
 
     def test_without_the_packages(self):
         code = (

@@ -141,6 +141,30 @@ class TestOffsets:
 
 
 class TestThreads:
+    def test_memory_is_used_again_when_nobody_has_it(self):
+        processor = PixelProcessor(FONT)
+        texts = [f"text {i}" for i in range(24)]  # 19 MB
+        first = processor(texts)
+        kept, view = first.pixel_values.clone(), first.pixel_values[3, :, :, 5:9]
+        place = first.pixel_values.data_ptr()
+        del first
+        others = [processor([f"other {i}"] * 24) for i in range(4)]  # the view still lives
+        assert torch.equal(view, kept[3, :, :, 5:9]) and place not in {
+            b.pixel_values.data_ptr() for b in others
+        }
+        assert all(
+            torch.equal(b.pixel_values[0], processor(f"other {i}").pixel_values[0])
+            for i, b in enumerate(others)
+        )
+        place = others[-1].pixel_values.data_ptr()
+        real = others[-1].pixel_values.numpy()[:1]
+        others.pop()
+        assert processor(texts).pixel_values.data_ptr() != place
+        del real
+        again = [processor(texts), processor(texts)]
+        assert place in {b.pixel_values.data_ptr() for b in again}
+        assert all(torch.equal(b.pixel_values, kept) for b in again)
+
     def test_same_bytes(self, processor):
         texts = [f"text number {i} {'more ' * (i % 7)}" for i in range(50)]
         fresh = PixelProcessor(FONT, max_patches=L)

@@ -19,7 +19,8 @@ from tenfold.pixelgpt import (
     next_patch,
     patch_mask,
 )
-from tenfold.pixelgpt.bidi import all_right, embedding_levels
+from tenfold.pixelgpt.bidi import embedding_levels
+from tenfold.pixelgpt.bidi_classes import all_right
 from tenfold.pixelgpt.fonts import packaged_font
 from tenfold.pixelgpt.typeset import LONGEST, clean
 

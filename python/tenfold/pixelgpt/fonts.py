@@ -31,6 +31,9 @@ _NOTO = (
     ("NotoColorEmoji.ttf", 0),
     ("NotoEmoji-Regular.ttf", 0),
 )
+_SFNT = (b"\0\1\0\0", b"OTTO", b"true")
+_OUTLINES = frozenset({"glyf", "CFF ", "CFF2"})
+_BITMAPS = frozenset({"CBDT", "sbix"})
 _LEFT_OUT = re.compile("Mono|Display|UI-")
 # Format characters that are drawn all the same: signs under Arabic, Syriac and Kaithi numbers.
 _VISIBLE_FORMAT = re.compile("[\u0600-\u0605\u06dd\u070f\u0890\u0891\u08e2\U000110bd\U000110cd]")
@@ -76,13 +79,13 @@ def code_points(chars: Iterable[str]) -> str:
 
 
 class FontFile:
-    """One face of one font file. Read on first use; what is hashed are the bytes that draw.
+    """One face of one font file. Its head is read to look at it, all of it to draw and to hash.
 
     Args:
         path: a TrueType or OpenType file, or a collection.
         index: the face inside a collection.
 
-    Raises FileNotFoundError where the file is missing, ValueError (on first use) where it is no font.
+    Raises FileNotFoundError where the file is missing, ValueError (on first use) where it is no such font.
     """
 
     def __init__(self, path: str | os.PathLike[str], index: int = 0) -> None:
@@ -111,12 +114,47 @@ class FontFile:
         return hashlib.sha256(self.data).hexdigest()
 
     @functools.cached_property
+    def tables(self) -> frozenset[str]:
+        """Tags of the face's tables, from the head of the file; ``COLR`` only if it has layers (version 0)."""
+        with self.path.open("rb") as file:
+            head = file.read(12)
+            if head[:4] == b"ttcf":
+                faces = int.from_bytes(head[8:12], "big")
+                if self.index >= faces:
+                    raise ValueError(
+                        f"font file {str(self.path)!r} has no face {self.index}, only {faces}"
+                    )
+                file.seek(12 + 4 * self.index)
+                file.seek(int.from_bytes(file.read(4), "big"))
+                head = file.read(12)
+            elif self.index:
+                raise ValueError(f"font file {str(self.path)!r} has no face {self.index}, only one")
+            if head[:4] not in _SFNT:
+                raise ValueError(f"font file {str(self.path)!r} is not a TrueType or OpenType font")
+            rows = file.read(16 * int.from_bytes(head[4:6], "big"))
+            starts = {
+                rows[i : i + 4].decode("latin-1"): int.from_bytes(rows[i + 8 : i + 12], "big")
+                for i in range(0, len(rows), 16)
+            }
+            if "COLR" in starts:
+                file.seek(starts["COLR"] + 2)
+                if (
+                    file.read(2) == b"\0\0"
+                ):  # no glyph of layers: paint graphs alone, which FreeType does not draw
+                    del starts["COLR"]
+        found = frozenset(starts)
+        if not found & (_OUTLINES | _BITMAPS):
+            raise ValueError(
+                f"font file {str(self.path)!r} has neither outlines nor bitmaps in colour"
+            )
+        return found
+
+    @functools.cached_property
     def face(self) -> Any:
         """HarfBuzz's face."""
         face = backend()[0].Face(self.data, self.index)
-        if not face.glyph_count or self.index >= face.count:
-            what = f"has no face {self.index}" if self.index else "is not a font"
-            raise ValueError(f"font file {str(self.path)!r} {what}")
+        if not self.tables or not face.glyph_count:
+            raise ValueError(f"font file {str(self.path)!r} has no glyphs: is it damaged?")
         return face
 
     @functools.cached_property
@@ -124,10 +162,20 @@ class FontFile:
         """HarfBuzz's font; its positions are in units of the em, so integers are exact."""
         return backend()[0].Font(self.face)
 
-    @functools.cached_property
+    @property
+    def outlined(self) -> bool:
+        """Has the font outlines?"""
+        return bool(self.tables & _OUTLINES)
+
+    @property
+    def bitmapped(self) -> bool:
+        """Has the font bitmaps in colour?"""
+        return bool(self.tables & _BITMAPS)
+
+    @property
     def coloured(self) -> bool:
-        """Has the font glyphs in colour (bitmaps, or layers of outlines)?"""
-        return self.face.has_color_png or self.face.has_color_layers
+        """Has the font glyphs in colour: bitmaps, or layers of outlines?"""
+        return self.bitmapped or "COLR" in self.tables
 
     def has(self, char: str) -> bool:
         """Is there a glyph for the character, or can HarfBuzz do without one?"""

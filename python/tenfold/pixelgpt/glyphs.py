@@ -22,7 +22,6 @@ from tenfold.pixelgpt.fonts import INSTALL, FontFile, backend
 
 PHASES = 4  # positions inside a pixel, each way
 _NO_HINTING, _NO_BITMAP, _COLOR = 2, 8, 1 << 20
-_SCALABLE = 1
 _MONO, _GRAY, _BGRA = 1, 2, 7
 _OUTLINE = int.from_bytes(b"outl", "big")
 
@@ -91,8 +90,6 @@ class GlyphPainter:
                 raw.FT_New_Memory_Face(opened.handle, font.data, size, ctypes.c_long(font.index), ctypes.byref(face)),
                 "FT_New_Memory_Face", font,
             )  # fmt: skip
-            if not face.contents.face_flags & _SCALABLE:
-                raise ValueError(f"font file {str(font.path)!r} has no outlines")
             wanted = ctypes.c_long(self._size)
             _check(raw.FT_Set_Char_Size(face, wanted, wanted, 72, 72), "FT_Set_Char_Size", font)
             found = opened.faces[font] = face
@@ -100,10 +97,10 @@ class GlyphPainter:
 
     def draw(self, font: FontFile, glyph: int, x: int = 0, y: int = 0) -> GlyphImage:
         """A glyph moved right by ``x`` and up by ``y`` quarters of a pixel."""
-        if font.face.has_color_png:
+        if font.bitmapped:
             data = font.font.get_glyph_color_png(glyph).data
-            if data:
-                return self._bitmap(font, glyph, data)
+            if data or not font.outlined:
+                return self._bitmap(font, glyph, data) if data else _EMPTY
         raw, face = backend()[1], self._face(font)
         slot = face.contents.glyph
         flags = _NO_HINTING | (_COLOR if font.coloured else _NO_BITMAP)

@@ -16,6 +16,7 @@ import numpy as np
 
 from tenfold.pixelgpt import saved as saved_file
 from tenfold.pixelgpt.batches import Job, PixelBatch, jobs_of
+from tenfold.pixelgpt.buffers import BufferPool
 from tenfold.pixelgpt.fonts import FontChain, FontFile, default_fonts
 from tenfold.pixelgpt.saved import RendererMismatch
 from tenfold.pixelgpt.settings import RenderSettings
@@ -74,6 +75,7 @@ class PixelProcessor:
     def _start(self) -> None:
         chain = FontChain(self.fonts, self.settings.mode == "rgb")
         self._typesetter = Typesetter(self.settings, chain)
+        self._buffers = BufferPool()
         self._pool: tuple[int, int, ThreadPoolExecutor] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -187,7 +189,7 @@ class PixelProcessor:
 
         def room(patches: int) -> np.ndarray:
             width = patches * settings.patch_size
-            return np.empty((size, settings.channels or 1, settings.patch_size, width), np.uint8)
+            return self._buffers.empty((size, settings.channels or 1, settings.patch_size, width))
 
         def lay(first: int, end: int) -> None:
             for i in range(first, end):

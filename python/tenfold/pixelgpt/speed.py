@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -209,6 +210,8 @@ def main() -> None:
     print("with empty caches:", {k: round(v) for k, v in cold.items()})
     if chosen.json:
         setting = {
+            "cores": os.cpu_count(),
+            "load": os.getloadavg()[0],
             "count": chosen.count,
             "rounds": chosen.rounds,
             "versions": versions(),

@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from tenfold.pixelgpt.bidi import all_right, embedding_levels, paragraph_level, turns, visual_order
+from tenfold.pixelgpt.bidi import embedding_levels, paragraph_level, visual_order
+from tenfold.pixelgpt.bidi_classes import all_right, turns
 from tenfold.pixelgpt.cells import Cell, CellMaker, Kept, Span
 from tenfold.pixelgpt.fonts import FontChain
 from tenfold.pixelgpt.settings import RenderSettings
