@@ -368,12 +368,12 @@ def pixelgpt_study_block(found: Found) -> str:
     )  # fmt: skip
     return (
         f"{runs[0]['parameters'] / 1e6:.1f}M parameters ({setting['layers']} layers of {setting['width']}), "
-        f"{setting['steps']} steps per stream of {setting['batch']} rows of {setting['length']} patches or tokens, learning "
-        f"rate {setting['learning_rate']:g}, {setting['documents']['train']} documents; seeds "
-        f"{', '.join(map(str, setting['seeds']))}, {found['about']['threads']} threads. Held-out losses: mean squared error "
-        f"per normalised pixel, nats per token.\n\n{first}\n\n"
-        f"Accuracy in per cent, mean and each seed, after {setting['tune_steps']} steps on {setting['train']} lines per "
-        f"language of up to {setting['tune_length']} patches or tokens. {languages}.\n\n{second}"
+        f"{setting['steps']} steps per stream of {setting['batch']} rows of {setting['length']} patches or tokens, "
+        f"learning rate {setting['learning_rate']:g}, {setting['documents']['train']} documents; seeds "
+        f"{', '.join(map(str, setting['seeds']))}, {found['about']['threads']} threads. Held-out losses: mean squared "
+        f"error per normalised pixel, nats per token.\n\n{first}\n\n"
+        f"Accuracy in per cent, mean and each seed, after {setting['tune_steps']} steps on {setting['train']} lines "
+        f"per language of up to {setting['tune_length']} patches or tokens. {languages}.\n\n{second}"
     )
 
 
