@@ -391,8 +391,8 @@ def pixelgpt_render_block(found: Found) -> str:
     cold = ", ".join(f"{v:.0f} of {k} characters" for k, v in setting["cold"].items())
     used = ", ".join(f"{k} {v}" for k, v in setting["versions"].items())
     return (
-        f"Batches of {setting['count']} texts, {setting['rounds']} rounds in turns, {setting['cores']} cores with a load "
-        f"of {setting['load']:.1f}; {used}. Median strips per second, and the slowest and fastest round. With "
+        f"Batches of {setting['count']} texts, {setting['rounds']} rounds in turns, {setting['cores']} cores with a "
+        f"load of {setting['load']:.1f}; {used}. Median strips per second, and the slowest and fastest round. With "
         f"empty caches, on one thread: {cold}.\n\n{markdown(columns, rows)}"
     )
 

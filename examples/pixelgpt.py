@@ -1,6 +1,6 @@
 """Do pixels carry over to scripts that pre-training never saw? Pixels, tokens, both, and pairs, at equal rows.
 
-python examples/pixelgpt.py [--steps 1000] [--seeds 0 1] [--variants pixelgpt textgpt monogpt dualgpt]
+python examples/pixelgpt.py [--steps 800] [--seeds 0 1] [--variants pixelgpt textgpt monogpt dualgpt]
                             [--tasks language domain] [--out bench/results/pixelgpt]
 
 Small models are pre-trained on packaged text in six languages (Python's reference, django's catalogues), rendered or as
@@ -32,7 +32,7 @@ def say(text: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--steps", type=int, default=1000, help="of pre-training, per stream")
+    parser.add_argument("--steps", type=int, default=800, help="of pre-training, per stream")
     parser.add_argument("--tune-steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))

@@ -179,3 +179,24 @@ def test_tokenizer(tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"] == made(text)["input_ids"]
     with pytest.raises(ValueError, match="at least 259 ids"):
         train_tokenizer(["a"], 258)
+
+
+def test_documents_of_the_hub(monkeypatch):
+    import sys
+    import types
+
+    from tenfold.pixelgpt.small import hub_documents
+
+    asked = []
+
+    def load_dataset(name, part, **options):
+        asked.append((name, part, options))
+        return iter([{"text": f"one {i}\n\ntwo {i}"} for i in range(9)])
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setattr(tasks.importlib.util, "find_spec", lambda name: True)
+    found = hub_documents("some/name:part", limit=3)
+    assert [d.lines for d in found] == [(f"one {i}", f"two {i}") for i in range(3)]
+    assert asked == [("some/name", "part", {"split": "train", "streaming": True})]
+    with pytest.raises(ValueError, match="no texts in column 'body'; there are: text"):
+        hub_documents("some/name", column="body")

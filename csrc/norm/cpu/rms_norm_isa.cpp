@@ -207,9 +207,9 @@ inline VF dot_row(const typename S::Y* dy, const typename S::W* weight, const ty
   int64_t j = 0;
   for (; j + kTwo <= cols; j += kTwo) {
     VF g[2], w[2], x[2];
-    get_two<S::kOrdered>(dy + j, g);
+    get_next_two<S::kOrdered>(dy + j, g);
     get_two<S::kOrdered>(weight + j, w);
-    get_two<S::kOrdered>(h + j, x);
+    get_next_two<S::kOrdered>(h + j, x);
     for (int k = 0; k < 2; ++k) sum[k] = fma(g[k] * w[k], x[k], sum[k]);
   }
   for (; j < cols; j += kWidth) {

@@ -27,6 +27,12 @@ def pretrain(
     text: Annotated[
         list[Path] | None, typer.Option("--text", help="UTF-8 files; default: packaged text")
     ] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(help="name on the hub, NAME or NAME:CONFIGURATION, instead of files"),
+    ] = None,
+    column: Annotated[str, typer.Option(help="of --dataset, with the texts")] = "text",
+    limit: Annotated[int, typer.Option(min=2, help="texts of --dataset, at most")] = 1000,
     languages: Languages = "en,de,fr,es,ru,el",
     per_language: Annotated[int, typer.Option(min=2, help="packaged documents, at most")] = 120,
     size: Annotated[str, typer.Option(help="of a new model: tiny, small or base")] = "tiny",
@@ -75,12 +81,15 @@ def pretrain(
         from transformers import AutoTokenizer
 
         tokens = AutoTokenizer.from_pretrained(tokenizer)
-    found = (
-        small.file_documents(text)
-        if text
-        else documents(split(languages, str, "--languages"), per_language)
-    )
-    if processor is None and not text:
+    if text and dataset:
+        raise ValueError("give --text or --dataset, not both")
+    if text:
+        found = small.file_documents(text)
+    elif dataset:
+        found = small.hub_documents(dataset, column=column, limit=limit)
+    else:
+        found = documents(split(languages, str, "--languages"), per_language)
+    if processor is None and not (text or dataset):
         processor = small.packaged_processor()
     corpus = small.corpus_of(found, vocabulary=vocabulary, processor=processor, tokenizer=tokens)
     if network is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from tenfold.pixelgpt.generate import reconstruct
 from tenfold.pixelgpt.model import PixelGPTForCausalLM, make_model
 from tenfold.pixelgpt.report import pairs_png
 from tenfold.pixelgpt.streams import Streams, make_streams
+from tenfold.pixelgpt.tasks import hub_rows
 from tenfold.pixelgpt.texts import Document, documents, split_documents
 from tenfold.pixelgpt.tokens import train_tokenizer
 from tenfold.pixelgpt.train_config import PretrainConfig
@@ -67,6 +69,29 @@ def file_documents(paths: Sequence[str | Path], lines: int = 12) -> list[Documen
         made += [Document("", tuple(found[at : at + lines])) for at in range(0, len(found), lines)]
     if not made:
         raise ValueError(f"no text in {', '.join(map(str, paths))}")
+    return made
+
+
+def hub_documents(
+    name: str, *, column: str = "text", limit: int = 1000, lines: int = 12
+) -> list[Document]:
+    """Documents of the texts of a data set on the hub (``repository`` or ``repository:configuration``).
+
+    Args:
+        column: with the texts. limit: of them, at most. lines: of a document.
+
+    Raises ModuleNotFoundError without the package ``datasets``, ValueError for a column that is not there.
+    """
+    repository, _, part = name.partition(":")
+    made: list[Document] = []
+    rows = hub_rows(repository, part or None, split="train", streaming=True)
+    for row in itertools.islice(rows, limit):
+        if not isinstance(row.get(column), str):
+            raise ValueError(
+                f"{name} has no texts in column {column!r}; there are: {', '.join(row)}"
+            )
+        found = [t for line in row[column].splitlines() if (t := line.strip())]
+        made += [Document("", tuple(found[at : at + lines])) for at in range(0, len(found), lines)]
     return made
 
 

@@ -225,15 +225,23 @@ def _in_folder(folder: Path, split: str) -> Path:
     raise FileNotFoundError(f"{str(folder)!r} has no {' or '.join(names)} as .tsv or .jsonl")
 
 
-def _hub(
-    name: str, spec: TaskSpec, split: str, languages: Sequence[str]
-) -> Iterator[dict[str, Any]]:
+def hub_rows(name: str, part: str | None, **options: Any) -> Iterable[Mapping[str, Any]]:
+    """Rows of a data set on the hub; ``options`` are those of ``datasets.load_dataset``.
+
+    Raises ModuleNotFoundError, with the command that installs it, without the package ``datasets``.
+    """
     if importlib.util.find_spec("datasets") is None:
         raise ModuleNotFoundError(
             f"{name!r} is no file; names on the hub need datasets: `pip install datasets`"
         )
     from datasets import load_dataset
 
+    return load_dataset(name, part, **options)
+
+
+def _hub(
+    name: str, spec: TaskSpec, split: str, languages: Sequence[str]
+) -> Iterator[dict[str, Any]]:
     repository, configuration = (spec.hub or (name, None)) if name == "hub" else (name, None)
     if name == "hub" and spec.hub is None:
         raise ValueError(f"task {spec.name!r} has no name on the hub; give a file or a name")
@@ -241,7 +249,7 @@ def _hub(
         split = "validation_matched"
     parts = languages if spec.name == "xnli" and languages else [configuration]
     for part in parts:
-        for row in load_dataset(repository, part, split=split):
+        for row in hub_rows(repository, part, split=split):
             yield dict(row) | ({"language": part} if spec.name == "xnli" and part else {})
 
 
