@@ -50,7 +50,8 @@ GatedCall check_gated(const char* op, const char* a_name, const char* b_name, Ga
               readable_rows(a, shape),
               readable_rows(b, shape),
               out != nullptr ? writable_rows(op, "out", *out, shape) : new_rows(a, dtype, shape),
-              false};
+              false,
+              out == nullptr};
   if (out == nullptr) return c;
   check_apart(op, "out", c.out, a_name, c.a, c.shape);
   check_apart(op, "out", c.out, b_name, c.b, c.shape);

@@ -14,6 +14,7 @@ struct GatedCall {
   RowShape shape;
   Rows a, b, out;
   bool in_place;  // out is over an input
+  bool fresh;     // nobody gave it
 };
 // Of gated_gelu, and by number.
 Gate gelu_of(const char* op, const std::string& approximate);

@@ -93,6 +93,7 @@ RmsCall check_rms_norm(const char* op, const Tensor* y, const OptTensor& sum, co
             {},
             as_contiguous(weight),
             false,
+            y == nullptr,
             {}};
   if (residual) c.residual = readable_rows(*residual, shape);
   if (y == nullptr) {

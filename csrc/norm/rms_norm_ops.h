@@ -21,6 +21,7 @@ struct RmsCall {
   std::optional<Rows> residual, sum;
   Tensor weight;
   bool in_place;  // y or sum is over an input
+  bool fresh;     // nobody gave them
   RmsRows rows;   // all but rstd and past_caches
 };
 // y, sum: what is written into; null: fresh tensors, `sum` only if there is a residual.

@@ -32,7 +32,7 @@ const char* at(const Rows& r, int64_t row, int64_t col, int64_t size) {
 
 void run_forward(const GatedCall& c) {
   const int64_t size = dtype_size(c.dtype);
-  const bool past = past_caches(c.shape.rows * c.shape.cols * size) && !c.in_place;
+  const bool past = past_caches(c.shape.rows * c.shape.cols * size, c.fresh) && !c.in_place;
   const RowShape shape = joined_rows(c.shape, {c.a.stride, c.b.stride, c.out.stride});
   for_spans(shape, kMicrosPerElement, [&](int64_t row, int64_t col, int64_t n) {
     const GatedSpan span{c.dtype,
@@ -86,7 +86,7 @@ std::tuple<Tensor, Tensor> gated_act_backward_op(Tensor grad, Tensor a, Tensor b
   if (!of_a && !of_b) return {c.da, c.db};
   const int64_t size = dtype_size(c.dtype), cols = c.shape.cols;
   const RowShape shape = joined_rows(c.shape, {c.dout.stride, c.a.stride, c.b.stride});
-  const bool past = past_caches(c.shape.rows * cols * size);
+  const bool past = past_caches(c.shape.rows * cols * size, true);
   auto *const da = of_a ? data_as<char>(c.da) : nullptr, *const db =
                                                              of_b ? data_as<char>(c.db) : nullptr;
   for_spans(shape, 2 * kMicrosPerElement, [&](int64_t row, int64_t col, int64_t n) {

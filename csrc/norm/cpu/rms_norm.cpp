@@ -20,7 +20,8 @@ void run_forward(const RmsCall& c, float* rstd) {
   RmsRows r = c.rows;
   r.rstd = rstd;
   const int64_t size = dtype_size(r.x_dtype), tensors = c.residual ? 4 : 2;
-  r.past_caches = past_caches(c.shape.rows * r.cols * dtype_size(r.y_dtype)) && !c.in_place;
+  r.past_caches =
+      past_caches(c.shape.rows * r.cols * dtype_size(r.y_dtype), c.fresh) && !c.in_place;
   const bool keeps = r.past_caches && c.residual;
   parallel_for(c.shape.rows, micros_per_row(tensors * r.cols * size),
                [&](int64_t begin, int64_t end) {
@@ -78,7 +79,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward_op(Tensor grad_y, OptTensor grad_su
   RmsGradRows& r = c.rows;
   const int64_t rows = c.shape.rows, cols = r.cols, block = rms_block_rows(rows);
   const int64_t blocks = ceil_div(rows, block), size = dtype_size(r.x_dtype);
-  r.past_caches = past_caches(rows * cols * size);
+  r.past_caches = past_caches(rows * cols * size, true);
   const Scratch sums(of_weight ? blocks * cols * 4 + 4 : 4);
   auto* const parts = static_cast<float*>(sums.data());
   const int64_t tensors = 2 + (of_x ? 1 : 0) + (r.dsum != nullptr ? 1 : 0);
