@@ -51,74 +51,104 @@ def _inputs(
     at = torch.arange(s["l"]).expand(s["b"], -1)
     mask = at % 4 != 0 if variant == "mae" else at < COUNTED[variant] * s["l"]
     moved = _bytes(s, dtype.itemsize, variant, grads)
+    pred = torch.randn(s["b"], s["l"], VALUES, generator=made).to(device, dtype)
     return Inputs(
-        pred=torch.randn(s["b"], s["l"], VALUES, generator=made).to(device, dtype),
-        image=image_of(s, device), mask=mask.to(device),
+        pred=pred, grad=torch.zeros_like(pred), image=image_of(s, device), mask=mask.to(device),
+        denom=mask[:, 0 if variant == "mae" else 1 :].sum().float().to(device),
+        one=torch.ones((), device=device),
         half=torch.ones(moved // 2, dtype=torch.uint8, device=device),
         copy=torch.zeros(moved // 2, dtype=torch.uint8, device=device),
     )  # fmt: skip
 
 
-def _case(op: str, s: Shape, dtype: torch.dtype, variant: str) -> Case:
-    shift = 0 if variant == "mae" else 1
-    rest = (16, True, EPS, shift)
-    grads, over = op != "patch_mse-forward", op == "patch_mse_"
+class Plain:
+    """The plain forms of one case."""
 
-    def ours(i: Inputs) -> Tensor:
-        return ops.patch_mse(i.pred, i.image, i.mask, *rest)[0]
+    def __init__(self, s: Shape, shift: int) -> None:
+        self.keep, self.shift = s["l"] - shift, shift
 
-    def published(i: Inputs) -> Tensor:
-        y = by_unfold(i.image, torch.float32, True, "last", "rcc")[:, shift:]
-        error = (i.pred[:, : s["l"] - shift].float() - y).square().mean(-1)
-        m = i.mask[:, shift:]
+    def published(self, i: Inputs) -> Tensor:
+        """The loss as the published code has it."""
+        y = by_unfold(i.image, torch.float32, True, "last", "rcc")[:, self.shift :]
+        error = (i.pred[:, : self.keep].float() - y).square().mean(-1)
+        m = i.mask[:, self.shift :]
         return (error * m).sum() / m.sum()
 
-    def short(i: Inputs) -> Tensor:
-        y = normalized(byte_patches(i.image).float().mul_(1 / 255))[:, shift:]
-        m = i.mask[:, shift:]
-        e = i.pred[:, : s["l"] - shift].float().sub_(y)
+    def errors(self, i: Inputs) -> tuple[Tensor, Tensor]:
+        """f - y in float32, and the weights."""
+        y = normalized(byte_patches(i.image).float().mul_(1 / 255))[:, self.shift :]
+        return i.pred[:, : self.keep] - y, i.mask[:, self.shift :]
+
+    def short(self, i: Inputs) -> Tensor:
+        """The loss, in place where that can be."""
+        e, m = self.errors(i)
         return (e.square_().mean(-1) * m).sum() / m.sum()
 
-    def written_out(i: Inputs) -> tuple[Tensor, Tensor]:
-        y = normalized(byte_patches(i.image).float().mul_(1 / 255))[:, shift:]
-        m = i.mask[:, shift:]
-        e = i.pred[:, : s["l"] - shift] - y
+    def gradient(self, i: Inputs) -> Tensor:
+        """Written out."""
+        e, m = self.errors(i)
+        grad = torch.zeros_like(i.pred)
+        grad[:, : self.keep] = e.mul_((m * (2 / (VALUES * m.sum())))[..., None])
+        return grad
+
+    def both(self, i: Inputs) -> tuple[Tensor, Tensor]:
+        """Loss and gradient, written out."""
+        e, m = self.errors(i)
         num = m.sum()
         loss = (torch.linalg.vector_norm(e, dim=-1).square() * m).sum() / (VALUES * num)
         grad = torch.zeros_like(i.pred)
-        grad[:, : s["l"] - shift] = e.mul_((m * (2 / (VALUES * num)))[..., None])
+        grad[:, : self.keep] = e.mul_((m * (2 / (VALUES * num)))[..., None])
         return loss, grad
 
-    def defined(i: Inputs) -> Tensor:
+
+def _case(op: str, s: Shape, dtype: torch.dtype, variant: str, forward: bool = False) -> Case:
+    shift = 0 if variant == "mae" else 1
+    rest = (16, True, EPS, shift)
+    plain = Plain(s, shift)
+    written = {"patch_mse_": "pred", "patch_mse_backward_": "grad"}.get(op)
+
+    def ours(i: Inputs) -> Any:
+        back = (i.one, i.pred, i.image, i.mask, i.denom, *rest)
+        if op == "patch_mse_":
+            return ops.patch_mse_(i.pred, i.image, i.mask, *rest)
+        if op == "patch_mse_backward_":
+            return ops.patch_mse_backward_(i.grad, *back)
+        if op == "patch_mse_backward":
+            return ops.patch_mse_backward(*back)
+        return ops.patch_mse(i.pred, i.image, i.mask, *rest)[0]
+
+    def eager(i: Inputs) -> Any:
+        if written:
+            return getattr(i, written).copy_(plain.gradient(i))
+        return plain.gradient(i)
+
+    def loss(i: Inputs) -> Tensor:
         return reference.patch_mse(i.pred, i.image, i.mask, *rest)[0]
 
-    def gradient(i: Inputs) -> Any:
-        loss, grad = with_gradients(defined, "pred")(i)
-        return (grad,) if over else (loss, grad)
+    def defined(i: Inputs) -> Any:
+        if forward:
+            return loss(i)
+        both = with_gradients(loss, "pred")(i)
+        return both if op == "patch_mse" else both[1:] if written else both[1]
 
-    if over:
-        providers = [
-            provider("tenfold", lambda i: ops.patch_mse_(i.pred, i.image, i.mask, *rest)),
-            provider("eager:written_out", lambda i: i.pred.copy_(written_out(i)[1])),
-        ]
-    elif grads:
-        providers = [
-            autograd("tenfold", ours, "pred"),
-            provider("eager:written_out", written_out),
-            autograd("peer:autograd", published, "pred"),
-            compiled_gradients(published, "pred"),
-        ]
+    if op != "patch_mse":
+        providers = [provider("tenfold", ours), provider("eager:written_out", eager)]
+    elif forward:
+        providers = [provider("tenfold", ours), provider("eager:in_place", plain.short),
+                     provider("peer:sequence", plain.published), compiled(plain.published)]  # fmt: skip
     else:
-        providers = [provider("tenfold", ours), provider("eager:in_place", short),
-                     provider("peer:sequence", published), compiled(published)]  # fmt: skip
+        providers = [autograd("tenfold", ours, "pred"), provider("eager:written_out", plain.both),
+                     autograd("peer:autograd", plain.published, "pred"),
+                     compiled_gradients(plain.published, "pred")]  # fmt: skip
     return Case(
-        op=op, variant=variant, shape=s, dtype=dtype,
-        inputs=lambda s, dtype, device: _inputs(s, dtype, device, variant, grads),
-        bytes=lambda s, size: _bytes(s, size, variant, grads),
-        providers=[*providers, yardstick(over)], reference=gradient if grads else defined,
-        tolerance=1e-4 if dtype == torch.float32 else 1e-2, traffic="copy" if grads else "read",
-        mode="inplace" if over else "functional", mutates=("pred",) if over else (),
-        quick=s == SMALL, memory=op == "patch_mse" and s == STRIPS[0],
+        op=op, variant=f"{variant}-forward" if forward else variant, shape=s, dtype=dtype,
+        inputs=lambda s, dtype, device: _inputs(s, dtype, device, variant, not forward),
+        bytes=lambda s, size: _bytes(s, size, variant, not forward),
+        providers=[*providers, yardstick(bool(written))], reference=defined,
+        tolerance=1e-4 if dtype == torch.float32 else 1e-2, traffic="read" if forward else "copy",
+        mode="inplace" if op == "patch_mse_" else "out" if written else "functional",
+        mutates=(written,) if written else (), quick=s == SMALL,
+        memory=op == "patch_mse" and s == STRIPS[0],
     )  # fmt: skip
 
 
@@ -129,5 +159,7 @@ def cases() -> Iterator[Case]:
             yield _case("patch_mse", s, dtype, "npp")
         yield _case("patch_mse", STRIPS[0], dtype, "text")
         yield _case("patch_mse", SQUARE, dtype, "mae")
-        yield _case("patch_mse-forward", STRIPS[1], dtype, "npp")
-        yield _case("patch_mse_", STRIPS[1], dtype, "npp")
+        yield _case("patch_mse", STRIPS[1], dtype, "npp", forward=True)
+        for op in ("patch_mse_", "patch_mse_backward", "patch_mse_backward_"):
+            for s in (SMALL, STRIPS[1]):
+                yield _case(op, s, dtype, "npp")

@@ -157,6 +157,7 @@ def _batch_case(s: Shape) -> Case:
             provider("eager", eager), compiled(eager), yardstick(False),
         ],
         reference=lambda i: reference.patchify_batch(i.image, i.count, **kinds), tolerance=1e-2,
+        quick=s == SMALL,
     )  # fmt: skip
 
 
@@ -181,7 +182,26 @@ def _unpatchify_case(s: Shape) -> Case:
             provider("tenfold", ours),
             provider("eager", eager), compiled(eager), yardstick(False),
         ],
-        reference=lambda i: i.image, tolerance=0.0,
+        reference=lambda i: i.image, tolerance=0.0, quick=s == SMALL,
+    )  # fmt: skip
+
+
+def _mask_case() -> Case:
+    def inputs(s: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
+        made = torch.Generator().manual_seed(0)
+        return Inputs(count=torch.randint(0, s["l"], (s["b"],), generator=made).to(device))
+
+    def eager(i: Inputs) -> Tensor:
+        return torch.arange(1024, device=i.count.device) < (i.count + 1)[:, None]
+
+    return Case(
+        op="patch_mask", shape={"b": 256, "l": 1024}, dtype=torch.int64, inputs=inputs,
+        bytes=lambda s, size: s["b"] * (s["l"] + size),
+        providers=[
+            provider("tenfold", lambda i: ops.patch_mask(i.count, 1024)), provider("eager", eager),
+            compiled(eager),
+        ],
+        reference=lambda i: reference.patch_mask(i.count, 1024), tolerance=0.0, quick=True,
     )  # fmt: skip
 
 
@@ -195,7 +215,10 @@ def cases() -> Iterator[Case]:
             yield _patchify_case(STRIPS[1], dtype, "first", "crc", False, into)
             yield _patchify_case(STRIPS[1], dtype, "first", "rcc", True, into)
             yield _patchify_case(SQUARE, dtype, "last", "crc", False, into)
-        for normalize in (False, True):
-            yield _patchify_case(STRIPS[1], dtype, "last", "rcc", normalize, True)
-    yield _batch_case(STRIPS[0])
-    yield _unpatchify_case(STRIPS[0])
+        for s in (SMALL, STRIPS[1]):
+            for normalize in (False, True):
+                yield _patchify_case(s, dtype, "last", "rcc", normalize, True)
+    for s in (SMALL, STRIPS[0]):
+        yield _batch_case(s)
+        yield _unpatchify_case(s)
+    yield _mask_case()
