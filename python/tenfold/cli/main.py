@@ -65,7 +65,9 @@ def doctor(json: Json = False) -> None:
 def demo(
     methods: Annotated[
         list[str] | None,
-        typer.Argument(help="methods; default: all (nacl, dha, hft, ma-rlhf, upit, themis, pixelgpt)"),
+        typer.Argument(
+            help="methods; default: all (nacl, dha, hft, ma-rlhf, upit, themis, pixelgpt)"
+        ),
     ] = None,
     out: Annotated[Path, typer.Option(help="folder of the report")] = Path("tenfold-report"),
     json: Json = False,
