@@ -991,7 +991,7 @@ class TestRunner:
             (["nothing"], "unknown family 'nothing'; there are: attention, kv_eviction"),
             (
                 ["--select", "nothing-like-this"],
-                "no case of attention, kv_eviction, loss, merge, moe, norm, optim, rl contains",
+                "no case of attention, kv_eviction, loss, merge, moe, norm, optim, pixels, rl contains",
             ),
             (["--quick", "--select", "32768"], "no quick case"),
             (["--device", "abacus"], "--device takes cpu or cuda, got 'abacus'"),

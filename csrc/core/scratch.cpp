@@ -33,7 +33,7 @@ struct Block {
 
   void grow(int64_t wanted) {
     const int64_t whole = (wanted + kHugePage - 1) / kHugePage * kHugePage;
-    const int64_t size = wanted > kHugePage / 2 ? whole : wanted;
+    const int64_t size = wanted > kHugePage / 4 * 3 ? whole : wanted;
     void* const larger = size >= kHugePage ? allocate_huge(size) : allocate(size);
     free();
     data = larger, bytes = size;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import importlib.metadata
 import warnings
@@ -11,7 +12,14 @@ from tenfold import _load
 
 load_error: _load.LoadError | None = _load.error
 if load_error is None:
-    from tenfold import ops as ops
+    # What torch has loaded is large: one full collection on the way would double the time of this import.
+    _collecting = gc.isenabled()
+    gc.disable()
+    try:
+        from tenfold import ops as ops
+    finally:
+        if _collecting:
+            gc.enable()
 
     __version__: str = _load.native.version()
 else:
