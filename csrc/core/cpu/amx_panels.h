@@ -1,4 +1,5 @@
-// Products of bf16 operands by AMX tiles, for packed.h and the sources that use it. Left operands are
+// Products of bf16 operands by AMX tiles, for packed.h and the sources that use it. Left operands
+// are
 //   panels of 16 rows, [words / 16][16 rows][16 words]: tiles one after the other; or
 //   rows of a matrix as they lie;
 // right ones tiles of lanes as in panels.h, [words][kTileRows]. A depth is whole tiles, padded with
@@ -65,8 +66,7 @@ inline void pack_lanes16(const bf16_t* const* row, int64_t n, float* to) {
     }
     alignas(64) float some[kAmxTile];
     for (int i = 0; i < 16; ++i)
-      store(some + i * kAmxWords,
-            row[i] != nullptr ? bf16_words(row[i] + k, n - k) : set1(0.0f));
+      store(some + i * kAmxWords, row[i] != nullptr ? bf16_words(row[i] + k, n - k) : set1(0.0f));
     transpose16([&](int i) { return some + i * kAmxWords; }, to, kTileRows);
   }
 }
@@ -248,10 +248,10 @@ class Ahead {
   int64_t of_row_, skip_, in_row_, left_, each_;
 };
 
-// sums [rows, in whole tiles][cols] (+)= n elements of rows * tiles of lanes. `block` rows at a time
-// (a multiple of kAmxBlock) meet all lanes in strips of `strip` words, while the next ones are on
-// their way from memory. Rows that tiles would read past their end are copied first, kAmxBlock at a
-// time, to `spare`. done(r, rows, sums): rows from r on are done; where those of the next go.
+// sums [rows, in whole tiles][cols] (+)= n elements of rows * tiles of lanes. `block` rows at a
+// time (a multiple of kAmxBlock) meet all lanes in strips of `strip` words, while the next ones are
+// on their way from memory. Rows that tiles would read past their end are copied first, kAmxBlock
+// at a time, to `spare`. done(r, rows, sums): rows from r on are done; where those of the next go.
 template <class Done>
 inline void multiply_rows(const LeftRows& all, int64_t n, int64_t block, int64_t strip,
                           float* spare, const float* lanes, int64_t lane_stride, int64_t cols,
