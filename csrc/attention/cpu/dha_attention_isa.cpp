@@ -39,7 +39,7 @@ inline Plan make_plan(const AttentionForward& p) {
   const bool half = !Dot || p.head_dim > 128 || p.value_dim > 128;
   plan.keys = half ? kBlockKeys / 2 : kBlockKeys;
   plan.value_pad = round_up(p.value_dim, 8);
-  plan.scaled = p.softcap > 0.0f || p.bias.kind != BiasKind::none || !(p.scale > 0.0f);
+  plan.scaled = p.softcap > 0.0f || p.bias.kind != BiasKind::none || !(p.scale > 1e-30f);
   plan.unit = plan.scaled ? kLog2e : p.scale * kLog2e;
   plan.lse_scale = plan.scaled ? 1.0f : p.scale;
   plan.tile_size = (plan.depth + plan.value_pad) * kTileRows;
@@ -192,7 +192,7 @@ void logits(const AttentionForward& p, const Plan& plan, const Tile& x, const Bl
 template <int V, bool Pairs, bool Marked>
 void softmax(const Plan& plan, Tile& x, const Span& span, float* s) {
   const int64_t j0 = span.begin;
-  const VF unit = set1(plan.unit);
+  const VF unit = set1(plan.unit), floor = set1(exp2_floor(plan.unit));
   for (int v = 0; v < V; ++v) {
     const int at = v * kWidth;
     const int64_t j1 = span.end[v];
@@ -202,7 +202,7 @@ void softmax(const Plan& plan, Tile& x, const Span& span, float* s) {
     for (int64_t j = j0; j < j1; ++j) top = vmax(load(column + j * kTileRows), top);
     const auto weight = [&](int64_t j) {
       const VF logit = load(column + j * kTileRows);
-      const VF e = exp2((logit - top) * unit);
+      const VF e = exp2_scaled(logit - top, unit, floor);
       sum = sum + e;
       return Marked ? select(eq(logit, minus_infinity()), set1(-0.0f), e) : e;
     };
@@ -216,7 +216,7 @@ void softmax(const Plan& plan, Tile& x, const Span& span, float* s) {
     } else {
       for (int64_t j = j0; j < j1; ++j) store(column + j * kTileRows, weight(j));
     }
-    const VF factor = exp2((before - top) * unit);
+    const VF factor = exp2_scaled(before - top, unit, floor);
     store(x.factor + at, factor);
     store(x.sum + at, fma(load(x.sum + at), factor, sum));
     store(x.top + at, top);

@@ -44,6 +44,18 @@ inline VF exp(VF x) {
   return exp_above_floor(vmax(set1(kExpFloor), x));
 }
 
+// 2^(x unit), likewise and without rounding the product, for x unit < 128 and `floor` =
+// exp2_floor(unit), which must be finite.
+inline VF exp2_scaled(VF x, VF unit, VF floor) {
+  x = vmax(floor, x);
+  const VF n = rint(x * unit);
+  return exp2_of_parts(n, fma(x, unit, set1(0.0f) - n));
+}
+
+inline float exp2_floor(float unit) {
+  return -151.0f / unit;
+}
+
 // tanh to about an ulp; NaN stays NaN. Near 0, where the quotient cancels, it is an odd polynomial
 // (fitted to a relative error of 6e-9 up to 0.64).
 inline VF tanh(VF x) {
