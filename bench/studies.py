@@ -401,7 +401,7 @@ def _percent(values: list[float]) -> str:
     return f"{100 * _mean(values):.1f}"
 
 
-@generated("themis-study", "themis", "bpe", "study")
+@generated("themis-study", "themis", "smollm2", "study")
 def themis_study_block(found: Found) -> str:
     """Accuracy by kind of tool, variant and test set, from ``examples/themis.py``."""
     runs, setting = found["runs"], found["setting"]
@@ -428,8 +428,14 @@ def themis_study_block(found: Found) -> str:
         f"{titles[v]} {_mean([r['record']['seconds'] for r in runs if r['variant'] == v]) / 60:.0f}"
         for v in variants
     )
+    if setting["model"] == "bpe":
+        trained = f"A Llama of {setting['layers']} layers over {setting['vocabulary']} byte pairs, random at first"
+    else:
+        first = setting.get("keep_layers")
+        layers = f"the first {first} layers of SmolLM2-135M-Instruct" if first else "SmolLM2-135M-Instruct"
+        trained = f"{layers[0].upper()}{layers[1:]}, {'with LoRA' if config['lora_rank'] else 'trained whole'}"
     return (
-        f"A Llama of {setting['layers']} layers over {setting['vocabulary']} byte pairs, random at first; "
+        f"{trained}; "
         f"{setting['train']} pairs of each of {', '.join(setting['kinds'])}, {config['epochs']:g} epochs of batches of "
         f"{config['batch_size']}; {setting['test']} other questions per kind to test on; seeds "
         f"{', '.join(map(str, setting['seeds']))}; minutes of training: {seconds}. Per cent of pairs ranked right; "
@@ -438,7 +444,7 @@ def themis_study_block(found: Found) -> str:
     )
 
 
-@generated("themis-ppo", "themis", "bpe", "run")
+@generated("themis-ppo", "themis", "smollm2", "run")
 def themis_ppo_block(found: Found) -> str:
     """PPO with both reward models, from ``examples/themis.py``."""
     titles = {r["variant"]: next(iter(r["evaluations"].values()))["name"] for r in found["runs"]}

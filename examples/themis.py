@@ -3,10 +3,11 @@
 python examples/themis.py [--model bpe] [--kinds calculator calendar ...] [--unseen search none] [--train 600]
                           [--variants plain themis beta0 omega0] [--seeds 0 1 2] [--no-rl]
                           [--out bench/results/themis]
-python examples/themis.py --model smollm2 --preset lora --train 100 --set epochs=2 mixed_precision=bf16
+python examples/themis.py --model smollm2 --keep-layers 12 --preset default --set learning_rate=3e-4 batch_size=16 \
+                          epochs=1 mixed_precision=bf16
 
 --model bpe: a Llama of a few million parameters over byte pairs, random at first. --model smollm2:
-SmolLM2-135M-Instruct with LoRA.
+SmolLM2-135M-Instruct (with LoRA: --preset lora); --keep-layers: its first layers alone, trained whole, for quicker runs.
 Pairs are synthetic, with true traces; questions of the tests are in no training set. --unseen kinds are tested on only.
 PPO: a byte-level policy that has learnt sums from answers of which half are wrong, with the demo's reward models.
 Finished runs are kept in --work: a stopped study goes on where it was.
@@ -63,7 +64,11 @@ def data_of(chosen: argparse.Namespace, seed: int) -> tuple[Any, dict[str, Any]]
 def fresh(chosen: argparse.Namespace, train: Any, seed: int) -> tuple[Any, Any]:
     """(untrained reward model, tokenizer)."""
     if chosen.model != "bpe":
-        return reward_model(chosen.model, torch.float32, seed=seed)
+        model, tokenizer = reward_model(chosen.model, torch.float32, seed=seed)
+        if chosen.keep_layers:
+            del model.base_model.layers[chosen.keep_layers :]
+            model.config.num_hidden_layers = len(model.base_model.layers)
+        return model, tokenizer
     texts = [text for p in train for text in (p.question, p.chosen.answer, p.context or "",
              *(s.observation or "" for s in p.chosen.trace.steps), p.chosen.trace.rationale or "")]  # fmt: skip
     tokenizer = byte_tokenizer(texts, chosen.vocabulary)
@@ -161,6 +166,7 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=1024, help="of --model bpe")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--heads", type=int, default=8, help="32 wide each")
+    parser.add_argument("--keep-layers", type=int, help="of a trained model; default: all")
     parser.add_argument("--no-rl", action="store_true", help="no PPO")
     parser.add_argument("--policy-steps", type=int, default=1500)
     parser.add_argument("--judge-steps", type=int, default=120)
