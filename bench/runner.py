@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import importlib
 import json as json_module
@@ -24,6 +25,7 @@ from .results import Record, environment, make_record, plain, problems, save, so
 FAMILIES = ("attention", "kv_eviction", "loss", "merge", "moe", "norm", "optim", "pixels", "rl")
 PARTIAL = ".json.partial"  # a run that has not ended, or that was stopped
 _PAGE = 1 << 12
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's mallopt
 
 
 def cases_of(family: str) -> list[Case]:
@@ -50,13 +52,24 @@ def families_with(families: Sequence[str], quick: bool, select: str) -> list[str
     return found
 
 
-def settle(device: torch.device, most: int = 6 << 30) -> None:
-    """Touches memory once: a virtual machine's first touch of a page would be timed otherwise."""
-    if device.type == "cpu":
-        from .harness import free_memory
+def settle(device: torch.device, most: int = 3 << 30) -> None:
+    """Touches memory once and lets the process keep it: whoever is handed fresh pages pays for them otherwise.
 
-        torch.zeros(min(most, free_memory(device) // 2), dtype=torch.uint8)[::_PAGE].sum()
-        gc.collect()
+    A virtual machine gives free memory back to its host within seconds, and its next use takes up to 6 ms per
+    megabyte: several times the work on it, for the provider whose turn it happens to be. (glibc only.)
+    """
+    if device.type != "cpu":
+        return
+    from .harness import free_memory
+
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(_M_MMAP_MAX, 0)
+        libc.mallopt(_M_TRIM_THRESHOLD, -1)
+    held = torch.empty(min(most, free_memory(device) // 4), dtype=torch.uint8)
+    held[::_PAGE] = 0
+    del held
+    gc.collect()
 
 
 def run_cases(
