@@ -5,6 +5,7 @@
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <chrono>
@@ -38,36 +39,42 @@ double compute_peak(bool bf16, int64_t iters, int64_t threads) {
   return total / seconds * 1e-9;
 }
 
-constexpr int64_t kBytes = int64_t{64} << 20;  // per thread: larger than any cache
+// Of a thread's share: together at least twice the last cache, which may be shared with others.
+int64_t stream_bytes(int64_t threads) {
+  constexpr int64_t kLeast = int64_t{64} << 20, kPage = 4096;
+  const int64_t cache = std::max<int64_t>(sysconf(_SC_LEVEL3_CACHE_SIZE), 0);
+  return std::max(kLeast, 2 * cache / threads / kPage * kPage);
+}
 
 double copy_peak(int64_t iters, int64_t threads) {
-  std::vector<char> from(threads * kBytes, 1), to(threads * kBytes, 2);
+  const int64_t bytes = stream_bytes(threads);
+  std::vector<char> from(threads * bytes, 1), to(threads * bytes, 2);
   double best = 1e9;
   for (int64_t i = 0; i < std::max<int64_t>(iters, 1); ++i) {
     const auto begin = std::chrono::steady_clock::now();
     parallel_for(threads, 1e6, [&](int64_t first, int64_t last) {
-      std::memcpy(to.data() + first * kBytes, from.data() + first * kBytes,
-                  (last - first) * kBytes);
+      std::memcpy(to.data() + first * bytes, from.data() + first * bytes, (last - first) * bytes);
     });
     best = std::min(best, seconds_since(begin));
   }
-  return 2.0 * static_cast<double>(threads * kBytes) / best * 1e-9;
+  return 2.0 * static_cast<double>(threads * bytes) / best * 1e-9;
 }
 
 double read_peak(int64_t iters, int64_t threads) {
-  constexpr int64_t kFloats = kBytes / static_cast<int64_t>(sizeof(float));
-  const std::vector<float> data(threads * kFloats, 1.0f);
+  const int64_t bytes = stream_bytes(threads);
+  const int64_t floats = bytes / static_cast<int64_t>(sizeof(float));
+  const std::vector<float> data(threads * floats, 1.0f);
   std::vector<float> sums(threads);
   double best = 1e9;
   for (int64_t i = 0; i < std::max<int64_t>(iters, 1); ++i) {
     const auto begin = std::chrono::steady_clock::now();
     parallel_for(threads, 1e6, [&](int64_t first, int64_t last) {
       for (int64_t t = first; t < last; ++t)
-        sums[t] = TENFOLD_ISA_CALL(peak_read, data.data() + t * kFloats, kFloats);
+        sums[t] = TENFOLD_ISA_CALL(peak_read, data.data() + t * floats, floats);
     });
     best = std::min(best, seconds_since(begin));
   }
-  return static_cast<double>(threads * kBytes) / best * 1e-9;
+  return static_cast<double>(threads * bytes) / best * 1e-9;
 }
 
 double peak_op(std::string_view kind, int64_t iters) {
