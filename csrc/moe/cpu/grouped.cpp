@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <memory>
 
+#include "core/cpu/past_caches.h"
 #include "core/parallel.h"
 
 namespace tenfold::cpu {
@@ -155,22 +156,22 @@ void grouped_wgrad(Isa isa, Dtype dtype, const MoeRows& dy, int64_t dy_cols, con
   const Parts down{dy_cols, kMoeRowUnit, ceil_div(dy_cols, kMoeRows)};
   const Parts across{a_cols, kMoeColUnit, ceil_div(a_cols, kMoeCols)};
   const int64_t tiles = down.count * across.count, size = dtype_size(dtype);
-  const int64_t area = dy_cols * a_cols;
-  for_each_task(g.count * tiles,
-                micros(2 * g.rows() * area, g.count * area * size, moe_by_tiles(isa, dtype)), [&] {
-                  return [&, memory = std::make_shared<Floats>(std::initializer_list<int64_t>{
-                                 kMoeSums, kMoeRoom})](int64_t item) {
-                    const int64_t group = item / tiles, row = item % tiles / across.count;
-                    const int64_t col = item % across.count, first_row = down.begin(row);
-                    const int64_t first_col = across.begin(col);
-                    const int64_t at = group * area + first_row * a_cols + first_col;
-                    TENFOLD_ISA_CALL_AS(
-                        isa, moe_wgrad,
-                        {dtype, dy, a, g.offsets[group], g.length(group), first_row,
-                         down.length(row), first_col, across.length(col),
-                         static_cast<char*>(out) + at * size, a_cols, (*memory)[0], (*memory)[1]});
-                  };
-                });
+  const int64_t area = dy_cols * a_cols, bytes = g.count * area * size;
+  const bool past = past_caches(bytes, true);
+  for_each_task(g.count * tiles, micros(2 * g.rows() * area, bytes, moe_by_tiles(isa, dtype)), [&] {
+    return [&, memory = std::make_shared<Floats>(
+                   std::initializer_list<int64_t>{kMoeSums, kMoeRoom})](int64_t item) {
+      const int64_t group = item / tiles, row = item % tiles / across.count;
+      const int64_t col = item % across.count, first_row = down.begin(row);
+      const int64_t first_col = across.begin(col);
+      const int64_t at = group * area + first_row * a_cols + first_col;
+      TENFOLD_ISA_CALL_AS(
+          isa, moe_wgrad,
+          {dtype, dy, a, g.offsets[group], g.length(group), first_row, down.length(row), first_col,
+           across.length(col), static_cast<char*>(out) + at * size, a_cols, past, (*memory)[0],
+           (*memory)[1]});
+    };
+  });
 }
 
 int64_t round_cols(int64_t rows, int64_t cols) {

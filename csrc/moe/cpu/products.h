@@ -54,6 +54,7 @@ struct MoeWgrad {
   int64_t row, rows, col, cols;
   void* out;  // the tile's first element
   int64_t out_stride;
+  bool past_caches;
   float *sums, *room;
 };
 

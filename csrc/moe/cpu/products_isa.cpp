@@ -1,5 +1,6 @@
 // See products.h.
 #include "core/cpu/packed.h"
+#include "core/cpu/pairs.h"
 #include "moe/cpu/products.h"
 
 TENFOLD_ISA_BEGIN
@@ -236,6 +237,20 @@ void product_dots(const MoeProduct& p) {
   }
 }
 
+// Two vectors past the caches.
+template <class T>
+void stream_two(T* to, const float* from) {
+  if constexpr (sizeof(T) == 4) {
+    stream(to, load(from));
+    stream(to + kWidth, load(from + kWidth));
+  } else {
+    alignas(64) float both[kWidth];
+    store(reinterpret_cast<T*>(both), load(from));
+    store(reinterpret_cast<T*>(both) + kWidth, load(from + kWidth));
+    stream(reinterpret_cast<float*>(to), load(both));
+  }
+}
+
 template <class T, bool Dot>
 void wgrad_tile(const MoeWgrad& p) {
   const Packed m(p.room);
@@ -254,9 +269,12 @@ void wgrad_tile(const MoeWgrad& p) {
     T* const to = static_cast<T*>(p.out) + r * p.out_stride;
     const float* const sums = p.sums + r * kMoePitch;
     int64_t c = 0;
+    if (p.past_caches && is_aligned(to))
+      for (; c + 2 * kWidth <= p.cols; c += 2 * kWidth) stream_two(to + c, sums + c);
     for (; c + kWidth <= p.cols; c += kWidth) store(to + c, load(sums + c));
     if (c < p.cols) store_n(to + c, load(sums + c), static_cast<int>(p.cols - c));
   }
+  if (p.past_caches) stream_fence();
 }
 
 }  // namespace

@@ -2,7 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "core/parallel.h"
-#include "norm/cpu/past_caches.h"
+#include "core/cpu/past_caches.h"
 #include "norm/gated_act_ops.h"
 
 namespace tenfold::cpu {

@@ -4,7 +4,7 @@
 
 #include "core/parallel.h"
 #include "core/scratch.h"
-#include "norm/cpu/past_caches.h"
+#include "core/cpu/past_caches.h"
 #include "norm/rms_norm_ops.h"
 
 namespace tenfold::cpu {
