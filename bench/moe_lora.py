@@ -36,7 +36,8 @@ def _sizes(s: Shape, part: str) -> tuple[int, int]:
 
 def _inputs(s: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
     weight, index = routed(s["t"], s["n"], s["k"])
-    made = {"x": randn(s["t"], s["d"], seed=1), "grad": randn(s["t"], s["d"], seed=2)}
+    # A single token's gradients of its weights are two sums, which under this seed do not nearly cancel.
+    made = {"x": randn(s["t"], s["d"], seed=1), "grad": randn(s["t"], s["d"], seed=12)}
     for seed, part in enumerate(PARTS, 3):
         rows, cols = _sizes(s, part)
         made[f"w_{part}"] = randn(rows, cols, seed=seed, scale=cols**-0.5)
