@@ -432,7 +432,11 @@ def themis_study_block(found: Found) -> str:
         trained = f"A Llama of {setting['layers']} layers over {setting['vocabulary']} byte pairs, random at first"
     else:
         first = setting.get("keep_layers")
-        layers = f"the first {first} layers of SmolLM2-135M-Instruct" if first else "SmolLM2-135M-Instruct"
+        layers = (
+            f"the first {first} layers of SmolLM2-135M-Instruct"
+            if first
+            else "SmolLM2-135M-Instruct"
+        )
         trained = f"{layers[0].upper()}{layers[1:]}, {'with LoRA' if config['lora_rank'] else 'trained whole'}"
     return (
         f"{trained}; "
