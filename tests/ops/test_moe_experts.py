@@ -346,6 +346,22 @@ def test_grouped_gemm_wgrad(dtype, device):
     assert got.dtype == dtype and not got[[1, 3]].any() and got[[0, 2]].any()
 
 
+@pytest.mark.parametrize("isa", tenfold.cpu_capabilities())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_weight_gradients(isa, dtype):
+    """From 16 MB on they are written past the caches, where rows are aligned: of 2064 numbers in bf16 every other one is."""
+    a, _, offsets, gather = groups(8, 2064, 1, [3, 0], dtype, True)
+    dy = fill((12, 2100), dtype)
+    with forced_isa(isa), poisoned_memory():
+        got = ops.grouped_gemm_wgrad(dy, a, offsets, gather)
+        small = ops.grouped_gemm_wgrad(dy[:, :64].contiguous(), a, offsets, gather)
+    assert got.nbytes >= 16 << 20 and not got[1].any()
+    few = slice(None, None, 41)  # of the rows
+    rows, cols = a[gather[:3]], dy[:3, few]
+    assert_close_to_ref(got[0, few], cols.double().T @ rows.double(), cols.T @ rows)
+    assert torch.equal(got[0, :64], small[0])
+
+
 def test_grouped_gemm_equals_torch(device):
     """Check 4: the product of torch.nn.functional.grouped_mm."""
     a, w, offsets, _ = groups(32, 64, 48, [8, 0, 24], torch.bfloat16, False)
