@@ -7,7 +7,7 @@ python examples/themis.py --model smollm2 --keep-layers 12 --preset default --se
                           epochs=1 mixed_precision=bf16
 
 --model bpe: a Llama of a few million parameters over byte pairs, random at first. --model smollm2:
-SmolLM2-135M-Instruct (with LoRA: --preset lora); --keep-layers: its first layers alone, trained whole, for quicker runs.
+SmolLM2-135M-Instruct (--preset lora: with LoRA); --keep-layers: its first layers alone, which is quicker.
 Pairs are synthetic, with true traces; questions of the tests are in no training set. --unseen kinds are tested on only.
 PPO: a byte-level policy that has learnt sums from answers of which half are wrong, with the demo's reward models.
 Finished runs are kept in --work: a stopped study goes on where it was.

@@ -349,7 +349,7 @@ def test_grouped_gemm_wgrad(dtype, device):
 @pytest.mark.parametrize("isa", tenfold.cpu_capabilities())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_large_weight_gradients(isa, dtype):
-    """From 16 MB on they are written past the caches, where rows are aligned: of 2064 numbers in bf16 every other one is."""
+    """From 16 MB on aligned rows are written past the caches: of 2064 numbers in bf16 every other one."""
     a, _, offsets, gather = groups(8, 2064, 1, [3, 0], dtype, True)
     dy = fill((12, 2100), dtype)
     with forced_isa(isa), poisoned_memory():
