@@ -1,8 +1,8 @@
 // CPU registration of swiglu and gated_gelu: spans of rows are shared out among threads.
 #include <torch/csrc/stable/library.h>
 
-#include "core/parallel.h"
 #include "core/cpu/past_caches.h"
+#include "core/parallel.h"
 #include "norm/gated_act_ops.h"
 
 namespace tenfold::cpu {

@@ -2,9 +2,9 @@
 // shared out in blocks, each with its own sums for the weight.
 #include <torch/csrc/stable/library.h>
 
+#include "core/cpu/past_caches.h"
 #include "core/parallel.h"
 #include "core/scratch.h"
-#include "core/cpu/past_caches.h"
 #include "norm/rms_norm_ops.h"
 
 namespace tenfold::cpu {
