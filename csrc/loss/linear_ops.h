@@ -42,4 +42,9 @@ void check_grad_of(const char* op, const std::string& name);
 OptTensor check_row_floats(const char* op, const char* arg, const OptTensor& t, const Tensor& of,
                            bool scalar = false, const char* of_name = "hidden");
 
+// Null where there is none.
+inline const float* floats(const OptTensor& t) {
+  return t ? data_as<const float>(*t) : nullptr;
+}
+
 }  // namespace tenfold

@@ -36,10 +36,6 @@ LceMatrices matrices(const LinearLossCall& c) {
           1.0f / c.temperature};
 }
 
-const float* floats(const OptTensor& t) {
-  return t ? data_as<const float>(*t) : nullptr;
-}
-
 CountArgs count_args(const LinearLossCall& c, bool ids) {
   CountArgs a{};
   a.rows = c.rows, a.vocab = c.vocab;

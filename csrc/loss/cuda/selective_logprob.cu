@@ -42,10 +42,6 @@ OptTensor check_floats(const char* op, const char* arg, const OptTensor& t, cons
   return check_row_floats(op, arg, t, c.logits, false, "logits");
 }
 
-const float* floats(const OptTensor& t) {
-  return t ? data_as<const float>(*t) : nullptr;
-}
-
 Tensor selective_logprob_backward_op(OptTensor grad_logp, OptTensor grad_lse,
                                      OptTensor grad_entropy, Tensor logits, Tensor ids, Tensor lse,
                                      Tensor entropy, double temperature) {

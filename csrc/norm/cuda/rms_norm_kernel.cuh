@@ -41,15 +41,23 @@ __device__ inline float rounded(float x) {
   return to_float(y);
 }
 
-template <int kEach>
+// The dtype of weights is that of x or float32; with x in float32 and y in another, that of y.
+template <class X, class Y, int kEach>
 __device__ inline void load_weight(const void* weight, Dtype dtype, int64_t j, int64_t n, bool wide,
                                    float (&w)[kEach]) {
-  if (dtype == Dtype::f32) {
-    load_some<float, kEach>(static_cast<const float*>(weight) + j, n, wide, w);
+  const auto load = [&]<class W>() {
+    load_some<W, kEach>(static_cast<const W*>(weight) + j, n, wide, w);
+  };
+  if constexpr (sizeof(X) == 4 && sizeof(Y) == 2) {
+    load.template operator()<Y>();
+  } else if (dtype == Dtype::f32) {
+    load.template operator()<float>();
+  } else if constexpr (sizeof(X) == 2) {
+    load.template operator()<X>();
   } else if (dtype == Dtype::bf16) {
-    load_some<bf16_t, kEach>(static_cast<const bf16_t*>(weight) + j, n, wide, w);
+    load.template operator()<bf16_t>();
   } else {
-    load_some<fp16_t, kEach>(static_cast<const fp16_t*>(weight) + j, n, wide, w);
+    load.template operator()<fp16_t>();
   }
 }
 
@@ -76,7 +84,8 @@ __device__ inline void for_chunks(int64_t cols, const F& f, const G& g) {
     const int64_t j = first + c * kStep;
     if (j < cols) f(c, j);
   }
-  for (int64_t j = first + rms_kept(kRowThreads); j < cols; j += kStep) g(j);
+  if constexpr (kRowThreads > 32)  // a warp keeps all of its rows
+    for (int64_t j = first + rms_kept(kRowThreads); j < cols; j += kStep) g(j);
 }
 
 template <class X, class Y, int kRowThreads>
@@ -119,7 +128,7 @@ __global__ void __launch_bounds__(kRmsThreads) rms_norm_kernel(RmsArgs a) {
 
   const auto write = [&](int64_t j, const float (&h)[kEach]) {
     float w[kEach], out[kEach];
-    load_weight<kEach>(r.weight, r.weight_dtype, j, cols - j, a.wide, w);
+    load_weight<X, Y>(r.weight, r.weight_dtype, j, cols - j, a.wide, w);
 #pragma unroll
     for (int k = 0; k < kEach; ++k) {
       const float normal = h[k] * rstd;
@@ -170,7 +179,7 @@ __global__ void __launch_bounds__(kRmsThreads) rms_norm_grad_kernel(RmsGradArgs 
     const auto dot = [&](int64_t j) {
       float d[kEach], x[kEach], w[kEach];
       read(j, d, x);
-      load_weight<kEach>(r.weight, r.weight_dtype, j, cols - j, a.wide, w);
+      load_weight<X, Y>(r.weight, r.weight_dtype, j, cols - j, a.wide, w);
 #pragma unroll
       for (int k = 0; k < kEach; ++k) dots = fmaf(d[k] * w[k], x[k], dots);
     };
@@ -181,7 +190,7 @@ __global__ void __launch_bounds__(kRmsThreads) rms_norm_grad_kernel(RmsGradArgs 
     const auto write = [&](int64_t j, const float (&d)[kEach], const float (&x)[kEach]) {
       if (r.dx == nullptr) return;
       float w[kEach], out[kEach];
-      load_weight<kEach>(r.weight, r.weight_dtype, j, cols - j, a.wide, w);
+      load_weight<X, Y>(r.weight, r.weight_dtype, j, cols - j, a.wide, w);
 #pragma unroll
       for (int k = 0; k < kEach; ++k) out[k] = fmaf(x[k], pull, d[k] * w[k] * rstd);
       if (r.dsum != nullptr) {
