@@ -506,7 +506,7 @@ class TestSkipPolicy:
         assert status == 1 and "1 passed" in said
         for name in ("test_it.py::test_skipped", "test_gone.py"):
             assert said.count(f"SKIP NOT ALLOWED {name}") == 1
-        assert skips(self.SKIP, "* : *", "-n", "2")[0] == 0
+        assert skips(self.SKIP, "* : *", "-n", "1")[0] == 0
 
     def test_expected_failures_are_no_skips(self, skips):
         source = "@pytest.mark.xfail(reason='known')\ndef test_known():\n    assert False\n"

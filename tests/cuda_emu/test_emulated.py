@@ -1,15 +1,16 @@
 """Every CUDA kernel's portable path, emulated on the CPU under ASan and UBSan, against the reference."""
 
+import functools
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import Server
 
 from build import build
 
-# library -> checks of its script, those of a string in one process: starting one takes seconds.
+# library -> checks of its script, those of a string in one process.
 CHECKS = {
     "kernels_attention_prefill": [
         "forward_float32 forward_bfloat16 forward_float16 packed",
@@ -36,18 +37,23 @@ CHECKS = {
 }
 
 
-def run(library: str, checks: str) -> subprocess.CompletedProcess:
-    """Checks of ``emulated*.py`` in a process of their own, with ASan loaded first."""
-    build(library, "-shared", "-fPIC")
+@functools.cache
+def server() -> Server:
+    """A process with ASan loaded first, which the scripts' processes are copies of."""
     # libstdc++ too: else ASan does not know how torch throws.
     preload = [subprocess.run(["g++", f"-print-file-name={name}.so"], capture_output=True, text=True)
                for name in ("libasan", "libstdc++")]  # fmt: skip
     env = os.environ | {"LD_PRELOAD": " ".join(p.stdout.strip() for p in preload),
                         "ASAN_OPTIONS": "detect_leaks=0",
                         "OMP_NUM_THREADS": "1"}  # fmt: skip
+    return Server(("pytest", "hypothesis", "tenfold.testing", "tenfold.reference"), env)
+
+
+def run(library: str, checks: str) -> subprocess.CompletedProcess:
+    """Checks of ``emulated*.py`` in a process of their own."""
+    build(library, "-shared", "-fPIC")
     script = Path(__file__).parent / f"{library.replace('kernels', 'emulated')}.py"
-    return subprocess.run([sys.executable, str(script), *checks.split()], env=env, capture_output=True,
-                          text=True, timeout=900)  # fmt: skip
+    return server().run([script, *checks.split()], timeout=900)
 
 
 @pytest.mark.parametrize(

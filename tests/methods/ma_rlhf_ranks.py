@@ -7,8 +7,6 @@ import sys
 import ma_rlhf_models as small
 import torch
 
-import tenfold
-
 KINDS = {
     "own": {"batch_size": 12, "minibatches": 3, "ppo_epochs": 2, "micro_batch_size": 1, "termination": "random",
             "lengths": (1, 2, 3), "whiten_adv": "macro", "kl_controller": "adaptive"},
@@ -48,16 +46,6 @@ def agree(module):
     other = [torch.empty_like(total) for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather(other, total)
     assert all(torch.equal(total, o) for o in other)
-
-
-def environment():
-    """Of such a process: it finds the package where this one did, and has one thread."""
-    package = os.path.dirname(os.path.dirname(tenfold.__file__))
-    return os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "ACCELERATE_USE_CPU": "true",
-        "PYTHONPATH": package,
-    }
 
 
 if __name__ == "__main__":

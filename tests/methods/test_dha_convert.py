@@ -1,13 +1,11 @@
 """``convert``: all routes through it, exact resumption, two ranks, what it refuses, and check 14."""
 
 import functools
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import dha_models as tiny
+import processes
 import pytest
 import torch
 from transformers import MistralConfig, MistralForCausalLM
@@ -354,9 +352,8 @@ class TestResume:
         assert same(state(resumed), state(run(progressive=True)))
 
     def test_a_process_that_is_killed_while_it_writes(self, tmp_path):
-        command = [sys.executable, str(HERE / "dha_ranks.py"), str(tmp_path)]
-        done = subprocess.run([*command, "fusion-1", "4"], cwd=HERE, capture_output=True)
-        assert done.returncode == -signal.SIGKILL
+        done = processes.python(HERE / "dha_ranks.py", tmp_path, "fusion-1", 4)
+        assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
         resumed = convert(tiny.make(), 0.25, ROWS, tiny.config(), work_dir=tmp_path,
                           eval_rows=tiny.rows(4, seed=9))  # fmt: skip
         assert same(state(resumed), state(run()))
@@ -432,13 +429,8 @@ class TestResume:
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    env = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone",
-               str(HERE / "dha_ranks.py"), str(folder)]  # fmt: skip
-    killed = subprocess.run(
-        [*command, "fusion-1", "4"], cwd=HERE, env=env, capture_output=True, text=True
-    )
-    done = subprocess.run(command, cwd=HERE, env=env, capture_output=True, text=True)
+    killed = processes.ranks(HERE / "dha_ranks.py", folder, "fusion-1", 4)
+    done = processes.ranks(HERE / "dha_ranks.py", folder)
     return folder, killed, done
 
 

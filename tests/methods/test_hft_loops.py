@@ -1,11 +1,10 @@
 """sft, dpo and continual: what trains when, exact resumption (check 13), baselines, what they refuse."""
 
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import hft_models as tiny
+import processes
 import pytest
 import torch
 
@@ -134,8 +133,7 @@ class TestSft:
         assert same(weights(model), weights(whole))
 
     def test_a_process_that_is_killed_while_it_writes(self, tmp_path):
-        command = [sys.executable, str(HERE / "hft_ranks.py"), str(tmp_path), "ddp", "round-0", "3"]
-        done = subprocess.run(command, cwd=HERE, capture_output=True)
+        done = processes.python(HERE / "hft_ranks.py", tmp_path, "ddp", "round-0", 3, cwd=HERE)
         assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
         resumed, whole = tiny.tiny(2), tiny.tiny(2)
         hft.continual(resumed, tasks(), small(steps=4), work_dir=tmp_path)

@@ -1,11 +1,9 @@
 """Two gloo ranks: DDP through accelerate with new draws and a kill, FSDP2's DTensors."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import hft_models as tiny
+import processes
 import pytest
 import torch
 
@@ -16,10 +14,7 @@ HERE = Path(__file__).resolve().parent
 
 
 def ranks(folder, *arguments):
-    env = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone",
-               str(HERE / "hft_ranks.py"), str(folder), *arguments]  # fmt: skip
-    return subprocess.run(command, cwd=HERE, env=env, capture_output=True, text=True)
+    return processes.ranks(HERE / "hft_ranks.py", folder, *arguments)
 
 
 def test_ddp_is_killed_resumes_and_agrees_with_one_process(tmp_path):

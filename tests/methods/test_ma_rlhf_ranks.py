@@ -1,15 +1,14 @@
 """Two gloo ranks give what one process gives, with rows dropped, uneven shares and a kill on the way."""
 
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import ma_rlhf_models as small
+import processes
 import pytest
 import torch
 from accelerate.utils import DistributedType
-from ma_rlhf_ranks import KINDS, environment, make
+from ma_rlhf_ranks import KINDS, make
 
 from tenfold.ma_rlhf.record import PPORecord
 from tenfold.ma_rlhf.trainer import _check_ranks
@@ -18,9 +17,7 @@ HERE = Path(__file__).resolve().parent
 
 
 def ranks(folder, *arguments):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone",
-               str(HERE / "ma_rlhf_ranks.py"), str(folder), *arguments]  # fmt: skip
-    return subprocess.run(command, cwd=HERE, env=environment(), capture_output=True, text=True)
+    return processes.ranks(HERE / "ma_rlhf_ranks.py", folder, *arguments)
 
 
 @pytest.fixture(scope="module")

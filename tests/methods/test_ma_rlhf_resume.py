@@ -1,14 +1,13 @@
 """Killed at any step and run again on the folder: the same weights, curves and samples, bit by bit."""
 
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import ma_rlhf_models as small
+import processes
 import pytest
 import torch
-from ma_rlhf_ranks import environment, make
+from ma_rlhf_ranks import make
 
 from tenfold.ma_rlhf.generation import hf_generate
 from tenfold.ma_rlhf.record import PPORecord
@@ -77,8 +76,7 @@ def test_killed_between_checkpoints(tmp_path):
 
 
 def test_a_process_that_is_killed(tmp_path):
-    command = [sys.executable, str(HERE / "ma_rlhf_ranks.py"), str(tmp_path), "own"]
-    done = subprocess.run([*command, "2"], cwd=HERE, env=environment(), capture_output=True)
+    done = processes.python(HERE / "ma_rlhf_ranks.py", tmp_path, "own", 2)
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
     resumed = make("own", folder=tmp_path / "own")
     record = resumed.train()

@@ -1,11 +1,9 @@
 """Two gloo ranks make the steps of one process: every stream of DualGPT, and a classifier."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pixelgpt_runs as runs
+import processes
 import pytest
 import torch
 from test_pixelgpt_finetune import tuned
@@ -19,10 +17,7 @@ HERE = Path(__file__).resolve().parent
 
 
 def ranks(folder, what):
-    env = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone",
-               str(HERE / "pixelgpt_ranks.py"), str(folder), "0", what]  # fmt: skip
-    done = subprocess.run(command, cwd=HERE, env=env, capture_output=True, text=True)
+    done = processes.ranks(HERE / "pixelgpt_ranks.py", folder, 0, what)
     assert done.returncode == 0, done.stderr[-4000:]
 
 

@@ -2,12 +2,11 @@
 
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pixelgpt_models as tiny
 import pixelgpt_runs as runs
+import processes
 import pytest
 import torch
 from transformers import LlamaConfig
@@ -135,9 +134,8 @@ def test_micro_batches_make_the_same_steps():
 def test_killed_and_resumed_run_is_the_same(tmp_path):
     whole = runs.model()
     record = pretrain(whole, runs.streams("dualgpt"), runs.config("dualgpt", checkpoint_every=2))
-    command = [sys.executable, str(HERE / "pixelgpt_ranks.py"), str(tmp_path), "5"]
-    done = subprocess.run(command, cwd=HERE, env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
-                          capture_output=True, text=True)  # fmt: skip
+    env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    done = processes.python(HERE / "pixelgpt_ranks.py", tmp_path, 5, env=env)
     assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
     assert list((tmp_path / "training").glob("pretrain-4"))
     model = runs.model()

@@ -1,12 +1,10 @@
 """Two gloo ranks: training stops, goes on, and makes the steps of one process, whatever texts a rank has."""
 
-import subprocess
-import sys
 from pathlib import Path
 
+import processes
 import pytest
 import themis_models as tiny
-from ma_rlhf_ranks import environment
 from themis_ranks import KINDS, train
 
 from tenfold.themis.model import ThemisRewardModel
@@ -16,9 +14,7 @@ HERE = Path(__file__).resolve().parent
 
 
 def test_two_ranks_stop_resume_and_agree_with_one_process(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone",
-               str(HERE / "themis_ranks.py"), str(tmp_path)]  # fmt: skip
-    done = subprocess.run(command, cwd=HERE, env=environment(), capture_output=True, text=True)
+    done = processes.ranks(HERE / "themis_ranks.py", tmp_path)
     assert done.returncode == 0 and done.stdout.count("stopped") == 2, done.stderr[-4000:]
     for kind in KINDS:
         alone, want = train(kind)

@@ -1,10 +1,8 @@
 """Two gloo ranks: tuning over DDP, experts side by side, and the numbers of one process."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 import upit_dense as dense
@@ -17,10 +15,7 @@ HERE = Path(__file__).resolve().parent
 
 
 def test_a_recipe_on_two_ranks(tmp_path):
-    env = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone",
-               str(HERE / "upit_pipeline_ranks.py"), str(tmp_path / "two")]  # fmt: skip
-    done = subprocess.run(command, cwd=HERE, env=env, capture_output=True, text=True)
+    done = processes.ranks(HERE / "upit_pipeline_ranks.py", tmp_path / "two")
     assert done.returncode == 0, done.stderr[-4000:]
     want = Pipeline(RECIPE, tmp_path / "one", model=dense.llama(), data=data()).run("route")
     one, two = (

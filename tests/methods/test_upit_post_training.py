@@ -1,6 +1,5 @@
 """Post-training (S6): the objective by hand, pieces, exact resumption, what trains, saving; dense models and LoRA."""
 
-import gc
 import json
 
 import pytest
@@ -23,15 +22,6 @@ from tenfold.upit.measure import as_rows, mean_loss
 from tenfold.upit.post_train import post_train
 
 FAST = {"steps": 4, "batch_size": 4, "learning_rate": 5e-3, "warmup": 0.25, "checkpoint_every": 1}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _imported_objects_are_not_searched():
-    """accelerate collects garbage after every run: most of a short one's time, for what was imported."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def config(**changes):

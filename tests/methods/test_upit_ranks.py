@@ -1,10 +1,8 @@
 """Two gloo ranks: post-training over DDP stops, goes on, and makes the steps of one process."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 import upit_mixtures as tiny
@@ -17,10 +15,7 @@ HERE = Path(__file__).resolve().parent
 def test_two_ranks_stop_resume_and_agree_with_one_process(tmp_path):
     from upit_ranks import data, settings
 
-    env = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone",
-               str(HERE / "upit_ranks.py"), str(tmp_path)]  # fmt: skip
-    done = subprocess.run(command, cwd=HERE, env=env, capture_output=True, text=True)
+    done = processes.ranks(HERE / "upit_ranks.py", tmp_path)
     assert done.returncode == 0 and done.stdout.count("stopped") == 2, done.stderr[-4000:]
     found = torch.load(tmp_path / "made.pt")
     model = tiny.mixtral()

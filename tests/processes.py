@@ -1,0 +1,154 @@
+"""Python processes for tests, forked from one that has already imported what takes seconds.
+
+An interpreter that imports torch and transformers has used three to six seconds before it does anything.
+``python`` and ``ranks`` run a program as ``python program ...`` would, in a process of its own with its own
+environment, output and exit status, but as a copy of a server that has loaded those two and nothing of
+tenfold. One server for a process of pytest, started on first use; it ends when its standard input does.
+
+What a test of imports or of their time needs is a new interpreter: ``subprocess``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import json
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+LOADED = ("torch", "numpy", "transformers.models.llama.modeling_llama", "accelerate")
+
+
+# -- in the server -----------------------------------------------------------------------------------
+
+
+def _become(task: Mapping[str, Any]) -> None:
+    """Makes a forked copy of the server look like a new interpreter."""
+    for number, name in enumerate((os.devnull, task["out"], task["err"])):
+        opened = os.open(name, os.O_RDWR if number == 0 else os.O_WRONLY | os.O_CREAT)
+        os.dup2(opened, number)
+        os.close(opened)
+    os.environ.clear()
+    os.environ.update(task["env"])
+    os.chdir(task["cwd"])
+    sys.argv = task["argv"]
+    sys.path[:] = [str(Path(task["argv"][0]).parent), *task["path"]]
+
+
+def _wait(pids: Sequence[int], timeout: float) -> list[int]:
+    """Exit statuses; once one of several has failed the others are ended, as torchrun does."""
+    end, codes = time.monotonic() + timeout, dict.fromkeys(pids)
+    while left := [p for p, code in codes.items() if code is None]:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid:
+            codes[pid] = os.waitstatus_to_exitcode(status)
+        late = time.monotonic() > end
+        if late or (pid and codes[pid] != 0):
+            for other in left:
+                if codes[other] is None:
+                    os.kill(other, signal.SIGKILL if late else signal.SIGTERM)
+        if not pid:
+            time.sleep(0.01)
+    return list(codes.values())
+
+
+def _serve() -> str:
+    """Forks what it is told to; returns in a forked process only, with the program to run."""
+    for line in sys.stdin:
+        request = json.loads(line)
+        pids = []
+        for task in request["tasks"]:
+            pid = os.fork()
+            if pid == 0:
+                _become(task)
+                return task["argv"][0]
+            pids.append(pid)
+        print(json.dumps(_wait(pids, request["timeout"])), flush=True)
+    sys.exit()
+
+
+# -- in the tests ------------------------------------------------------------------------------------
+
+
+class Server:
+    """A process with ``modules`` loaded, started in ``environment``."""
+
+    def __init__(self, modules: Sequence[str], environment: Mapping[str, str]) -> None:
+        self.environment = dict(environment)
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, *modules], env=self.environment, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+
+    def run(
+        self,
+        argv: Sequence[Any],
+        environments: Sequence[Mapping[str, str]] = (),
+        cwd: str | Path | None = None,
+        timeout: float = 600,
+    ) -> subprocess.CompletedProcess:
+        """A process for each environment (default: the server's), at the same time.
+
+        The result has the first exit status that is not 0, and what all of them have written.
+        """
+        argv, (to, back) = [str(a) for a in argv], (self.process.stdin, self.process.stdout)
+        assert to is not None and back is not None
+        with tempfile.TemporaryDirectory() as folder:
+            tasks = [
+                {"argv": argv, "env": dict(env), "cwd": str(cwd or os.getcwd()), "path": sys.path,
+                 "out": f"{folder}/{i}.out", "err": f"{folder}/{i}.err"}
+                for i, env in enumerate(environments or [self.environment])
+            ]  # fmt: skip
+            to.write(json.dumps({"tasks": tasks, "timeout": timeout}) + "\n")
+            to.flush()
+            answer = back.readline()
+            assert answer, f"the server has ended with status {self.process.wait()}"
+            codes = json.loads(answer)
+            out, err = ("".join(Path(t[k]).read_text(errors="replace") for t in tasks)
+                        for k in ("out", "err"))  # fmt: skip
+        return subprocess.CompletedProcess(argv, next((c for c in codes if c), 0), out, err)
+
+
+@functools.cache
+def _server() -> Server:
+    return Server(LOADED, os.environ)
+
+
+def python(
+    *argv: Any, env: Mapping[str, str] | None = None, cwd: str | Path | None = None
+) -> subprocess.CompletedProcess:
+    """``python script.py arguments``, or ``python -c code``."""
+    with contextlib.ExitStack() as stack:
+        if argv[0] == "-c":
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            (folder / "code.py").write_text(argv[1])
+            argv = (folder / "code.py", *argv[2:])
+        return _server().run(argv, [os.environ if env is None else env], cwd)
+
+
+def ranks(script: str | Path, *arguments: Any, count: int = 2) -> subprocess.CompletedProcess:
+    """A script as ``count`` gloo ranks of one thread, started as torchrun starts them, in its folder."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count),
+                           "LOCAL_WORLD_SIZE": str(count), "OMP_NUM_THREADS": "1",
+                           "ACCELERATE_USE_CPU": "true"}  # fmt: skip
+    each = [common | {"RANK": str(r), "LOCAL_RANK": str(r)} for r in range(count)]
+    return _server().run([script, *arguments], each, Path(script).parent)
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        importlib.import_module(name)
+    runpy.run_path(_serve(), run_name="__main__")
