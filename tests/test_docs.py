@@ -3,8 +3,9 @@
 import re
 from pathlib import Path
 
-import processes
 import pytest
+
+from tenfold.testing import processes
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")]

@@ -15,12 +15,12 @@ import typing
 import zlib
 from pathlib import Path
 
-import processes
 import pytest
 import torch
 
 import tenfold
 from tenfold import _load
+from tenfold.testing import processes
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = Path(tenfold.__file__).parent

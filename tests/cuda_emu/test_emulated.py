@@ -6,8 +6,6 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from processes import Server
-
 from build import build
 
 # library -> checks of its script, those of a string in one process.

@@ -5,11 +5,11 @@ import signal
 from pathlib import Path
 
 import dha_models as tiny
-import processes
 import pytest
 import torch
 from transformers import MistralConfig, MistralForCausalLM
 
+from tenfold.testing import processes
 from tenfold.dha.config import ConversionError, DhaConfig
 from tenfold.dha.conversion import Conversion, budgets_of, convert, convert_to_dha
 from tenfold.dha.model import DhaLlamaForCausalLM

@@ -4,10 +4,10 @@ import signal
 from pathlib import Path
 
 import hft_models as tiny
-import processes
 import pytest
 import torch
 
+from tenfold.testing import processes
 from tenfold import hft
 from tenfold.hft.config import HFTConfig, parse_reselect
 from tenfold.hft.preference import dpo_loss, make_reference, sequence_log_probs

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import hft_models as tiny
-import processes
 import pytest
 import torch
 
+from tenfold.testing import processes
 from tenfold import hft
 from tenfold.hft.config import HFTConfig
 

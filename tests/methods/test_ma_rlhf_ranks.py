@@ -4,12 +4,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import ma_rlhf_models as small
-import processes
 import pytest
 import torch
 from accelerate.utils import DistributedType
 from ma_rlhf_ranks import KINDS, make
 
+from tenfold.testing import processes
 from tenfold.ma_rlhf.record import PPORecord
 from tenfold.ma_rlhf.trainer import _check_ranks
 

@@ -4,11 +4,11 @@ import signal
 from pathlib import Path
 
 import ma_rlhf_models as small
-import processes
 import pytest
 import torch
 from ma_rlhf_ranks import make
 
+from tenfold.testing import processes
 from tenfold.ma_rlhf.generation import hf_generate
 from tenfold.ma_rlhf.record import PPORecord
 from tenfold.ma_rlhf.samples import SampleFile, read_samples

@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import pixelgpt_runs as runs
-import processes
 import pytest
 import torch
 from test_pixelgpt_finetune import tuned
 
+from tenfold.testing import processes
 from tenfold.pixelgpt.classifier import PixelGPTForSequenceClassification
 from tenfold.pixelgpt.model import PixelGPTForCausalLM
 from tenfold.pixelgpt.pretraining import pretrain

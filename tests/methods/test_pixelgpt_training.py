@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pixelgpt_models as tiny
 import pixelgpt_runs as runs
-import processes
 import pytest
 import torch
 from transformers import LlamaConfig
 
+from tenfold.testing import processes
 from tenfold.pixelgpt.config import PixelGPTConfig
 from tenfold.pixelgpt.model import PixelGPTForCausalLM, make_model
 from tenfold.pixelgpt.pretraining import pretrain

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-import processes
 import pytest
 import themis_models as tiny
 from themis_ranks import KINDS, train
 
+from tenfold.testing import processes
 from tenfold.themis.model import ThemisRewardModel
 from tenfold.themis.training import ThemisRecord
 

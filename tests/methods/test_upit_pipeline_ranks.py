@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-import processes
 import pytest
 import torch
 import upit_dense as dense
 from safetensors.torch import load_file
 from test_upit_pipeline import RECIPE, data
 
+from tenfold.testing import processes
 from tenfold.upit.pipeline import Pipeline
 
 HERE = Path(__file__).resolve().parent

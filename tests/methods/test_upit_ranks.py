@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-import processes
 import pytest
 import torch
 import upit_mixtures as tiny
 
+from tenfold.testing import processes
 from tenfold.upit.post_train import post_train
 
 HERE = Path(__file__).resolve().parent

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import subprocess
-import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -14,6 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 import tenfold
+from tenfold.testing import processes
 from tenfold.training.threads import threads
 
 
@@ -206,14 +205,13 @@ print(status("VmHWM:") - before)
 
 
 def peak_growth(setup: str, call: str) -> int:
-    """Bytes by which the resident memory of a fresh Python process peaks while ``call`` runs.
+    """Bytes by which the resident memory of a Python process of its own peaks while ``call`` runs.
 
     ``setup`` makes its inputs before; both are source text. One torch thread. Linux only. (Neither
     this process nor ``ru_maxrss`` would do: both remember what earlier tests needed.)
     """
     source = _PEAK.format(setup=textwrap.dedent(setup), call=textwrap.dedent(call))
-    command = [sys.executable, "-c", source]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = processes.python("-c", source, loaded=("torch",))
     if done.returncode != 0:
         raise RuntimeError(f"the measured call failed: {done.stderr[-4000:]}")
     return int(done.stdout.split()[-1])

@@ -2,8 +2,8 @@
 
 An interpreter that imports torch and transformers has used three to six seconds before it does anything.
 ``python`` and ``ranks`` run a program as ``python program ...`` would, in a process of its own with its own
-environment, output and exit status, but as a copy of a server that has loaded those two and nothing of
-tenfold. One server for a process of pytest, started on first use; it ends when its standard input does.
+environment, output and exit status, but as a copy of a server that has loaded those and nothing of tenfold.
+A server is started on first use, one for a process of pytest, and ends with it. POSIX only.
 
 What a test of imports or of their time needs is a new interpreter: ``subprocess``.
 """
@@ -47,19 +47,20 @@ def _become(task: Mapping[str, Any]) -> None:
 
 def _wait(pids: Sequence[int], timeout: float) -> list[int]:
     """Exit statuses; once one of several has failed the others are ended, as torchrun does."""
-    end, codes = time.monotonic() + timeout, dict.fromkeys(pids)
-    while left := [p for p, code in codes.items() if code is None]:
+    codes: dict[int, int] = {}
+    end = time.monotonic() + timeout
+    while left := [p for p in pids if p not in codes]:
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid:
             codes[pid] = os.waitstatus_to_exitcode(status)
         late = time.monotonic() > end
-        if late or (pid and codes[pid] != 0):
+        if late or codes.get(pid):
             for other in left:
-                if codes[other] is None:
+                if other != pid:
                     os.kill(other, signal.SIGKILL if late else signal.SIGTERM)
         if not pid:
             time.sleep(0.01)
-    return list(codes.values())
+    return [codes[p] for p in pids]
 
 
 def _serve() -> str:
@@ -86,7 +87,7 @@ class Server:
     def __init__(self, modules: Sequence[str], environment: Mapping[str, str]) -> None:
         self.environment = dict(environment)
         self.process = subprocess.Popen(
-            [sys.executable, __file__, *modules], env=self.environment, text=True,
+            [sys.executable, "-P", __file__, *modules], env=self.environment, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
 
@@ -120,20 +121,23 @@ class Server:
 
 
 @functools.cache
-def _server() -> Server:
-    return Server(LOADED, os.environ)
+def _server(*modules: str) -> Server:
+    return Server(modules, os.environ)
 
 
 def python(
-    *argv: Any, env: Mapping[str, str] | None = None, cwd: str | Path | None = None
+    *argv: Any,
+    env: Mapping[str, str] | None = None,
+    cwd: str | Path | None = None,
+    loaded: Sequence[str] = LOADED,
 ) -> subprocess.CompletedProcess:
-    """``python script.py arguments``, or ``python -c code``."""
+    """``python script.py arguments``, or ``python -c code``, with modules that are there already."""
     with contextlib.ExitStack() as stack:
         if argv[0] == "-c":
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             (folder / "code.py").write_text(argv[1])
             argv = (folder / "code.py", *argv[2:])
-        return _server().run(argv, [os.environ if env is None else env], cwd)
+        return _server(*loaded).run(argv, [os.environ if env is None else env], cwd)
 
 
 def ranks(script: str | Path, *arguments: Any, count: int = 2) -> subprocess.CompletedProcess:
@@ -145,7 +149,7 @@ def ranks(script: str | Path, *arguments: Any, count: int = 2) -> subprocess.Com
                            "LOCAL_WORLD_SIZE": str(count), "OMP_NUM_THREADS": "1",
                            "ACCELERATE_USE_CPU": "true"}  # fmt: skip
     each = [common | {"RANK": str(r), "LOCAL_RANK": str(r)} for r in range(count)]
-    return _server().run([script, *arguments], each, Path(script).parent)
+    return _server(*LOADED).run([script, *arguments], each, Path(script).parent)
 
 
 if __name__ == "__main__":
