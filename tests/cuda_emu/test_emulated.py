@@ -6,7 +6,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
 from build import build
+from tenfold.testing.processes import Server
 
 # library -> checks of its script, those of a string in one process.
 CHECKS = {

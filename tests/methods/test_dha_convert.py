@@ -324,8 +324,14 @@ def undisturbed(every):
 
 
 class TestResume:
+    # Everywhere; at both ends of a stage if time is short.
     @pytest.mark.parametrize(
-        "stage, step", [(s, n) for s, e in STEPS.items() for n in range(1, e + 1)]
+        "stage, step",
+        [
+            pytest.param(s, n, marks=[] if n in (1, end) else [pytest.mark.slow])
+            for s, end in STEPS.items()
+            for n in range(1, end + 1)
+        ],
     )
     @pytest.mark.parametrize("every", [1, pytest.param(2, marks=pytest.mark.slow)])
     def test_killed_anywhere(self, tmp_path, stage, step, every):

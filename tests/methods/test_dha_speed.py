@@ -15,7 +15,9 @@ def test_bytes_are_those_of_the_shared_heads():
         assert held == 2 * 2 * heads * 8 * 4 * 100 == 100 * layout.kv_bytes_per_token(8, 4)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str
+)
 def test_decoding_gets_faster_with_the_budget(dtype):
     # 16k tokens of 32 heads: the cache is most of what a step reads, so fewer heads must show. The
     # bound is far below what is lost to a busy machine: half and a quarter of the bytes.

@@ -1,5 +1,6 @@
 """sft, dpo and continual: what trains when, exact resumption (check 13), baselines, what they refuse."""
 
+import functools
 import signal
 from pathlib import Path
 
@@ -55,6 +56,22 @@ def tasks():
             for i in range(3)]  # fmt: skip
 
 
+@functools.cache
+def undisturbed(states):
+    """(weights, curves) of a run with new draws that nobody kills."""
+    model = tiny.tiny(3)
+    curves = hft.sft(model, ROWS, small(reselect="steps:3", states=states)).curves
+    return weights(model), curves
+
+
+@functools.cache
+def undisturbed_tasks():
+    """(weights, record) of all tasks."""
+    model = tiny.tiny(2)
+    record = hft.continual(model, tasks(), small())
+    return weights(model), record
+
+
 class TestSft:
     def test_only_the_plan_trains(self):
         model = tiny.tiny(3)
@@ -99,13 +116,19 @@ class TestSft:
                  if "layers." in n and not torch.equal(p, before[n])}  # fmt: skip
         assert len(moved) == 1 and record.plans[0]["strategy"] == "layer"
 
-    @pytest.mark.parametrize("states", ["drop", "keep", "hand_over"])
-    @pytest.mark.parametrize("stop", [2, 3, 4])
+    # All of both; before the new draw with all rules, and one of them at all steps, if time is short.
+    @pytest.mark.parametrize(
+        "states, stop",
+        [
+            pytest.param(rule, stop, marks=[] if stop == 3 or rule == "keep" else [pytest.mark.slow])
+            for rule in ("drop", "keep", "hand_over")
+            for stop in (2, 3, 4)
+        ],
+    )
     def test_killed_and_resumed(self, tmp_path, states, stop):
         """Check 13: in the middle of a round, before and after a new draw, bit by bit."""
         config = small(reselect="steps:3", states=states)
-        whole = tiny.tiny(3)
-        curve = hft.sft(whole, ROWS, config).curves
+        whole, curve = undisturbed(states)
         with pytest.raises(Killed):
             hft.sft(
                 tiny.tiny(3), ROWS, config, work_dir=tmp_path, callback=kill_at("round-0", stop)
@@ -116,7 +139,7 @@ class TestSft:
             model, ROWS, config, work_dir=tmp_path, callback=lambda p: steps.append(p.step)
         )
         assert (
-            steps[0] == stop + 1 and same(weights(model), weights(whole)) and record.curves == curve
+            steps[0] == stop + 1 and same(weights(model), whole) and record.curves == curve
         )
         assert not list(tmp_path.iterdir())
 
@@ -265,18 +288,19 @@ class TestContinual:
         assert [p["round"] for p in record.plans] == [0, 1, 2, 3]
 
     @pytest.mark.parametrize(
-        "stage, step", [("round-0", 2), ("round-1", 1), ("round-1", 6), ("round-2", 3)]
+        "stage, step",
+        [("round-1", 1), ("round-1", 6),
+         *(pytest.param(*at, marks=pytest.mark.slow) for at in (("round-0", 2), ("round-2", 3)))],
     )
     def test_killed_and_resumed(self, tmp_path, stage, step):
-        whole = tiny.tiny(2)
-        want = hft.continual(whole, tasks(), small())
+        whole, want = undisturbed_tasks()
         with pytest.raises(Killed):
             hft.continual(
                 tiny.tiny(2), tasks(), small(), work_dir=tmp_path, callback=kill_at(stage, step)
             )
         model = tiny.tiny(2)
         record = hft.continual(model, tasks(), small(), work_dir=tmp_path)
-        assert same(weights(model), weights(whole)) and record.scores == want.scores
+        assert same(weights(model), whole) and record.scores == want.scores
         assert record.plans == want.plans and not list(tmp_path.iterdir())
 
     def test_no_tasks(self):

@@ -8,6 +8,7 @@ where they are found. Nothing is downloaded, imported or executed: sources are p
 from __future__ import annotations
 
 import ast
+import functools
 import gzip
 import re
 import sysconfig
@@ -75,14 +76,20 @@ def _docstrings(tree: ast.AST, prefix: str) -> Iterator[str]:
         yield from _docstrings(node, name)
 
 
+@functools.cache
+def _documentation(path: Path) -> str:
+    """What the documentation strings of a module say. Parsing all of them takes seconds: once in a process."""
+    name = _module_name(path)
+    tree = ast.parse(_read(path))
+    parts = [ast.get_docstring(tree) or "", *_docstrings(tree, name)]
+    text = "\n\n\n".join(part for part in parts if part)
+    return f"Module {name}\n\n{text}\n" if text else ""
+
+
 def _docs() -> Iterator[Document]:
     for path in _stdlib():
-        name = _module_name(path)
-        tree = ast.parse(_read(path))
-        parts = [ast.get_docstring(tree) or "", *_docstrings(tree, name)]
-        text = "\n\n\n".join(part for part in parts if part)
-        if text:
-            yield Document(f"Python documentation: {name}", "docs", f"Module {name}\n\n{text}\n")
+        if text := _documentation(path):
+            yield Document(f"Python documentation: {_module_name(path)}", "docs", text)
 
 
 def _source() -> Iterator[Document]:

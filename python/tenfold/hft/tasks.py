@@ -9,6 +9,7 @@ topic       part of a topic of Python's reference -> the topic's name
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import random
 import re
@@ -42,9 +43,11 @@ def _docstrings() -> Iterator[Pair]:
             if not text or len(node.body) < 2:
                 continue
             summary = " ".join(text.split("\n\n")[0].split())
+            if not 20 <= len(summary) <= 120:
+                continue
             bare = ast.FunctionDef(**{**vars(node), "body": node.body[1:], "decorator_list": []})
             code = ast.unparse(bare)
-            if 20 <= len(summary) <= 120 and len(code) <= 400:
+            if len(code) <= 400:
                 yield f"Python function:\n{code}\n\nWhat it does: ", summary
 
 
@@ -85,12 +88,18 @@ _FINDERS: dict[str, Callable[[], Iterator[Pair]]] = {
 NAMES = tuple(_FINDERS)
 
 
+@functools.cache
+def _found(name: str) -> tuple[Pair, ...]:
+    """The same texts for every seed of a task: read once."""
+    found = dict(_FINDERS[name]())
+    return tuple(sorted(found.items(), key=lambda p: hashlib.sha256(p[0].encode()).digest()))
+
+
 def pairs(name: str) -> list[Pair]:
     """All (prompt, answer) pairs of a task, in an order that depends on their text alone."""
     if name not in _FINDERS:
         raise ValueError(f"unknown task {name!r}; there are: {', '.join(NAMES)}")
-    found = dict(_FINDERS[name]())
-    return sorted(found.items(), key=lambda p: hashlib.sha256(p[0].encode()).digest())
+    return list(_found(name))
 
 
 def encoder(tokenizer: Any) -> Encode:
