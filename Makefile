@@ -27,6 +27,9 @@ NATIVE = $$(find csrc tests/cuda_emu -name '*.h' -o -name '*.cpp' -o -name '*.cu
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
+# Most of what pip would compile is never imported; what is, Python compiles then.
+INSTALL := install --no-compile
+
 # What is tested is what is installed.
 unexport PYTHONPATH TENFOLD_OPS_PATH
 
@@ -83,9 +86,9 @@ $(STAMPS)/venv: $(REQUIREMENTS)
 	@echo "== environment $(VENV): $$($(PYTHON) -V), $(TORCH) and pinned tools"
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q --upgrade pip==26.3
-	$(SHOW) $(PY) -m pip install $(TORCH) -r requirements/build.txt
-	$(SHOW) $(PY) -m pip install $(TORCH) -r requirements/run.txt -r requirements/dev.txt
-	$(SHOW) $(PY) -m pip install --no-deps -r requirements/no-deps.txt
+	$(SHOW) $(PY) -m pip $(INSTALL) $(TORCH) -r requirements/build.txt
+	$(SHOW) $(PY) -m pip $(INSTALL) $(TORCH) -r requirements/run.txt -r requirements/dev.txt
+	$(SHOW) $(PY) -m pip $(INSTALL) --no-deps -r requirements/no-deps.txt
 	@mkdir -p $(STAMPS) && touch $@
 
 $(STAMPS)/editable: $(STAMPS)/venv $(SOURCES)

@@ -26,6 +26,7 @@ from tenfold.data import (
 )
 from tenfold.data.__main__ import main
 from tenfold.data.cache import build_once, locked
+from tenfold.testing import processes
 
 
 @functools.cache
@@ -173,7 +174,7 @@ class TestBuildOnce:
             "    os.kill(os.getpid(), signal.SIGKILL)\n"
             f"build_once(Path({str(target)!r}), build)"
         )
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120)
+        done = processes.python("-c", code)
         assert done.returncode == -signal.SIGKILL
         (left,) = tmp_path.glob(".one.tmp-*")
         assert (left / "half").exists() and not target.exists()

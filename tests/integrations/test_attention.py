@@ -18,6 +18,7 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
+from tenfold.testing import processes
 from tenfold import ops
 from tenfold.integrations import attention
 from tenfold.integrations import transformers as hf
@@ -415,7 +416,7 @@ class TestSurface:
             "from transformers import AttentionInterface\n"
             "assert 'tenfold' in AttentionInterface() and 'dha' in AttentionInterface()\n"
         )
-        subprocess.run([sys.executable, "-c", code], check=True)
+        processes.python("-c", code, loaded=("torch",)).check_returncode()
 
     def test_an_old_transformers_is_named(self, monkeypatch):
         found = sys.modules["transformers"]  # its loader may have put a new module there

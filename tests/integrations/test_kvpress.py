@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tenfold.testing import processes
 from tenfold import ops
 
 pytestmark = pytest.mark.host_kvpress
@@ -26,9 +27,7 @@ SETTINGS = [
 
 def python(code: str, *paths) -> subprocess.CompletedProcess:
     before = "".join(f"sys.path.insert(0, {str(p)!r}); " for p in paths)
-    return subprocess.run(
-        [sys.executable, "-c", f"import sys; {before}{code}"], capture_output=True, text=True
-    )
+    return processes.python("-c", f"import sys; {before}{code}", loaded=("torch",))
 
 
 class TestWithoutKvpress:

@@ -11,6 +11,7 @@ import macro_cases as cases
 import pytest
 import torch
 
+from tenfold.testing import processes
 from tenfold import ops
 from tenfold.integrations._hosts import Replacement, after_import
 from tenfold.integrations.macro_actions import MacroActions
@@ -195,7 +196,7 @@ class TestGates:
             f"import sys, tenfold.integrations.{host}; "
             f"print([m for m in {list(HOSTS)} + ['ray', 'transformers'] if m in sys.modules])"
         )
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        done = processes.python("-c", code, loaded=("torch",))
         assert done.stdout.strip() == "[]", done.stderr
 
     def test_pins_are_what_is_tested(self, host):

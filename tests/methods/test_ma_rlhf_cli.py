@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
+from tenfold.testing import processes
 from tenfold.cli import ma_rlhf as cli
 from tenfold.cli.main import app
 from tenfold.ma_rlhf import inputs, pages, preferences, report, trainer
@@ -378,9 +379,7 @@ DOCS = re.findall(r"```python\n(.*?)```", (ROOT / "docs/methods/ma_rlhf.md").rea
 
 @pytest.mark.parametrize("at", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_the_documentation_runs(at, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", DOCS[at]], capture_output=True, text=True, cwd=tmp_path
-    )
+    done = processes.python("-c", DOCS[at], cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     if at == 1:
         seg, adv = map(json.loads, re.findall(r"\[\[.*?\]\]", done.stdout))

@@ -16,6 +16,7 @@ from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
 from PIL import Image
 
+from tenfold.testing import processes
 from tenfold.pixelgpt import (
     FontFile,
     PixelProcessor,
@@ -133,7 +134,7 @@ class TestFonts:
             "try: PixelProcessor()\n"
             "except ImportError as e: print(e)"
         )
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        done = processes.python("-c", code, loaded=("torch",))
         assert "uharfbuzz and freetype-py: pip install 'tenfold[pixel]'" in done.stdout, done.stderr
 
     def test_fallback_by_character(self, colour):

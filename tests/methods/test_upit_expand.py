@@ -12,6 +12,7 @@ import torch
 import upit_dense as dense
 from safetensors.torch import load_file, save_file
 
+from tenfold.testing import processes
 from tenfold import reference
 from tenfold.reference.random import name_stream
 from tenfold.testing import threads
@@ -208,7 +209,7 @@ def killed(folder, shard, make):
 checkpoint.write_shard = killed
 expand({base!r}, {experts!r}, {str(tmp_path / "killed")!r}, to=5)
 """
-        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+        done = processes.python("-c", script)
         assert done.returncode == 9, done.stderr[-2000:]
         state = json.loads((tmp_path / "killed" / "expand.json").read_text())
         assert len(state["children"]) == 1
