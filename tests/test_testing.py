@@ -1,7 +1,10 @@
 """The test kit catches what it exists for: every check is shown an op that is wrong in its way."""
 
 import math
+import os
 import re
+import signal
+import time
 
 import pytest
 import torch
@@ -25,6 +28,7 @@ from tenfold.testing import (
     forced_isa,
     layout,
     poisoned_memory,
+    processes,
     threads,
     ulp_floor,
 )
@@ -525,3 +529,45 @@ class TestSkipPolicy:
         assert re.search(rf"test_on\[cuda\] {outcome}", said)
         status, said = skips(source, "", "-m", "not cuda")
         assert status == 0 and "2 passed, 1 deselected" in said
+
+class TestProcesses:
+    def test_a_program_runs_as_its_interpreter_runs_it(self, tmp_path):
+        (tmp_path / "beside.py").write_text("VALUE = 3\n")
+        (tmp_path / "script.py").write_text(
+            "import os, sys, beside\n"
+            "print(__name__, sys.argv[1:], beside.VALUE, os.environ['MINE'], os.getcwd())\n"
+            "print('torch' in sys.modules, 'tenfold' in sys.modules, sys.stdin.read(), file=sys.stderr)\n"
+            "sys.exit(5)\n"
+        )
+        env = os.environ | {"MINE": "x"}
+        done = processes.python(tmp_path / "script.py", "a", 2, env=env, cwd=tmp_path)
+        assert (done.returncode, done.stdout) == (5, f"__main__ ['a', '2'] 3 x {tmp_path}\n")
+        assert done.stderr == "True False \n"
+        again = processes.python("-c", "import os; print('MINE' in os.environ, end='')")
+        assert (again.returncode, again.stdout, again.stderr) == (0, "False", "")
+
+    def test_errors_and_signals(self):
+        done = processes.python("-c", "print('before'); raise KeyError('gone')")
+        assert done.returncode == 1 and done.stdout == "before\n"
+        assert "Traceback" in done.stderr and done.stderr.endswith("\nKeyError: 'gone'\n")
+        done = processes.python("-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+        assert done.returncode == -signal.SIGKILL
+
+    def test_ranks(self, tmp_path):
+        script = tmp_path / "script.py"
+        script.write_text(
+            "import torch.distributed as dist, torch\n"
+            "dist.init_process_group('gloo')\n"
+            "x = torch.tensor([dist.get_rank() + 1])\n"
+            "dist.all_reduce(x)\n"
+            "print(int(x))\n"
+            "dist.destroy_process_group()\n"
+        )
+        done = processes.ranks(script, count=3)
+        assert (done.returncode, done.stdout) == (0, "6\n6\n6\n"), done.stderr
+        script.write_text(
+            "import os, sys, time\nif os.environ['RANK'] == '1': sys.exit(3)\ntime.sleep(300)"
+        )
+        start = time.monotonic()
+        assert processes.ranks(script).returncode != 0  # the other one is ended
+        assert time.monotonic() - start < 60
