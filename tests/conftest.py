@@ -7,11 +7,15 @@ import torch
 
 pytest_plugins = ["tenfold.testing.plugin"]
 
+# What is imported and collected stays: searching it for garbage would take longer than many a test, of which those
+# that train have accelerate search after every run.
+gc.disable()
+
 
 def pytest_collection_finish() -> None:
-    """What has been imported stays: accelerate collects garbage after every run, and need not search it."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)
