@@ -11,7 +11,7 @@ namespace {
 
 void run_forward(const char* op, const RmsCall& c, float* rstd, const Launch& launch) {
   check_grid(op, rms_blocks(c.shape.rows, c.shape.cols));
-  RmsArgs a{c.rows, c.shape.rows, false};
+  RmsArgs a{c.rows, c.shape.rows};
   a.r.rstd = rstd;
   launch_rms_norm(a, launch.stream);
   launch.check();
@@ -66,7 +66,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward_op(Tensor grad_y, OptTensor grad_su
   const int64_t strips = rms_strips(c.shape.rows, c.shape.cols, of_weight);
   check_grid("rms_norm_backward", strips);
   DeviceMemory memory(x);
-  RmsGradArgs a{c.rows, c.shape.rows, 0, false, nullptr};
+  RmsGradArgs a{c.rows, c.shape.rows, 0, nullptr};
   if (of_weight)  // where there are no rows, the sums of none are 0
     a.parts = static_cast<float*>(memory.room()(4 * strips * c.shape.cols + 4));
   launch_rms_norm_grad(a, c.dw.data_ptr(), launch.stream);

@@ -24,13 +24,11 @@ constexpr int64_t rms_kept(int row_threads) {
 struct RmsArgs {
   RmsRows r;
   int64_t rows;
-  bool wide;  // all rows may be read and written in vectors
 };
 
 struct RmsGradArgs {
   RmsGradRows r;
   int64_t rows, strip;  // strip: rows of a block
-  bool wide;
   float* parts;  // [blocks, cols], sums of strips; or null
 };
 
@@ -54,10 +52,12 @@ __device__ inline void load_weight(const void* weight, Dtype dtype, int64_t j, i
     load.template operator()<float>();
   } else if constexpr (sizeof(X) == 2) {
     load.template operator()<X>();
-  } else if (dtype == Dtype::bf16) {
-    load.template operator()<bf16_t>();
   } else {
-    load.template operator()<fp16_t>();
+    load.template operator()<bf16_t>();
+    if (dtype == Dtype::bf16) return;
+#pragma unroll
+    for (int k = 0; k < kEach; ++k)  // these floats begin with the bits that were loaded
+      w[k] = to_float(fp16_t{static_cast<uint16_t>(float_to_bits(w[k]) >> 16)});
   }
 }
 
@@ -88,7 +88,7 @@ __device__ inline void for_chunks(int64_t cols, const F& f, const G& g) {
     for (int64_t j = first + rms_kept(kRowThreads); j < cols; j += kStep) g(j);
 }
 
-template <class X, class Y, int kRowThreads>
+template <class X, class Y, int kRowThreads, bool kWide>
 __global__ void __launch_bounds__(kRmsThreads) rms_norm_kernel(RmsArgs a) {
   constexpr int kEach = kRmsEach<X>, kGroups = kRmsThreads / kRowThreads;
   TENFOLD_SHARED(float, memory, kRmsThreads / 32);
@@ -96,6 +96,7 @@ __global__ void __launch_bounds__(kRmsThreads) rms_norm_kernel(RmsArgs a) {
   const int64_t row =
       static_cast<int64_t>(blockIdx.x) * kGroups + static_cast<int>(threadIdx.x) / kRowThreads;
   const int64_t cols = row < a.rows ? r.cols : 0;
+  const auto left = [&](int64_t j) { return kWide ? kEach : cols - j; };
   const X* const x = static_cast<const X*>(r.x) + row * r.x_stride;
   const X* const residual = static_cast<const X*>(r.residual) + row * r.residual_stride;
   X* const sum = static_cast<X*>(r.sum) + row * r.sum_stride;
@@ -104,13 +105,13 @@ __global__ void __launch_bounds__(kRmsThreads) rms_norm_kernel(RmsArgs a) {
   float squares = 0.0f;
   // h of the elements from j on; adds their squares.
   const auto read = [&](int64_t j, float (&h)[kEach]) {
-    load_some<X, kEach>(x + j, cols - j, a.wide, h);
+    load_some<X, kEach>(x + j, left(j), kWide, h);
     if (r.residual != nullptr) {
       float more[kEach];
-      load_some<X, kEach>(residual + j, cols - j, a.wide, more);
+      load_some<X, kEach>(residual + j, left(j), kWide, more);
 #pragma unroll
       for (int k = 0; k < kEach; ++k) h[k] = rounded<X>(h[k] + more[k]);
-      store_some<X, kEach>(h, sum + j, cols - j, a.wide);
+      store_some<X, kEach>(h, sum + j, left(j), kWide);
     }
 #pragma unroll
     for (int k = 0; k < kEach; ++k) squares = fmaf(h[k], h[k], squares);
@@ -128,24 +129,24 @@ __global__ void __launch_bounds__(kRmsThreads) rms_norm_kernel(RmsArgs a) {
 
   const auto write = [&](int64_t j, const float (&h)[kEach]) {
     float w[kEach], out[kEach];
-    load_weight<X, Y>(r.weight, r.weight_dtype, j, cols - j, a.wide, w);
+    load_weight<X, Y>(r.weight, r.weight_dtype, j, left(j), kWide, w);
 #pragma unroll
     for (int k = 0; k < kEach; ++k) {
       const float normal = h[k] * rstd;
       out[k] = (r.rounds ? rounded<Y>(normal) : normal) * w[k];
     }
-    store_some<Y, kEach>(out, y + j, cols - j, a.wide);
+    store_some<Y, kEach>(out, y + j, left(j), kWide);
   };
   for_chunks<X, kRowThreads>(
       cols, [&](int c, int64_t j) { write(j, kept[c]); },
       [&](int64_t j) {
         float h[kEach];
-        load_some<X, kEach>((r.residual != nullptr ? sum : x) + j, cols - j, a.wide, h);
+        load_some<X, kEach>((r.residual != nullptr ? sum : x) + j, left(j), kWide, h);
         write(j, h);
       });
 }
 
-template <class X, class Y, int kRowThreads>
+template <class X, class Y, int kRowThreads, bool kWide>
 __global__ void __launch_bounds__(kRmsThreads) rms_norm_grad_kernel(RmsGradArgs a) {
   constexpr int kEach = kRmsEach<X>, kGroups = kRmsThreads / kRowThreads;
   constexpr int kChunks = kRmsKept / kEach;
@@ -166,20 +167,21 @@ __global__ void __launch_bounds__(kRmsThreads) rms_norm_grad_kernel(RmsGradArgs 
   for (int64_t first = begin; first < end; first += kGroups) {
     const int64_t row = first + group;
     const int64_t cols = row < end ? r.cols : 0;
+    const auto left = [&](int64_t j) { return kWide ? kEach : cols - j; };
     const Y* const dy = static_cast<const Y*>(r.dy) + row * r.dy_stride;
     const X* const h = static_cast<const X*>(r.h) + row * r.h_stride;
     const X* const dsum = static_cast<const X*>(r.dsum) + row * r.dsum_stride;
     X* const dx = r.dx != nullptr ? static_cast<X*>(r.dx) + row * r.cols : nullptr;
     const float rstd = cols > 0 ? r.rstd[row] : 0.0f;
     const auto read = [&](int64_t j, float (&d)[kEach], float (&x)[kEach]) {
-      load_some<Y, kEach>(dy + j, cols - j, a.wide, d);
-      load_some<X, kEach>(h + j, cols - j, a.wide, x);
+      load_some<Y, kEach>(dy + j, left(j), kWide, d);
+      load_some<X, kEach>(h + j, left(j), kWide, x);
     };
     float dots = 0.0f;
     const auto dot = [&](int64_t j) {
       float d[kEach], x[kEach], w[kEach];
       read(j, d, x);
-      load_weight<X, Y>(r.weight, r.weight_dtype, j, cols - j, a.wide, w);
+      load_weight<X, Y>(r.weight, r.weight_dtype, j, left(j), kWide, w);
 #pragma unroll
       for (int k = 0; k < kEach; ++k) dots = fmaf(d[k] * w[k], x[k], dots);
     };
@@ -190,16 +192,16 @@ __global__ void __launch_bounds__(kRmsThreads) rms_norm_grad_kernel(RmsGradArgs 
     const auto write = [&](int64_t j, const float (&d)[kEach], const float (&x)[kEach]) {
       if (r.dx == nullptr) return;
       float w[kEach], out[kEach];
-      load_weight<X, Y>(r.weight, r.weight_dtype, j, cols - j, a.wide, w);
+      load_weight<X, Y>(r.weight, r.weight_dtype, j, left(j), kWide, w);
 #pragma unroll
       for (int k = 0; k < kEach; ++k) out[k] = fmaf(x[k], pull, d[k] * w[k] * rstd);
       if (r.dsum != nullptr) {
         float more[kEach];
-        load_some<X, kEach>(dsum + j, cols - j, a.wide, more);
+        load_some<X, kEach>(dsum + j, left(j), kWide, more);
 #pragma unroll
         for (int k = 0; k < kEach; ++k) out[k] += more[k];
       }
-      store_some<X, kEach>(out, dx + j, cols - j, a.wide);
+      store_some<X, kEach>(out, dx + j, left(j), kWide);
     };
     for_chunks<X, kRowThreads>(
         cols,
@@ -292,22 +294,29 @@ inline int64_t rms_blocks(int64_t rows, int64_t cols) {
   return (rows + rms_groups(cols) - 1) / rms_groups(cols);
 }
 
-// All but wide.
-inline void launch_rms_norm(RmsArgs a, cudaStream_t stream) {
+// f<threads of a row, all rows may be read and written in vectors>()
+template <class F>
+inline void with_rms_rows(int64_t cols, bool wide, const F& f) {
+  if (rms_by_warps(cols)) {
+    wide ? f.template operator()<32, true>() : f.template operator()<32, false>();
+  } else {
+    wide ? f.template operator()<kRmsThreads, true>() : f.template operator()<kRmsThreads, false>();
+  }
+}
+
+inline void launch_rms_norm(const RmsArgs& a, cudaStream_t stream) {
   if (a.rows == 0) return;
   const RmsRows& r = a.r;
   const auto blocks = static_cast<unsigned>(rms_blocks(a.rows, r.cols));
   with_rms_types(r.x_dtype, r.y_dtype, [&]<class X, class Y>() {
-    a.wide = rms_wide<X>(r.x_dtype, r.x, r.x_stride, r.cols) &&
+    const bool wide = rms_wide<X>(r.x_dtype, r.x, r.x_stride, r.cols) &&
              rms_wide<X>(r.x_dtype, r.residual, r.residual_stride, r.cols) &&
              rms_wide<X>(r.x_dtype, r.sum, r.sum_stride, r.cols) &&
              rms_wide<X>(r.y_dtype, r.y, r.y_stride, r.cols) &&
              rms_wide<X>(r.weight_dtype, r.weight, 0, r.cols);
-    if (rms_by_warps(r.cols)) {
-      TENFOLD_LAUNCH((rms_norm_kernel<X, Y, 32>), blocks, kRmsThreads, stream, a);
-    } else {
-      TENFOLD_LAUNCH((rms_norm_kernel<X, Y, kRmsThreads>), blocks, kRmsThreads, stream, a);
-    }
+    with_rms_rows(r.cols, wide, [&]<int kRowThreads, bool kWide>() {
+      TENFOLD_LAUNCH((rms_norm_kernel<X, Y, kRowThreads, kWide>), blocks, kRmsThreads, stream, a);
+    });
   });
 }
 
@@ -325,7 +334,7 @@ inline int64_t rms_strips(int64_t rows, int64_t cols, bool of_weight) {
   return strip == 0 ? 0 : (rows + strip - 1) / strip;
 }
 
-// All but strip and wide. parts: room for rms_strips() rows of sums, or null; dw: what they are
+// All but strip. parts: room for rms_strips() rows of sums, or null; dw: what they are
 // added to.
 inline void launch_rms_norm_grad(RmsGradArgs a, void* dw, cudaStream_t stream) {
   const RmsGradRows& r = a.r;
@@ -334,17 +343,16 @@ inline void launch_rms_norm_grad(RmsGradArgs a, void* dw, cudaStream_t stream) {
   a.strip = rms_strip(a.rows, r.cols, of_weight);
   if (strips > 0)
     with_rms_types(r.x_dtype, r.y_dtype, [&]<class X, class Y>() {
-      a.wide = rms_wide<X>(r.y_dtype, r.dy, r.dy_stride, r.cols) &&
+      const bool wide = rms_wide<X>(r.y_dtype, r.dy, r.dy_stride, r.cols) &&
                rms_wide<X>(r.x_dtype, r.h, r.h_stride, r.cols) &&
                rms_wide<X>(r.x_dtype, r.dsum, r.dsum_stride, r.cols) &&
                rms_wide<X>(r.x_dtype, r.dx, r.cols, r.cols) &&
                rms_wide<X>(r.weight_dtype, r.weight, 0, r.cols);
       const auto blocks = static_cast<unsigned>(strips);
-      if (rms_by_warps(r.cols)) {
-        TENFOLD_LAUNCH((rms_norm_grad_kernel<X, Y, 32>), blocks, kRmsThreads, stream, a);
-      } else {
-        TENFOLD_LAUNCH((rms_norm_grad_kernel<X, Y, kRmsThreads>), blocks, kRmsThreads, stream, a);
-      }
+      with_rms_rows(r.cols, wide, [&]<int kRowThreads, bool kWide>() {
+        TENFOLD_LAUNCH((rms_norm_grad_kernel<X, Y, kRowThreads, kWide>), blocks, kRmsThreads, stream,
+                       a);
+      });
     });
   if (!of_weight || r.cols == 0) return;
   const auto columns = static_cast<unsigned>((r.cols + kAddCols - 1) / kAddCols);
