@@ -94,15 +94,15 @@ def test_new_draws_on_the_way(tmp_path, rule, want, optimizer):
 @pytest.mark.parametrize("strategy", ["category", "element"])
 @pytest.mark.parametrize("rule", ["round", "steps:2", "epoch"])
 def test_resumes_exactly(tmp_path, rule, strategy):
-    def run(folder, resume=None, **changes):
+    def run(folder, resume=None, **saving):
         model = tiny.tiny(2)
         states = "drop" if strategy == "category" else "hand_over"
         callback = HalfFineTuneCallback(strategy, reselect=rule, states=states, seed=2)
-        made = trainer(folder, model, callback, save_strategy="steps", save_steps=1, **changes)
+        made = trainer(folder, model, callback, **saving)
         made.train(resume_from_checkpoint=resume)
         return weights(model)
 
-    whole = run(tmp_path / "a")
+    whole = run(tmp_path / "a", save_strategy="steps", save_steps=1)
     plan = json.loads((tmp_path / "a" / "checkpoint-1" / "hft_plan.json").read_text())
     assert plan["strategy"] == strategy and plan["seed"] == 2
     for step in (3, 4):
