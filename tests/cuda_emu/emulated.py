@@ -1,6 +1,6 @@
 """Runs the emulated CUDA kernels against the reference; one op per call: ``emulated.py OP``.
 
-Started by test_emulated.py with ASan preloaded. Every case runs under two thread schedules, whose
+Started by test_emulated.py with ASan preloaded. Calls run under two thread schedules, whose
 results must be the same bits.
 """
 
@@ -13,7 +13,7 @@ import sys
 import torch
 
 from build import build
-from emu_calls import CODES, index_args, numbers, ptr, shifted, twice
+from emu_calls import CODES, index_args, numbers, ptr, scheduled, shifted, twice
 from tenfold import reference
 from tenfold.testing.tolerance import assert_close_to_ref
 
@@ -37,7 +37,7 @@ def proxy_scores(q, k, lse=None, *, causal=True, q_offset=-1, q_positions=None, 
                              ctypes.c_float(d**-0.5))  # fmt: skip
         return scores, row_lse
 
-    return twice(LIB, run)
+    return scheduled(LIB, run)
 
 
 def check_proxy_scores():
@@ -103,7 +103,7 @@ def nacl_select(scores, *parts, tau=1.0, logits="score", seed=0, layer=0, kv_sta
         )
         return idx, lens
 
-    return twice(LIB, run)
+    return scheduled(LIB, run)
 
 
 def check_nacl_select():
@@ -154,7 +154,7 @@ def kv_move(k, v, idx, compact, new_lens=None, inv_freq=None, kv_start=None):
         LIB.emu_kv_move(ptr(k1), ptr(v1), ptr(k2), ptr(v2), ptr(inv_freq), pointers, wide, ints)
         return k2, v2
 
-    return twice(LIB, run)
+    return scheduled(LIB, run)
 
 
 def check_kv_moves():

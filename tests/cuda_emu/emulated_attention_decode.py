@@ -1,7 +1,7 @@
 """Runs the emulated CUDA kernels of dha_decode and dha_cache_append_ against the reference:
 ``emulated_attention_decode.py CHECK``.
 
-Started by test_emulated.py with ASan preloaded. Every case runs under two thread schedules,
+Started by test_emulated.py with ASan preloaded. Calls run under two thread schedules,
 whose results must be the same bits.
 """
 
@@ -14,7 +14,7 @@ import sys
 import torch
 
 from build import build
-from emu_calls import CODES, index_args, numbers, ptr, shifted, twice
+from emu_calls import CODES, index_args, numbers, ptr, scheduled, shifted
 from tenfold import reference
 from tenfold.testing.tolerance import assert_close_to_ref
 
@@ -51,7 +51,7 @@ def decode(q, k, v, kmap, vmap, kv_lens, *, block_table=None, scale=None, window
                            ctypes.c_float(softcap))  # fmt: skip
         return out, lse
 
-    return twice(LIB, run)
+    return scheduled(LIB, run)
 
 
 def compare(q, k, v, *index, **options):
@@ -166,7 +166,7 @@ def append(k_cache, v_cache, k, v, slots, *, paged=False, cos=None, sin=None):
         LIB.emu_dha_append(ptr(k1), ptr(v1), ptr(k), ptr(v), ptr(slots), ptr(cos), ptr(sin), ints)
         return k1, v1
 
-    return twice(LIB, run)
+    return scheduled(LIB, run)
 
 
 def check_append():

@@ -1,6 +1,6 @@
 """Runs dha_attention's emulated CUDA kernels against the reference: ``emulated_attention_prefill.py CHECK``.
 
-Started by test_emulated.py with ASan preloaded. Every case runs under two thread schedules,
+Started by test_emulated.py with ASan preloaded. Calls run under two thread schedules,
 whose results must be the same bits.
 """
 
@@ -13,7 +13,7 @@ import sys
 import torch
 
 from build import build
-from emu_calls import CODES, shifted, twice
+from emu_calls import CODES, scheduled, shifted
 from tenfold import reference
 from tenfold.testing.tolerance import assert_close_to_ref
 
@@ -87,7 +87,7 @@ def attention(q, k, v, kmap, vmap, **options):
                               ctypes.c_void_p(lse.data_ptr()))  # fmt: skip
         return out, lse
 
-    return twice(LIB, run)
+    return scheduled(LIB, run)
 
 
 def inputs(b, h, hk, hv, sq, sk, d, dv, dtype, spread=1.0):
@@ -179,7 +179,7 @@ def backward(dout, q, k, v, out, lse, kmap, vmap, dlse=None, **options):
         LIB.emu_dha_attention_backward(ctypes.byref(n))
         return grads
 
-    return twice(LIB, run)
+    return scheduled(LIB, run)
 
 
 def check_gradients(args, options, use_dlse):

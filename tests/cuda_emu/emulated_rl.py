@@ -1,7 +1,7 @@
 """Runs the emulated CUDA kernels of ``rl`` through the test bodies of ``tests/ops/test_rl.py``.
 
-``emulated_rl.py CHECK``, started by test_emulated.py with ASan preloaded. Every launch runs under two
-thread schedules, whose results must be the same bits.
+``emulated_rl.py CHECK``, started by test_emulated.py with ASan preloaded. Calls run under two thread
+schedules, whose results must be the same bits.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import torch
 
 from build import build
-from emu_calls import numbers, ptr, twice
+from emu_calls import numbers, ptr, scheduled
 from tenfold import reference
 from tenfold.ops.rl.segments import NO_LIMIT
 
@@ -56,7 +56,7 @@ def launch(name, cu, like, inputs, outputs, more=(), doubles=()):
         getattr(LIB, f"emu_{name}")(*args, *([real(*doubles)] if doubles else []))
         return [x for x in made if x is not None]
 
-    return twice(LIB, run)
+    return scheduled(LIB, run)
 
 
 def rows_of(x, cu):
@@ -315,12 +315,12 @@ def check_wrong():
 def safe(op, *args, **kwargs):
     """Whatever the result is: nothing outside the arrays is touched (AddressSanitizer sees it)."""
     LIB.emu_schedule(5)
-    global twice
-    before, twice = twice, lambda _, run: run()
+    global scheduled
+    before, scheduled = scheduled, lambda _, run: run()
     try:
         op(*args, **kwargs)
     finally:
-        twice = before
+        scheduled = before
 
 
 if __name__ == "__main__":
