@@ -5,7 +5,6 @@ import gzip
 import os
 import re
 import signal
-import subprocess
 import sys
 import threading
 import time

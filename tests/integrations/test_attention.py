@@ -3,7 +3,6 @@
 Judged against ``sdpa`` (``eager`` for soft-capped logits) on tiny random models of several families.
 """
 
-import subprocess
 import sys
 
 import pytest
@@ -18,10 +17,10 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
-from tenfold.testing import processes
 from tenfold import ops
 from tenfold.integrations import attention
 from tenfold.integrations import transformers as hf
+from tenfold.testing import processes
 
 TOL = {"atol": 2e-5, "rtol": 1e-4}
 # What is special: windows, soft caps, biases, heads.

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tenfold.testing import processes
 from tenfold import ops
+from tenfold.testing import processes
 
 pytestmark = pytest.mark.host_kvpress
 VOCAB, LENGTH = 97, 300

@@ -2,7 +2,6 @@
 
 import importlib
 import importlib.metadata
-import subprocess
 import sys
 import warnings
 from functools import partial
@@ -11,10 +10,10 @@ import macro_cases as cases
 import pytest
 import torch
 
-from tenfold.testing import processes
 from tenfold import ops
 from tenfold.integrations._hosts import Replacement, after_import
 from tenfold.integrations.macro_actions import MacroActions
+from tenfold.testing import processes
 
 HOSTS = {"verl": "install", "openrlhf": "install", "skyrl": "register", "trl": "MacroAdvantages"}
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 from transformers import MistralConfig, MistralForCausalLM
 
-from tenfold.testing import processes
 from tenfold.dha.config import ConversionError, DhaConfig
 from tenfold.dha.conversion import Conversion, budgets_of, convert, convert_to_dha
 from tenfold.dha.model import DhaLlamaForCausalLM
 from tenfold.dha.record import ConversionRecord
 from tenfold.dha.recovery import distillation_loss, recover, teaching
 from tenfold.dha.training import parameter_groups, rate_factor
+from tenfold.testing import processes
 from tenfold.training import tiny as lm
 from tenfold.training.loop import make_accelerator
 

@@ -8,11 +8,11 @@ import hft_models as tiny
 import pytest
 import torch
 
-from tenfold.testing import processes
 from tenfold import hft
 from tenfold.hft.config import HFTConfig, parse_reselect
 from tenfold.hft.preference import dpo_loss, make_reference, sequence_log_probs
 from tenfold.hft.training import Draws, rate_factor
+from tenfold.testing import processes
 from tenfold.training.errors import TrainingError
 
 HERE = Path(__file__).resolve().parent

@@ -6,9 +6,9 @@ import hft_models as tiny
 import pytest
 import torch
 
-from tenfold.testing import processes
 from tenfold import hft
 from tenfold.hft.config import HFTConfig
+from tenfold.testing import processes
 
 HERE = Path(__file__).resolve().parent
 

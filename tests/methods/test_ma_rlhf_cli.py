@@ -14,7 +14,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from tenfold.testing import processes
 from tenfold.cli import ma_rlhf as cli
 from tenfold.cli.main import app
 from tenfold.ma_rlhf import inputs, pages, preferences, report, trainer
@@ -25,6 +24,7 @@ from tenfold.ma_rlhf.reward_model import RewardModel
 from tenfold.ma_rlhf.reward_training import RewardRecord
 from tenfold.ma_rlhf.samples import read_samples
 from tenfold.ma_rlhf.small import make_policy
+from tenfold.testing import processes
 
 ROOT = Path(__file__).resolve().parents[2]
 FEW = ["--steps", "2", "--batch-size", "4", "--max-response", "6", "--quiet"]

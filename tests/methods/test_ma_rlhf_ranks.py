@@ -9,9 +9,9 @@ import torch
 from accelerate.utils import DistributedType
 from ma_rlhf_ranks import KINDS, make
 
-from tenfold.testing import processes
 from tenfold.ma_rlhf.record import PPORecord
 from tenfold.ma_rlhf.trainer import _check_ranks
+from tenfold.testing import processes
 
 HERE = Path(__file__).resolve().parent
 

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 import sys
 from fractions import Fraction
 from pathlib import Path
@@ -16,7 +15,6 @@ from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
 from PIL import Image
 
-from tenfold.testing import processes
 from tenfold.pixelgpt import (
     FontFile,
     PixelProcessor,
@@ -29,6 +27,7 @@ from tenfold.pixelgpt import (
 from tenfold.pixelgpt.fonts import FontChain, packaged_font
 from tenfold.pixelgpt.glyphs import scaled
 from tenfold.pixelgpt.shaping import clusters, script_of
+from tenfold.testing import processes
 
 FONT = packaged_font()
 L = 16

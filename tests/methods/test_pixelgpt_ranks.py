@@ -7,11 +7,11 @@ import pytest
 import torch
 from test_pixelgpt_finetune import tuned
 
-from tenfold.testing import processes
 from tenfold.pixelgpt.classifier import PixelGPTForSequenceClassification
 from tenfold.pixelgpt.model import PixelGPTForCausalLM
 from tenfold.pixelgpt.pretraining import pretrain
 from tenfold.pixelgpt.record import FineTuneRecord, PretrainRecord
+from tenfold.testing import processes
 
 HERE = Path(__file__).resolve().parent
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from tenfold.testing import processes
 from tenfold.pixelgpt.config import PixelGPTConfig
 from tenfold.pixelgpt.model import PixelGPTForCausalLM, make_model
 from tenfold.pixelgpt.pretraining import pretrain
@@ -19,6 +18,7 @@ from tenfold.pixelgpt.small import model_for, packaged_corpus
 from tenfold.pixelgpt.steps import held_out_losses, target_counts
 from tenfold.pixelgpt.streams import MixtureBatches
 from tenfold.pixelgpt.train_config import PretrainConfig
+from tenfold.testing import processes
 
 HERE = Path(__file__).resolve().parent
 

@@ -3,8 +3,6 @@
 import hashlib
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,10 +10,9 @@ import torch
 import upit_dense as dense
 from safetensors.torch import load_file, save_file
 
-from tenfold.testing import processes
 from tenfold import reference
 from tenfold.reference.random import name_stream
-from tenfold.testing import threads
+from tenfold.testing import processes, threads
 from tenfold.upit import adapters
 from tenfold.upit.expand import expand
 from tenfold.upit.selection import child_seed, choose_pair, crossover, extended, similarities

@@ -310,10 +310,10 @@ inline void launch_rms_norm(const RmsArgs& a, cudaStream_t stream) {
   const auto blocks = static_cast<unsigned>(rms_blocks(a.rows, r.cols));
   with_rms_types(r.x_dtype, r.y_dtype, [&]<class X, class Y>() {
     const bool wide = rms_wide<X>(r.x_dtype, r.x, r.x_stride, r.cols) &&
-             rms_wide<X>(r.x_dtype, r.residual, r.residual_stride, r.cols) &&
-             rms_wide<X>(r.x_dtype, r.sum, r.sum_stride, r.cols) &&
-             rms_wide<X>(r.y_dtype, r.y, r.y_stride, r.cols) &&
-             rms_wide<X>(r.weight_dtype, r.weight, 0, r.cols);
+                      rms_wide<X>(r.x_dtype, r.residual, r.residual_stride, r.cols) &&
+                      rms_wide<X>(r.x_dtype, r.sum, r.sum_stride, r.cols) &&
+                      rms_wide<X>(r.y_dtype, r.y, r.y_stride, r.cols) &&
+                      rms_wide<X>(r.weight_dtype, r.weight, 0, r.cols);
     with_rms_rows(r.cols, wide, [&]<int kRowThreads, bool kWide>() {
       TENFOLD_LAUNCH((rms_norm_kernel<X, Y, kRowThreads, kWide>), blocks, kRmsThreads, stream, a);
     });
@@ -334,8 +334,8 @@ inline int64_t rms_strips(int64_t rows, int64_t cols, bool of_weight) {
   return strip == 0 ? 0 : (rows + strip - 1) / strip;
 }
 
-// All but strip. parts: room for rms_strips() rows of sums, or null; dw: what they are
-// added to.
+// All but strip. parts: room for rms_strips() rows of sums, or null; dw: what they
+// are added to.
 inline void launch_rms_norm_grad(RmsGradArgs a, void* dw, cudaStream_t stream) {
   const RmsGradRows& r = a.r;
   const bool of_weight = a.parts != nullptr;
@@ -344,14 +344,14 @@ inline void launch_rms_norm_grad(RmsGradArgs a, void* dw, cudaStream_t stream) {
   if (strips > 0)
     with_rms_types(r.x_dtype, r.y_dtype, [&]<class X, class Y>() {
       const bool wide = rms_wide<X>(r.y_dtype, r.dy, r.dy_stride, r.cols) &&
-               rms_wide<X>(r.x_dtype, r.h, r.h_stride, r.cols) &&
-               rms_wide<X>(r.x_dtype, r.dsum, r.dsum_stride, r.cols) &&
-               rms_wide<X>(r.x_dtype, r.dx, r.cols, r.cols) &&
-               rms_wide<X>(r.weight_dtype, r.weight, 0, r.cols);
+                        rms_wide<X>(r.x_dtype, r.h, r.h_stride, r.cols) &&
+                        rms_wide<X>(r.x_dtype, r.dsum, r.dsum_stride, r.cols) &&
+                        rms_wide<X>(r.x_dtype, r.dx, r.cols, r.cols) &&
+                        rms_wide<X>(r.weight_dtype, r.weight, 0, r.cols);
       const auto blocks = static_cast<unsigned>(strips);
       with_rms_rows(r.cols, wide, [&]<int kRowThreads, bool kWide>() {
-        TENFOLD_LAUNCH((rms_norm_grad_kernel<X, Y, kRowThreads, kWide>), blocks, kRmsThreads, stream,
-                       a);
+        TENFOLD_LAUNCH((rms_norm_grad_kernel<X, Y, kRowThreads, kWide>), blocks, kRmsThreads,
+                       stream, a);
       });
     });
   if (!of_weight || r.cols == 0) return;

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import importlib
 import json
 import os
@@ -155,4 +156,5 @@ def ranks(script: str | Path, *arguments: Any, count: int = 2) -> subprocess.Com
 if __name__ == "__main__":
     for name in sys.argv[1:]:
         importlib.import_module(name)
+    gc.freeze()  # for accelerate, which collects garbage after every run
     runpy.run_path(_serve(), run_name="__main__")
