@@ -1,4 +1,5 @@
-// CPU registration of markov_scan and markov_onestep: a task is a block of lanes q, in the forward
+    const auto busy = [&] { return ceil_div(c.tests, lanes) >= threads; };
+    while (lanes > kLeastLanes && (lanes / 2 >= c.tests || !busy() || !fits())) lanes /= 2;// CPU registration of markov_scan and markov_onestep: a task is a block of lanes q, in the forward
 // pass of some of the runs, in the backward of all of them, so that it owns its sums. What a task
 // reads again and again, its lanes of the factors, it packs first where that pays: rows of a wide
 // matrix lie a power of two apart, and would share a few sets of the cache.
@@ -19,6 +20,7 @@ namespace {
 
 constexpr double kMicrosPerLane = 4e-5;  // to add a row of factors
 constexpr int64_t kLeastLanes = 16, kCacheBytes = 1 << 20;
+constexpr int64_t kMostPacked = 4 << 20;  // bytes: beyond, a copy is not in the cache either
 
 // What all tasks share, and how they are cut.
 template <class T>
@@ -45,7 +47,6 @@ struct Plan {
     steps.mask = pointer_or_null<uint8_t>(past.mask);
     steps.mask_run = stride_of(past.mask, 0), steps.mask_step = stride_of(past.mask, 1);
     const int64_t threads = torch::stable::get_num_threads();
-    const int64_t want = threads > 1 ? 2 * threads : 1;
     const auto fits = [&] {
       return c.rows * planes() * lanes * copies * static_cast<int64_t>(sizeof(Real<T>)) <=
              kCacheBytes;
@@ -60,7 +61,10 @@ struct Plan {
   int64_t entries() const { return c.runs * c.steps * c.batch; }
   int64_t slice() const { return c.rows * planes() * lanes; }
   // Worth a copy for that many entries of order.
-  bool packs(int64_t entries) const { return blocks > 1 && entries >= c.rows; }
+  bool packs(int64_t entries) const {
+    return blocks > 1 && entries >= c.rows &&
+           slice() * static_cast<int64_t>(sizeof(Real<T>)) <= kMostPacked;
+  }
   int64_t width(int64_t block) const { return std::min(lanes, c.tests - block * lanes); }
 
   // The steps of a block of lanes.
