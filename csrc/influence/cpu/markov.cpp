@@ -1,5 +1,4 @@
-    const auto busy = [&] { return ceil_div(c.tests, lanes) >= threads; };
-    while (lanes > kLeastLanes && (lanes / 2 >= c.tests || !busy() || !fits())) lanes /= 2;// CPU registration of markov_scan and markov_onestep: a task is a block of lanes q, in the forward
+// CPU registration of markov_scan and markov_onestep: a task is a block of lanes q, in the forward
 // pass of some of the runs, in the backward of all of them, so that it owns its sums. What a task
 // reads again and again, its lanes of the factors, it packs first where that pays: rows of a wide
 // matrix lie a power of two apart, and would share a few sets of the cache.
@@ -51,7 +50,8 @@ struct Plan {
       return c.rows * planes() * lanes * copies * static_cast<int64_t>(sizeof(Real<T>)) <=
              kCacheBytes;
     };
-    while (lanes > kLeastLanes && (ceil_div(c.tests, lanes) < want || !fits())) lanes /= 2;
+    const auto busy = [&] { return ceil_div(c.tests, lanes) >= threads; };
+    while (lanes > kLeastLanes && (lanes / 2 >= c.tests || !busy() || !fits())) lanes /= 2;
     blocks = ceil_div(c.tests, lanes);
     micros = kMicrosPerLane * static_cast<double>(entries() * planes()) *
              static_cast<double>(c.tests);
