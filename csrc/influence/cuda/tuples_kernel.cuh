@@ -2,6 +2,8 @@
 // scatter_kernel.cuh over the entries of batches (of H), and over tuples (of G).
 #pragma once
 
+#include <cmath>
+
 #include "influence/cuda/scatter_kernel.cuh"
 
 namespace tenfold::cuda {
@@ -68,10 +70,7 @@ static __global__ void __launch_bounds__(kTupleThreads)
     }
     y = plane == a.lags ? factor : fused(factor, a.past(k, plane), y);
   }
-  if (lane == 0 && grad == nullptr) {
-    const R none{0};
-    out[k] = q >= 0 ? y : none / none;
-  }
+  if (lane == 0 && grad == nullptr) out[k] = q >= 0 ? y : static_cast<R>(NAN);
 }
 
 template <class T>
