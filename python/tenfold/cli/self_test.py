@@ -36,6 +36,7 @@ def wrong_op(device: str, dtype: torch.dtype) -> str:
     return (
         _kv_eviction(check, q, k, v) or _attention(check, q, k, v) or _optim(check, made)
         or _rl(check, made) or _loss(check, made) or _norm(check, made) or _pixels(check, made)
+        or _influence(check, made)
     )  # fmt: skip
 
 
@@ -175,3 +176,16 @@ def _pixels(check: Check, made: torch.Generator) -> str:
     mask = ops.patch_mask(torch.tensor([3, 4]), 5)
     loss = ops.patch_mse(*check.move(pred, image, mask))[0]
     return "" if check.near(loss, reference.patch_mse(pred, image, mask)[0]) else "patch_mse"
+
+
+def _influence(check: Check, made: torch.Generator) -> str:
+    factors = 0.1 * torch.randn(3, 9, 21, generator=made)
+    factors = factors.to(torch.bfloat16 if check.dtype == torch.bfloat16 else torch.float32)
+    order = torch.randint(-1, 9, (2, 12, 4), generator=made)
+    y0 = torch.randn(2, 2, 21, generator=made)
+    want = reference.markov_scan(factors, order, y0, True)
+    if not check.near(ops.markov_scan(*check.move(factors, order, y0), True), want):
+        return "markov_scan"
+    J, X = (torch.randn(3, 5, n, generator=made).to(check.dtype) for n in (40, 24))
+    scores = reference.outer_dot(J, X, J, X) / 1e3
+    return "" if check.near(ops.outer_dot(*check.move(J, X, J, X)) / 1e3, scores) else "outer_dot"

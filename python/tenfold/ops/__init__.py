@@ -23,6 +23,12 @@ from tenfold.ops.attention import (
     group_heads,
     head_cka,
 )
+from tenfold.ops.influence import (
+    markov_onestep,
+    markov_onestep_tuples,
+    markov_scan,
+    outer_dot,
+)
 from tenfold.ops.kv_eviction import (
     kv_compact_,
     kv_gather,
@@ -158,6 +164,9 @@ __all__ = [
     "macro_segment_lengths",
     "macro_segment_ppl",
     "macro_segment_starts",
+    "markov_onestep",
+    "markov_onestep_tuples",
+    "markov_scan",
     "mask_popcount",
     "mask_prefix",
     "mask_random",
@@ -174,6 +183,7 @@ __all__ = [
     "moe_swiglu_mlp",
     "nacl_evict",
     "nacl_select",
+    "outer_dot",
     "pack_mask",
     "pairwise_logsigmoid",
     "patch_mask",

@@ -16,6 +16,12 @@ from tenfold.reference.attention import (
     group_heads,
     head_cka,
 )
+from tenfold.reference.influence import (
+    markov_onestep,
+    markov_onestep_tuples,
+    markov_scan,
+    outer_dot,
+)
 from tenfold.reference.kv_eviction import (
     kv_compact_,
     kv_gather,
@@ -157,6 +163,9 @@ __all__ = [
     "macro_segment_lengths",
     "macro_segment_ppl",
     "macro_segment_starts",
+    "markov_onestep",
+    "markov_onestep_tuples",
+    "markov_scan",
     "mask_popcount",
     "mask_prefix",
     "mask_random",
@@ -174,6 +183,7 @@ __all__ = [
     "nacl_evict",
     "nacl_select",
     "name_stream",
+    "outer_dot",
     "pack_mask",
     "pairwise_logsigmoid",
     "patch_mask",
