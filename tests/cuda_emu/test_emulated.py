@@ -31,6 +31,7 @@ CHECKS = {
     "kernels_loss_traces": ["all"],
     "kernels_moe_experts": ["values edges"],
     "kernels_moe_routing": ["all"],
+    "kernels_influence": ["markov products"],
     "kernels_merge": ["all"],
     "kernels_norm": ["all"],
     "kernels": ["template proxy_scores", "nacl_select kv_moves ragged_decode"],

@@ -40,8 +40,10 @@ def _run(function, given, wrt, upstream):
     out = function(**given)
     if not wrt:
         return out, ()
-    grads = torch.autograd.grad(out, [given[k] for k in wrt], upstream.to(out))
-    return out.detach(), grads
+    leaves = [given[k] for k in wrt]
+    if not out.requires_grad:  # a definition of nothing
+        return out, [torch.zeros_like(x) for x in leaves]
+    return out.detach(), torch.autograd.grad(out, leaves, upstream.to(out), materialize_grads=True)
 
 
 def agree(name, given, device, wrt=(), plain=None):
