@@ -244,14 +244,14 @@ struct MarkovSource {
 
 // -- launches --------------------------------------------------------------------------------------
 
-// Sums of a stretch: what the second cache holds beside what is read.
-constexpr int64_t kStretchFloats = int64_t{4} << 20;
+// Numbers of a stretch: what the second cache holds beside what is read.
+constexpr int64_t kStretch = int64_t{4} << 20;
 
 // Steps of a stretch of `planes` planes, besides `beyond` more.
 template <class T>
-int64_t stretch_steps(const MarkovArgs<T>& a, int64_t planes, int64_t beyond) {
+int64_t stretch_steps(const MarkovArgs<T>& a, int64_t planes, int64_t beyond, int64_t numbers) {
   const int64_t step = planes * a.runs * a.tests;
-  const int64_t fit = kStretchFloats / (step > 0 ? step : 1) - beyond;
+  const int64_t fit = numbers / (step > 0 ? step : 1) - beyond;
   return fit < 1 ? 1 : fit < a.steps ? fit : a.steps;
 }
 
@@ -288,10 +288,11 @@ void launch_onestep(const MarkovArgs<T>& a, Real<T>* out, cudaStream_t stream) {
 
 // a.y is set to y, contiguous.
 template <class T>
-void launch_scan(MarkovArgs<T> a, Real<T>* y, const Room& room, cudaStream_t stream) {
+void launch_scan(MarkovArgs<T> a, Real<T>* y, const Room& room, cudaStream_t stream,
+                 int64_t stretch = kStretch) {
   a.y = y, a.y_run = a.steps * a.tests, a.y_step = a.tests;
   if (a.runs * a.steps * a.tests == 0) return;
-  const int64_t planes = a.lags + 1, most = stretch_steps(a, planes, 0);
+  const int64_t planes = a.lags + 1, most = stretch_steps(a, planes, 0, stretch);
   const int64_t bytes = planes * a.runs * most * a.tests * static_cast<int64_t>(sizeof(Real<T>));
   auto* const sums = static_cast<Real<T>*>(room(bytes));
   for (int64_t first = 0; first < a.steps; first += most) {
@@ -320,12 +321,13 @@ void launch_factor_gradient(const MarkovArgs<T>& a, const Upstream<Real<T>>& gra
 
 template <class T>
 void launch_scan_backward(const MarkovArgs<T>& a, const Upstream<Real<T>>& grad, T* grad_factors,
-                          Real<T>* grad_y0, const Room& room, cudaStream_t stream) {
+                          Real<T>* grad_y0, const Room& room, cudaStream_t stream,
+                          int64_t stretch = kStretch) {
   constexpr int64_t kSize = sizeof(Real<T>);
   const int64_t states = a.runs * a.steps * a.tests;
   auto* const lam = static_cast<Real<T>*>(room(states * kSize));
   if (states > 0) {
-    const int64_t most = stretch_steps(a, a.lags, a.lags);
+    const int64_t most = stretch_steps(a, a.lags, a.lags, stretch);
     const int64_t longest = most + a.lags < a.steps ? most + a.lags : a.steps;
     auto* const sums =
         static_cast<Real<T>*>(room(a.lags * a.runs * longest * a.tests * kSize));
