@@ -22,7 +22,9 @@ from .harness import Options, Result, measure, quick_options
 from .memory import measure_peaks
 from .results import Record, environment, make_record, plain, problems, save, source_state, wrong
 
-FAMILIES = ("attention", "influence", "kv_eviction", "loss", "merge", "moe", "norm", "optim", "pixels", "rl")
+FAMILIES = (
+    "attention", "influence", "kv_eviction", "loss", "merge", "moe", "norm", "optim", "pixels", "rl",
+)  # fmt: skip
 PARTIAL = ".json.partial"  # a run that has not ended, or that was stopped
 _PAGE = 1 << 12
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's mallopt
