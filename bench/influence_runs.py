@@ -9,6 +9,7 @@ operation each; ``peer:steps`` gathers the factors of a batch at its step, as pu
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ IT: Shape = {"R": 5, "T": 288, "Q": 1055, "B": 8, "M": 1400, "n": 1}
 STEPS = 1000  # of the form that gathers at every step: it takes seconds beyond
 
 
-def _inputs(s: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
+def _inputs(s: Shape, dtype: torch.dtype, device: torch.device, recorded: bool = False) -> Inputs:
     made = torch.Generator().manual_seed(0)
 
     def randn(*size: int) -> Tensor:
@@ -37,7 +38,7 @@ def _inputs(s: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
     r, t, b, m, q, n = (s[k] for k in "RTBMQn")
     order = torch.randint(0, m, (r, t, b), generator=made, dtype=torch.int32)
     counts = torch.zeros(r * t, m).scatter_add_(1, order.view(r * t, b).long(), torch.ones(r * t, b))
-    y = randn(r, t, q)
+    y = randn(r, t if recorded else 0, q)
     return Inputs(
         factors=(0.01 * randn(n + 1, m, q)).to(device, dtype), order=order.to(device),
         rows=order.long().to(device), y0=randn(r, n, q).to(device), y=y.to(device),
@@ -48,6 +49,11 @@ def _inputs(s: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
 def _bytes(s: Shape, size: int, backward: bool) -> int:
     factors, states = (s["n"] + 1) * s["M"] * s["Q"] * size, s["R"] * s["T"] * s["Q"] * 4
     return (2 if backward else 1) * (factors + states) + s["R"] * s["T"] * s["B"] * 4
+
+
+def _scratch(s: Shape) -> int:
+    """Of the plain form: sums, what it makes, and gradients of both."""
+    return (2 * (s["n"] + 1) + 4) * s["R"] * s["T"] * s["Q"] * 4
 
 
 def _sums(i: Inputs, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -109,7 +115,7 @@ def _scan_case(s: Shape, backward: bool, variant: str = "", **more: Any) -> Case
 
     providers: list[Provider] = [
         provider("tenfold", of(ours)),
-        provider("eager:counts", of(scan_by_counts)),
+        provider("eager:counts", of(scan_by_counts), scratch=_scratch(s)),
     ]
     if s["T"] <= STEPS:
         providers.append(provider("peer:steps", of(scan_by_steps)))
@@ -127,7 +133,8 @@ def _onestep_case(s: Shape, variant: str) -> Case:
         return ops.markov_onestep(i.factors, i.order, i.y, True, y0=i.y0)
 
     return Case(
-        op="markov_onestep", variant=variant, shape=s, dtype=torch.float32, inputs=_inputs,
+        op="markov_onestep", variant=variant, shape=s, dtype=torch.float32,
+        inputs=partial(_inputs, recorded=True),
         bytes=lambda shape, size: _bytes(shape, size, True) + shape["R"] * shape["T"] * shape["Q"] * 4,
         providers=[
             provider("tenfold", pulled_back(ours, "factors")),
