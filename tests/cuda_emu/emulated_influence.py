@@ -1,7 +1,8 @@
 """Runs the tests of ``influence`` on its emulated CUDA kernels: ``emulated_influence.py CHECK``.
 
 Started by test_emulated.py with ASan preloaded. The emulated kernels stand in for the CPU's, so that the tests of
-``tests/ops`` see them through the public ops. Calls run under two thread schedules, whose results must be the same bits.
+``tests/ops`` see them through the public ops. Calls run under two thread schedules, whose results must be the same
+bits.
 """
 
 from __future__ import annotations

@@ -53,9 +53,9 @@ differentiable("outer_dot", _save, _backward)
 def outer_dot(J: Tensor, X: Tensor, J2: Tensor, X2: Tensor, *, paired: bool = False) -> Tensor:
     """Inner products of the gradients of a linear layer's weight, without making any: ``<J^T X, J2^T X2>``.
 
-    ``sum((J[i] @ J2[k].T) * (X[i] @ X2[k].T))`` of all pairs (i, k). With the gradients J of an example's loss at the outputs of
-    its tokens (for softmax ``p - onehot``) and the layer's inputs X, this is exactly the product of two examples'
-    gradients: a checkpoint's part of TracIn, or Grad-Dot.
+    ``sum((J[i] @ J2[k].T) * (X[i] @ X2[k].T))`` of all pairs (i, k). With the gradients J of an example's loss at the
+    outputs of its tokens (for softmax ``p - onehot``) and the layer's inputs X, this is exactly the product of two
+    examples' gradients: a checkpoint's part of TracIn, or Grad-Dot.
 
     Args:
         J: [N, T, V] float32, bfloat16 or float16, of N examples with T tokens. Rows of zeros in J or X are padding.
@@ -66,8 +66,8 @@ def outer_dot(J: Tensor, X: Tensor, J2: Tensor, X2: Tensor, *, paired: bool = Fa
         All four may be without their first dimension: one pair.
 
     Returns:
-        float32 [N, M], [N] if ``paired``, or [] of one pair; sums in float32. Differentiable in all four: the backward pass is plain
-        PyTorch, and makes the products of all tokens with all tokens (N T M S numbers), never V x D.
+        float32 [N, M], [N] if ``paired``, or [] of one pair; sums in float32. Differentiable in all four: the backward
+        pass is plain PyTorch, and makes the products of all tokens with all tokens (N T M S numbers), never V x D.
 
     Raises:
         ValueError: shapes, devices, dtypes that differ. TypeError: dtype of J.

@@ -102,16 +102,16 @@ def markov_scan(
 ) -> Tensor:  # fmt: skip
     """Simulated runs: what a metric of test examples does over the batches of training, from its start alone.
 
-    ``y[t] = sum_j alpha_j y[t - j] + beta`` for every run and test example, where ``alpha_j`` and ``beta`` are sums over
-    the batch of step t: ``alpha_j = sum_b factors[j - 1, order[r, t, b], q]``, ``beta`` likewise of the last plane.
+    ``y[t] = sum_j alpha_j y[t - j] + beta`` for every run and test example, where ``alpha_j`` and ``beta`` are sums
+    over the batch of step t: ``alpha_j = sum_b factors[j - 1, order[r, t, b], q]``, ``beta`` of the last plane.
 
     Args:
-        factors: [n + 1, M, Q] float32 or bfloat16 (float64 for tests): of M training examples on Q test examples, planes
-            0 to n - 1 multiplicative (lags 1 to n, n >= 1), plane n additive.
+        factors: [n + 1, M, Q] float32 or bfloat16 (float64 for tests): of M training examples on Q test examples,
+            planes 0 to n - 1 multiplicative (lags 1 to n, n >= 1), plane n additive.
         order: int32 or int64 [R, T, B], the training examples of every step of R runs; -1 is none, anywhere in a
             batch; repeated ones count as often. ``order[:, t]`` leads to ``pred[:, t]``.
-        y0: float32 (float64 with float64 factors) [R, n, Q], the metric before step 0, the oldest first: lag 1 of step 0
-            is ``y0[:, n - 1]``. May be expanded over runs.
+        y0: float32 (float64 with float64 factors) [R, n, Q], the metric before step 0, the oldest first: lag 1 of
+            step 0 is ``y0[:, n - 1]``. May be expanded over runs.
         residual: alpha_1 has 1 more: a batch of factors 0 changes nothing.
         lengths: int32 or int64 [R], steps of each run, in [0, T]; predictions after them are 0 and have no gradient.
         reduction: ``"sum"``, or ``"mean"`` over those of a batch that are there (the 1 of ``residual`` is outside).
@@ -125,8 +125,8 @@ def markov_scan(
         length counts). ValueError: shapes, devices, n < 1, reduction. TypeError: dtypes.
 
     Source:
-        GPTfluence (arXiv 2404.07840), equation of the n-th order Markov process; sections 3.1, 3.4 and 6 of the method's
-        specification.
+        GPTfluence (arXiv 2404.07840), equation of the n-th order Markov process; sections 3.1, 3.4 and 6 of the
+        method's specification.
     """
     return call(
         _ops.markov_scan, factors, order, y0, residual, lengths=lengths, reduction=reduction
@@ -146,9 +146,9 @@ def markov_onestep(
         factors, order, residual, lengths, reduction: as in :func:`markov_scan`.
         y: float32 (float64 with float64 factors) [R, T, Q], recorded after each step; the last one is not read.
         y0: [R, n, Q], what was recorded before step 0, the oldest first; without it zeros.
-        mask: [R, T, Q] bool, int8 or uint8 (other dtypes: nonzero is yes), where y was recorded. What y holds elsewhere, NaN
-            too, is not used: a prediction of which one lag is missing is 0 and has no gradient. (Leave those out of the loss,
-            like missing targets.) Without a mask NaN makes NaN.
+        mask: [R, T, Q] bool, int8 or uint8 (other dtypes: nonzero is yes), where y was recorded. What y holds elsewhere,
+            NaN too, is not used: a prediction of which one lag is missing is 0 and has no gradient. (Leave those out of
+            the loss, like missing targets.) Without a mask NaN makes NaN.
 
     Returns:
         float32 (float64 of float64) [R, T, Q]. Differentiable in factors, y and y0, once.

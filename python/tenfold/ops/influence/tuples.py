@@ -56,26 +56,28 @@ def markov_onestep_tuples(
     """Steps (run, time, test example) of recorded runs, one by one, from features: a mini-batch of training.
 
     ``pred[k] = sum_j alpha_j hist[k, n - j] + beta``, where ``alpha_j`` is the product of row ``test_rows[k]`` of
-    ``G[j - 1]`` with the sum of the rows ``order_rows[k]`` of ``H[j - 1]``, and ``beta`` the same of the last planes: gather,
-    sums and products in one pass. It is :func:`markov_onestep` of factors ``H @ G^T``, of which only these are made.
+    ``G[j - 1]`` with the sum of the rows ``order_rows[k]`` of ``H[j - 1]``, and ``beta`` the same of the last planes:
+    gather, sums and products in one pass. It is :func:`markov_onestep` of factors ``H @ G^T``, of which only these are
+    made.
 
     Args:
-        H: [n + 1, M, E] float32 or bfloat16 (float64 for tests), features of M training examples, a plane per lag and the
-            additive one.
+        H: [n + 1, M, E] float32 or bfloat16 (float64 for tests), features of M training examples, a plane per lag and
+            the additive one.
         G: [n + 1, Q, E], dtype of H: features of Q test examples.
-        order_rows: int32 or int64 [N, B], rows of H: the batch of each tuple's step; -1 is none, repeated ones count as often.
+        order_rows: int32 or int64 [N, B], rows of H: the batch of each tuple's step; -1 is none, repeated ones count
+            as often.
         test_rows: int32 or int64 [N], rows of G.
         hist: float32 (float64 with float64 features) [N, n], what was recorded before the step, the oldest first.
         residual: alpha_1 has 1 more.
         reduction: ``"sum"``, or ``"mean"`` over those of a batch that are there.
 
     Returns:
-        float32 (float64 of float64) [N]. Differentiable in H, G and hist, once; the gradients of H and G are dense and the
-        same bits for any number of threads.
+        float32 (float64 of float64) [N]. Differentiable in H, G and hist, once; the gradients of H and G are dense and
+        the same bits for any number of threads.
 
     Raises:
-        IndexError: rows out of range (checked on the CPU; elsewhere such a training example is none, and the prediction of such
-        a test example is NaN). ValueError: shapes, devices, n < 1, reduction. TypeError: dtypes.
+        IndexError: rows out of range (checked on the CPU; elsewhere such a training example is none, and the prediction
+        of such a test example is NaN). ValueError: shapes, devices, n < 1, reduction. TypeError: dtypes.
 
     Source:
         GPTfluence (arXiv 2404.07840); sections 3.3 and 6 of the method's specification.
