@@ -1,7 +1,7 @@
 """Cases of ``markov_onestep_tuples`` and ``outer_dot``: part of the family ``influence``.
 
-Tuples: the published mini-batch of 128, forward and backward, features of 384. ``eager:bags`` sums the rows of a batch as
-bags of an embedding, ``peer:gather`` gathers them. Products of gradients: of all pairs of examples; ``eager`` multiplies
+Tuples: the published mini-batch of 128, forward and backward, features of 384. ``eager:bags`` sums the rows of a batch
+as bags of an embedding, ``peer:gather`` gathers them. Products of gradients: of all pairs; ``eager`` multiplies
 all tokens with all tokens.
 """
 

@@ -1,9 +1,9 @@
 """Cases of ``markov_scan`` and ``markov_onestep``: part of the family ``influence``.
 
 ``ft`` and ``it`` are the published sizes: fine-tuning (R 5, T 96, B 4, M = Q = 200) and instruction tuning (T 288, B 8,
-M 1400, Q 1055). Forward and backward, but for those of simulation. The plain forms: ``eager:counts`` sums the factors of
-all batches by one product with how often each batch has each training example (which is given to it), then goes step by
-step, one fused operation each; ``peer:steps`` gathers the factors of a batch at its step, as published code does.
+M 1400, Q 1055). Forward and backward, but for those of simulation. The plain forms: ``eager:counts`` sums the factors
+of all batches by one product with how often each batch has each training example (which is given to it), then goes step
+by step, one fused operation each; ``peer:steps`` gathers the factors of a batch at its step, as published code does.
 """
 
 from __future__ import annotations

@@ -146,7 +146,7 @@ def markov_onestep(
         factors, order, residual, lengths, reduction: as in :func:`markov_scan`.
         y: float32 (float64 with float64 factors) [R, T, Q], recorded after each step; the last one is not read.
         y0: [R, n, Q], what was recorded before step 0, the oldest first; without it zeros.
-        mask: [R, T, Q] bool, int8 or uint8 (other dtypes: nonzero is yes), where y was recorded. What y holds elsewhere,
+        mask: [R, T, Q] bool, int8 or uint8 (other dtypes: nonzero is yes), where y was recorded. What is elsewhere,
             NaN too, is not used: a prediction of which one lag is missing is 0 and has no gradient. (Leave those out of
             the loss, like missing targets.) Without a mask NaN makes NaN.
 
