@@ -113,6 +113,19 @@ def _pixelgpt(page: Page, quiet: bool) -> tuple[dict[str, Any], list[Any]]:
     return found.to_json(), tables
 
 
+def _gptfluence(page: Page, quiet: bool) -> tuple[dict[str, Any], list[Any]]:
+    from tenfold.gptfluence import demo
+
+    with progress(demo.STEPS, quiet) as step:
+        found = demo.run_demo(step=step)
+    demo.add_demo_section(found, page)
+    tables = [
+        table("Fine-tunings that were not learnt from", demo.COLUMNS, demo.table_rows(found)),
+        table("What examples do to one test", demo.PAIR_COLUMNS, demo.pair_rows(found), text=True),
+    ]
+    return found.to_json(), tables
+
+
 METHODS: dict[str, Callable[[Page, bool], tuple[dict[str, Any], list[Any]]]] = {
     "nacl": _nacl,
     "dha": _dha,
@@ -121,6 +134,7 @@ METHODS: dict[str, Callable[[Page, bool], tuple[dict[str, Any], list[Any]]]] = {
     "upit": _upit,
     "themis": _themis,
     "pixelgpt": _pixelgpt,
+    "gptfluence": _gptfluence,
 }
 
 
