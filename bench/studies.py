@@ -461,3 +461,59 @@ def themis_ppo_block(found: Found) -> str:
     columns = ("reward", "seed", "steps", "% of answers right before", "after", "score of the first step",
                "of the last", "KL")  # fmt: skip
     return markdown(columns, rows) if rows else "No run has been committed."
+
+
+_GPTFLUENCE = {"default": "GPTfluence", "reference": "GPTfluence as published", "ridge": "Simfluence, ridge", "table": "Simfluence, N(0, 1) start",
+               "similarity": "similarity of texts", "mean": "mean training run", "constant": "first value", "tracin": "TracIn-CP",
+               "tracin, head": "TracIn-CP, head alone", "grad-dot": "Grad-Dot", "grad-cosine": "Grad-cosine"}  # fmt: skip
+_SCALES = {"": "", "raw": ", raw", "fitted": ", scale from training runs", "oracle": ", scale in hindsight"}
+
+
+def _kinds(found: Found) -> list[tuple[str, Found]]:
+    return [("", found)] if "mse" in found else list(found.items())
+
+
+@generated("gptfluence-study", "gptfluence", "study", "study")
+def gptfluence_block(found: Found) -> str:
+    """Held-out runs: a line per method and scale, a pair of columns per seed."""
+    seeds = found["seeds"]
+    columns = ["method", *(f"{what}, seed {s['seed']}" for s in seeds for what in ("MSE", "Spearman"))]
+    rows = []
+    for name, one in seeds[0]["methods"].items():
+        for kind, _ in _kinds(one):
+            cells = [s["methods"][name][kind] if kind else s["methods"][name] for s in seeds]
+            rows.append([_GPTFLUENCE[name] + _SCALES[kind], *(_number(c[k], 4 if k == "mse" else 3) for c in cells for k in ("mse", "spearman"))])
+    s = found["setting"]
+    head = (
+        f"{s['runs'] - s['test_runs'] - 2} runs of {seeds[0]['steps']} steps to learn from, {s['test_runs']} to predict; {4 * s['tests_per_task']} tests; features by {s['encoders'][0]}; "
+        f"{100 * s['noise']:g} % of the examples have another's answer."
+    )
+    return f"{head}\n\n{markdown(columns, rows)}"
+
+
+@generated("gptfluence-more", "gptfluence", "study", "study")
+def gptfluence_more_block(found: Found) -> str:
+    """The study's other questions, a line each."""
+    seeds = found["seeds"]
+    lines: dict[str, list[str]] = {}
+
+    def add(name: str, cell: str) -> None:
+        lines.setdefault(name, []).append(cell)
+
+    for s in seeds:
+        for name, one in s["encoders"].items():
+            add(f"GPTfluence, features by {name}: MSE", _number(one["default"]["mse"], 4))
+        for name, one in s["intervals"].items():
+            every, rule = name.split(", ")
+            add(f"measured every {every} steps, {rule}: MSE", _number(one["mse"], 4))
+        for name in ("default", "mean", "constant"):
+            add(f"unseen examples, {_GPTFLUENCE[name]}: MSE", _number(s["unseen"]["examples"][name]["mse"], 4))
+        for name in ("default", "constant"):
+            add(f"unseen tests, {_GPTFLUENCE[name]}: MSE", _number(s["unseen"]["tests"][name]["mse"], 4))
+        a = s["counterfactual"]["agreement"]
+        add("without examples, simulated against retrained: correlation / rank correlation / equal signs",
+            f"{a['pearson']:.2f} / {a['spearman']:.2f} / {100 * a['signs']:.0f} %")  # fmt: skip
+        for name, one in s["mislabelled"].items():
+            add(f"mislabelled found by {name}: area (0.5: at random)", _number(one["area"]))
+    columns = ["question", *(f"seed {s['seed']}" for s in seeds)]
+    return markdown(columns, [[name, *cells] for name, cells in lines.items()])

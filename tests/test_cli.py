@@ -66,6 +66,8 @@ COMMANDS = [
     ["pixelgpt", "pretrain"],
     ["pixelgpt", "finetune"],
     ["pixelgpt", "reconstruct"],
+    ["gptfluence"],
+    *(["gptfluence", v] for v in ("record", "fit", "predict", "attribute", "evaluate", "plot")),
 ]
 FACT = "The secret code of Amelia is 48213."
 
@@ -153,6 +155,13 @@ class TestHelp:
                                                 "--out", "--json", "--quiet"),
                      ("pixelgpt", "finetune"): ("--model", "--task", "--data", "--modality", "--published",
                                                "--set", "--out", "--json"),
+                     ("gptfluence",): ("record", "fit", "predict", "attribute", "evaluate", "plot"),
+                     ("gptfluence", "record"): ("--data", "--tests", "--model", "--runs", "--every", "--subset", "--generate", "--out"),
+                     ("gptfluence", "fit"): ("--encoder", "--pooling", "--order", "--towers", "--set", "--published", "--out"),
+                     ("gptfluence", "predict"): ("--run", "--curriculum", "--first", "--without", "--json"),
+                     ("gptfluence", "attribute"): ("--kind", "--test", "--level", "--self", "--top"),
+                     ("gptfluence", "evaluate"): ("--simulator", "--methods", "--validation", "--out"),
+                     ("gptfluence", "plot"): ("--simulator", "--runs", "--out"),
                      ("pixelgpt", "reconstruct"): ("--model", "--file", "--write", "--denorm", "--out", "--json"),
                      ("pixelgpt", "render"): ("--out", "--pair", "--words", "--wrap", "--mode", "--font", "--scale",
                                               "--patches", "--direction", "--on-missing", "--json"),
@@ -604,7 +613,7 @@ class TestDemo:
         said = fails("demo", "nacl", "alchemy", "--out", tmp_path, *extra)
         assert (
             said
-            == "tenfold: unknown method alchemy; there are: nacl, dha, hft, ma-rlhf, upit, themis, pixelgpt\n"
+            == "tenfold: unknown method alchemy; there are: nacl, dha, hft, ma-rlhf, upit, themis, pixelgpt, gptfluence\n"
         )
         assert list(tmp_path.iterdir()) == []
 
