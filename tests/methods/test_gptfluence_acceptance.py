@@ -32,7 +32,7 @@ class TestClosedForms:
         factors = torch.tensor([a, b], dtype=torch.float64).view(2, 1, 1)
         made = simulate(factors, torch.zeros(1, steps, 1, dtype=torch.int32), torch.tensor([[y0]]),
                         SimulatorConfig(residual=False))  # fmt: skip
-        k = torch.arange(steps + 1)
+        k = torch.arange(steps + 1).double()
         torch.testing.assert_close(made[0, :, 0], a**k * y0 + b * (1 - a**k) / (1 - a))
 
     def test_fibonacci(self):

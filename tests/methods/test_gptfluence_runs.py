@@ -269,3 +269,50 @@ class TestPublishedLayout:
             file.write_text(text)
             with pytest.raises(ValueError, match=words):
                 read_samples(file)
+
+
+class TestGeneration:
+    def made(self, **options):
+        from tokenizers import Tokenizer, models, pre_tokenizers
+        from transformers import PreTrainedTokenizerFast
+
+        from tenfold.gptfluence import GenerationMetric
+
+        made = Tokenizer(models.WordLevel({chr(97 + i): i for i in range(26)} | {"<e>": 26, "<u>": 27}, unk_token="<u>"))
+        made.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<e>", unk_token="<u>")
+        return GenerationMetric(tokenizer, ["abc", "z"], ["x y z", "the cat sat on the mat"], max_new_tokens=6, **options)
+
+    def test_scores_are_those_of_the_packages(self, monkeypatch):
+        from sacrebleu import sentence_bleu
+
+        metric = self.made()
+        monkeypatch.setattr(metric, "generate", lambda model, tests: ["the cat sat on a mat" if t else "x y z" for t in tests])
+        found = metric(None, [1, 0])
+        want = sentence_bleu("the cat sat on a mat", ["the cat sat on the mat"]).score
+        assert found["bleu"].tolist() == pytest.approx([want, sentence_bleu("x y z", ["x y z"]).score])
+        assert found["rougeL"].tolist() == pytest.approx([10 / 12, 1.0]) and metric.scales == {"bleu": "0-100", "rougeL": "0-1"}
+
+    def test_texts_are_drawn_alike_and_alone(self):
+        model, metric = tiny.tiny().eval(), self.made(batch_size=1)
+        one = metric.generate(model, [0, 1])
+        torch.rand(3)
+        assert one == metric.generate(model, [0, 1]) and metric.generate(model, [1]) == one[1:]
+        greedy = self.made(temperature=0).generate(model, [0])
+        with torch.no_grad():
+            ids = torch.tensor([[0, 1, 2]])
+            want = int(model(ids).logits[0, -1].argmax())
+        assert greedy[0][:1] in (chr(97 + want) if want < 26 else "", "")
+
+    def test_refusals(self, monkeypatch):
+        import importlib.util
+
+        from tenfold.gptfluence import GenerationMetric
+
+        with pytest.raises(ValueError, match="there are 1 prompts and 2 references"):
+            GenerationMetric(None, ["a"], ["b", "c"])
+        with pytest.raises(ValueError, match="measures must be one of bleu, rougeL, got 'meteor'"):
+            GenerationMetric(None, ["a"], ["b"], ["meteor"])
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+        with pytest.raises(ModuleNotFoundError, match=r"bleu needs sacrebleu; install it with `pip install 'tenfold\[gptfluence\]'`"):
+            GenerationMetric(None, ["a"], ["b"])

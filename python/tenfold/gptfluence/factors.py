@@ -103,7 +103,7 @@ class ConcatFactors(nn.Module):
         hidden = torch.relu(left[:, None] + right)  # [M, Q, hidden]
         if self.middle is not None:
             hidden = torch.relu(self.middle(hidden))
-        return self.heads(hidden).permute(2, 0, 1)
+        return self.heads(hidden).permute(2, 0, 1).contiguous()
 
 
 def make_factors(config: SimulatorConfig, train_width: int, test_width: int) -> ProductFactors | ConcatFactors:

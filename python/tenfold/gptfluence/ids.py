@@ -93,7 +93,7 @@ def _padded(order: Any, what: str) -> Tensor:
     for name in (name for step in steps for name in step):
         if isinstance(name, bool) or not isinstance(name, int | np.integer):
             raise TypeError(f"{what} must hold integers, got {name!r} ({type(name).__name__})")
-    width = max((len(step) for step in steps), default=0)
+    width = max((len(step) for step in steps), default=0) or 1
     return torch.tensor([[*step, *[-1] * (width - len(step))] for step in steps], dtype=torch.int64).view(-1, width)  # fmt: skip
 
 

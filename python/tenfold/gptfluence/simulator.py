@@ -17,7 +17,7 @@ from tenfold.gptfluence.config import SimulatorConfig
 from tenfold.gptfluence.factors import make_factors
 from tenfold.gptfluence.features import Features, check_together
 from tenfold.gptfluence.fitting import Callback, Fit, FitRecord
-from tenfold.gptfluence.ids import Id, order_tensor
+from tenfold.gptfluence.ids import Id, checked, order_tensor
 from tenfold.gptfluence.recurrence import DIVERGED, UNSTABLE, batches_of, simulate, stability
 from tenfold.gptfluence.runs import RunSet, check_disjoint
 from tenfold.training.store import write_text
@@ -149,7 +149,7 @@ class Simulator:
     def order_of(self, curriculum: Any) -> Tensor:
         """Rows int32 [R, T, B] of ids [T][B] or [R][T][B], given as lists or an integer array; -1 is none."""
         if not isinstance(curriculum, Tensor):
-            curriculum = _mapped(curriculum, lambda name: -1 if name == -1 else self.train.index.row(name))
+            curriculum = _mapped(curriculum, lambda name: -1 if name == -1 else self.train.index.row(checked(name, "curriculum")))
             order = order_tensor(curriculum, "curriculum")
         else:
             order = order_tensor(curriculum, "curriculum").long()
