@@ -67,19 +67,22 @@ def record(
     from tenfold.gptfluence.config import RecordConfig
     from tenfold.gptfluence.recording import record_runs, rows_of_samples
     from tenfold.gptfluence.reference_format import read_samples
+    from tenfold.training.loop import is_main_process
 
     config = opt.settings_of(RecordConfig, preset, given, more)
     samples, asked = read_samples(data), read_samples(tests)
     network, tokenizer = load_model(model, dtype_of(dtype), rank_device(device))
     parts = [rows_of_samples(list(s.values()), tokenizer, config.length) for s in (samples, asked)]
-    for name, these in ((inputs.TRAIN, samples), (inputs.TESTS, asked)):
-        inputs.write_samples(these, folder / name)
     with progress(config.runs, quiet or json) as step:
         made = record_runs(
             network, *parts, folder / inputs.RUNS, config, ids=list(samples), test_ids=list(asked),
             groups=[s.get("group", "") for s in samples.values()], tokenizer=tokenizer,
             test_samples=list(asked.values()), step=step,
         )  # fmt: skip
+    if not is_main_process():
+        return
+    for name, these in ((inputs.TRAIN, samples), (inputs.TESTS, asked)):
+        inputs.write_samples(these, folder / name)
     if json:
         write_json({"folder": str(folder), "runs": [str(m) for m in made], "config": config.to_json()})
         return
