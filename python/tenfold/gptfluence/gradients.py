@@ -184,9 +184,9 @@ class GradientTracker:
         self.score, self.every = score, every
         self.scores: dict[int, Tensor] = {}
 
-    def step(self, model: nn.Module, step: int) -> None:
-        """``step`` steps have been made. The model comes out in the mode in which it went in."""
-        if step % self.every:
+    def step(self, model: nn.Module, step: int, keep: bool = False) -> None:
+        """``step`` steps have been made; ``keep``: stored in any case. The model comes out in the mode in which it went in."""
+        if step % self.every and not keep:
             return
         was = model.training
         model.eval()

@@ -118,24 +118,16 @@ class StoredScores:
         """What is called after the steps of a run of that many."""
 
         def watched(model: Any, step: int) -> None:
+            if not step:
+                return
             for tracker in self.trackers.values():
-                if step == steps:
-                    GradientTracker.step(_every_step(tracker), model, step)
-                elif step:
-                    tracker.step(model, step)
+                tracker.step(model, step, keep=step == steps)
             if step == steps:
                 self.cosine = self._final(model)
                 self.file.parent.mkdir(parents=True, exist_ok=True)
                 torch.save({n: t.scores for n, t in self.trackers.items()} | {"cosine": self.cosine}, self.file)
 
         return watched
-
-
-def _every_step(tracker: GradientTracker) -> GradientTracker:
-    """The same tracker, for the last state, which is always kept."""
-    made = copy.copy(tracker)
-    made.every = 1
-    return made
 
 
 def _inputs(rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
