@@ -77,7 +77,7 @@ class Simulator:
 
     def rows(self, runs: RunSet) -> RunSet:
         """The runs with rows of this simulator's features in ``order``. UnknownId names an example without features."""
-    if runs.metric != self.metric and self.metric:
+        if runs.metric != self.metric and self.metric:
             raise ValueError(f"the simulator was fitted to {self.metric!r}, the runs have {runs.metric!r}")
         if self.metric and runs.scale != self.scale:
             raise ValueError(f"the simulator was fitted to the scale {self.scale!r}, the runs are on {runs.scale!r}")
