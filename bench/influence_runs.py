@@ -37,7 +37,9 @@ def _inputs(s: Shape, dtype: torch.dtype, device: torch.device, recorded: bool =
 
     r, t, b, m, q, n = (s[k] for k in "RTBMQn")
     order = torch.randint(0, m, (r, t, b), generator=made, dtype=torch.int32)
-    counts = torch.zeros(r * t, m).scatter_add_(1, order.view(r * t, b).long(), torch.ones(r * t, b))
+    counts = torch.zeros(r * t, m).scatter_add_(
+        1, order.view(r * t, b).long(), torch.ones(r * t, b)
+    )
     y = randn(r, t if recorded else 0, q)
     return Inputs(
         factors=(0.01 * randn(n + 1, m, q)).to(device, dtype), order=order.to(device),

@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from . import sources, studies
@@ -102,13 +103,57 @@ def ledger(root: Path) -> str:
     return "CUDA kernels: " + "; ".join(lines) + "."
 
 
+SUMMARY_COLUMNS = (
+    "family",
+    "op",
+    "dtypes",
+    "cases",
+    "least",
+    "median",
+    "most",
+    "of ceiling, median",
+)
+
+
+def newest(records: Sequence[Record]) -> list[Record]:
+    """The last measured record of every family, in the order of their names."""
+    found = {r["family"]: r for r in sorted(records, key=lambda r: (r["date"], r["time"]))}
+    return [found[name] for name in sorted(found)]
+
+
+def summary_rows(record: Record) -> Rows:
+    """A family's ops, by how many times as fast as the best other provider they were: rows of ``SUMMARY_COLUMNS``."""
+    rows: Rows = []
+    groups: dict[str, list[Record]] = {}
+    for case in record["cases"]:
+        groups.setdefault(case["op"], []).append(case)
+    for op, cases in groups.items():
+        ratios = [c["ratios"]["best_other"] for c in cases if c["ratios"].get("best_other")]
+        ours = (next(p for p in c["providers"].values() if p["kind"] == "tenfold") for c in cases)
+        shares = [p["share"] for p in ours if p["share"] is not None]
+        if ratios:
+            spread = [_ratio(f(ratios)) for f in (min, median, max)]
+            share = f"{100 * median(shares):.0f} %" if shares else "–"
+            dtypes = ", ".join(dict.fromkeys(c["dtype"] for c in cases))
+            rows.append([record["family"], op, dtypes, str(len(ratios)), *spread, share])
+    return rows
+
+
+def summary_block(root: Path) -> str:
+    """README's table of ops: the last measurement of every family, a row per op."""
+    records = newest(load_records(root))
+    rows = [row for r in records for row in summary_rows(r)]
+    where = [f"`{r['family']}` on {setting(r).split('; ')[0]}." for r in records]
+    return "\n".join([markdown(SUMMARY_COLUMNS, rows), "", *where, "", ledger(root)])
+
+
 def ops_block(root: Path) -> str:
-    """README's table of ops."""
+    """The table of all cases."""
     parts = []
     for record in load_records(root):
         parts += [f"`{record['family']}` on {setting(record)}.", "",
                   markdown(COLUMNS, map(row_of, record["cases"])), ""]  # fmt: skip
-    return "\n".join([*parts, ledger(root)])
+    return "\n".join(parts).strip()
 
 
 MEMORY_COLUMNS = (
@@ -146,7 +191,12 @@ def memory_block(family: str) -> Callable[[Path], str]:
     return block
 
 
-BLOCKS = {"ops": ops_block, "loss-memory": memory_block("loss"), **studies.BLOCKS}
+BLOCKS = {
+    "ops": ops_block,
+    "summary": summary_block,
+    "loss-memory": memory_block("loss"),
+    **studies.BLOCKS,
+}
 
 
 def rewrite(root: Path, path: Path) -> str:

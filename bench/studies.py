@@ -466,7 +466,12 @@ def themis_ppo_block(found: Found) -> str:
 _GPTFLUENCE = {"default": "GPTfluence", "reference": "GPTfluence as published", "ridge": "Simfluence, ridge", "table": "Simfluence, N(0, 1) start",
                "similarity": "similarity of texts", "mean": "mean training run", "constant": "first value", "tracin": "TracIn-CP",
                "tracin, head": "TracIn-CP, head alone", "grad-dot": "Grad-Dot", "grad-cosine": "Grad-cosine"}  # fmt: skip
-_SCALES = {"": "", "raw": ", raw", "fitted": ", scale from training runs", "oracle": ", scale in hindsight"}
+_SCALES = {
+    "": "",
+    "raw": ", raw",
+    "fitted": ", scale from training runs",
+    "oracle": ", scale in hindsight",
+}
 
 
 def _kinds(found: Found) -> list[tuple[str, Found]]:
@@ -477,12 +482,24 @@ def _kinds(found: Found) -> list[tuple[str, Found]]:
 def gptfluence_block(found: Found) -> str:
     """Held-out runs: a line per method and scale, a pair of columns per seed."""
     seeds = found["seeds"]
-    columns = ["method", *(f"{what}, seed {s['seed']}" for s in seeds for what in ("MSE", "Spearman"))]
+    columns = [
+        "method",
+        *(f"{what}, seed {s['seed']}" for s in seeds for what in ("MSE", "Spearman")),
+    ]
     rows = []
     for name, one in seeds[0]["methods"].items():
         for kind, _ in _kinds(one):
             cells = [s["methods"][name][kind] if kind else s["methods"][name] for s in seeds]
-            rows.append([_GPTFLUENCE[name] + _SCALES[kind], *(_number(c[k], 4 if k == "mse" else 3) for c in cells for k in ("mse", "spearman"))])
+            rows.append(
+                [
+                    _GPTFLUENCE[name] + _SCALES[kind],
+                    *(
+                        _number(c[k], 4 if k == "mse" else 3)
+                        for c in cells
+                        for k in ("mse", "spearman")
+                    ),
+                ]
+            )
     s = found["setting"]
     head = (
         f"{s['runs'] - s['test_runs'] - 2} runs of {seeds[0]['steps']} steps to learn from, {s['test_runs']} to predict; {4 * s['tests_per_task']} tests; features by {s['encoders'][0]}; "
@@ -507,9 +524,15 @@ def gptfluence_more_block(found: Found) -> str:
             every, rule = name.split(", ")
             add(f"measured every {every} steps, {rule}: MSE", _number(one["mse"], 4))
         for name in ("default", "mean", "constant"):
-            add(f"unseen examples, {_GPTFLUENCE[name]}: MSE", _number(s["unseen"]["examples"][name]["mse"], 4))
+            add(
+                f"unseen examples, {_GPTFLUENCE[name]}: MSE",
+                _number(s["unseen"]["examples"][name]["mse"], 4),
+            )
         for name in ("default", "constant"):
-            add(f"unseen tests, {_GPTFLUENCE[name]}: MSE", _number(s["unseen"]["tests"][name]["mse"], 4))
+            add(
+                f"unseen tests, {_GPTFLUENCE[name]}: MSE",
+                _number(s["unseen"]["tests"][name]["mse"], 4),
+            )
         a = s["counterfactual"]["agreement"]
         add("without examples, simulated against retrained: correlation / rank correlation / equal signs",
             f"{a['pearson']:.2f} / {a['spearman']:.2f} / {100 * a['signs']:.0f} %")  # fmt: skip

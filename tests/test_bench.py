@@ -789,13 +789,15 @@ class TestReport:
         assert status == 0 and "README.md: renewed" in said and "nacl.md: renewed" in said
         assert run("--readme", "--check") == (0, "")
         text = readme.read_text()
-        row = "| " + " | ".join(report.row_of(record["cases"][0])) + " |"
+        row = "| " + " | ".join(report.summary_rows(record)[0]) + " |"
         assert row in text and record["commit"][:10] in text
+        row = "| " + " | ".join(report.row_of(record["cases"][0])) + " |"
+        assert row in (checkout / "docs/benchmarks.md").read_text()
         assert (
             "| needle | 512 | 20 % | nacl | 3 | 0.67 | -0.500 | – | 3 | 4.8 |" in study.read_text()
         )
         # Only what stands between the marks was changed.
-        cut = re.compile(r"<!-- ops:begin -->.*?<!-- ops:end -->", re.DOTALL)
+        cut = re.compile(r"<!-- summary:begin -->.*?<!-- summary:end -->", re.DOTALL)
         assert cut.sub("", text) == cut.sub("", before)
 
     @pytest.mark.parametrize("name", ["README.md", "docs/methods/nacl.md"])

@@ -237,17 +237,53 @@ void product_dots(const MoeProduct& p) {
   }
 }
 
-// Two vectors past the caches.
+// So few slots are summed in registers, kDown rows at a time, straight into the result: packing
+// and a tile of sums would be more bytes than the result itself.
+constexpr int64_t kFewSlots = 16;
+#if defined(TENFOLD_ISA_AVX512)
+constexpr int kDown = 8;  // 16 sums, 2 vectors of a
+#else
+constexpr int kDown = 4;
+#endif
+
 template <class T>
-void stream_two(T* to, const float* from) {
-  if constexpr (sizeof(T) == 4) {
-    stream(to, load(from));
-    stream(to + kWidth, load(from + kWidth));
-  } else {
-    alignas(64) float both[kWidth];
-    store(reinterpret_cast<T*>(both), load(from));
-    store(reinterpret_cast<T*>(both) + kWidth, load(from + kWidth));
-    stream(reinterpret_cast<float*>(to), load(both));
+void wgrad_few(const MoeWgrad& p) {
+  const T* a[kFewSlots];
+  for (int64_t s = 0; s < p.slots; ++s) a[s] = row_at<T>(p.a, p.first + s) + p.col;
+  for (int64_t r = 0; r < p.rows; r += kDown) {
+    const int rows = static_cast<int>(p.rows - r < kDown ? p.rows - r : kDown);
+    float by[kFewSlots][8] = {};
+    for (int64_t s = 0; s < p.slots; ++s)
+      row_to_float(row_at<T>(p.dy, p.first + s) + p.row + r, rows, by[s]);
+    T* const out = static_cast<T*>(p.out) + r * p.out_stride;
+    const auto sum = [&](auto read, auto write) __attribute__((always_inline)) {
+      VF sums[kDown][2];
+#pragma GCC unroll 8
+      for (auto& row : sums) row[0] = row[1] = set1(0.0f);
+      for (int64_t s = 0; s < p.slots; ++s) {
+        VF x[2];
+        read(a[s], x);
+#pragma GCC unroll 8
+        for (int d = 0; d < kDown; ++d) {
+          const VF y = set1(by[s][d]);
+          sums[d][0] = fma(x[0], y, sums[d][0]);
+          sums[d][1] = fma(x[1], y, sums[d][1]);
+        }
+      }
+      for (int d = 0; d < rows; ++d) write(out + d * p.out_stride, sums[d]);
+    };
+    int64_t c = 0;
+    for (; c + 2 * kWidth <= p.cols; c += 2 * kWidth) {
+      sum([&](const T* from, VF(&x)[2]) { get_two<false>(from + c, x); },
+          [&](T* to, const VF(&x)[2]) {
+            put_two<false>(to + c, x, p.past_caches && is_aligned(to + c));
+          });
+    }
+    for (; c < p.cols; c += kWidth) {
+      const int n = static_cast<int>(p.cols - c < kWidth ? p.cols - c : kWidth);
+      sum([&](const T* from, VF(&x)[2]) { x[0] = x[1] = load_n(from + c, n); },
+          [&](T* to, const VF(&x)[2]) { store_n(to + c, x[0], n); });
+    }
   }
 }
 
@@ -270,11 +306,11 @@ void wgrad_tile(const MoeWgrad& p) {
     const float* const sums = p.sums + r * kMoePitch;
     int64_t c = 0;
     if (p.past_caches && is_aligned(to))
-      for (; c + 2 * kWidth <= p.cols; c += 2 * kWidth) stream_two(to + c, sums + c);
+      for (; c + 2 * kWidth <= p.cols; c += 2 * kWidth)
+        put_two<true>(to + c, {load(sums + c), load(sums + c + kWidth)}, true);
     for (; c + kWidth <= p.cols; c += kWidth) store(to + c, load(sums + c));
     if (c < p.cols) store_n(to + c, load(sums + c), static_cast<int>(p.cols - c));
   }
-  if (p.past_caches) stream_fence();
 }
 
 }  // namespace
@@ -292,7 +328,14 @@ void moe_product(const MoeProduct& p) {
 }
 
 void moe_wgrad(const MoeWgrad& p) {
-  with_dtype(p.dtype, [&]<class T, bool Dot>() { wgrad_tile<T, Dot>(p); });
+  with_dtype(p.dtype, [&]<class T, bool Dot>() {
+    if (p.slots <= kFewSlots) {
+      wgrad_few<T>(p);
+    } else {
+      wgrad_tile<T, Dot>(p);
+    }
+  });
+  if (p.past_caches) stream_fence();
 }
 
 TENFOLD_ISA_END
