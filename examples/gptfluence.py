@@ -40,7 +40,9 @@ def own_loop(model, material, curriculum, folder: Path) -> None:
         recorder.finish(model)
     run = gptfluence.read_run(folder)
     first, last = run.values["loss"][[0, -1]].mean(1).tolist()
-    print(f"own loop: {len(run.order) - 1} steps, mean loss of {len(run.test_ids)} tests {first:.3f} -> {last:.3f}")
+    print(
+        f"own loop: {len(run.order) - 1} steps, mean loss of {len(run.test_ids)} tests {first:.3f} -> {last:.3f}"
+    )
 
 
 def trainer(model, material, folder: Path) -> None:
@@ -49,7 +51,10 @@ def trainer(model, material, folder: Path) -> None:
 
     rows = [{k: v[i] for k, v in material.rows.items()} for i in range(len(material.samples))]
     callback = gptfluence.DynamicsCallback(
-        folder / "run", range(len(material.tests)), [gptfluence.LossMetric(material.test_rows)], every=5
+        folder / "run",
+        range(len(material.tests)),
+        [gptfluence.LossMetric(material.test_rows)],
+        every=5,
     )
     args = TrainingArguments(output_dir=str(folder / "out"), max_steps=20, per_device_train_batch_size=4, learning_rate=1e-3,
                              report_to=[], save_strategy="no", disable_tqdm=True, logging_strategy="no")  # fmt: skip
@@ -63,7 +68,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--runs", type=int, default=16)
-    parser.add_argument("--encoder", default="minilm", help="minilm, bag, or a folder of an AutoModel")
+    parser.add_argument(
+        "--encoder", default="minilm", help="minilm, bag, or a folder of an AutoModel"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="where the report is written")
     parser.add_argument("--json", type=Path, help="where the result is written")
@@ -77,7 +84,9 @@ def main() -> None:
     with threads(1), tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         model = study.parent_model(2, 2, 100, chosen.seed)
-        own_loop(model, material, gptfluence.make_curricula(config, material.groups)[0], folder / "own")
+        own_loop(
+            model, material, gptfluence.make_curricula(config, material.groups)[0], folder / "own"
+        )
         trainer(model, material, folder / "trainer")
         runs = study.record(material, model, config, folder / "runs")
     train, held, test = runs.split(2, 3)
@@ -87,18 +96,26 @@ def main() -> None:
         one.fit(train, held)
     found = study.judged(made, test)
     for name, e in found.items():
-        print(f"{study.NAMES[name]}: all-steps MSE {e['mse']:.4f}, final-step Spearman {e['spearman']:.3f}")
+        print(
+            f"{study.NAMES[name]}: all-steps MSE {e['mse']:.4f}, final-step Spearman {e['spearman']:.3f}"
+        )
 
     scores = made["default"].attribute(kind="delta")
     best = int(scores[:, 0].argmin())
     print(f"test: {' '.join(material.tests[0]['text'].split())[:80]}")
-    print(f"helps it most ({scores[best, 0]:+.4f}): {' '.join(material.samples[best]['text'].split())[:80]}")
+    print(
+        f"helps it most ({scores[best, 0]:+.4f}): {' '.join(material.samples[best]['text'].split())[:80]}"
+    )
     if chosen.out:
         predicted = {name: study.predicted(one, test) for name, one in made.items()}
         print("report:", gptfluence.write_report(chosen.out / "index.html", test, predicted, found))
     if chosen.json:
         chosen.json.parent.mkdir(parents=True, exist_ok=True)
-        about = {"torch": torch.__version__, "machine": platform.machine(), "encoder": chosen.encoder}
+        about = {
+            "torch": torch.__version__,
+            "machine": platform.machine(),
+            "encoder": chosen.encoder,
+        }
         chosen.json.write_text(json.dumps(about | {"methods": found}, indent=1) + "\n")
 
 

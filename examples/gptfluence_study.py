@@ -26,7 +26,17 @@ from pathlib import Path
 
 import torch
 
-from tenfold.gptfluence import BagEncoder, RecordConfig, Simulator, encoder_of, evaluate, make_curricula, mislabel_curve, report, study
+from tenfold.gptfluence import (
+    BagEncoder,
+    RecordConfig,
+    Simulator,
+    encoder_of,
+    evaluate,
+    make_curricula,
+    mislabel_curve,
+    report,
+    study,
+)
 from tenfold.gptfluence.gradients import gradient_scores
 from tenfold.report import png_bytes
 
@@ -52,7 +62,10 @@ def fitted(made, train, held) -> dict:
 
 
 def encoders(chosen) -> dict:
-    return {name: BagEncoder() if name == "bag" else encoder_of(*name.split(":")) for name in chosen.encoders}
+    return {
+        name: BagEncoder() if name == "bag" else encoder_of(*name.split(":"))
+        for name in chosen.encoders
+    }
 
 
 def one_seed(chosen, seed: int) -> dict:
@@ -60,7 +73,9 @@ def one_seed(chosen, seed: int) -> dict:
     work = chosen.work / f"{chosen.layers}x{chosen.heads * 32}-{seed}"
     work.mkdir(parents=True, exist_ok=True)
     material = study.material(chosen.per_task, chosen.tests_per_task, noise=chosen.noise, seed=seed)
-    model = study.parent_model(chosen.layers, chosen.heads, chosen.parent_steps, seed, file=work / "parent.pt")
+    model = study.parent_model(
+        chosen.layers, chosen.heads, chosen.parent_steps, seed, file=work / "parent.pt"
+    )
     config = RecordConfig.from_preset(
         "small", runs=chosen.runs, examples=chosen.examples, epochs=chosen.epochs, batch_size=4, learning_rate=chosen.learning_rate,
         concentration=0.3, checkpoint_every=100_000, seed=seed,
@@ -74,18 +89,31 @@ def one_seed(chosen, seed: int) -> dict:
     features = {}
     for name, encoder in encoders(chosen).items():
         features[name] = study.text_features(material, encoder)
-        made = study.contestants(features[name], METHODS if name == chosen.encoders[0] else ("default", "similarity"), seed=seed)
+        made = study.contestants(
+            features[name],
+            METHODS if name == chosen.encoders[0] else ("default", "similarity"),
+            seed=seed,
+        )
         fitted(made, train, held)
         result["encoders"][name] = study.judged(made, test)
         if name == chosen.encoders[0]:
             contestants = made
     simulator = contestants["default"]
     found = study.judged(contestants, test)
-    found |= study.judged_gradients(test, train.take(range(chosen.gradient_runs)), work / "runs", config)
+    found |= study.judged_gradients(
+        test, train.take(range(chosen.gradient_runs)), work / "runs", config
+    )
     result["methods"] = found
     for row in report.rows_of(found, study.NAMES):
         told("  " + "  ".join(row))
-    draw(chosen.out / f"seed-{seed}", test, {study.NAMES[n]: study.predicted(contestants[n], test) for n in ("default", "ridge", "mean")})
+    draw(
+        chosen.out / f"seed-{seed}",
+        test,
+        {
+            study.NAMES[n]: study.predicted(contestants[n], test)
+            for n in ("default", "ridge", "mean")
+        },
+    )
 
     result["intervals"] = {}
     for every in (4, 8):
@@ -93,7 +121,9 @@ def one_seed(chosen, seed: int) -> dict:
             one = Simulator(*features[chosen.encoders[0]], sparse=rule, seed=seed)
             few, last = sparse(train, every), sparse(test, every)
             one.fit(few, sparse(held, every))
-            result["intervals"][f"{every}, {rule}"] = evaluate(one.predict(last).values, last).to_json()
+            result["intervals"][f"{every}, {rule}"] = evaluate(
+                one.predict(last).values, last
+            ).to_json()
     result["unseen"] = unseen(chosen, seed, material, model, config, (train, held, test), work)
     result["counterfactual"] = without(chosen, seed, simulator, material, model, config, work)
     result["mislabelled"] = mislabelled(chosen, seed, simulator, material, model, contestants)
@@ -128,7 +158,9 @@ def without(chosen, seed, simulator, material, model, config, work) -> dict:
     """Examples left out."""
     curriculum = make_curricula(config, material.groups)[-1]
     sets = study.removals(curriculum, material.groups, chosen.sets, 12, seed)
-    found = study.counterfactuals(simulator, material, model, config, curriculum, sets, work / "without", told)
+    found = study.counterfactuals(
+        simulator, material, model, config, curriculum, sets, work / "without", told
+    )
     folder = chosen.out / f"seed-{seed}"
     (folder / "without.png").write_bytes(png_bytes(report.counterfactual_plot(found)))
     real = torch.tensor(found["real"]).abs()
@@ -149,14 +181,20 @@ def mislabelled(chosen, seed, simulator, material, model, contestants) -> dict:
         "gradient norm": own, "Simfluence beta on tests, mean": contestants["ridge"].factors[1].mean(1),
     }  # fmt: skip
     found = {name: mislabel_curve(values, wrong) for name, values in scores.items()}
-    (chosen.out / f"seed-{seed}" / "mislabelled.png").write_bytes(png_bytes(report.mislabel_plot(found)))
+    (chosen.out / f"seed-{seed}" / "mislabelled.png").write_bytes(
+        png_bytes(report.mislabel_plot(found))
+    )
     return {name: {"area": one["area"], "ideal": one["ideal"]} for name, one in found.items()}
 
 
 def draw(folder: Path, test, predicted: dict) -> None:
     """Plots of one seed's test runs."""
     folder.mkdir(parents=True, exist_ok=True)
-    plots = {"curves": report.curves_plot(test, predicted), "errors": report.steps_plot(test, predicted), "final": report.final_plot(test, predicted)}
+    plots = {
+        "curves": report.curves_plot(test, predicted),
+        "errors": report.steps_plot(test, predicted),
+        "final": report.final_plot(test, predicted),
+    }
     for name, made in plots.items():
         (folder / f"{name}.png").write_bytes(png_bytes(made))
 
@@ -170,16 +208,27 @@ def main() -> None:
     parser.add_argument("--parent-steps", type=int, default=400)
     parser.add_argument("--per-task", type=int, default=40)
     parser.add_argument("--tests-per-task", type=int, default=12)
-    parser.add_argument("--noise", type=float, default=0.1, help="share of examples with another's answer")
+    parser.add_argument(
+        "--noise", type=float, default=0.1, help="share of examples with another's answer"
+    )
     parser.add_argument("--runs", type=int, default=37)
     parser.add_argument("--test-runs", type=int, default=5)
-    parser.add_argument("--gradient-runs", type=int, default=3, help="runs to learn a scale of gradients from")
-    parser.add_argument("--every", type=int, default=10, help="steps between stored gradient scores")
+    parser.add_argument(
+        "--gradient-runs", type=int, default=3, help="runs to learn a scale of gradients from"
+    )
+    parser.add_argument(
+        "--every", type=int, default=10, help="steps between stored gradient scores"
+    )
     parser.add_argument("--examples", type=int, default=80, help="of a run")
     parser.add_argument("--epochs", type=float, default=3.0)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--sets", type=int, default=12, help="sets of examples that are left out")
-    parser.add_argument("--encoders", nargs="+", default=["minilm", "minilm:mean", "bag"], help="NAME or NAME:POOLING; the first is for everything")
+    parser.add_argument(
+        "--encoders",
+        nargs="+",
+        default=["minilm", "minilm:mean", "bag"],
+        help="NAME or NAME:POOLING; the first is for everything",
+    )
     parser.add_argument("--out", type=Path, default=Path("bench/results/gptfluence"))
     parser.add_argument("--work", type=Path, default=Path("tenfold-report/gptfluence-study"))
     chosen = parser.parse_args()
@@ -193,8 +242,14 @@ def main() -> None:
             kept = {"setting": setting, "result": one_seed(chosen, seed)}
             file.write_text(json.dumps(kept) + "\n")
         seeds.append(kept["result"])
-    about = {"torch": torch.__version__, "machine": platform.machine(), "threads": torch.get_num_threads()}
-    (chosen.out / "study.json").write_text(json.dumps({"about": about, "setting": setting, "seeds": seeds}) + "\n")
+    about = {
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
+    (chosen.out / "study.json").write_text(
+        json.dumps({"about": about, "setting": setting, "seeds": seeds}) + "\n"
+    )
 
 
 if __name__ == "__main__":

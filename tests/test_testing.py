@@ -530,6 +530,7 @@ class TestSkipPolicy:
         status, said = skips(source, "", "-m", "not cuda")
         assert status == 0 and "2 passed, 1 deselected" in said
 
+
 class TestProcesses:
     def test_a_program_runs_as_its_interpreter_runs_it(self, tmp_path):
         (tmp_path / "beside.py").write_text("VALUE = 3\n")

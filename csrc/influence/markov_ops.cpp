@@ -26,8 +26,8 @@ Tensor check_real(const char* op, const char* arg, const Tensor& t, const char* 
                   const Tensor& like, std::initializer_list<int64_t> sizes, const char* layout) {
   const ScalarType want = real_of(like);
   TENFOLD_CHECK_TYPE(t.scalar_type() == want, "tenfold::", op, ": ", arg, " must be ",
-                     dtype_name(want), " where ", like_name, " is ",
-                     dtype_name(like.scalar_type()), ", got ", dtype_name(t.scalar_type()));
+                     dtype_name(want), " where ", like_name, " is ", dtype_name(like.scalar_type()),
+                     ", got ", dtype_name(t.scalar_type()));
   check_sizes(op, arg, t, sizes, layout);
   check_same_device(op, like_name, like, arg, t);
   return with_contiguous_rows(t);
@@ -71,8 +71,8 @@ Past check_scan_past(const char* op, const MarkovCall& c, const Tensor& y0, cons
   Past past;
   past.y0 = check_real(op, "y0", y0, "factors", c.factors, {c.runs, c.lags, c.tests}, "[R, n, Q]");
   if (pred)
-    past.y =
-        check_real(op, "pred", *pred, "factors", c.factors, {c.runs, c.steps, c.tests}, "[R, T, Q]");
+    past.y = check_real(op, "pred", *pred, "factors", c.factors, {c.runs, c.steps, c.tests},
+                        "[R, T, Q]");
   return past;
 }
 

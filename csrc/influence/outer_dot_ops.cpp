@@ -16,10 +16,10 @@ int64_t size_of(const Tensor& t, int64_t from_last) {
 }
 
 void check_tokens(const char* name, const Tensor& t, const char* of_name, const Tensor& of) {
-  TENFOLD_CHECK_VALUE(t.dim() == of.dim() && size_of(t, 1) == size_of(of, 1) &&
-                          size_of(t, 2) == size_of(of, 2),
-                      "tenfold::", kOp, ": ", name, " must have the examples and tokens of ",
-                      of_name, " ", shape_str(of), ", got ", shape_str(t));
+  TENFOLD_CHECK_VALUE(
+      t.dim() == of.dim() && size_of(t, 1) == size_of(of, 1) && size_of(t, 2) == size_of(of, 2),
+      "tenfold::", kOp, ": ", name, " must have the examples and tokens of ", of_name, " ",
+      shape_str(of), ", got ", shape_str(t));
 }
 
 }  // namespace
@@ -40,8 +40,9 @@ OuterDotCall check_outer_dot(const Tensor& j, const Tensor& x, const Tensor& j2,
                       ": J2 must be ", j.dim() == 3 ? "[M, S, " : "[S, ", size_of(j, 0),
                       "] to match J ", shape_str(j), ", got ", shape_str(j2));
   check_tokens("X2", x2, "J2", j2);
-  TENFOLD_CHECK_VALUE(size_of(x2, 0) == size_of(x, 0), "tenfold::", kOp, ": X2 must have the width ",
-                      size_of(x, 0), " of X ", shape_str(x), ", got ", shape_str(x2));
+  TENFOLD_CHECK_VALUE(size_of(x2, 0) == size_of(x, 0), "tenfold::", kOp,
+                      ": X2 must have the width ", size_of(x, 0), " of X ", shape_str(x), ", got ",
+                      shape_str(x2));
   TENFOLD_CHECK_VALUE(!paired || size_of(j, 2) == size_of(j2, 2), "tenfold::", kOp,
                       ": J2 must have as many examples as J where paired is True, got ",
                       size_of(j2, 2), " and ", size_of(j, 2));

@@ -51,7 +51,7 @@ struct TupleBackward {
   int64_t h_stride, g_stride;
 };
 
-#define TENFOLD_TUPLES_DECLARE(T)                                                              \
+#define TENFOLD_TUPLES_DECLARE(T)                                                                \
   TENFOLD_ISA_DECLARE(void tuples_forward(const TupleForward<T>& p, int64_t begin, int64_t end)) \
   TENFOLD_ISA_DECLARE(void tuples_backward(const TupleBackward<T>& p))
 TENFOLD_TUPLES_DECLARE(float)

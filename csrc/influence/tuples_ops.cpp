@@ -14,9 +14,9 @@ TupleCall check_tuples(const char* op, const Tensor& h, const Tensor& g, const T
   check_dim(op, "G", g, 3, "[n + 1, Q, E]");
   check_same_device(op, "H", h, "G", g);
   const int64_t planes = h.sizes()[0], dim = h.sizes()[2];
-  TENFOLD_CHECK_VALUE(planes >= 2, "tenfold::", op,
-                      ": H must have 2 planes or more (one a lag, and the additive one), got shape ",
-                      shape_str(h));
+  TENFOLD_CHECK_VALUE(
+      planes >= 2, "tenfold::", op,
+      ": H must have 2 planes or more (one a lag, and the additive one), got shape ", shape_str(h));
   TENFOLD_CHECK_VALUE(g.sizes()[0] == planes && g.sizes()[2] == dim, "tenfold::", op,
                       ": G must be [", planes, ", Q, ", dim, "] to match H ", shape_str(h),
                       ", got ", shape_str(g));

@@ -6,9 +6,9 @@
 namespace tenfold {
 
 struct TupleCall {
-  Tensor h, g;             // contiguous rows
-  Tensor ids, tests;       // contiguous
-  Tensor hist;             // contiguous rows
+  Tensor h, g;        // contiguous rows
+  Tensor ids, tests;  // contiguous
+  Tensor hist;        // contiguous rows
   int64_t lags, rows, num_tests, dim, count, batch;
   bool residual, mean;
 };

@@ -42,7 +42,9 @@ def poisoned(shape, dtype):
 def markov(what, factors, order, residual, outputs, *, y=None, y0=None, mask=None, grad=None,
            lengths=None, reduction="sum"):  # fmt: skip
     """``outputs``: (shape, dtype) of out, of_y and of_y0, or None."""
-    factors, y, y0, mask, grad = (None if t is None else rows_of(t) for t in (factors, y, y0, mask, grad))
+    factors, y, y0, mask, grad = (
+        None if t is None else rows_of(t) for t in (factors, y, y0, mask, grad)
+    )
     order = order.contiguous()
     (planes, rows, tests), (runs, steps, batch) = factors.shape, order.shape
     ints = (CODES[factors.dtype], what, *strides(factors), is_wide(order), batch, rows,
@@ -79,7 +81,9 @@ def markov_onestep(factors, order, y, residual=False, y0=None, **more):
     return markov(STEP, factors, order, residual, outputs, y=y, y0=y0, **more)[0]
 
 
-def markov_onestep_backward(grad, factors, order, y, residual=False, y0=None, of_past=False, **more):
+def markov_onestep_backward(
+    grad, factors, order, y, residual=False, y0=None, of_past=False, **more
+):
     outputs = [(factors.shape, factors.dtype), (y.shape, y.dtype) if of_past else None,
                (y0.shape, y0.dtype) if of_past and y0 is not None else None]  # fmt: skip
     made = markov(STEP_BACK, factors, order, residual, outputs, y=y, y0=y0, grad=grad, **more)
@@ -111,7 +115,9 @@ def markov_onestep_tuples(H, G, order_rows, test_rows, hist, **more):
     return tuples(H, G, order_rows, test_rows, hist, outputs, **more)[0]
 
 
-def markov_onestep_tuples_backward(grad, H, G, order_rows, test_rows, hist, of_H, of_G, of_hist, **more):
+def markov_onestep_tuples_backward(
+    grad, H, G, order_rows, test_rows, hist, of_H, of_G, of_hist, **more
+):
     wanted = ((H, of_H), (G, of_G), (hist, of_hist))
     outputs = [None, *((x.shape, x.dtype) if of else None for x, of in wanted)]
     made = iter(tuples(H, G, order_rows, test_rows, hist, outputs, grad=grad, **more))
@@ -179,14 +185,18 @@ def long_runs():
             got = ops.markov_scan(leaves[0], order, y0, True, lengths=lengths)
             want = reference.markov_scan(leaves[1], order, y0, True, lengths=lengths)
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
-            a, b = (torch.autograd.grad(y.square().sum(), x)[0] for y, x in zip((got, want), leaves))
+            a, b = (
+                torch.autograd.grad(y.square().sum(), x)[0] for y, x in zip((got, want), leaves)
+            )
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 def check_markov():
     shapes = "shape1 or shape3 or shape6 or shape7 or shape8 or shape9 or shape10"
     values = f"(definition and (({shapes}) and dtype0 or shape2 and dtype1))"
-    others = "(closed or one_step_is or ragged or names or layouts or nan_without or (float64 and 2))"
+    others = (
+        "(closed or one_step_is or ragged or names or layouts or nan_without or (float64 and 2))"
+    )
     run_tests("test_influence.py", "-k", f"cpu and ({values} or {others})")
     ids_that_cannot_be_reported()
     long_runs()

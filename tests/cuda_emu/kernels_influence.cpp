@@ -92,7 +92,7 @@ API void emu_tuples(void* const* t, const int64_t* n) {
 //    (example, token) strides of each
 API void emu_outer_dot(void* const* t, float* out, const int64_t* n) {
   const auto rows = [&](int i) { return TokenRows{t[i], n[10 + 2 * i], n[11 + 2 * i]}; };
-  const OuterDotArgs a{rows(0), rows(1), rows(2), rows(3), n[1],      n[2],      n[3],
+  const OuterDotArgs a{rows(0), rows(1), rows(2), rows(3),   n[1],      n[2],      n[3],
                        n[4],    n[5],    n[6],    n[7] != 0, n[8] != 0, n[9] != 0, out};
   with_dtype(n[0], [&]<class T>() { launch_outer_dot<T>(a, nullptr); });
 }

@@ -24,4 +24,7 @@ def rows(count, length=10, seed=0):
 def items(count, **options):
     """The same, a dict per row, with a column that no model takes."""
     made = rows(count, **options)
-    return [{k: v[i] for k, v in made.items() if k != "attention_mask"} | {"name": f"e{i}"} for i in range(count)]
+    return [
+        {k: v[i] for k, v in made.items() if k != "attention_mask"} | {"name": f"e{i}"}
+        for i in range(count)
+    ]

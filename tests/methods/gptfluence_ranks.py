@@ -10,7 +10,9 @@ import torch.distributed as dist
 from tenfold.gptfluence import DynamicsCallback, LossMetric, RecordConfig, record_runs
 
 TESTS = tiny.rows(5, seed=7)
-CONFIG = RecordConfig.from_preset("small", runs=1, examples=8, epochs=2.0, batch_size=4, learning_rate=1e-2)
+CONFIG = RecordConfig.from_preset(
+    "small", runs=1, examples=8, epochs=2.0, batch_size=4, learning_rate=1e-2
+)
 
 
 def loop(folder):
@@ -26,7 +28,9 @@ def trainer(folder):
                              save_strategy="no", disable_tqdm=True, logging_strategy="no", use_cpu=True,
                              learning_rate=1e-2)  # fmt: skip
     callback = DynamicsCallback(folder / "run", range(5), [LossMetric(TESTS)])
-    made = Trainer(model=tiny.tiny(3), args=args, train_dataset=tiny.items(12), callbacks=[callback])
+    made = Trainer(
+        model=tiny.tiny(3), args=args, train_dataset=tiny.items(12), callbacks=[callback]
+    )
     callback.attach(made)
     made.train()
 

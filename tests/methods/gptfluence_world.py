@@ -64,7 +64,15 @@ class World:
     unseen: the runs to test on draw from other examples (numbers 96 to 191) than those to learn from.
     """
 
-    def __init__(self, seed, optimizer="sgd", unseen=False, train=96, tests=32, runs=(TRAIN, VALIDATION, TEST)):
+    def __init__(
+        self,
+        seed,
+        optimizer="sgd",
+        unseen=False,
+        train=96,
+        tests=32,
+        runs=(TRAIN, VALIDATION, TEST),
+    ):
         self.seed, self.optimizer, self.unseen, self.runs = seed, optimizer, unseen, runs
         made = torch.Generator().manual_seed(1000 + seed)
         tables = (3 * torch.randn(TASKS, VOCABULARY, VOCABULARY, generator=made)).softmax(-1)
@@ -73,11 +81,17 @@ class World:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.model = TinyGPT()
-        settings = {"examples": train // 2, "epochs": 4.0, "batch_size": 4, "concentration": 0.3, "seed": seed}
+        settings = {
+            "examples": train // 2,
+            "epochs": 4.0,
+            "batch_size": 4,
+            "concentration": 0.3,
+            "seed": seed,
+        }
         config = RecordConfig(runs=sum(runs), **settings)
         self.curricula = make_curricula(config, [i % TASKS for i in range(train)])
         if unseen:
-            later = [Curriculum(c.run, c.order + train) for c in self.curricula[-runs[2]:]]
+            later = [Curriculum(c.run, c.order + train) for c in self.curricula[-runs[2] :]]
             self.curricula = self.curricula[: -runs[2]] + later
         self.trackers = {}
 
@@ -108,7 +122,9 @@ class World:
         for t, rate in enumerate(self.rates(steps).tolist()):
             made.param_groups[0]["lr"] = rate
             made.zero_grad()
-            losses(model, {"input_ids": self.rows["input_ids"][curriculum.order[t]]}).mean().backward()
+            losses(
+                model, {"input_ids": self.rows["input_ids"][curriculum.order[t]]}
+            ).mean().backward()
             made.step()
             tracker.step(model, t + 1)
             with torch.no_grad():
@@ -138,7 +154,9 @@ class World:
         """Fitted."""
         from tenfold.gptfluence.config import SimulatorConfig
 
-        made = Simulator(*self.features, SimulatorConfig.from_preset(preset, seed=self.seed, **changes))
+        made = Simulator(
+            *self.features, SimulatorConfig.from_preset(preset, seed=self.seed, **changes)
+        )
         made.fit(self.sets[0], self.sets[1])
         return made
 

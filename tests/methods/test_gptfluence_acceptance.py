@@ -63,7 +63,12 @@ def test_sgd_of_one_parameter():
         seen.append((theta - target) ** 2 / 2)
         theta = theta - eta * (theta - target)
     factors = torch.tensor([(1 - eta) ** 2, 0.0], dtype=torch.float64).view(2, 1, 1)
-    made = simulate(factors, torch.zeros(1, 39, 1, dtype=torch.int32), seen[0].view(1, 1), SimulatorConfig(residual=False))
+    made = simulate(
+        factors,
+        torch.zeros(1, 39, 1, dtype=torch.int32),
+        seen[0].view(1, 1),
+        SimulatorConfig(residual=False),
+    )
     torch.testing.assert_close(made[0, :, 0], torch.stack(seen), rtol=0, atol=1e-12)
 
 
@@ -88,7 +93,9 @@ class TestInvariances:
         y = runs.y.clone()
         y[:, 1:] += torch.randn_like(y[:, 1:])
         changed = run_set(runs.order, y, train=12)
-        assert torch.equal(simulator.predict(runs).values[:, 1:], simulator.predict(changed).values[:, 1:])
+        assert torch.equal(
+            simulator.predict(runs).values[:, 1:], simulator.predict(changed).values[:, 1:]
+        )
 
     def test_order_inside_a_batch_and_names_of_rows(self, small):
         simulator, runs = small
@@ -177,10 +184,16 @@ def teacher(seed):
     order = torch.where(torch.rand(24, 1, 1, generator=made) < 0.5, order // 2, order)
     first = 2 + torch.rand(24, 24, generator=made)
     y = simulate(factors, order[:, 1:].to(torch.int32), first, SimulatorConfig())
-    return run_set(order, y, train=48), Features(range(48), train, "teacher"), Features(range(24), test, "teacher")
+    return (
+        run_set(order, y, train=48),
+        Features(range(48), train, "teacher"),
+        Features(range(24), test, "teacher"),
+    )
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)]
+)
 def test_teacher_and_student(seed):
     """Check 7: held-out MSE at most 0.35 of the mean trajectory's, in less than 10 seconds."""
     runs, train, test = teacher(seed)
@@ -214,7 +227,10 @@ class TestLiveRun:
 
     def test_tables_and_the_published_form(self, world):
         _, mean = world.plain()
-        ridge, zero = world.baseline(SimfluenceRidge()), world.baseline(SimfluenceTable(epochs=800, learning_rate=3e-3))
+        ridge, zero = (
+            world.baseline(SimfluenceRidge()),
+            world.baseline(SimfluenceTable(epochs=800, learning_rate=3e-3)),
+        )
         assert ridge.mse < 0.25 * mean.mse and zero.mse < 0.5 * mean.mse
         shared = world.simulated(world.simulator(towers="shared", residual=False, epochs=600))
         apart = world.simulated(world.simulator(epochs=600))
@@ -275,5 +291,14 @@ def test_n_of_the_history_is_oldest_first():
 
 def test_runs_are_checked():
     """A run with one measurement is none."""
-    with pytest.raises(ValueError, match="run 'x': a trajectory needs at least 2 measurements, got 1"):
-        Run("x", torch.zeros(3, 2, dtype=torch.int64), torch.tensor([0]), {"loss": torch.zeros(1, 1)}, (0,), (0,))
+    with pytest.raises(
+        ValueError, match="run 'x': a trajectory needs at least 2 measurements, got 1"
+    ):
+        Run(
+            "x",
+            torch.zeros(3, 2, dtype=torch.int64),
+            torch.tensor([0]),
+            {"loss": torch.zeros(1, 1)},
+            (0,),
+            (0,),
+        )

@@ -29,7 +29,9 @@ class Watch(Trainer):
         return super().training_step(model, inputs, *args, **kwargs)
 
 
-def train(folder, *, record=True, kind=Watch, resume=None, callbacks=(), rows=ITEMS, model=None, **changes):
+def train(
+    folder, *, record=True, kind=Watch, resume=None, callbacks=(), rows=ITEMS, model=None, **changes
+):
     options = {k: changes.pop(k) for k in ("every", "ids", "initial", "subset") if k in changes}
     model = model or tiny.tiny(3)
     callback = DynamicsCallback(folder / "run", list("wxyz"), [LossMetric(TESTS)], **options)
@@ -58,7 +60,11 @@ def test_batches_and_losses(tmp_path, changes):
     trainer, callback = train(tmp_path, **changes)
     run = read_run(tmp_path / "run")
     assert recorded_ids(run) == [[], *seen_ids(trainer.seen)]
-    assert run.test_ids == tuple("wxyz") and len(run.steps) == len(run.order) and callback.recorder.finished
+    assert (
+        run.test_ids == tuple("wxyz")
+        and len(run.steps) == len(run.order)
+        and callback.recorder.finished
+    )
     last = LossMetric(TESTS)(trainer.model.eval(), range(4))["loss"]
     torch.testing.assert_close(run.values["loss"][-1], last)
     first = LossMetric(TESTS)(tiny.tiny(3).eval(), range(4))["loss"]
@@ -74,9 +80,14 @@ def test_training_is_the_same(tmp_path):
 
 
 def test_accumulated_batches_are_one_step(tmp_path):
-    trainer, _ = train(tmp_path, max_steps=3, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    trainer, _ = train(
+        tmp_path, max_steps=3, per_device_train_batch_size=2, gradient_accumulation_steps=2
+    )
     batches = seen_ids(trainer.seen)
-    assert recorded_ids(read_run(tmp_path / "run")) == [[], *(batches[i] + batches[i + 1] for i in (0, 2, 4))]
+    assert recorded_ids(read_run(tmp_path / "run")) == [
+        [],
+        *(batches[i] + batches[i + 1] for i in (0, 2, 4)),
+    ]
 
 
 @pytest.mark.parametrize("ids", ["name", [f"e{i}" for i in range(12)]])
@@ -122,8 +133,15 @@ def test_what_it_refuses(tmp_path):
             return iter(ITEMS)
 
     def attach(rows, **options):
-        callback = DynamicsCallback(tmp_path / "r", [0], [FunctionMetric("m", lambda m, t: torch.zeros(len(t)))], **options)
-        trainer = Trainer(model=tiny.tiny(), args=arguments(tmp_path / "o"), train_dataset=rows, callbacks=[callback])
+        callback = DynamicsCallback(
+            tmp_path / "r", [0], [FunctionMetric("m", lambda m, t: torch.zeros(len(t)))], **options
+        )
+        trainer = Trainer(
+            model=tiny.tiny(),
+            args=arguments(tmp_path / "o"),
+            train_dataset=rows,
+            callbacks=[callback],
+        )
         return callback, trainer
 
     callback, trainer = attach(Stream())

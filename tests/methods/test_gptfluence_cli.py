@@ -9,10 +9,30 @@ import torch
 from cli_calls import fails, succeeds
 from transformers import PreTrainedTokenizerFast
 
-from tenfold.gptfluence import RecordConfig, Simulator, evaluate, make_curricula, read_run, record_runs
+from tenfold.gptfluence import (
+    RecordConfig,
+    Simulator,
+    evaluate,
+    make_curricula,
+    read_run,
+    record_runs,
+)
 from tenfold.gptfluence.inputs import read_recorded
 
-FEW = ["--preset", "small", "--runs", "5", "--examples", "6", "--epochs", "2", "--batch-size", "3", "--length", "16"]
+FEW = [
+    "--preset",
+    "small",
+    "--runs",
+    "5",
+    "--examples",
+    "6",
+    "--epochs",
+    "2",
+    "--batch-size",
+    "3",
+    "--length",
+    "16",
+]
 FIT = ["--encoder", "bag", "--epochs", "40", "--validation", "1", "--test", "1", "--quiet"]
 
 
@@ -27,13 +47,28 @@ def place(tmp_path_factory):
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     folder = tmp_path_factory.mktemp("gptfluence")
-    made = Tokenizer(models.WordLevel({chr(97 + i): i for i in range(26)} | {"<e>": 26, "<u>": 27}, unk_token="<u>"))
+    made = Tokenizer(
+        models.WordLevel(
+            {chr(97 + i): i for i in range(26)} | {"<e>": 26, "<u>": 27}, unk_token="<u>"
+        )
+    )
     made.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<e>", unk_token="<u>").save_pretrained(folder / "base")
+    PreTrainedTokenizerFast(
+        tokenizer_object=made, eos_token="<e>", unk_token="<u>"
+    ).save_pretrained(folder / "base")
     tiny.tiny(2).save_pretrained(folder / "base")
     words = ["abc", "bcd", "cde", "def", "efg", "fgh", "ghi", "hij"]
-    lines(folder / "train.jsonl", [{"id": f"e{i}", "prompt": w, "answer": w[::-1], "group": str(i % 2)} for i, w in enumerate(words)])
-    lines(folder / "tests.jsonl", [{"id": i, "input": w + w[0], "context": w} for i, w in enumerate(words[:4])])
+    lines(
+        folder / "train.jsonl",
+        [
+            {"id": f"e{i}", "prompt": w, "answer": w[::-1], "group": str(i % 2)}
+            for i, w in enumerate(words)
+        ],
+    )
+    lines(
+        folder / "tests.jsonl",
+        [{"id": i, "input": w + w[0], "context": w} for i, w in enumerate(words[:4])],
+    )
     record(folder, folder / "data")
     succeeds("gptfluence", "fit", folder / "data", "--out", folder / "sim", *FIT)
     return folder
@@ -48,11 +83,17 @@ def test_record(place):
     found = json.loads(record(place, place / "data", "--json"))
     assert len(found["runs"]) == 5
     data = read_recorded(place / "data")
-    assert data.runs.y.shape == (5, 5, 4) and data.tests[3]["answer"] == "d" and data.train["e2"]["group"] == "0"
+    assert (
+        data.runs.y.shape == (5, 5, 4)
+        and data.tests[3]["answer"] == "d"
+        and data.train["e2"]["group"] == "0"
+    )
     run = read_run(place / "data" / "runs" / "003")
     config = RecordConfig.from_json(run.about["config"])
     want = make_curricula(config, ["0", "1"] * 4)[3].order
-    assert [[run.train_ids[i] for i in b] for b in run.order[1:].tolist()] == [[f"e{i}" for i in b] for b in want.tolist()]
+    assert [[run.train_ids[i] for i in b] for b in run.order[1:].tolist()] == [
+        [f"e{i}" for i in b] for b in want.tolist()
+    ]
     # Recorded again, nothing is; and more may be added, but not of other settings.
     before = (place / "data" / "runs" / "000" / "curves.safetensors").stat().st_mtime_ns
     record(place, place / "data", "--runs", "6")
@@ -68,7 +109,11 @@ def test_fit(place):
     found = json.loads(succeeds("gptfluence", "fit", place / "data", "--out", place / "other", *FIT, "--json",
                                 "--set", "towers=shared", "--order", "2"))  # fmt: skip
     simulator = Simulator.load(place / "other")
-    assert simulator.config.order == 2 and simulator.config.towers == "shared" and found["runs"] == ["000", "001", "002", "003"]
+    assert (
+        simulator.config.order == 2
+        and simulator.config.towers == "shared"
+        and found["runs"] == ["000", "001", "002", "003"]
+    )
     runs = read_recorded(place / "data").runs.take([4])
     assert found["test"]["mse"] == pytest.approx(evaluate(simulator.predict(runs).values, runs).mse)
 
@@ -87,30 +132,76 @@ def test_predict(place):
     succeeds("gptfluence", "predict", place / "sim", *by_file, "--out", place / "p.jsonl")
     rows = [json.loads(line)["trajectory"] for line in (place / "p.jsonl").read_text().splitlines()]
     torch.testing.assert_close(torch.tensor(rows).T, want)
-    gone = json.loads(succeeds("gptfluence", "predict", place / "sim", *by_file, "--without", batches[0]["samples_id"][0], "--json"))
+    gone = json.loads(
+        succeeds(
+            "gptfluence",
+            "predict",
+            place / "sim",
+            *by_file,
+            "--without",
+            batches[0]["samples_id"][0],
+            "--json",
+        )
+    )
     assert gone["tests"][0]["trajectory"] != found["tests"][0]["trajectory"]
 
 
 def test_attribute(place):
-    found = json.loads(succeeds("gptfluence", "attribute", place / "sim", "--test", "1,3", "--out", place / "a.jsonl", "--json"))
+    found = json.loads(
+        succeeds(
+            "gptfluence",
+            "attribute",
+            place / "sim",
+            "--test",
+            "1,3",
+            "--out",
+            place / "a.jsonl",
+            "--json",
+        )
+    )
     scores = [json.loads(line) for line in (place / "a.jsonl").read_text().splitlines()]
     simulator = Simulator.load(place / "sim")
     want = simulator.attribute(test=[1, 3])
     torch.testing.assert_close(torch.tensor([list(s["scores"].values()) for s in scores]), want)
     assert found["ends"][0]["id"] == simulator.train.ids[int(want.mean(1).argmin())]
     run = place / "data" / "runs" / "004"
-    many = json.loads(succeeds("gptfluence", "attribute", place / "sim", "--kind", "counterfactual", "--run", run, "--json"))
-    assert len(many["scores"]) == len(simulator.train.ids) and set(many["scores"][0]["scores"]) == set("0123")
+    many = json.loads(
+        succeeds(
+            "gptfluence",
+            "attribute",
+            place / "sim",
+            "--kind",
+            "counterfactual",
+            "--run",
+            run,
+            "--json",
+        )
+    )
+    assert len(many["scores"]) == len(simulator.train.ids) and set(
+        many["scores"][0]["scores"]
+    ) == set("0123")
     assert "itself" in succeeds("gptfluence", "attribute", place / "sim", "--self")
 
 
 def test_evaluate_and_plot(place):
     found = json.loads(succeeds("gptfluence", "evaluate", place / "data", "--simulator", f"ours={place / 'sim'}", "--validation", "1",
                                 "--test", "1", "--out", place / "e", "--json"))  # fmt: skip
-    assert list(found["methods"]) == ["ours", "constant", "mean", "ridge", "similarity"] and found["runs"] == ["004"]
+    assert list(found["methods"]) == ["ours", "constant", "mean", "ridge", "similarity"] and found[
+        "runs"
+    ] == ["004"]
     assert json.loads((place / "e" / "evaluation.json").read_text()) == found["methods"]
     assert Path(found["report"]).is_file() and (place / "e" / "curves-004.png").is_file()
-    said = fails("gptfluence", "evaluate", place / "data", "--simulator", place / "sim", "--validation", "1", "--test", "2")
+    said = fails(
+        "gptfluence",
+        "evaluate",
+        place / "data",
+        "--simulator",
+        place / "sim",
+        "--validation",
+        "1",
+        "--test",
+        "2",
+    )
     assert "was fitted to run '003', which it is to be tested on" in said
     drawn = json.loads(succeeds("gptfluence", "plot", place / "data", "--simulator", place / "sim", "--runs", "2", "--out",
                                 place / "p", "--json"))  # fmt: skip
@@ -149,7 +240,10 @@ def test_the_published_layout(place, tmp_path):
         folder = tmp_path / "published" / run.name
         folder.mkdir(parents=True)
         batches = [[run.train_ids[i] for i in b] for b in run.order[1:].tolist()]
-        lines(folder / "train_samples_id.json", [{"step": t + 1, "samples_id": b} for t, b in enumerate(batches)])
+        lines(
+            folder / "train_samples_id.json",
+            [{"step": t + 1, "samples_id": b} for t, b in enumerate(batches)],
+        )
         lines(folder / "all_loss_trajectory.out", [
             {"id": q, "loss_trajectory": [{"step": s, "loss": float(v)} for s, v in enumerate(run.values["loss"][:, q])]}
             for q in range(4)
@@ -159,7 +253,9 @@ def test_the_published_layout(place, tmp_path):
     one, two = Simulator.load(tmp_path / "s"), Simulator.load(place / "sim")
     assert "runs that it never saw" in out or "simulator:" in out
     ids = list(data.train)
-    torch.testing.assert_close(one.factors(train=ids[:2]), two.factors(train=ids[:2]), atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(
+        one.factors(train=ids[:2]), two.factors(train=ids[:2]), atol=1e-4, rtol=1e-3
+    )
 
 
 def test_a_killed_recording_goes_on_exactly(tmp_path):
@@ -180,7 +276,11 @@ def test_a_killed_recording_goes_on_exactly(tmp_path):
         record_runs(model, rows, tests, tmp_path / "part", config, watch=watch)
     part = record_runs(model, rows, tests, tmp_path / "part", config)
     for a, b in zip(map(read_run, whole), map(read_run, part)):
-        assert torch.equal(a.order, b.order) and torch.equal(a.values["loss"], b.values["loss"]) and a.train_ids == b.train_ids
+        assert (
+            torch.equal(a.order, b.order)
+            and torch.equal(a.values["loss"], b.values["loss"])
+            and a.train_ids == b.train_ids
+        )
     assert not list((tmp_path / "part").glob("*/work/run-*"))
 
 
@@ -191,12 +291,20 @@ def test_removed_examples_leave_empty_places(tmp_path):
     from tenfold.gptfluence.metrics import LossMetric
 
     rows, tests = tiny.rows(6), tiny.rows(3, seed=5)
-    config = RecordConfig.from_preset("small", runs=1, examples=6, epochs=1.0, batch_size=2, learning_rate=1e-2)
+    config = RecordConfig.from_preset(
+        "small", runs=1, examples=6, epochs=1.0, batch_size=2, learning_rate=1e-2
+    )
     curriculum = make_curricula(config, 6)[0]
     first, second = curriculum.order[0].tolist(), curriculum.order[1].tolist()
     bare = curriculum.without([*first, second[0]])
     assert bare.steps == [1, 2] and bare.order[1].tolist() == [-1, second[1]]
     model = tiny.tiny(3)
-    record_run(model, rows, range(6), bare, Recorder(tmp_path / "r", range(3), [LossMetric(tests)]), config)
+    record_run(
+        model, rows, range(6), bare, Recorder(tmp_path / "r", range(3), [LossMetric(tests)]), config
+    )
     run = read_run(tmp_path / "r")
-    assert [[run.train_ids[i] for i in b if i >= 0] for b in run.order.tolist()] == [[], second[1:], curriculum.order[2].tolist()]
+    assert [[run.train_ids[i] for i in b if i >= 0] for b in run.order.tolist()] == [
+        [],
+        second[1:],
+        curriculum.order[2].tolist(),
+    ]

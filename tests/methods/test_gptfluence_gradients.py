@@ -19,21 +19,33 @@ def made():
 def flat(model, batch, row, names=None):
     """The gradient of one row's mean loss, by transformers' own loss."""
     model.zero_grad()
-    model(input_ids=batch["input_ids"][row : row + 1], labels=batch["labels"][row : row + 1]).loss.backward()
-    return torch.cat([p.grad.flatten() for n, p in model.named_parameters() if names is None or n in names])
+    model(
+        input_ids=batch["input_ids"][row : row + 1], labels=batch["labels"][row : row + 1]
+    ).loss.backward()
+    return torch.cat(
+        [p.grad.flatten() for n, p in model.named_parameters() if names is None or n in names]
+    )
 
 
 def products(model, train, test, names=None):
-    ours, theirs = ([flat(model, b, i, names) for i in range(len(b["input_ids"]))] for b in (train, test))
+    ours, theirs = (
+        [flat(model, b, i, names) for i in range(len(b["input_ids"]))] for b in (train, test)
+    )
     return torch.stack(ours), torch.stack(theirs)
 
 
 def test_all_parameters(made):
     model, train, test = made
     ours, theirs = products(*made)
-    torch.testing.assert_close(gradient_scores(model, train, test), ours @ theirs.T, rtol=1e-4, atol=1e-6)
-    cosines = torch.nn.functional.normalize(ours, dim=1) @ torch.nn.functional.normalize(theirs, dim=1).T
-    torch.testing.assert_close(gradient_scores(model, train, test, cosine=True), cosines, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        gradient_scores(model, train, test), ours @ theirs.T, rtol=1e-4, atol=1e-6
+    )
+    cosines = (
+        torch.nn.functional.normalize(ours, dim=1) @ torch.nn.functional.normalize(theirs, dim=1).T
+    )
+    torch.testing.assert_close(
+        gradient_scores(model, train, test, cosine=True), cosines, rtol=1e-4, atol=1e-5
+    )
     with pytest.raises(ValueError, match=r"no parameter of the model is trained and among \['x'\]"):
         gradient_scores(model, train, test, parameters=["x"])
 
@@ -43,17 +55,31 @@ def test_the_last_layer_is_exact(made):
     ours, theirs = products(*made, names=["lm_head.weight"])
     exact = last_layer_scores(model, train, test, batch_size=2)
     torch.testing.assert_close(exact, ours @ theirs.T, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(gradient_scores(model, train, test, parameters=["lm_head.weight"]), exact, rtol=1e-4, atol=1e-6)
-    cosines = torch.nn.functional.normalize(ours, dim=1) @ torch.nn.functional.normalize(theirs, dim=1).T
-    torch.testing.assert_close(last_layer_scores(model, train, test, cosine=True), cosines, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        gradient_scores(model, train, test, parameters=["lm_head.weight"]),
+        exact,
+        rtol=1e-4,
+        atol=1e-6,
+    )
+    cosines = (
+        torch.nn.functional.normalize(ours, dim=1) @ torch.nn.functional.normalize(theirs, dim=1).T
+    )
+    torch.testing.assert_close(
+        last_layer_scores(model, train, test, cosine=True), cosines, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_the_published_approximation_is_another_quantity(made):
     model, train, test = made
     approx = last_layer_scores(model, train, test, approx="sum", batch_size=4)
     (J, X), (K, Y) = last_layer(model, train), last_layer(model, test)
-    there, others = (train["labels"][:, 1:] != -100).float(), (test["labels"][:, 1:] != -100).float()
-    sums = (J.sum(1) @ K.sum(1).T) * ((X * there[..., None]).sum(1) @ (Y * others[..., None]).sum(1).T)
+    there, others = (
+        (train["labels"][:, 1:] != -100).float(),
+        (test["labels"][:, 1:] != -100).float(),
+    )
+    sums = (J.sum(1) @ K.sum(1).T) * (
+        (X * there[..., None]).sum(1) @ (Y * others[..., None]).sum(1).T
+    )
     torch.testing.assert_close(approx, sums, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(approx, last_layer_scores(model, train, test), rtol=0.1)
     with pytest.raises(ValueError, match="approx must be one of sum"):
@@ -65,7 +91,12 @@ def test_vectorized_is_the_same():
 
     world = World(0, train=6, tests=3)
     one = gradient_scores(world.model, world.rows, world.tests, losses)
-    torch.testing.assert_close(gradient_scores(world.model, world.rows, world.tests, losses, vectorized=True), one, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        gradient_scores(world.model, world.rows, world.tests, losses, vectorized=True),
+        one,
+        rtol=1e-4,
+        atol=1e-6,
+    )
 
 
 def test_tracin_by_hand():
@@ -107,7 +138,10 @@ def test_one_step_of_sgd_is_the_first_order_of_tracin(made):
 def test_scale():
     curves, factor = torch.rand(2, 5, 3), 2.5
     truth = scaled(curves, factor)
-    assert fit_scale(curves, truth) == pytest.approx(factor, rel=1e-5) and fit_scale(torch.ones(1, 3, 2), truth[:1, :3, :2]) == 0
+    assert (
+        fit_scale(curves, truth) == pytest.approx(factor, rel=1e-5)
+        and fit_scale(torch.ones(1, 3, 2), truth[:1, :3, :2]) == 0
+    )
 
 
 def test_a_tracker_keeps_some_states():

@@ -29,7 +29,9 @@ def test_our_loop_records_what_one_process_records(tmp_path):
     record_runs(tiny.tiny(3), tiny.rows(12), cases.TESTS, tmp_path / "one", cases.CONFIG)
     one, two = (read_run(tmp_path / n / "000") for n in ("one", "two"))
     assert torch.equal(one.order, two.order) and one.train_ids == two.train_ids
-    assert [one.train_ids[i] for i in one.order[1].tolist()] == make_curricula(cases.CONFIG, 12)[0].order[0].tolist()
+    assert [one.train_ids[i] for i in one.order[1].tolist()] == make_curricula(cases.CONFIG, 12)[
+        0
+    ].order[0].tolist()
     torch.testing.assert_close(one.values["loss"], two.values["loss"], rtol=1e-3, atol=1e-4)
 
 

@@ -6,7 +6,15 @@ import gptfluence_models as tiny
 import pytest
 import torch
 
-from tenfold.gptfluence import FunctionMetric, LossMetric, Recorder, RunSet, UnknownId, read_reference, read_run
+from tenfold.gptfluence import (
+    FunctionMetric,
+    LossMetric,
+    Recorder,
+    RunSet,
+    UnknownId,
+    read_reference,
+    read_run,
+)
 from tenfold.gptfluence.runs import Run, check_disjoint
 from tenfold.gptfluence.reference_format import read_samples
 
@@ -14,7 +22,11 @@ from tenfold.gptfluence.reference_format import read_samples
 def counter(name="count"):
     """A metric that grows by one with each step of its caller."""
     seen = {"at": 0}
-    return seen, FunctionMetric(name, lambda model, tests: torch.tensor([float(seen["at"] * 10 + t) for t in tests]), "0-100")
+    return seen, FunctionMetric(
+        name,
+        lambda model, tests: torch.tensor([float(seen["at"] * 10 + t) for t in tests]),
+        "0-100",
+    )
 
 
 def drive(folder, steps, model=None, begin=0, finish=True, **options):
@@ -36,12 +48,21 @@ def drive(folder, steps, model=None, begin=0, finish=True, **options):
 def test_every_step(tmp_path):
     drive(tmp_path / "r", 4)
     run = read_run(tmp_path / "r")
-    assert run.order.tolist() == [[-1, -1], [0, 1], [2, 3], [4, 1], [5, 3]] and run.steps.tolist() == [0, 1, 2, 3, 4]
+    assert run.order.tolist() == [
+        [-1, -1],
+        [0, 1],
+        [2, 3],
+        [4, 1],
+        [5, 3],
+    ] and run.steps.tolist() == [0, 1, 2, 3, 4]
     assert run.train_ids == ("a0", "b0", "a1", "b1", "a2", "a3") and run.scale("count") == "0-100"
     assert run.values["count"].tolist() == [[10 * s + q for q in range(3)] for s in range(5)]
 
 
-@pytest.mark.parametrize("initial, steps, want", [(True, 7, [0, 3, 6, 7]), (True, 6, [0, 3, 6]), (False, 8, [0, 3, 6, 7])])
+@pytest.mark.parametrize(
+    "initial, steps, want",
+    [(True, 7, [0, 3, 6, 7]), (True, 6, [0, 3, 6]), (False, 8, [0, 3, 6, 7])],
+)
 def test_intervals(tmp_path, initial, steps, want):
     drive(tmp_path / "r", steps, every=3, initial=initial)
     run = read_run(tmp_path / "r")
@@ -55,7 +76,9 @@ def test_subsets(tmp_path):
     assert values.isfinite().sum(1).tolist() == [3, 1, 1, 1, 1, 3]
     # Others at each: not always the same one.
     assert len({int(row.isfinite().nonzero()[0]) for row in values[1:-1]}) > 1
-    with pytest.raises(ValueError, match=r"run 'r': count of test '\w' is nan at step 1; missing=\"mask\""):
+    with pytest.raises(
+        ValueError, match=r"run 'r': count of test '\w' is nan at step 1; missing=\"mask\""
+    ):
         RunSet.of([read_run(tmp_path / "r")])
     assert RunSet.of([read_run(tmp_path / "r")], missing="mask").y.isnan().sum() == 8
 
@@ -67,7 +90,10 @@ def test_a_killed_recorder_goes_on(tmp_path):
     drive(tmp_path / "part", 9, begin=4, every=2)
     whole, part = read_run(tmp_path / "whole"), read_run(tmp_path / "part")
     assert torch.equal(whole.order, part.order) and torch.equal(whole.steps, part.steps)
-    assert torch.equal(whole.values["count"], part.values["count"]) and whole.train_ids == part.train_ids
+    assert (
+        torch.equal(whole.values["count"], part.values["count"])
+        and whole.train_ids == part.train_ids
+    )
 
 
 def test_tensors_without_their_json_do_not_count(tmp_path):
@@ -112,12 +138,21 @@ class TestLossMetric:
         given["labels"][2, :7] = -100
         made = LossMetric(given, batch_size=2)(model, [4, 2, 0])["loss"]
         with torch.no_grad():
-            want = [float(model(given["input_ids"][i : i + 1], labels=given["labels"][i : i + 1]).loss) for i in (4, 2, 0)]
+            want = [
+                float(model(given["input_ids"][i : i + 1], labels=given["labels"][i : i + 1]).loss)
+                for i in (4, 2, 0)
+            ]
         torch.testing.assert_close(made, torch.tensor(want))
 
     def test_rows_of_any_length(self):
         whole = tiny.rows(3)
-        lists = [{"input_ids": whole["input_ids"][i, : 5 + i].tolist(), "labels": whole["labels"][i, : 5 + i].tolist()} for i in range(3)]
+        lists = [
+            {
+                "input_ids": whole["input_ids"][i, : 5 + i].tolist(),
+                "labels": whole["labels"][i, : 5 + i].tolist(),
+            }
+            for i in range(3)
+        ]
         model = tiny.tiny().eval()
         single = torch.cat([LossMetric([row])(model, [0])["loss"] for row in lists])
         torch.testing.assert_close(LossMetric(lists)(model, [0, 1, 2])["loss"], single)
@@ -143,9 +178,26 @@ def test_measuring_changes_nothing(tmp_path):
     assert all(p.grad is None for p in model.parameters())
 
 
-def run(name="r", order=((0, 1), (1, 0)), y=((1.0, 2.0), (3.0, 4.0)), steps=None, tests=(0, 1), scale="nats", metric="loss", ids=(0, 1)):
+def run(
+    name="r",
+    order=((0, 1), (1, 0)),
+    y=((1.0, 2.0), (3.0, 4.0)),
+    steps=None,
+    tests=(0, 1),
+    scale="nats",
+    metric="loss",
+    ids=(0, 1),
+):
     values = torch.tensor(y)
-    return Run(name, order, torch.arange(len(values)) if steps is None else torch.tensor(steps), {metric: values}, ids, tests, {metric: scale})
+    return Run(
+        name,
+        order,
+        torch.arange(len(values)) if steps is None else torch.tensor(steps),
+        {metric: values},
+        ids,
+        tests,
+        {metric: scale},
+    )
 
 
 BAD = [
@@ -188,7 +240,11 @@ def test_unknown_ids_are_key_errors():
 def test_runs_of_different_lengths_are_padded():
     long = run("b", order=[[0, 1], [1, 1], [0, 0]], y=[[1.0, 1.0]] * 3)
     made = RunSet.of([run("a"), long], missing="mask", pad=True)
-    assert made.order[0].tolist() == [[0, 1], [1, 0], [-1, -1]] and made.y[0, 2].isnan().all() and len(made.steps) == 3
+    assert (
+        made.order[0].tolist() == [[0, 1], [1, 0], [-1, -1]]
+        and made.y[0, 2].isnan().all()
+        and len(made.steps) == 3
+    )
 
 
 def test_ids_of_runs_are_joined():
@@ -205,7 +261,16 @@ class TestBlocksAndPairs:
         steps = sorted({*range(0, length, every), length - 1})
         order = torch.arange(length * 2).view(1, length, 2)
         y = torch.rand(1, len(steps), 2)
-        return RunSet(("r",), "loss", "", order.to(torch.int32), torch.tensor(steps), y, tuple(range(16)), (0, 1))
+        return RunSet(
+            ("r",),
+            "loss",
+            "",
+            order.to(torch.int32),
+            torch.tensor(steps),
+            y,
+            tuple(range(16)),
+            (0, 1),
+        )
 
     def test_pairs(self):
         runs = self.made()
@@ -219,24 +284,43 @@ class TestBlocksAndPairs:
 
     def test_blocks(self):
         made = self.made().blocks()
-        assert made[0].tolist() == [[2, 3, 4, 5, 6, 7], [8, 9, 10, 11, 12, 13], [14, 15, -1, -1, -1, -1]]
+        assert made[0].tolist() == [
+            [2, 3, 4, 5, 6, 7],
+            [8, 9, 10, 11, 12, 13],
+            [14, 15, -1, -1, -1, -1],
+        ]
         assert torch.equal(self.made(1).blocks(), self.made(1).order[:, 1:])
 
 
 def write_published(folder, order, values, steps=None, key="loss", first=1):
     folder.mkdir(parents=True)
     steps = steps or list(range(first, first + len(order)))
-    (folder / "train_samples_id.json").write_text("".join(json.dumps({"step": first + t, "samples_id": b}) + "\n" for t, b in enumerate(order)))
-    lines = [{"id": q, "loss_trajectory": [{"step": s, "loss": v} for s, v in zip(steps, row)]} for q, row in values.items()]
-    (folder / f"all_{key}_trajectory.out").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "train_samples_id.json").write_text(
+        "".join(
+            json.dumps({"step": first + t, "samples_id": b}) + "\n" for t, b in enumerate(order)
+        )
+    )
+    lines = [
+        {"id": q, "loss_trajectory": [{"step": s, "loss": v} for s, v in zip(steps, row)]}
+        for q, row in values.items()
+    ]
+    (folder / f"all_{key}_trajectory.out").write_text(
+        "".join(json.dumps(line) + "\n" for line in lines)
+    )
     return folder
 
 
 class TestPublishedLayout:
     def test_is_read(self, tmp_path):
-        folder = write_published(tmp_path / "1", [[7, 3], [3, 9], [7]], {200: [1.0, 1.5, 1.5], 201: [2.0, 2.5, 2.25]})
+        folder = write_published(
+            tmp_path / "1", [[7, 3], [3, 9], [7]], {200: [1.0, 1.5, 1.5], 201: [2.0, 2.5, 2.25]}
+        )
         made = read_reference(folder)
-        assert made.train_ids == (7, 3, 9) and made.test_ids == (200, 201) and made.scale("loss") == "nats"
+        assert (
+            made.train_ids == (7, 3, 9)
+            and made.test_ids == (200, 201)
+            and made.scale("loss") == "nats"
+        )
         assert made.order.tolist() == [[0, 1], [1, 2], [0, -1]] and made.steps.tolist() == [0, 1, 2]
         assert made.values["loss"][:, 1].tolist() == [2.0, 2.5, 2.25]
 
@@ -260,9 +344,14 @@ class TestPublishedLayout:
 
     def test_samples(self, tmp_path):
         file = tmp_path / "s.jsonl"
-        file.write_text('{"id": 3, "input": "Q: x A: y", "context": "Q: x A: "}\n\n{"id": "k", "prompt": "a", "answer": "b", "group": "g"}\n')
+        file.write_text(
+            '{"id": 3, "input": "Q: x A: y", "context": "Q: x A: "}\n\n{"id": "k", "prompt": "a", "answer": "b", "group": "g"}\n'
+        )
         made = read_samples(file)
-        assert made[3] == {"prompt": "Q: x A: ", "answer": "y", "text": "Q: x A: y"} and made["k"]["group"] == "g"
+        assert (
+            made[3] == {"prompt": "Q: x A: ", "answer": "y", "text": "Q: x A: y"}
+            and made["k"]["group"] == "g"
+        )
         for text, words in (('{"id": 1}', "line 1: needs 'prompt'"), ("[1]", "line 1: no JSON object"), ("", "has no examples"),
                             ('{"id": 1, "prompt": "", "answer": ""}\n' * 2, "line 2: the id 1 comes twice"),
                             ('{"input": "ab", "context": "x"}', "input does not begin with context")):  # fmt: skip
@@ -278,20 +367,39 @@ class TestGeneration:
 
         from tenfold.gptfluence import GenerationMetric
 
-        made = Tokenizer(models.WordLevel({chr(97 + i): i for i in range(26)} | {"<e>": 26, "<u>": 27}, unk_token="<u>"))
+        made = Tokenizer(
+            models.WordLevel(
+                {chr(97 + i): i for i in range(26)} | {"<e>": 26, "<u>": 27}, unk_token="<u>"
+            )
+        )
         made.pre_tokenizer = pre_tokenizers.Split("", "isolated")
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<e>", unk_token="<u>")
-        return GenerationMetric(tokenizer, ["abc", "z"], ["x y z", "the cat sat on the mat"], max_new_tokens=6, **options)
+        return GenerationMetric(
+            tokenizer,
+            ["abc", "z"],
+            ["x y z", "the cat sat on the mat"],
+            max_new_tokens=6,
+            **options,
+        )
 
     def test_scores_are_those_of_the_packages(self, monkeypatch):
         from sacrebleu import sentence_bleu
 
         metric = self.made()
-        monkeypatch.setattr(metric, "generate", lambda model, tests: ["the cat sat on a mat" if t else "x y z" for t in tests])
+        monkeypatch.setattr(
+            metric,
+            "generate",
+            lambda model, tests: ["the cat sat on a mat" if t else "x y z" for t in tests],
+        )
         found = metric(None, [1, 0])
         want = sentence_bleu("the cat sat on a mat", ["the cat sat on the mat"]).score
-        assert found["bleu"].tolist() == pytest.approx([want, sentence_bleu("x y z", ["x y z"]).score])
-        assert found["rougeL"].tolist() == pytest.approx([10 / 12, 1.0]) and metric.scales == {"bleu": "0-100", "rougeL": "0-1"}
+        assert found["bleu"].tolist() == pytest.approx(
+            [want, sentence_bleu("x y z", ["x y z"]).score]
+        )
+        assert found["rougeL"].tolist() == pytest.approx([10 / 12, 1.0]) and metric.scales == {
+            "bleu": "0-100",
+            "rougeL": "0-1",
+        }
 
     def test_texts_are_drawn_alike_and_alone(self):
         model, metric = tiny.tiny().eval(), self.made(batch_size=1)
@@ -314,5 +422,8 @@ class TestGeneration:
         with pytest.raises(ValueError, match="measures must be one of bleu, rougeL, got 'meteor'"):
             GenerationMetric(None, ["a"], ["b"], ["meteor"])
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-        with pytest.raises(ModuleNotFoundError, match=r"bleu needs sacrebleu; install it with `pip install 'tenfold\[gptfluence\]'`"):
+        with pytest.raises(
+            ModuleNotFoundError,
+            match=r"bleu needs sacrebleu; install it with `pip install 'tenfold\[gptfluence\]'`",
+        ):
             GenerationMetric(None, ["a"], ["b"])

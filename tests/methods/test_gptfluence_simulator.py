@@ -7,7 +7,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tenfold.gptfluence import BagEncoder, Features, RunSet, Simulator, SimulatorConfig, TextEncoder, UnknownId, evaluate, mislabel_curve
+from tenfold.gptfluence import (
+    BagEncoder,
+    Features,
+    RunSet,
+    Simulator,
+    SimulatorConfig,
+    TextEncoder,
+    UnknownId,
+    evaluate,
+    mislabel_curve,
+)
 from tenfold.gptfluence import baselines
 from tenfold.gptfluence.evaluation import agreement
 from tenfold.gptfluence.influence import without
@@ -76,7 +86,9 @@ def test_mini_batches_and_whole_runs_have_the_same_loss(order, interaction):
     torch.testing.assert_close(some._some(torch.arange(len(some.tuples))), whole._whole())
     factors = simulator.factors()
     data = whole.data
-    want = reference.markov_onestep(factors, data.order, data.after, True, y0=data.past, mask=data.known)
+    want = reference.markov_onestep(
+        factors, data.order, data.after, True, y0=data.past, mask=data.known
+    )
     torch.testing.assert_close(whole._whole().detach(), data.loss(want))
 
 
@@ -106,10 +118,22 @@ def test_sparse_recordings():
 
 def test_early_stopping_keeps_the_best():
     runs = made_runs()
-    simulator = fitted(runs.take(range(4)), runs.take([4]), epochs=400, validate_every=5, patience=2, learning_rate=0.05)
+    simulator = fitted(
+        runs.take(range(4)),
+        runs.take([4]),
+        epochs=400,
+        validate_every=5,
+        patience=2,
+        learning_rate=0.05,
+    )
     best = min(v for _, v in simulator.record.validation)
     assert dict(simulator.record.validation)[simulator.record.best] == best
-    torch.testing.assert_close(evaluate(simulator.predict(runs.take([4])).values, runs.take([4])).mse, best, rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        evaluate(simulator.predict(runs.take([4])).values, runs.take([4])).mse,
+        best,
+        rtol=1e-4,
+        atol=0,
+    )
     # Two rises in a row end it.
     errors = [v for _, v in simulator.record.validation]
     rises = [b > a for a, b in zip(errors, errors[1:])]
@@ -119,7 +143,9 @@ def test_early_stopping_keeps_the_best():
 
 def test_the_seed_decides():
     one, two, other = fitted(), fitted(), fitted(seed=7)
-    assert torch.equal(one.factors(), two.factors()) and not torch.equal(one.factors(), other.factors())
+    assert torch.equal(one.factors(), two.factors()) and not torch.equal(
+        one.factors(), other.factors()
+    )
 
 
 class TestPredict:
@@ -128,7 +154,9 @@ class TestPredict:
         ids = [[runs.train_ids[i] for i in batch] for batch in runs.order[5, 1:].tolist()]
         want = simulator.predict(runs.take([5])).values
         torch.testing.assert_close(simulator.predict(ids, runs.y[5, 0]).values, want)
-        torch.testing.assert_close(simulator.predict([ids, ids], runs.y[[5, 5], 0]).values, want.expand(2, T, Q))
+        torch.testing.assert_close(
+            simulator.predict([ids, ids], runs.y[[5, 5], 0]).values, want.expand(2, T, Q)
+        )
         torch.testing.assert_close(simulator.predict(torch.tensor(ids), runs.y[5, 0]).values, want)
         some = simulator.predict(ids, runs.y[5, 0, [3, 1]], tests=[3, 1]).values
         torch.testing.assert_close(some, want[:, :, [3, 1]])
@@ -150,23 +178,37 @@ class TestPredict:
         with torch.no_grad():
             simulator.network.train_tower.last_bias.add_(1)
             simulator.network.test_tower.last_bias.add_(1)
-        with pytest.warns(RuntimeWarning, match="the recurrence is unstable: the largest spectral radius"):
+        with pytest.warns(
+            RuntimeWarning, match="the recurrence is unstable: the largest spectral radius"
+        ):
             assert not simulator.predict(made_runs()).diverged.any()
 
     def test_stability_is_the_companion_matrix(self):
         draw = torch.Generator().manual_seed(0)
-        order, settings = torch.randint(0, M, (2, 3, 3), generator=draw, dtype=torch.int32), SimulatorConfig(order=2)
+        order, settings = (
+            torch.randint(0, M, (2, 3, 3), generator=draw, dtype=torch.int32),
+            SimulatorConfig(order=2),
+        )
         factors = torch.randn(3, M, Q, generator=draw, dtype=torch.float64) / 5
         alphas = step_factors(factors, order, settings)
-        want = torch.stack([reference.markov_onestep(factors[[p, p]], order, torch.zeros(2, 3, Q).double()) for p in range(3)])
+        want = torch.stack(
+            [
+                reference.markov_onestep(factors[[p, p]], order, torch.zeros(2, 3, Q).double())
+                for p in range(3)
+            ]
+        )
         want[0] += 1
         torch.testing.assert_close(alphas, want)
         largest = 0.0
         for a, b in zip(alphas[0].flatten(), alphas[1].flatten()):
-            roots = torch.linalg.eigvals(torch.tensor([[a, b], [1.0, 0.0]], dtype=torch.float64)).abs()
+            roots = torch.linalg.eigvals(
+                torch.tensor([[a, b], [1.0, 0.0]], dtype=torch.float64)
+            ).abs()
             largest = max(largest, float(roots.max()))
         found = stability(factors, order, settings)
-        assert found["radius"] == pytest.approx(largest) and found["alpha"] == pytest.approx(float(alphas[0].abs().max()))
+        assert found["radius"] == pytest.approx(largest) and found["alpha"] == pytest.approx(
+            float(alphas[0].abs().max())
+        )
 
 
 class TestInfluence:
@@ -175,7 +217,9 @@ class TestInfluence:
         scores = simulator.attribute(kind="delta", level=level)
         made = simulator.predict([[4]], level).values[0]
         torch.testing.assert_close(scores[4], made[1] - made[0])
-        torch.testing.assert_close(simulator.attribute([4], [2], kind="alpha"), simulator.factors()[0, 4:5, 2:3])
+        torch.testing.assert_close(
+            simulator.attribute([4], [2], kind="alpha"), simulator.factors()[0, 4:5, 2:3]
+        )
         torch.testing.assert_close(simulator.attribute(kind="beta"), simulator.factors()[1])
 
     @pytest.mark.parametrize("reduction", ["sum", "mean"])
@@ -195,7 +239,9 @@ class TestInfluence:
             bare = [[j for j in batch if j != i] for batch in ids]
             want = simulator.predict(ids, first).final[0] - simulator.predict(bare, first).final[0]
             torch.testing.assert_close(scores[i], want, atol=1e-5, rtol=1e-4)
-        swapped = simulator.attribute([2], kind="counterfactual", curriculum=ids, first=first, replace=9)
+        swapped = simulator.attribute(
+            [2], kind="counterfactual", curriculum=ids, first=first, replace=9
+        )
         other = [[9 if j == 2 else j for j in batch] for batch in ids]
         want = simulator.predict(ids, first).final[0] - simulator.predict(other, first).final[0]
         torch.testing.assert_close(swapped[0], want, atol=1e-5, rtol=1e-4)
@@ -206,14 +252,23 @@ class TestInfluence:
     def test_self_influence(self):
         same = features()[0]
         simulator = Simulator(same, same)
-        torch.testing.assert_close(simulator.self_influence([3, 1]), simulator.factors()[0].diagonal()[[3, 1]])
-        torch.testing.assert_close(simulator.self_influence(kind="beta"), simulator.factors()[1].diagonal())
+        torch.testing.assert_close(
+            simulator.self_influence([3, 1]), simulator.factors()[0].diagonal()[[3, 1]]
+        )
+        torch.testing.assert_close(
+            simulator.self_influence(kind="beta"), simulator.factors()[1].diagonal()
+        )
 
     def test_mislabelled_examples(self):
         perfect = mislabel_curve([0.1, 0.9, 0.2, 0.8], [False, True, False, True])
-        assert perfect["found"] == [0.5, 1.0, 1.0, 1.0] and perfect["area"] == perfect["ideal"] == pytest.approx(0.75)
+        assert perfect["found"] == [0.5, 1.0, 1.0, 1.0] and perfect["area"] == perfect[
+            "ideal"
+        ] == pytest.approx(0.75)
         draw = torch.Generator().manual_seed(0)
-        areas = [mislabel_curve(torch.rand(50, generator=draw), torch.arange(50) < 10)["area"] for _ in range(300)]
+        areas = [
+            mislabel_curve(torch.rand(50, generator=draw), torch.arange(50) < 10)["area"]
+            for _ in range(300)
+        ]
         assert sum(areas) / 300 == pytest.approx(0.5, abs=0.01)
         with pytest.raises(ValueError, match="a mislabelled example"):
             mislabel_curve([1.0], [False])
@@ -226,7 +281,11 @@ class TestSaved:
         runs = made_runs().take([5])
         assert torch.equal(again.predict(runs).values, simulator.predict(runs).values)
         assert again.config == simulator.config and again.fitted == ("r0", "r1", "r2", "r3")
-        assert again.metric == "loss" and again.record.losses == simulator.record.losses and again.level == simulator.level
+        assert (
+            again.metric == "loss"
+            and again.record.losses == simulator.record.losses
+            and again.level == simulator.level
+        )
 
     def test_features_are_outside(self, tmp_path):
         simulator = fitted()
@@ -235,7 +294,10 @@ class TestSaved:
         assert not (tmp_path / "s" / "train.features.safetensors").exists()
         again = Simulator.load(tmp_path / "s", train, test)
         assert torch.equal(again.factors(), simulator.factors())
-        for other, words in ((features(width=7)[0], "got 'random', width 7"), (features(encoder="else")[0], "got 'else'")):
+        for other, words in (
+            (features(width=7)[0], "got 'random', width 7"),
+            (features(encoder="else")[0], "got 'else'"),
+        ):
             with pytest.raises(ValueError, match=words):
                 Simulator.load(tmp_path / "s", other, test)
         with pytest.raises(ValueError, match="has no simulator"):
@@ -244,10 +306,14 @@ class TestSaved:
     def test_other_examples(self):
         simulator = fitted()
         more = Features(range(100, 103), features()[0].table[:3], "random")
-        torch.testing.assert_close(simulator.with_features(train=more).factors(), simulator.factors()[:, :3])
+        torch.testing.assert_close(
+            simulator.with_features(train=more).factors(), simulator.factors()[:, :3]
+        )
         with pytest.warns(UserWarning, match="not fitted are rarely better than a constant"):
             simulator.with_features(test=Features([50], torch.randn(1, 6), "random"))
-        with pytest.raises(ValueError, match="training features are of 'random', width 6; got 'else', width 6"):
+        with pytest.raises(
+            ValueError, match="training features are of 'random', width 6; got 'else', width 6"
+        ):
             simulator.with_features(train=features(encoder="else")[0])
 
 
@@ -297,8 +363,16 @@ class TestEvaluation:
     def test_numbers(self):
         runs = made_runs().take([0, 1])
         made = evaluate(runs.y + 0.5, runs)
-        assert made.mse == pytest.approx(0.25) and made.mae == pytest.approx(0.5) and made.mse_std == pytest.approx(0, abs=1e-6)
-        assert made.spearman == pytest.approx(1) and made.trajectories == 2 * Q and made.final_mse == pytest.approx(0.25)
+        assert (
+            made.mse == pytest.approx(0.25)
+            and made.mae == pytest.approx(0.5)
+            and made.mse_std == pytest.approx(0, abs=1e-6)
+        )
+        assert (
+            made.spearman == pytest.approx(1)
+            and made.trajectories == 2 * Q
+            and made.final_mse == pytest.approx(0.25)
+        )
         # The first measurement is not predicted and not counted.
         moved = runs.y.clone()
         moved[:, 0] += 9
@@ -306,7 +380,9 @@ class TestEvaluation:
 
     def test_no_rank_correlation(self):
         runs = made_runs().take([0])
-        with pytest.warns(UserWarning, match="run 'r0' has no rank correlation at the end: 2 tests"):
+        with pytest.warns(
+            UserWarning, match="run 'r0' has no rank correlation at the end: 2 tests"
+        ):
             few = evaluate(runs.tests([0, 1]).y, runs.tests([0, 1]))
         assert math.isnan(few.spearman) and few.to_json()["spearman"] is None
         with pytest.warns(UserWarning, match="constant values"):
@@ -315,7 +391,11 @@ class TestEvaluation:
     def test_agreement(self):
         true = torch.tensor([[1.0, -2.0], [3.0, 0.5]])
         found = agreement(2 * true, true)
-        assert found["pearson"] == pytest.approx(1) and found["spearman"] == pytest.approx(1) and found["signs"] == 1
+        assert (
+            found["pearson"] == pytest.approx(1)
+            and found["spearman"] == pytest.approx(1)
+            and found["signs"] == 1
+        )
 
 
 class TestBaselines:
@@ -328,7 +408,9 @@ class TestBaselines:
         torch.testing.assert_close(mean.predict(test)[:, 1:], train.y.mean(0)[1:].expand(2, -1, -1))
         alike = baselines.Similarity(*features())
         alike.fit(train)
-        true = torch.stack([y[0] + alike.factor * (c - y[0]) for c, y in zip(alike._curves(test), test.y)])
+        true = torch.stack(
+            [y[0] + alike.factor * (c - y[0]) for c, y in zip(alike._curves(test), test.y)]
+        )
         torch.testing.assert_close(alike.predict(test), true)
 
     def test_ridge_beats_the_mean_and_chooses_its_weight(self):
@@ -353,7 +435,11 @@ class TestEncoders:
         from tokenizers import Tokenizer, models, pre_tokenizers
         from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-        made = Tokenizer(models.WordLevel({chr(97 + i): i for i in range(26)} | {"<p>": 26, "<u>": 27}, unk_token="<u>"))
+        made = Tokenizer(
+            models.WordLevel(
+                {chr(97 + i): i for i in range(26)} | {"<p>": 26, "<u>": 27}, unk_token="<u>"
+            )
+        )
         made.pre_tokenizer = pre_tokenizers.Split("", "isolated")
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<p>", unk_token="<u>")
         torch.manual_seed(0)
@@ -371,7 +457,11 @@ class TestEncoders:
             ids = torch.tensor([[ord(c) - 97 for c in text]])
             with torch.no_grad():
                 states = encoder.model(input_ids=ids).last_hidden_state[0]
-            want = {"cls": states[0], "last": states[-1], "mean": torch.nn.functional.normalize(states.mean(0), dim=0)}[pooling]
+            want = {
+                "cls": states[0],
+                "last": states[-1],
+                "mean": torch.nn.functional.normalize(states.mean(0), dim=0),
+            }[pooling]
             torch.testing.assert_close(row, want, atol=1e-5, rtol=1e-4)
 
     def test_long_texts_are_counted(self):
@@ -390,7 +480,11 @@ class TestEncoders:
     def test_features_of_texts_are_found_by_id(self, tmp_path):
         made = Features.of_texts(["p", 3], ["one", "two"], BagEncoder(8))
         again = Features.load(made.save(tmp_path / "f.safetensors"))
-        assert again.ids == ("p", 3) and again.digest() == made.digest() and torch.equal(again.take([3]).table, made.table[1:])
+        assert (
+            again.ids == ("p", 3)
+            and again.digest() == made.digest()
+            and torch.equal(again.take([3]).table, made.table[1:])
+        )
         with pytest.raises(UnknownId, match="no row for the id '3'"):
             again.take(["3"])
         with pytest.raises(ValueError, match="is no file of features"):
@@ -407,7 +501,9 @@ def test_the_packaged_model_is_found_or_named(monkeypatch):
     if sentence_model_path() is not None:
         from tenfold.gptfluence import encoder_of
 
-        made = encoder_of("minilm", "mean")(["A cat sleeps.", "The cat is asleep.", "Interest rates rose."])
+        made = encoder_of("minilm", "mean")(
+            ["A cat sleeps.", "The cat is asleep.", "Interest rates rose."]
+        )
         assert made.shape == (3, 384) and made[0] @ made[1] > 2 * made[0] @ made[2]
 
     def missing(name):

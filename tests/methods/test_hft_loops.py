@@ -120,7 +120,9 @@ class TestSft:
     @pytest.mark.parametrize(
         "states, stop",
         [
-            pytest.param(rule, stop, marks=[] if stop == 3 or rule == "keep" else [pytest.mark.slow])
+            pytest.param(
+                rule, stop, marks=[] if stop == 3 or rule == "keep" else [pytest.mark.slow]
+            )
             for rule in ("drop", "keep", "hand_over")
             for stop in (2, 3, 4)
         ],
@@ -138,9 +140,7 @@ class TestSft:
         record = hft.sft(
             model, ROWS, config, work_dir=tmp_path, callback=lambda p: steps.append(p.step)
         )
-        assert (
-            steps[0] == stop + 1 and same(weights(model), whole) and record.curves == curve
-        )
+        assert steps[0] == stop + 1 and same(weights(model), whole) and record.curves == curve
         assert not list(tmp_path.iterdir())
 
     @pytest.mark.parametrize("changes", [{"strategy": "element"}, {"state_dtype": "int8"}, {"soft_freeze": 0.1},
@@ -289,8 +289,11 @@ class TestContinual:
 
     @pytest.mark.parametrize(
         "stage, step",
-        [("round-1", 1), ("round-1", 6),
-         *(pytest.param(*at, marks=pytest.mark.slow) for at in (("round-0", 2), ("round-2", 3)))],
+        [
+            ("round-1", 1),
+            ("round-1", 6),
+            *(pytest.param(*at, marks=pytest.mark.slow) for at in (("round-0", 2), ("round-2", 3))),
+        ],
     )
     def test_killed_and_resumed(self, tmp_path, stage, step):
         whole, want = undisturbed_tasks()

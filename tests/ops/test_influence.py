@@ -84,7 +84,9 @@ class TestClosedForms:
         factors = factors.double().to(device)
         factors[0] = (1 - eta) ** 2
         y = ops.markov_scan(factors, order.to(device), y0).flatten().cpu()
-        torch.testing.assert_close(y, torch.tensor(losses[1:], dtype=torch.float64), rtol=0, atol=1e-12)
+        torch.testing.assert_close(
+            y, torch.tensor(losses[1:], dtype=torch.float64), rtol=0, atol=1e-12
+        )
 
     def test_what_overflows_is_infinite(self, device):
         factors, order = on(device, constant(1e20, 1.0, 5))
@@ -229,7 +231,9 @@ def test_errors(device):
     check_errors(*both, (factors, order[0], y0), {}, ValueError, "order", "[R, T, B]")
     check_errors(*both, (factors, order, y0.double()), {}, TypeError, "y0", "float32", "float64")
     check_errors(*both, (factors, order, y0[:, 1:]), {}, ValueError, "y0", "[R, n, Q] = [3, 2, 6]")
-    check_errors(*both, (factors, order, y0), {"reduction": "max"}, ValueError, "reduction", "'max'")
+    check_errors(
+        *both, (factors, order, y0), {"reduction": "max"}, ValueError, "reduction", "'max'"
+    )
     check_errors(*both, (factors, order, y0), {"lengths": y0[:, 0, 0]}, TypeError, "lengths")
     long = torch.tensor([0, 1, 6], device=device)
     check_errors(*both, (factors, order, y0), {"lengths": long[1:]}, ValueError, "lengths", "[R]")
@@ -245,12 +249,16 @@ def test_errors(device):
         wrong[2, 4, 1] = value
         for ids in (wrong, wrong.long()):
             words = (f"order[2, 4, 1] = {value}", "[-1, 4)")
-            check_errors(ops.markov_scan, raw.markov_scan, (factors, ids, y0), {}, IndexError, *words)
+            check_errors(
+                ops.markov_scan, raw.markov_scan, (factors, ids, y0), {}, IndexError, *words
+            )
             check_errors(*both, (factors, ids, y), {}, IndexError, *words)
     huge = order.long()
     huge[0, 0, 0] = (1 << 32) + 1  # in 32 bits a training example
     check_errors(*both, (factors, huge, y), {}, IndexError, "order[0, 0, 0] = 4294967297")
-    check_errors(*both, (factors, order, y), {"lengths": long}, IndexError, "lengths[2] = 6", "[0, 5]")
+    check_errors(
+        *both, (factors, order, y), {"lengths": long}, IndexError, "lengths[2] = 6", "[0, 5]"
+    )
 
 
 def test_once_differentiable(device):
@@ -264,13 +272,19 @@ def test_once_differentiable(device):
 
 def test_registration(device):
     x = Runs((2, 6, 3, 5, 37, 2))
-    factors, order, y0, y, mask, lengths = on(device, (x.factors, x.order, x.y0, x.y, x.mask, x.lengths))
+    factors, order, y0, y, mask, lengths = on(
+        device, (x.factors, x.order, x.y0, x.y, x.mask, x.lengths)
+    )
     leaf, start = factors.clone().requires_grad_(), y0.clone().requires_grad_()
     check_op(raw.markov_scan, (leaf, order, start, True))
     check_op(raw.markov_scan, (factors, order, y0), {"lengths": lengths, "reduction": "mean"})
     check_op(raw.markov_onestep, (leaf, order, y))
-    check_op(raw.markov_onestep, (leaf, order, y.clone().requires_grad_(), True, start), {"mask": mask})
+    check_op(
+        raw.markov_onestep, (leaf, order, y.clone().requires_grad_(), True, start), {"mask": mask}
+    )
     pred = ops.markov_scan(factors, order, y0)
     check_op(raw.markov_scan_backward, (torch.ones_like(pred), factors, order, y0, pred, True))
     for past in (False, True):
-        check_op(raw.markov_onestep_backward, (torch.ones_like(y), factors, order, y, True, y0, past))
+        check_op(
+            raw.markov_onestep_backward, (torch.ones_like(y), factors, order, y, True, y0, past)
+        )

@@ -49,10 +49,14 @@ class TestTuples:
         """Of factors that are all products of the features."""
         x = Runs((3, 6, 4, 5, 7, 2))
         H, G = rand(3, 5, 20, seed=4), rand(3, 7, 20, seed=5)
-        run, t, q = (g.flatten() for g in torch.meshgrid(*map(torch.arange, (3, 6, 7)), indexing="ij"))
+        run, t, q = (
+            g.flatten() for g in torch.meshgrid(*map(torch.arange, (3, 6, 7)), indexing="ij")
+        )
         past = torch.cat([x.y0, x.y], 1)
         hist = torch.stack([past[run, t, q], past[run, t + 1, q]], 1)
-        got = ops.markov_onestep_tuples(*on(device, (H, G, x.order[run, t], q, hist)), residual=True)
+        got = ops.markov_onestep_tuples(
+            *on(device, (H, G, x.order[run, t], q, hist)), residual=True
+        )
         factors, order, y, y0 = on(device, (torch.bmm(H, G.mT), x.order, x.y, x.y0))
         want = ops.markov_onestep(factors, order, y, True, y0=y0)
         torch.testing.assert_close(got.view(3, 6, 7), want, rtol=1e-5, atol=1e-5)
@@ -133,7 +137,10 @@ class TestOuterDot:
     def test_they_are_products_of_gradients(self, device):
         """Of the last layer of a small model, as autograd makes them."""
         weight = rand(11, 6, seed=1).to(device).requires_grad_()
-        hidden, target = rand(4, 5, 6, seed=2).to(device), torch.arange(20, device=device).view(4, 5) % 11
+        hidden, target = (
+            rand(4, 5, 6, seed=2).to(device),
+            torch.arange(20, device=device).view(4, 5) % 11,
+        )
         grads, J = [], []
         for h, y in zip(hidden, target):
             loss = torch.nn.functional.cross_entropy(h @ weight.T, y, reduction="sum")
@@ -152,7 +159,10 @@ class TestOuterDot:
         want = ops.outer_dot(J, X, J2, X2)
         part = ops.outer_dot(J[3:4], X[3:4], J2[2:], X2[2:])
         assert torch.equal(part, want[3:4, 2:])
-        wide = torch.nn.functional.pad(J, (0, 0, 0, 4)), torch.nn.functional.pad(X, (0, 0, 0, 4), value=9.0)
+        wide = (
+            torch.nn.functional.pad(J, (0, 0, 0, 4)),
+            torch.nn.functional.pad(X, (0, 0, 0, 4), value=9.0),
+        )
         torch.testing.assert_close(ops.outer_dot(*wide, J2, X2), want, rtol=1e-5, atol=1e-4)
         for kind in ("sliced", "transposed", "misaligned"):
             other = (layout(x, kind) for x in (J, X, J2, X2))

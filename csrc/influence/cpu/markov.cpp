@@ -53,8 +53,8 @@ struct Plan {
     const auto busy = [&] { return ceil_div(c.tests, lanes) >= threads; };
     while (lanes > kLeastLanes && (lanes / 2 >= c.tests || !busy() || !fits())) lanes /= 2;
     blocks = ceil_div(c.tests, lanes);
-    micros = kMicrosPerLane * static_cast<double>(entries() * planes()) *
-             static_cast<double>(c.tests);
+    micros =
+        kMicrosPerLane * static_cast<double>(entries() * planes()) * static_cast<double>(c.tests);
   }
 
   int64_t planes() const { return c.lags + 1; }
@@ -96,9 +96,8 @@ void run_forward(const Plan<T>& plan, Real<T>* out, bool free_running) {
   const MarkovCall& c = plan.c;
   const int64_t threads = torch::stable::get_num_threads();
   // Runs are cut only where blocks of lanes do not keep all threads busy.
-  const int64_t cuts =
-      std::clamp<int64_t>(ceil_div(4 * threads, std::max<int64_t>(plan.blocks, 1)), 1,
-                          std::max<int64_t>(c.runs, 1));
+  const int64_t cuts = std::clamp<int64_t>(ceil_div(4 * threads, std::max<int64_t>(plan.blocks, 1)),
+                                           1, std::max<int64_t>(c.runs, 1));
   const Parts runs{c.runs, 1, cuts};
   const bool packs = plan.packs(plan.entries() / cuts);
   for_each_task(plan.blocks * cuts, plan.micros, [&] {
@@ -259,9 +258,11 @@ Tensor markov_onestep_op(Tensor factors, Tensor order, Tensor y, bool residual, 
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> markov_onestep_backward_op(
-    Tensor grad, Tensor factors, Tensor order, Tensor y, bool residual, OptTensor y0, bool of_past,
-    OptTensor mask, OptTensor lengths, std::string reduction) {
+std::tuple<Tensor, Tensor, Tensor> markov_onestep_backward_op(Tensor grad, Tensor factors,
+                                                              Tensor order, Tensor y, bool residual,
+                                                              OptTensor y0, bool of_past,
+                                                              OptTensor mask, OptTensor lengths,
+                                                              std::string reduction) {
   constexpr auto kOp = "markov_onestep_backward";
   const MarkovCall c = check_markov(kOp, factors, order, residual, lengths, reduction);
   const Past past = check_recorded(kOp, c, y, y0, mask);

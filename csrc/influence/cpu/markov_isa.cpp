@@ -22,8 +22,7 @@ struct Block {
 
   // alpha of lag plane + 1, or beta.
   [[gnu::always_inline]] L factor(int64_t plane, const int32_t* ids, R weight) const {
-    L sum =
-        sum_rows<T, kCount>(s.factors + plane * s.plane + at, s.row, ids, s.batch, tail);
+    L sum = sum_rows<T, kCount>(s.factors + plane * s.plane + at, s.row, ids, s.batch, tail);
     if (s.mean) sum = sum * L::all(weight);
     if (plane == 0 && s.residual) sum = sum + L::all(R{1});
     return sum;
@@ -81,8 +80,7 @@ void forward(const MarkovForward<T>& p, int64_t run, int64_t at, int tail) {
     y.write(out, tail);
     last = y;
   }
-  for (int64_t t = length; t < s.steps; ++t, out += s.tests)
-    B::L::all(Real<T>{0}).write(out, tail);
+  for (int64_t t = length; t < s.steps; ++t, out += s.tests) B::L::all(Real<T>{0}).write(out, tail);
 }
 
 // From the last step to the first. The ring's row i holds what steps after it have to say about y
@@ -141,21 +139,22 @@ void backward(const MarkovBackward<T>& p, int64_t run, int64_t at, int tail) {
     }
   }
   for (int64_t i = 0; p.grad_y0 != nullptr && i < n; ++i)
-    L::read(p.ring + i * kMarkovLanes, kWidth).write(p.grad_y0 + (run * n + i) * s.tests + at, tail);
+    L::read(p.ring + i * kMarkovLanes, kWidth)
+        .write(p.grad_y0 + (run * n + i) * s.tests + at, tail);
 }
 
 }  // namespace
 
-#define TENFOLD_MARKOV_RUNS(T)                                                            \
-  void markov_forward(const MarkovForward<T>& p, int64_t begin, int64_t end, int64_t lanes) { \
-    over_lanes(lanes, [&]<int kCount>(int64_t at, int tail) {                             \
-      for (int64_t run = begin; run < end; ++run) forward<T, kCount>(p, run, at, tail);   \
-    });                                                                                   \
-  }                                                                                       \
+#define TENFOLD_MARKOV_RUNS(T)                                                                  \
+  void markov_forward(const MarkovForward<T>& p, int64_t begin, int64_t end, int64_t lanes) {   \
+    over_lanes(lanes, [&]<int kCount>(int64_t at, int tail) {                                   \
+      for (int64_t run = begin; run < end; ++run) forward<T, kCount>(p, run, at, tail);         \
+    });                                                                                         \
+  }                                                                                             \
   void markov_backward(const MarkovBackward<T>& p, int64_t begin, int64_t end, int64_t lanes) { \
-    over_lanes(lanes, [&]<int kCount>(int64_t at, int tail) {                             \
-      for (int64_t run = begin; run < end; ++run) backward<T, kCount>(p, run, at, tail);  \
-    });                                                                                   \
+    over_lanes(lanes, [&]<int kCount>(int64_t at, int tail) {                                   \
+      for (int64_t run = begin; run < end; ++run) backward<T, kCount>(p, run, at, tail);        \
+    });                                                                                         \
   }
 TENFOLD_MARKOV_RUNS(float)
 TENFOLD_MARKOV_RUNS(bf16_t)

@@ -144,8 +144,7 @@ void outer_dot_task(const OuterDot& p, const DotTask& task, float* room) {
   with_dtype(p.dtype, [&]<class T, bool Dot>() {
     if (p.direct || p.t == 0 || p.s == 0) {
       for (int64_t i = 0; i < task.rows; ++i)
-        for (int64_t k = 0; k < cols; ++k)
-          put(i, k, pair_score<T>(p, task.i + i, task.k + k));
+        for (int64_t k = 0; k < cols; ++k) put(i, k, pair_score<T>(p, task.i + i, task.k + k));
       return;
     }
     const Memory m(room);

@@ -90,8 +90,7 @@ void run_backward(const TupleCall& c, const TupleSteps<T>& s, const Real<T>* gra
                         1e-4 * static_cast<double>((c.rows + c.num_tests) * c.dim);
   for_each_task((c.lags + 1) * blocks, micros, [&] {
     const int64_t floats = of_h.room() + of_g.room() + 16;
-    const auto held =
-        std::make_shared<Scratch>(floats * static_cast<int64_t>(sizeof(Real<T>)));
+    const auto held = std::make_shared<Scratch>(floats * static_cast<int64_t>(sizeof(Real<T>)));
     return [&, held](int64_t task) {
       TupleBackward<T> p{};
       p.s = s, p.count = c.count, p.grad = grad;
@@ -130,8 +129,7 @@ std::tuple<Tensor, Tensor, Tensor> markov_onestep_tuples_backward_op(
   const RowIds tests(kOp, "test_rows", c.tests, 0, c.num_tests);
   const ScalarType dtype = c.h.scalar_type();
   const auto nothing = [&](ScalarType t) { return new_output(c.h, {0}, t); };
-  const Tensor grad_h =
-      of_h ? new_output(c.h, {c.lags + 1, c.rows, c.dim}, dtype) : nothing(dtype);
+  const Tensor grad_h = of_h ? new_output(c.h, {c.lags + 1, c.rows, c.dim}, dtype) : nothing(dtype);
   const Tensor grad_g =
       of_g ? new_output(c.h, {c.lags + 1, c.num_tests, c.dim}, dtype) : nothing(dtype);
   const Tensor grad_hist =

@@ -43,8 +43,7 @@ void forward(const TupleForward<T>& p, int64_t begin, int64_t end) {
     const Real<T> weight = batch_weight<T>(s.ids + k * s.batch, s.batch, s.mean);
     if (p.grad_hist != nullptr) {
       for (int64_t plane = 0; plane < s.lags; ++plane)
-        p.grad_hist[k * s.lags + s.lags - 1 - plane] =
-            p.grad[k] * factor_of(s, k, plane, weight);
+        p.grad_hist[k * s.lags + s.lags - 1 - plane] = p.grad[k] * factor_of(s, k, plane, weight);
       continue;
     }
     Real<T> y = factor_of(s, k, s.lags, weight);
@@ -79,14 +78,13 @@ void backward(const TupleBackward<T>& p, int64_t at, int tail) {
 
 }  // namespace
 
-#define TENFOLD_TUPLES(T)                                                           \
-  void tuples_forward(const TupleForward<T>& p, int64_t begin, int64_t end) {       \
-    forward(p, begin, end);                                                         \
-  }                                                                                 \
-  void tuples_backward(const TupleBackward<T>& p) {                                 \
-    over_lanes(p.lanes, [&]<int kCount>(int64_t at, int tail) {                     \
-      backward<T, kCount>(p, at, tail);                                             \
-    });                                                                             \
+#define TENFOLD_TUPLES(T)                                                                    \
+  void tuples_forward(const TupleForward<T>& p, int64_t begin, int64_t end) {                \
+    forward(p, begin, end);                                                                  \
+  }                                                                                          \
+  void tuples_backward(const TupleBackward<T>& p) {                                          \
+    over_lanes(p.lanes,                                                                      \
+               [&]<int kCount>(int64_t at, int tail) { backward<T, kCount>(p, at, tail); }); \
   }
 TENFOLD_TUPLES(float)
 TENFOLD_TUPLES(bf16_t)

@@ -14,10 +14,8 @@ MarkovArgs<T> args_of(const char* op, const MarkovCall& c, const Past& past) {
   MarkovArgs<T> a{};
   a.factors = static_cast<const T*>(c.factors.data_ptr());
   a.plane = c.factors.strides()[0], a.row = c.factors.strides()[1];
-  a.order = {{c.order.data_ptr(), c.order.scalar_type() == ScalarType::Long, 1},
-             c.batch,
-             c.rows,
-             c.mean};
+  a.order = {
+      {c.order.data_ptr(), c.order.scalar_type() == ScalarType::Long, 1}, c.batch, c.rows, c.mean};
   a.lengths = int_array(c.lengths);
   a.lags = c.lags, a.tests = c.tests, a.runs = c.runs, a.steps = c.steps;
   a.residual = c.residual;
@@ -102,9 +100,11 @@ Tensor markov_onestep_op(Tensor factors, Tensor order, Tensor y, bool residual, 
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> markov_onestep_backward_op(
-    Tensor grad, Tensor factors, Tensor order, Tensor y, bool residual, OptTensor y0, bool of_past,
-    OptTensor mask, OptTensor lengths, std::string reduction) {
+std::tuple<Tensor, Tensor, Tensor> markov_onestep_backward_op(Tensor grad, Tensor factors,
+                                                              Tensor order, Tensor y, bool residual,
+                                                              OptTensor y0, bool of_past,
+                                                              OptTensor mask, OptTensor lengths,
+                                                              std::string reduction) {
   constexpr auto kOp = "markov_onestep_backward";
   const MarkovCall c = check_markov(kOp, factors, order, residual, lengths, reduction);
   const Past past = check_recorded(kOp, c, y, y0, mask);

@@ -57,8 +57,8 @@ struct MarkovArgs {
 
 // out [R, T, Q]
 template <class T>
-static __global__ void __launch_bounds__(kFlatThreads) onestep_kernel(MarkovArgs<T> a,
-                                                                      Real<T>* out) {
+static __global__ void __launch_bounds__(kFlatThreads)
+    onestep_kernel(MarkovArgs<T> a, Real<T>* out) {
   const int64_t i = flat_index();
   if (i >= a.runs * a.steps * a.tests) return;
   const Split at = split(i, a.tests), step = split(at.whole, a.steps);
@@ -187,7 +187,8 @@ static __global__ void __launch_bounds__(kLaneThreads)
   for (int64_t t = last - 1; t >= s.first; --t) {
     R now = grad(run, t, q);
     for (int64_t j = 1; j <= a.lags && t + j < length; ++j)
-      now = fused(sums[(j - 1) * states + (t + j - s.first) * a.tests], out[(t + j) * a.tests], now);
+      now =
+          fused(sums[(j - 1) * states + (t + j - s.first) * a.tests], out[(t + j) * a.tests], now);
     out[t * a.tests] = now;
   }
 }
@@ -203,7 +204,7 @@ static __global__ void __launch_bounds__(kFlatThreads)
   if (i >= a.runs * count * a.tests) return;
   const Split at = split(i, a.tests), step = split(at.whole, count);
   const int64_t run = step.whole, at_step = first + step.rest, q = at.rest;
-  R* const to = at_step >= 0 ? grad_y + (run * a.steps + at_step) * a.tests + q
+  R* const to = at_step >= 0         ? grad_y + (run * a.steps + at_step) * a.tests + q
                 : grad_y0 != nullptr ? grad_y0 + (run * a.lags + a.lags + at_step) * a.tests + q
                                      : nullptr;
   if (to == nullptr) return;
@@ -242,7 +243,8 @@ struct MarkovSource {
   }
 };
 
-// -- launches --------------------------------------------------------------------------------------
+// -- launches
+// --------------------------------------------------------------------------------------
 
 // Numbers of a stretch: what the second cache holds beside what is read.
 constexpr int64_t kStretch = int64_t{4} << 20;
@@ -329,8 +331,7 @@ void launch_scan_backward(const MarkovArgs<T>& a, const Upstream<Real<T>>& grad,
   if (states > 0) {
     const int64_t most = stretch_steps(a, a.lags, a.lags, stretch);
     const int64_t longest = most + a.lags < a.steps ? most + a.lags : a.steps;
-    auto* const sums =
-        static_cast<Real<T>*>(room(a.lags * a.runs * longest * a.tests * kSize));
+    auto* const sums = static_cast<Real<T>*>(room(a.lags * a.runs * longest * a.tests * kSize));
     for (int64_t end = a.steps; end > 0; end -= most) {
       const int64_t first = end > most ? end - most : 0;
       const int64_t reach = end + a.lags < a.steps ? end + a.lags : a.steps;

@@ -64,12 +64,12 @@ __device__ inline void dot_product(char* memory, const void* left_data, const in
   const auto* const by = static_cast<const T*>(right_data);
   const auto load = [&](int, int step, T* left, T* right) {
     const int64_t k = static_cast<int64_t>(step) * P::kDepth;
-    load_operand<P, Lies::along, P::kRows>(
-        left, from, depth - k, vectors,
-        [&](int r) -> const T* { return left_at[r] >= 0 ? from + left_at[r] + k : nullptr; });
-    load_operand<P, Lies::along, P::kCols>(
-        right, by, depth - k, vectors,
-        [&](int r) -> const T* { return right_at[r] >= 0 ? by + right_at[r] + k : nullptr; });
+    load_operand<P, Lies::along, P::kRows>(left, from, depth - k, vectors, [&](int r) -> const T* {
+      return left_at[r] >= 0 ? from + left_at[r] + k : nullptr;
+    });
+    load_operand<P, Lies::along, P::kCols>(right, by, depth - k, vectors, [&](int r) -> const T* {
+      return right_at[r] >= 0 ? by + right_at[r] + k : nullptr;
+    });
   };
   const int steps = static_cast<int>((depth + P::kDepth - 1) / P::kDepth);
   run_product<P, Lies::along, Lies::along>(
@@ -80,9 +80,9 @@ __device__ inline void dot_product(char* memory, const void* left_data, const in
           for (int n = 0; n < P::kN; ++n)
 #pragma unroll
             for (int i = 0; i < 4; ++i)
-              finish((P::first_row() + 16 * m + i / 2 * 8) * P::kCols + P::first_col() + 8 * n +
-                         i % 2,
-                     sums[m][n][i]);
+              finish(
+                  (P::first_row() + 16 * m + i / 2 * 8) * P::kCols + P::first_col() + 8 * n + i % 2,
+                  sums[m][n][i]);
       });
 }
 

@@ -57,8 +57,7 @@ std::tuple<Tensor, Tensor, Tensor> markov_onestep_tuples_backward_op(
   const Launch launch(h);
   const ScalarType dtype = c.h.scalar_type(), real = real_of(c.h);
   const auto nothing = [&](ScalarType t) { return new_output(c.h, {0}, t); };
-  const Tensor grad_h =
-      of_h ? new_output(c.h, {c.lags + 1, c.rows, c.dim}, dtype) : nothing(dtype);
+  const Tensor grad_h = of_h ? new_output(c.h, {c.lags + 1, c.rows, c.dim}, dtype) : nothing(dtype);
   const Tensor grad_g =
       of_g ? new_output(c.h, {c.lags + 1, c.num_tests, c.dim}, dtype) : nothing(dtype);
   const Tensor grad_hist = of_hist ? new_output(c.h, {c.count, c.lags}, real) : nothing(real);

@@ -60,8 +60,7 @@ static __global__ void __launch_bounds__(kTupleThreads)
     R factor{0};
     for (int64_t e = lane; q >= 0 && e < a.dim; e += 32)
       factor = fused(a.batch_sum(k, plane, e), a.of_test(q, plane, e), factor);
-    for (int step = 16; step > 0; step /= 2)
-      factor += __shfl_xor_sync(0xFFFFFFFFu, factor, step);
+    for (int step = 16; step > 0; step /= 2) factor += __shfl_xor_sync(0xFFFFFFFFu, factor, step);
     if (a.order.mean) factor *= weight;
     if (plane == 0 && a.residual) factor += R{1};
     if (grad != nullptr) {

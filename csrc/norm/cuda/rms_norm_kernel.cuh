@@ -29,7 +29,7 @@ struct RmsArgs {
 struct RmsGradArgs {
   RmsGradRows r;
   int64_t rows, strip;  // strip: rows of a block
-  float* parts;  // [blocks, cols], sums of strips; or null
+  float* parts;         // [blocks, cols], sums of strips; or null
 };
 
 template <class T>

@@ -12,20 +12,33 @@ from tenfold.cli import ma_rlhf_options as opt
 from tenfold.cli.common import dtype_of, friendly, out, progress, rank_device, split, write_json
 
 app = typer.Typer(
-    help="GPTfluence: simulated training runs, and what each training example does.", no_args_is_help=True
+    help="GPTfluence: simulated training runs, and what each training example does.",
+    no_args_is_help=True,
 )
 FOLDER = Path("tenfold-report/gptfluence")
 
-Data = Annotated[Path, typer.Argument(help="folder of `record`, or of runs in the published layout")]
+Data = Annotated[
+    Path, typer.Argument(help="folder of `record`, or of runs in the published layout")
+]
 Sim = Annotated[Path, typer.Argument(help="folder of `fit`")]
 Metric = Annotated[str | None, typer.Option(help="loss, bleu, rougeL, ...; default: loss")]
-Published = Annotated[bool, typer.Option("--published", help="the runs are in the published layout")]
-TrainTexts = Annotated[Path | None, typer.Option(help="JSON lines of the examples; default: DATA/train.jsonl")]
-TestTexts = Annotated[Path | None, typer.Option(help="JSON lines of the tests; default: DATA/tests.jsonl")]
+Published = Annotated[
+    bool, typer.Option("--published", help="the runs are in the published layout")
+]
+TrainTexts = Annotated[
+    Path | None, typer.Option(help="JSON lines of the examples; default: DATA/train.jsonl")
+]
+TestTexts = Annotated[
+    Path | None, typer.Option(help="JSON lines of the tests; default: DATA/tests.jsonl")
+]
 Missing = Annotated[bool, typer.Option("--mask", help="leave out measurements that are missing")]
-Validation = Annotated[int, typer.Option(min=0, help="runs for early stopping, before the last ones")]
+Validation = Annotated[
+    int, typer.Option(min=0, help="runs for early stopping, before the last ones")
+]
 Test = Annotated[int, typer.Option(min=0, help="runs that are kept for testing: the last ones")]
-Encoder = Annotated[str, typer.Option(help="minilm (packaged), bag (no model), a folder, or a hub id")]
+Encoder = Annotated[
+    str, typer.Option(help="minilm (packaged), bag (no model), a folder, or a hub id")
+]
 Pooling = Annotated[str | None, typer.Option(help="of the encoder: cls, mean or last")]
 
 
@@ -33,7 +46,10 @@ Pooling = Annotated[str | None, typer.Option(help="of the encoder: cls, mean or 
 @friendly
 def record(
     folder: opt.Out,
-    data: Annotated[Path, typer.Option(help="JSON lines with prompt and answer (or input and context); id, group")],
+    data: Annotated[
+        Path,
+        typer.Option(help="JSON lines with prompt and answer (or input and context); id, group"),
+    ],
     tests: Annotated[Path, typer.Option(help="the same, of what is measured")],
     model: opt.Model = "smollm2",
     preset: Annotated[str, typer.Option(help="small, or reference (the publication's)")] = "small",
@@ -42,13 +58,18 @@ def record(
     epochs: Annotated[float | None, typer.Option(help="over these examples")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="examples per step")] = None,
     every: Annotated[int | None, typer.Option(min=1, help="steps between measurements")] = None,
-    subset: Annotated[int | None, typer.Option(min=1, help="tests per measurement; default: all")] = None,
+    subset: Annotated[
+        int | None, typer.Option(min=1, help="tests per measurement; default: all")
+    ] = None,
     concentration: Annotated[
-        float | None, typer.Option(help="runs differ in their shares of groups: Dirichlet; default: they do not")
+        float | None,
+        typer.Option(help="runs differ in their shares of groups: Dirichlet; default: they do not"),
     ] = None,
     learning_rate: opt.Rate = None,
     length: Annotated[int | None, typer.Option(min=2, help="tokens of a row")] = None,
-    generate: Annotated[int | None, typer.Option(min=0, help="tokens to generate for BLEU and ROUGE-L")] = None,
+    generate: Annotated[
+        int | None, typer.Option(min=0, help="tokens to generate for BLEU and ROUGE-L")
+    ] = None,
     seed: opt.Seed = None,
     more: opt.More = None,
     dtype: opt.Dtype = "float32",
@@ -84,7 +105,9 @@ def record(
     for name, these in ((inputs.TRAIN, samples), (inputs.TESTS, asked)):
         inputs.write_samples(these, folder / name)
     if json:
-        write_json({"folder": str(folder), "runs": [str(m) for m in made], "config": config.to_json()})
+        write_json(
+            {"folder": str(folder), "runs": [str(m) for m in made], "config": config.to_json()}
+        )
         return
     out.print(f"{len(made)} runs: {folder}", highlight=False, soft_wrap=True)
 
@@ -95,7 +118,9 @@ def fit(
     data: Data,
     folder: opt.Out = FOLDER / "simulator",
     metric: Metric = None,
-    preset: Annotated[str, typer.Option(help="default, reference or reference-instruction")] = "default",
+    preset: Annotated[
+        str, typer.Option(help="default, reference or reference-instruction")
+    ] = "default",
     encoder: Encoder = "minilm",
     pooling: Pooling = None,
     order: Annotated[int | None, typer.Option(min=1, help="n of the recurrence")] = None,
@@ -138,15 +163,31 @@ def fit(
 @friendly
 def predict(
     simulator: Sim,
-    run: Annotated[Path | None, typer.Option(help="folder of a recorded run: its curriculum and first values")] = None,
-    curriculum: Annotated[Path | None, typer.Option(help="JSON lines with samples_id, batch after batch")] = None,
-    first: Annotated[Path | None, typer.Option(help="JSON object: test -> value before the first batch")] = None,
+    run: Annotated[
+        Path | None, typer.Option(help="folder of a recorded run: its curriculum and first values")
+    ] = None,
+    curriculum: Annotated[
+        Path | None, typer.Option(help="JSON lines with samples_id, batch after batch")
+    ] = None,
+    first: Annotated[
+        Path | None, typer.Option(help="JSON object: test -> value before the first batch")
+    ] = None,
     without: Annotated[str, typer.Option(help="examples to leave out, separated by commas")] = "",
-    file: Annotated[Path | None, typer.Option("--out", help="JSON lines: a trajectory per test")] = None,
+    file: Annotated[
+        Path | None, typer.Option("--out", help="JSON lines: a trajectory per test")
+    ] = None,
     json: opt.Json = False,
 ) -> None:
     """Simulate a training run from its curriculum."""
-    results.predicted(simulator, run, curriculum, first, split(without, str, "--without") if without else [], file, json)
+    results.predicted(
+        simulator,
+        run,
+        curriculum,
+        first,
+        split(without, str, "--without") if without else [],
+        file,
+        json,
+    )
 
 
 @app.command()
@@ -155,9 +196,15 @@ def attribute(
     simulator: Sim,
     kind: Annotated[str, typer.Option(help="delta, alpha, beta or counterfactual")] = "delta",
     test: Annotated[str, typer.Option(help="ids of tests, separated by commas; default: all")] = "",
-    level: Annotated[float | None, typer.Option(help="of delta: value of the metric; default: the fit's mean")] = None,
-    run: Annotated[Path | None, typer.Option(help="of counterfactual: folder of a recorded run")] = None,
-    itself: Annotated[bool, typer.Option("--self", help="what examples do to themselves (alpha or beta)")] = False,
+    level: Annotated[
+        float | None, typer.Option(help="of delta: value of the metric; default: the fit's mean")
+    ] = None,
+    run: Annotated[
+        Path | None, typer.Option(help="of counterfactual: folder of a recorded run")
+    ] = None,
+    itself: Annotated[
+        bool, typer.Option("--self", help="what examples do to themselves (alpha or beta)")
+    ] = False,
     top: Annotated[int, typer.Option(min=1, help="examples that are shown from either end")] = 5,
     file: Annotated[Path | None, typer.Option("--out", help="JSON lines: all scores")] = None,
     json: opt.Json = False,
@@ -166,16 +213,26 @@ def attribute(
     from tenfold.gptfluence.simulator import Simulator
 
     loaded = Simulator.load(simulator)
-    results.attributed(loaded, dict(kind=kind, test=test, level=level, run=run, itself=itself, top=top, file=file), json)
+    results.attributed(
+        loaded,
+        dict(kind=kind, test=test, level=level, run=run, itself=itself, top=top, file=file),
+        json,
+    )
 
 
 @app.command()
 @friendly
 def evaluate(
     data: Data,
-    simulators: Annotated[list[str] | None, typer.Option("--simulator", help="NAME=FOLDER, or a folder; may be repeated")] = None,
+    simulators: Annotated[
+        list[str] | None,
+        typer.Option("--simulator", help="NAME=FOLDER, or a folder; may be repeated"),
+    ] = None,
     methods: Annotated[
-        str, typer.Option(help="baselines that are fitted here: constant, mean, ridge, table, similarity")
+        str,
+        typer.Option(
+            help="baselines that are fitted here: constant, mean, ridge, table, similarity"
+        ),
     ] = "constant,mean,ridge,similarity",
     folder: opt.Out = FOLDER / "evaluation",
     metric: Metric = None,
@@ -196,7 +253,9 @@ def evaluate(
 @friendly
 def plot(
     data: Data,
-    simulators: Annotated[list[str], typer.Option("--simulator", help="NAME=FOLDER, or a folder; may be repeated")],
+    simulators: Annotated[
+        list[str], typer.Option("--simulator", help="NAME=FOLDER, or a folder; may be repeated")
+    ],
     folder: opt.Out = FOLDER / "plots",
     runs: Annotated[int, typer.Option(min=1, help="how many of the last runs")] = 5,
     metric: Metric = None,

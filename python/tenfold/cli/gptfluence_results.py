@@ -36,7 +36,10 @@ def fitted(simulator: Any, record: Any, kept: Any, folder: Path, json: bool) -> 
     out.print(f"{len(simulator.fitted)} runs, {simulator.trained_parameters:,} parameters, {record.steps} steps in {record.seconds:.0f} s",
               highlight=False)  # fmt: skip
     if found:
-        out.print(f"{len(kept)} runs that it never saw: MSE {found['mse']:.4g}, MAE {found['mae']:.4g}", highlight=False)
+        out.print(
+            f"{len(kept)} runs that it never saw: MSE {found['mse']:.4g}, MAE {found['mae']:.4g}",
+            highlight=False,
+        )
     out.print(f"simulator: {folder}", highlight=False, soft_wrap=True)
 
 
@@ -52,7 +55,9 @@ def predicted(
     gone = {inputs.id_of(text, simulator.train.ids) for text in without}
     ids = [[i for i in batch if i not in gone] for batch in ids]
     found = simulator.predict(ids, start, tests=tests)
-    lines = [{"id": test, "trajectory": found.values[0, :, q].tolist()} for q, test in enumerate(tests)]
+    lines = [
+        {"id": test, "trajectory": found.values[0, :, q].tolist()} for q, test in enumerate(tests)
+    ]
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("".join(json_module.dumps(line) + "\n" for line in lines))
@@ -60,13 +65,18 @@ def predicted(
         about = {"stability": dict(found.stability), "diverged": bool(found.diverged.any())}
         write_json(about | ({"file": str(file)} if file else {"tests": lines}))
         return
-    rows = [[str(t), f"{v[0]:.4f}", f"{v[-1]:.4f}"] for t, v in ((line["id"], line["trajectory"]) for line in lines)]
+    rows = [
+        [str(t), f"{v[0]:.4f}", f"{v[-1]:.4f}"]
+        for t, v in ((line["id"], line["trajectory"]) for line in lines)
+    ]
     out.print(table(f"{simulator.metric} over {len(ids)} steps", ("test", "before", "after"), rows))
     if file is not None:
         out.print(f"trajectories: {file}", highlight=False, soft_wrap=True)
 
 
-def _curriculum(simulator: Any, run: Path | None, curriculum: Path | None, first: Path | None) -> tuple[list[Any], Any, list[Any]]:
+def _curriculum(
+    simulator: Any, run: Path | None, curriculum: Path | None, first: Path | None
+) -> tuple[list[Any], Any, list[Any]]:
     """(batches of ids, first values, tests) of a recorded run, or of files. ValueError for neither, and for both."""
     from tenfold.gptfluence import inputs
     from tenfold.gptfluence.runs import read_run
@@ -77,7 +87,10 @@ def _curriculum(simulator: Any, run: Path | None, curriculum: Path | None, first
         kept = read_run(run)
         kept.scale(simulator.metric)
         start = int(kept.steps[0])
-        ids = [[kept.train_ids[i] for i in batch if i >= 0] for batch in kept.order[start + 1 :].tolist()]
+        ids = [
+            [kept.train_ids[i] for i in batch if i >= 0]
+            for batch in kept.order[start + 1 :].tolist()
+        ]
         return ids, kept.values[simulator.metric][0], list(kept.test_ids)
     if first is None:
         raise ValueError("--curriculum needs --first: the values before the first batch")
@@ -105,7 +118,10 @@ def attributed(simulator: Any, given: Mapping[str, Any], json: bool) -> None:
             at = [all_tests.index(t) for t in tests]
             options |= {"curriculum": ids, "first": start[at]}
         scores = simulator.attribute(test=tests, **options)
-    lines = [{"id": name, "scores": dict(zip(map(str, tests), row))} for name, row in zip(simulator.train.ids, scores.tolist())]
+    lines = [
+        {"id": name, "scores": dict(zip(map(str, tests), row))}
+        for name, row in zip(simulator.train.ids, scores.tolist())
+    ]
     if given["file"] is not None:
         given["file"].parent.mkdir(parents=True, exist_ok=True)
         given["file"].write_text("".join(json_module.dumps(line) + "\n" for line in lines))
@@ -115,7 +131,13 @@ def attributed(simulator: Any, given: Mapping[str, Any], json: bool) -> None:
     ends = [*order[:top], *order[len(order) - top :]]
     if json:
         shown = [{"id": simulator.train.ids[i], "mean": float(mean[i])} for i in ends]
-        write_json({"kind": kind, "ends": shown, **({"file": str(given["file"])} if given["file"] else {"scores": lines})})
+        write_json(
+            {
+                "kind": kind,
+                "ends": shown,
+                **({"file": str(given["file"])} if given["file"] else {"scores": lines}),
+            }
+        )
         return
     rows = [[str(simulator.train.ids[i]), f"{float(mean[i]):+.5f}"] for i in ends]
     what = "itself" if given["itself"] else f"{len(tests)} tests, mean"
@@ -126,14 +148,19 @@ def _named(given: Sequence[str] | None) -> dict[str, Any]:
     from tenfold.gptfluence.simulator import Simulator
     from tenfold.ma_rlhf.inputs import named_paths
 
-    return {name: Simulator.load(path) for name, path in named_paths(list(given or []), "simulator").items()}
+    return {
+        name: Simulator.load(path)
+        for name, path in named_paths(list(given or []), "simulator").items()
+    }
 
 
 def _unseen(simulators: Mapping[str, Any], runs: Any) -> None:
     for name, simulator in simulators.items():
         both = set(simulator.fitted) & set(runs.names)
         if both:
-            raise ValueError(f"the simulator {name!r} was fitted to run {sorted(both)[0]!r}, which it is to be tested on")
+            raise ValueError(
+                f"the simulator {name!r} was fitted to run {sorted(both)[0]!r}, which it is to be tested on"
+            )
 
 
 def evaluated(given: Mapping[str, Any], json: bool) -> None:
@@ -163,7 +190,9 @@ def evaluated(given: Mapping[str, Any], json: bool) -> None:
     found = study.judged(made, test)
     folder: Path = given["folder"]
     record = next((s.record.to_json() for s in simulators.values() if s.record), None)
-    page = report.write_report(folder / "index.html", test, predicted_, found, record, str(given["data"]))
+    page = report.write_report(
+        folder / "index.html", test, predicted_, found, record, str(given["data"])
+    )
     write_text(folder / EVALUATION, json_module.dumps(found) + "\n")
     if json:
         write_json({"report": str(page), "runs": list(test.names), "methods": found})
@@ -181,7 +210,14 @@ def plotted(given: Mapping[str, Any], json: bool) -> None:
     last = runs.take(range(max(0, len(runs) - given["runs"]), len(runs)))
     found = {name: study.predicted(s, last) for name, s in simulators.items()}
     seen = {name: sorted(set(s.fitted) & set(last.names)) for name, s in simulators.items()}
-    page = report.write_report(given["folder"] / "index.html", last, found, study.judged(simulators, last), None, str(given["data"]))
+    page = report.write_report(
+        given["folder"] / "index.html",
+        last,
+        found,
+        study.judged(simulators, last),
+        None,
+        str(given["data"]),
+    )
     if json:
         write_json({"report": str(page), "runs": list(last.names), "fitted": seen})
         return

@@ -18,7 +18,12 @@ from tenfold.gptfluence.runs import RunSet
 from tenfold.training.checks import not_negative, one_of
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
-_TABLE: dict[str, Any] = {"learning_rate": 1e-3, "epochs": 3000, "weight_decay": 0.0, "warmup_steps": 50}
+_TABLE: dict[str, Any] = {
+    "learning_rate": 1e-3,
+    "epochs": 3000,
+    "weight_decay": 0.0,
+    "warmup_steps": 50,
+}
 
 
 class Baseline(Protocol):
@@ -70,8 +75,13 @@ class _Tables:
 
     def predict(self, runs: RunSet) -> Tensor:
         """[R, S, Q]. ValueError before the fit, or for runs over other examples."""
-        if self.factors is None or self.factors.shape[1:] != (len(runs.train_ids), len(runs.test_ids)):
-            raise ValueError("Simfluence predicts runs over the examples and tests that it was fitted to")
+        if self.factors is None or self.factors.shape[1:] != (
+            len(runs.train_ids),
+            len(runs.test_ids),
+        ):
+            raise ValueError(
+                "Simfluence predicts runs over the examples and tests that it was fitted to"
+            )
         factors = self.factors.to(runs.y.dtype)
         return simulate(factors, batches_of(runs, self.config.sparse), runs.y[:, 0], self.config)
 
@@ -108,7 +118,9 @@ class SimfluenceRidge(_Tables):
         batches = data.order.flatten(0, 1).long()
         count, tests = len(runs.train_ids), len(runs.test_ids)
         counts = torch.zeros(len(batches), count + 1, dtype=torch.float64)
-        counts.scatter_add_(1, batches.where(batches >= 0, count), torch.ones_like(batches, dtype=torch.float64))
+        counts.scatter_add_(
+            1, batches.where(batches >= 0, count), torch.ones_like(batches, dtype=torch.float64)
+        )
         counts = counts[:, :count]
         before = torch.cat([data.past, data.after[:, :-1]], 1).flatten(0, 1).double()
         after, valid = data.after.flatten(0, 1).double(), data.valid.flatten(0, 1)
@@ -140,7 +152,9 @@ class _Table(nn.Module):
         super().__init__()
         made = torch.Generator().manual_seed(seed)
         shape = (2, count, tests)
-        self.values = nn.Parameter(torch.zeros(shape) if init == "zero" else torch.randn(shape, generator=made))
+        self.values = nn.Parameter(
+            torch.zeros(shape) if init == "zero" else torch.randn(shape, generator=made)
+        )
 
     def forward(self) -> Tensor:
         """Factors [2, M, Q]."""
@@ -183,7 +197,10 @@ class Similarity:
     def scores(self, train_ids: Sequence[Any], test_ids: Sequence[Any]) -> Tensor:
         """Cosines [M, Q]."""
         rows, asked = self.train.take(train_ids).table, self.test.take(test_ids).table
-        return nn.functional.normalize(rows.float(), dim=1) @ nn.functional.normalize(asked.float(), dim=1).T
+        return (
+            nn.functional.normalize(rows.float(), dim=1)
+            @ nn.functional.normalize(asked.float(), dim=1).T
+        )
 
     def _curves(self, runs: RunSet) -> Tensor:
         scores, order = self.scores(runs.train_ids, runs.test_ids), batches_of(runs, "block")

@@ -78,7 +78,14 @@ class DynamicsCallback(TrainerCallback):
         about: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
         self.recorder = Recorder(
-            folder, tests, metrics, every=every, initial=initial, subset=subset, seed=seed, about=about
+            folder,
+            tests,
+            metrics,
+            every=every,
+            initial=initial,
+            subset=subset,
+            seed=seed,
+            about=about,
         )
         self._ids = ids
         self._names: Sequence[Id] | None = None

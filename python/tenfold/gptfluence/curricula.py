@@ -58,10 +58,14 @@ def make_curricula(config: RecordConfig, groups: Sequence[Hashable] | int) -> li
 def _order(config: RecordConfig, labels: Sequence[Hashable], run: int) -> Tensor:
     text = f"gptfluence {config.seed} {run}".encode()
     draw = np.random.default_rng(int.from_bytes(hashlib.sha256(text).digest()[:8], "big"))
-    chosen = draw.choice(len(labels), config.examples, replace=False, p=_weights(config, labels, draw))
+    chosen = draw.choice(
+        len(labels), config.examples, replace=False, p=_weights(config, labels, draw)
+    )
     steps = max(1, math.ceil(config.epochs * config.examples / config.batch_size))
     parts: list[np.ndarray] = []
-    while sum(map(len, parts)) < steps * config.batch_size and len(parts) < math.ceil(config.epochs):
+    while sum(map(len, parts)) < steps * config.batch_size and len(parts) < math.ceil(
+        config.epochs
+    ):
         parts.append(draw.permutation(chosen))
     flat = np.concatenate(parts)[: math.ceil(config.epochs * config.examples)]
     rows = np.full(steps * config.batch_size, -1)
@@ -69,7 +73,9 @@ def _order(config: RecordConfig, labels: Sequence[Hashable], run: int) -> Tensor
     return torch.from_numpy(rows.reshape(steps, config.batch_size))
 
 
-def _weights(config: RecordConfig, labels: Sequence[Hashable], draw: np.random.Generator) -> np.ndarray | None:
+def _weights(
+    config: RecordConfig, labels: Sequence[Hashable], draw: np.random.Generator
+) -> np.ndarray | None:
     if config.concentration is None:
         return None
     names = list(dict.fromkeys(labels))

@@ -49,7 +49,11 @@ class Demo:
 
     def to_json(self) -> dict[str, Any]:
         """Numbers only."""
-        return {"setting": self.setting, "methods": self.found, "counterfactual": self.removed["agreement"]}
+        return {
+            "setting": self.setting,
+            "methods": self.found,
+            "counterfactual": self.removed["agreement"],
+        }
 
 
 def run_demo(step: Callable[[str], None] = lambda text: None) -> Demo:
@@ -63,7 +67,16 @@ def _run(folder: Path, step: Callable[[str], None]) -> Demo:
     model = study.parent_model(LAYERS, HEADS, PARENT_STEPS)
     step("a model to fine-tune")
     config = RecordConfig.from_preset("small", **RECORD)
-    runs = study.record(made, model, config, folder / "runs", gradients=range(RUNS - TEST, RUNS), every=10_000, last=4, step=step)
+    runs = study.record(
+        made,
+        model,
+        config,
+        folder / "runs",
+        gradients=range(RUNS - TEST, RUNS),
+        every=10_000,
+        last=4,
+        step=step,
+    )
     train, held, test = runs.split(VALIDATION, TEST)
     encoder = PACKAGED if sentence_model_path() else BAG
     features = study.text_features(made, encoder_of(encoder))
@@ -74,12 +87,16 @@ def _run(folder: Path, step: Callable[[str], None]) -> Demo:
         one.fit(train, held)
         demo.predicted[name] = study.predicted(one, test)
         step(f"{study.NAMES[name]}")
-    demo.found = study.judged(contestants, test) | study.judged_gradients(test, None, folder / "runs", config)
+    demo.found = study.judged(contestants, test) | study.judged_gradients(
+        test, None, folder / "runs", config
+    )
     step("gradients")
     simulator = contestants["default"]
     curriculum = make_curricula(config, made.groups)[-1]
     sets = study.removals(curriculum, made.groups, SETS, 10)
-    demo.removed = study.counterfactuals(simulator, made, model, config, curriculum, sets, folder / "removed", step)
+    demo.removed = study.counterfactuals(
+        simulator, made, model, config, curriculum, sets, folder / "removed", step
+    )
     _influences(demo, simulator, made)
     demo.setting = (
         f"A byte-level Llama of {sum(p.numel() for p in model.parameters()) / 1e3:.0f}k parameters, {PARENT_STEPS} steps of documentation; {RUNS} "
@@ -98,7 +115,9 @@ def _influences(demo: Demo, simulator: Any, made: study.Material) -> None:
     demo.asked = " ".join(made.tests[test]["text"].split())
     for i in (*order[:3], *order[-3:]):
         sample = made.samples[i]
-        demo.pairs.append((float(scores[i, test]), sample["group"], " ".join(sample["text"].split())))
+        demo.pairs.append(
+            (float(scores[i, test]), sample["group"], " ".join(sample["text"].split()))
+        )
 
 
 def table_rows(demo: Demo) -> list[list[str]]:
@@ -108,14 +127,24 @@ def table_rows(demo: Demo) -> list[list[str]]:
 
 def pair_rows(demo: Demo) -> list[list[str]]:
     """Rows for ``PAIR_COLUMNS``."""
-    return [[f"{score:+.4f}", group, text if len(text) < 90 else text[:87] + "..."] for score, group, text in demo.pairs]
+    return [
+        [f"{score:+.4f}", group, text if len(text) < 90 else text[:87] + "..."]
+        for score, group, text in demo.pairs
+    ]
 
 
 def add_demo_section(demo: Demo, page: Page) -> None:
     """GPTfluence's part of the report page."""
     assert demo.runs is not None
     drawn = {n: demo.predicted[n] for n in ("default", "mean", "ridge", "similarity")}
-    report.add_section(page, demo.runs, drawn, demo.found, title="GPTfluence: training runs, simulated", names=study.NAMES)
+    report.add_section(
+        page,
+        demo.runs,
+        drawn,
+        demo.found,
+        title="GPTfluence: training runs, simulated",
+        names=study.NAMES,
+    )
     page.text(
         "A fine-tuning is simulated from the list of its batches and the losses before it, without a model: each example moves each test's "
         "loss by factors that come from the texts' features. The simulator has learnt these from other runs."
@@ -126,10 +155,17 @@ def add_demo_section(demo: Demo, page: Page) -> None:
         f"From one run's curriculum {len(demo.removed['curves'])} sets of examples are left out: all of a task, or ten at random. The simulator says what they "
         "did to each test, and the model is trained again without them."
     )
-    page.image(png_bytes(report.counterfactual_plot(demo.removed)), "A dot per set and test; a colour per set.", 480)
+    page.image(
+        png_bytes(report.counterfactual_plot(demo.removed)),
+        "A dot per set and test; a colour per set.",
+        480,
+    )
     real = torch.tensor(demo.removed["real"]).abs()
     number, test = divmod(int(real.argmax()), real.shape[1])
-    page.image(png_bytes(report.removed_plot(demo.removed, number, test)), "The set and test with the largest change.")
+    page.image(
+        png_bytes(report.removed_plot(demo.removed, number, test)),
+        "The set and test with the largest change.",
+    )
     page.heading("Which examples help, which harm")
     page.text(f"Test: {demo.asked}")
     page.table(PAIR_COLUMNS, pair_rows(demo))

@@ -39,7 +39,9 @@ class TextEncoder:
             tokenizer.pad_token = tokenizer.eos_token
 
     @classmethod
-    def from_pretrained(cls, name: str, pooling: str = "cls", device: str = "cpu", **options: Any) -> TextEncoder:
+    def from_pretrained(
+        cls, name: str, pooling: str = "cls", device: str = "cpu", **options: Any
+    ) -> TextEncoder:
         """A folder or hub id of any ``AutoModel``."""
         from transformers import AutoModel, AutoTokenizer
 
@@ -58,7 +60,8 @@ class TextEncoder:
         long = sum(len(i) > self.max_length for i in ids)
         if long:
             warnings.warn(
-                f"{long} of {len(texts)} texts are longer than {self.max_length} tokens and were cut", stacklevel=2
+                f"{long} of {len(texts)} texts are longer than {self.max_length} tokens and were cut",
+                stacklevel=2,
             )
         made: list[Tensor] = [torch.empty(0)] * len(ids)
         # Texts of like length beside each other: less padding.
@@ -80,7 +83,9 @@ class TextEncoder:
         if self.pooling == "cls":
             made = states[:, 0]
         elif self.pooling == "last":
-            made = states[torch.arange(len(states), device=states.device), batch["attention_mask"].sum(1) - 1]
+            made = states[
+                torch.arange(len(states), device=states.device), batch["attention_mask"].sum(1) - 1
+            ]
         else:
             made = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp_min(1)
             made = torch.nn.functional.normalize(made, dim=1)
@@ -105,7 +110,9 @@ class BagEncoder:
         """Features float32 [N, width] of texts (as bytes) or of token ids."""
         counts = torch.zeros(len(texts), self.buckets)
         for row, text in enumerate(texts):
-            tokens = torch.tensor(list(text.encode()) if isinstance(text, str) else list(text), dtype=torch.int64)
+            tokens = torch.tensor(
+                list(text.encode()) if isinstance(text, str) else list(text), dtype=torch.int64
+            )
             if len(tokens) >= self.n:
                 grams = tokens.unfold(0, self.n, 1)
                 key = torch.zeros(len(grams), dtype=torch.int64)

@@ -39,7 +39,10 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         """All numbers; None for NaN."""
-        return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in asdict(self).items()}
+        return {
+            k: None if isinstance(v, float) and math.isnan(v) else v
+            for k, v in asdict(self).items()
+        }
 
 
 def evaluate(predicted: Tensor, runs: RunSet) -> Evaluation:
@@ -48,7 +51,9 @@ def evaluate(predicted: Tensor, runs: RunSet) -> Evaluation:
     Missing measurements, and trajectories without a first one, are left out. ValueError for another shape.
     """
     if predicted.shape != runs.y.shape:
-        raise ValueError(f"predictions must be {list(runs.y.shape)} as the runs, got shape {list(predicted.shape)}")
+        raise ValueError(
+            f"predictions must be {list(runs.y.shape)} as the runs, got shape {list(predicted.shape)}"
+        )
     wrong = (predicted - runs.y)[:, 1:].double()
     known = runs.y[:, 1:].isfinite() & runs.y[:, :1].isfinite()
     count = known.sum(1)
@@ -60,7 +65,9 @@ def evaluate(predicted: Tensor, runs: RunSet) -> Evaluation:
         return (torch.where(known, values, 0.0).sum(1) / count.clamp_min(1))[there]
 
     mse, mae = per_trajectory(wrong.square()), per_trajectory(wrong.abs())
-    ranks = [_final_spearman(p[-1], y[-1], name) for p, y, name in zip(predicted, runs.y, runs.names)]
+    ranks = [
+        _final_spearman(p[-1], y[-1], name) for p, y, name in zip(predicted, runs.y, runs.names)
+    ]
     found = np.array([r for r in ranks if not math.isnan(r)])
     last = wrong[:, -1][known[:, -1]].square()
     return Evaluation(
@@ -84,7 +91,10 @@ def _final_spearman(predicted: Tensor, true: Tensor, name: str) -> float:
 
 
 def evaluate_gradients(
-    curves: Tensor, runs: RunSet, train_curves: Tensor | None = None, train_runs: RunSet | None = None
+    curves: Tensor,
+    runs: RunSet,
+    train_curves: Tensor | None = None,
+    train_runs: RunSet | None = None,
 ) -> Mapping[str, Evaluation]:
     """Three evaluations of trajectories by gradients: ``raw``; ``fitted``: scaled by a factor fitted to training runs, where there are any;
     ``oracle``: scaled by the factor that fits these very runs best, which nobody has beforehand."""
@@ -95,7 +105,9 @@ def evaluate_gradients(
     return found
 
 
-def mislabel_curve(scores: Sequence[float] | Tensor, flipped: Sequence[bool] | Tensor) -> dict[str, Any]:
+def mislabel_curve(
+    scores: Sequence[float] | Tensor, flipped: Sequence[bool] | Tensor
+) -> dict[str, Any]:
     """How soon mislabelled examples are found when examples are inspected from the highest score down.
 
     Returns:
@@ -112,7 +124,9 @@ def mislabel_curve(scores: Sequence[float] | Tensor, flipped: Sequence[bool] | T
     found = bad[at].double().cumsum(0) / bad.sum()
     # The mean rank, so that a random order has 0.5.
     area = float(found.mean()) - 0.5 / len(found)
-    ideal = float((torch.arange(1, len(bad) + 1).clamp_max(int(bad.sum())) / bad.sum()).mean()) - 0.5 / len(found)
+    ideal = float(
+        (torch.arange(1, len(bad) + 1).clamp_max(int(bad.sum())) / bad.sum()).mean()
+    ) - 0.5 / len(found)
     return {"found": found.tolist(), "area": area, "ideal": ideal}
 
 

@@ -28,7 +28,9 @@ class Tower(nn.Module):
     ``start``: the last layer's scale at the beginning; 0 makes the projections 0.
     """
 
-    def __init__(self, planes: int, inside: int, outside: int, kind: str, start: float = 1.0) -> None:
+    def __init__(
+        self, planes: int, inside: int, outside: int, kind: str, start: float = 1.0
+    ) -> None:
         super().__init__()
         self.kind = kind
         if kind == "mlp":
@@ -106,7 +108,9 @@ class ConcatFactors(nn.Module):
         return self.heads(hidden).permute(2, 0, 1).contiguous()
 
 
-def make_factors(config: SimulatorConfig, train_width: int, test_width: int) -> ProductFactors | ConcatFactors:
+def make_factors(
+    config: SimulatorConfig, train_width: int, test_width: int
+) -> ProductFactors | ConcatFactors:
     """The network that the settings ask for, with random weights of their seed."""
     kind = ProductFactors if config.interaction == "product" else ConcatFactors
     with torch.random.fork_rng(devices=[]):

@@ -42,7 +42,9 @@ class FitRecord:
 
 def all_steps_mse(factors: Tensor, runs: RunSet, settings: Any) -> float:
     """Mean squared error of simulated runs over all predicted steps (section 3.6)."""
-    made = simulate(factors, batches_of(runs, settings.sparse), runs.y[:, 0].nan_to_num(), settings)[:, 1:]
+    made = simulate(
+        factors, batches_of(runs, settings.sparse), runs.y[:, 0].nan_to_num(), settings
+    )[:, 1:]
     known = runs.y[:, 1:].isfinite() & runs.y[:, :1].isfinite()
     return float((made - runs.y[:, 1:])[known].square().mean())
 
@@ -61,7 +63,12 @@ class Fit:
         self, network: nn.Module, features: tuple[Tensor, ...], config: SimulatorConfig, runs: RunSet,
         validation: RunSet | None = None, callback: Callback | None = None, quiet: bool = True,
     ) -> None:  # fmt: skip
-        self.network, self.features, self.config, self.callback = network, features, config, callback
+        self.network, self.features, self.config, self.callback = (
+            network,
+            features,
+            config,
+            callback,
+        )
         self.runs, self.validation, self.quiet = runs, validation, quiet
         self.data: Transitions = transitions(runs, config.order, config.history, config.sparse)
         self.tuples: Tuples | None = self.data.tuples() if config.batch_size else None
@@ -69,7 +76,11 @@ class Fit:
         self.trained = [p for p in network.parameters() if p.requires_grad]
         self.optimizer = kind(self.trained, lr=config.learning_rate, betas=config.betas, eps=config.eps,
                               weight_decay=config.weight_decay, foreach=True)  # fmt: skip
-        each = math.ceil(len(self.tuples) / config.batch_size) if self.tuples and config.batch_size else 1
+        each = (
+            math.ceil(len(self.tuples) / config.batch_size)
+            if self.tuples and config.batch_size
+            else 1
+        )
         self.steps, self.done = each * config.epochs, 0
         self.record = FitRecord(trained_parameters=sum(p.numel() for p in self.trained))
 
@@ -87,7 +98,9 @@ class Fit:
                     )
                 self.record.losses.append(loss)
                 told = {"loss": loss}
-                if self.validation is not None and (epoch % config.validate_every == 0 or epoch == config.epochs):
+                if self.validation is not None and (
+                    epoch % config.validate_every == 0 or epoch == config.epochs
+                ):
                     found = self._validate()
                     self.record.validation.append((epoch, found))
                     told["mse"] = found
@@ -147,7 +160,9 @@ class Fit:
 
     def _step(self, loss_of: Callable[[], Tensor]) -> float:
         c = self.config
-        rate = c.learning_rate * scheduled(self.done, self.steps, "linear", c.warmup_steps / self.steps)
+        rate = c.learning_rate * scheduled(
+            self.done, self.steps, "linear", c.warmup_steps / self.steps
+        )
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         loss = loss_of()

@@ -34,7 +34,10 @@ def _gradients(
         n: p for n, p in model.named_parameters() if p.requires_grad and (names is None or n in names)
     }  # fmt: skip
     if not chosen:
-        raise ValueError("no parameter of the model is trained" + ("" if names is None else f" and among {list(names)}"))
+        raise ValueError(
+            "no parameter of the model is trained"
+            + ("" if names is None else f" and among {list(names)}")
+        )
     if vectorized:
         return _vectorized(model, batch, loss_of, chosen)
     rows = len(next(iter(batch.values())))
@@ -42,12 +45,17 @@ def _gradients(
     for row in range(rows):
         loss = loss_of(model, {k: v[row : row + 1] for k, v in batch.items()}).sum()
         parts = torch.autograd.grad(loss, list(chosen.values()), allow_unused=True)
-        flat = [torch.zeros_like(p).flatten() if g is None else g.flatten() for p, g in zip(chosen.values(), parts)]
+        flat = [
+            torch.zeros_like(p).flatten() if g is None else g.flatten()
+            for p, g in zip(chosen.values(), parts)
+        ]
         made[row] = torch.cat(flat)
     return made
 
 
-def _vectorized(model: nn.Module, batch: Batch, loss_of: LossOf, chosen: dict[str, nn.Parameter]) -> Tensor:
+def _vectorized(
+    model: nn.Module, batch: Batch, loss_of: LossOf, chosen: dict[str, nn.Parameter]
+) -> Tensor:
     from torch.func import functional_call, grad, vmap
 
     values = {n: p.detach() for n, p in chosen.items()}
@@ -90,7 +98,9 @@ def last_layer(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     head, seen = model.get_output_embeddings(), []
     handle = head.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
     try:
-        logits = model(**{k: v for k, v in batch.items() if k != "labels"}, use_cache=False).logits.float()
+        logits = model(
+            **{k: v for k, v in batch.items() if k != "labels"}, use_cache=False
+        ).logits.float()
     finally:
         handle.remove()
     labels = batch["labels"][:, 1:]
@@ -102,7 +112,13 @@ def last_layer(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def last_layer_scores(
-    model: Any, train: Batch, test: Batch, *, approx: str | None = None, cosine: bool = False, batch_size: int = 16
+    model: Any,
+    train: Batch,
+    test: Batch,
+    *,
+    approx: str | None = None,
+    cosine: bool = False,
+    batch_size: int = 16,
 ) -> Tensor:
     """Scores float32 [M, Q] by the gradient of the head's weight alone, which is never formed.
 
@@ -115,7 +131,10 @@ def last_layer_scores(
     ours, theirs = (_parts(model, b, batch_size, approx) for b in (train, test))
     made = torch.cat([torch.cat([ops.outer_dot(*a, *b) for b in theirs], 1) for a in ours])
     if cosine:
-        lengths = [torch.cat([ops.outer_dot(*p, *p, paired=True) for p in parts]).sqrt() for parts in (ours, theirs)]
+        lengths = [
+            torch.cat([ops.outer_dot(*p, *p, paired=True) for p in parts]).sqrt()
+            for parts in (ours, theirs)
+        ]
         made = made / (lengths[0][:, None] * lengths[1]).clamp_min(1e-30)
     return made
 
@@ -134,7 +153,12 @@ def _parts(model: Any, batch: Batch, size: int, approx: str | None) -> list[tupl
 
 
 def gradient_curve(
-    order: Tensor, first: Tensor, rates: Tensor, scores: Tensor | Mapping[int, Tensor], reduce: str = "mean", start: int = 0
+    order: Tensor,
+    first: Tensor,
+    rates: Tensor,
+    scores: Tensor | Mapping[int, Tensor],
+    reduce: str = "mean",
+    start: int = 0,
 ) -> Tensor:
     """The trajectory [T + 1, Q] that scores predict for one run.
 
@@ -151,7 +175,11 @@ def gradient_curve(
     stored = sorted(scores) if isinstance(scores, Mapping) else []
     changes = []
     for t, (rows, weight) in enumerate(zip(order.clamp_min(0).long(), weights)):
-        matrix = scores if isinstance(scores, Tensor) else scores[next((s for s in stored if s > t + start), stored[-1])]
+        matrix = (
+            scores
+            if isinstance(scores, Tensor)
+            else scores[next((s for s in stored if s > t + start), stored[-1])]
+        )
         changes.append(weight.to(matrix.dtype) @ matrix[rows])
     steps = torch.stack(changes) if changes else first.new_zeros(0, len(first))
     return torch.cat([first[None], first - steps.cumsum(0)])

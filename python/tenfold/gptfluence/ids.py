@@ -55,7 +55,9 @@ class IdIndex:
 def checked(name: Any, what: str) -> Id:
     """An id as it is compared: numpy's integers become Python's. TypeError for anything else."""
     if isinstance(name, bool) or not isinstance(name, int | str | np.integer):
-        raise TypeError(f"{what}: ids are integers or strings, got {name!r} ({type(name).__name__})")
+        raise TypeError(
+            f"{what}: ids are integers or strings, got {name!r} ({type(name).__name__})"
+        )
     return int(name) if isinstance(name, np.integer) else name
 
 

@@ -77,14 +77,19 @@ def attribute(
     return made / max(1, simulator.batch) if mean else made
 
 
-def self_influence(simulator: Simulator, ids: Iterable[Id] | None = None, kind: str = "alpha") -> Tensor:
+def self_influence(
+    simulator: Simulator, ids: Iterable[Id] | None = None, kind: str = "alpha"
+) -> Tensor:
     """[N]: ``"alpha"`` or ``"beta"`` of training examples on themselves; ranked from the top to find mislabelled ones.
 
     Training features stand in for test features, so both tables must be of one encoder. Weak evidence: the publication finds
     about as many mislabelled examples as a random order does.
     """
     one_of("kind", kind, KINDS[:2])
-    if (simulator.train.width, simulator.train.encoder) != (simulator.test.width, simulator.test.encoder):
+    if (simulator.train.width, simulator.train.encoder) != (
+        simulator.test.width,
+        simulator.test.encoder,
+    ):
         raise ValueError("self-influence needs training and test features of one encoder")
     table = simulator.train.table
     if ids is not None:
@@ -92,7 +97,9 @@ def self_influence(simulator: Simulator, ids: Iterable[Id] | None = None, kind: 
     made = []
     with torch.no_grad():
         for part in table.split(256):
-            made.append(simulator.network(part, part).diagonal(dim1=1, dim2=2)[0 if kind == "alpha" else -1])
+            made.append(
+                simulator.network(part, part).diagonal(dim1=1, dim2=2)[0 if kind == "alpha" else -1]
+            )
     return torch.cat(made) if made else table.new_empty(0)
 
 
@@ -111,7 +118,9 @@ def without(
     return Counterfactual(made[0], made[1])
 
 
-def _prepared(simulator: Simulator, names: tuple[Id, ...], curriculum: Any, first: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _prepared(
+    simulator: Simulator, names: tuple[Id, ...], curriculum: Any, first: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     order = simulator.order_of(curriculum)
     if len(order) != 1:
         raise ValueError(f"counterfactuals are of one curriculum [T][B], got {len(order)}")
@@ -135,6 +144,8 @@ def _leave_one_out(
         there = torch.isin(rows, order).nonzero().flatten()
         for at in there.split(_RUNS):
             bare = torch.where(order == rows[at][:, None, None], other, order).to(torch.int32)
-            ends = simulate(factors, bare.contiguous(), start.expand(len(at), -1), simulator.config)[:, -1]
+            ends = simulate(
+                factors, bare.contiguous(), start.expand(len(at), -1), simulator.config
+            )[:, -1]
             made[at] = full - ends
     return made

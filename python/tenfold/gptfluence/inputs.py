@@ -32,7 +32,10 @@ class Recorded:
     def features(self, encoder: Any) -> tuple[Features, Features]:
         """Features of the examples and tests that the runs have. ValueError for one without a text."""
         made = []
-        for what, ids, samples in (("example", self.runs.train_ids, self.train), ("test", self.runs.test_ids, self.tests)):
+        for what, ids, samples in (
+            ("example", self.runs.train_ids, self.train),
+            ("test", self.runs.test_ids, self.tests),
+        ):
             lost = [i for i in ids if i not in samples]
             if lost:
                 raise ValueError(f"there is no text for the {what} {lost[0]!r} of the runs")
@@ -50,12 +53,17 @@ def read_recorded(
     """
     folder = Path(folder)
     if published:
-        found = [read_reference(p.parent, metric or "loss") for p in sorted(folder.glob("*/train_samples_id.json"))]
+        found = [
+            read_reference(p.parent, metric or "loss")
+            for p in sorted(folder.glob("*/train_samples_id.json"))
+        ]
         if not found:
             raise ValueError(f"{folder} has no runs in the published layout")
     else:
         found = read_runs(folder / RUNS if (folder / RUNS).is_dir() else folder)
-    texts = [read_samples(given or folder / name) for given, name in ((train, TRAIN), (tests, TESTS))]
+    texts = [
+        read_samples(given or folder / name) for given, name in ((train, TRAIN), (tests, TESTS))
+    ]
     runs = RunSet.of(found, metric or _only(found), missing=missing)
     return Recorded(runs, texts[0], texts[1])
 

@@ -36,7 +36,9 @@ class FunctionMetric:
         name: of the metric. function: see above. scale: its unit or range; runs of different scales are never mixed.
     """
 
-    def __init__(self, name: str, function: Callable[[Any, Sequence[int]], Any], scale: str = "") -> None:
+    def __init__(
+        self, name: str, function: Callable[[Any, Sequence[int]], Any], scale: str = ""
+    ) -> None:
         self.scales = {name: scale}
         self._name, self._function = name, function
 
@@ -55,7 +57,12 @@ class LossMetric:
     Raises ValueError for a test without a target.
     """
 
-    def __init__(self, rows: Mapping[str, Tensor] | Sequence[Mapping[str, Any]], batch_size: int = 32, name: str = "loss") -> None:
+    def __init__(
+        self,
+        rows: Mapping[str, Tensor] | Sequence[Mapping[str, Any]],
+        batch_size: int = 32,
+        name: str = "loss",
+    ) -> None:
         self.rows = padded(rows)
         self.batch_size, self._name = batch_size, name
         integers(self, {"batch_size": 1})
@@ -118,13 +125,17 @@ class GenerationMetric:
         texts: list[str] = []
         for at in range(0, len(tests), self.batch_size):
             asked = [self.prompts[i] for i in tests[at : at + self.batch_size]]
-            batch = self.tokenizer(asked, return_tensors="pt", padding=True, padding_side="left").to(model.device)
+            batch = self.tokenizer(
+                asked, return_tensors="pt", padding=True, padding_side="left"
+            ).to(model.device)
             torch.manual_seed(self.seed)
             made = model.generate(
                 input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=self.max_new_tokens,
                 pad_token_id=self.tokenizer.pad_token_id, **self._options,
             )  # fmt: skip
-            texts += self.tokenizer.batch_decode(made[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+            texts += self.tokenizer.batch_decode(
+                made[:, batch["input_ids"].shape[1] :], skip_special_tokens=True
+            )
         return texts
 
     def __call__(self, model: Any, tests: Sequence[int]) -> dict[str, Tensor]:
@@ -157,12 +168,21 @@ def padded(rows: Mapping[str, Tensor] | Sequence[Mapping[str, Any]]) -> dict[str
     if isinstance(rows, Mapping):
         made = dict(rows)
     else:
-        parts = [{k: torch.as_tensor(v) for k, v in row.items() if k in ("input_ids", "labels", "attention_mask")} for row in rows]
+        parts = [
+            {
+                k: torch.as_tensor(v)
+                for k, v in row.items()
+                if k in ("input_ids", "labels", "attention_mask")
+            }
+            for row in rows
+        ]
         fill = {"input_ids": 0, "labels": -100, "attention_mask": 0}
         for part in parts:
             part.setdefault("attention_mask", torch.ones_like(part["input_ids"]))
         made = {
-            k: torch.nn.utils.rnn.pad_sequence([p[k] for p in parts], batch_first=True, padding_value=fill[k])
+            k: torch.nn.utils.rnn.pad_sequence(
+                [p[k] for p in parts], batch_first=True, padding_value=fill[k]
+            )
             for k in (parts[0] if parts else ())
         }
     if not len(made.get("input_ids", ())):
@@ -171,7 +191,9 @@ def padded(rows: Mapping[str, Tensor] | Sequence[Mapping[str, Any]]) -> dict[str
     made.setdefault("labels", made["input_ids"].masked_fill(made["attention_mask"] == 0, -100))
     for name, value in made.items():
         if value.shape != made["input_ids"].shape:
-            raise ValueError(f"{name} must have the shape of input_ids {list(made['input_ids'].shape)}, got {list(value.shape)}")
+            raise ValueError(
+                f"{name} must have the shape of input_ids {list(made['input_ids'].shape)}, got {list(value.shape)}"
+            )
     return made
 
 

@@ -1,11 +1,11 @@
 """Recording a run: which examples were in each batch, and what every step did to the tests.
 
-    with Recorder("runs/000", tests, [LossMetric(rows)]) as recorder:
-        recorder.begin(model)
-        for batch in batches:
-            ...                                   # forward, backward, optimizer.step()
-            recorder.step(model, batch["ids"])    # ids of the examples in it, over all ranks
-        recorder.finish(model)
+with Recorder("runs/000", tests, [LossMetric(rows)]) as recorder:
+    recorder.begin(model)
+    for batch in batches:
+        ...                                   # forward, backward, optimizer.step()
+        recorder.step(model, batch["ids"])    # ids of the examples in it, over all ranks
+    recorder.finish(model)
 """
 
 from __future__ import annotations
@@ -49,7 +49,13 @@ class Recorder:
         self, folder: str | Path, tests: Iterable[Id], metrics: Sequence[Metric], *, every: int = 1, initial: bool = True,
         subset: int | None = None, seed: int = 0, about: Mapping[str, Any] | None = None, flush: int = 50,
     ) -> None:  # fmt: skip
-        self.every, self.initial, self.subset, self.seed, self.flush_every = every, initial, subset, seed, flush
+        self.every, self.initial, self.subset, self.seed, self.flush_every = (
+            every,
+            initial,
+            subset,
+            seed,
+            flush,
+        )
         integers(self, {"every": 1, "subset": 1, "seed": 0, "flush_every": 1}, ("subset",))
         self.tests = IdIndex(tests, "tests").ids
         self.metrics = list(metrics)
@@ -117,7 +123,9 @@ class Recorder:
         rows = step + self.initial if step else 0
         found = 0 if state is None else state["batches"]
         if state is not None and not step and state["finished"]:
-            raise ValueError(f"{self.store.path} holds a finished run; give another folder, or remove this one")
+            raise ValueError(
+                f"{self.store.path} holds a finished run; give another folder, or remove this one"
+            )
         if found < rows:
             raise ValueError(f"{self.store.path} has {max(0, found - self.initial)} recorded steps, fewer than the {step} to go on from")  # fmt: skip
         if state is None or not rows:
@@ -188,8 +196,15 @@ class Recorder:
         order = torch.tensor([batch + [-1] * (width - len(batch)) for batch in self._order])
         tensors = {"order": order, "steps": torch.tensor(self._steps, dtype=torch.int64)}
         for name, values in self._values.items():
-            tensors[f"metric/{name}"] = torch.stack(values) if values else torch.empty(0, len(self.tests))
-        state = {"train_ids": list(self._train), "batches": len(self._order), "points": len(self._steps), "finished": self.finished}
+            tensors[f"metric/{name}"] = (
+                torch.stack(values) if values else torch.empty(0, len(self.tests))
+            )
+        state = {
+            "train_ids": list(self._train),
+            "batches": len(self._order),
+            "points": len(self._steps),
+            "finished": self.finished,
+        }
         self.store.save("curves", state, tensors)
         self._written = len(self._steps)
 
@@ -217,7 +232,9 @@ def measured(model: nn.Module, metrics: Sequence[Metric], tests: list[int]) -> d
             for metric in metrics:
                 for name, values in metric(model, mine).items():
                     if values.shape != (len(mine),):
-                        raise ValueError(f"the metric {name!r} must give [{len(mine)}], got shape {list(values.shape)}")
+                        raise ValueError(
+                            f"the metric {name!r} must give [{len(mine)}], got shape {list(values.shape)}"
+                        )
                     found[name] = values.float().cpu()
     finally:
         for module, mode in modes:

@@ -31,7 +31,9 @@ def lm_step(model: Any, batch: dict[str, Tensor], step: int) -> tuple[Tensor, di
     return lm_losses(model, batch).mean(), {}
 
 
-def rows_of_samples(samples: Sequence[Mapping[str, str]], tokenizer: Any, length: int) -> dict[str, Tensor]:
+def rows_of_samples(
+    samples: Sequence[Mapping[str, str]], tokenizer: Any, length: int
+) -> dict[str, Tensor]:
     """``input_ids``, ``labels`` (-100 for prompt and padding) and ``attention_mask`` [N, L] of prompts and answers."""
     from tenfold.hft.tasks import encoder, rows_of_pairs
 
@@ -41,7 +43,10 @@ def rows_of_samples(samples: Sequence[Mapping[str, str]], tokenizer: Any, length
 
 
 def metrics_of(
-    rows: Mapping[str, Tensor], config: RecordConfig, tokenizer: Any = None, samples: Sequence[Mapping[str, str]] = ()
+    rows: Mapping[str, Tensor],
+    config: RecordConfig,
+    tokenizer: Any = None,
+    samples: Sequence[Mapping[str, str]] = (),
 ) -> list[Metric]:
     """The loss of the tests, and BLEU and ROUGE-L where ``config.generate`` asks for them."""
     made: list[Metric] = [LossMetric(rows)]
@@ -77,7 +82,9 @@ def record_run(
     folder = WorkFolder(work_dir, accelerator.is_main_process) if work_dir else None
     if folder:
         accelerator.wait_for_everyone()
-        folder.claim({"config": config.to_json(), "model": model_digest(model), "run": curriculum.run})
+        folder.claim(
+            {"config": config.to_json(), "model": model_digest(model), "run": curriculum.run}
+        )
         accelerator.wait_for_everyone()
     model.to(accelerator.device)
     found = folder.checkpoint(STAGE) if folder else None
@@ -87,7 +94,9 @@ def record_run(
         if watch:
             watch(model, 0)
 
-    trainer = _RecordedTrainer(accelerator, config, Batches(_Order(rows, curriculum), 0, config.seed), folder)
+    trainer = _RecordedTrainer(
+        accelerator, config, Batches(_Order(rows, curriculum), 0, config.seed), folder
+    )
     trainer.curriculum, trainer.steps = curriculum, curriculum.steps
     trainer.begin = (lambda: recorder.begin(model, done)) if done else None
 
@@ -159,7 +168,9 @@ def record_runs(
     names = list(range(count)) if ids is None else list(ids)
     test_names = list(range(asked)) if test_ids is None else list(test_ids)
     if len(names) != count or len(test_names) != asked:
-        raise ValueError(f"there are {count} examples and {asked} tests, but {len(names)} and {len(test_names)} ids")
+        raise ValueError(
+            f"there are {count} examples and {asked} tests, but {len(names)} and {len(test_names)} ids"
+        )
     metrics = metrics_of(tests, config, tokenizer, test_samples)
     about = {"config": config.to_json(), "model": model_digest(model)}
     made = []
@@ -193,7 +204,9 @@ def _finished(folder: Path, about: Mapping[str, Any]) -> bool:
     for settings in (mine["config"], theirs["config"]):
         settings.pop("runs", None)
     if mine != theirs:
-        raise ValueError(f"{folder} has a run of other settings or of another model; give another folder")
+        raise ValueError(
+            f"{folder} has a run of other settings or of another model; give another folder"
+        )
     return True
 
 

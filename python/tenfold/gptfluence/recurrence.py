@@ -41,14 +41,24 @@ class Transitions:
 
     def __post_init__(self) -> None:
         if not bool(self.valid.any()):
-            raise ValueError("no two measurements of a test follow each other: there is nothing to fit")
+            raise ValueError(
+                "no two measurements of a test follow each other: there is nothing to fit"
+            )
 
-    def predict(self, factors: Tensor, residual: bool, reduction: str, free: bool = False) -> Tensor:
+    def predict(
+        self, factors: Tensor, residual: bool, reduction: str, free: bool = False
+    ) -> Tensor:
         """[R, T, Q]: each step from what was measured, or the whole recurrence (``free``)."""
         if free:
             return ops.markov_scan(factors, self.order, self.past, residual, reduction=reduction)
         return ops.markov_onestep(
-            factors, self.order, self.after, residual, y0=self.past, mask=self.known, reduction=reduction
+            factors,
+            self.order,
+            self.after,
+            residual,
+            y0=self.past,
+            mask=self.known,
+            reduction=reduction,
         )
 
     def loss(self, predicted: Tensor, free: bool = False) -> Tensor:
@@ -87,7 +97,9 @@ def transitions(runs: RunSet, order: int, history: str, sparse: str) -> Transiti
     Raises ValueError where the order is not below the number of measurements.
     """
     if not 1 <= order < runs.y.shape[1]:
-        raise ValueError(f"order must be >= 1 and below the {runs.y.shape[1]} measurements, got {order}")
+        raise ValueError(
+            f"order must be >= 1 and below the {runs.y.shape[1]} measurements, got {order}"
+        )
     past = history_of(runs.y[:, 0], order, history)
     if sparse == "pairs" and not runs.dense:
         return _pairs(runs, past)
@@ -97,7 +109,9 @@ def transitions(runs: RunSet, order: int, history: str, sparse: str) -> Transiti
     for lag in range(1, order + 1):
         valid &= there[:, order - lag : order - lag + after.shape[1]]
     begun = known & past[:, -1:].isfinite()
-    return Transitions(runs.blocks(), past.nan_to_num(), after.nan_to_num().contiguous(), known, valid, begun)
+    return Transitions(
+        runs.blocks(), past.nan_to_num(), after.nan_to_num().contiguous(), known, valid, begun
+    )
 
 
 def _pairs(runs: RunSet, past: Tensor) -> Transitions:
@@ -134,7 +148,8 @@ def step_factors(factors: Tensor, order: Tensor, settings: Any) -> Tensor:
     """[n + 1, R, T, Q]: alpha_1 .. alpha_n and beta of every step."""
     nothing = torch.zeros(*order.shape[:2], factors.shape[2], dtype=factors.dtype)
     planes = [
-        ops.markov_onestep(factors[[p, p]], order, nothing, reduction=settings.reduction) for p in range(len(factors))
+        ops.markov_onestep(factors[[p, p]], order, nothing, reduction=settings.reduction)
+        for p in range(len(factors))
     ]
     made = torch.stack(planes)
     if settings.residual:

@@ -53,17 +53,25 @@ def read_reference(folder: str | Path, metric: str = "loss", scale: str | None =
         own = [s for s, _ in points]
         falls = [b for a, b in zip(own, own[1:]) if b <= a]
         if len(own) < 2 or falls:
-            what = f"steps must increase, but {falls[0]} does not" if falls else f"needs 2 steps, has {len(own)}"
+            what = (
+                f"steps must increase, but {falls[0]} does not"
+                if falls
+                else f"needs 2 steps, has {len(own)}"
+            )
             raise ValueError(f"{where}, test {test!r}: the trajectory {what}")
         if own != at:
-            raise ValueError(f"{where}, test {test!r}: measured at other steps than test {tests[0]!r}")
+            raise ValueError(
+                f"{where}, test {test!r}: measured at other steps than test {tests[0]!r}"
+            )
     if at[0] < steps[0]:
         # Measured before the first batch.
         steps, order = [at[0], *steps], torch.nn.functional.pad(order, (0, 0, 1, 0), value=-1)
     row = {step: i for i, step in enumerate(steps)}
     lost = [s for s in at if s not in row]
     if lost:
-        raise ValueError(f"{where}, test {tests[0]!r}: measured at step {lost[0]}, which the curriculum does not have")
+        raise ValueError(
+            f"{where}, test {tests[0]!r}: measured at step {lost[0]}, which the curriculum does not have"
+        )
     values = torch.tensor([[v for _, v in trajectories[t]] for t in tests]).T.contiguous()
     scales = {metric: SCALES.get(metric, "") if scale is None else scale}
     return Run(folder.name, order, torch.tensor([row[s] for s in at]), {metric: values}, tuple(train_ids), tuple(tests), scales)  # fmt: skip
@@ -78,7 +86,9 @@ def _curriculum(path: Path, where: str) -> tuple[list[int], list[Id], Tensor]:
             raise ValueError(f"{path}, line {number}: needs step and samples_id") from None
     steps = [s for s, _ in batches]
     if not steps or any(b != a + 1 for a, b in zip(steps, steps[1:])):
-        raise ValueError(f"{where}: the curriculum's steps must follow each other, got {steps[:8]} ...")
+        raise ValueError(
+            f"{where}: the curriculum's steps must follow each other, got {steps[:8]} ..."
+        )
     row: dict[Id, int] = {}
     rows = [[row.setdefault(i, len(row)) for i in ids] for _, ids in batches]
     width = max(map(len, rows))
@@ -92,7 +102,9 @@ def _trajectories(path: Path, where: str) -> dict[Id, list[tuple[int, float]]]:
             name = checked(given["id"], where)
             points = [(int(p["step"]), float(p["loss"])) for p in given["loss_trajectory"]]
         except (KeyError, TypeError, ValueError):
-            raise ValueError(f"{path}, line {number}: needs id and loss_trajectory of step and loss") from None
+            raise ValueError(
+                f"{path}, line {number}: needs id and loss_trajectory of step and loss"
+            ) from None
         if name in found:
             raise ValueError(f"{where}, test {name!r}: has two trajectories")
         found[name] = points
@@ -122,7 +134,9 @@ def read_samples(path: str | Path) -> dict[Id, dict[str, str]]:
                 prompt, answer = str(given["prompt"]), str(given["answer"])
                 text = prompt + answer
         except KeyError as error:
-            raise ValueError(f"{path}, line {number}: needs {error.args[0]!r}, or input and context") from None
+            raise ValueError(
+                f"{path}, line {number}: needs {error.args[0]!r}, or input and context"
+            ) from None
         found[name] = {"prompt": prompt, "answer": answer, "text": text}
         if "group" in given:
             found[name]["group"] = str(given["group"])

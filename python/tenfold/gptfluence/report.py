@@ -22,7 +22,9 @@ def number(value: float | None, digits: int = 4) -> str:
     return "–" if value is None or math.isnan(value) else f"{value:.{digits}f}"
 
 
-def rows_of(found: Mapping[str, Mapping[str, Any]], names: Mapping[str, str] | None = None) -> list[list[str]]:
+def rows_of(
+    found: Mapping[str, Mapping[str, Any]], names: Mapping[str, str] | None = None
+) -> list[list[str]]:
     """Rows for ``COLUMNS``: of evaluations by name, and of those by name and kind of scale."""
     made = []
     for name, value in found.items():
@@ -39,14 +41,22 @@ def best_row(rows: Sequence[Sequence[str]]) -> list[int]:
     return [min(fair, key=lambda i: float(rows[i][1]))] if fair else []
 
 
-def curves_plot(runs: RunSet, predicted: Mapping[str, Tensor], run: int = 0, tests: Sequence[int] | None = None) -> Any:
+def curves_plot(
+    runs: RunSet, predicted: Mapping[str, Tensor], run: int = 0, tests: Sequence[int] | None = None
+) -> Any:
     """True and simulated curves of some tests of one run: lines solid, dashed and dotted; a colour per test."""
     chosen = spread(runs, run) if tests is None else list(tests)
     made, axes = figure(7.2, 3.8)
     at = runs.steps.tolist()
     for place, test in enumerate(chosen):
         colour = PALETTE[place % len(PALETTE)]
-        axes.plot(at, runs.y[run, :, test].tolist(), color=colour, lw=1.8, label=f"test {runs.test_ids[test]}")
+        axes.plot(
+            at,
+            runs.y[run, :, test].tolist(),
+            color=colour,
+            lw=1.8,
+            label=f"test {runs.test_ids[test]}",
+        )
         for style, values in zip(("--", ":", "-."), predicted.values()):
             axes.plot(at, values[run, :, test].tolist(), style, color=colour, lw=1.2)
     for style, name in zip(("-", "--", ":", "-."), ("recorded", *predicted)):
@@ -63,7 +73,11 @@ def spread(runs: RunSet, run: int, count: int = 4) -> list[int]:
     change = (runs.y[run, -1] - runs.y[run, 0]).nan_to_num()
     order = change.argsort().tolist()
     last = len(order) - 1
-    return list(dict.fromkeys(order[round(i * last / max(1, count - 1))] for i in range(min(count, len(order)))))
+    return list(
+        dict.fromkeys(
+            order[round(i * last / max(1, count - 1))] for i in range(min(count, len(order)))
+        )
+    )
 
 
 def final_plot(runs: RunSet, predicted: Mapping[str, Tensor]) -> Any:
@@ -72,7 +86,14 @@ def final_plot(runs: RunSet, predicted: Mapping[str, Tensor]) -> Any:
     true = runs.y[:, -1].flatten()
     known = true.isfinite()
     for colour, (name, values) in zip(PALETTE, predicted.items()):
-        axes.scatter(true[known].tolist(), values[:, -1].flatten()[known].tolist(), s=6, alpha=0.6, color=colour, label=name)
+        axes.scatter(
+            true[known].tolist(),
+            values[:, -1].flatten()[known].tolist(),
+            s=6,
+            alpha=0.6,
+            color=colour,
+            label=name,
+        )
     low, high = float(true[known].min()), float(true[known].max())
     axes.plot([low, high], [low, high], color="#888", lw=0.8)
     axes.set_xlabel(f"recorded {runs.metric} at the end")
@@ -112,9 +133,25 @@ def removed_plot(found: Mapping[str, Any], number: int, test: int) -> Any:
     """One test's curve with all examples and without a set of them, simulated and real."""
     made, axes = figure(6.4, 3.4)
     one = found["curves"][number]
-    axes.plot([row[test] for row in found["full"]], color=PALETTE[6], lw=1.4, label="with all examples, real")
-    axes.plot([row[test] for row in one["real"]], color=PALETTE[0], lw=1.6, label="without, real (retrained)")
-    axes.plot([row[test] for row in one["simulated"]], "--", color=PALETTE[1], lw=1.4, label="without, simulated")
+    axes.plot(
+        [row[test] for row in found["full"]],
+        color=PALETTE[6],
+        lw=1.4,
+        label="with all examples, real",
+    )
+    axes.plot(
+        [row[test] for row in one["real"]],
+        color=PALETTE[0],
+        lw=1.6,
+        label="without, real (retrained)",
+    )
+    axes.plot(
+        [row[test] for row in one["simulated"]],
+        "--",
+        color=PALETTE[1],
+        lw=1.4,
+        label="without, simulated",
+    )
     axes.set_xlabel("step")
     axes.set_ylabel("loss")
     axes.set_title(f"{len(one['removed'])} examples removed", fontsize=10)
@@ -128,7 +165,9 @@ def mislabel_plot(found: Mapping[str, Mapping[str, Any]]) -> Any:
     for colour, (name, one) in zip(PALETTE, found.items()):
         count = len(one["found"])
         shares = [i / count for i in range(count + 1)]
-        axes.plot(shares, [0.0, *one["found"]], lw=1.4, color=colour, label=f"{name} ({one['area']:.2f})")
+        axes.plot(
+            shares, [0.0, *one["found"]], lw=1.4, color=colour, label=f"{name} ({one['area']:.2f})"
+        )
     axes.plot([0, 1], [0, 1], ":", color="#888", lw=0.8, label="at random")
     axes.set_xlabel("share of examples inspected")
     axes.set_ylabel("mislabelled ones found")
@@ -139,9 +178,22 @@ def mislabel_plot(found: Mapping[str, Mapping[str, Any]]) -> Any:
 def fit_plot(record: Mapping[str, Any]) -> Any:
     """The fit's loss, and the simulated error of the validation runs."""
     made, axes = figure(6.4, 3.0)
-    axes.plot(range(1, len(record["losses"]) + 1), record["losses"], lw=1.2, color=PALETTE[0], label="one step, training runs")
+    axes.plot(
+        range(1, len(record["losses"]) + 1),
+        record["losses"],
+        lw=1.2,
+        color=PALETTE[0],
+        label="one step, training runs",
+    )
     if record["validation"]:
-        axes.plot(*zip(*record["validation"]), "o-", ms=3, lw=1.2, color=PALETTE[1], label="simulated, validation runs")
+        axes.plot(
+            *zip(*record["validation"]),
+            "o-",
+            ms=3,
+            lw=1.2,
+            color=PALETTE[1],
+            label="simulated, validation runs",
+        )
     axes.set_yscale("log")
     axes.set_xlabel("epoch")
     axes.set_ylabel("mean squared error")
@@ -189,11 +241,19 @@ def write_report(
     """A page of simulated runs at ``path``, with the plots beside it as PNG files."""
     path = Path(path)
     page = Page("GPTfluence: simulated training runs", subtitle)
-    drawn = add_section(page, runs, predicted, found, title=f"{len(runs)} runs, {len(runs.test_ids)} tests: {runs.metric}")
+    drawn = add_section(
+        page,
+        runs,
+        predicted,
+        found,
+        title=f"{len(runs)} runs, {len(runs.test_ids)} tests: {runs.metric}",
+    )
     if record:
         drawn.append(("fit", png_bytes(fit_plot(record))))
         page.heading("The fit")
-        page.image(drawn[-1][1], "Its loss from step to step, and the error of whole simulated runs.")
+        page.image(
+            drawn[-1][1], "Its loss from step to step, and the error of whole simulated runs."
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     for name, png in drawn:
         safe = "".join(c if c.isalnum() or c == "-" else "-" for c in name.lower())

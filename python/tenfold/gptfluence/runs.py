@@ -74,7 +74,9 @@ class Run:
 
     def _check_steps(self, where: str) -> None:
         if len(self.steps) < 2:
-            raise ValueError(f"{where}: a trajectory needs at least 2 measurements, got {len(self.steps)}")
+            raise ValueError(
+                f"{where}: a trajectory needs at least 2 measurements, got {len(self.steps)}"
+            )
         falls = (self.steps[1:] <= self.steps[:-1]).nonzero().flatten().tolist()
         if falls:
             at = falls[0]
@@ -90,7 +92,9 @@ class Run:
     def scale(self, metric: str) -> str:
         """The metric's scale; ValueError with the names if it was not recorded."""
         if metric not in self.values:
-            raise ValueError(f"run {self.name!r} has no metric {metric!r}; it has: {', '.join(self.values)}")
+            raise ValueError(
+                f"run {self.name!r} has no metric {metric!r}; it has: {', '.join(self.values)}"
+            )
         return self.scales.get(metric, "")
 
 
@@ -180,12 +184,23 @@ class RunSet:
             # A padded point needs a row of its own.
             length = max(length, int(steps[-1]) + 1)
         elif len({len(r.order) for r in runs}) > 1:
-            raise ValueError(f"runs have {sorted({len(r.order) for r in runs})} steps; pass pad=True")
+            raise ValueError(
+                f"runs have {sorted({len(r.order) for r in runs})} steps; pass pad=True"
+            )
         order = torch.stack([_joined(r, index, length, width) for r in runs])
         y = torch.full((len(runs), points, len(tests)), torch.nan)
         for at, run in enumerate(runs):
             y[at, : len(run.steps)] = _finite(run, name, missing)
-        return cls(tuple(r.name for r in runs), name, runs[0].scale(name), order, steps, y, index.ids, tests)
+        return cls(
+            tuple(r.name for r in runs),
+            name,
+            runs[0].scale(name),
+            order,
+            steps,
+            y,
+            index.ids,
+            tests,
+        )
 
     def __len__(self) -> int:
         return len(self.names)
@@ -193,7 +208,9 @@ class RunSet:
     def take(self, rows: Iterable[int]) -> RunSet:
         """Some of the runs, by number."""
         at = list(rows)
-        return replace(self, names=tuple(self.names[i] for i in at), order=self.order[at], y=self.y[at])
+        return replace(
+            self, names=tuple(self.names[i] for i in at), order=self.order[at], y=self.y[at]
+        )
 
     def tests(self, rows: Iterable[int]) -> RunSet:
         """Some of the tests, by number."""
@@ -204,7 +221,9 @@ class RunSet:
         """(training, validation, test) runs: the last ``test`` runs, before them ``validation``, and the rest."""
         rest = len(self) - validation - test
         if rest < 1 or validation < 0 or test < 0:
-            raise ValueError(f"{len(self)} runs cannot give {validation} for validation, {test} for tests and any to fit")
+            raise ValueError(
+                f"{len(self)} runs cannot give {validation} for validation, {test} for tests and any to fit"
+            )
         return self.take(range(rest)), self.take(range(rest, rest + validation)), self.take(range(rest + validation, len(self)))  # fmt: skip
 
     def blocks(self) -> Tensor:
@@ -239,8 +258,15 @@ def check_disjoint(train: RunSet, other: RunSet, what: str) -> None:
     both = sorted(set(train.names) & set(other.names))
     for i, name in enumerate(train.names):
         for j, second in enumerate(other.names):
-            same = train.y.shape[1:] == other.y.shape[1:] and train.order.shape[1:] == other.order.shape[1:]
-            if same and torch.equal(train.order[i], other.order[j]) and torch.equal(train.y[i], other.y[j]):
+            same = (
+                train.y.shape[1:] == other.y.shape[1:]
+                and train.order.shape[1:] == other.order.shape[1:]
+            )
+            if (
+                same
+                and torch.equal(train.order[i], other.order[j])
+                and torch.equal(train.y[i], other.y[j])
+            ):
                 both.append(f"{name} = {second}")
     if both:
         raise ValueError(f"training and {what} runs overlap: {', '.join(both)}")

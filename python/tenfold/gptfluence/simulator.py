@@ -78,15 +78,21 @@ class Simulator:
     def rows(self, runs: RunSet) -> RunSet:
         """The runs with rows of this simulator's features in ``order``. UnknownId names an example without features."""
         if runs.metric != self.metric and self.metric:
-            raise ValueError(f"the simulator was fitted to {self.metric!r}, the runs have {runs.metric!r}")
+            raise ValueError(
+                f"the simulator was fitted to {self.metric!r}, the runs have {runs.metric!r}"
+            )
         if self.metric and runs.scale != self.scale:
-            raise ValueError(f"the simulator was fitted to the scale {self.scale!r}, the runs are on {runs.scale!r}")
+            raise ValueError(
+                f"the simulator was fitted to the scale {self.scale!r}, the runs are on {runs.scale!r}"
+            )
         used = runs.order[runs.order >= 0].unique().tolist()
         table = torch.full((len(runs.train_ids) + 1,), -1, dtype=torch.int32)
         table[used] = self.train.index.rows(runs.train_ids[i] for i in used).to(torch.int32)
         return replace(runs, order=table[runs.order.long()], train_ids=self.train.ids)
 
-    def factors(self, tests: Iterable[Id] | None = None, train: Iterable[Id] | None = None) -> Tensor:
+    def factors(
+        self, tests: Iterable[Id] | None = None, train: Iterable[Id] | None = None
+    ) -> Tensor:
         """[n + 1, M, Q], without gradients: of all examples, or of these ids. Planes 0..n-1 multiplicative, n additive."""
         rows = self.train.table if train is None else self.train.table[self.train.index.rows(train)]
         asked = self.test.table if tests is None else self.test.table[self.test.index.rows(tests)]
@@ -149,7 +155,12 @@ class Simulator:
     def order_of(self, curriculum: Any) -> Tensor:
         """Rows int32 [R, T, B] of ids [T][B] or [R][T][B], given as lists or an integer array; -1 is none."""
         if not isinstance(curriculum, Tensor):
-            curriculum = _mapped(curriculum, lambda name: -1 if name == -1 else self.train.index.row(checked(name, "curriculum")))
+            curriculum = _mapped(
+                curriculum,
+                lambda name: (
+                    -1 if name == -1 else self.train.index.row(checked(name, "curriculum"))
+                ),
+            )
             order = order_tensor(curriculum, "curriculum")
         else:
             order = order_tensor(curriculum, "curriculum").long()
@@ -167,7 +178,11 @@ class Simulator:
         out = (values.abs() > limit) | (~values.isfinite() & first.isfinite()[:, None])
         if self.metric and bool(out.any()):
             at = int(out.any(2).any(0).nonzero()[0])
-            warnings.warn(f"the simulation diverges: at step {at} it left {limit:.3g}", RuntimeWarning, stacklevel=3)
+            warnings.warn(
+                f"the simulation diverges: at step {at} it left {limit:.3g}",
+                RuntimeWarning,
+                stacklevel=3,
+            )
         elif found["radius"] > UNSTABLE:
             warnings.warn(
                 f"the recurrence is unstable: the largest spectral radius of a step is {found['radius']:.4g} > {UNSTABLE}",
@@ -176,7 +191,9 @@ class Simulator:
         diverged = out.any(1) if self.metric else torch.zeros_like(out[:, 0])
         return Prediction(values, diverged, found)
 
-    def attribute(self, train: Iterable[Id] | None = None, test: Iterable[Id] | None = None, **options: Any) -> Tensor:
+    def attribute(
+        self, train: Iterable[Id] | None = None, test: Iterable[Id] | None = None, **options: Any
+    ) -> Tensor:
         """Scores [len(train), len(test)] of pairs; see :func:`tenfold.gptfluence.influence.attribute`."""
         return influence.attribute(self, train, test, **options)
 
@@ -184,14 +201,19 @@ class Simulator:
         """[N]: what an example does to itself; see :func:`tenfold.gptfluence.influence.self_influence`."""
         return influence.self_influence(self, ids, kind)
 
-    def with_features(self, train: Features | None = None, test: Features | None = None) -> Simulator:
+    def with_features(
+        self, train: Features | None = None, test: Features | None = None
+    ) -> Simulator:
         """The same weights over other examples, which need not have been there at the fit.
 
         Unseen training examples work; a warning is given for unseen test examples, for which predictions are no better than a
         constant in most settings (section 5 of the specification).
         """
         made = Simulator(train or self.train, test or self.test, self.config)
-        for name, old, new in (("training", self.train, made.train), ("test", self.test, made.test)):
+        for name, old, new in (
+            ("training", self.train, made.train),
+            ("test", self.test, made.test),
+        ):
             if (old.width, old.encoder) != (new.width, new.encoder):
                 raise ValueError(
                     f"the simulator's {name} features are of {old.encoder!r}, width {old.width}; got {new.encoder!r}, "
@@ -202,7 +224,8 @@ class Simulator:
             setattr(made, name, getattr(self, name))
         if test is not None and set(test.ids) - set(self.test.ids):
             warnings.warn(
-                "predictions for test examples that were not fitted are rarely better than a constant", stacklevel=2
+                "predictions for test examples that were not fitted are rarely better than a constant",
+                stacklevel=2,
             )
         return made
 
@@ -212,7 +235,9 @@ class Simulator:
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.contiguous() for k, v in self.network.state_dict().items()}, folder / WEIGHTS)
+        save_file(
+            {k: v.contiguous() for k, v in self.network.state_dict().items()}, folder / WEIGHTS
+        )
         if features:
             self.train.save(folder / TRAIN)
             self.test.save(folder / TEST)
@@ -227,7 +252,9 @@ class Simulator:
         return folder
 
     @classmethod
-    def load(cls, folder: str | Path, train: Features | None = None, test: Features | None = None) -> Simulator:
+    def load(
+        cls, folder: str | Path, train: Features | None = None, test: Features | None = None
+    ) -> Simulator:
         """What :meth:`save` wrote, over the given features or those beside it.
 
         Raises ValueError if the folder has no simulator, or the features are of another encoder or width than at the fit.
@@ -241,7 +268,10 @@ class Simulator:
                 raise KeyError("format")
         except (OSError, ValueError, KeyError):
             raise ValueError(f"{folder} has no simulator: no {FILE} of {FORMAT}") from None
-        tables = {"train": train or Features.load(folder / TRAIN), "test": test or Features.load(folder / TEST)}
+        tables = {
+            "train": train or Features.load(folder / TRAIN),
+            "test": test or Features.load(folder / TEST),
+        }
         for name, table in tables.items():
             want = about["features"][name]
             if (want["encoder"], want["width"]) != (table.encoder, table.width):
@@ -252,13 +282,19 @@ class Simulator:
         made = cls(tables["train"], tables["test"], SimulatorConfig.from_json(about["config"]))
         made.network.load_state_dict(load_file(folder / WEIGHTS))
         made.metric, made.scale, made.batch = about["metric"], about["scale"], about["batch"]
-        made.range, made.level, made.fitted = tuple(about["range"]), about["level"], tuple(about["fitted"])
+        made.range, made.level, made.fitted = (
+            tuple(about["range"]),
+            about["level"],
+            tuple(about["fitted"]),
+        )
         if about["record"] is not None:
             made.record = FitRecord(**about["record"])
         return made
 
 
 def _mapped(given: Any, row: Any) -> Any:
-    if isinstance(given, list | tuple) or (hasattr(given, "__iter__") and not isinstance(given, str)):
+    if isinstance(given, list | tuple) or (
+        hasattr(given, "__iter__") and not isinstance(given, str)
+    ):
         return [_mapped(part, row) for part in given]
     return row(given)

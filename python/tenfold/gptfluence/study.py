@@ -18,7 +18,12 @@ from tenfold.gptfluence.config import RecordConfig, SimulatorConfig
 from tenfold.gptfluence.curricula import Curriculum, make_curricula
 from tenfold.gptfluence.evaluation import agreement, evaluate, evaluate_gradients
 from tenfold.gptfluence.features import Features
-from tenfold.gptfluence.gradients import GradientTracker, gradient_curve, gradient_scores, last_layer_scores
+from tenfold.gptfluence.gradients import (
+    GradientTracker,
+    gradient_curve,
+    gradient_scores,
+    last_layer_scores,
+)
 from tenfold.gptfluence.metrics import LossMetric, trimmed
 from tenfold.gptfluence.recording import learning_rates, record_run, record_runs
 from tenfold.gptfluence.recorder import Recorder
@@ -68,7 +73,10 @@ def material(
         found = pairs(task)
         if len(found) < tests_per_task + skip + per_task:
             raise ValueError(f"task {task!r} has {len(found)} examples on this machine, too few")
-        held, rest = found[:tests_per_task], found[tests_per_task + skip : tests_per_task + skip + per_task]
+        held, rest = (
+            found[:tests_per_task],
+            found[tests_per_task + skip : tests_per_task + skip + per_task],
+        )
         for into, pairs_ in ((tests, held), (samples, rest)):
             into += [{"prompt": p, "answer": a, "text": p + a, "group": task} for p, a in pairs_]
     draw = random.Random(seed)
@@ -79,12 +87,16 @@ def material(
         samples[i]["text"] = samples[i]["prompt"] + samples[i]["answer"]
     made = Material(samples, tests, wrong)
     for name, parts in (("rows", samples), ("test_rows", tests)):
-        rows = rows_of_pairs([(s["prompt"], s["answer"]) for s in parts], byte_encoder, length, END, END)
+        rows = rows_of_pairs(
+            [(s["prompt"], s["answer"]) for s in parts], byte_encoder, length, END, END
+        )
         setattr(made, name, trimmed(rows))
     return made
 
 
-def parent_model(layers: int, heads: int, steps: int, seed: int = 0, head_dim: int = 32, file: Path | None = None) -> Any:
+def parent_model(
+    layers: int, heads: int, steps: int, seed: int = 0, head_dim: int = 32, file: Path | None = None
+) -> Any:
     """A byte-level Llama that has read documentation for some steps; kept in ``file`` where one is given."""
     model = tiny.make_model(seed, layers, heads, head_dim)
     if file is not None and file.exists():
@@ -93,7 +105,9 @@ def parent_model(layers: int, heads: int, steps: int, seed: int = 0, head_dim: i
     stream = tiny.byte_stream()
 
     def rows(stage: str, step: int, size: int) -> Tensor:
-        return tiny.text_rows(stream, size, torch.Generator().manual_seed(seed * 1_000_003 + step), LENGTH)
+        return tiny.text_rows(
+            stream, size, torch.Generator().manual_seed(seed * 1_000_003 + step), LENGTH
+        )
 
     tiny.train(model, rows, steps)
     if file is not None:
@@ -125,7 +139,10 @@ class StoredScores:
             if step == steps:
                 self.cosine = self._final(model)
                 self.file.parent.mkdir(parents=True, exist_ok=True)
-                torch.save({n: t.scores for n, t in self.trackers.items()} | {"cosine": self.cosine}, self.file)
+                torch.save(
+                    {n: t.scores for n, t in self.trackers.items()} | {"cosine": self.cosine},
+                    self.file,
+                )
 
         return watched
 
@@ -147,7 +164,9 @@ def record(
         steps = len(make_curricula(config, made.groups)[run].order)
         return StoredScores(folder / f"{run:03d}", made, every, last).watch(steps)
 
-    folders = record_runs(model, made.rows, made.test_rows, folder, config, groups=made.groups, watch=watch, step=step)
+    folders = record_runs(
+        model, made.rows, made.test_rows, folder, config, groups=made.groups, watch=watch, step=step
+    )
     return RunSet.of([read_run(f) for f in folders], train_ids=range(len(made.samples)))
 
 
@@ -157,7 +176,9 @@ def text_features(made: Material, encoder: Any) -> tuple[Features, Features]:
     return tuple(Features.of_texts(range(len(p)), p, encoder) for p in parts)  # type: ignore[return-value]
 
 
-def contestants(features: tuple[Features, Features], names: Iterable[str], **changes: Any) -> dict[str, Any]:
+def contestants(
+    features: tuple[Features, Features], names: Iterable[str], **changes: Any
+) -> dict[str, Any]:
     """What predicts without gradients, by name; ``changes`` are fields of the simulators' settings."""
     made: dict[str, Any] = {}
     for name in names:
@@ -209,7 +230,9 @@ def judged(made: Mapping[str, Any], test: RunSet) -> dict[str, dict[str, Any]]:
     return {name: evaluate(predicted(one, test), test).to_json() for name, one in made.items()}
 
 
-def removals(curriculum: Curriculum, groups: Sequence[str], count: int, size: int, seed: int = 0) -> list[list[int]]:
+def removals(
+    curriculum: Curriculum, groups: Sequence[str], count: int, size: int, seed: int = 0
+) -> list[list[int]]:
     """Sets of examples to leave out of a curriculum: first all of each task that it has, then random ones of ``size``."""
     there = curriculum.examples.tolist()
     sets = [[i for i in there if groups[i] == g] for g in dict.fromkeys(groups[i] for i in there)]
@@ -223,7 +246,7 @@ def counterfactuals(
     simulator: Simulator, made: Material, model: Any, config: RecordConfig, curriculum: Curriculum, sets: Sequence[Sequence[int]],
     folder: Path, step: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:  # fmt: skip
-    """"Without these examples", simulated and really trained: final changes [N, Q] and curves of one set.
+    """ "Without these examples", simulated and really trained: final changes [N, Q] and curves of one set.
 
     The places of removed examples stay empty, in the simulation and in the training; the others count no more for it.
     """
@@ -232,11 +255,15 @@ def counterfactuals(
     full = _retrained(made, model, config, curriculum, folder / "full")
     simulated, real, curves = [], [], []
     for number, removed in enumerate(sets):
-        true = _retrained(made, model, config, curriculum.without(removed), folder / f"{number:03d}")
+        true = _retrained(
+            made, model, config, curriculum.without(removed), folder / f"{number:03d}"
+        )
         found = without(simulator, removed, curriculum.order, full[0])
         simulated.append(found.change)
         real.append(full[-1] - true[-1])
-        curves.append({"removed": list(removed), "simulated": found.without.tolist(), "real": true.tolist()})
+        curves.append(
+            {"removed": list(removed), "simulated": found.without.tolist(), "real": true.tolist()}
+        )
         step(f"without {len(removed)} examples")
     return {
         "agreement": agreement(torch.stack(simulated), torch.stack(real)), "curves": curves, "full": full.tolist(),
@@ -244,12 +271,16 @@ def counterfactuals(
     }  # fmt: skip
 
 
-def _retrained(made: Material, model: Any, config: RecordConfig, curriculum: Curriculum, folder: Path) -> Tensor:
+def _retrained(
+    made: Material, model: Any, config: RecordConfig, curriculum: Curriculum, folder: Path
+) -> Tensor:
     """The measured curve [T + 1, Q] of a training along a curriculum; read where it was made before."""
     if not (folder / "curves.json").exists() or not read_finished(folder):
         metric, tests = LossMetric(made.test_rows), range(len(made.tests))
         recorder = Recorder(folder, tests, [metric], about={"order": curriculum.order.tolist()})
-        record_run(copy.deepcopy(model), made.rows, range(len(made.samples)), curriculum, recorder, config)
+        record_run(
+            copy.deepcopy(model), made.rows, range(len(made.samples)), curriculum, recorder, config
+        )
     kept = read_run(folder)
     if kept.about["order"] != curriculum.order.tolist():
         raise ValueError(f"{folder} has a run of another curriculum; remove it")
