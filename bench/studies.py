@@ -463,9 +463,19 @@ def themis_ppo_block(found: Found) -> str:
     return markdown(columns, rows) if rows else "No run has been committed."
 
 
-_GPTFLUENCE = {"default": "GPTfluence", "reference": "GPTfluence as published", "ridge": "Simfluence, ridge", "table": "Simfluence, N(0, 1) start",
-               "similarity": "similarity of texts", "mean": "mean training run", "constant": "first value", "tracin": "TracIn-CP",
-               "tracin, head": "TracIn-CP, head alone", "grad-dot": "Grad-Dot", "grad-cosine": "Grad-cosine"}  # fmt: skip
+_GPTFLUENCE = {
+    "default": "GPTfluence",
+    "reference": "GPTfluence as published",
+    "ridge": "Simfluence, ridge",
+    "table": "Simfluence, N(0, 1) start",
+    "similarity": "similarity of texts",
+    "mean": "mean training run",
+    "constant": "first value",
+    "tracin": "TracIn-CP",
+    "tracin, head": "TracIn-CP, head alone",
+    "grad-dot": "Grad-Dot",
+    "grad-cosine": "Grad-cosine",
+}
 _SCALES = {
     "": "",
     "raw": ", raw",

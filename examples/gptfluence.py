@@ -2,7 +2,8 @@
 
 python examples/gptfluence.py [--runs 16] [--encoder minilm] [--out FOLDER] [--json FILE]
 
-A minute on two cores. An own training loop needs three lines: `recorder.begin(model)`, `recorder.step(model, ids)` after each step and
+A minute on two cores. An own training loop needs three lines: `recorder.begin(model)`, `recorder.step(model, ids)`
+after each step and
 `recorder.finish(model)`; transformers' Trainer needs `DynamicsCallback`.
 """
 
@@ -56,8 +57,16 @@ def trainer(model, material, folder: Path) -> None:
         [gptfluence.LossMetric(material.test_rows)],
         every=5,
     )
-    args = TrainingArguments(output_dir=str(folder / "out"), max_steps=20, per_device_train_batch_size=4, learning_rate=1e-3,
-                             report_to=[], save_strategy="no", disable_tqdm=True, logging_strategy="no")  # fmt: skip
+    args = TrainingArguments(
+        output_dir=str(folder / "out"),
+        max_steps=20,
+        per_device_train_batch_size=4,
+        learning_rate=1e-3,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        logging_strategy="no",
+    )
     made = Trainer(model=copy.deepcopy(model), args=args, train_dataset=rows, callbacks=[callback])
     callback.attach(made)
     made.train()

@@ -2,7 +2,8 @@
 
 python examples/gptfluence_study.py [--seeds 0 1] [--out bench/results/gptfluence]
 
-A byte-level Llama (trained here on documentation) is fine-tuned again and again on four tasks: answers to prompts of standard-library functions,
+A byte-level Llama (trained here on documentation) is fine-tuned again and again on four tasks: answers to prompts
+of standard-library functions,
 German messages, licences, topics. Each run has other examples in another order. Asked, per seed:
 
   held-out runs     all methods, gradients included, on runs that nobody has learnt from
@@ -77,12 +78,27 @@ def one_seed(chosen, seed: int) -> dict:
         chosen.layers, chosen.heads, chosen.parent_steps, seed, file=work / "parent.pt"
     )
     config = RecordConfig.from_preset(
-        "small", runs=chosen.runs, examples=chosen.examples, epochs=chosen.epochs, batch_size=4, learning_rate=chosen.learning_rate,
-        concentration=0.3, checkpoint_every=100_000, seed=seed,
-    )  # fmt: skip
+        "small",
+        runs=chosen.runs,
+        examples=chosen.examples,
+        epochs=chosen.epochs,
+        batch_size=4,
+        learning_rate=chosen.learning_rate,
+        concentration=0.3,
+        checkpoint_every=100_000,
+        seed=seed,
+    )
     tested = range(chosen.runs - chosen.test_runs, chosen.runs)
-    runs = study.record(material, model, config, work / "runs", gradients=[*range(chosen.gradient_runs), *tested], every=chosen.every,
-                        last=chosen.every, step=told)  # fmt: skip
+    runs = study.record(
+        material,
+        model,
+        config,
+        work / "runs",
+        gradients=[*range(chosen.gradient_runs), *tested],
+        every=chosen.every,
+        last=chosen.every,
+        step=told,
+    )
     train, held, test = runs.split(2, chosen.test_runs)
     result: dict = {"seed": seed, "steps": runs.order.shape[1] - 1, "methods": {}, "encoders": {}}
 

@@ -7,7 +7,6 @@ import pytest
 
 from tenfold.testing import processes
 
-
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")]
 

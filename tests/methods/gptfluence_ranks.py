@@ -24,9 +24,18 @@ def trainer(folder):
     """transformers' Trainer under DDP."""
     from transformers import Trainer, TrainingArguments
 
-    args = TrainingArguments(output_dir=str(folder / "out"), max_steps=4, per_device_train_batch_size=2, report_to=[], seed=3,
-                             save_strategy="no", disable_tqdm=True, logging_strategy="no", use_cpu=True,
-                             learning_rate=1e-2)  # fmt: skip
+    args = TrainingArguments(
+        output_dir=str(folder / "out"),
+        max_steps=4,
+        per_device_train_batch_size=2,
+        report_to=[],
+        seed=3,
+        save_strategy="no",
+        disable_tqdm=True,
+        logging_strategy="no",
+        use_cpu=True,
+        learning_rate=1e-2,
+    )
     callback = DynamicsCallback(folder / "run", range(5), [LossMetric(TESTS)])
     made = Trainer(
         model=tiny.tiny(3), args=args, train_dataset=tiny.items(12), callbacks=[callback]

@@ -19,9 +19,15 @@ def run_set(order, y, names=None, train=None):
     """Runs of order [R, T, B] and y [R, T, Q], measured after every step."""
     count = train or int(order.max()) + 1
     return RunSet(
-        tuple(names or map(str, range(len(order)))), "loss", "nats", order.to(torch.int32), torch.arange(order.shape[1]),
-        y.float(), tuple(range(count)), tuple(range(y.shape[2])),
-    )  # fmt: skip
+        tuple(names or map(str, range(len(order)))),
+        "loss",
+        "nats",
+        order.to(torch.int32),
+        torch.arange(order.shape[1]),
+        y.float(),
+        tuple(range(count)),
+        tuple(range(y.shape[2])),
+    )
 
 
 class TestClosedForms:
@@ -138,10 +144,17 @@ class TestSimfluence:
         one = ops.markov_onestep(table, order[:, 1:].to(torch.int32), y[:, 1:], True, y0=y[:, :1])
         # Each step is a pair of its own: two measurements before and after.
         pairs = RunSet(
-            tuple(map(str, range(6 * (steps - 1)))), "loss", "",
-            torch.stack([torch.full((6 * (steps - 1), 3), -1), order[:, 1:].flatten(0, 1)], 1).to(torch.int32),
-            torch.arange(2), torch.stack([y[:, :-1].flatten(0, 1), one.flatten(0, 1)], 1), tuple(range(count)), tuple(range(tests)),
-        )  # fmt: skip
+            tuple(map(str, range(6 * (steps - 1)))),
+            "loss",
+            "",
+            torch.stack([torch.full((6 * (steps - 1), 3), -1), order[:, 1:].flatten(0, 1)], 1).to(
+                torch.int32
+            ),
+            torch.arange(2),
+            torch.stack([y[:, :-1].flatten(0, 1), one.flatten(0, 1)], 1),
+            tuple(range(count)),
+            tuple(range(tests)),
+        )
         ridge = SimfluenceRidge(0)
         ridge.fit(pairs)
         torch.testing.assert_close(ridge.factors, table, rtol=0, atol=1e-8)

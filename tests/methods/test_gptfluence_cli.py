@@ -184,8 +184,22 @@ def test_attribute(place):
 
 
 def test_evaluate_and_plot(place):
-    found = json.loads(succeeds("gptfluence", "evaluate", place / "data", "--simulator", f"ours={place / 'sim'}", "--validation", "1",
-                                "--test", "1", "--out", place / "e", "--json"))  # fmt: skip
+    found = json.loads(
+        succeeds(
+            "gptfluence",
+            "evaluate",
+            place / "data",
+            "--simulator",
+            f"ours={place / 'sim'}",
+            "--validation",
+            "1",
+            "--test",
+            "1",
+            "--out",
+            place / "e",
+            "--json",
+        )
+    )
     assert list(found["methods"]) == ["ours", "constant", "mean", "ridge", "similarity"] and found[
         "runs"
     ] == ["004"]
@@ -203,29 +217,71 @@ def test_evaluate_and_plot(place):
         "2",
     )
     assert "was fitted to run '003', which it is to be tested on" in said
-    drawn = json.loads(succeeds("gptfluence", "plot", place / "data", "--simulator", place / "sim", "--runs", "2", "--out",
-                                place / "p", "--json"))  # fmt: skip
+    drawn = json.loads(
+        succeeds(
+            "gptfluence",
+            "plot",
+            place / "data",
+            "--simulator",
+            place / "sim",
+            "--runs",
+            "2",
+            "--out",
+            place / "p",
+            "--json",
+        )
+    )
     assert drawn["fitted"] == {str(place / "sim"): ["003"]} and Path(drawn["report"]).is_file()
 
 
 BAD = [
     (["fit", "NOWHERE"], "has no recorded runs"),
     (["fit", "data", "--encoder", "bag", "--metric", "bleu"], "has no metric 'bleu'; it has: loss"),
-    (["fit", "data", "--encoder", "bag", "--test", "9"], "cannot give 2 for validation, 9 for tests"),
-    (["fit", "data", "--encoder", "bag", "--set", "order=0", "--test", "1"], "order must be >= 1, got 0"),
+    (
+        ["fit", "data", "--encoder", "bag", "--test", "9"],
+        "cannot give 2 for validation, 9 for tests",
+    ),
+    (
+        ["fit", "data", "--encoder", "bag", "--set", "order=0", "--test", "1"],
+        "order must be >= 1, got 0",
+    ),
     (["fit", "data", "--published"], "has no runs in the published layout"),
     (["predict", "sim"], "give --run, or --curriculum with --first"),
     (["predict", "data", "--run", "data/runs/000"], "has no simulator"),
     (["predict", "sim", "--run", "sim"], "is no recorded run"),
     (["predict", "sim", "--curriculum", "c.jsonl"], "--curriculum needs --first"),
-    (["predict", "sim", "--run", "data/runs/000", "--without", "nobody"], "there is no example or test 'nobody'"),
+    (
+        ["predict", "sim", "--run", "data/runs/000", "--without", "nobody"],
+        "there is no example or test 'nobody'",
+    ),
     (["attribute", "sim", "--test", "99"], "there is no example or test '99'"),
-    (["attribute", "sim", "--kind", "gamma"], "kind must be one of alpha, beta, delta, counterfactual"),
+    (
+        ["attribute", "sim", "--kind", "gamma"],
+        "kind must be one of alpha, beta, delta, counterfactual",
+    ),
     (["attribute", "sim", "--kind", "counterfactual"], "give --run"),
-    (["evaluate", "data", "--methods", "magic", "--test", "1"], "--methods must be one of constant, mean"),
-    (["record", "--data", "train.jsonl", "--tests", "tests.jsonl", "--out", "x", "--model", "base", "--examples", "99", "--quiet"],
-     "a run takes 99 examples, there are only 8"),
-]  # fmt: skip
+    (
+        ["evaluate", "data", "--methods", "magic", "--test", "1"],
+        "--methods must be one of constant, mean",
+    ),
+    (
+        [
+            "record",
+            "--data",
+            "train.jsonl",
+            "--tests",
+            "tests.jsonl",
+            "--out",
+            "x",
+            "--model",
+            "base",
+            "--examples",
+            "99",
+            "--quiet",
+        ],
+        "a run takes 99 examples, there are only 8",
+    ),
+]
 
 
 @pytest.mark.parametrize("arguments, words", BAD, ids=[" ".join(a[:3]) for a, _ in BAD])
@@ -244,12 +300,32 @@ def test_the_published_layout(place, tmp_path):
             folder / "train_samples_id.json",
             [{"step": t + 1, "samples_id": b} for t, b in enumerate(batches)],
         )
-        lines(folder / "all_loss_trajectory.out", [
-            {"id": q, "loss_trajectory": [{"step": s, "loss": float(v)} for s, v in enumerate(run.values["loss"][:, q])]}
-            for q in range(4)
-        ])  # fmt: skip
-    out = succeeds("gptfluence", "fit", tmp_path / "published", "--published", "--train-texts", place / "train.jsonl", "--test-texts",
-                   place / "tests.jsonl", "--out", tmp_path / "s", *FIT)  # fmt: skip
+        lines(
+            folder / "all_loss_trajectory.out",
+            [
+                {
+                    "id": q,
+                    "loss_trajectory": [
+                        {"step": s, "loss": float(v)}
+                        for s, v in enumerate(run.values["loss"][:, q])
+                    ],
+                }
+                for q in range(4)
+            ],
+        )
+    out = succeeds(
+        "gptfluence",
+        "fit",
+        tmp_path / "published",
+        "--published",
+        "--train-texts",
+        place / "train.jsonl",
+        "--test-texts",
+        place / "tests.jsonl",
+        "--out",
+        tmp_path / "s",
+        *FIT,
+    )
     one, two = Simulator.load(tmp_path / "s"), Simulator.load(place / "sim")
     assert "runs that it never saw" in out or "simulator:" in out
     ids = list(data.train)
@@ -286,9 +362,9 @@ def test_a_killed_recording_goes_on_exactly(tmp_path):
 
 def test_removed_examples_leave_empty_places(tmp_path):
     """A run without some examples: its other examples count no more, empty steps are not made."""
+    from tenfold.gptfluence.metrics import LossMetric
     from tenfold.gptfluence.recorder import Recorder
     from tenfold.gptfluence.recording import record_run
-    from tenfold.gptfluence.metrics import LossMetric
 
     rows, tests = tiny.rows(6), tiny.rows(3, seed=5)
     config = RecordConfig.from_preset(

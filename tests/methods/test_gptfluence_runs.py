@@ -15,8 +15,8 @@ from tenfold.gptfluence import (
     read_reference,
     read_run,
 )
-from tenfold.gptfluence.runs import Run, check_disjoint
 from tenfold.gptfluence.reference_format import read_samples
+from tenfold.gptfluence.runs import Run, check_disjoint
 
 
 def counter(name="count"):
@@ -202,29 +202,89 @@ def run(
 
 BAD = [
     (lambda: run(order=[[0.5, 1.0]]), TypeError, "run 'r': order must hold integers, got 0.5"),
-    (lambda: run(order=torch.zeros(2, 2)), TypeError, "run 'r': order must hold integers, got torch.float32"),
-    (lambda: run(order=torch.zeros(2, dtype=torch.int64)), ValueError, r"order must be \[T, B\] or \[R, T, B\], got shape \[2\]"),
+    (
+        lambda: run(order=torch.zeros(2, 2)),
+        TypeError,
+        "run 'r': order must hold integers, got torch.float32",
+    ),
+    (
+        lambda: run(order=torch.zeros(2, dtype=torch.int64)),
+        ValueError,
+        r"order must be \[T, B\] or \[R, T, B\], got shape \[2\]",
+    ),
     (lambda: run(order=[[0, -2], [1, 0]]), ValueError, "order must be >= -1 .* got -2"),
     (lambda: run(order=[[0, 7], [1, 0]]), ValueError, "order has example 7, train_ids only 2"),
-    (lambda: run(steps=[0]), ValueError, "run 'r': a trajectory needs at least 2 measurements, got 1"),
+    (
+        lambda: run(steps=[0]),
+        ValueError,
+        "run 'r': a trajectory needs at least 2 measurements, got 1",
+    ),
     (lambda: run(steps=[1, 1]), ValueError, "run 'r': steps must increase, but 1 is followed by 1"),
-    (lambda: run(steps=[0, 5]), ValueError, "run 'r': steps 0 to 5 are not all of the curriculum's 2 steps"),
-    (lambda: run(tests=(0, 1, 2)), ValueError, r"run 'r': loss must be \[S, Q\] = \[2, 3\], got shape \[2, 2\]"),
+    (
+        lambda: run(steps=[0, 5]),
+        ValueError,
+        "run 'r': steps 0 to 5 are not all of the curriculum's 2 steps",
+    ),
+    (
+        lambda: run(tests=(0, 1, 2)),
+        ValueError,
+        r"run 'r': loss must be \[S, Q\] = \[2, 3\], got shape \[2, 2\]",
+    ),
     (lambda: run(ids=(0, 0)), ValueError, "run 'r': train_ids: the id 0 comes twice"),
     (lambda: RunSet.of([]), ValueError, "there are no runs"),
     (lambda: RunSet.of([run(), run()]), ValueError, "two runs are named 'r'"),
-    (lambda: RunSet.of([run("a"), run("b", scale="bits")]), ValueError, "loss is on the scale 'bits' in run 'b' and on 'nats' in run 'a'"),
-    (lambda: RunSet.of([run("a"), run("b", metric="bleu")]), ValueError, "run 'b' has no metric 'loss'; it has: bleu"),
-    (lambda: RunSet.of([run("a"), run("b", tests=(0, 9))]), ValueError, "run 'b' has other tests than run 'a'"),
-    (lambda: RunSet.of([run("a"), run("b", order=[[0, 1]] * 3, y=[[1.0, 1.0]] * 3)]), ValueError, "run 'a' was measured after 2 steps"),
-    (lambda: RunSet.of([run("a"), run("b", order=[[0, 1]] * 3)]), ValueError, r"runs have \[2, 3\] steps; pass pad=True"),
-    (lambda: RunSet.of([run(y=[[1.0, torch.inf], [1.0, 1.0]])]), ValueError, "run 'r': loss of test 1 is inf at step 0"),
-    (lambda: RunSet.of([run()], train_ids=[0, 5]), UnknownId, "training examples: no row for the id 1"),
-    (lambda: RunSet.of([run()], missing="zero"), ValueError, "missing must be one of raise, mask, got 'zero'"),
+    (
+        lambda: RunSet.of([run("a"), run("b", scale="bits")]),
+        ValueError,
+        "loss is on the scale 'bits' in run 'b' and on 'nats' in run 'a'",
+    ),
+    (
+        lambda: RunSet.of([run("a"), run("b", metric="bleu")]),
+        ValueError,
+        "run 'b' has no metric 'loss'; it has: bleu",
+    ),
+    (
+        lambda: RunSet.of([run("a"), run("b", tests=(0, 9))]),
+        ValueError,
+        "run 'b' has other tests than run 'a'",
+    ),
+    (
+        lambda: RunSet.of([run("a"), run("b", order=[[0, 1]] * 3, y=[[1.0, 1.0]] * 3)]),
+        ValueError,
+        "run 'a' was measured after 2 steps",
+    ),
+    (
+        lambda: RunSet.of([run("a"), run("b", order=[[0, 1]] * 3)]),
+        ValueError,
+        r"runs have \[2, 3\] steps; pass pad=True",
+    ),
+    (
+        lambda: RunSet.of([run(y=[[1.0, torch.inf], [1.0, 1.0]])]),
+        ValueError,
+        "run 'r': loss of test 1 is inf at step 0",
+    ),
+    (
+        lambda: RunSet.of([run()], train_ids=[0, 5]),
+        UnknownId,
+        "training examples: no row for the id 1",
+    ),
+    (
+        lambda: RunSet.of([run()], missing="zero"),
+        ValueError,
+        "missing must be one of raise, mask, got 'zero'",
+    ),
     (lambda: RunSet.of([run()], pad=True), ValueError, 'padded only with missing="mask"'),
-    (lambda: RunSet.of([run()]).split(1, 1), ValueError, "1 runs cannot give 1 for validation, 1 for tests and any to fit"),
-    (lambda: check_disjoint(RunSet.of([run()]), RunSet.of([run("again")]), "validation"), ValueError, "training and validation runs overlap: r = again"),
-]  # fmt: skip
+    (
+        lambda: RunSet.of([run()]).split(1, 1),
+        ValueError,
+        "1 runs cannot give 1 for validation, 1 for tests and any to fit",
+    ),
+    (
+        lambda: check_disjoint(RunSet.of([run()]), RunSet.of([run("again")]), "validation"),
+        ValueError,
+        "training and validation runs overlap: r = again",
+    ),
+]
 
 
 @pytest.mark.parametrize("make, kind, words", BAD, ids=[w[:40] for _, _, w in BAD])
@@ -352,9 +412,13 @@ class TestPublishedLayout:
             made[3] == {"prompt": "Q: x A: ", "answer": "y", "text": "Q: x A: y"}
             and made["k"]["group"] == "g"
         )
-        for text, words in (('{"id": 1}', "line 1: needs 'prompt'"), ("[1]", "line 1: no JSON object"), ("", "has no examples"),
-                            ('{"id": 1, "prompt": "", "answer": ""}\n' * 2, "line 2: the id 1 comes twice"),
-                            ('{"input": "ab", "context": "x"}', "input does not begin with context")):  # fmt: skip
+        for text, words in (
+            ('{"id": 1}', "line 1: needs 'prompt'"),
+            ("[1]", "line 1: no JSON object"),
+            ("", "has no examples"),
+            ('{"id": 1, "prompt": "", "answer": ""}\n' * 2, "line 2: the id 1 comes twice"),
+            ('{"input": "ab", "context": "x"}', "input does not begin with context"),
+        ):
             file.write_text(text)
             with pytest.raises(ValueError, match=words):
                 read_samples(file)

@@ -15,10 +15,10 @@ from tenfold.gptfluence import (
     SimulatorConfig,
     TextEncoder,
     UnknownId,
+    baselines,
     evaluate,
     mislabel_curve,
 )
-from tenfold.gptfluence import baselines
 from tenfold.gptfluence.evaluation import agreement
 from tenfold.gptfluence.influence import without
 from tenfold.gptfluence.recurrence import simulate, stability, step_factors, transitions
@@ -325,32 +325,108 @@ def unknown():
 BAD = [
     (lambda: SimulatorConfig(order=0), ValueError, "order must be >= 1, got 0"),
     (lambda: SimulatorConfig(towers="none"), ValueError, "towers must be one of separate, shared"),
-    (lambda: SimulatorConfig(mode="free_running", batch_size=8), ValueError, "batch_size must be None"),
-    (lambda: SimulatorConfig.from_preset("best"), ValueError, "preset must be one of default, reference"),
-    (lambda: fitted(order=T), ValueError, f"order must be >= 1 and below the {T} measurements, got {T}"),
-    (lambda: fitted(made_runs().take([0, 1]), made_runs().take([1, 2])), ValueError, "training and validation runs overlap: r1"),
+    (
+        lambda: SimulatorConfig(mode="free_running", batch_size=8),
+        ValueError,
+        "batch_size must be None",
+    ),
+    (
+        lambda: SimulatorConfig.from_preset("best"),
+        ValueError,
+        "preset must be one of default, reference",
+    ),
+    (
+        lambda: fitted(order=T),
+        ValueError,
+        f"order must be >= 1 and below the {T} measurements, got {T}",
+    ),
+    (
+        lambda: fitted(made_runs().take([0, 1]), made_runs().take([1, 2])),
+        ValueError,
+        "training and validation runs overlap: r1",
+    ),
     (unknown, UnknownId, "features: no row for the id 77"),
-    (lambda: fitted().predict([[0.5]], torch.zeros(Q)), TypeError, "ids are integers or strings, got 0.5"),
+    (
+        lambda: fitted().predict([[0.5]], torch.zeros(Q)),
+        TypeError,
+        "ids are integers or strings, got 0.5",
+    ),
     (lambda: fitted().predict([[0]]), ValueError, "needs the first values"),
-    (lambda: fitted().predict([[0]], torch.zeros(Q + 1)), ValueError, r"first must be \[4\] or \[1, 4\], got shape \[5\]"),
-    (lambda: fitted().predict(replace(made_runs(), metric="bleu")), ValueError, "fitted to 'loss', the runs have 'bleu'"),
-    (lambda: fitted().predict(replace(made_runs(), scale="bits")), ValueError, "fitted to the scale 'nats', the runs are on 'bits'"),
-    (lambda: fitted().attribute(kind="gamma"), ValueError, "kind must be one of alpha, beta, delta, counterfactual"),
-    (lambda: fitted().attribute(kind="counterfactual"), ValueError, "need a curriculum and the first values"),
-    (lambda: fitted().attribute(level=torch.zeros(2)), ValueError, r"level must be a number or \[4\]"),
+    (
+        lambda: fitted().predict([[0]], torch.zeros(Q + 1)),
+        ValueError,
+        r"first must be \[4\] or \[1, 4\], got shape \[5\]",
+    ),
+    (
+        lambda: fitted().predict(replace(made_runs(), metric="bleu")),
+        ValueError,
+        "fitted to 'loss', the runs have 'bleu'",
+    ),
+    (
+        lambda: fitted().predict(replace(made_runs(), scale="bits")),
+        ValueError,
+        "fitted to the scale 'nats', the runs are on 'bits'",
+    ),
+    (
+        lambda: fitted().attribute(kind="gamma"),
+        ValueError,
+        "kind must be one of alpha, beta, delta, counterfactual",
+    ),
+    (
+        lambda: fitted().attribute(kind="counterfactual"),
+        ValueError,
+        "need a curriculum and the first values",
+    ),
+    (
+        lambda: fitted().attribute(level=torch.zeros(2)),
+        ValueError,
+        r"level must be a number or \[4\]",
+    ),
     (lambda: fitted().attribute([55]), UnknownId, "no row for the id 55"),
-    (lambda: Simulator(features(6)[0], features(7)[1], towers="shared"), ValueError, "shared towers need features of one width, got 6 .* 7"),
-    (lambda: Simulator(features()[0], features(encoder="b")[1], towers="shared"), ValueError, "of one encoder, got 'random' .* 'b'"),
-    (lambda: Simulator(features(6)[0], features(7)[1]).self_influence(), ValueError, "features of one encoder"),
-    (lambda: Features([0], torch.zeros(1, 2, dtype=torch.int64)), TypeError, "features must be floating-point"),
-    (lambda: Features([0, 1], torch.zeros(1, 2)), ValueError, r"features must be \[N, D\] with a row for each of 2 ids, got shape \[1, 2\]"),
-    (lambda: Features(["a"], torch.tensor([[torch.nan]])), ValueError, "the features of 'a' are not finite"),
+    (
+        lambda: Simulator(features(6)[0], features(7)[1], towers="shared"),
+        ValueError,
+        "shared towers need features of one width, got 6 .* 7",
+    ),
+    (
+        lambda: Simulator(features()[0], features(encoder="b")[1], towers="shared"),
+        ValueError,
+        "of one encoder, got 'random' .* 'b'",
+    ),
+    (
+        lambda: Simulator(features(6)[0], features(7)[1]).self_influence(),
+        ValueError,
+        "features of one encoder",
+    ),
+    (
+        lambda: Features([0], torch.zeros(1, 2, dtype=torch.int64)),
+        TypeError,
+        "features must be floating-point",
+    ),
+    (
+        lambda: Features([0, 1], torch.zeros(1, 2)),
+        ValueError,
+        r"features must be \[N, D\] with a row for each of 2 ids, got shape \[1, 2\]",
+    ),
+    (
+        lambda: Features(["a"], torch.tensor([[torch.nan]])),
+        ValueError,
+        "the features of 'a' are not finite",
+    ),
     (lambda: fitted(learning_rate=1e30), TrainingError, "the fit's loss became"),
-    (lambda: baselines.Similarity(features(6)[0], features(7)[1]), ValueError, "need training and test features of one encoder"),
+    (
+        lambda: baselines.Similarity(features(6)[0], features(7)[1]),
+        ValueError,
+        "need training and test features of one encoder",
+    ),
     (lambda: baselines.MeanTrajectory().predict(made_runs()), ValueError, "was not fitted"),
     (lambda: baselines.SimfluenceRidge().predict(made_runs()), ValueError, "that it was fitted to"),
-    (lambda: evaluate(torch.zeros(1, 2, 3), made_runs()), ValueError, r"predictions must be \[6, 9, 4\]"),
-]  # fmt: skip
+    (
+        lambda: evaluate(torch.zeros(1, 2, 3), made_runs()),
+        ValueError,
+        r"predictions must be \[6, 9, 4\]",
+    ),
+]
 
 
 @pytest.mark.parametrize("make, kind, words", BAD, ids=[w[:45] for _, _, w in BAD])

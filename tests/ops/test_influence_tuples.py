@@ -106,7 +106,10 @@ class TestTuples:
         leaves = {k: x.requires_grad_() if x.is_floating_point() else x for k, x in given.items()}
         check_op(raw.markov_onestep_tuples, tuple(leaves.values()), {"residual": True})
         plain = tuple(x.detach() for x in given.values())
-        check_op(raw.markov_onestep_tuples_backward, (torch.ones(6, device=device), *plain, True, False, True))  # fmt: skip
+        check_op(
+            raw.markov_onestep_tuples_backward,
+            (torch.ones(6, device=device), *plain, True, False, True),
+        )
 
 
 # N, T, M, S, V, D: tokens that fill tiles, exceed them, and do not

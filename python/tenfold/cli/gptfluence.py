@@ -79,7 +79,8 @@ def record(
 ) -> None:
     """Fine-tune a model many times and record what every step does to the tests.
 
-    A stopped recording goes on where it was, with the same command; more --runs add to it. Options, and --set, have the names of
+    A stopped recording goes on where it was, with the same command; more --runs add to it. Options, and --set, have
+    the names of
     RecordConfig's fields.
     """
     given = dict(locals())

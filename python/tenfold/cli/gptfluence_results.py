@@ -33,8 +33,10 @@ def fitted(simulator: Any, record: Any, kept: Any, folder: Path, json: bool) -> 
     if json:
         write_json(about)
         return
-    out.print(f"{len(simulator.fitted)} runs, {simulator.trained_parameters:,} parameters, {record.steps} steps in {record.seconds:.0f} s",
-              highlight=False)  # fmt: skip
+    out.print(
+        f"{len(simulator.fitted)} runs, {simulator.trained_parameters:,} parameters, {record.steps} steps in {record.seconds:.0f} s",
+        highlight=False,
+    )
     if found:
         out.print(
             f"{len(kept)} runs that it never saw: MSE {found['mse']:.4g}, MAE {found['mae']:.4g}",
@@ -44,8 +46,14 @@ def fitted(simulator: Any, record: Any, kept: Any, folder: Path, json: bool) -> 
 
 
 def predicted(
-    folder: Path, run: Path | None, curriculum: Path | None, first: Path | None, without: Sequence[str], file: Path | None, json: bool
-) -> None:  # fmt: skip
+    folder: Path,
+    run: Path | None,
+    curriculum: Path | None,
+    first: Path | None,
+    without: Sequence[str],
+    file: Path | None,
+    json: bool,
+) -> None:
     """A simulated run."""
     from tenfold.gptfluence import inputs
     from tenfold.gptfluence.simulator import Simulator

@@ -89,10 +89,12 @@ class _Tables:
 class SimfluenceRidge(_Tables):
     """Simfluence (linear) in closed form: ridge regression of every test's changes on what the batches were.
 
-    Per test: rows are steps, columns ``[count_i y_{t-1}, count_i]``, the target is ``y_t - y_{t-1}`` (the residual form).
+    Per test: rows are steps, columns ``[count_i y_{t-1}, count_i]``, the target is ``y_t - y_{t-1}`` (the residual
+    form).
 
     Args:
-        ridge: weight of the squared factors; 0: plain least squares; None: the best of six on validation runs, else 0.01.
+        ridge: weight of the squared factors; 0: plain least squares; None: the best of six on validation runs, else
+            0.01.
     """
 
     def __init__(self, ridge: float | None = None) -> None:
@@ -165,7 +167,8 @@ class SimfluenceTable(_Tables):
     """Simfluence (linear) trained by Adam.
 
     Args:
-        init: ``"zero"``: a residual table from 0 on; ``"normal"``: N(0, 1), without the residual, as published. changes: of the settings.
+        init: ``"zero"``: a residual table from 0 on; ``"normal"``: N(0, 1), without the residual, as published.
+            changes: of the settings.
     """
 
     def __init__(self, init: str = "zero", **changes: Any) -> None:

@@ -64,7 +64,8 @@ class DynamicsCallback(TrainerCallback):
         callback.attach(trainer)      # the callback alone does not see batches
         trainer.train()
 
-    Gradient accumulation is one step; several ranks are one run. A run that goes on from a checkpoint goes on in the same folder.
+    Gradient accumulation is one step; several ranks are one run. A run that goes on from a checkpoint goes on in
+    the same folder.
     The data set must be map-style. Nothing is recorded of examples that a collator drops or merges.
 
     Args:
@@ -73,10 +74,18 @@ class DynamicsCallback(TrainerCallback):
     """
 
     def __init__(
-        self, folder: str | Path, tests: Iterable[Id], metrics: Sequence[Metric], *, ids: Sequence[Id] | str | None = None,
-        every: int = 1, initial: bool = True, subset: int | None = None, seed: int = 0,
+        self,
+        folder: str | Path,
+        tests: Iterable[Id],
+        metrics: Sequence[Metric],
+        *,
+        ids: Sequence[Id] | str | None = None,
+        every: int = 1,
+        initial: bool = True,
+        subset: int | None = None,
+        seed: int = 0,
         about: Mapping[str, Any] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.recorder = Recorder(
             folder,
             tests,

@@ -53,16 +53,20 @@ class SimulatorConfig(_Settings):
     """What a simulator is, and how it is fitted (sections 3.1 to 3.5 and 4 of the specification).
 
     Attributes:
-        order: n of the Markov recurrence. history: what stands before the first measurement: ``"zeros"``, or ``"repeat"`` of it.
+        order: n of the Markov recurrence. history: what stands before the first measurement: ``"zeros"``, or
+            ``"repeat"`` of it.
         towers: ``"separate"`` projections of training and test examples, or one ``"shared"`` by both.
-        projection: ``"mlp"`` (Linear-ReLU-Linear), or ``"linear"`` without bias. width: of the projections (None: the features').
+        projection: ``"mlp"`` (Linear-ReLU-Linear), or ``"linear"`` without bias. width: of the projections (None:
+        the features').
         interaction: ``"product"`` of the projections, or ``"concat"``: a network over both features, a head per plane.
         residual: alpha_1 is 1 plus its factors, which then start at 0 (separate towers) or near it.
-        reduction: factors of a batch are its examples' ``"sum"`` or ``"mean"``. With sums, another batch size needs another fit.
+        reduction: factors of a batch are its examples' ``"sum"`` or ``"mean"``. With sums, another batch size needs
+        another fit.
         sparse: steps between measurements: ``"block"``, all their examples are one batch; or ``"pairs"``, as published.
         mode: ``"teacher_forced"``: each step from recorded values; ``"free_running"``: through the whole recurrence.
         batch_size: (run, step, test) tuples per optimiser step; None: all of them. epochs: over all tuples.
-        optimizer: ``"adam"`` (weight decay is coupled, as published) or ``"adamw"``. learning_rate, betas, eps, weight_decay.
+        optimizer: ``"adam"`` (weight decay is coupled, as published) or ``"adamw"``. learning_rate, betas, eps,
+        weight_decay.
         l2: weight of the squared norm of all parameters as a term of the loss. warmup_steps: of the linear schedule.
         patience: validations without a better result before the fit ends (0: never). validate_every: epochs. seed.
     """
@@ -121,11 +125,15 @@ class RecordConfig(_Settings):
     The defaults are those of the publication's fine-tunings (section 4 of the specification).
 
     Attributes:
-        runs: how many. examples: of each run, drawn from all of them. epochs: over these. batch_size: examples per step.
-        concentration: of a Dirichlet distribution over groups of examples, from which each run draws how many it takes of which
+        runs: how many. examples: of each run, drawn from all of them. epochs: over these. batch_size: examples per
+            step.
+        concentration: of a Dirichlet distribution over groups of examples, from which each run draws how many it
+            takes of which
             group; None: all examples are as likely. Uniform draws are hard to tell from their mean.
-        every: steps between measurements. subset: tests that one of them measures (None: all; first and last always all).
-        length: tokens of a row. learning_rate, betas, eps, weight_decay, max_grad_norm, schedule, warmup (share of the steps): AdamW.
+        every: steps between measurements. subset: tests that one of them measures (None: all; first and last always
+        all).
+        length: tokens of a row. learning_rate, betas, eps, weight_decay, max_grad_norm, schedule, warmup (share of
+        the steps): AdamW.
         generate: tokens that are generated for BLEU and ROUGE-L (0: neither). mixed_precision, micro_batch_size,
             checkpoint_every: of the loop. seed: of subsets and orders.
     """
@@ -155,8 +163,22 @@ class RecordConfig(_Settings):
         one_of("preset", self.preset, RECORD_PRESETS)
         one_of("schedule", self.schedule, SCHEDULES)
         one_of("mixed_precision", self.mixed_precision, ("no", "bf16", "fp16"))
-        integers(self, {"runs": 1, "examples": 1, "batch_size": 1, "every": 1, "subset": 1, "length": 2, "generate": 0,
-                        "micro_batch_size": 1, "checkpoint_every": 1, "seed": 0}, ("subset", "micro_batch_size"))  # fmt: skip
+        integers(
+            self,
+            {
+                "runs": 1,
+                "examples": 1,
+                "batch_size": 1,
+                "every": 1,
+                "subset": 1,
+                "length": 2,
+                "generate": 0,
+                "micro_batch_size": 1,
+                "checkpoint_every": 1,
+                "seed": 0,
+            },
+            ("subset", "micro_batch_size"),
+        )
         for name in ("epochs", "learning_rate", "max_grad_norm"):
             positive(name, getattr(self, name))
         for name in ("eps", "weight_decay"):

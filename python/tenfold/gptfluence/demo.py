@@ -1,6 +1,7 @@
 """GPTfluence on packaged text: a small model is fine-tuned many times, and runs that it never saw are simulated.
 
-A byte-level Llama, trained here, learns answers of four tasks, each time from other examples in another order. A simulator learns from
+A byte-level Llama, trained here, learns answers of four tasks, each time from other examples in another order. A
+simulator learns from
 these runs, predicts others from their curricula alone, and says what single examples did. Then some examples are really
 left out. A demo of one seed: docs/methods/gptfluence.md has a study.
 """
@@ -27,8 +28,17 @@ from tenfold.training.threads import threads
 
 PER_TASK, TESTS, RUNS, VALIDATION, TEST = 20, 6, 20, 2, 4
 LAYERS, HEADS, PARENT_STEPS, LENGTH, SETS = 2, 2, 100, 96, 6
-RECORD: dict[str, Any] = {"runs": RUNS, "examples": 40, "epochs": 3.0, "batch_size": 4, "concentration": 0.3, "length": LENGTH,
-                          "learning_rate": 2e-3, "checkpoint_every": 100_000, "seed": 0}  # fmt: skip
+RECORD: dict[str, Any] = {
+    "runs": RUNS,
+    "examples": 40,
+    "epochs": 3.0,
+    "batch_size": 4,
+    "concentration": 0.3,
+    "length": LENGTH,
+    "learning_rate": 2e-3,
+    "checkpoint_every": 100_000,
+    "seed": 0,
+}
 METHODS = ("default", "ridge", "similarity", "mean", "constant")
 STEPS = 2 + RUNS + 1 + len(METHODS) + SETS
 COLUMNS = report.COLUMNS

@@ -20,7 +20,8 @@ class TextEncoder:
 
     Args:
         model, tokenizer: an ``AutoModel`` (its last hidden state is read) and its tokenizer.
-        pooling: ``"cls"``: the first token's; ``"mean"``: of all tokens, then scaled to length 1; ``"last"``: the last token's, for GPTs.
+        pooling: ``"cls"``: the first token's; ``"mean"``: of all tokens, then scaled to length 1; ``"last"``: the
+        last token's, for GPTs.
         max_length: tokens; longer texts are cut, and a warning says how many. batch_size: texts at a time.
         name: what the features are called; features of different names do not go together.
     """

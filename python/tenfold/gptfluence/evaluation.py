@@ -22,9 +22,11 @@ class Evaluation:
     """Errors of predicted runs.
 
     Attributes:
-        mse, mae: means over all trajectories (run, test) of their mean over the predicted steps, the first measurement not among
+        mse, mae: means over all trajectories (run, test) of their mean over the predicted steps, the first
+            measurement not among
             them. mse_std, mae_std: over trajectories. trajectories: how many.
-        spearman: mean over runs of the rank correlation over tests of the last values; NaN where it has none. spearman_std: over runs.
+        spearman: mean over runs of the rank correlation over tests of the last values; NaN where it has none.
+        spearman_std: over runs.
         final_mse: of the last values.
     """
 
@@ -111,15 +113,18 @@ def mislabel_curve(
     """How soon mislabelled examples are found when examples are inspected from the highest score down.
 
     Returns:
-        ``found`` [N]: share of the mislabelled ones among the first 1, 2, ... examples; ``area`` under that curve (0.5: at random) and
+        ``found`` [N]: share of the mislabelled ones among the first 1, 2, ... examples; ``area`` under that curve
+        (0.5: at random) and
         ``ideal``, the largest that it can be.
 
     Raises ValueError for lists of different lengths or without a mislabelled example.
     """
     values, bad = torch.as_tensor(scores).double(), torch.as_tensor(flipped).bool()
     if values.shape != bad.shape or values.ndim != 1 or not bool(bad.any()):
-        raise ValueError(f"scores and flipped must be lists of N with a mislabelled example, got {list(values.shape)} and "
-                         f"{list(bad.shape)}, {int(bad.sum())} of them mislabelled")  # fmt: skip
+        raise ValueError(
+            f"scores and flipped must be lists of N with a mislabelled example, got {list(values.shape)} and "
+            f"{list(bad.shape)}, {int(bad.sum())} of them mislabelled"
+        )
     at = values.argsort(descending=True, stable=True)
     found = bad[at].double().cumsum(0) / bad.sum()
     # The mean rank, so that a random order has 0.5.

@@ -2,7 +2,8 @@
 
     A[p, i, q] = < f_p(h_i), g_p(h'_q) >        planes p: 0..n-1 multiplicative (lag 1..n), n additive
 
-f and g are towers, linear or MLPs, one per plane; with ``towers="shared"`` g is f. With ``interaction="concat"`` a network
+f and g are towers, linear or MLPs, one per plane; with ``towers="shared"`` g is f. With ``interaction="concat"`` a
+network
 over [h_i ; h'_q] has one head per plane. The M + Q rows are projected once, never per (run, step, test) tuple.
 """
 
@@ -82,7 +83,8 @@ class ProductFactors(nn.Module):
 class ConcatFactors(nn.Module):
     """Factors by a network over both features: 2D -> 2D -> 100 (``"mlp"``) or 2D -> 100 (``"linear"``), then a head per plane.
 
-    The first layer is split into the parts of its two inputs, so that it runs over M + Q rows; what follows runs over M Q pairs.
+    The first layer is split into the parts of its two inputs, so that it runs over M + Q rows; what follows runs
+    over M Q pairs.
     """
 
     def __init__(self, config: SimulatorConfig, train_width: int, test_width: int) -> None:

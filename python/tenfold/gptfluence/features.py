@@ -19,10 +19,12 @@ class Features:
     """Frozen features of examples.
 
     Args:
-        ids: of the N examples. table: float32 [N, D]. encoder: what made them; features of two encoders do not go together.
+        ids: of the N examples. table: float32 [N, D]. encoder: what made them; features of two encoders do not go
+            together.
 
     Raises:
-        ValueError: another shape, features that are not finite, an id that comes twice. TypeError: no floating-point numbers.
+        ValueError: another shape, features that are not finite, an id that comes twice. TypeError: no
+            floating-point numbers.
     """
 
     def __init__(self, ids: Iterable[Id], table: Tensor, encoder: str = "given") -> None:

@@ -1,6 +1,7 @@
 """Influence by gradients: scores <grad l(z), grad l(z')>, and the trajectories that they predict (section 3.7).
 
-TracIn-CP at step t: ``L_t = L_{t-1} - eta_t mean_or_sum_i <grad l(z_i), grad l(z')>`` at the first stored model at or after it. Grad-Dot:
+TracIn-CP at step t: ``L_t = L_{t-1} - eta_t mean_or_sum_i <grad l(z_i), grad l(z')>`` at the first stored model at
+or after it. Grad-Dot:
 the same with the last model for all steps; Grad-cosine: with cosines of it.
 """
 
@@ -71,13 +72,20 @@ def _vectorized(
 
 
 def gradient_scores(
-    model: nn.Module, train: Batch, test: Batch, loss_of: LossOf = lm_losses, *, parameters: Sequence[str] | None = None,
-    cosine: bool = False, vectorized: bool = False,
-) -> Tensor:  # fmt: skip
+    model: nn.Module,
+    train: Batch,
+    test: Batch,
+    loss_of: LossOf = lm_losses,
+    *,
+    parameters: Sequence[str] | None = None,
+    cosine: bool = False,
+    vectorized: bool = False,
+) -> Tensor:
     """Scores float32 [M, Q] of one state of a model: products (or cosines) of the rows' gradients.
 
     Args:
-        model: in whatever mode it is to be differentiated (call ``eval()`` for no dropout). train, test: batches of M and Q rows.
+        model: in whatever mode it is to be differentiated (call ``eval()`` for no dropout). train, test: batches of
+            M and Q rows.
         loss_of: (model, batch) -> losses [N]. parameters: names; default: all that train.
         vectorized: by vmap, which needs a loss of plain torch operations, and all gradients at once.
 
@@ -93,7 +101,8 @@ def gradient_scores(
 def last_layer(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     """(J [N, T, V], X [N, T, D]) of a causal LM's rows: gradients at its head's output, and the head's inputs.
 
-    J is ``(p - onehot) / targets`` where there is a target, 0 elsewhere; J^T X is the gradient of the mean loss in the head's weight.
+    J is ``(p - onehot) / targets`` where there is a target, 0 elsewhere; J^T X is the gradient of the mean loss in
+    the head's weight.
     """
     head, seen = model.get_output_embeddings(), []
     handle = head.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
@@ -123,8 +132,10 @@ def last_layer_scores(
     """Scores float32 [M, Q] by the gradient of the head's weight alone, which is never formed.
 
     Args:
-        approx: None: exact, ``sum_{t,s} <J_t, J'_s><x_t, x'_s>``; ``"sum"``: ``<sum_t J_t, sum_s J'_s> <sum_t x_t, sum_s x'_s>`` over the tokens with a target, as
-            the published code has it, which is another quantity. cosine: divided by both gradients' lengths. batch_size: rows at a time.
+        approx: None: exact, ``sum_{t,s} <J_t, J'_s><x_t, x'_s>``; ``"sum"``: ``<sum_t J_t, sum_s J'_s> <sum_t x_t,
+            sum_s x'_s>`` over the tokens with a target, as
+            the published code has it, which is another quantity. cosine: divided by both gradients' lengths.
+            batch_size: rows at a time.
     """
     if approx is not None:
         one_of("approx", approx, ("sum",))
@@ -164,7 +175,8 @@ def gradient_curve(
 
     Args:
         order: int [T, B], rows of the scores, -1: none. first: [Q]. rates: [T], the learning rates.
-        scores: [M, Q] for all steps, or by stored model, under the number of steps that it had made; step t (from 0 on) takes the first
+        scores: [M, Q] for all steps, or by stored model, under the number of steps that it had made; step t (from 0
+            on) takes the first
             stored after it, else the last. reduce: over a batch, ``"mean"`` or ``"sum"``, as the training loss.
         start: steps that were made before the first batch of ``order``.
     """
@@ -205,7 +217,8 @@ class GradientTracker:
     """Keeps scores of the states of one run: called after steps, on the way.
 
     Args:
-        score: model -> [M, Q], for instance ``lambda m: gradient_scores(m, train, test)``. every: steps between stored states.
+        score: model -> [M, Q], for instance ``lambda m: gradient_scores(m, train, test)``. every: steps between
+            stored states.
     """
 
     def __init__(self, score: Callable[[Any], Tensor], every: int = 1) -> None:

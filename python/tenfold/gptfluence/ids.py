@@ -89,14 +89,18 @@ def _padded(order: Any, what: str) -> Tensor:
     if steps and steps[0] and isinstance(steps[0][0], Sequence | np.ndarray | Tensor):
         made = [_padded(run, what) for run in order]
         if len({len(m) for m in made}) > 1:
-            raise ValueError(f"{what}: runs have {sorted({len(m) for m in made})} steps; all must have as many")  # fmt: skip
+            raise ValueError(
+                f"{what}: runs have {sorted({len(m) for m in made})} steps; all must have as many"
+            )
         width = max(m.shape[1] for m in made)
         return torch.stack([widened(m, width) for m in made])
     for name in (name for step in steps for name in step):
         if isinstance(name, bool) or not isinstance(name, int | np.integer):
             raise TypeError(f"{what} must hold integers, got {name!r} ({type(name).__name__})")
     width = max((len(step) for step in steps), default=0) or 1
-    return torch.tensor([[*step, *[-1] * (width - len(step))] for step in steps], dtype=torch.int64).view(-1, width)  # fmt: skip
+    return torch.tensor(
+        [[*step, *[-1] * (width - len(step))] for step in steps], dtype=torch.int64
+    ).view(-1, width)
 
 
 def widened(order: Tensor, width: int) -> Tensor:

@@ -1,6 +1,7 @@
 """From a simulator to influence: what a training example does to a test example (section 3.8).
 
-Signs: scores are changes of the metric. Where the metric is a loss, a positive ``delta`` or ``counterfactual`` means that
+Signs: scores are changes of the metric. Where the metric is a loss, a positive ``delta`` or ``counterfactual``
+means that
 the example raises the loss: it is harmful.
 """
 
@@ -45,8 +46,10 @@ def attribute(
 
     Args:
         train, test: ids; default: all.
-        kind: ``"alpha"``: the multiplicative factor of lag 1; ``"beta"``: the additive one; ``"delta"``: what one more example in a batch
-            changes at ``level``: ``(sum_j A_j - [1/B without residual]) level + B``; ``"counterfactual"``: the last value of ``curriculum``
+        kind: ``"alpha"``: the multiplicative factor of lag 1; ``"beta"``: the additive one; ``"delta"``: what one
+            more example in a batch
+            changes at ``level``: ``(sum_j A_j - [1/B without residual]) level + B``; ``"counterfactual"``: the last
+            value of ``curriculum``
             minus that of the same without the example.
         level: of ``delta``, a number or [len(test)]; default: the mean of what was fitted.
         curriculum, first: of ``counterfactual``: ids batch after batch [T][B], and the values [len(test)] before them.
@@ -82,7 +85,8 @@ def self_influence(
 ) -> Tensor:
     """[N]: ``"alpha"`` or ``"beta"`` of training examples on themselves; ranked from the top to find mislabelled ones.
 
-    Training features stand in for test features, so both tables must be of one encoder. Weak evidence: the publication finds
+    Training features stand in for test features, so both tables must be of one encoder. Weak evidence: the
+    publication finds
     about as many mislabelled examples as a random order does.
     """
     one_of("kind", kind, KINDS[:2])

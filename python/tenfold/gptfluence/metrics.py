@@ -1,6 +1,7 @@
 """What is measured on test examples during a run: losses, BLEU and ROUGE-L of generated text, functions of the user's.
 
-A metric has ``scales`` (name -> unit or range) and is called with (model in eval mode, numbers of tests); it gives values
+A metric has ``scales`` (name -> unit or range) and is called with (model in eval mode, numbers of tests); it gives
+values
 float32 [len(numbers)] by name.
 """
 
@@ -51,7 +52,8 @@ class LossMetric:
     """Mean negative log-likelihood (nats) of the target tokens of each test, by a transformers causal LM.
 
     Args:
-        rows: ``input_ids``, ``labels`` (-100: no target) and ``attention_mask`` [Q, L], padded on the right; or of them one dict per test,
+        rows: ``input_ids``, ``labels`` (-100: no target) and ``attention_mask`` [Q, L], padded on the right; or of
+            them one dict per test,
             of any lengths. batch_size: tests at a time. name: of the metric.
 
     Raises ValueError for a test without a target.
@@ -130,9 +132,12 @@ class GenerationMetric:
             ).to(model.device)
             torch.manual_seed(self.seed)
             made = model.generate(
-                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=self.max_new_tokens,
-                pad_token_id=self.tokenizer.pad_token_id, **self._options,
-            )  # fmt: skip
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
+                max_new_tokens=self.max_new_tokens,
+                pad_token_id=self.tokenizer.pad_token_id,
+                **self._options,
+            )
             texts += self.tokenizer.batch_decode(
                 made[:, batch["input_ids"].shape[1] :], skip_special_tokens=True
             )

@@ -36,7 +36,8 @@ class Recorder:
         metrics: what is measured; see :mod:`tenfold.gptfluence.metrics`.
         every: steps between measurements; the first and the last state are always measured.
         initial: measure before the first step, too. Without it, the first batch cannot be learnt from (as published).
-        subset: so many tests per measurement, others at each (None: all); the first and last measure all. Read with ``missing="mask"``.
+        subset: so many tests per measurement, others at each (None: all); the first and last measure all. Read with
+        ``missing="mask"``.
         seed: of these choices. about: kept with the run. flush: measurements between writes to disk.
 
     Attributes:
@@ -46,9 +47,18 @@ class Recorder:
     """
 
     def __init__(
-        self, folder: str | Path, tests: Iterable[Id], metrics: Sequence[Metric], *, every: int = 1, initial: bool = True,
-        subset: int | None = None, seed: int = 0, about: Mapping[str, Any] | None = None, flush: int = 50,
-    ) -> None:  # fmt: skip
+        self,
+        folder: str | Path,
+        tests: Iterable[Id],
+        metrics: Sequence[Metric],
+        *,
+        every: int = 1,
+        initial: bool = True,
+        subset: int | None = None,
+        seed: int = 0,
+        about: Mapping[str, Any] | None = None,
+        flush: int = 50,
+    ) -> None:
         self.every, self.initial, self.subset, self.seed, self.flush_every = (
             every,
             initial,
@@ -69,9 +79,15 @@ class Recorder:
             raise ValueError("a recorder needs tests and metrics")
         self.path = Path(folder)
         self._identity = {
-            "format": FORMAT, "tests": list(self.tests), "metrics": self.scales, "every": every, "initial": initial,
-            "subset": subset, "seed": seed, "about": dict(about or {}),
-        }  # fmt: skip
+            "format": FORMAT,
+            "tests": list(self.tests),
+            "metrics": self.scales,
+            "every": every,
+            "initial": initial,
+            "subset": subset,
+            "seed": seed,
+            "about": dict(about or {}),
+        }
         self.seconds = {"evaluation": 0.0, "recording": 0.0}
         self._clear()
 
@@ -103,7 +119,8 @@ class Recorder:
     def begin(self, model: nn.Module, step: int = 0) -> None:
         """Starts, or goes on after ``step`` steps: later ones, of a run that was killed, are dropped.
 
-        Raises ValueError if the folder is another run's, holds a finished one (at step 0), or fewer steps than ``step``.
+        Raises ValueError if the folder is another run's, holds a finished one (at step 0), or fewer steps than
+        ``step``.
         """
         with self._timed():
             # Which rank this is may be known only now.
@@ -127,7 +144,9 @@ class Recorder:
                 f"{self.store.path} holds a finished run; give another folder, or remove this one"
             )
         if found < rows:
-            raise ValueError(f"{self.store.path} has {max(0, found - self.initial)} recorded steps, fewer than the {step} to go on from")  # fmt: skip
+            raise ValueError(
+                f"{self.store.path} has {max(0, found - self.initial)} recorded steps, fewer than the {step} to go on from"
+            )
         if state is None or not rows:
             return
         tensors = self.store.load_tensors("curves")
@@ -217,7 +236,8 @@ def dist_on() -> bool:
 def measured(model: nn.Module, metrics: Sequence[Metric], tests: list[int]) -> dict[str, Tensor]:
     """Values float32 [len(tests)] by metric: the model in eval mode, nothing of the run's state or randomness touched.
 
-    Several ranks share the tests, and all have all values. Each calls the model equally often, as sharded models need it.
+    Several ranks share the tests, and all have all values. Each calls the model equally often, as sharded models
+    need it.
     """
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist_on() else (0, 1)
     mine = tests[rank::ranks]

@@ -68,9 +68,16 @@ class _Order:
 
 
 def record_run(
-    model: Any, rows: Mapping[str, Tensor], ids: Sequence[Id], curriculum: Curriculum, recorder: Recorder, config: RecordConfig,
-    *, watch: Watch | None = None, work_dir: str | Path | None = None,
-) -> None:  # fmt: skip
+    model: Any,
+    rows: Mapping[str, Tensor],
+    ids: Sequence[Id],
+    curriculum: Curriculum,
+    recorder: Recorder,
+    config: RecordConfig,
+    *,
+    watch: Watch | None = None,
+    work_dir: str | Path | None = None,
+) -> None:
     """Trains ``model`` in place along one curriculum, and records it.
 
     Args:
@@ -146,18 +153,30 @@ class _RecordedTrainer(AdamWTrainer):
 
 
 def record_runs(
-    model: Any, rows: Mapping[str, Tensor], tests: Mapping[str, Tensor], out: str | Path, config: RecordConfig | None = None,
-    *, ids: Sequence[Id] | None = None, test_ids: Sequence[Id] | None = None, groups: Sequence[Hashable] | None = None,
-    tokenizer: Any = None, test_samples: Sequence[Mapping[str, str]] = (), watch: Callable[[int], Watch | None] | None = None,
-    step: Callable[[str], None] = lambda text: None, **changes: Any,
-) -> list[Path]:  # fmt: skip
+    model: Any,
+    rows: Mapping[str, Tensor],
+    tests: Mapping[str, Tensor],
+    out: str | Path,
+    config: RecordConfig | None = None,
+    *,
+    ids: Sequence[Id] | None = None,
+    test_ids: Sequence[Id] | None = None,
+    groups: Sequence[Hashable] | None = None,
+    tokenizer: Any = None,
+    test_samples: Sequence[Mapping[str, str]] = (),
+    watch: Callable[[int], Watch | None] | None = None,
+    step: Callable[[str], None] = lambda text: None,
+    **changes: Any,
+) -> list[Path]:
     """Records many fine-tunings of one model; finished runs are kept, a run that was killed goes on.
 
     Args:
-        model: a transformers causal LM, which is not changed: every run trains a copy. rows, tests: ``input_ids``, ``labels`` and
+        model: a transformers causal LM, which is not changed: every run trains a copy. rows, tests: ``input_ids``,
+            ``labels`` and
             ``attention_mask`` [N, L] of the examples and of the tests. out: a folder per run comes into it.
         ids, test_ids: default: their numbers. groups: what each example is of, for ``concentration``.
-        tokenizer, test_samples: for BLEU and ROUGE-L (``config.generate``). watch: run number -> what is called after its steps, or None.
+        tokenizer, test_samples: for BLEU and ROUGE-L (``config.generate``). watch: run number -> what is called
+        after its steps, or None.
         step: told after each run. changes: fields of the settings.
 
     Returns the runs' folders. Raises ValueError for settings that do not fit the data, and folders of other runs.
@@ -181,13 +200,24 @@ def record_runs(
             step(f"run {curriculum.run} was there")
             continue
         recorder = Recorder(
-            folder, test_names, metrics, every=config.every, subset=config.subset, seed=config.seed,
+            folder,
+            test_names,
+            metrics,
+            every=config.every,
+            subset=config.subset,
+            seed=config.seed,
             about=about | {"run": curriculum.run},
-        )  # fmt: skip
+        )
         record_run(
-            copy.deepcopy(model), rows, names, curriculum, recorder, config,
-            watch=watch(curriculum.run) if watch else None, work_dir=folder / "work",
-        )  # fmt: skip
+            copy.deepcopy(model),
+            rows,
+            names,
+            curriculum,
+            recorder,
+            config,
+            watch=watch(curriculum.run) if watch else None,
+            work_dir=folder / "work",
+        )
         step(f"run {curriculum.run}")
     return made
 

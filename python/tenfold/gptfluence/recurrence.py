@@ -27,7 +27,8 @@ class Transitions:
     """What a fit reads: batches, what was before and after them.
 
     Attributes:
-        order: int32 [R, T, B]. past: float32 [R, n, Q], oldest first. after: [R, T, Q], what each batch led to; 0 where unknown.
+        order: int32 [R, T, B]. past: float32 [R, n, Q], oldest first. after: [R, T, Q], what each batch led to; 0
+            where unknown.
         known: bool [R, T, Q], measured. valid: bool [R, T, Q], measured with all that its prediction needs.
         begun: bool [R, T, Q], measured in a run whose first value is known: what a simulated run can be held against.
     """

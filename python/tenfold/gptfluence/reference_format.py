@@ -1,7 +1,9 @@
 """Reading runs in the published layout (section 2 of the specification).
 
-A folder per run: ``train_samples_id.json``, JSON lines ``{"step", "samples_id"}``; ``all_<metric>_trajectory.out``, JSON lines
-``{"id", "loss_trajectory": [{"step", "loss"}, ..]}``, whose value key is ``loss`` for every metric. Samples: JSON lines ``{"id", "input", "context"}``.
+A folder per run: ``train_samples_id.json``, JSON lines ``{"step", "samples_id"}``; ``all_<metric>_trajectory.out``,
+JSON lines
+``{"id", "loss_trajectory": [{"step", "loss"}, ..]}``, whose value key is ``loss`` for every metric. Samples: JSON
+lines ``{"id", "input", "context"}``.
 """
 
 from __future__ import annotations
@@ -41,7 +43,8 @@ def read_reference(folder: str | Path, metric: str = "loss", scale: str | None =
     Args:
         metric: of ``all_<metric>_trajectory.out``. scale: default: nats, 0-100 for bleu, 0-1 for rougeL.
 
-    Raises ValueError, naming run and test, for trajectories that are short, not increasing, not all at the same steps or not at steps of the curriculum.
+    Raises ValueError, naming run and test, for trajectories that are short, not increasing, not all at the same
+    steps or not at steps of the curriculum.
     """
     folder = Path(folder)
     where = f"run {folder.name!r}"
@@ -74,7 +77,15 @@ def read_reference(folder: str | Path, metric: str = "loss", scale: str | None =
         )
     values = torch.tensor([[v for _, v in trajectories[t]] for t in tests]).T.contiguous()
     scales = {metric: SCALES.get(metric, "") if scale is None else scale}
-    return Run(folder.name, order, torch.tensor([row[s] for s in at]), {metric: values}, tuple(train_ids), tuple(tests), scales)  # fmt: skip
+    return Run(
+        folder.name,
+        order,
+        torch.tensor([row[s] for s in at]),
+        {metric: values},
+        tuple(train_ids),
+        tuple(tests),
+        scales,
+    )
 
 
 def _curriculum(path: Path, where: str) -> tuple[list[int], list[Id], Tensor]:
@@ -116,7 +127,8 @@ def _trajectories(path: Path, where: str) -> dict[Id, list[tuple[int, float]]]:
 def read_samples(path: str | Path) -> dict[Id, dict[str, str]]:
     """Examples by id: ``prompt``, ``answer`` and ``text`` (both).
 
-    Lines have ``id`` with ``input`` (prompt and target) and ``context`` (prompt), as published, or with ``prompt`` and ``answer``; ``group``
+    Lines have ``id`` with ``input`` (prompt and target) and ``context`` (prompt), as published, or with ``prompt``
+    and ``answer``; ``group``
     is kept where it is there. Without ``id``, an example's is its number. ValueError names file and line.
     """
     found: dict[Id, dict[str, str]] = {}

@@ -31,7 +31,15 @@ def rows_of(
         title = (names or {}).get(name, name)
         kinds = {"": value} if "mse" in value else {f", {KINDS[k]}": v for k, v in value.items()}
         for suffix, e in kinds.items():
-            made.append([title + suffix, number(e["mse"]), number(e["mae"]), number(e["spearman"], 3), number(e["final_mse"])])  # fmt: skip
+            made.append(
+                [
+                    title + suffix,
+                    number(e["mse"]),
+                    number(e["mae"]),
+                    number(e["spearman"], 3),
+                    number(e["final_mse"]),
+                ]
+            )
     return made
 
 
@@ -208,7 +216,8 @@ def add_section(
     """The part of a page about simulated runs; returns the plots as (name, PNG bytes).
 
     Args:
-        predicted: by name, [R, S, Q]; curves are drawn of at most three of them. found: evaluations. shown: runs whose curves are drawn.
+        predicted: by name, [R, S, Q]; curves are drawn of at most three of them. found: evaluations. shown: runs
+            whose curves are drawn.
     """
     page.section(title)
     drawn: list[tuple[str, bytes]] = []
@@ -222,12 +231,19 @@ def add_section(
         best = best_row(rows)
         page.cards([Card(rows[i][1], f"all-steps MSE, {rows[i][0]}") for i in best])
         page.table(COLUMNS, rows, best)
-        page.text("Errors over all steps but the first, mean over runs and tests; Spearman's correlation over tests of the last values, mean "
-                  "over runs. A scale in hindsight is fitted to the very runs that are predicted: nobody has it.", soft=True)  # fmt: skip
+        page.text(
+            "Errors over all steps but the first, mean over runs and tests; Spearman's correlation over tests of the last values, mean "
+            "over runs. A scale in hindsight is fitted to the very runs that are predicted: nobody has it.",
+            soft=True,
+        )
     titles = {(names or {}).get(n, n): v for n, v in predicted.items()}
     few = dict(list(titles.items())[:3])
     for run in range(min(shown, len(runs))):
-        plot(curves_plot(runs, few, run), f"curves-{runs.names[run]}", "Recorded curves, and those simulated from the curriculum and the first value alone.")  # fmt: skip
+        plot(
+            curves_plot(runs, few, run),
+            f"curves-{runs.names[run]}",
+            "Recorded curves, and those simulated from the curriculum and the first value alone.",
+        )
     if titles:
         plot(steps_plot(runs, titles), "errors", "How errors grow along a run.")
         plot(final_plot(runs, few), "final", "Last values of all tests.", 480)

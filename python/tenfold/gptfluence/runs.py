@@ -36,9 +36,11 @@ class Run:
     """One run.
 
     Attributes:
-        name: for messages. order: int32 [T, B], rows of ``train_ids``, -1: no example. steps: int64 [S], increasing rows of
+        name: for messages. order: int32 [T, B], rows of ``train_ids``, -1: no example. steps: int64 [S], increasing
+            rows of
             ``order`` after which was measured. values: by metric, float32 [S, Q].
-        train_ids, test_ids: what the rows and columns are. scales: by metric, its unit or range (``"nats"``, ``"0-100"``).
+        train_ids, test_ids: what the rows and columns are. scales: by metric, its unit or range (``"nats"``,
+        ``"0-100"``).
         about: anything else, as JSON can hold it.
 
     Raises:
@@ -63,7 +65,9 @@ class Run:
         for name in ("train_ids", "test_ids"):
             object.__setattr__(self, name, IdIndex(getattr(self, name), f"{where}: {name}").ids)
         if order.numel() and int(order.max()) >= len(self.train_ids):
-            raise ValueError(f"{where}: order has example {int(order.max())}, train_ids only {len(self.train_ids)}")  # fmt: skip
+            raise ValueError(
+                f"{where}: order has example {int(order.max())}, train_ids only {len(self.train_ids)}"
+            )
         self._check_steps(where)
         for metric, values in self.values.items():
             want = (len(self.steps), len(self.test_ids))
@@ -107,7 +111,9 @@ def read_run(folder: str | Path) -> Run:
         if identity["format"] != FORMAT or state is None:
             raise KeyError("format")
     except (OSError, ValueError, KeyError, TypeError):
-        raise ValueError(f"{folder} is no recorded run: it has no run.json and curves.json of {FORMAT}") from None  # fmt: skip
+        raise ValueError(
+            f"{folder} is no recorded run: it has no run.json and curves.json of {FORMAT}"
+        ) from None
     tensors = store.load_tensors("curves")
     batches, points = state["batches"], state["points"]
     values = {m: tensors[f"metric/{m}"][:points] for m in identity["metrics"]}
@@ -131,7 +137,8 @@ class RunSet:
 
     Attributes:
         names: of the R runs. metric, scale.
-        order: int32 [R, T, B], rows of ``train_ids``. steps: int64 [S]. y: float32 [R, S, Q], NaN where nothing was measured.
+        order: int32 [R, T, B], rows of ``train_ids``. steps: int64 [S]. y: float32 [R, S, Q], NaN where nothing was
+        measured.
     """
 
     names: tuple[str, ...]
@@ -157,7 +164,8 @@ class RunSet:
             pad: runs of different lengths are padded with empty batches and missing measurements (``missing="mask"``).
 
         Raises:
-            ValueError: no runs, two of one name, another metric, scale or tests, lengths that differ without ``pad``, values that are not finite.
+            ValueError: no runs, two of one name, another metric, scale or tests, lengths that differ without
+                ``pad``, values that are not finite.
             UnknownId: an example that ``train_ids`` does not have.
         """
         one_of("missing", missing, MISSING)
@@ -224,7 +232,11 @@ class RunSet:
             raise ValueError(
                 f"{len(self)} runs cannot give {validation} for validation, {test} for tests and any to fit"
             )
-        return self.take(range(rest)), self.take(range(rest, rest + validation)), self.take(range(rest + validation, len(self)))  # fmt: skip
+        return (
+            self.take(range(rest)),
+            self.take(range(rest, rest + validation)),
+            self.take(range(rest + validation, len(self))),
+        )
 
     def blocks(self) -> Tensor:
         """All examples between two measurements as one batch: int32 [R, S - 1, K * B], -1 in places that are empty."""

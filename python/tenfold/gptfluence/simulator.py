@@ -32,7 +32,8 @@ class Prediction:
     """Simulated runs.
 
     Attributes:
-        values: float32 [R, S, Q]; [:, 0] is where they start. diverged: bool [R, Q], left 10,000 times the range that was fitted.
+        values: float32 [R, S, Q]; [:, 0] is where they start. diverged: bool [R, Q], left 10,000 times the range
+            that was fitted.
         stability: ``alpha``, the largest |alpha_1|, and ``radius``, the largest spectral radius of a step.
     """
 
@@ -105,7 +106,8 @@ class Simulator:
         """Fits to recorded runs; with ``validation`` runs it keeps the best weights and stops early.
 
         Raises:
-            ValueError: runs that are in both, another metric or scale, an order that is not below the number of measurements.
+            ValueError: runs that are in both, another metric or scale, an order that is not below the number of
+                measurements.
             UnknownId: an example without features. TrainingError: a loss that is not a number.
         """
         if validation is not None and not len(validation):
@@ -128,12 +130,15 @@ class Simulator:
         """Simulates training runs.
 
         Args:
-            curriculum: a ``RunSet``, of which nothing but curricula and first measurements is read; or ids of examples, batch after
-                batch: [T][B] or [R][T][B], -1 where there is none. first: with ids, the values [Q] or [R, Q] before the first batch.
+            curriculum: a ``RunSet``, of which nothing but curricula and first measurements is read; or ids of
+                examples, batch after
+                batch: [T][B] or [R][T][B], -1 where there is none. first: with ids, the values [Q] or [R, Q] before
+                the first batch.
             tests: ids of the Q columns; default: the runs', or all.
 
         Returns:
-            values [R, S, Q] at the measured steps, or [R, T + 1, Q] from before the first batch on. A RuntimeWarning says when a
+            values [R, S, Q] at the measured steps, or [R, T + 1, Q] from before the first batch on. A
+            RuntimeWarning says when a
             run leaves 10,000 times the fitted range, or when steps amplify (above 1.001).
         """
         if isinstance(curriculum, RunSet):
@@ -148,7 +153,9 @@ class Simulator:
                 raise ValueError("a curriculum of ids needs the first values [Q] or [R, Q]")
             start = torch.as_tensor(first, dtype=self.train.table.dtype)
             if start.shape not in ((len(names),), (len(order), len(names))):
-                raise ValueError(f"first must be [{len(names)}] or [{len(order)}, {len(names)}], got shape {list(start.shape)}")  # fmt: skip
+                raise ValueError(
+                    f"first must be [{len(names)}] or [{len(order)}, {len(names)}], got shape {list(start.shape)}"
+                )
             start = start.expand(len(order), len(names))
         return self.simulate(order, start, self.factors(names))
 
@@ -186,8 +193,9 @@ class Simulator:
         elif found["radius"] > UNSTABLE:
             warnings.warn(
                 f"the recurrence is unstable: the largest spectral radius of a step is {found['radius']:.4g} > {UNSTABLE}",
-                RuntimeWarning, stacklevel=3,
-            )  # fmt: skip
+                RuntimeWarning,
+                stacklevel=3,
+            )
         diverged = out.any(1) if self.metric else torch.zeros_like(out[:, 0])
         return Prediction(values, diverged, found)
 
@@ -206,7 +214,8 @@ class Simulator:
     ) -> Simulator:
         """The same weights over other examples, which need not have been there at the fit.
 
-        Unseen training examples work; a warning is given for unseen test examples, for which predictions are no better than a
+        Unseen training examples work; a warning is given for unseen test examples, for which predictions are no
+        better than a
         constant in most settings (section 5 of the specification).
         """
         made = Simulator(train or self.train, test or self.test, self.config)
@@ -257,7 +266,8 @@ class Simulator:
     ) -> Simulator:
         """What :meth:`save` wrote, over the given features or those beside it.
 
-        Raises ValueError if the folder has no simulator, or the features are of another encoder or width than at the fit.
+        Raises ValueError if the folder has no simulator, or the features are of another encoder or width than at
+        the fit.
         """
         from safetensors.torch import load_file
 

@@ -25,8 +25,8 @@ from tenfold.gptfluence.gradients import (
     last_layer_scores,
 )
 from tenfold.gptfluence.metrics import LossMetric, trimmed
-from tenfold.gptfluence.recording import learning_rates, record_run, record_runs
 from tenfold.gptfluence.recorder import Recorder
+from tenfold.gptfluence.recording import learning_rates, record_run, record_runs
 from tenfold.gptfluence.runs import RunSet, read_run
 from tenfold.gptfluence.simulator import Simulator
 from tenfold.training import tiny
@@ -43,7 +43,8 @@ class Material:
     """Examples and tests of several tasks, as text and as rows of bytes.
 
     Attributes:
-        samples, tests: ``prompt``, ``answer``, ``text``, ``group`` of each. mislabelled: numbers of examples whose answer is another's.
+        samples, tests: ``prompt``, ``answer``, ``text``, ``group`` of each. mislabelled: numbers of examples whose
+            answer is another's.
     """
 
     samples: list[dict[str, str]]
@@ -59,9 +60,15 @@ class Material:
 
 
 def material(
-    per_task: int, tests_per_task: int, *, noise: float = 0.0, seed: int = 0, tasks: Sequence[str] = TASKS, skip: int = 0,
+    per_task: int,
+    tests_per_task: int,
+    *,
+    noise: float = 0.0,
+    seed: int = 0,
+    tasks: Sequence[str] = TASKS,
+    skip: int = 0,
     length: int = LENGTH,
-) -> Material:  # fmt: skip
+) -> Material:
     """So many examples and tests of each task; ``noise``: share of the examples that get another example's answer.
 
     ``skip``: examples that are passed over, so that two materials have none in common; the tests are the same.
@@ -152,9 +159,16 @@ def _inputs(rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def record(
-    made: Material, model: Any, config: RecordConfig, folder: Path, *, gradients: Iterable[int] = (), every: int = 8, last: int = 8,
+    made: Material,
+    model: Any,
+    config: RecordConfig,
+    folder: Path,
+    *,
+    gradients: Iterable[int] = (),
+    every: int = 8,
+    last: int = 8,
     step: Callable[[str], None] = lambda text: None,
-) -> RunSet:  # fmt: skip
+) -> RunSet:
     """Records all runs of the settings (or reads those that are there); gradient scores are kept of the runs ``gradients``."""
     wanted = set(gradients)
 
@@ -186,9 +200,12 @@ def contestants(
             made[name] = Simulator(*features, SimulatorConfig.from_preset(name, **changes))
         else:
             made[name] = {
-                "constant": baselines.Constant, "mean": baselines.MeanTrajectory, "ridge": baselines.SimfluenceRidge,
-                "table": lambda: baselines.SimfluenceTable("normal"), "similarity": lambda: baselines.Similarity(*features),
-            }[name]()  # fmt: skip
+                "constant": baselines.Constant,
+                "mean": baselines.MeanTrajectory,
+                "ridge": baselines.SimfluenceRidge,
+                "table": lambda: baselines.SimfluenceTable("normal"),
+                "similarity": lambda: baselines.Similarity(*features),
+            }[name]()
     return made
 
 
@@ -243,9 +260,15 @@ def removals(
 
 
 def counterfactuals(
-    simulator: Simulator, made: Material, model: Any, config: RecordConfig, curriculum: Curriculum, sets: Sequence[Sequence[int]],
-    folder: Path, step: Callable[[str], None] = lambda text: None,
-) -> dict[str, Any]:  # fmt: skip
+    simulator: Simulator,
+    made: Material,
+    model: Any,
+    config: RecordConfig,
+    curriculum: Curriculum,
+    sets: Sequence[Sequence[int]],
+    folder: Path,
+    step: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
     """ "Without these examples", simulated and really trained: final changes [N, Q] and curves of one set.
 
     The places of removed examples stay empty, in the simulation and in the training; the others count no more for it.
@@ -266,9 +289,12 @@ def counterfactuals(
         )
         step(f"without {len(removed)} examples")
     return {
-        "agreement": agreement(torch.stack(simulated), torch.stack(real)), "curves": curves, "full": full.tolist(),
-        "simulated": torch.stack(simulated).tolist(), "real": torch.stack(real).tolist(),
-    }  # fmt: skip
+        "agreement": agreement(torch.stack(simulated), torch.stack(real)),
+        "curves": curves,
+        "full": full.tolist(),
+        "simulated": torch.stack(simulated).tolist(),
+        "real": torch.stack(real).tolist(),
+    }
 
 
 def _retrained(
