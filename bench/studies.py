@@ -512,7 +512,9 @@ def gptfluence_block(found: Found) -> str:
             )
     s = found["setting"]
     head = (
-        f"{s['runs'] - s['test_runs'] - 2} runs of {seeds[0]['steps']} steps to learn from, {s['test_runs']} to predict; {4 * s['tests_per_task']} tests; features by {s['encoders'][0]}; "
+        f"{s['runs'] - s['test_runs'] - 2} runs of {seeds[0]['steps']} steps to learn from, "
+        f"{s['test_runs']} to predict; "
+        f"{4 * s['tests_per_task']} tests; features by {s['encoders'][0]}; "
         f"{100 * s['noise']:g} % of the examples have another's answer."
     )
     return f"{head}\n\n{markdown(columns, rows)}"

@@ -1,4 +1,4 @@
-"""Does a simulator know what training examples do? Many fine-tunings of a small model on real texts, against all baselines.
+"""Does a simulator know what training examples do? Many fine-tunings on real texts, against all baselines.
 
 python examples/gptfluence_study.py [--seeds 0 1] [--out bench/results/gptfluence]
 

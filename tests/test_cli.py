@@ -754,8 +754,8 @@ class TestDemo:
     def test_unknown_method(self, extra, tmp_path):
         said = fails("demo", "nacl", "alchemy", "--out", tmp_path, *extra)
         assert (
-            said
-            == "tenfold: unknown method alchemy; there are: nacl, dha, hft, ma-rlhf, upit, themis, pixelgpt, gptfluence\n"
+            said == "tenfold: unknown method alchemy; there are: "
+            "nacl, dha, hft, ma-rlhf, upit, themis, pixelgpt, gptfluence\n"
         )
         assert list(tmp_path.iterdir()) == []
 

@@ -54,7 +54,8 @@ def recorded_ids(run):
 
 
 @pytest.mark.parametrize("changes", [
-    {}, {"dataloader_num_workers": 1}, {"max_steps": 5, "per_device_train_batch_size": 5}, {"remove_unused_columns": True},
+    {}, {"dataloader_num_workers": 1}, {"max_steps": 5, "per_device_train_batch_size": 5},
+    {"remove_unused_columns": True},
 ])  # fmt: skip
 def test_batches_and_losses(tmp_path, changes):
     trainer, callback = train(tmp_path, **changes)

@@ -1,4 +1,4 @@
-"""Scores by gradients against autograd and against dattri's definitions, and the trajectories that they predict (check 8)."""
+"""Scores by gradients against autograd and dattri's definitions; the trajectories that they predict (check 8)."""
 
 import gptfluence_models as tiny
 import pytest

@@ -124,7 +124,7 @@ def test_what_recorders_refuse(tmp_path):
     bad = FunctionMetric("m", lambda model, tests: torch.zeros(len(tests) + 1))
     with pytest.raises(ValueError, match=r"the metric 'm' must give \[1\], got shape \[2\]"):
         Recorder(tmp_path / "m", [0], [bad]).begin(torch.nn.Linear(1, 1))
-    with pytest.raises(TypeError, match="ids are integers or strings, got 1.5"):
+    with pytest.raises(TypeError, match=r"ids are integers or strings, got 1\.5"):
         recorder = Recorder(tmp_path / "k", [0], [counter()[1]], initial=False)
         recorder.begin(torch.nn.Linear(1, 1))
         recorder.step(torch.nn.Linear(1, 1), [1.5])
@@ -405,7 +405,8 @@ class TestPublishedLayout:
     def test_samples(self, tmp_path):
         file = tmp_path / "s.jsonl"
         file.write_text(
-            '{"id": 3, "input": "Q: x A: y", "context": "Q: x A: "}\n\n{"id": "k", "prompt": "a", "answer": "b", "group": "g"}\n'
+            '{"id": 3, "input": "Q: x A: y", "context": "Q: x A: "}\n\n'
+            '{"id": "k", "prompt": "a", "answer": "b", "group": "g"}\n'
         )
         made = read_samples(file)
         assert (

@@ -1,5 +1,6 @@
 """Simulators: their options, what they save, what they say of examples, what they refuse."""
 
+import itertools
 import math
 import warnings
 from dataclasses import replace
@@ -55,9 +56,12 @@ def fitted(runs=None, validation=None, **changes):
 
 
 @pytest.mark.parametrize("changes", [
-    {}, {"order": 2}, {"order": 3, "history": "repeat"}, {"towers": "shared"}, {"residual": False}, {"projection": "linear", "width": 3},
-    {"interaction": "concat"}, {"interaction": "concat", "projection": "linear", "residual": False}, {"reduction": "mean"},
-    {"mode": "free_running", "order": 2}, {"batch_size": 32, "epochs": 8}, {"batch_size": 32, "epochs": 8, "interaction": "concat"},
+    {}, {"order": 2}, {"order": 3, "history": "repeat"}, {"towers": "shared"}, {"residual": False},
+    {"projection": "linear", "width": 3},
+    {"interaction": "concat"}, {"interaction": "concat", "projection": "linear", "residual": False},
+    {"reduction": "mean"},
+    {"mode": "free_running", "order": 2}, {"batch_size": 32, "epochs": 8},
+    {"batch_size": 32, "epochs": 8, "interaction": "concat"},
     {"optimizer": "adamw", "l2": 1e-4}, {"batch_size": 32, "epochs": 8, "order": 2, "reduction": "mean"},
 ], ids=lambda c: "-".join(f"{v}" for v in c.values()) or "default")  # fmt: skip
 def test_every_option_learns(changes):
@@ -136,9 +140,9 @@ def test_early_stopping_keeps_the_best():
     )
     # Two rises in a row end it.
     errors = [v for _, v in simulator.record.validation]
-    rises = [b > a for a, b in zip(errors, errors[1:])]
+    rises = [b > a for a, b in itertools.pairwise(errors)]
     assert simulator.record.steps == 400 or rises[-2:] == [True, True]
-    assert not any(a and b for a, b in zip(rises[:-1], rises[1:-1]))
+    assert not any(a and b for a, b in itertools.pairwise(rises))
 
 
 def test_the_seed_decides():

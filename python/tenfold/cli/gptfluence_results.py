@@ -34,7 +34,8 @@ def fitted(simulator: Any, record: Any, kept: Any, folder: Path, json: bool) -> 
         write_json(about)
         return
     out.print(
-        f"{len(simulator.fitted)} runs, {simulator.trained_parameters:,} parameters, {record.steps} steps in {record.seconds:.0f} s",
+        f"{len(simulator.fitted)} runs, {simulator.trained_parameters:,} parameters, "
+        f"{record.steps} steps in {record.seconds:.0f} s",
         highlight=False,
     )
     if found:

@@ -1,4 +1,4 @@
-"""What a simulator has to beat without gradients: constants, means, tables per example (Simfluence), similarities (section 3.7)."""
+"""Baselines without gradients: constants, means, tables per example (Simfluence), similarities (section 3.7)."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ class SimfluenceTable(_Tables):
 
 
 class Similarity:
-    """Without gradients: an example lowers a loss by so much as its features are like the test's, times one fitted number.
+    """Without gradients: an example lowers a loss as its features are like the test's, times one number.
 
     Args:
         train, test: features of one encoder; rows are looked up by id.

@@ -113,7 +113,7 @@ class SimulatorConfig(_Settings):
 
     @classmethod
     def from_preset(cls, name: str, **changes: Any) -> SimulatorConfig:
-        """``"default"``, or ``"reference"`` and ``"reference-instruction"``, the published settings; some fields changed."""
+        """``"default"``, or as published ``"reference"`` and ``"reference-instruction"``; some fields changed."""
         one_of("preset", name, SIMULATOR_PRESETS)
         return cls(**({"preset": name} | _SIMULATOR[name] | changes))
 
@@ -191,7 +191,7 @@ class RecordConfig(_Settings):
 
     @classmethod
     def from_preset(cls, name: str, **changes: Any) -> RecordConfig:
-        """``"reference"`` (the publication's fine-tunings) or ``"small"`` (a small model on a CPU), some fields changed."""
+        """``"reference"`` (as published) or ``"small"`` (a small model on a CPU), some fields changed."""
         one_of("preset", name, RECORD_PRESETS)
         return cls(**({"preset": name} | _RECORD[name] | changes))
 

@@ -109,9 +109,13 @@ def _run(folder: Path, step: Callable[[str], None]) -> Demo:
     )
     _influences(demo, simulator, made)
     demo.setting = (
-        f"A byte-level Llama of {sum(p.numel() for p in model.parameters()) / 1e3:.0f}k parameters, {PARENT_STEPS} steps of documentation; {RUNS} "
-        f"fine-tunings of {RECORD['examples']} of {len(made.samples)} examples ({', '.join(study.TASKS)}), {runs.order.shape[1] - 1} steps of "
-        f"{RECORD['batch_size']}, AdamW; {len(train)} of them to learn from, {len(test)} to predict; loss of {len(made.tests)} tests after every step. "
+        f"A byte-level Llama of {sum(p.numel() for p in model.parameters()) / 1e3:.0f}k parameters, "
+        f"{PARENT_STEPS} steps "
+        f"of documentation; {RUNS} "
+        f"fine-tunings of {RECORD['examples']} of {len(made.samples)} examples ({', '.join(study.TASKS)}), "
+        f"{runs.order.shape[1] - 1} steps of "
+        f"{RECORD['batch_size']}, AdamW; {len(train)} of them to learn from, {len(test)} to predict; "
+        f"loss of {len(made.tests)} tests after every step. "
         f"Texts are encoded by {encoder}. One thread, one seed."
     )
     return demo
@@ -156,13 +160,15 @@ def add_demo_section(demo: Demo, page: Page) -> None:
         names=study.NAMES,
     )
     page.text(
-        "A fine-tuning is simulated from the list of its batches and the losses before it, without a model: each example moves each test's "
+        "A fine-tuning is simulated from the list of its batches and the losses before it, without a model: "
+        "each example moves each test's "
         "loss by factors that come from the texts' features. The simulator has learnt these from other runs."
     )
     page.text(demo.setting, soft=True)
     page.heading("Without these examples")
     page.text(
-        f"From one run's curriculum {len(demo.removed['curves'])} sets of examples are left out: all of a task, or ten at random. The simulator says what they "
+        f"From one run's curriculum {len(demo.removed['curves'])} sets of examples are left out: "
+        "all of a task, or ten at random. The simulator says what they "
         "did to each test, and the model is trained again without them."
     )
     page.image(

@@ -1,4 +1,4 @@
-"""How good simulated runs are: errors of all steps, the order of the tests at the end, mislabelled examples found (section 3.6)."""
+"""How good simulated runs are: errors, the order of the tests at the end, mislabelled examples (section 3.6)."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def evaluate_gradients(
     train_curves: Tensor | None = None,
     train_runs: RunSet | None = None,
 ) -> Mapping[str, Evaluation]:
-    """Three evaluations of trajectories by gradients: ``raw``; ``fitted``: scaled by a factor fitted to training runs, where there are any;
+    """Three evaluations of trajectories by gradients: ``raw``; ``fitted``: scaled by a factor from training runs;
     ``oracle``: scaled by the factor that fits these very runs best, which nobody has beforehand."""
     found = {"raw": evaluate(curves, runs)}
     if train_curves is not None and train_runs is not None:
@@ -136,7 +136,7 @@ def mislabel_curve(
 
 
 def agreement(predicted: Tensor, true: Tensor) -> dict[str, float]:
-    """Predicted and real changes [N, Q] by removed examples: Pearson and Spearman correlation over all, share of equal signs, error."""
+    """Predicted and real changes [N, Q] by removed examples: correlations over all, share of equal signs, error."""
     p, t = predicted.flatten().double().numpy(), true.flatten().double().numpy()
     return {
         "pearson": float(np.corrcoef(p, t)[0, 1]) if np.ptp(p) and np.ptp(t) else math.nan,

@@ -81,7 +81,7 @@ class ProductFactors(nn.Module):
 
 
 class ConcatFactors(nn.Module):
-    """Factors by a network over both features: 2D -> 2D -> 100 (``"mlp"``) or 2D -> 100 (``"linear"``), then a head per plane.
+    """Factors by a network over both features: 2D -> 2D -> 100 (``"mlp"``) or 2D -> 100, then a head per plane.
 
     The first layer is split into the parts of its two inputs, so that it runs over M + Q rows; what follows runs
     over M Q pairs.

@@ -102,7 +102,8 @@ def check_together(train: Features, test: Features, shared: bool) -> None:
     """ValueError if towers are shared and the two tables cannot go through one."""
     if shared and train.width != test.width:
         raise ValueError(
-            f"shared towers need features of one width, got {train.width} for training and {test.width} for test examples"
+            f"shared towers need features of one width, got {train.width} for training "
+            f"and {test.width} for test examples"
         )
     if shared and train.encoder != test.encoder:
         raise ValueError(

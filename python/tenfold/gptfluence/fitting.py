@@ -26,7 +26,7 @@ Callback = Callable[[int, dict[str, float]], None]
 
 @dataclass
 class FitRecord:
-    """What a fit was: losses by epoch, simulated errors of the validation runs by epoch, the epoch that was kept, seconds, sizes."""
+    """What a fit was: losses and simulated validation errors by epoch, the epoch that was kept, seconds, sizes."""
 
     losses: list[float] = field(default_factory=list)
     validation: list[tuple[int, float]] = field(default_factory=list)

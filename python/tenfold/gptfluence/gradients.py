@@ -226,7 +226,7 @@ class GradientTracker:
         self.scores: dict[int, Tensor] = {}
 
     def step(self, model: nn.Module, step: int, keep: bool = False) -> None:
-        """``step`` steps have been made; ``keep``: stored in any case. The model comes out in the mode in which it went in."""
+        """``step`` steps have been made; ``keep``: stored in any case. The model's mode stays."""
         if step % self.every and not keep:
             return
         was = model.training

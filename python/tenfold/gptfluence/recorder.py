@@ -145,7 +145,8 @@ class Recorder:
             )
         if found < rows:
             raise ValueError(
-                f"{self.store.path} has {max(0, found - self.initial)} recorded steps, fewer than the {step} to go on from"
+                f"{self.store.path} has {max(0, found - self.initial)} recorded steps, "
+                f"fewer than the {step} to go on from"
             )
         if state is None or not rows:
             return

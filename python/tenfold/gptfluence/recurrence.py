@@ -75,7 +75,7 @@ class Transitions:
 
 @dataclass(frozen=True)
 class Tuples:
-    """``at`` int64 [N, 3]: run, step and test of each tuple; ``values`` [R, n + T, Q]: what was measured, past first."""
+    """``at`` int64 [N, 3]: run, step and test of each tuple; ``values`` [R, n + T, Q]: measured, past first."""
 
     order: Tensor
     values: Tensor
@@ -132,7 +132,7 @@ def _pairs(runs: RunSet, past: Tensor) -> Transitions:
 
 
 def batches_of(runs: RunSet, sparse: str) -> Tensor:
-    """The batches int32 [R, S - 1, B] of a simulation over the measured steps: whole blocks, or the measured steps' own."""
+    """The batches int32 [R, S - 1, B] of a simulation over measured steps: whole blocks, or the steps' own."""
     if sparse == "pairs" and not runs.dense:
         return runs.order[:, runs.steps[1:]].contiguous()
     return runs.blocks()
@@ -159,7 +159,7 @@ def step_factors(factors: Tensor, order: Tensor, settings: Any) -> Tensor:
 
 
 def stability(factors: Tensor, order: Tensor, settings: Any) -> Mapping[str, float]:
-    """``alpha``: the largest |alpha_1| of any step; ``radius``: the largest spectral radius of a step's companion matrix.
+    """``alpha``: the largest |alpha_1|; ``radius``: the largest spectral radius of a companion matrix.
 
     For orders above 1 eigenvalues are taken of the 4096 steps with the largest sum of |alpha_j|.
     """

@@ -8,6 +8,7 @@ lines ``{"id", "input", "context"}``.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,7 +55,7 @@ def read_reference(folder: str | Path, metric: str = "loss", scale: str | None =
     at = [s for s, _ in trajectories[tests[0]]]
     for test, points in trajectories.items():
         own = [s for s, _ in points]
-        falls = [b for a, b in zip(own, own[1:]) if b <= a]
+        falls = [b for a, b in itertools.pairwise(own) if b <= a]
         if len(own) < 2 or falls:
             what = (
                 f"steps must increase, but {falls[0]} does not"
@@ -96,7 +97,7 @@ def _curriculum(path: Path, where: str) -> tuple[list[int], list[Id], Tensor]:
         except (KeyError, TypeError, ValueError):
             raise ValueError(f"{path}, line {number}: needs step and samples_id") from None
     steps = [s for s, _ in batches]
-    if not steps or any(b != a + 1 for a, b in zip(steps, steps[1:])):
+    if not steps or any(b != a + 1 for a, b in itertools.pairwise(steps)):
         raise ValueError(
             f"{where}: the curriculum's steps must follow each other, got {steps[:8]} ..."
         )

@@ -232,7 +232,8 @@ def add_section(
         page.cards([Card(rows[i][1], f"all-steps MSE, {rows[i][0]}") for i in best])
         page.table(COLUMNS, rows, best)
         page.text(
-            "Errors over all steps but the first, mean over runs and tests; Spearman's correlation over tests of the last values, mean "
+            "Errors over all steps but the first, mean over runs and tests; "
+            "Spearman's correlation over tests of the last values, mean "
             "over runs. A scale in hindsight is fitted to the very runs that are predicted: nobody has it.",
             soft=True,
         )

@@ -309,7 +309,8 @@ def _shared_steps(runs: list[Run], pad: bool) -> Tensor:
         if not same or (not pad and len(run.steps) < len(longest)):
             raise ValueError(
                 f"run {run.name!r} was measured after {len(run.steps)} steps ({int(run.steps[0])} to "
-                f"{int(run.steps[-1])}), another after {len(longest)} ({int(longest[0])} to {int(longest[-1])}); all runs "
+                f"{int(run.steps[-1])}), another after {len(longest)} "
+                f"({int(longest[0])} to {int(longest[-1])}); all runs "
                 "of a set need the same" + ("" if pad else ", or pad=True where some are shorter")
             )
     return longest

@@ -94,7 +94,7 @@ class Simulator:
     def factors(
         self, tests: Iterable[Id] | None = None, train: Iterable[Id] | None = None
     ) -> Tensor:
-        """[n + 1, M, Q], without gradients: of all examples, or of these ids. Planes 0..n-1 multiplicative, n additive."""
+        """[n + 1, M, Q], without gradients: of all examples or these ids. Planes 0..n-1 multiplicative, n additive."""
         rows = self.train.table if train is None else self.train.table[self.train.index.rows(train)]
         asked = self.test.table if tests is None else self.test.table[self.test.index.rows(tests)]
         with torch.no_grad():
@@ -192,7 +192,8 @@ class Simulator:
             )
         elif found["radius"] > UNSTABLE:
             warnings.warn(
-                f"the recurrence is unstable: the largest spectral radius of a step is {found['radius']:.4g} > {UNSTABLE}",
+                f"the recurrence is unstable: the largest spectral radius of a step is "
+                f"{found['radius']:.4g} > {UNSTABLE}",
                 RuntimeWarning,
                 stacklevel=3,
             )

@@ -1,4 +1,4 @@
-"""Runs on real texts by a model that is trained here: material of the demo and of the study, and what is asked of it."""
+"""Runs on real texts by a model that is trained here: the material of demo and study, and what is asked of it."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def record(
     last: int = 8,
     step: Callable[[str], None] = lambda text: None,
 ) -> RunSet:
-    """Records all runs of the settings (or reads those that are there); gradient scores are kept of the runs ``gradients``."""
+    """Records all runs of the settings (or reads them); gradient scores are kept of the runs ``gradients``."""
     wanted = set(gradients)
 
     def watch(run: int) -> Callable[[Any, int], None] | None:
@@ -216,7 +216,7 @@ def predicted(one: Any, runs: RunSet) -> Tensor:
 
 
 def gradient_predictions(runs: RunSet, folder: Path, config: RecordConfig) -> dict[str, Tensor]:
-    """[R, S, Q] by stored scores: TracIn-CP (all parameters; head alone), Grad-Dot and Grad-cosine of the last state."""
+    """[R, S, Q] by stored scores: TracIn-CP (all parameters; head), Grad-Dot and Grad-cosine of the last state."""
     rates = learning_rates(config, runs.order.shape[1] - 1)
     curves: dict[str, list[Tensor]] = {}
     for name, order, y in zip(runs.names, runs.order, runs.y):
@@ -232,7 +232,7 @@ def gradient_predictions(runs: RunSet, folder: Path, config: RecordConfig) -> di
 def judged_gradients(
     test: RunSet, train: RunSet | None, folder: Path, config: RecordConfig
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
-    """Evaluations of gradient methods: raw, scaled by a factor from training runs, and by the best factor in hindsight."""
+    """Evaluations of gradient methods: raw, scaled by a factor from training runs, by the best in hindsight."""
     curves = gradient_predictions(test, folder, config)
     own = gradient_predictions(train, folder, config) if train is not None and len(train) else {}
     found = {}
@@ -250,7 +250,7 @@ def judged(made: Mapping[str, Any], test: RunSet) -> dict[str, dict[str, Any]]:
 def removals(
     curriculum: Curriculum, groups: Sequence[str], count: int, size: int, seed: int = 0
 ) -> list[list[int]]:
-    """Sets of examples to leave out of a curriculum: first all of each task that it has, then random ones of ``size``."""
+    """Sets of examples to leave out of a curriculum: all of each task that it has, then random ones of ``size``."""
     there = curriculum.examples.tolist()
     sets = [[i for i in there if groups[i] == g] for g in dict.fromkeys(groups[i] for i in there)]
     draw = random.Random(seed)
