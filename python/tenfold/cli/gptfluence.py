@@ -94,10 +94,12 @@ def record(
     config = opt.settings_of(RecordConfig, preset, given, more)
     samples, asked = read_samples(data), read_samples(tests)
     network, tokenizer = load_model(model, dtype_of(dtype), rank_device(device))
-    parts = [rows_of_samples(list(s.values()), tokenizer, config.length) for s in (samples, asked)]
+    rows, test_rows = (
+        rows_of_samples(list(s.values()), tokenizer, config.length) for s in (samples, asked)
+    )
     with progress(config.runs, quiet or json) as step:
         made = record_runs(
-            network, *parts, folder / inputs.RUNS, config, ids=list(samples), test_ids=list(asked),
+            network, rows, test_rows, folder / inputs.RUNS, config, ids=list(samples), test_ids=list(asked),
             groups=[s.get("group", "") for s in samples.values()], tokenizer=tokenizer,
             test_samples=list(asked.values()), step=step,
         )  # fmt: skip
@@ -153,8 +155,8 @@ def fit(
     config = opt.settings_of(SimulatorConfig, preset, given, more)
     found = results.recorded(given)
     train, held, kept = found.runs.split(validation, test)
-    features = found.features(encoder_of(encoder, pooling, rank_device(device)))
-    simulator = Simulator(*features, config)
+    of_train, of_tests = found.features(encoder_of(encoder, pooling, rank_device(device)))
+    simulator = Simulator(of_train, of_tests, config)
     made = simulator.fit(train, held if len(held) else None, quiet=quiet or json)
     simulator.save(folder)
     results.fitted(simulator, made, kept, folder, json)

@@ -113,9 +113,10 @@ def attributed(simulator: Any, given: Mapping[str, Any], json: bool) -> None:
     from tenfold.gptfluence import inputs
 
     kind = given["kind"]
+    tests: list[Any] = ["itself"]
     if given["itself"]:
         kind = "alpha" if kind == "delta" else kind
-        scores, tests = simulator.self_influence(kind=kind)[:, None], ["itself"]
+        scores = simulator.self_influence(kind=kind)[:, None]
     else:
         names = split(given["test"], str, "--test") if given["test"] else []
         tests = [inputs.id_of(n, simulator.test.ids) for n in names] or list(simulator.test.ids)

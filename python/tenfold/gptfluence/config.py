@@ -45,7 +45,10 @@ class _Settings:
     @classmethod
     def from_json(cls: type[Self], given: dict[str, Any]) -> Self:
         """What :meth:`to_json` made."""
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+        fields: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in given.items()
+        }
+        return cls(**fields)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -130,7 +131,7 @@ class Fit:
         size, total = self.config.batch_size, 0.0
         parts = torch.randperm(len(self.tuples), generator=draws).split(size)  # type: ignore[arg-type]
         for rows in parts:
-            total += self._step(lambda rows=rows: self._some(rows)) * len(rows)
+            total += self._step(partial(self._some, rows)) * len(rows)
         return total / len(self.tuples)
 
     def _whole(self) -> Tensor:

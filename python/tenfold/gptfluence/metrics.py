@@ -24,7 +24,9 @@ _PACKAGES = {"bleu": "sacrebleu", "rougeL": "rouge_score"}
 class Metric(Protocol):
     """See the module."""
 
-    scales: Mapping[str, str]
+    @property
+    def scales(self) -> Mapping[str, str]:
+        """Unit or range of each."""
 
     def __call__(self, model: Any, tests: Sequence[int]) -> Mapping[str, Tensor]:
         """Values of some tests."""

@@ -229,8 +229,8 @@ def _finished(folder: Path, about: Mapping[str, Any]) -> bool:
         return False
     there = read_run(folder).about
     # More runs of the same settings may be added.
-    mine = {"config": dict(about["config"]), "model": about["model"]}
-    theirs = {"config": dict(there.get("config", {})), "model": there.get("model")}
+    mine: dict[str, Any] = {"config": dict(about["config"]), "model": about["model"]}
+    theirs: dict[str, Any] = {"config": dict(there.get("config", {})), "model": there.get("model")}
     for settings in (mine["config"], theirs["config"]):
         settings.pop("runs", None)
     if mine != theirs:

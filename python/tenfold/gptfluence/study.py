@@ -75,7 +75,8 @@ def material(
     """
     from tenfold.hft.tasks import byte_encoder, pairs, rows_of_pairs
 
-    samples, tests = [], []
+    samples: list[Any] = []
+    tests: list[Any] = []
     for task in tasks:
         found = pairs(task)
         if len(found) < tests_per_task + skip + per_task:

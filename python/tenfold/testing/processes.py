@@ -116,7 +116,7 @@ class Server:
             answer = back.readline()
             assert answer, f"the server has ended with status {self.process.wait()}"
             codes = json.loads(answer)
-            out, err = ("".join(Path(t[k]).read_text(errors="replace") for t in tasks)
+            out, err = ("".join(Path(str(t[k])).read_text(errors="replace") for t in tasks)
                         for k in ("out", "err"))  # fmt: skip
         return subprocess.CompletedProcess(argv, next((c for c in codes if c), 0), out, err)
 
