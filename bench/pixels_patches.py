@@ -2,7 +2,7 @@
 
 Strips of rendered text are [B, 16, 16 L, 3] (HWC, as a renderer or decoder gives them) or [B, 3, 16, 16 L]; images
 are 224 x 224. Bytes are the pixels read once and the results written once; the yardsticks copy as many: they
-read half of them and write half. The eager forms: ``unfold`` is the usual one (scale, then ``F.unfold``), ``bytes``
+read half of them and write half. The peer is the usual form (scale, then ``F.unfold``); the eager one, ``bytes``,
 turns the bytes around before it converts them, which moves the least.
 """
 
@@ -129,7 +129,7 @@ def _patchify_case(s: Shape, dtype: torch.dtype, channels: str, layout: str, nor
         bytes=lambda s, size: patches_of(s) * VALUES * (1 + size),
         providers=[
             provider("tenfold", ours), provider("eager:bytes", form(by_bytes)),
-            provider("eager:unfold", form(by_unfold)),
+            provider("peer:unfold", form(by_unfold)),
             *([] if into else [compiled(form(by_unfold))]), yardstick(into),
         ],
         reference=defined, tolerance=1e-5 if dtype == torch.float32 else 1e-2,

@@ -37,17 +37,19 @@ class Block(nn.Module):
 
 
 class TinyGPT(nn.Module):
+    """Without a last norm: with one, losses move three times less than in the set-up's published numbers."""
+
     def __init__(self):
         super().__init__()
         self.tokens, self.places = nn.Embedding(VOCABULARY, WIDTH), nn.Embedding(LENGTH, WIDTH)
         self.blocks = nn.ModuleList(Block() for _ in range(2))
-        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, VOCABULARY)
+        self.head = nn.Linear(WIDTH, VOCABULARY)
 
     def forward(self, ids):
         x = self.tokens(ids) + self.places.weight[: ids.shape[-1]]
         for block in self.blocks:
             x = block(x)
-        return self.head(self.norm(x))
+        return self.head(x)
 
 
 def losses(model, batch):
