@@ -1,9 +1,10 @@
 """Cases of building traces and classing their tokens (``trace_token_class``): part of the family ``loss``.
 
 A batch of Themis' pairs as ids and classes [2B, S]. ``kept``: rows were tokenised and classed once, as in training, and
-a step only joins them (mask, weights and positions too, which only ours makes). ``text``: from texts. The peers do what the published code describes: they write a row as text,
-tokenise it, tokenise the part before the targets again to count its tokens, and look for special tokens; row by row,
-or with all rows and parts in one call of the fast tokenizer. ``eager`` pads what ours keeps by torch.
+a step only joins them (with mask, weights and positions, which only ours makes). ``text``: from texts. The peers do
+what the published code describes: they write a row as text, tokenise it, tokenise the part before the targets again
+to count its tokens, and look for special tokens; row by row, or with all rows and parts in one call of the fast
+tokenizer. ``eager`` pads what ours keeps by torch.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import hashlib
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate, chain, pairwise
+from itertools import chain
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -28,12 +28,12 @@ INPUTS = ("trace", "plain")
 
 
 class Row(NamedTuple):
-    """``ids`` int32 [n] and ``classes`` int8 [n]; where answer and trace begin (both n in a plain row)."""
+    """A row of n tokens: ``ids`` int32 [n], ``classes`` int8 [n], and ``at`` int32 [3]: n, and the columns where its
+    answer and its trace begin (n in a plain row)."""
 
     ids: NDArray[np.int32]
     classes: NDArray[np.int8]
-    answer: int
-    assistant: int
+    at: NDArray[np.int32]
 
 
 @dataclass
@@ -49,13 +49,11 @@ AnyPair: TypeAlias = Pair | EncodedPair
 
 
 def _rows(made: Sequence[Encoded]) -> list[Row]:
-    ends = [0, *accumulate(len(e.ids) for e in made)]
+    at = np.array([(len(e.ids), e.answer[0], e.assistant) for e in made], np.int32)
+    ends = at[:, 0].cumsum(dtype=np.int64)
     ids = np.fromiter(chain.from_iterable(e.ids for e in made), np.int32, ends[-1])
     classes = np.fromiter(chain.from_iterable(e.classes for e in made), np.int8, ends[-1])
-    return [
-        Row(ids[a:b], classes[a:b], e.answer[0], e.assistant)
-        for e, (a, b) in zip(made, pairwise(ends))
-    ]
+    return list(map(Row, np.split(ids, ends[:-1]), np.split(classes, ends[:-1]), at))
 
 
 def _parts(pair: Pair, drop_rationale: bool) -> list[tuple[Query, Trace]]:
@@ -224,24 +222,21 @@ def collate(
 @functools.lru_cache(maxsize=64)
 def _class_weights(beta: float, omega: float, lm_on_positive: bool) -> NDArray[np.float32]:
     """Of each class, in a preferred row and then in a rejected one."""
-    classes = torch.arange(EOS + 1, dtype=torch.int8).expand(2, -1)
-    sides = torch.tensor([True, False])
+    classes = torch.arange(EOS + 1, dtype=torch.int8, device="cpu").expand(2, -1)
+    sides = torch.tensor([True, False], device="cpu")
     return ops.lm_weight(classes, sides, beta, omega, lm_on_positive).flatten().numpy()
 
 
 def _joined(
     rows: list[Row], weights: NDArray[np.float32]
-) -> tuple[NDArray[np.int64], dict[str, NDArray[Any]]]:
+) -> tuple[NDArray[np.int32], dict[str, NDArray[Any]]]:
     """([length, answer, trace] of the rows, and what their tokens have, one row after the other)."""
-    at = np.array([(len(r.ids), r.answer, r.assistant) for r in rows], np.int64).T
+    at = np.concatenate([r.at for r in rows]).reshape(-1, 3).T
     classes = np.concatenate([r.classes for r in rows])
     kinds = classes.astype(np.int64)
     kinds[at[0, : len(rows) // 2].sum() :] += EOS + 1
-    return at, {
-        "ids": np.concatenate([r.ids for r in rows]),
-        "cls": classes,
-        "weights": weights.take(kinds),
-    }
+    ids = np.concatenate([r.ids for r in rows])
+    return at, {"ids": ids, "cls": classes, "weights": weights.take(kinds)}
 
 
 def _preferred(rows: list[Row]) -> Tensor:
@@ -269,7 +264,7 @@ def _padded(
     (lengths, answer, assistant), tokens = _joined(rows, weights)
     width = -(-int(lengths.max()) // multiple_of) * multiple_of
     shape = len(rows), width
-    columns = np.arange(width)
+    columns = np.arange(width, dtype=np.int32)
     if side == "right":
         first = np.zeros_like(lengths)
         mask = columns < lengths[:, None]
@@ -278,12 +273,12 @@ def _padded(
     else:
         first = width - lengths
         mask = columns >= first[:, None]
-        positions = (columns - first[:, None]).clip(min=0)
+        positions = (columns - first[:, None]).clip(min=0).astype(np.int64)
     whole = {
         "mask": mask,
         "position_ids": positions,
-        "answer_start": first + answer,
-        "asst_start": first + assistant,
+        "answer_start": (first + answer).astype(np.int64),
+        "asst_start": (first + assistant).astype(np.int64),
     }
     for name, dtype, outside in (
         ("ids", np.int64, pad),
