@@ -49,6 +49,8 @@ AnyPair: TypeAlias = Pair | EncodedPair
 
 
 def _rows(made: Sequence[Encoded]) -> list[Row]:
+    if not made:
+        return []
     at = np.array([(len(e.ids), e.answer[0], e.assistant) for e in made], np.int32)
     ends = at[:, 0].cumsum(dtype=np.int64)
     ids = np.fromiter(chain.from_iterable(e.ids for e in made), np.int32, ends[-1])
