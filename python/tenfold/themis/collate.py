@@ -241,8 +241,8 @@ def _joined(
     return at, {"ids": ids, "cls": classes, "weights": weights.take(kinds)}
 
 
-def _preferred(rows: list[Row]) -> Tensor:
-    return torch.from_numpy(np.arange(len(rows)) < len(rows) // 2)
+def _preferred(rows: list[Row]) -> NDArray[np.bool_]:
+    return np.arange(len(rows)) < len(rows) // 2
 
 
 def _packed(rows: list[Row], weights: NDArray[np.float32]) -> dict[str, Tensor]:
@@ -257,7 +257,8 @@ def _packed(rows: list[Row], weights: NDArray[np.float32]) -> dict[str, Tensor]:
         "position_ids": np.arange(offsets[-1]) - offsets[:-1].repeat(lengths),
     }
     batch = {name: torch.from_numpy(values)[None] for name, values in whole.items()}
-    return batch | {"is_pos": _preferred(rows), "offsets": torch.from_numpy(offsets)}
+    alone = {"is_pos": _preferred(rows), "offsets": offsets}
+    return batch | {name: torch.from_numpy(values) for name, values in alone.items()}
 
 
 def _padded(
@@ -276,17 +277,20 @@ def _padded(
         first = width - lengths
         mask = columns >= first[:, None]
         positions = (columns - first[:, None]).clip(min=0).astype(np.int64)
+
+    def filled(name: str, dtype: Any, outside: int) -> NDArray[Any]:
+        made = np.full(shape, outside, dtype)
+        made[mask] = tokens[name]
+        return made
+
     whole = {
+        "ids": filled("ids", np.int64, pad),
         "mask": mask,
+        "cls": filled("cls", np.int8, IGNORE),
+        "weights": filled("weights", np.float32, 0),
         "position_ids": positions,
+        "is_pos": _preferred(rows),
         "answer_start": (first + answer).astype(np.int64),
         "asst_start": (first + assistant).astype(np.int64),
     }
-    for name, dtype, outside in (
-        ("ids", np.int64, pad),
-        ("cls", np.int8, 0),
-        ("weights", np.float32, 0),
-    ):
-        whole[name] = np.full(shape, outside, dtype)
-        whole[name][mask] = tokens[name]
-    return {k: torch.from_numpy(v) for k, v in whole.items()} | {"is_pos": _preferred(rows)}
+    return {name: torch.from_numpy(values) for name, values in whole.items()}
