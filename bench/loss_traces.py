@@ -1,9 +1,10 @@
 """Cases of building traces and classing their tokens (``trace_token_class``): part of the family ``loss``.
 
-A batch of Themis' pairs as ids and classes [2B, S]. ``kept``: rows were tokenised once, as in training, and a step only
-joins and classes them. ``text``: from texts. The peers do what the published code describes: they write a row as text,
-tokenise it, tokenise the part before the targets again to count its tokens, and look for special tokens; row by row,
-or with all rows and parts in one call of the fast tokenizer. ``eager`` is ours with torch in place of the op.
+A batch of Themis' pairs as ids and classes [2B, S]. ``kept``: rows were tokenised and classed once, as in training, and
+a step only joins them (with mask, weights and positions, which only ours makes). ``text``: from texts. The peers do
+what the published code describes: they write a row as text, tokenise it, tokenise the part before the targets again
+to count its tokens, and look for special tokens; row by row, or with all rows and parts in one call of the fast
+tokenizer. ``eager`` pads what ours keeps by torch.
 """
 
 from __future__ import annotations
@@ -119,23 +120,12 @@ def defined(i: Inputs) -> tuple[Tensor, Tensor]:
 
 
 def _joined(kept: Any, form: TraceFormat) -> tuple[Tensor, Tensor]:
-    """Kept rows joined by torch; a token's class by the last special token at or before it."""
+    """Kept rows padded by torch, one by one."""
     rows = [k.rows[side] for side in (0, 1) for k in kept]
-    ids = pad_sequence([r.ids for r in rows], batch_first=True, padding_value=form.ids.pad)
-    ids = F.pad(ids, (0, S - ids.shape[1]), value=form.ids.pad)
-    columns = torch.arange(S)
-    lengths = torch.tensor([len(r.ids) for r in rows])[:, None]
-    answer, trace = (torch.tensor([[getattr(r, n)] for r in rows]) for n in ("answer", "assistant"))
-    special = torch.tensor(form.ids[:3])
-    found = ids[..., None] == special
-    last = torch.where(found.any(-1), columns, -1).cummax(1).values
-    after = torch.tensor([TOOL, OBSERVATION, RATIONALE])[found.int().argmax(-1)].gather(
-        1, last.clamp(min=0)
-    )
-    cls = torch.where((last < 0) | (last == columns), TOOL, after)
-    cls = torch.where(ids == form.ids.eos, EOS, cls)
-    cls = torch.where(columns < trace, torch.where(columns < answer, 0, ANSWER), cls)
-    return ids, torch.where(columns < lengths, cls, 0).to(torch.int8)
+    ids = pad_sequence([torch.from_numpy(r.ids) for r in rows], True, form.ids.pad)
+    cls = pad_sequence([torch.from_numpy(r.classes) for r in rows], True)
+    room = (0, S - ids.shape[1])
+    return F.pad(ids.long(), room, value=form.ids.pad), F.pad(cls, room)
 
 
 def _collated(pairs: Any, form: TraceFormat) -> tuple[Tensor, Tensor]:

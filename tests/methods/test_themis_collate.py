@@ -7,6 +7,7 @@ import pytest
 import themis_cases as cases
 import torch
 
+from tenfold.ops import lm_weight, trace_token_class
 from tenfold.themis.collate import EncodedPair, collate, dropped, encode_pairs
 from tenfold.themis.tokens import byte_tokenizer
 from tenfold.themis.traces import EOS, FAILURE, OBSERVATION, Query, Step, Trace, TraceFormat
@@ -114,6 +115,17 @@ class TestLayout:
             for name in a:
                 assert torch.equal(a[name], b[name]) and torch.equal(a[name], c[name])
         assert all(isinstance(k, EncodedPair) for k in kept)
+        assert encode_pairs([], FORM) == []
+
+    def test_classes_are_those_of_the_op(self):
+        special = FORM.ids
+        for options in ({}, {"padding_side": "left"}, {"obs_dropout": 1.0}):
+            batch = collate(cases.some_pairs(), FORM, **options)
+            found = trace_token_class(
+                *(batch[n] for n in ("ids", "mask", "asst_start", "answer_start")), *special[:4]
+            )
+            assert torch.equal(batch["cls"], found)
+            assert torch.equal(batch["weights"], lm_weight(found, batch["is_pos"], 1.0, 1.0, True))
 
 
 class TestDropout:

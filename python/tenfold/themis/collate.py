@@ -1,36 +1,39 @@
 """Batches of pairs: rows of preferred traces, then rows of rejected ones.
 
-Rows are tokenised once (:func:`encode_pairs`, in one call of the tokenizer) and kept; a batch then joins kept ids and
-reads the classes of its tokens off them, which costs nanoseconds per token.
+Rows are tokenised once (:func:`encode_pairs`, in one call of the tokenizer) and kept with the classes of their tokens;
+a batch joins what was kept, all rows at a time, which costs nanoseconds per token.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tenfold import ops
 from tenfold.themis.data import Pair
-from tenfold.themis.traces import FAILURE, Query, Trace, TraceFormat
+from tenfold.themis.traces import EOS, FAILURE, IGNORE, Encoded, Query, Trace, TraceFormat
 from tenfold.training.checks import one_of
 
 INPUTS = ("trace", "plain")
 
 
-@dataclass(frozen=True)
-class Row:
-    """A row as tensors: ``ids`` int32 [n]; the columns where its answer and its trace begin (n without a trace)."""
+class Row(NamedTuple):
+    """A row of n tokens: ``ids`` int32 [n], ``classes`` int8 [n], and ``at`` int32 [3]: n, and the columns where its
+    answer and its trace begin (n in a plain row)."""
 
-    ids: Tensor
-    answer: int
-    assistant: int
+    ids: NDArray[np.int32]
+    classes: NDArray[np.int8]
+    at: NDArray[np.int32]
 
 
 @dataclass
@@ -45,9 +48,14 @@ class EncodedPair:
 AnyPair: TypeAlias = Pair | EncodedPair
 
 
-def _rows(ids: list[list[int]], starts: list[tuple[int, int]]) -> list[Row]:
-    flat = torch.tensor(list(chain.from_iterable(ids)), dtype=torch.int32)
-    return [Row(part, *at) for part, at in zip(flat.split([len(r) for r in ids]), starts)]
+def _rows(made: Sequence[Encoded]) -> list[Row]:
+    if not made:
+        return []
+    at = np.array([(len(e.ids), e.answer[0], e.assistant) for e in made], np.int32)
+    ends = at[:, 0].cumsum(dtype=np.int64)
+    ids = np.fromiter(chain.from_iterable(e.ids for e in made), np.int32, ends[-1])
+    classes = np.fromiter(chain.from_iterable(e.classes for e in made), np.int8, ends[-1])
+    return list(map(Row, np.split(ids, ends[:-1]), np.split(classes, ends[:-1]), at))
 
 
 def _parts(pair: Pair, drop_rationale: bool) -> list[tuple[Query, Trace]]:
@@ -99,19 +107,18 @@ def _encoded(
 ) -> list[EncodedPair]:
     texts = [part for pair in pairs for part in _parts(pair, drop_rationale)]
     if inputs == "plain":
-        plain = [format.plain(q) for q, _ in texts]
-        rows = _rows(plain, [(len(r), len(r)) for r in plain])
+        found = [Encoded(r, [IGNORE] * len(r), (len(r), len(r)), len(r))
+                 for r in (format.plain(q) for q, _ in texts)]  # fmt: skip
     else:
         found = format.assemble_all(texts)
-        rows = _rows([e.ids for e in found], [(e.answer[0], e.assistant) for e in found])
-    made = [EncodedPair(p, (rows[2 * i], rows[2 * i + 1])) for i, p in enumerate(pairs)]
-    for item in made:
-        if torch.equal(item.rows[0].ids, item.rows[1].ids):
+    for chosen, rejected in zip(found[::2], found[1::2]):
+        if chosen.ids == rejected.ids:
             raise ValueError(
-                f"the rows of its two answers are the same {len(item.rows[0].ids)} tokens, so that nothing could "
+                f"the rows of its two answers are the same {len(chosen.ids)} tokens, so that nothing could "
                 "tell them apart"
             )
-    return made
+    rows = _rows(found)
+    return [EncodedPair(*made) for made in zip(pairs, zip(rows[::2], rows[1::2]))]
 
 
 def dropped(pair: Pair, side: int, share: float, seed: int, step: int) -> tuple[int, ...]:
@@ -143,8 +150,7 @@ def _chosen_row(
         steps = tuple(
             replace(s, observation=FAILURE) if i in which else s for i, s in enumerate(trace.steps)
         )
-        made = format.assemble(query, replace(trace, steps=steps))
-        (row,) = _rows([made.ids], [(made.answer[0], made.assistant)])
+        (row,) = _rows([format.assemble(query, replace(trace, steps=steps))])
         item.made[side, which] = row
     return row
 
@@ -197,42 +203,94 @@ def collate(
     if not pairs:
         raise ValueError("pairs is empty; a batch needs at least one")
     new = [p for p in pairs if isinstance(p, Pair)]
-    encoded = iter(encode_pairs(new, format, inputs=inputs, drop_rationale=drop_rationale))
-    items = [next(encoded) if isinstance(p, Pair) else p for p in pairs]
-    share = obs_dropout if inputs == "trace" else 0.0
-    rows = [
-        _chosen_row(item, side, format, dropped(item.pair, side, share, seed, step), drop_rationale)
-        for side in (0, 1)
-        for item in items
-    ]
-    return _batch(rows, format, beta, omega, lm_on_positive, "right" if packed else padding_side,
-                  multiple_of, packed)  # fmt: skip
-
-
-def _batch(
-    rows: list[Row], format: TraceFormat, beta: float, omega: float, lm_on_positive: bool,
-    padding_side: str, multiple_of: int, packed: bool,
-) -> dict[str, Tensor]:  # fmt: skip
-    lengths = torch.tensor([len(r.ids) for r in rows])
-    width = -(-int(lengths.max()) // multiple_of) * multiple_of
-    first = torch.zeros_like(lengths) if padding_side == "right" else width - lengths
-    # Of every column, how far it is into its row.
-    columns = torch.arange(width) - first[:, None]
-    mask = (columns >= 0) & (columns < lengths[:, None])
-    flat = torch.cat([r.ids for r in rows]).long()
-    ids = torch.full(mask.shape, format.ids.pad).masked_scatter_(mask, flat)
-    answer = first + torch.tensor([r.answer for r in rows])
-    assistant = first + torch.tensor([r.assistant for r in rows])
-    is_pos = torch.arange(len(rows)) < len(rows) // 2
-    special = format.ids
-    cls = ops.trace_token_class(ids, mask, assistant, answer, special.tool, special.observation,
-                                special.work, special.eos)  # fmt: skip
-    batch = {
-        "ids": ids, "mask": mask, "cls": cls,
-        "weights": ops.lm_weight(cls, is_pos, beta, omega, lm_on_positive),
-        "position_ids": columns.clamp(min=0),
-    }  # fmt: skip
+    items: Sequence[Any] = pairs
+    if new:
+        encoded = iter(encode_pairs(new, format, inputs=inputs, drop_rationale=drop_rationale))
+        items = [next(encoded) if isinstance(p, Pair) else p for p in pairs]
+    if obs_dropout == 0 or inputs == "plain":
+        rows = [item.rows[side] for side in (0, 1) for item in items]
+    else:
+        rows = [
+            _chosen_row(item, side, format, dropped(item.pair, side, obs_dropout, seed, step), drop_rationale)
+            for side in (0, 1)
+            for item in items
+        ]  # fmt: skip
+    weights = _class_weights(beta, omega, lm_on_positive)
     if packed:
-        offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-        return {k: v[mask][None] for k, v in batch.items()} | {"is_pos": is_pos, "offsets": offsets}
-    return batch | {"is_pos": is_pos, "answer_start": answer, "asst_start": assistant}
+        return _packed(rows, weights)
+    return _padded(rows, weights, format.ids.pad, padding_side, multiple_of)
+
+
+@functools.lru_cache(maxsize=64)
+def _class_weights(beta: float, omega: float, lm_on_positive: bool) -> NDArray[np.float32]:
+    """Of each class, in a preferred row and then in a rejected one."""
+    classes = torch.arange(EOS + 1, dtype=torch.int8, device="cpu").expand(2, -1)
+    sides = torch.tensor([True, False], device="cpu")
+    return ops.lm_weight(classes, sides, beta, omega, lm_on_positive).flatten().numpy()
+
+
+def _joined(
+    rows: list[Row], weights: NDArray[np.float32]
+) -> tuple[NDArray[np.int32], dict[str, NDArray[Any]]]:
+    """([length, answer, trace] of the rows, and what their tokens have, one row after the other)."""
+    at = np.concatenate([r.at for r in rows]).reshape(-1, 3).T
+    classes = np.concatenate([r.classes for r in rows])
+    kinds = classes.astype(np.int64)
+    kinds[at[0, : len(rows) // 2].sum() :] += EOS + 1
+    ids = np.concatenate([r.ids for r in rows])
+    return at, {"ids": ids, "cls": classes, "weights": weights.take(kinds)}
+
+
+def _preferred(rows: list[Row]) -> NDArray[np.bool_]:
+    return np.arange(len(rows)) < len(rows) // 2
+
+
+def _packed(rows: list[Row], weights: NDArray[np.float32]) -> dict[str, Tensor]:
+    (lengths, *_), tokens = _joined(rows, weights)
+    offsets = np.zeros(len(rows) + 1, np.int64)
+    lengths.cumsum(out=offsets[1:])
+    whole = {
+        "ids": tokens["ids"].astype(np.int64),
+        "mask": np.ones(offsets[-1], np.bool_),
+        "cls": tokens["cls"],
+        "weights": tokens["weights"],
+        "position_ids": np.arange(offsets[-1]) - offsets[:-1].repeat(lengths),
+    }
+    batch = {name: torch.from_numpy(values)[None] for name, values in whole.items()}
+    alone = {"is_pos": _preferred(rows), "offsets": offsets}
+    return batch | {name: torch.from_numpy(values) for name, values in alone.items()}
+
+
+def _padded(
+    rows: list[Row], weights: NDArray[np.float32], pad: int, side: str, multiple_of: int
+) -> dict[str, Tensor]:
+    (lengths, answer, assistant), tokens = _joined(rows, weights)
+    width = -(-int(lengths.max()) // multiple_of) * multiple_of
+    shape = len(rows), width
+    columns = np.arange(width, dtype=np.int32)
+    if side == "right":
+        first = np.zeros_like(lengths)
+        mask = columns < lengths[:, None]
+        positions = np.empty(shape, np.int64)
+        positions[:] = columns
+    else:
+        first = width - lengths
+        mask = columns >= first[:, None]
+        positions = (columns - first[:, None]).clip(min=0).astype(np.int64)
+
+    def filled(name: str, dtype: Any, outside: int) -> NDArray[Any]:
+        made = np.full(shape, outside, dtype)
+        made[mask] = tokens[name]
+        return made
+
+    whole = {
+        "ids": filled("ids", np.int64, pad),
+        "mask": mask,
+        "cls": filled("cls", np.int8, IGNORE),
+        "weights": filled("weights", np.float32, 0),
+        "position_ids": positions,
+        "is_pos": _preferred(rows),
+        "answer_start": (first + answer).astype(np.int64),
+        "asst_start": (first + assistant).astype(np.int64),
+    }
+    return {name: torch.from_numpy(values) for name, values in whole.items()}
