@@ -372,7 +372,8 @@ def pixelgpt_study_block(found: Found) -> str:
         f"learning rate {setting['learning_rate']:g}, {setting['documents']['train']} documents; seeds "
         f"{', '.join(map(str, setting['seeds']))}, {found['about']['threads']} threads. Held-out losses: mean squared "
         f"error per normalised pixel, nats per token.\n\n{first}\n\n"
-        f"Accuracy in per cent, mean and each seed, after {setting['tune_steps']} steps on {setting['train']} lines "
+        f"Accuracy in per cent, mean and each seed, after {setting['tune_steps']} steps (pixels and pairs: "
+        f"{setting['pixel_tune_steps']} at {setting['pixel_tune_rate']:g}) on {setting['train']} lines "
         f"per language of up to {setting['tune_length']} patches or tokens. {languages}.\n\n{second}"
     )
 
