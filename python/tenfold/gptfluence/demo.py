@@ -26,8 +26,8 @@ from tenfold.gptfluence.runs import RunSet
 from tenfold.report import Page, png_bytes
 from tenfold.training.threads import threads
 
-PER_TASK, TESTS, RUNS, VALIDATION, TEST = 20, 6, 20, 2, 4
-LAYERS, HEADS, PARENT_STEPS, LENGTH, SETS = 2, 2, 100, 96, 6
+PER_TASK, TESTS, RUNS, VALIDATION, TEST = 20, 6, 15, 2, 3
+LAYERS, HEADS, PARENT_STEPS, LENGTH, SETS = 2, 2, 40, 96, 5
 RECORD: dict[str, Any] = {
     "runs": RUNS,
     "examples": 40,
@@ -40,6 +40,7 @@ RECORD: dict[str, Any] = {
     "seed": 0,
 }
 METHODS = ("default", "ridge", "similarity", "mean", "constant")
+EPOCHS = 500  # of the fit
 STEPS = 2 + RUNS + 1 + len(METHODS) + SETS
 COLUMNS = report.COLUMNS
 PAIR_COLUMNS = ("what it does to the loss of this test", "task", "example")
@@ -92,7 +93,7 @@ def _run(folder: Path, step: Callable[[str], None]) -> Demo:
     features = study.text_features(made, encoder_of(encoder))
     step("features of the texts")
     demo = Demo(runs=test)
-    contestants = study.contestants(features, METHODS)
+    contestants = study.contestants(features, METHODS, epochs=EPOCHS)
     for name, one in contestants.items():
         one.fit(train, held)
         demo.predicted[name] = study.predicted(one, test)
