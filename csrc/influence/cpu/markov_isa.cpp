@@ -93,7 +93,7 @@ void backward(const MarkovBackward<T>& p, int64_t run, int64_t at, int tail) {
   const MarkovSteps<T>& s = p.s;
   const B block{s, at, tail};
   const int64_t length = block.length(run), n = s.lags;
-  const bool carries = s.free_running || p.grad_y != nullptr;
+  const bool carries = s.free_running || p.grad_y != nullptr || p.grad_y0 != nullptr;
   const L zeros = L::all(R{0});
   for (int64_t i = 0; carries && i < n; ++i) zeros.write(p.ring + i * kMarkovLanes, kWidth);
   R* const grad_y = p.grad_y != nullptr ? p.grad_y + run * s.steps * s.tests + at : nullptr;
