@@ -58,7 +58,9 @@ def agree(name, given, device, wrt=(), plain=None):
     want, exact_grads = _run(definition, exact, wrt, upstream)
     low, low_grads = _run(plain or definition, given, wrt, upstream)
     if plain is not None:
-        with PlainSums():  # its result does not depend on whose BLAS it is; gradients on both sides do
+        with (
+            PlainSums()
+        ):  # its result does not depend on whose BLAS it is; gradients on both sides do
             low = plain(**given)
     for isa in every_isa(device):
         with isa, poisoned_memory():
