@@ -112,8 +112,8 @@ class TestTuples:
         )
 
 
-# N, T, M, S, V, D: tokens that fill tiles, exceed them, and do not. Pairs enough that the worst of their roundings is no
-# accident: of two or three scores one side's may be tenfold the other's.
+# N, T, M, S, V, D: tokens that fill tiles, exceed them, and do not. Pairs enough that the worst of
+# their roundings is no accident, as it is of two or three.
 PAIRS = [(1, 1, 1, 1, 1, 1), (24, 5, 9, 7, 33, 20), (30, 1, 41, 1, 300, 65), (16, 100, 3, 40, 70, 33),
          (12, 9, 2, 210, 40, 520), (0, 3, 2, 3, 4, 5), (2, 0, 3, 4, 5, 6), (2, 3, 2, 4, 0, 6)]  # fmt: skip
 
