@@ -17,9 +17,12 @@
 //   grad_factors[n, i, q]     = the same of lam
 //   grad_y[r, s, q]           = sum over j of alpha_j,s+j lam_s+j   (s < 0: of y0)
 //
-// An owner of some q adds these up by itself, in the order of r, t, b: no atomics, and one result
-// for all numbers of threads. Memory beside the results: O(M n) for each owner's lanes.
-// Traffic: n + 1 rows of factors for each entry of order, from the cache that holds the owner's.
+// An owner of some q adds these up by itself: no atomics, and one result for all numbers of
+// threads. On the CPU it takes the steps in stretches, the last one first: what every step of one
+// adds to the gradients of its batch, then for each training example the sum over its steps in
+// registers. Memory beside the results: O(M n) for each owner's lanes, and four numbers for each
+// entry of order.
+// Traffic: n + 1 rows for each entry of order, from the cache that holds the owner's.
 #pragma once
 
 #include <cstdint>
@@ -66,16 +69,28 @@ struct MarkovForward {
   Real<T>* out;  // [R, T, Q]; in a scan the same as s.y
 };
 
+// Steps [begin, end) of all runs, one run after the other, and which of them each training example
+// was in: `rows[k]`, ascending, in the steps `places[ends[k - 1], ends[k])`, counted from begin.
+struct MarkovStretch {
+  int64_t begin, end, count;
+  const int32_t *rows, *ends, *places;
+};
+
 template <class T>
 struct MarkovBackward {
   MarkovSteps<T> s;
   const Real<T>* grad;
   int64_t grad_run, grad_step;
-  Real<T>* sums;  // of factors, zeros at first
-  int64_t sums_plane, sums_row;
-  Real<T>* grad_y;   // [R, T, Q]; null in a scan, or if nobody asks
-  Real<T>* grad_y0;  // [R, n, Q] or null
-  Real<T>* ring;     // room for n rows of kMarkovLanes
+  // Gradients of factors: the result itself, if there is one stretch of all training examples; or
+  // null, and sums over stretches, zeros at first.
+  T* out;
+  Real<T>* sums;
+  int64_t out_plane, out_row;  // of either
+  Real<T>* grad_y;             // [R, T, Q]; null in a scan, or if nobody asks
+  Real<T>* grad_y0;            // [R, n, Q] or null
+  Real<T>* ring;               // n rows of kMarkovLanes, kept from stretch to stretch
+  Real<T>* shares;             // room for n + 1 planes of `shares_row` for each step of a stretch
+  int64_t shares_plane, shares_row;
 };
 
 // The most lanes of a block.
@@ -85,8 +100,8 @@ constexpr int64_t kMarkovLanes = 64;
   TENFOLD_ISA_DECLARE(                                                                           \
       void markov_forward(const MarkovForward<T>& p, int64_t begin, int64_t end, int64_t lanes)) \
   TENFOLD_ISA_DECLARE(                                                                           \
-      void markov_backward(const MarkovBackward<T>& p, int64_t begin, int64_t end, int64_t lanes))
-// Runs [begin, end) of `lanes` lanes.
+      void markov_backward(const MarkovBackward<T>& p, const MarkovStretch& of, int64_t lanes))
+// Runs [begin, end), or a stretch, of `lanes` lanes.
 TENFOLD_MARKOV_DECLARE(float)
 TENFOLD_MARKOV_DECLARE(bf16_t)
 TENFOLD_MARKOV_DECLARE(double)

@@ -56,7 +56,8 @@ API void emu_markov(void* const* t, const int64_t* n) {
       launch_scan_backward(a, grad, as<T>(t[7]), as<R>(t[9]), memory.room(), nullptr, n[22]);
     if (n[1] == kStep) launch_onestep(a, as<R>(t[7]), nullptr);
     if (n[1] != kStepBack) return;
-    if (t[8] != nullptr) launch_past(a, grad, as<R>(t[8]), as<R>(t[9]), nullptr);
+    if (t[8] != nullptr || t[9] != nullptr)  // of no steps the first has no memory
+      launch_past(a, grad, as<R>(t[8]), as<R>(t[9]), nullptr);
     launch_factor_gradient(a, grad, as<T>(t[7]), nullptr);
   });
 }

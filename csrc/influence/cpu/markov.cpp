@@ -13,6 +13,7 @@
 #include "core/parallel.h"
 #include "core/scratch.h"
 #include "influence/cpu/row_ids.h"
+#include "influence/cpu/stretches.h"
 
 namespace tenfold::cpu {
 namespace {
@@ -29,9 +30,9 @@ struct Plan {
   int64_t lanes = kMarkovLanes, blocks;
   double micros;
 
-  // copies: of M n lanes that a task wants in its cache.
+  // numbers: what a task wants in its cache, for each of its lanes.
   Plan(const MarkovCall& c, const Past& past, const RowIds& ids,
-       const std::vector<int64_t>& lengths, int copies)
+       const std::vector<int64_t>& lengths, int64_t numbers)
       : c(c) {
     steps.factors = static_cast<const T*>(c.factors.data_ptr());
     steps.plane = c.factors.strides()[0], steps.row = c.factors.strides()[1];
@@ -47,8 +48,7 @@ struct Plan {
     steps.mask_run = stride_of(past.mask, 0), steps.mask_step = stride_of(past.mask, 1);
     const int64_t threads = torch::stable::get_num_threads();
     const auto fits = [&] {
-      return c.rows * planes() * lanes * copies * static_cast<int64_t>(sizeof(Real<T>)) <=
-             kCacheBytes;
+      return numbers * lanes * static_cast<int64_t>(sizeof(Real<T>)) <= kCacheBytes;
     };
     const auto busy = [&] { return ceil_div(c.tests, lanes) >= threads; };
     while (lanes > kLeastLanes && (lanes / 2 >= c.tests || !busy() || !fits())) lanes /= 2;
@@ -59,11 +59,12 @@ struct Plan {
 
   int64_t planes() const { return c.lags + 1; }
   int64_t entries() const { return c.runs * c.steps * c.batch; }
-  int64_t slice() const { return c.rows * planes() * lanes; }
+  // A task's lanes of some planes of the factors.
+  int64_t slice(int64_t some) const { return c.rows * some * lanes; }
   // Worth a copy for that many entries of order.
-  bool packs(int64_t entries) const {
+  bool packs(int64_t some, int64_t entries) const {
     return blocks > 1 && entries >= c.rows &&
-           slice() * static_cast<int64_t>(sizeof(Real<T>)) <= kMostPacked;
+           slice(some) * static_cast<int64_t>(sizeof(Real<T>)) <= kMostPacked;
   }
   int64_t width(int64_t block) const { return std::min(lanes, c.tests - block * lanes); }
 
@@ -77,14 +78,14 @@ struct Plan {
     if (s.mask != nullptr) s.mask += at;
     return s;
   }
-  // Copies its factors to [M][planes][lanes].
-  void pack(MarkovSteps<T>* s, int64_t width, T* to) const {
+  // Copies its factors to [M][some planes][lanes].
+  void pack(MarkovSteps<T>* s, int64_t some, int64_t width, T* to) const {
     const T* const from = s->factors;
     for (int64_t i = 0; i < c.rows; ++i)
-      for (int64_t plane = 0; plane < planes(); ++plane)
-        std::memcpy(to + (i * planes() + plane) * lanes, from + plane * s->plane + i * s->row,
+      for (int64_t plane = 0; plane < some; ++plane)
+        std::memcpy(to + (i * some + plane) * lanes, from + plane * s->plane + i * s->row,
                     static_cast<size_t>(width) * sizeof(T));
-    s->factors = to, s->plane = lanes, s->row = planes() * lanes;
+    s->factors = to, s->plane = lanes, s->row = some * lanes;
   }
 };
 
@@ -99,14 +100,14 @@ void run_forward(const Plan<T>& plan, Real<T>* out, bool free_running) {
   const int64_t cuts = std::clamp<int64_t>(ceil_div(4 * threads, std::max<int64_t>(plan.blocks, 1)),
                                            1, std::max<int64_t>(c.runs, 1));
   const Parts runs{c.runs, 1, cuts};
-  const bool packs = plan.packs(plan.entries() / cuts);
+  const bool packs = plan.packs(plan.planes(), plan.entries() / cuts);
   for_each_task(plan.blocks * cuts, plan.micros, [&] {
     const Held held = std::make_shared<Scratch>(
-        packs ? plan.slice() * static_cast<int64_t>(sizeof(T)) : int64_t{64});
+        packs ? plan.slice(plan.planes()) * static_cast<int64_t>(sizeof(T)) : int64_t{64});
     return [&, held](int64_t task) {
       const int64_t block = task / cuts, part = task % cuts;
       MarkovSteps<T> s = plan.of(block);
-      if (packs) plan.pack(&s, plan.width(block), static_cast<T*>(held->data()));
+      if (packs) plan.pack(&s, plan.planes(), plan.width(block), static_cast<T*>(held->data()));
       s.free_running = free_running;
       Real<T>* const to = out + block * plan.lanes;
       if (free_running) s.y = to, s.y_run = c.steps * c.tests, s.y_step = c.tests;
@@ -122,45 +123,38 @@ struct Gradients {
   OptTensor y, y0;
 };
 
-// A block's sums go to the result as they are, or by way of [M][planes][lanes].
+// Where a block's gradients of factors go: to the result, or if there are several stretches by way
+// of sums [planes][M][lanes].
 template <class T>
 class Sums {
  public:
-  Sums(const Plan<T>& plan, const Tensor& grad)
-      : plan_(plan),
-        grad_(static_cast<T*>(grad.data_ptr())),
-        apart_(sizeof(T) == 2 || plan.packs(plan.entries())) {}
+  Sums(const Plan<T>& plan, const Tensor& grad, bool apart)
+      : plan_(plan), grad_(static_cast<T*>(grad.data_ptr())), apart_(apart) {}
 
-  int64_t room() const { return apart_ ? plan_.slice() : 0; }
+  int64_t room() const { return apart_ ? plan_.slice(plan_.planes()) : 0; }
 
   void start(MarkovBackward<T>* p, int64_t block, Real<T>* room) const {
     const MarkovCall& c = plan_.c;
     if (apart_) {
-      std::fill(room, room + plan_.slice(), Real<T>{0});
-      p->sums = room, p->sums_plane = plan_.lanes, p->sums_row = plan_.planes() * plan_.lanes;
-      return;
-    }
-    if constexpr (sizeof(T) != 2) {
-      p->sums = grad_ + block * plan_.lanes;
-      p->sums_plane = c.rows * c.tests, p->sums_row = c.tests;
-      for (int64_t i = 0; i < plan_.planes() * c.rows; ++i)
-        std::fill_n(p->sums + i * c.tests, plan_.width(block), T{0});
+      std::fill_n(room, this->room(), Real<T>{0});
+      p->sums = room, p->out_plane = c.rows * plan_.lanes, p->out_row = plan_.lanes;
+    } else {
+      p->out = grad_ + block * plan_.lanes;
+      p->out_plane = c.rows * c.tests, p->out_row = c.tests;
     }
   }
   void finish(const MarkovBackward<T>& p, int64_t block) const {
     if (!apart_) return;
-    const MarkovCall& c = plan_.c;
     const int64_t width = plan_.width(block);
-    for (int64_t plane = 0; plane < plan_.planes(); ++plane)
-      for (int64_t i = 0; i < c.rows; ++i) {
-        const Real<T>* const from = p.sums + plane * p.sums_plane + i * p.sums_row;
-        T* const to = grad_ + (plane * c.rows + i) * c.tests + block * plan_.lanes;
-        if constexpr (sizeof(T) == 2) {
-          TENFOLD_ISA_CALL(round_row, from, width, to);
-        } else {
-          std::copy_n(from, width, to);
-        }
+    for (int64_t i = 0; i < plan_.planes() * plan_.c.rows; ++i) {
+      const Real<T>* const from = p.sums + i * plan_.lanes;
+      T* const to = grad_ + i * plan_.c.tests + block * plan_.lanes;
+      if constexpr (sizeof(T) == 2) {
+        TENFOLD_ISA_CALL(round_row, from, width, to);
+      } else {
+        std::copy_n(from, width, to);
       }
+    }
   }
 
  private:
@@ -170,31 +164,39 @@ class Sums {
 };
 
 template <class T>
-void run_backward(const Plan<T>& plan, const Tensor& grad, const Gradients& out,
+void run_backward(const MarkovCall& c, const Past& past, const RowIds& ids,
+                  const std::vector<int64_t>& lengths, const Tensor& grad, const Gradients& out,
                   bool free_running) {
-  const MarkovCall& c = plan.c;
-  const bool packs = plan.packs(plan.entries());
-  const Sums<T> sums(plan, out.factors);
-  const int64_t ring = c.lags * kMarkovLanes;
-  const int64_t bytes = (ring + sums.room()) * static_cast<int64_t>(sizeof(Real<T>)) +
-                        (packs ? plan.slice() * static_cast<int64_t>(sizeof(T)) : 0);
+  if (out.y0 && c.steps == 0) std::fill_n(data_as<Real<T>>(*out.y0), out.y0->numel(), Real<T>{0});
+  const Stretches stretches(c, ids.data(), lengths);
+  const int64_t planes = c.lags + 1;
+  const bool apart = stretches.count() > 1;
+  const int64_t numbers = c.rows * c.lags + planes * (stretches.longest() + (apart ? c.rows : 0));
+  const Plan<T> plan(c, past, ids, lengths, numbers);
+  const bool packs = plan.packs(c.lags, plan.entries());
+  const Sums<T> sums(plan, out.factors, apart);
+  const int64_t ring = c.lags * kMarkovLanes, plane = stretches.longest() * plan.lanes;
+  const int64_t reals = ring + planes * plane + sums.room();
+  const int64_t bytes = reals * static_cast<int64_t>(sizeof(Real<T>)) +
+                        (packs ? plan.slice(c.lags) * static_cast<int64_t>(sizeof(T)) : 0);
   for_each_task(plan.blocks, 3 * plan.micros, [&] {
     const Held held = std::make_shared<Scratch>(bytes);
     return [&, held](int64_t block) {
       auto* const room = static_cast<Real<T>*>(held->data());
       MarkovBackward<T> p{};
       p.s = plan.of(block);
-      const int64_t at = block * plan.lanes;
-      if (packs)
-        plan.pack(&p.s, plan.width(block), reinterpret_cast<T*>(room + ring + sums.room()));
+      const int64_t at = block * plan.lanes, width = plan.width(block);
+      if (packs) plan.pack(&p.s, c.lags, width, reinterpret_cast<T*>(room + reals));
       p.s.free_running = free_running;
       p.grad = static_cast<const Real<T>*>(grad.data_ptr()) + at;
       p.grad_run = grad.strides()[0], p.grad_step = grad.strides()[1];
-      p.ring = room;
+      p.ring = room, p.shares = room + ring;
+      p.shares_plane = plane, p.shares_row = plan.lanes;
       if (out.y) p.grad_y = data_as<Real<T>>(*out.y) + at;
       if (out.y0) p.grad_y0 = data_as<Real<T>>(*out.y0) + at;
-      sums.start(&p, block, room + ring);
-      TENFOLD_ISA_CALL(markov_backward, p, 0, c.runs, plan.width(block));
+      sums.start(&p, block, room + ring + planes * plane);
+      for (int64_t i = stretches.count() - 1; i >= 0; --i)
+        TENFOLD_ISA_CALL(markov_backward, p, stretches[i], width);
       sums.finish(p, block);
     };
   });
@@ -222,7 +224,8 @@ Tensor markov_scan_op(Tensor factors, Tensor order, Tensor y0, bool residual, Op
   const std::vector<int64_t> lengths_of = check_lengths(kOp, c.lengths, c.steps);
   const Tensor out = new_states(c);
   with_factors(factors, [&]<class T>() {
-    run_forward<T>(Plan<T>(c, past, ids, lengths_of, 1), data_as<Real<T>>(out), true);
+    run_forward<T>(Plan<T>(c, past, ids, lengths_of, c.rows * (c.lags + 1)), data_as<Real<T>>(out),
+                   true);
   });
   return out;
 }
@@ -238,9 +241,8 @@ std::tuple<Tensor, Tensor> markov_scan_backward_op(Tensor grad, Tensor factors, 
   const RowIds ids(kOp, "order", c.order, -1, c.rows);
   const std::vector<int64_t> lengths_of = check_lengths(kOp, c.lengths, c.steps);
   const Gradients out{like_factors(c), std::nullopt, new_history(c)};
-  with_factors(factors, [&]<class T>() {
-    run_backward<T>(Plan<T>(c, past, ids, lengths_of, 2), from, out, true);
-  });
+  with_factors(factors,
+               [&]<class T>() { run_backward<T>(c, past, ids, lengths_of, from, out, true); });
   return {out.factors, *out.y0};
 }
 
@@ -253,7 +255,8 @@ Tensor markov_onestep_op(Tensor factors, Tensor order, Tensor y, bool residual, 
   const std::vector<int64_t> lengths_of = check_lengths(kOp, c.lengths, c.steps);
   const Tensor out = new_states(c);
   with_factors(factors, [&]<class T>() {
-    run_forward<T>(Plan<T>(c, past, ids, lengths_of, 1), data_as<Real<T>>(out), false);
+    run_forward<T>(Plan<T>(c, past, ids, lengths_of, c.rows * (c.lags + 1)), data_as<Real<T>>(out),
+                   false);
   });
   return out;
 }
@@ -273,9 +276,8 @@ std::tuple<Tensor, Tensor, Tensor> markov_onestep_backward_op(Tensor grad, Tenso
   Gradients out{like_factors(c), std::nullopt, std::nullopt};
   if (of_past) out.y = new_states(c);
   if (of_past && y0) out.y0 = new_history(c);
-  with_factors(factors, [&]<class T>() {
-    run_backward<T>(Plan<T>(c, past, ids, lengths_of, 2), from, out, false);
-  });
+  with_factors(factors,
+               [&]<class T>() { run_backward<T>(c, past, ids, lengths_of, from, out, false); });
   return {out.factors, out.y ? *out.y : nothing(c), out.y0 ? *out.y0 : nothing(c)};
 }
 

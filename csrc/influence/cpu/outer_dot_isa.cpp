@@ -5,6 +5,9 @@
 TENFOLD_ISA_BEGIN
 namespace {
 
+// Words that are added one after another: of a score many roundings of a product's sums meet.
+constexpr int64_t kDotRun = 64;
+
 static_assert(kDotCols % kTileRows == 0 && kDotRows % 16 == 0 && kDotStrip % kStrip == 0);
 
 template <bool Dot>
@@ -62,8 +65,11 @@ void multiply_chunk(const Side<T>& left, int64_t row, int64_t rows, const Side<T
       pack_tile<T, Dot>(from, n, m.staged, m.lanes + c / kTileRows * kLaneStride,
                         left_over < kTileRows ? left_over : kTileRows);
     }
-    multiply_packed<Dot>(m.panels, kPanelStride<Dot>, rows, m.lanes, kLaneStride, cols,
-                         packed_words<Dot>(n), sums, kDotPitch, k > 0);
+    const int64_t words = packed_words<Dot>(n);
+    for (int64_t w = 0; w < words; w += kDotRun)
+      multiply_packed<Dot>(m.panels + w * kPackRows<Dot>, kPanelStride<Dot>, rows,
+                           m.lanes + w * kTileRows, kLaneStride, cols,
+                           words - w < kDotRun ? words - w : kDotRun, sums, kDotPitch, k + w > 0);
   }
 }
 

@@ -184,7 +184,8 @@ def _influence(check: Check, made: torch.Generator) -> str:
     order = torch.randint(-1, 9, (2, 12, 4), generator=made)
     y0 = torch.randn(2, 2, 21, generator=made)
     want = reference.markov_scan(factors, order, y0, True)
-    if not check.near(ops.markov_scan(*check.move(factors, order, y0), True), want):
+    factors, order, y0 = check.move(factors, order, y0)
+    if not check.near(ops.markov_scan(factors, order, y0, True), want):
         return "markov_scan"
     J, X = (torch.randn(3, 5, n, generator=made).to(check.dtype) for n in (40, 24))
     scores = reference.outer_dot(J, X, J, X) / 1e3
