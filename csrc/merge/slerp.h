@@ -3,11 +3,8 @@
 #pragma once
 
 #include <cmath>
-#include <cstdint>
 
-#include "core/cpu/isa.h"
 #include "core/macros.h"
-#include "core/types.h"
 
 namespace tenfold {
 
@@ -29,11 +26,5 @@ struct SlerpRule {
     return {std::sin((1.0 - t) * angle) / sine, std::sin(t * angle) / sine};
   }
 };
-
-// Of 16-bit elements [begin, end): adds x x, x y and y y to sums. Products of such numbers are exact
-// in float32, in which strips of a few hundred are summed: half the work of float64 throughout.
-// Not finite where that overflows.
-TENFOLD_ISA_DECLARE(void slerp_products(const void* x, const void* y, Dtype dtype, int64_t begin,
-                                        int64_t end, double* sums))
 
 }  // namespace tenfold

@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "core/scratch.h"
+#include "merge/cpu/end_products.h"
 #include "merge/cpu/merge_host.h"
 
 namespace tenfold::cpu {
@@ -31,7 +32,7 @@ using EndProducts = std::array<double, 3>;
 EndProducts quick_products(const GramInput& in, int64_t n) {
   std::vector<EndProducts> partial(ceil_div(n, kGramPart));
   for_each_part(n, kGramPart, 6.0, [&](int64_t begin, int64_t end) {
-    TENFOLD_ISA_CALL(slerp_products, in.expert[0], in.expert[1], in.dtype, begin, end,
+    TENFOLD_ISA_CALL(end_products, in.expert[0], in.expert[1], in.dtype, begin, end,
                      partial[begin / kGramPart].data());
   });
   EndProducts all{};
@@ -40,7 +41,7 @@ EndProducts quick_products(const GramInput& in, int64_t n) {
   return all;
 }
 
-EndProducts end_products(const MergeTensors& tensors, int64_t n) {
+EndProducts products_of(const MergeTensors& tensors, int64_t n) {
   const GramInput in = gram_input(tensors);
   if (in.base == nullptr && in.dtype != Dtype::f32) {
     const EndProducts quick = quick_products(in, n);
@@ -54,7 +55,7 @@ EndProducts end_products(const MergeTensors& tensors, int64_t n) {
 
 void run_slerp(const MergeTensors& tensors, double t, double dot_threshold) {
   const int64_t n = tensors.out.numel();
-  const auto [xx, xy, yy] = end_products(tensors, n);
+  const auto [xx, xy, yy] = products_of(tensors, n);
   const SlerpWeights w = SlerpRule{t, dot_threshold}.weights(xx, xy, yy);
   const std::vector<double> weights{w.first, w.second};
   if (tensors.base) return run_delta_merge(delta_sum_of(tensors, weights), n);

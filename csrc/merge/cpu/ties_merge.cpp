@@ -1,5 +1,5 @@
 // The cuts of ties_merge, and the merge by them: see ties.h.
-#include "merge/ties.h"
+#include "merge/cpu/ties.h"
 
 #include <algorithm>
 #include <atomic>

@@ -1,5 +1,5 @@
 #include "merge/cpu/delta_sums.h"
-#include "merge/ties.h"
+#include "merge/cpu/ties.h"
 
 TENFOLD_ISA_BEGIN
 namespace {

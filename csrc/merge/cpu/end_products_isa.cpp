@@ -1,6 +1,5 @@
-#include "merge/slerp.h"
-
 #include "core/cpu/pairs.h"
+#include "merge/cpu/end_products.h"
 
 TENFOLD_ISA_BEGIN
 namespace {
@@ -55,8 +54,8 @@ void add_all(const void* x, const void* y, int64_t begin, int64_t end, double* s
 
 }  // namespace
 
-void slerp_products(const void* x, const void* y, Dtype dtype, int64_t begin, int64_t end,
-                    double* sums) {
+void end_products(const void* x, const void* y, Dtype dtype, int64_t begin, int64_t end,
+                  double* sums) {
   if (dtype == Dtype::bf16) return add_all<bf16_t>(x, y, begin, end, sums);
   add_all<fp16_t>(x, y, begin, end, sums);
 }
