@@ -1,5 +1,5 @@
-// What the kernels that merge task vectors share: magnitudes as keys, and the sums over the experts.
-// For ISA sources.
+// What the kernels that merge task vectors share: magnitudes as keys, and the sums over the
+// experts. For ISA sources.
 #pragma once
 
 #include "core/cpu/pairs.h"

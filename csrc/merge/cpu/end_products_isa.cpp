@@ -5,44 +5,62 @@ TENFOLD_ISA_BEGIN
 namespace {
 
 constexpr int64_t kStrip = 512;  // elements whose products are summed in float32
+// Sums of a strip, whatever a vector's width: one result on every ISA.
+constexpr int64_t kLanes = 32;
+constexpr int kVecs = static_cast<int>(kLanes / kWidth);
 
-struct Products {
-  VF xx, xy, yy;
+template <class T>
+struct Sums {
+  VF of[3][kVecs];
 
-  Products() : xx(set1(0.0f)), xy(set1(0.0f)), yy(set1(0.0f)) {}
-  void add(VF x, VF y) {
-    xx = fma(x, x, xx);
-    xy = fma(x, y, xy);
-    yy = fma(y, y, yy);
+  Sums() {
+    for (auto& product : of)
+      for (VF& lanes : product) lanes = set1(0.0f);
+  }
+
+  // kLanes elements.
+  void add(const T* x, const T* y) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kVecs; v += 2) {
+      VF a[2], b[2];
+      get_two<false>(x + v * kWidth, a);
+      get_two<false>(y + v * kWidth, b);
+      for (int k = 0; k < 2; ++k) {
+        of[0][v + k] = fused(a[k], a[k], of[0][v + k]);
+        of[1][v + k] = fused(a[k], b[k], of[1][v + k]);
+        of[2][v + k] = fused(b[k], b[k], of[2][v + k]);
+      }
+    }
+  }
+
+  double total(int product) const {
+    float lanes[kLanes];
+    for (int v = 0; v < kVecs; ++v) store(lanes + v * kWidth, of[product][v]);
+    double sum = 0.0;  // in the order of the elements
+    for (int i = 0; i < kLanes; ++i) {
+      const int two = i / (2 * kWidth) * (2 * kWidth), at = i - two;
+      sum += static_cast<double>(lanes[kSplit<T> ? two + at % 2 * kWidth + at / 2 : i]);
+    }
+    return sum;
   }
 };
 
-inline double total(VF a, VF b) {
-  float lanes[2][kWidth];
-  store(lanes[0], a);
-  store(lanes[1], b);
-  double sum = 0.0;
-  for (int i = 0; i < kWidth; ++i) sum += static_cast<double>(lanes[0][i]) + lanes[1][i];
-  return sum;
-}
-
 template <class T>
 void add_strip(const T* x, const T* y, int64_t n, double* sums) {
-  Products p[2];
+  Sums<T> s;
   int64_t i = 0;
-  for (; i + 2 * kWidth <= n; i += 2 * kWidth) {
-    VF a[2], b[2];
-    get_next_two<false>(x + i, a);
-    get_next_two<false>(y + i, b);
-    for (int k = 0; k < 2; ++k) p[k].add(a[k], b[k]);
+  for (; i + kLanes <= n; i += kLanes) {
+    read_ahead<kLanes>(x + i);
+    read_ahead<kLanes>(y + i);
+    s.add(x + i, y + i);
   }
-  for (; i < n; i += kWidth) {
-    const int left = static_cast<int>(n - i < kWidth ? n - i : kWidth);
-    p[0].add(load_n(x + i, left), load_n(y + i, left));
+  if (i < n) {
+    T last[2][kLanes] = {};
+    __builtin_memcpy(last[0], x + i, static_cast<uint64_t>(n - i) * sizeof(T));
+    __builtin_memcpy(last[1], y + i, static_cast<uint64_t>(n - i) * sizeof(T));
+    s.add(last[0], last[1]);
   }
-  sums[0] += total(p[0].xx, p[1].xx);
-  sums[1] += total(p[0].xy, p[1].xy);
-  sums[2] += total(p[0].yy, p[1].yy);
+  for (int product = 0; product < 3; ++product) sums[product] += s.total(product);
 }
 
 template <class T>

@@ -1,6 +1,4 @@
 // The cuts of ties_merge, and the merge by them: see ties.h.
-#include "merge/cpu/ties.h"
-
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -11,6 +9,7 @@
 
 #include "core/scratch.h"
 #include "merge/cpu/merge_host.h"
+#include "merge/cpu/ties.h"
 #include "optim/cpu/largest.h"
 
 namespace tenfold::cpu {
@@ -19,8 +18,8 @@ namespace {
 constexpr int64_t kOnePassFrom = int64_t{1} << 18;  // elements
 constexpr int64_t kGroup = 16;                      // neighbours that are sampled together
 constexpr int64_t kMostGroups = 1 << 15;
-constexpr int64_t kChunk = 64;       // groups of a task
-constexpr double kDeviations = 3.5;  // half the width of the range, in standard deviations
+constexpr int64_t kChunk = 64;        // groups of a task
+constexpr double kDeviations = 3.5;   // half the width of the range, in standard deviations
 constexpr int64_t kMostBetween = 24;  // of so many elements, one
 constexpr double kMicros = 30.0;      // of one task and expert
 
@@ -43,7 +42,8 @@ class Magnitudes final : public Keys {
   const void* expert_;
 };
 
-// -- where the cut of an expert most likely lies ----------------------------------------------------
+// -- where the cut of an expert most likely lies
+// ----------------------------------------------------
 
 // An element as it is ranked: its key, and among equal keys the lower place first.
 using Ranked = uint64_t;
@@ -172,7 +172,8 @@ class GroupSample {
       std::nth_element(between.begin(), between.begin() + at, between.end(), std::greater<>());
       return between[at];
     };
-    const Ranked high = pick(share * count - spread, static_cast<Ranked>(rough.high) << 32 | 0xFFFFFFFF);
+    const Ranked high =
+        pick(share * count - spread, static_cast<Ranked>(rough.high) << 32 | 0xFFFFFFFF);
     const Ranked low = pick(share * count + spread, static_cast<Ranked>(rough.low) << 32);
     const auto inside = std::count_if(between.begin(), between.end(),
                                       [&](Ranked r) { return r >= low && r <= high; });
@@ -185,7 +186,8 @@ class GroupSample {
   Scratch keys_;
 };
 
-// -- the pass ---------------------------------------------------------------------------------------
+// -- the pass
+// ---------------------------------------------------------------------------------------
 
 class OnePass {
  public:

@@ -33,7 +33,8 @@ class Pass {
         at[found++] = static_cast<uint16_t>(i - begin + __builtin_ctzll(between));
     };
     for (; i + 2 * kWidth <= end; i += 2 * kWidth) note(two(i, past));
-    for (; i < end; i += kWidth) note(few(i, static_cast<int>(end - i < kWidth ? end - i : kWidth)));
+    for (; i < end; i += kWidth)
+      note(few(i, static_cast<int>(end - i < kWidth ? end - i : kWidth)));
     for (int e = 0; e < m_.experts; ++e) above[e] += above_[e];
     return found;
   }

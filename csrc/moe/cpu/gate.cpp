@@ -50,7 +50,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_route_op(Tensor l
   const double micros = gate_micros(c.experts, k) + kMicrosPerSlot * static_cast<double>(k);
   const double tasks = micros * static_cast<double>(c.tokens) / kMinTaskMicros;
   // Of a chunk: as many as a task is worth, and not more slots than a chunk of the sort has.
-  const int64_t worth = static_cast<int64_t>(static_cast<double>(c.tokens) / std::max(1.0, std::ceil(tasks)));
+  const int64_t worth =
+      static_cast<int64_t>(static_cast<double>(c.tokens) / std::max(1.0, std::ceil(tasks)));
   const int64_t tokens = ceil_div(std::min(worth, kSortChunk / k) + 1, kGateTokens) * kGateTokens;
   SlotSort<int32_t>(s, tokens * k).run_after(micros * tokens, [&](int64_t chunk) {
     const Scratch scratch(gate_scratch(c.experts, k) * 4);

@@ -96,7 +96,7 @@ class _Route(torch.autograd.Function):
         ctx.mark_non_differentiable(*made[1:])
         return made
 
-    backward = _Gate.backward
+    backward = staticmethod(_Gate.backward)
 
 
 _gate, _route = differentiable_by("moe_gate", _Gate), differentiable_by("moe_route", _Route)
