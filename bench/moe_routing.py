@@ -1,7 +1,7 @@
 """Cases of the router and of sorted slots: part of the family ``moe``.
 
-``moe_gate`` alone and, as a router is used, with ``moe_sort`` (``moe_route``); ``moe_gate_linear``, which makes the logits as
-well; ``moe_permute`` and ``moe_combine``. Eager forms are those of transformers' routers, in as few steps as
+``moe_gate`` alone and, as a router is used, with ``moe_sort`` (``moe_route``); ``moe_gate_linear``, which makes the
+logits as well; ``moe_permute`` and ``moe_combine``. Eager forms are those of transformers' routers, in as few steps as
 torch allows.
 """
 
