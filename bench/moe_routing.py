@@ -1,7 +1,7 @@
 """Cases of the router and of sorted slots: part of the family ``moe``.
 
-``moe_gate`` alone and, as a router is used, with ``moe_sort``; ``moe_gate_linear``, which makes the logits as
-well; ``moe_permute`` and ``moe_combine``. Eager forms are those of transformers' routers, in as few steps as
+``moe_gate`` alone and, as a router is used, with ``moe_sort`` (``moe_route``); ``moe_gate_linear``, which makes the
+logits as well; ``moe_permute`` and ``moe_combine``. Eager forms are those of transformers' routers, in as few steps as
 torch allows.
 """
 
@@ -81,7 +81,10 @@ def _both(gates: Any, sorts: Any, s: Shape) -> Function:
 def _gate_case(s: Shape, dtype: torch.dtype, sorting: bool) -> Case:
     k, n = s["k"], s["n"]
     if sorting:
-        ours = _both(lambda i, k: ops.moe_gate(i.logits, k), ops.moe_sort, s)
+
+        def ours(i: Inputs) -> Any:
+            return ops.moe_route(i.logits, k)
+
         forms = {"eager:topk": _both(gate, sort, s), "eager:softmax": _both(gate_of_softmax, sort, s),
                  "eager:keys": _both(gate, sort_by_keys, s)}  # fmt: skip
     else:

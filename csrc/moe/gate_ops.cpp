@@ -99,6 +99,10 @@ RouterGradCall check_router_grad(const char* op, const RouterCall& r, const OptT
 
 STABLE_TORCH_LIBRARY_FRAGMENT(tenfold, m) {
   m.def("moe_gate(Tensor logits, int k, bool renormalize=True) -> (Tensor weight, Tensor index)");
+  // moe_gate and moe_sort in one: on the CPU only, where calls are what few tokens cost.
+  m.def(
+      "moe_route(Tensor logits, int k, bool renormalize=True) -> (Tensor weight, Tensor index, "
+      "Tensor order, Tensor inverse, Tensor counts, Tensor offsets)");
   m.def(
       "moe_gate_backward(Tensor grad_weight, Tensor logits, Tensor weight, Tensor index, "
       "bool renormalize=True) -> Tensor");

@@ -280,8 +280,43 @@ class TestTies:
             got = on_every_isa(device, ops.ties_merge, base, [delta], [1.0], density)
             assert torch.equal(got, torch.where(reference.ties_keep(delta, density), delta, 0.0))
 
+    @pytest.mark.parametrize("kind", ["rows", "few", "nan", "misleading"])
+    @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+    def test_large_tensors(self, kind, dtype, device):
+        """Cuts are found while the result is written: exactly, whatever the sample of the tensor says."""
+        n, densities = 300_001, [0.2, 0.7, 1.0]
+        base, experts = family(n, F32)
+        deltas = [x - base for x in experts]
+        if kind == "rows":  # scales of their own, and one expert all in one sign
+            scale = torch.linspace(0.1, 3, n // 1000 + 1).repeat_interleave(1000)[:n]
+            deltas = [d * scale for d in deltas[:2]] + [deltas[2].abs()]
+        if kind == "few":  # about a hundredth of the magnitudes equals the cut
+            deltas = [(d * 400).round() / 400 for d in deltas]
+        if kind == "nan":
+            deltas[0][torch.arange(n) % 4 == 0] = torch.nan
+            deltas[1][5], deltas[1][-1] = torch.inf, -torch.inf
+        if kind == "misleading":  # all that is sampled is small
+            groups = n // 256 // 64 * 64
+            inside = [i + i * 0x9E3779B9 % 2**32 / 2**32 for i in range(groups)]
+            for i in inside:
+                at = int(i * ((n - 16) / groups)) // 16 * 16
+                for d in deltas:
+                    d[at : at + 16] *= 1e-5
+        base = torch.zeros(n, dtype=dtype)
+        experts = [d.to(dtype) for d in deltas]
+        got = on_every_isa(device, ops.ties_merge, base, experts, [1.0, 1.0, 0.5], densities)
+        kept = [torch.where(reference.ties_keep(x.float(), p), x.float(), 0.0).to(dtype)
+                for x, p in zip(experts, densities)]  # fmt: skip
+        want = ops.ties_merge(base.to(device), on(device, kept), [1.0, 1.0, 0.5], 1.0)
+        assert torch.equal(bits(got), bits(want.cpu()))
+        for out in (0, 1):  # over an input
+            base, *experts = on(device, [base.clone(), *[x.clone() for x in experts]])
+            ops.ties_merge_((base, *experts)[out], base, experts, [1.0, 1.0, 0.5], densities)
+            assert torch.equal(bits((base, *experts)[out].cpu()), bits(got))
+            base, experts = torch.zeros(n, dtype=dtype), [d.to(dtype) for d in deltas]
+
     def test_any_threads(self, device):
-        base, experts = on(device, family(200_000, BF16))
+        base, experts = on(device, family(300_000, BF16))
         want = ops.ties_merge(base, experts, WEIGHTS, 0.3)
         for count in (1, 2, 3):
             with threads(count):

@@ -5,7 +5,7 @@ import torch
 from moe_cases import agree, every_isa, rand
 
 from tenfold import ops, reference
-from tenfold.testing import DTYPES, check_errors, check_op
+from tenfold.testing import DTYPES, check_errors, check_op, threads
 from tenfold.testing.plugin import cuda_only
 
 raw = torch.ops.tenfold
@@ -22,6 +22,33 @@ def test_gate(shape, dtype, renormalize, device):
     tokens, experts, k = shape
     logits = rand(tokens, experts, dtype=dtype, scale=3.0)
     agree("moe_gate", [logits, k, renormalize], device, wrt=(0,))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_route_is_gate_and_sort(shape, device):
+    tokens, experts, k = shape
+    for dtype in DTYPES:
+        logits = rand(tokens, experts, dtype=dtype, scale=3.0)
+        agree("moe_route", [logits, k, dtype != DTYPES[0]], device, wrt=(0,))
+
+
+def test_route_of_many_tokens(device):
+    """Several chunks of slots, of which the last is short; any threads; logits of more dims and without a gradient."""
+    for tokens, experts, k in ((20_011, 8, 2), (3_001, 64, 8)):
+        logits = rand(tokens, experts).to(device)
+        weight, index = ops.moe_gate(logits, k)
+        want = (weight, index, *ops.moe_sort(index, experts))
+        for count in (1, 2, 3):
+            with threads(count):
+                made = ops.moe_route(logits, k)
+                assert all(torch.equal(a, b) for a, b in zip(made, want, strict=True))
+        whole = tokens // 3 * 3
+        made = ops.moe_route(logits[:whole].view(3, -1, experts), k)
+        assert made[0].shape == (3, whole // 3, k) and torch.equal(
+            made[1].flatten(0, 1), index[:whole]
+        )
+    with torch.inference_mode():
+        assert torch.equal(ops.moe_route(logits, k)[2], want[2])
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 5, 8, 11])
@@ -193,6 +220,11 @@ def test_errors(device):
         check_errors(ops.moe_gate_linear, raw.moe_gate_linear, (logits, w, k), {}, ValueError,
                      f"{k} for 3 experts")  # fmt: skip
     check_errors(*gate, (logits.double(), 2), {}, TypeError, "logits", "float64")
+    if device.type == "cpu":
+        check_errors(
+            ops.moe_route, raw.moe_route, (logits, 5), {}, ValueError, "k", "5 for 4 experts"
+        )
+        check_errors(ops.moe_route, raw.moe_route, (logits.double(), 2), {}, TypeError, "float64")
     linear = (ops.moe_gate_linear, raw.moe_gate_linear)
     check_errors(*linear, (logits, w[:, :3], 2), {}, ValueError, "w_router", "[3, 3]", "[5, 4]")
     check_errors(*linear, (logits, w.half(), 2), {}, TypeError, "w_router", "float16")
@@ -226,5 +258,7 @@ def test_registration(device):
     logits = rand(20, 6).to(device).requires_grad_()
     for renormalize in (True, False):
         check_op(raw.moe_gate, (logits, 2, renormalize))
+        if device.type == "cpu":
+            check_op(raw.moe_route, (logits, 2, renormalize))
     check_op(raw.moe_gate_linear, (rand(60, 9).to(device).requires_grad_(),
                                    rand(6, 9, seed=1).to(device).requires_grad_(), 2))  # fmt: skip

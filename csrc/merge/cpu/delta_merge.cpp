@@ -7,7 +7,6 @@
 #include <cmath>
 
 #include "merge/cpu/merge_host.h"
-#include "optim/cpu/largest.h"
 
 namespace tenfold::cpu {
 namespace {
@@ -30,45 +29,6 @@ void rescale_by_norms(DeltaMerge* m, int64_t n, bool squared) {
     if (squared) factor = std::sqrt(factor);
     m->weight[e] = static_cast<float>(m->weight[e] * factor);
   }
-}
-
-class Magnitudes final : public Keys {
- public:
-  Magnitudes(const DeltaMerge& m, int expert) : m_(m), expert_(m.expert[expert]) {}
-  void block(int64_t begin, int64_t n, uint32_t* keys) const override {
-    TENFOLD_ISA_CALL(magnitude_keys, m_.base, expert_, m_.dtype, begin, n, keys);
-  }
-  void sample(const int64_t* at, int64_t n, uint32_t* keys) const override {
-    TENFOLD_ISA_CALL(magnitude_sample, m_.base, expert_, m_.dtype, at, n, keys);
-  }
-
- private:
-  const DeltaMerge& m_;
-  const void* expert_;
-};
-
-bool leaves_caches(const DeltaMerge& m, int64_t n) {
-  return m.out != m.base && past_caches(m.out, n * dtype_size(m.dtype), m.expert, m.experts);
-}
-
-void run_ties_merge(DeltaMerge m, int64_t n, const std::vector<int64_t>& kept) {
-  m.past_caches = leaves_caches(m, n);
-  std::vector<std::vector<Cut>> cuts(m.experts);
-  for (int e = 0; e < m.experts; ++e) {
-    if (kept[e] == 0)
-      cuts[e].assign(1, {0xFFFFFFFFu, 0});
-    else if (kept[e] == n)
-      cuts[e].assign(1, {0, 0});  // below every key
-    else
-      cuts[e] = find_largest(Magnitudes(m, e), n, kept[e], 20.0, nullptr);
-    m.cut[e] = cuts[e][0].key;
-  }
-  for_each_part(n, kKeyTask, 30.0 * m.experts, [&](int64_t begin, int64_t end) {
-    int64_t ties[kMaxExperts];
-    for (int e = 0; e < m.experts; ++e)
-      ties[e] = cuts[e].size() == 1 && begin > 0 ? 0 : cuts[e][begin / kKeyTask].ties;
-    TENFOLD_ISA_CALL(delta_merge, m, begin, end, ties);
-  });
 }
 
 void run(DeltaMergeArgs args) {

@@ -2,8 +2,11 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <array>
+#include <cmath>
 
 #include "core/scratch.h"
+#include "merge/cpu/end_products.h"
 #include "merge/cpu/merge_host.h"
 
 namespace tenfold::cpu {
@@ -23,11 +26,37 @@ void linear_merge_out_op(Tensor out, std::vector<Tensor> tensors, std::vector<do
   run_weighted_sum(args.kernel, out.numel());
 }
 
+// <x, x>, <x, y> and <y, y> of the two ends.
+using EndProducts = std::array<double, 3>;
+
+EndProducts quick_products(const GramInput& in, int64_t n) {
+  std::vector<EndProducts> partial(ceil_div(n, kGramPart));
+  for_each_part(n, kGramPart, 6.0, [&](int64_t begin, int64_t end) {
+    TENFOLD_ISA_CALL(end_products, in.expert[0], in.expert[1], in.dtype, begin, end,
+                     partial[begin / kGramPart].data());
+  });
+  EndProducts all{};
+  for (const EndProducts& part : partial)
+    for (size_t i = 0; i < all.size(); ++i) all[i] += part[i];
+  return all;
+}
+
+EndProducts products_of(const MergeTensors& tensors, int64_t n) {
+  const GramInput in = gram_input(tensors);
+  if (in.base == nullptr && in.dtype != Dtype::f32) {
+    const EndProducts quick = quick_products(in, n);
+    if (std::all_of(quick.begin(), quick.end(), [](double x) { return std::isfinite(x); }))
+      return quick;
+  }
+  double gram[4] = {};
+  add_gram(in, n, gram);
+  return {gram[0], gram[1], gram[3]};
+}
+
 void run_slerp(const MergeTensors& tensors, double t, double dot_threshold) {
   const int64_t n = tensors.out.numel();
-  double gram[4] = {};
-  add_gram(gram_input(tensors), n, gram);
-  const SlerpWeights w = SlerpRule{t, dot_threshold}.weights(gram[0], gram[1], gram[3]);
+  const auto [xx, xy, yy] = products_of(tensors, n);
+  const SlerpWeights w = SlerpRule{t, dot_threshold}.weights(xx, xy, yy);
   const std::vector<double> weights{w.first, w.second};
   if (tensors.base) return run_delta_merge(delta_sum_of(tensors, weights), n);
   run_weighted_sum(weighted_sum_of(tensors, weights), n);

@@ -25,6 +25,12 @@ inline bool past_caches(const void* out, int64_t bytes, const void* const* input
   return bytes >= kFrom && std::find(inputs, inputs + count, out) == inputs + count;
 }
 
+inline bool leaves_caches(const DeltaMerge& m, int64_t n) {
+  return m.out != m.base && past_caches(m.out, n * dtype_size(m.dtype), m.expert, m.experts);
+}
+
+// Keeps the largest kept[e] elements of each expert.
+void run_ties_merge(DeltaMerge m, int64_t n, const std::vector<int64_t>& kept);
 // A merge without cuts.
 void run_delta_merge(DeltaMerge m, int64_t n);
 void run_weighted_sum(WeightedSum m, int64_t n);

@@ -4,16 +4,17 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <cmath>
 
-#include "core/parallel.h"
 #include "core/scratch.h"
+#include "moe/cpu/slot_sort.h"
 #include "moe/gate_linear.h"
 #include "moe/gate_ops.h"
 
 namespace tenfold::cpu {
 namespace {
 
-constexpr double kMicrosPerLogit = 0.0005;     // of the choice, for each of a few k
+constexpr double kMicrosPerLogit = 0.0001;     // of the choice, for each of a few k
 constexpr double kMicrosPerProduct = 0.00003;  // of one thread's multiply-adds
 
 double gate_micros(int64_t experts, int64_t k) {
@@ -38,6 +39,26 @@ std::tuple<Tensor, Tensor> moe_gate_op(Tensor logits, int64_t k, bool renormaliz
     TENFOLD_ISA_CALL(gate_rows, p, begin, end, scratch);
   });
   return {c.weight, c.index};
+}
+
+// Gate and sort by one pass of threads: slots are counted by who has chosen them.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_route_op(Tensor logits, int64_t k,
+                                                                        bool renormalize) {
+  const GateCall c = check_gate("moe_route", logits, k, renormalize);
+  const SortCall s = check_sort(c.index, c.experts, false);
+  const GateParams p = c.params();
+  const double micros = gate_micros(c.experts, k) + kMicrosPerSlot * static_cast<double>(k);
+  const double tasks = micros * static_cast<double>(c.tokens) / kMinTaskMicros;
+  // Of a chunk: as many as a task is worth, and not more slots than a chunk of the sort has.
+  const int64_t worth =
+      static_cast<int64_t>(static_cast<double>(c.tokens) / std::max(1.0, std::ceil(tasks)));
+  const int64_t tokens = ceil_div(std::min(worth, kSortChunk / k) + 1, kGateTokens) * kGateTokens;
+  SlotSort<int32_t>(s, tokens * k).run_after(micros * tokens, [&](int64_t chunk) {
+    const Scratch scratch(gate_scratch(c.experts, k) * 4);
+    TENFOLD_ISA_CALL(gate_rows, p, chunk * tokens, std::min((chunk + 1) * tokens, c.tokens),
+                     static_cast<float*>(scratch.data()));
+  });
+  return {c.weight, c.index, s.order, s.inverse, s.counts, s.offsets};
 }
 
 void run_gate_grad(const GateGradCall& c) {
@@ -163,6 +184,7 @@ std::tuple<Tensor, Tensor> moe_gate_linear_backward_op(OptTensor grad_logits, Op
 
 STABLE_TORCH_LIBRARY_IMPL(tenfold, CPU, m) {
   m.impl("moe_gate", TORCH_BOX(&tenfold::cpu::moe_gate_op));
+  m.impl("moe_route", TORCH_BOX(&tenfold::cpu::moe_route_op));
   m.impl("moe_gate_backward", TORCH_BOX(&tenfold::cpu::moe_gate_backward_op));
   m.impl("moe_gate_linear", TORCH_BOX(&tenfold::cpu::moe_gate_linear_op));
   m.impl("moe_gate_linear_backward", TORCH_BOX(&tenfold::cpu::moe_gate_linear_backward_op));

@@ -8,116 +8,20 @@
 #include <cstring>
 #include <vector>
 
-#include "core/parallel.h"
-#include "moe/slots_ops.h"
+#include "moe/cpu/slot_sort.h"
 
 namespace tenfold::cpu {
 namespace {
 
-constexpr double kMicrosPerSlot = 0.0015;  // of the sort
 constexpr double kBytesPerMicro = 8000.0;  // that one thread moves
-
-template <class Int>
-class SlotSort {
- public:
-  explicit SlotSort(const SortCall& c)
-      : c_(c),
-        index_(data_as<Int>(c.index)),
-        buckets_(c.experts + 1),
-        chunks_(std::max<int64_t>(1, (c.slots + kSortChunk - 1) / kSortChunk)),
-        next_(chunks_ * buckets_, 0) {}
-
-  void run() {
-    std::vector<char> wrong(chunks_, 0);
-    over_chunks([&](int64_t chunk) { wrong[chunk] = count(chunk) ? 1 : 0; });
-    check(std::find(wrong.begin(), wrong.end(), 1) != wrong.end());
-    const int64_t kept = start_experts();
-    std::fill(data_as<int32_t>(c_.order) + kept, data_as<int32_t>(c_.order) + c_.slots, -1);
-    over_chunks([&](int64_t chunk) { place(chunk); });
-  }
-
- private:
-  template <class F>
-  void over_chunks(const F& f) const {
-    if (chunks_ == 1) return f(0);
-    parallel_for(chunks_, kMicrosPerSlot * kSortChunk, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) f(i);
-    });
-  }
-  int64_t first(int64_t chunk) const { return chunk * kSortChunk; }
-  int64_t last(int64_t chunk) const { return std::min(first(chunk + 1), c_.slots); }
-
-  // The last bucket is of those left out. Whether there is a negative one.
-  bool count(int64_t chunk) {
-    int32_t* const found = &next_[chunk * buckets_];
-    const Int most = static_cast<Int>(c_.experts);
-    bool negative = false;
-    for (int64_t q = first(chunk); q < last(chunk); ++q) {
-      const Int e = index_[q];
-      negative |= e < 0;
-      ++found[e < 0 || e > most ? most : e];
-    }
-    return negative;
-  }
-
-  void check(bool negative) const {
-    bool beyond = false;
-    for (int64_t i = 0; i < chunks_ && !c_.allow_sentinel; ++i)
-      beyond |= next_[i * buckets_ + c_.experts] > 0;
-    if (!negative && !beyond) [[likely]]
-      return;
-    const Int* const at = std::find_if(index_, index_ + c_.slots, [&](Int e) {
-      return e < 0 || (e >= c_.experts && !c_.allow_sentinel);
-    });
-    raise(ErrorKind::index, "tenfold::moe_sort: index must be in [0, ", c_.experts, ")",
-          c_.allow_sentinel ? " or beyond it" : " (or beyond it with allow_sentinel=True)",
-          ", got ", *at, " at position ", at - index_);
-  }
-
-  // Counts of chunks become the positions of their first slots. How many slots have an expert.
-  int64_t start_experts() {
-    auto *const counts = data_as<int32_t>(c_.counts), *const offsets = data_as<int32_t>(c_.offsets);
-    int32_t at = 0;
-    for (int64_t e = 0; e < c_.experts; ++e) {
-      offsets[e] = at;
-      for (int64_t i = 0; i < chunks_; ++i) {
-        int32_t& next = next_[i * buckets_ + e];
-        at += std::exchange(next, at);
-      }
-      counts[e] = at - offsets[e];
-    }
-    offsets[c_.experts] = at;
-    return at;
-  }
-
-  void place(int64_t chunk) {
-    int32_t* const next = &next_[chunk * buckets_];
-    auto *const order = data_as<int32_t>(c_.order), *const inverse = data_as<int32_t>(c_.inverse);
-    for (int64_t q = first(chunk); q < last(chunk); ++q) {
-      const Int e = index_[q];
-      if (e >= c_.experts) [[unlikely]] {
-        inverse[q] = -1;
-        continue;
-      }
-      const int32_t p = next[e]++;
-      order[p] = static_cast<int32_t>(q);
-      inverse[q] = p;
-    }
-  }
-
-  const SortCall& c_;
-  const Int* index_;
-  int64_t buckets_, chunks_;
-  std::vector<int32_t> next_;
-};
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> moe_sort_op(Tensor index, int64_t num_experts,
                                                        bool allow_sentinel) {
   const SortCall c = check_sort(index, num_experts, allow_sentinel);
   if (c.index.scalar_type() == ScalarType::Int) {
-    SlotSort<int32_t>(c).run();
+    SlotSort<int32_t>(c, kSortChunk).run();
   } else {
-    SlotSort<int64_t>(c).run();
+    SlotSort<int64_t>(c, kSortChunk).run();
   }
   return {c.order, c.inverse, c.counts, c.offsets};
 }

@@ -94,38 +94,17 @@ KeyRange guess_by_sample(const Problem& p) {
 
 // -- one pass ---------------------------------------------------------------------------------
 
-// What a task found inside the range, in order.
+// What the tasks found inside the range, in order.
 struct Found {
-  std::vector<uint32_t> keys;
-  std::vector<uint16_t> at;        // from the task's first element on
-  std::vector<uint32_t> boundary;  // the keys among them that are in the bin of the cut
+  std::vector<std::vector<uint32_t>> keys;
+  std::vector<std::vector<uint16_t>> at;  // from the task's first element on
+  explicit Found(int64_t tasks) : keys(tasks), at(tasks) {}
 };
 
-// Counts of bins, of one thread or of all.
-class Bins {
- public:
-  void add(const Bins& other) {
-    while (adding_.test_and_set(std::memory_order_acquire)) {
-    }
-    for (int i = 0; i < kKeyBins; ++i) counts_[i] += other.counts_[i];
-    adding_.clear(std::memory_order_release);
-  }
-  int64_t& operator[](int64_t bin) { return counts_[bin]; }
-
-  // The bin of the wanted-th largest, which becomes its rank inside the bin.
-  int64_t find(int64_t* wanted) const {
-    int64_t bin = kKeyBins - 1;
-    while (counts_[bin] < *wanted) *wanted -= counts_[bin--];
-    return bin;
-  }
-
- private:
-  std::vector<int64_t> counts_ = std::vector<int64_t>(kKeyBins);
-  std::atomic_flag adding_ = ATOMIC_FLAG_INIT;
-};
-
-void find_inside(const Problem& p, KeyRange range, int shift, int64_t task, Found* mine,
-                 int64_t* above, Bins* bins) {
+void find_inside(const Problem& p, KeyRange range, int shift, int64_t task, Found* all,
+                 int64_t* above, KeyBins* bins) {
+  std::vector<uint32_t>& found_keys = all->keys[task];
+  std::vector<uint16_t>& found_at = all->at[task];
   alignas(64) uint32_t inside[kKeyBlock + 64], at[kKeyBlock + 64];
   uint8_t unwanted[kKeyBlock / 8];
   for_each_block(p, task, [&](int64_t first, int64_t count, const uint32_t* keys) {
@@ -133,55 +112,39 @@ void find_inside(const Problem& p, KeyRange range, int shift, int64_t task, Foun
     const int64_t found = TENFOLD_ISA_CALL(topk_mark, keys, count, range, bits, above, inside, at);
     const int64_t offset = first - task * kKeyTask;
     for (int64_t j = 0; j < found; ++j) ++(*bins)[(inside[j] - range.first) >> shift];
-    mine->keys.insert(mine->keys.end(), inside, inside + found);
-    const auto before = static_cast<int64_t>(mine->at.size());
-    mine->at.resize(before + found);
+    found_keys.insert(found_keys.end(), inside, inside + found);
+    const auto before = static_cast<int64_t>(found_at.size());
+    found_at.resize(before + found);
     for (int64_t j = 0; j < found; ++j)
-      mine->at[before + j] = static_cast<uint16_t>(offset + at[j]);
+      found_at[before + j] = static_cast<uint16_t>(offset + at[j]);
   });
-}
-
-// All keys of the cut's bin: the cut is the wanted-th largest of them; for each task, as many ties
-// as are left to it.
-std::vector<Cut> cuts_of(const std::vector<Found>& found, int64_t wanted) {
-  std::vector<uint32_t> inside;
-  for (const Found& f : found) inside.insert(inside.end(), f.boundary.begin(), f.boundary.end());
-  std::nth_element(inside.begin(), inside.begin() + (wanted - 1), inside.end(), std::greater<>());
-  const uint32_t key = inside[wanted - 1];
-  int64_t left = wanted;
-  for (const uint32_t other : inside) left -= other > key ? 1 : 0;
-  std::vector<Cut> cuts;
-  for (const Found& f : found) {
-    cuts.push_back({key, left});
-    left = std::max<int64_t>(0, left - std::count(f.boundary.begin(), f.boundary.end(), key));
-  }
-  return cuts;
 }
 
 void set_chosen(const Problem& p, int64_t task, const Found& found, Cut cut) {
   uint8_t* const bits = p.bits + task * kKeyTask / 8;
-  for (size_t j = 0; j < found.at.size(); ++j) {
-    const bool tie = found.keys[j] == cut.key && cut.ties > 0;
+  const std::vector<uint32_t>& keys = found.keys[task];
+  const std::vector<uint16_t>& at = found.at[task];
+  for (size_t j = 0; j < at.size(); ++j) {
+    const bool tie = keys[j] == cut.key && cut.ties > 0;
     cut.ties -= tie ? 1 : 0;
-    const auto bit = static_cast<uint8_t>(tie || found.keys[j] > cut.key ? 1 : 0);
-    bits[found.at[j] >> 3] |= static_cast<uint8_t>(bit << (found.at[j] & 7));
+    const auto bit = static_cast<uint8_t>(tie || keys[j] > cut.key ? 1 : 0);
+    bits[at[j] >> 3] |= static_cast<uint8_t>(bit << (at[j] & 7));
   }
 }
 
 // Empty if the range did not hold the cut, or too much; then the bits are garbage.
 std::vector<Cut> cut_in_one_pass(const Problem& p, KeyRange range) {
-  int shift = 0;
-  while ((range.width - 1) >> shift >= kKeyBins) ++shift;
+  const int shift = bin_shift(range);
   const int64_t most = p.n / 8 + kKeyTask;
-  std::vector<Found> found(p.tasks());
+  Found found(p.tasks());
   std::vector<int64_t> above(p.tasks());
-  Bins bins;
+  KeyBins bins;
   std::atomic<int64_t> total{0};
   parallel_for(p.tasks(), p.micros, [&](int64_t begin, int64_t end) {
-    Bins own;
+    KeyBins own;
     for (int64_t task = begin; task < end && total.load() <= most; ++task) {
-      find_inside(p, range, shift, task, &found[task], &above[task], &own);
-      total += static_cast<int64_t>(found[task].at.size());
+      find_inside(p, range, shift, task, &found, &above[task], &own);
+      total += static_cast<int64_t>(found.at[task].size());
     }
     bins.add(own);
   });
@@ -189,19 +152,12 @@ std::vector<Cut> cut_in_one_pass(const Problem& p, KeyRange range) {
   for (const int64_t a : above) wanted -= a;
   if (total > most || wanted < 0 || wanted > total) return {};
   if (wanted == 0) return std::vector<Cut>(p.tasks(), {range.first + range.width - 1, 0});
-  const auto bin = static_cast<uint32_t>(bins.find(&wanted));
-  const auto of_tasks = [&](const auto& work) {
-    parallel_for(p.tasks(), p.micros / 16.0, [&](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; ++task) work(task);
-    });
-  };
-  of_tasks([&](int64_t task) {
-    for (const uint32_t key : found[task].keys)
-      if ((key - range.first) >> shift == bin) found[task].boundary.push_back(key);
-  });
-  const std::vector<Cut> cuts = cuts_of(found, wanted);
+  const double micros = p.micros / 16.0;
+  const std::vector<Cut> cuts = cuts_inside(range, found.keys, bins, wanted, micros);
   if (p.bits != nullptr)
-    of_tasks([&](int64_t task) { set_chosen(p, task, found[task], cuts[task]); });
+    parallel_for(p.tasks(), micros, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) set_chosen(p, task, found, cuts[task]);
+    });
   return cuts;
 }
 
@@ -243,10 +199,10 @@ std::vector<Cut> cut_by_radix(const Problem& p) {
   KeyRange range{0, 0};
   int64_t wanted = p.k;
   for (const int shift : {21, 10, 0}) {
-    Bins bins;
+    KeyBins bins;
     parallel_for(p.tasks(), p.micros, [&](int64_t begin, int64_t end) {
       std::vector<uint32_t> counts(4 * kKeyBins);
-      Bins own;
+      KeyBins own;
       for (int64_t task = begin; task < end; ++task) {
         for_each_block(p, task, [&](int64_t, int64_t count, const uint32_t* keys) {
           TENFOLD_ISA_CALL(topk_histogram, keys, count, range, shift, counts.data());
@@ -274,6 +230,50 @@ std::vector<Cut> cut_of_few(const Problem& p) {
 }
 
 }  // namespace
+
+void KeyBins::add(const KeyBins& other) {
+  while (adding_.test_and_set(std::memory_order_acquire)) {
+  }
+  for (int i = 0; i < kKeyBins; ++i) counts_[i] += other.counts_[i];
+  adding_.clear(std::memory_order_release);
+}
+
+int64_t KeyBins::find(int64_t* wanted) const {
+  int64_t bin = kKeyBins - 1;
+  while (counts_[bin] < *wanted) *wanted -= counts_[bin--];
+  return bin;
+}
+
+int bin_shift(KeyRange range) {
+  int shift = 0;
+  while ((range.width - 1) >> shift >= kKeyBins) ++shift;
+  return shift;
+}
+
+std::vector<Cut> cuts_inside(KeyRange range, const std::vector<std::vector<uint32_t>>& inside,
+                             const KeyBins& bins, int64_t wanted, double micros) {
+  const int shift = bin_shift(range);
+  const auto bin = static_cast<uint32_t>(bins.find(&wanted));
+  const auto tasks = static_cast<int64_t>(inside.size());
+  std::vector<std::vector<uint32_t>> boundary(tasks);  // the keys in the bin of the cut
+  parallel_for(tasks, micros, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task)
+      for (const uint32_t key : inside[task])
+        if ((key - range.first) >> shift == bin) boundary[task].push_back(key);
+  });
+  std::vector<uint32_t> all;
+  for (const auto& keys : boundary) all.insert(all.end(), keys.begin(), keys.end());
+  std::nth_element(all.begin(), all.begin() + (wanted - 1), all.end(), std::greater<>());
+  const uint32_t key = all[wanted - 1];
+  int64_t left = wanted;
+  for (const uint32_t other : all) left -= other > key ? 1 : 0;
+  std::vector<Cut> cuts;
+  for (const auto& keys : boundary) {
+    cuts.push_back({key, left});
+    left = std::max<int64_t>(0, left - std::count(keys.begin(), keys.end(), key));
+  }
+  return cuts;
+}
 
 std::vector<Cut> find_largest(const Keys& keys, int64_t n, int64_t k, double micros,
                               uint8_t* bits) {

@@ -150,7 +150,7 @@ def differentiable_by(
     return face
 
 
-_is_compiling, _is_grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
+is_compiling, _is_grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
 
 
 def no_gradient(*tensors: Tensor | None) -> bool:
@@ -160,7 +160,11 @@ def no_gradient(*tensors: Tensor | None) -> bool:
     """
     if _is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
         return False
-    return not _is_compiling()
+    return not is_compiling()
+
+
+# What keeps an op's Autograd kernel out, where no_gradient has said that it has nothing to do.
+below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
 def written(*tensors: Tensor) -> None:

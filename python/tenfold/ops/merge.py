@@ -204,7 +204,7 @@ def ties_merge(
     Of each ``experts[e] - base`` the ``floor(density[e] * n)`` elements of largest magnitude are kept (exactly; equal
     ones by index, the lower first; NaN is largest). Per element, the sign with the larger sum of
     ``weights * delta`` wins (+ if they balance), and the merged delta is the weighted mean over the experts with
-    that sign. Two passes over the inputs; whole tensors only.
+    that sign. On the CPU one pass over the inputs of large tensors (two where out is one of them); whole tensors only.
 
     Args:
         base: [...]. experts: of its shape. weights: one per expert.
@@ -284,8 +284,8 @@ def slerp_merge(
     """Spherical interpolation of two tensors as flat vectors (Shoemake, SIGGRAPH 1985).
 
     ``(sin((1 - t) a) * v0 + sin(t a) * v1) / sin a`` with a the angle between them; ``(1 - t) * v0 + t * v1`` where
-    the cosine's magnitude is above ``dot_threshold``. Angle and norms are computed in float64. Two passes; whole
-    tensors only.
+    the cosine's magnitude is above ``dot_threshold``. Angle and norms are computed in float64 (16-bit tensors: sums of
+    exact products, in float32 for 512 elements each). Two passes; whole tensors only.
 
     Args:
         v0, v1: [...] of one shape. t: in [0, 1]; 0 gives v0, 1 gives v1, exactly.

@@ -6,7 +6,7 @@ from tenfold.ops.moe.experts import (
     moe_lora_swiglu_mlp,
     moe_swiglu_mlp,
 )
-from tenfold.ops.moe.gate import moe_gate, moe_gate_linear
+from tenfold.ops.moe.gate import moe_gate, moe_gate_linear, moe_route
 from tenfold.ops.moe.router_losses import load_balance_loss, router_seed_loss
 from tenfold.ops.moe.slots import moe_combine, moe_permute, moe_sort
 
@@ -19,6 +19,7 @@ __all__ = [
     "moe_gate_linear",
     "moe_lora_swiglu_mlp",
     "moe_permute",
+    "moe_route",
     "moe_sort",
     "moe_swiglu_mlp",
     "router_seed_loss",

@@ -17,9 +17,11 @@ from tenfold.ops._register import (
     differentiable,
     differentiable_by,
     inference_only,
+    is_compiling,
 )
 
 _ops = torch.ops.tenfold
+_sort = _ops.moe_sort.default._op  # which has no Autograd kernel
 
 for _name in ("moe_permute_backward", "moe_combine_backward"):
     inference_only(_name)
@@ -114,6 +116,11 @@ def moe_sort(
         >>> moe_sort(torch.tensor([[1, 0], [1, 2]]), 3)[0]
         tensor([1, 0, 2, 3], dtype=torch.int32)
     """
+    if not is_compiling():
+        try:
+            return _sort(index, num_experts, allow_sentinel=allow_sentinel)
+        except RuntimeError:  # in its own words
+            pass
     return call(_ops.moe_sort.default, index, num_experts, allow_sentinel=allow_sentinel)
 
 

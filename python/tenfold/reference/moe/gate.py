@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tenfold.reference.moe.slots import moe_sort
+
 
 def moe_gate(logits: Tensor, k: int, renormalize: bool = True) -> tuple[Tensor, Tensor]:
     """Weight and index [..., k] of the k largest logits [..., n], the lower index first among equals.
@@ -21,6 +23,12 @@ def moe_gate(logits: Tensor, k: int, renormalize: bool = True) -> tuple[Tensor, 
     if renormalize:
         weight = weight / weight.sum(-1, keepdim=True)
     return weight, index.int()
+
+
+def moe_route(logits: Tensor, k: int, renormalize: bool = True) -> tuple[Tensor, ...]:
+    """Weight, index of :func:`moe_gate`, and order, inverse, counts, offsets of :func:`moe_sort` of that index."""
+    weight, index = moe_gate(logits, k, renormalize)
+    return weight, index, *moe_sort(index, logits.shape[-1])
 
 
 def moe_gate_linear(
