@@ -107,7 +107,7 @@ def one_seed(chosen, seed: int) -> dict:
         features[name] = study.text_features(material, encoder)
         made = study.contestants(
             features[name],
-            METHODS if name == chosen.encoders[0] else ("default", "similarity"),
+            chosen.methods if name == chosen.encoders[0] else ("default", "similarity"),
             seed=seed,
         )
         fitted(made, train, held)
@@ -219,6 +219,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=METHODS,
+        default=list(METHODS),
+        help="that are fitted; reference (300 epochs of small batches) takes most of the time",
+    )
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--heads", type=int, default=4, help="32 wide each")
     parser.add_argument("--parent-steps", type=int, default=400)
