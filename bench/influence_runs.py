@@ -150,6 +150,7 @@ def _onestep_case(s: Shape, variant: str) -> Case:
             compiled_and_pulled_back(onestep_by_counts, "factors"),
         ],
         reference=pulled_back(lambda i: onestep_by_counts(i, torch.float64), "factors"),
+        quick=variant == "ft",
     )  # fmt: skip
 
 

@@ -78,7 +78,16 @@ def setting(record: Record) -> str:
     )
 
 
-STUDIES = ("nacl", "dha", "hft", "ma_rlhf", "upit", "themis", "pixelgpt", "gptfluence")  # folders of methods
+STUDIES = (
+    "nacl",
+    "dha",
+    "hft",
+    "ma_rlhf",
+    "upit",
+    "themis",
+    "pixelgpt",
+    "gptfluence",
+)  # folders of methods
 
 
 def load_records(root: Path) -> list[Record]:

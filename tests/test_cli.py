@@ -418,9 +418,9 @@ class TestDoctor:
 
 @pytest.fixture(scope="module")
 def text():
-    """Real text of about 300 tokens with a fact in its middle: just long enough to be evicted."""
-    words = long_documents(("docs",), limit=1)[0].text[:1200]
-    return f"{words[:600]}\n{FACT}\n{words[600:]}"
+    """Real text of about 400 tokens with a fact in its middle: just long enough to be evicted."""
+    words = long_documents(("docs",), limit=1)[0].text[:1400]
+    return f"{words[:700]}\n{FACT}\n{words[700:]}"
 
 
 def generate(*arguments, stdin=None):
@@ -737,7 +737,7 @@ class TestBench:
     @pytest.mark.parametrize(
         "arguments, words",
         [
-            (["nothing"], "unknown family 'nothing'; there are: attention, kv_eviction"),
+            (["nothing"], "unknown family 'nothing'; there are: attention, influence, kv_eviction"),
             (["--quick", "--select", "nothing-like-this"], "contains 'nothing-like-this'"),
             (["--device", "abacus"], "--device takes cpu or cuda, got 'abacus'"),
         ],

@@ -392,6 +392,7 @@ class TestMetadata:
             "report",
             "parse",
             "bench",
+            "gptfluence",
             "dev",
             "all",
         } == (set(meta.get_all("Provides-Extra")))

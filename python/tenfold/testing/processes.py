@@ -10,6 +10,7 @@ What a test of imports or of their time needs is a new interpreter: ``subprocess
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import gc
@@ -22,6 +23,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -77,6 +79,28 @@ def _serve() -> str:
             pids.append(pid)
         print(json.dumps(_wait(pids, request["timeout"])), flush=True)
     sys.exit()
+
+
+def _run(program: str) -> None:
+    """Runs a forked process's program to its end, which is the process's: what the server has loaded is not torn down.
+
+    (Some of it, Triton for one, would complain on stderr.)
+    """
+    status: Any = 0
+    try:
+        runpy.run_path(program, run_name="__main__")
+    except SystemExit as end:
+        status = end.code
+    except BaseException:
+        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+        status = 1
+    threading._shutdown()  # type: ignore[attr-defined]  # waits for those that are not daemons
+    atexit._run_exitfuncs()
+    if isinstance(status, str):
+        print(status, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status if isinstance(status, int) else int(status is not None))
 
 
 # -- in the tests ------------------------------------------------------------------------------------
@@ -157,4 +181,4 @@ if __name__ == "__main__":
     for name in sys.argv[1:]:
         importlib.import_module(name)
     gc.freeze()  # for accelerate, which collects garbage after every run
-    runpy.run_path(_serve(), run_name="__main__")
+    _run(_serve())
