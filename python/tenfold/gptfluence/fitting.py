@@ -127,9 +127,10 @@ class Fit:
 
     def _epoch(self, draws: torch.Generator) -> float:
         if self.tuples is None:
-            return self._step(lambda: self._whole())
+            return self._step(self._whole)
         size, total = self.config.batch_size, 0.0
-        parts = torch.randperm(len(self.tuples), generator=draws).split(size)  # type: ignore[arg-type]
+        assert size is not None  # there are no tuples without
+        parts = torch.randperm(len(self.tuples), generator=draws).split(size)
         for rows in parts:
             total += self._step(partial(self._some, rows)) * len(rows)
         return total / len(self.tuples)

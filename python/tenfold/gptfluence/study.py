@@ -187,8 +187,11 @@ def record(
 
 def text_features(made: Material, encoder: Any) -> tuple[Features, Features]:
     """Features of examples and tests, by their numbers."""
-    parts = [[s["text"] for s in samples] for samples in (made.samples, made.tests)]
-    return tuple(Features.of_texts(range(len(p)), p, encoder) for p in parts)  # type: ignore[return-value]
+
+    def of(samples: list[Any]) -> Features:
+        return Features.of_texts(range(len(samples)), [s["text"] for s in samples], encoder)
+
+    return of(made.samples), of(made.tests)
 
 
 def contestants(

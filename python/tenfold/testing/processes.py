@@ -91,10 +91,11 @@ def _run(program: str) -> None:
         runpy.run_path(program, run_name="__main__")
     except SystemExit as end:
         status = end.code
-    except BaseException:
-        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+    except BaseException as error:
+        sys.excepthook(type(error), error, error.__traceback__)
         status = 1
-    threading._shutdown()  # type: ignore[attr-defined]  # waits for those that are not daemons
+    # As an interpreter ends, which has no public name: it waits for threads that are not daemons.
+    threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     if isinstance(status, str):
         print(status, file=sys.stderr)
