@@ -46,14 +46,14 @@ def pulled_back(form: Loss, *names: str) -> Function:
     return run
 
 
-def compiled_and_pulled_back(form: Loss, *names: str) -> Provider:
+def compiled_and_pulled_back(form: Loss, *names: str, name: str = "compile") -> Provider:
     """The same with ``form``, and by it its backward, under ``torch.compile``."""
 
     def build(_: Inputs) -> Function:
         torch.compiler.reset()
         return pulled_back(torch.compile(form, dynamic=False), *names)
 
-    return Provider("compile", "compile", build)
+    return Provider(name, "compile", build)
 
 
 def autograd(name: str, loss: Loss, *names: str, **extra: Any) -> Provider:

@@ -4,6 +4,7 @@
 M 1400, Q 1055). Forward and backward, but for those of simulation. The plain forms: ``eager:counts`` sums the factors
 of all batches by one product with how often each batch has each training example (which is given to it), then goes step
 by step, one fused operation each; ``peer:steps`` gathers the factors of a batch at its step, as published code does.
+Of loops longer than 100 steps compiling takes minutes.
 """
 
 from __future__ import annotations
@@ -126,7 +127,10 @@ def _scan_case(s: Shape, backward: bool, variant: str = "", **more: Any) -> Case
     if s["T"] <= STEPS:
         providers.append(provider("peer:steps", of(scan_by_steps)))
     if s["T"] == 100 and backward:
-        providers.append(compiled_and_pulled_back(scan_by_counts, "factors", "y0"))
+        providers += [
+            compiled_and_pulled_back(scan_by_counts, "factors", "y0"),
+            compiled_and_pulled_back(scan_by_steps, "factors", "y0", name="compile:steps"),
+        ]
     return Case(
         op="markov_scan", variant=variant, shape=s, dtype=torch.float32, inputs=_inputs,
         bytes=lambda shape, size: _bytes(shape, size, backward), providers=providers,

@@ -92,6 +92,24 @@ Past check_recorded(const char* op, const MarkovCall& c, const Tensor& y, const 
   return past;
 }
 
+Tensor check_grad(const char* op, const MarkovCall& c, const Tensor& grad) {
+  return check_real(op, "grad", grad, "factors", c.factors, {c.runs, c.steps, c.tests},
+                    "[R, T, Q]");
+}
+
+Tensor new_states(const MarkovCall& c) {
+  return new_output(c.factors, {c.runs, c.steps, c.tests}, real_of(c.factors));
+}
+Tensor new_history(const MarkovCall& c) {
+  return new_output(c.factors, {c.runs, c.lags, c.tests}, real_of(c.factors));
+}
+Tensor nothing(const MarkovCall& c) {
+  return new_output(c.factors, {0}, real_of(c.factors));
+}
+Tensor like_factors(const MarkovCall& c) {
+  return new_output(c.factors, {c.lags + 1, c.rows, c.tests}, c.factors.scalar_type());
+}
+
 }  // namespace tenfold
 
 STABLE_TORCH_LIBRARY_FRAGMENT(tenfold, m) {

@@ -45,6 +45,13 @@ struct Past {
 Past check_scan_past(const char* op, const MarkovCall& c, const Tensor& y0, const OptTensor& pred);
 Past check_recorded(const char* op, const MarkovCall& c, const Tensor& y, const OptTensor& y0,
                     const OptTensor& mask);
+Tensor check_grad(const char* op, const MarkovCall& c, const Tensor& grad);
+
+// Fresh [R, T, Q], [R, n, Q] and [0] in the real dtype, and one like the factors.
+Tensor new_states(const MarkovCall& c);
+Tensor new_history(const MarkovCall& c);
+Tensor nothing(const MarkovCall& c);
+Tensor like_factors(const MarkovCall& c);
 
 // f<float>(), f<bf16_t>() or f<double>().
 template <class F>

@@ -41,7 +41,7 @@ struct DotTask {
   int64_t i, rows, k, cols;
 };
 
-constexpr int64_t kDotRows = 96, kDotCols = 192, kDotPitch = kDotCols + 16;
+constexpr int64_t kDotRows = 576, kDotCols = 384, kDotPitch = kDotCols + 16;
 constexpr int64_t kDotStrip = 256;  // words of a packed row
 constexpr int64_t kDotPad = 16;     // floats: a power of two would put panels into the same sets
 constexpr int64_t kDotPanels = kDotRows * kDotStrip + kDotRows / 8 * kDotPad;

@@ -202,19 +202,6 @@ void run_backward(const MarkovCall& c, const Past& past, const RowIds& ids,
   });
 }
 
-Tensor new_states(const MarkovCall& c) {
-  return new_output(c.factors, {c.runs, c.steps, c.tests}, real_of(c.factors));
-}
-Tensor new_history(const MarkovCall& c) {
-  return new_output(c.factors, {c.runs, c.lags, c.tests}, real_of(c.factors));
-}
-Tensor nothing(const MarkovCall& c) {
-  return new_output(c.factors, {0}, real_of(c.factors));
-}
-Tensor like_factors(const MarkovCall& c) {
-  return new_output(c.factors, {c.lags + 1, c.rows, c.tests}, c.factors.scalar_type());
-}
-
 Tensor markov_scan_op(Tensor factors, Tensor order, Tensor y0, bool residual, OptTensor lengths,
                       std::string reduction) {
   constexpr auto kOp = "markov_scan";
@@ -236,8 +223,7 @@ std::tuple<Tensor, Tensor> markov_scan_backward_op(Tensor grad, Tensor factors, 
   constexpr auto kOp = "markov_scan_backward";
   const MarkovCall c = check_markov(kOp, factors, order, residual, lengths, reduction);
   const Past past = check_scan_past(kOp, c, y0, pred);
-  const Tensor from =
-      check_real(kOp, "grad", grad, "factors", factors, {c.runs, c.steps, c.tests}, "[R, T, Q]");
+  const Tensor from = check_grad(kOp, c, grad);
   const RowIds ids(kOp, "order", c.order, -1, c.rows);
   const std::vector<int64_t> lengths_of = check_lengths(kOp, c.lengths, c.steps);
   const Gradients out{like_factors(c), std::nullopt, new_history(c)};
@@ -269,8 +255,7 @@ std::tuple<Tensor, Tensor, Tensor> markov_onestep_backward_op(Tensor grad, Tenso
   constexpr auto kOp = "markov_onestep_backward";
   const MarkovCall c = check_markov(kOp, factors, order, residual, lengths, reduction);
   const Past past = check_recorded(kOp, c, y, y0, mask);
-  const Tensor from =
-      check_real(kOp, "grad", grad, "factors", factors, {c.runs, c.steps, c.tests}, "[R, T, Q]");
+  const Tensor from = check_grad(kOp, c, grad);
   const RowIds ids(kOp, "order", c.order, -1, c.rows);
   const std::vector<int64_t> lengths_of = check_lengths(kOp, c.lengths, c.steps);
   Gradients out{like_factors(c), std::nullopt, std::nullopt};

@@ -34,24 +34,6 @@ Upstream<Real<T>> upstream(const Tensor& grad) {
   return {static_cast<const Real<T>*>(grad.data_ptr()), grad.strides()[0], grad.strides()[1]};
 }
 
-Tensor check_grad(const char* op, const MarkovCall& c, const Tensor& grad) {
-  return check_real(op, "grad", grad, "factors", c.factors, {c.runs, c.steps, c.tests},
-                    "[R, T, Q]");
-}
-
-Tensor new_states(const MarkovCall& c) {
-  return new_output(c.factors, {c.runs, c.steps, c.tests}, real_of(c.factors));
-}
-Tensor new_history(const MarkovCall& c) {
-  return new_output(c.factors, {c.runs, c.lags, c.tests}, real_of(c.factors));
-}
-Tensor nothing(const MarkovCall& c) {
-  return new_output(c.factors, {0}, real_of(c.factors));
-}
-Tensor like_factors(const MarkovCall& c) {
-  return new_output(c.factors, {c.lags + 1, c.rows, c.tests}, c.factors.scalar_type());
-}
-
 Tensor markov_scan_op(Tensor factors, Tensor order, Tensor y0, bool residual, OptTensor lengths,
                       std::string reduction) {
   constexpr auto kOp = "markov_scan";

@@ -75,6 +75,8 @@ def run_variant(
 
     record = train_themis(model, train, format, config, validation=validation, out=folder, tokenizer=tokenizer,
                           callback=told)  # fmt: skip
+    if config.mixed_precision == "bf16":
+        model.to(torch.bfloat16)  # judges as it was trained; decoding reads half the bytes
     found: dict[str, Any] = {}
     with Toolbox(tools()) as box:
         judge: Any = (

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tenfold._load import call
 from tenfold.ops._masks import as_bytes
-from tenfold.ops._register import differentiable, inference_only
+from tenfold.ops._register import call_inference, differentiable, differentiable_by, inference_only
 
 _ops = torch.ops.tenfold
 
@@ -49,32 +49,35 @@ def _(grad, factors, order, y, residual=False, y0=None, of_past=False, *, mask=N
     return factors.new_empty(factors.shape), of_y, of_y0
 
 
-def _save(ctx: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-    ctx.inputs, ctx.kwargs = len(args), kwargs
-    ctx.residual = args[3] if len(args) > 3 else kwargs.get("residual", False)
+class _Scan(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, factors: Tensor, y0: Tensor, others: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor:
+        order, *residual = others
+        with torch._C._AutoDispatchBelowAutograd():
+            pred = _ops.markov_scan.default(factors, order, y0, *residual, **kwargs)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(factors, order, y0, pred)
+        ctx.residual, ctx.kwargs = residual, kwargs
+        return pred
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return None, None, None, None
+        of_factors, of_y0 = call_inference(
+            _ops.markov_scan_backward.default, grad, *ctx.saved_tensors, *ctx.residual, **ctx.kwargs
+        )
+        return of_factors, of_y0, None, None
 
 
-def _kept(ctx: Any, *names: str) -> dict[str, Any]:
-    return {name: ctx.kwargs[name] for name in names if name in ctx.kwargs}
-
-
-def _save_scan(ctx: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-    _save(ctx, args, kwargs, result)
-    ctx.save_for_backward(*args[:3], result)
-
-
-def _scan_backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-    if grad is None:
-        return (None,) * ctx.inputs
-    factors, order, y0, pred = ctx.saved_tensors
-    of_factors, of_y0 = _ops.markov_scan_backward(
-        grad, factors, order, y0, pred, ctx.residual, **_kept(ctx, "lengths", "reduction")
-    )
-    return (of_factors, None, of_y0, *[None] * (ctx.inputs - 3))
+_scan = differentiable_by("markov_scan", _Scan, (0, 2))
 
 
 def _save_onestep(ctx: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-    _save(ctx, args, kwargs, result)
+    ctx.inputs, ctx.kwargs = len(args), kwargs
+    ctx.residual = args[3] if len(args) > 3 else kwargs.get("residual", False)
     ctx.save_for_backward(*args[:3], args[4] if len(args) > 4 else None)
 
 
@@ -86,13 +89,12 @@ def _onestep_backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...
     wanted = needed[2] or any(needed[4:])
     of_factors, of_y, of_y0 = _ops.markov_onestep_backward(
         grad, factors, order, y, ctx.residual, y0, wanted,
-        **_kept(ctx, "mask", "lengths", "reduction"),
+        **{k: v for k, v in ctx.kwargs.items() if k in ("mask", "lengths", "reduction")},
     )  # fmt: skip
     past = (of_y, None, of_y0 if y0 is not None else None) if wanted else (None, None, None)
     return (of_factors, None, *past)[: ctx.inputs]
 
 
-differentiable("markov_scan", _save_scan, _scan_backward)
 differentiable("markov_onestep", _save_onestep, _onestep_backward)
 
 
@@ -128,9 +130,7 @@ def markov_scan(
         GPTfluence (arXiv 2404.07840), equation of the n-th order Markov process; sections 3.1, 3.4 and 6 of the
         method's specification.
     """
-    return call(
-        _ops.markov_scan, factors, order, y0, residual, lengths=lengths, reduction=reduction
-    )
+    return call(_scan, factors, order, y0, residual, lengths=lengths, reduction=reduction)
 
 
 def markov_onestep(
