@@ -13,6 +13,7 @@ from tenfold.ops._register import (
     call_inference,
     differentiable_by,
     inference_only,
+    is_done,
 )
 
 _ops = torch.ops.tenfold
@@ -104,6 +105,8 @@ class _Mse(torch.autograd.Function):
         *inputs, denom = ctx.saved_tensors[:4]
         args = (grad, *inputs, denom, *ctx.rest)
         made = ctx.saved_tensors[4:]
+        if made and is_done(grad, made[0]):
+            return made[0], None, None
         if made and _plain(grad) and not _keeps_graph():
             call_inference(_ops.patch_mse_backward_.default, *made, *args, mutates=made, channels=ctx.channels,
                            made=True)  # fmt: skip
