@@ -76,7 +76,9 @@ def write_audio(
             file.writeframes(data.tobytes())
     else:
         kind = path.suffix.lstrip(".").upper()
-        _soundfile(path).write(temporary, values, sample_rate, subtype=SUBTYPES[subtype], format=kind)
+        _soundfile(path).write(
+            temporary, values, sample_rate, subtype=SUBTYPES[subtype], format=kind
+        )
     os.replace(temporary, path)
     return path
 

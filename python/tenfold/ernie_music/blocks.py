@@ -191,5 +191,3 @@ def set_kernels(module: nn.Module, kernels: str) -> None:
     for part in module.modules():
         if isinstance(part, Fused):
             part.kernels = kernels
-
-

@@ -87,7 +87,9 @@ class ErnieMusicConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def _check_levels(self) -> None:
-        if len(self.widths) < 2 or any(isinstance(w, bool) or not isinstance(w, int) or w < 1 for w in self.widths):
+        if len(self.widths) < 2 or any(
+            isinstance(w, bool) or not isinstance(w, int) or w < 1 for w in self.widths
+        ):
             raise ValueError(f"widths must be at least two positive integers, got {self.widths}")
         wrong = [i for i in self.attn_levels if not 1 <= i <= self.depth]
         if wrong:

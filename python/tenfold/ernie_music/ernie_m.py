@@ -18,7 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # Where a piece is cut further: Chinese characters and punctuation are tokens, numbers stand apart.
-_PARTS = re.compile(r"[\u4e00-\u9fff]|[,;:.?!~，；：。？！《》【】]|\d+|[^\d\u4e00-\u9fff,;:.?!~，；：。？！《》【】]+")
+_PARTS = re.compile(
+    r"[\u4e00-\u9fff]|[,;:.?!~，；：。？！《》【】]|\d+|[^\d\u4e00-\u9fff,;:.?!~，；：。？！《》【】]+"
+)
 _SPACE = "\u2581"
 CLS, PAD, SEP, UNK = 0, 1, 2, 3
 
@@ -115,7 +117,9 @@ class ErnieMEncoder(nn.Module):
         """Where its weights are."""
         return self.embeddings.layer_norm.weight.device
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> EncoderOutput:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any
+    ) -> EncoderOutput:
         """Last hidden states [B, n, D] of ids [B, n]."""
         mask = input_ids != PAD if attention_mask is None else attention_mask.to(torch.bool)
         x = self.embeddings(input_ids)
@@ -128,7 +132,9 @@ class ErnieMEncoder(nn.Module):
         """A folder of published weights. Raises ValueError for weights that are missing or of another shape."""
         folder = Path(folder)
         given = json.loads((folder / "config.json").read_text())
-        config = ErnieMConfig(**{f.name: given[f.name] for f in fields(ErnieMConfig) if f.name in given})
+        config = ErnieMConfig(
+            **{f.name: given[f.name] for f in fields(ErnieMConfig) if f.name in given}
+        )
         if (folder / "model.safetensors").is_file():
             from safetensors.torch import load_file
 

@@ -13,9 +13,7 @@ def joined(text: Any, other: Any) -> tuple[Tensor | None, Tensor | None]:
     if text[0] is None:
         return None, None
     n = max(text[0].shape[1], other[0].shape[1])
-    states, masks = (
-        torch.cat([_padded(text[i], n), _padded(other[i], n)]) for i in (0, 1)
-    )
+    states, masks = (torch.cat([_padded(text[i], n), _padded(other[i], n)]) for i in (0, 1))
     return states, masks
 
 

@@ -28,7 +28,9 @@ class UNet1DOutput(ModelOutput):
     sample: Tensor | None = None
 
 
-def check_times(t: Tensor | float, batch: int, device: torch.device, op: str = "timestep") -> Tensor:
+def check_times(
+    t: Tensor | float, batch: int, device: torch.device, op: str = "timestep"
+) -> Tensor:
     """Times as float32 or float64 [B]; ValueError says what is wrong with them.
 
     Values are looked at where that costs no synchronisation: on the CPU.
@@ -36,7 +38,9 @@ def check_times(t: Tensor | float, batch: int, device: torch.device, op: str = "
     if not isinstance(t, Tensor):
         t = torch.tensor(float(t), dtype=torch.float64)
     if t.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"{op} must be float32 or float64 (shorter types lose steps), got {t.dtype}")
+        raise ValueError(
+            f"{op} must be float32 or float64 (shorter types lose steps), got {t.dtype}"
+        )
     if t.ndim > 1 or (t.ndim == 1 and t.numel() not in (1, batch)):
         raise ValueError(f"{op} must be a scalar or [{batch}], got {list(t.shape)}")
     if (
@@ -142,7 +146,9 @@ class ErnieMusicUNet1D(PreTrainedModel):
             return Condition(planes, keys, key_mask)
         if self.null is not None:
             pooled = torch.where(present[:, None], pooled, self.null.to(pooled.dtype))
-        text = pooled if self.project is None else self.project(pooled.to(self.project.weight.dtype))
+        text = (
+            pooled if self.project is None else self.project(pooled.to(self.project.weight.dtype))
+        )
         text = text.float()
         if self.project is not None and self.null is None:
             text = text * present[:, None]

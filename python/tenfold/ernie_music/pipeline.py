@@ -1,8 +1,8 @@
 """From prompts to waveforms: the pipeline, in diffusers' form.
 
-    pipe = ErnieMusicPipeline.from_pretrained(folder)
-    made = pipe("a calm piano piece", num_inference_steps=50, guidance_scale=3.0, generator=torch.Generator().manual_seed(0))
-    made.save("piano.wav")
+pipe = ErnieMusicPipeline.from_pretrained(folder)
+made = pipe("a calm piano piece", num_inference_steps=50, guidance_scale=3.0, generator=torch.Generator().manual_seed(0))
+made.save("piano.wav")
 """
 
 from __future__ import annotations
@@ -99,7 +99,9 @@ class ErnieMusicPipeline:
 
         folder = Path(folder)
         if self.text_encoder is not None:
-            self.unet.config.text_encoder = getattr(self.text_encoder, "name", self.unet.config.text_encoder)
+            self.unet.config.text_encoder = getattr(
+                self.text_encoder, "name", self.unet.config.text_encoder
+            )
         with quiet_transformers():
             self.unet.save_pretrained(folder / "unet")
         self.scheduler.save_pretrained(folder / "scheduler")
@@ -125,7 +127,9 @@ class ErnieMusicPipeline:
         """States and mask of prompts on the U-Net's device; (None, None) without an encoder."""
         if self.text_encoder is None:
             if any(p.strip() for p in prompts):
-                raise ValueError("this pipeline has no text encoder; give text_encoder=, or empty prompts")
+                raise ValueError(
+                    "this pipeline has no text encoder; give text_encoder=, or empty prompts"
+                )
             return None, None
         states, mask = self.text_encoder(prompts)
         return states.to(self.device), mask.to(self.device)
@@ -237,7 +241,9 @@ class ErnieMusicPipeline:
         if guide.on:
             negative = _listed(negative_prompt or "")
             if len(negative) not in (1, len(_listed(prompt))):
-                raise ValueError(f"{len(negative)} negative prompts for {len(_listed(prompt))} prompts")
+                raise ValueError(
+                    f"{len(negative)} negative prompts for {len(_listed(prompt))} prompts"
+                )
             each = count if len(negative) == 1 else num_waveforms_per_prompt
             other = self.encode([n for n in negative for _ in range(each)])
         scheduler = self.scheduler
@@ -284,7 +290,11 @@ class ErnieMusicPipeline:
                 if fixed is not None:
                     known, mask = fixed
                     last = i + 1 == len(times)
-                    then = known if last else scheduler.add_noise(known, start, scheduler.timesteps[i + 1 : i + 2])
+                    then = (
+                        known
+                        if last
+                        else scheduler.add_noise(known, start, scheduler.timesteps[i + 1 : i + 2])
+                    )
                     z, x0 = torch.where(mask, then, z), torch.where(mask, known, x0)
                 if callback is not None:
                     z = callback(self, i, t, {"latents": z}).get("latents", z)

@@ -168,7 +168,9 @@ class VDiffusionScheduler:
         t, u = self._grid[i], self._grid[i + 1]
         if eta > 0 and noise is None:
             where = generator.device if generator is not None else sample.device
-            noise = torch.randn(sample.shape, generator=generator, device=where, dtype=torch.float32)
+            noise = torch.randn(
+                sample.shape, generator=generator, device=where, dtype=torch.float32
+            )
             noise = noise.to(sample.device, sample.dtype)
         z, x0 = vdiff_operations(self.kernels).vdiff_step(
             sample, model_output, uncond_output, t.to(sample.device), u.to(sample.device), g, eta,

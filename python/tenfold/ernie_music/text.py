@@ -58,7 +58,10 @@ class TextStates:
         empty = torch.zeros(0, self.width)
         rows = [found.get(t, empty) for t in texts]
         n = max([2, *(len(r) for r in rows)])
-        states, mask = torch.zeros(len(rows), n, self.width), torch.zeros(len(rows), n, dtype=torch.bool)
+        states, mask = (
+            torch.zeros(len(rows), n, self.width),
+            torch.zeros(len(rows), n, dtype=torch.bool),
+        )
         for i, row in enumerate(rows):
             states[i, : len(row)] = row
             mask[i, : len(row)] = True
@@ -107,7 +110,9 @@ class TransformersText(TextStates):
             length = len(ids[order[at]])
             rows = [i for i in order[at : at + self.batch_size] if len(ids[i]) == length]
             batch = torch.tensor([ids[i] for i in rows], device=self.model.device)
-            states = self.model(input_ids=batch, attention_mask=torch.ones_like(batch)).last_hidden_state
+            states = self.model(
+                input_ids=batch, attention_mask=torch.ones_like(batch)
+            ).last_hidden_state
             for row, state in zip(rows, states.float().cpu()):
                 made[row] = state
             at += len(rows)
