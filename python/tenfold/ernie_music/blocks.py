@@ -89,7 +89,7 @@ class ResBlock(Fused):
         return self.ops.conv1d_planes(x, condition.planes, conv.weight, conv.bias)
 
     def _act(self, norm: nn.GroupNorm, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return self.ops.gn1_gelu(x, norm.weight, norm.bias, residual, eps=self.eps)
+        return self.ops.gn1_gelu(x, norm.weight, norm.bias, residual, eps=self.eps)[0]
 
     def forward(self, x: Tensor, condition: Condition) -> Tensor:
         """[B, a, L] -> [B, o, L]."""

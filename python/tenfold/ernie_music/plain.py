@@ -17,10 +17,10 @@ def _taps(x: Tensor, scale: float = 1.0) -> Tensor:
 
 def gn1_gelu(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None, eps: float = 1e-5
-) -> Tensor:
-    """``gelu(group_norm(x, 1)) + residual``; x [B, C, L]."""
+) -> tuple[Tensor]:
+    """``gelu(group_norm(x, 1)) + residual``, alone in a tuple; x [B, C, L]."""
     y = F.gelu(F.group_norm(x, 1, weight.to(x.dtype), bias.to(x.dtype), eps))
-    return y if residual is None else y + residual
+    return (y if residual is None else y + residual,)
 
 
 def fir_down2(x: Tensor) -> Tensor:

@@ -9,8 +9,9 @@ from typing import Any
 from torch import nn
 
 from tenfold.pixelgpt.baselines import strip_baselines
-from tenfold.pixelgpt.record import HELD_OUT, PretrainRecord, model_summary
-from tenfold.pixelgpt.session import Session
+from tenfold.pixelgpt.record import PretrainRecord, model_summary
+from tenfold.training.record import HELD_OUT
+from tenfold.training.session import Session
 from tenfold.pixelgpt.steps import (
     OF_PIXELS,
     OF_TEXT,
