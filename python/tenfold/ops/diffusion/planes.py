@@ -25,7 +25,7 @@ inference_only("planes_sums")
 
 
 @torch.library.register_fake("tenfold::conv1d_planes")
-def _(x, c, weight, bias=None):
+def _(x, c, weight, bias):
     return x.new_empty((x.shape[0], weight.shape[0], x.shape[2]))
 
 
@@ -49,7 +49,7 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _convolve(x: Tensor, c: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def _convolve(x: Tensor, c: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The kernel on every device: torch's convolution of x, and what the planes add to it.
 
     Where no tap falls outside, that is one number of each sample and output channel. A batch of one takes it as the
@@ -74,34 +74,32 @@ for _device in ("CPU", "CUDA"):
 
 def _save(ctx: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
     ctx.save_for_backward(*args[:3])
-    ctx.biased = len(args) > 3 and args[3] is not None
-    ctx.count = len(args)
 
 
 def _backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():
         raise RuntimeError("tenfold::conv1d_planes is differentiable once, not with create_graph")
     if grad is None:
-        return (None,) * ctx.count
+        return (None,) * 4
     x, c, weight = ctx.saved_tensors
     own, size = x.shape[1], weight.shape[2]
-    of_x, of_c, of_weight, *of_bias = ctx.needs_input_grad[2:]
+    of_x, of_c, of_weight, of_bias = ctx.needs_input_grad[2:]
     dx = dc = dweight = dbias = None
     if of_x or of_weight:
         dx, dweight, _ = torch.ops.aten.convolution_backward(
             grad, x, weight[:, :own], None, [1], [size // 2], [1], False, [0], 1,
             [of_x, of_weight, False],
         )  # fmt: skip
-    if of_c or of_weight or any(of_bias):
+    if of_c or of_weight or of_bias:
         sums = call_inference(_ops.planes_sums.default, grad, size)
         if of_c:
             dc = torch.einsum("bok,oik->bi", sums, _wide(weight[:, own:])).to(c.dtype)
         if of_weight:
             planes = torch.einsum("bok,bi->oik", sums, _wide(c)).to(weight.dtype)
             dweight = torch.cat((dweight, planes), 1)
-        if any(of_bias):  # the tap in the middle never falls outside
+        if of_bias:  # the tap in the middle never falls outside
             dbias = sums[:, :, size // 2].sum(0).to(weight.dtype)
-    return (dx, dc, dweight, dbias)[: ctx.count]
+    return dx, dc, dweight, dbias
 
 
 differentiable("conv1d_planes", _save, _backward)
