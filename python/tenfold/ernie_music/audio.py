@@ -68,7 +68,7 @@ def write_audio(
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}")
     if path.suffix.lower() == ".wav" and subtype == "int16":
-        data = np.round(values * 32767).astype("<i2")
+        data = np.clip(np.round(values * 32768), -32768, 32767).astype("<i2")
         with wave.open(str(temporary), "wb") as file:
             file.setnchannels(x.shape[0])
             file.setsampwidth(2)

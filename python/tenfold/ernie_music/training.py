@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tenfold.data.models import quiet_transformers
 from tenfold.ernie_music.dataset import AudioTexts, MusicBatches
 from tenfold.ernie_music.diffusion import row_noise, vdiff_operations
 from tenfold.ernie_music.ema import EMA
@@ -232,7 +233,8 @@ def train(
         scheduler = VDiffusionScheduler(model.body.kernels, time_warp=config.time_warp)
         pipeline = ErnieMusicPipeline(ema.model, scheduler, encoder)
         if accelerator.is_main_process:
-            model.save_pretrained(session.target / "last")
+            with quiet_transformers():
+                model.save_pretrained(session.target / "last")
     session.finish(record, RECORD, model=pipeline)
     return record, ema.model
 
