@@ -44,5 +44,14 @@ def pieces(count=12, rate=1000):
         wave = 0.8 * tone((60 if low else 180) + i, rate=rate)[None]
         word = "low" if low else "high"
         about = {"instrument": "sine", "register": word, "tempo": "slow"}
-        rows.append(Row(wave, f"a {word} tone", (f"a {word} tone", f"{word} sound"), f"{word}, tone", about, rate))
+        rows.append(
+            Row(
+                wave,
+                f"a {word} tone",
+                (f"a {word} tone", f"{word} sound"),
+                f"{word}, tone",
+                about,
+                rate,
+            )
+        )
     return AudioTexts(rows, rate, 1)

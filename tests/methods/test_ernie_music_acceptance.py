@@ -103,8 +103,12 @@ def test_5_diffusers_ddim():
 
     x, ts = torch.randn(2, 2, 64), torch.tensor([3, 31])
     times = (ts + 1) / n
-    torch.testing.assert_close(ours.add_noise(x, v, times), theirs.add_noise(x, v, ts), atol=1e-6, rtol=1e-6)
-    torch.testing.assert_close(ours.get_velocity(x, v, times), theirs.get_velocity(x, v, ts), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(
+        ours.add_noise(x, v, times), theirs.add_noise(x, v, ts), atol=1e-6, rtol=1e-6
+    )
+    torch.testing.assert_close(
+        ours.get_velocity(x, v, times), theirs.get_velocity(x, v, ts), atol=1e-6, rtol=1e-6
+    )
 
 
 def test_7_k_diffusion():
@@ -125,8 +129,14 @@ def test_7_k_diffusion():
     torch.testing.assert_close(z, x * a.view(-1, 1, 1))
     torch.testing.assert_close(made, a.view(-1, 1, 1) * z - s.view(-1, 1, 1) * model(z, t))
     # The scalings of k-diffusion's wrapper of velocity models, in sigma.
-    skip, out, inside = 1 / (sigma**2 + 1), -sigma / (sigma**2 + 1).sqrt(), 1 / (sigma**2 + 1).sqrt()
-    want = model(x * inside.view(-1, 1, 1), torch.atan(sigma) / math.pi * 2) * out.view(-1, 1, 1) + x * skip.view(-1, 1, 1)
+    skip, out, inside = (
+        1 / (sigma**2 + 1),
+        -sigma / (sigma**2 + 1).sqrt(),
+        1 / (sigma**2 + 1).sqrt(),
+    )
+    want = model(x * inside.view(-1, 1, 1), torch.atan(sigma) / math.pi * 2) * out.view(
+        -1, 1, 1
+    ) + x * skip.view(-1, 1, 1)
     torch.testing.assert_close(made, want)
 
 
@@ -141,11 +151,15 @@ def test_8_guidance_is_the_same_in_every_space():
         torch.testing.assert_close(to(guided), to(free) + g * (to(v) - to(free)))
     scheduler = VDiffusionScheduler()
     scheduler.set_timesteps(10)
-    made = scheduler.step(v, scheduler.timesteps[3], z, uncond_output=free, guidance_scale=g.flatten())
+    made = scheduler.step(
+        v, scheduler.timesteps[3], z, uncond_output=free, guidance_scale=g.flatten()
+    )
     scheduler.set_timesteps(10)
     want = scheduler.step(guided, scheduler.timesteps[3], z)
     torch.testing.assert_close(made.prev_sample, want.prev_sample, atol=1e-6, rtol=1e-6)
-    torch.testing.assert_close(made.pred_original_sample, want.pred_original_sample, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(
+        made.pred_original_sample, want.pred_original_sample, atol=1e-6, rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize(
@@ -155,7 +169,9 @@ def test_8_guidance_is_the_same_in_every_space():
 )  # fmt: skip
 def test_9_published_sizes(changes, millions):
     with torch.device("meta"):
-        made = ErnieMusicUNet1D(ErnieMusicConfig.from_preset("paper", **({"fuse": "sum"} | changes)))
+        made = ErnieMusicUNet1D(
+            ErnieMusicConfig.from_preset("paper", **({"fuse": "sum"} | changes))
+        )
     assert sum(p.numel() for p in made.parameters()) / 1e6 == pytest.approx(millions, abs=0.05)
 
 
@@ -183,7 +199,9 @@ def test_9_resampling():
     want = F.conv1d(F.pad(x, (3, 3), "reflect"), dense, stride=2)
     torch.testing.assert_close(ops.fir_down2(x), want, atol=1e-6, rtol=1e-5)
     want = F.conv_transpose1d(F.pad(x, (2, 2), "reflect"), 2 * dense, stride=2, padding=7)
-    torch.testing.assert_close(ops.fir_up2_cat(x, torch.randn(2, 4, 64))[:, :3], want, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        ops.fir_up2_cat(x, torch.randn(2, 4, 64))[:, :3], want, atol=1e-6, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 4, 30])
@@ -208,7 +226,9 @@ def test_11_attention_to_text():
     every = ~nothing
     full = made(x, Condition(planes, states, every))
     assert (full - alone).abs().max() > 1e-3
-    torch.testing.assert_close(made(x, Condition(planes, states[:, torch.randperm(7)], every)), full)
+    torch.testing.assert_close(
+        made(x, Condition(planes, states[:, torch.randperm(7)], every)), full
+    )
     some = every.clone()
     some[:, 4:] = False
     short = made(x, Condition(planes, states[:, :4], every[:, :4]))
@@ -262,9 +282,7 @@ def overfit(layers, steps, seed=0):
     return losses, peaks
 
 
-@pytest.mark.parametrize(
-    "layers, steps", [(1, 300), pytest.param(3, 300, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("layers, steps", [(1, 300), pytest.param(3, 300, marks=pytest.mark.slow)])
 def test_14_overfits_four_tones(layers, steps):
     losses, peaks = overfit(layers, steps)
     want = torch.tensor([round(hz * 1.024) for hz in HZ])

@@ -43,7 +43,13 @@ def test_a_score_of_every_element(tmp_path):
         score = read_score(tmp_path / name)
         assert [(n.start, n.length, n.pitch) for n in score.notes] == [
             (0, 4, 48), (0, 1, 60), (0, 1, 63), (2, 2.5, 67)]  # fmt: skip
-        assert (score.composer, score.title, score.key, score.mode, score.tempo) == ("N. N.", "A piece", "G", "minor", 90)
+        assert (score.composer, score.title, score.key, score.mode, score.tempo) == (
+            "N. N.",
+            "A piece",
+            "G",
+            "minor",
+            90,
+        )
         assert score.parts == ("Flute",)
         assert [(n.start, n.length, n.pitch) for n in score.melody()] == [(0, 1, 63), (2, 2.5, 67)]
     for text, words in (("<x>", "is no MusicXML"), ("<score-timewise/>", "must be MusicXML by parts"),
@@ -91,7 +97,14 @@ def test_instruments_are_in_tune(instrument):
 
 
 def test_texts():
-    about = {"instrument": "violin", "register": "high", "tempo": "slow", "key": "F#", "mode": "minor", "composer": "Bach"}
+    about = {
+        "instrument": "violin",
+        "register": "high",
+        "tempo": "slow",
+        "key": "F#",
+        "mode": "minor",
+        "composer": "Bach",
+    }
     words = {"en": "violin", "de": "Violine", "fr": "violon", "es": "violín", "zh": "小提琴"}
     for language in LANGUAGES:
         made = [caption(about, language, i) for i in range(phrasings(language))]
@@ -103,7 +116,9 @@ def test_texts():
         caption(about, "la")
 
 
-RECIPE = RecipeConfig(clips=6, test_clips=2, seconds=1.0, sample_rate=4000, composers=("bach",), scores=8)
+RECIPE = RecipeConfig(
+    clips=6, test_clips=2, seconds=1.0, sample_rate=4000, composers=("bach",), scores=8
+)
 
 
 def test_recipe(tmp_path):
@@ -111,7 +126,11 @@ def test_recipe(tmp_path):
     assert [len(made[n]) for n in ("train", "test")] == [6, 2]
     assert not {r["score"] for _, r in made["train"]} & {r["score"] for _, r in made["test"]}
     for x, row in made["train"]:
-        assert x.shape == (4000,) and register_of([row["median_pitch"]]) == row["register"] and len(row["texts"]) == 5
+        assert (
+            x.shape == (4000,)
+            and register_of([row["median_pitch"]]) == row["register"]
+            and len(row["texts"]) == 5
+        )
     again = make_rows(RECIPE)
     assert all((a == b).all() and r == s for (a, r), (b, s) in zip(made["train"], again["train"]))
     files = prepare(tmp_path, RECIPE)
@@ -131,7 +150,11 @@ def test_recipe(tmp_path):
 
 def test_audio_files(tmp_path):
     x = torch.rand(2, 500) * 1.6 - 0.8
-    for name, subtype, error in (("a.wav", "int16", 2**-16), ("a.flac", "int24", 2**-24), ("b.wav", "float", 0)):
+    for name, subtype, error in (
+        ("a.wav", "int16", 2**-16),
+        ("a.flac", "int24", 2**-24),
+        ("b.wav", "float", 0),
+    ):
         read, rate = read_audio(write_audio(tmp_path / name, x, 16000, subtype))
         assert rate == 16000 and (read - x).abs().max() <= error
     part, _ = read_audio(tmp_path / "a.wav", 100, 50)
@@ -166,7 +189,12 @@ def lines(path, rows):
 
 def test_readers(tmp_path):
     write_audio(tmp_path / "x.wav", tiny.tone(50), 1000)
-    made = read_rows(lines(tmp_path / "a.jsonl", [{"audio": "x.wav", "texts": ["one", "two"], "tags": ["a", "b"], "key": "C"}]))
+    made = read_rows(
+        lines(
+            tmp_path / "a.jsonl",
+            [{"audio": "x.wav", "texts": ["one", "two"], "tags": ["a", "b"], "key": "C"}],
+        )
+    )
     assert made[0].prompts("text") == ("one",) and made[0].prompts("texts") == ("one", "two")
     assert made[0].prompts("tags") == ("a, b",) and made[0].about == {"key": "C"}
     (tmp_path / "a.csv").write_text('path,text\nx.wav,"calm, slow"\n')
@@ -217,9 +245,13 @@ def test_batches_depend_on_seed_step_and_place_only():
 def test_times():
     t = torch.cat([draw_times(0, s, 64) for s in range(50)])
     assert t.dtype == torch.float32 and 0 <= t.min() and t.max() <= 1 and abs(t.mean() - 0.5) < 0.02
-    assert torch.equal(draw_times(0, 3, 64), draw_times(0, 3, 64)) and not torch.equal(draw_times(0, 3, 64), draw_times(1, 3, 64))
+    assert torch.equal(draw_times(0, 3, 64), draw_times(0, 3, 64)) and not torch.equal(
+        draw_times(0, 3, 64), draw_times(1, 3, 64)
+    )
     even = torch.cat([draw_times(0, s, 16, "sobol") for s in range(4)])
     counts = torch.histc(even, 16, 0, 1)
-    assert (counts == 4).all()  # 64 consecutive points of the sequence: each sixteenth has its share
+    assert (
+        counts == 4
+    ).all()  # 64 consecutive points of the sequence: each sixteenth has its share
     crash = draw_times(0, 3, 64, warp="crash")
     assert (crash < draw_times(0, 3, 64)).all()

@@ -43,7 +43,10 @@ def test_presets_and_lengths():
     assert paper.multiple == 8192 and paper.plane_dim == 16 + 768
     assert paper.valid_length(1) == 24576 and paper.valid_length(24577) == 32768
     assert ErnieMusicConfig.from_preset("dance").attn_levels == (9, 10, 11, 12, 13, 14)
-    with pytest.raises(ValueError, match="multiples of 8192 samples, at least 24576; got 8192, the next valid length is 24576"):
+    with pytest.raises(
+        ValueError,
+        match="multiples of 8192 samples, at least 24576; got 8192, the next valid length is 24576",
+    ):
         paper.check_length(8192)
     again = ErnieMusicConfig.from_dict(json.loads(json.dumps(paper.to_dict())))
     assert again.widths == paper.widths and again.attn_levels == paper.attn_levels
@@ -94,7 +97,10 @@ def test_projected_text_and_time_in_double():
     made = tiny.unet(fuse="concat", fuse_dim=4)
     assert made.body.down[0].planes == 16 + 4
     x, states = torch.randn(1, 1, 64), torch.randn(1, 2, 16)
-    torch.testing.assert_close(made(x, 0.25, states).sample, made(x, torch.tensor([0.25], dtype=torch.float64), states).sample)
+    torch.testing.assert_close(
+        made(x, 0.25, states).sample,
+        made(x, torch.tensor([0.25], dtype=torch.float64), states).sample,
+    )
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -157,7 +163,15 @@ def bert():
     from transformers import BertConfig, BertModel
 
     torch.manual_seed(0)
-    return BertModel(BertConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16))
+    return BertModel(
+        BertConfig(
+            vocab_size=64,
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=16,
+        )
+    )
 
 
 def letters(text, **_):
@@ -179,7 +193,9 @@ def test_any_encoder_its_padding_and_its_length():
     assert torch.equal(cut, again)
     with pytest.raises(ValueError, match="a prompt has 10 tokens, the encoder takes 8"):
         TransformersText(bert(), letters, max_length=8, strict=True)(["abcdefgh"])
-    with pytest.raises(ValueError, match="the text encoder's states are 16 wide, the U-Net takes 24"):
+    with pytest.raises(
+        ValueError, match="the text encoder's states are 16 wide, the U-Net takes 24"
+    ):
         ErnieMusicPipeline(tiny.unet(text_dim=24, text_encoder=None), text_encoder=made)
 
 
@@ -189,24 +205,39 @@ def test_ernie_m(tmp_path):
     sizes = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
              "intermediate_size": 24, "max_position_embeddings": 20}  # fmt: skip
     made = ErnieMEncoder(ErnieMConfig(**sizes)).eval()
-    save_file({f"ernie_m.{k}": v.contiguous() for k, v in made.state_dict().items()}, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text(json.dumps(sizes | {"model_type": "ernie_m", "pad_token_id": 1}))
+    save_file(
+        {f"ernie_m.{k}": v.contiguous() for k, v in made.state_dict().items()},
+        tmp_path / "model.safetensors",
+    )
+    (tmp_path / "config.json").write_text(
+        json.dumps(sizes | {"model_type": "ernie_m", "pad_token_id": 1})
+    )
     again = ErnieMEncoder.from_pretrained(tmp_path)
     ids = torch.tensor([[0, 5, 6, 2, 1, 1], [0, 7, 8, 9, 10, 2]])
     found = again(ids).last_hidden_state
     torch.testing.assert_close(found, made(ids).last_hidden_state)
-    torch.testing.assert_close(again(ids[:1, :4]).last_hidden_state[0], found[0, :4])  # padding has no influence
+    torch.testing.assert_close(
+        again(ids[:1, :4]).last_hidden_state[0], found[0, :4]
+    )  # padding has no influence
     e = made.embeddings
     x = e.layer_norm(e.word_embeddings(ids) + e.position_embeddings.weight[2:8])
     for mine in made.encoder.layers:
         layer = torch.nn.TransformerEncoderLayer(16, 2, 24, 0.0, "gelu", batch_first=True).eval()
         own = mine.self_attn.self_attn
         state = {
-            "self_attn.in_proj_weight": torch.cat([own.q_proj.weight, own.k_proj.weight, own.v_proj.weight]),
-            "self_attn.in_proj_bias": torch.cat([own.q_proj.bias, own.k_proj.bias, own.v_proj.bias]),
+            "self_attn.in_proj_weight": torch.cat(
+                [own.q_proj.weight, own.k_proj.weight, own.v_proj.weight]
+            ),
+            "self_attn.in_proj_bias": torch.cat(
+                [own.q_proj.bias, own.k_proj.bias, own.v_proj.bias]
+            ),
             "self_attn.out_proj.weight": mine.self_attn.out_proj.weight,
             "self_attn.out_proj.bias": mine.self_attn.out_proj.bias,
-        } | {f"{n}.{p}": getattr(getattr(mine, n), p) for n in ("linear1", "linear2", "norm1", "norm2") for p in ("weight", "bias")}
+        } | {
+            f"{n}.{p}": getattr(getattr(mine, n), p)
+            for n in ("linear1", "linear2", "norm1", "norm2")
+            for p in ("weight", "bias")
+        }
         layer.load_state_dict(state)
         x = layer(x, src_key_padding_mask=ids == 1)
     torch.testing.assert_close(x[1], found[1], atol=1e-5, rtol=1e-4)
@@ -214,7 +245,16 @@ def test_ernie_m(tmp_path):
     save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="has no weights of ERNIE-M"):
         ErnieMEncoder.from_pretrained(tmp_path)
-    assert split_pieces(["▁calm", "▁", "▁钢琴曲", "12", "▁no.5"]) == ["▁calm", "钢", "琴", "曲", "12", "▁no", ".", "5"]
+    assert split_pieces(["▁calm", "▁", "▁钢琴曲", "12", "▁no.5"]) == [
+        "▁calm",
+        "钢",
+        "琴",
+        "曲",
+        "12",
+        "▁no",
+        ".",
+        "5",
+    ]
 
 
 def test_compiles_whole():

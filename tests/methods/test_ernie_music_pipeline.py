@@ -14,12 +14,30 @@ def seeds(*numbers):
 
 def test_sounds_do_not_depend_on_their_batch():
     pipe = tiny.pipeline()
-    many = pipe(["low", "high", ""], num_inference_steps=4, guidance_scale=2.0, generator=seeds(1, 2, 3), eta=0.5)
-    assert many.audios.shape == (3, 1, 128) and many.sample_rate == 1000 and np.abs(many.audios).max() <= 1
+    many = pipe(
+        ["low", "high", ""],
+        num_inference_steps=4,
+        guidance_scale=2.0,
+        generator=seeds(1, 2, 3),
+        eta=0.5,
+    )
+    assert (
+        many.audios.shape == (3, 1, 128)
+        and many.sample_rate == 1000
+        and np.abs(many.audios).max() <= 1
+    )
     for i, prompt in enumerate(("low", "high", "")):
-        one = pipe(prompt, num_inference_steps=4, guidance_scale=2.0, generator=seeds(i + 1), eta=0.5)
+        one = pipe(
+            prompt, num_inference_steps=4, guidance_scale=2.0, generator=seeds(i + 1), eta=0.5
+        )
         np.testing.assert_allclose(one.audios[0], many.audios[i], atol=2e-5)
-    again = pipe(["low", "high", ""], num_inference_steps=4, guidance_scale=2.0, generator=seeds(1, 2, 3), eta=0.5)
+    again = pipe(
+        ["low", "high", ""],
+        num_inference_steps=4,
+        guidance_scale=2.0,
+        generator=seeds(1, 2, 3),
+        eta=0.5,
+    )
     assert (again.audios == many.audios).all()
     both = pipe(["low", "high"], num_inference_steps=2, num_waveforms_per_prompt=2)
     assert both.prompts == ["low", "low", "high", "high"]
@@ -29,7 +47,14 @@ def test_guidance_is_what_it_says():
     pipe = tiny.pipeline()
     noise = torch.randn(2, 1, 128)
     scale = torch.tensor([1.5, 4.0])
-    made = pipe(["low", "high"], negative_prompt="noise", num_inference_steps=3, guidance_scale=scale, noise=noise, output_type="pt").audios
+    made = pipe(
+        ["low", "high"],
+        negative_prompt="noise",
+        num_inference_steps=3,
+        guidance_scale=scale,
+        noise=noise,
+        output_type="pt",
+    ).audios
     states, masks = pipe.encode(["low", "high"])
     free_states, free_masks = pipe.encode(["noise", "noise"])
     scheduler = VDiffusionScheduler()
@@ -37,27 +62,45 @@ def test_guidance_is_what_it_says():
     z = noise
     with torch.no_grad():
         for t in scheduler.timesteps:
-            v, free = pipe.unet(z, t, states, masks).sample, pipe.unet(z, t, free_states, free_masks).sample
+            v, free = (
+                pipe.unet(z, t, states, masks).sample,
+                pipe.unet(z, t, free_states, free_masks).sample,
+            )
             z = scheduler.step(free + scale.view(-1, 1, 1) * (v - free), t, z).prev_sample
     torch.testing.assert_close(made, z.clamp(-1, 1), atol=1e-4, rtol=1e-4)
     # Outside its interval there is none; a share of rescaling moves the deviation to the conditional one's.
-    off = pipe(["low", "high"], num_inference_steps=3, guidance_scale=scale, guidance_interval=(0.9999, 0.99995), noise=noise).audios
+    off = pipe(
+        ["low", "high"],
+        num_inference_steps=3,
+        guidance_scale=scale,
+        guidance_interval=(0.9999, 0.99995),
+        noise=noise,
+    ).audios
     plain = pipe(["low", "high"], num_inference_steps=3, noise=noise).audios
     assert (off == plain).all()
     for more in ({"guidance_rescale": 0.7}, {"cfg_plus_plus": True}):
-        other = pipe(["low", "high"], num_inference_steps=3, guidance_scale=scale, noise=noise, **more).audios
+        other = pipe(
+            ["low", "high"], num_inference_steps=3, guidance_scale=scale, noise=noise, **more
+        ).audios
         assert np.isfinite(other).all() and np.abs(other - plain).max() > 1e-4
 
 
 def test_init_audio_and_inpainting():
     pipe = tiny.pipeline()
     known = 0.5 * tiny.tone(50, 0.128)
-    near = pipe("low", num_inference_steps=4, init_audio=known, strength=0.01, output_type="pt").audios
+    near = pipe(
+        "low", num_inference_steps=4, init_audio=known, strength=0.01, output_type="pt"
+    ).audios
     assert (near[0, 0] - known).abs().max() < 0.05
     mask = torch.zeros(128, dtype=torch.bool)
     mask[:64] = True
-    made = pipe("low", num_inference_steps=4, inpaint_audio=known, inpaint_mask=mask, output_type="pt").audios
-    assert torch.equal(made[0, 0, :64], known[:64]) and (made[0, 0, 64:] - known[64:]).abs().max() > 0.01
+    made = pipe(
+        "low", num_inference_steps=4, inpaint_audio=known, inpaint_mask=mask, output_type="pt"
+    ).audios
+    assert (
+        torch.equal(made[0, 0, :64], known[:64])
+        and (made[0, 0, 64:] - known[64:]).abs().max() > 0.01
+    )
     stereo = tiny.pipeline(channels=2)
     assert stereo("x", num_inference_steps=2, init_audio=known).audios.shape == (1, 2, 128)
 
@@ -65,7 +108,9 @@ def test_init_audio_and_inpainting():
 def test_lengths():
     pipe = tiny.pipeline()
     assert pipe("x", num_inference_steps=1, audio_end_in_s=0.0301).audios.shape[-1] == 30
-    assert pipe("x", num_inference_steps=1, audio_length=62, pad_to_valid=True).audios.shape[-1] == 62
+    assert (
+        pipe("x", num_inference_steps=1, audio_length=62, pad_to_valid=True).audios.shape[-1] == 62
+    )
     with pytest.raises(ValueError, match="got 62, the next valid length is 64"):
         pipe("x", num_inference_steps=1, audio_length=62)
 
@@ -78,7 +123,11 @@ def test_callback_and_files(tmp_path):
         return {"latents": torch.zeros_like(tensors["latents"])} if step == 2 else {}
 
     made = pipe(["a", "b"], num_inference_steps=3, callback_on_step_end=watch)
-    assert [s for s, _, _ in seen] == [0, 1, 2] and seen[0][1] == 1.0 and seen[1][1] == pytest.approx(2 / 3)
+    assert (
+        [s for s, _, _ in seen] == [0, 1, 2]
+        and seen[0][1] == 1.0
+        and seen[1][1] == pytest.approx(2 / 3)
+    )
     for ending in (".wav", ".flac"):
         files = made.save(tmp_path / f"x{ending}")
         assert [f.name for f in files] == [f"x-0{ending}", f"x-1{ending}"]
@@ -149,6 +198,10 @@ def test_scheduler(tmp_path):
         z = made.step(z * 0.1, t, z, return_dict=False)[0]
     with pytest.raises(ValueError, match="the run is over"):
         made.step(z, 0.1, z)
-    for name, value, words in (("solver", "euler", "solver must be"), ("eta", 2.0, "eta must be"), ("clip", -1.0, "clip must be")):
+    for name, value, words in (
+        ("solver", "euler", "solver must be"),
+        ("eta", 2.0, "eta must be"),
+        ("clip", -1.0, "clip must be"),
+    ):
         with pytest.raises(ValueError, match=words):
             VDiffusionScheduler(**{name: value})

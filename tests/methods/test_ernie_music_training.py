@@ -29,7 +29,9 @@ def settings(**changes):
 
 def run(out=None, callback=None, **changes):
     made = tiny.unet(3)
-    record, ema = train(made, tiny.pieces(), tiny.encoder(), settings(**changes), out=out, callback=callback)
+    record, ema = train(
+        made, tiny.pieces(), tiny.encoder(), settings(**changes), out=out, callback=callback
+    )
     return record, made, ema
 
 
@@ -68,7 +70,9 @@ def test_15_a_killed_run_goes_on_exactly(tmp_path):
 def test_micro_batches_are_one_batch():
     whole, one, _ = run(steps=3)
     parts, two, _ = run(steps=3, micro_batch_size=2)
-    assert [m["loss"] for m in whole.curve] == pytest.approx([m["loss"] for m in parts.curve], rel=1e-4)
+    assert [m["loss"] for m in whole.curve] == pytest.approx(
+        [m["loss"] for m in parts.curve], rel=1e-4
+    )
     for a, b in zip(one.parameters(), two.parameters()):
         torch.testing.assert_close(a, b, atol=5e-5, rtol=1e-3)
 
@@ -81,7 +85,9 @@ def test_two_ranks_train_what_one_trains(tmp_path):
     assert done.returncode == 0, done.stderr[-4000:]
     record, _, ema = run(steps=3)
     found = json.loads((tmp_path / "out" / "train.json").read_text())
-    assert [m["loss"] for m in found["curve"]] == pytest.approx([m["loss"] for m in record.curve], rel=1e-4)
+    assert [m["loss"] for m in found["curve"]] == pytest.approx(
+        [m["loss"] for m in record.curve], rel=1e-4
+    )
     theirs = ErnieMusicPipeline.from_pretrained(tmp_path / "out").unet
     for a, b in zip(theirs.parameters(), ema.parameters()):
         torch.testing.assert_close(a, b, atol=5e-5, rtol=1e-3)
@@ -95,8 +101,16 @@ def test_it_learns_and_writes_demos(tmp_path):
         held_out=data, out=tmp_path, demo_prompts=["low", "high"],
     )  # fmt: skip
     after = record.validation[-1]
-    assert after["loss"] < 0.7 * before["loss"] and set(before) == {"loss", "time/0", "time/1", "time/2", "time/3"}
-    assert held_out_loss(ema, data, tiny.encoder(), text="texts", bins=4)["loss"] == pytest.approx(after["loss"], abs=1e-6)
+    assert after["loss"] < 0.7 * before["loss"] and set(before) == {
+        "loss",
+        "time/0",
+        "time/1",
+        "time/2",
+        "time/3",
+    }
+    assert held_out_loss(ema, data, tiny.encoder(), text="texts", bins=4)["loss"] == pytest.approx(
+        after["loss"], abs=1e-6
+    )
     assert record.demos == [
         f"demos/step-00000{n}/guidance-{g}{e}" for n in (30, 60) for g in (1, 3) for e in ("-0.wav", "-1.wav", ".png")
     ]  # fmt: skip
@@ -138,11 +152,16 @@ def test_statistics_of_known_sounds():
     found = statistics(torch.cat([tones, torch.randn(1, 1, 4000).clamp(-3, 3) / 3]), 4000)
     assert found["centroid_hz"][:2].tolist() == pytest.approx([200, 800], rel=0.02)
     assert found["zero_crossings_hz"][:2].tolist() == pytest.approx([200, 800], rel=0.02)
-    assert found["crest"][0] == pytest.approx(2**0.5, rel=1e-3) and found["rms"][1] == pytest.approx(0.5**0.5, rel=1e-3)
+    assert found["crest"][0] == pytest.approx(2**0.5, rel=1e-3) and found["rms"][
+        1
+    ] == pytest.approx(0.5**0.5, rel=1e-3)
     assert found["flatness"][2] > 100 * found["flatness"][0] and found["bandwidth_hz"][2] > 400
     bands = band_energies(tones, 4000)
     assert (bands.argmax(1)[0] < bands.argmax(1)[1]).all() and bands.max() == 0
-    assert features(tones, 4000).isfinite().all() and statistics(torch.zeros(1, 1, 4000), 4000)["centroid_hz"].isnan()
+    assert (
+        features(tones, 4000).isfinite().all()
+        and statistics(torch.zeros(1, 1, 4000), 4000)["centroid_hz"].isnan()
+    )
     with pytest.raises(ValueError, match="at least 256 samples"):
         features(torch.zeros(1, 1, 100), 4000)
     assert spectrogram_picture(tones, ["a", "b"], 4000)[:4] == b"\x89PNG"
@@ -163,7 +182,9 @@ def test_judges_and_evaluation():
     swapped = evaluate(real.roll(1, 0), texts, about, judges)
     assert swapped.accuracy["register"] == 0.0 and swapped.retrieval["top1"] < 0.2
     json.dumps(found.to_json())
-    with pytest.raises(ModuleNotFoundError, match="'fad' needs frechet-audio-distance; install it with"):
+    with pytest.raises(
+        ModuleNotFoundError, match="'fad' needs frechet-audio-distance; install it with"
+    ):
         metric_of("fad")
     with pytest.raises(ValueError, match="metric must be one of fad, clap"):
         metric_of("mos")

@@ -48,7 +48,11 @@ def prepare(
 
     given: dict[str, Any] = {
         n: tuple(split(v, str, f"--{n}"))
-        for n, v in (("instruments", instruments), ("composers", composers), ("languages", languages))
+        for n, v in (
+            ("instruments", instruments),
+            ("composers", composers),
+            ("languages", languages),
+        )
         if v is not None
     }
     config = RecipeConfig(clips=clips, test_clips=test_clips, seconds=seconds, sample_rate=sample_rate,
@@ -56,9 +60,15 @@ def prepare(
     with progress(clips + test_clips, quiet or json) as step:
         files = make(folder, config, step)
     if json:
-        write_json({n: str(p) for n, p in files.items()} | {"clips": clips, "test_clips": test_clips})
+        write_json(
+            {n: str(p) for n, p in files.items()} | {"clips": clips, "test_clips": test_clips}
+        )
         return
-    out.print(f"{clips} + {test_clips} clips: {files['train']}   {files['test']}", highlight=False, soft_wrap=True)
+    out.print(
+        f"{clips} + {test_clips} clips: {files['train']}   {files['test']}",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 @app.command()
@@ -70,7 +80,9 @@ def train(
     size: Annotated[str, typer.Option(help="of a new model: tiny, small, dance or paper")] = "tiny",
     model: Annotated[Path | None, typer.Option(help="go on with the model of this folder")] = None,
     seconds: Annotated[float | None, typer.Option(help="of a crop; default: the size's")] = None,
-    sample_rate: Annotated[int | None, typer.Option(help="Hz; audio of other rates is resampled")] = None,
+    sample_rate: Annotated[
+        int | None, typer.Option(help="Hz; audio of other rates is resampled")
+    ] = None,
     channels: Annotated[int | None, typer.Option(min=1, help="of the waveform")] = None,
     encoder: Encoder = None,
     text: Annotated[str | None, typer.Option(help="text, texts (one at random) or tags")] = None,
@@ -84,10 +96,14 @@ def train(
     checkpoint_every: opt.Every = None,
     eval_every: Annotated[int | None, typer.Option(help="steps between evaluations")] = None,
     demo_every: Annotated[int | None, typer.Option(help="steps between demo sounds")] = None,
-    demo: Annotated[list[str] | None, typer.Option("--demo", help="a prompt; may be repeated")] = None,
+    demo: Annotated[
+        list[str] | None, typer.Option("--demo", help="a prompt; may be repeated")
+    ] = None,
     seed: opt.Seed = None,
     more: opt.More = None,
-    restart: Annotated[bool, typer.Option("--restart", help="do not go on with a stopped run")] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="do not go on with a stopped run")
+    ] = False,
     device: opt.Device = "cpu",
     json: opt.Json = False,
     quiet: opt.Quiet = False,
@@ -117,7 +133,9 @@ def train(
         network, states = pipe.unet, pipe.text_encoder
     else:
         states = text_encoder_of(encoder or "minilm", where)
-        changes = {k: v for k, v in (("sample_rate", sample_rate), ("channels", channels)) if v is not None}
+        changes = {
+            k: v for k, v in (("sample_rate", sample_rate), ("channels", channels)) if v is not None
+        }
         made = ErnieMusicConfig.from_preset(size, text_dim=states.width, **changes)
         if seconds is not None:
             made.sample_size = made.valid_length(round(seconds * made.sample_rate))
@@ -140,7 +158,11 @@ def train(
                     "validation": record.validation, "demos": record.demos, "seconds": record.seconds})  # fmt: skip
         return
     last = f", held-out {record.validation[-1]['loss']:.4f}" if record.validation else ""
-    out.print(f"loss {record.curve[-1]['loss']:.4f}{last}   model: {folder}   report: {path}", highlight=False, soft_wrap=True)
+    out.print(
+        f"loss {record.curve[-1]['loss']:.4f}{last}   model: {folder}   report: {path}",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def _pipeline(folder: Path, encoder: str | None, solver: str, device: str) -> Any:
@@ -158,21 +180,28 @@ def _pipeline(folder: Path, encoder: str | None, solver: str, device: str) -> An
 def generate(
     prompts: Annotated[list[str], typer.Argument(help="texts; '' is without text")],
     model: ModelFolder = FOLDER / "model",
-    file: Annotated[Path, typer.Option("--out", help="WAV, FLAC, ...; several are numbered")] = FOLDER / "sound.wav",
+    file: Annotated[
+        Path, typer.Option("--out", help="WAV, FLAC, ...; several are numbered")
+    ] = FOLDER / "sound.wav",
     negative: Annotated[str | None, typer.Option(help="what guidance leads away from")] = None,
     steps: InferenceSteps = 50,
     guidance: Guidance = 1.0,
     eta: Annotated[float | None, typer.Option(help="0: DDIM, 1: ancestral")] = None,
     solver: Solver = "ddim",
-    seconds: Annotated[float | None, typer.Option(help="default: what the model was trained on")] = None,
+    seconds: Annotated[
+        float | None, typer.Option(help="default: what the model was trained on")
+    ] = None,
     each: Annotated[int, typer.Option(min=1, help="sounds of each prompt")] = 1,
     init: Annotated[Path | None, typer.Option(help="audio to start from")] = None,
     strength: Annotated[float, typer.Option(help="of the noise on --init, in (0, 1]")] = 0.7,
     keep: Annotated[
-        str | None, typer.Option(help="FROM-TO seconds of --init that stay as they are (inpainting)")
+        str | None,
+        typer.Option(help="FROM-TO seconds of --init that stay as they are (inpainting)"),
     ] = None,
     subtype: Annotated[str, typer.Option(help="int16, int24 or float")] = "int16",
-    spectrogram: Annotated[bool, typer.Option("--spectrogram", help="a PNG beside the sounds")] = False,
+    spectrogram: Annotated[
+        bool, typer.Option("--spectrogram", help="a PNG beside the sounds")
+    ] = False,
     encoder: Encoder = None,
     seed: Annotated[int, typer.Option(min=0, help="of the noise")] = 0,
     device: opt.Device = "cpu",
@@ -216,7 +245,9 @@ def generate(
         write_json({"files": [str(f) for f in files], "pictures": [str(p) for p in pictures],
                     "sample_rate": made.sample_rate, "seconds": made.audios.shape[-1] / made.sample_rate})  # fmt: skip
         return
-    out.print("\n".join(f"{f}: {p}" for f, p in zip(files, made.prompts)), highlight=False, soft_wrap=True)
+    out.print(
+        "\n".join(f"{f}: {p}" for f, p in zip(files, made.prompts)), highlight=False, soft_wrap=True
+    )
 
 
 def _span(text: str) -> tuple[float, float]:
@@ -234,7 +265,9 @@ def _span(text: str) -> tuple[float, float]:
 def evaluate(
     model: ModelFolder = FOLDER / "model",
     data: Rows = FOLDER / "data" / "train.jsonl",
-    test: Annotated[Path, typer.Option(help="the same, held out: its prompts are used")] = FOLDER / "data" / "test.jsonl",
+    test: Annotated[Path, typer.Option(help="the same, held out: its prompts are used")] = FOLDER
+    / "data"
+    / "test.jsonl",
     folder: opt.Out = FOLDER / "evaluation",
     limit: Annotated[int, typer.Option(min=2, help="prompts, at most")] = 60,
     steps: InferenceSteps = 20,
@@ -281,5 +314,11 @@ def evaluate(
         return
     out.print(table("Attributes of generated sounds", report.COLUMNS, report.attribute_rows(found)))
     if found.retrieval:
-        out.print(table("Texts found by their sounds", report.RETRIEVAL_COLUMNS, report.retrieval_rows(found)))
+        out.print(
+            table(
+                "Texts found by their sounds",
+                report.RETRIEVAL_COLUMNS,
+                report.retrieval_rows(found),
+            )
+        )
     out.print(f"report: {path}", highlight=False, soft_wrap=True)

@@ -125,7 +125,9 @@ class _Part:
                 self.divisions = _number(item, "divisions", self.divisions) or self.divisions
             elif item.tag in ("backup", "forward"):
                 sign = -1 if item.tag == "backup" else 1
-                self.clock = max(begin, self.clock + sign * _number(item, "duration") / self.divisions)
+                self.clock = max(
+                    begin, self.clock + sign * _number(item, "duration") / self.divisions
+                )
             elif item.tag == "note" and item.find("grace") is None:
                 length = _number(item, "duration") / self.divisions
                 start = previous if item.find("chord") is not None else self.clock
@@ -151,7 +153,11 @@ class _Part:
 def _root(path: Path) -> Any:
     if path.suffix == ".mxl":
         with zipfile.ZipFile(path) as archive:
-            names = [n for n in archive.namelist() if n.endswith((".xml", ".musicxml")) and not n.startswith("META-INF")]
+            names = [
+                n
+                for n in archive.namelist()
+                if n.endswith((".xml", ".musicxml")) and not n.startswith("META-INF")
+            ]
             return ElementTree.fromstring(archive.read(names[0]))
     return ElementTree.parse(path).getroot()
 
@@ -189,14 +195,19 @@ def read_score(path: str | Path, composer: str = "") -> Score:
             key = (_MINOR if mode == "minor" else _MAJOR)[at]
         else:
             mode = ""
-    names = tuple(" ".join((p.findtext("part-name") or "").split()) for p in root.findall("part-list/score-part"))
+    names = tuple(
+        " ".join((p.findtext("part-name") or "").split())
+        for p in root.findall("part-list/score-part")
+    )
     return Score(
         path.name, composer or creators.get("composer", ""), " ".join(title.split()), key, mode,
         tempo if tempo and tempo > 0 else None, names, tuple(sorted(notes, key=lambda n: (n.start, n.part, n.pitch))),
     )  # fmt: skip
 
 
-def packaged_scores(composers: Sequence[str] | None = None, limit: int | None = None) -> Iterator[Score]:
+def packaged_scores(
+    composers: Sequence[str] | None = None, limit: int | None = None
+) -> Iterator[Score]:
     """Scores of the corpus, composer by composer; files that hold no notes by parts are passed over.
 
     Args:
@@ -208,11 +219,15 @@ def packaged_scores(composers: Sequence[str] | None = None, limit: int | None = 
     chosen = tuple(COMPOSERS) if composers is None else tuple(composers)
     unknown = [c for c in chosen if c not in COMPOSERS]
     if unknown:
-        raise ValueError(f"there are no scores of {', '.join(unknown)}; there are: {', '.join(COMPOSERS)}")
+        raise ValueError(
+            f"there are no scores of {', '.join(unknown)}; there are: {', '.join(COMPOSERS)}"
+        )
     root = corpus_folder()
     for name in chosen:
         count = 0
-        files = sorted(p for p in (root / name).rglob("*") if p.suffix in (".mxl", ".xml", ".musicxml"))
+        files = sorted(
+            p for p in (root / name).rglob("*") if p.suffix in (".mxl", ".xml", ".musicxml")
+        )
         for path in files:
             if limit is not None and count >= limit:
                 break

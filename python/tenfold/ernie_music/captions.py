@@ -86,15 +86,24 @@ def phrasings(language: str) -> int:
 
 def tags(about: dict[str, Any]) -> str:
     """The same as comma-joined tags, in English."""
-    kept = (about["instrument"], f"{about['register']} register", about["tempo"], about.get("texture", "solo"))
+    kept = (
+        about["instrument"],
+        f"{about['register']} register",
+        about["tempo"],
+        about.get("texture", "solo"),
+    )
     key = f"{about['key']} {about['mode']}" if about.get("key") else ""
     return ", ".join(t for t in (*kept, key, about.get("composer", "")) if t)
 
 
 def texts_of(
-    about: dict[str, Any], languages: Sequence[str], rng: np.random.Generator, held_out: bool = False
+    about: dict[str, Any],
+    languages: Sequence[str],
+    rng: np.random.Generator,
+    held_out: bool = False,
 ) -> list[str]:
     """One text per language: a random phrasing of those for training, or the held-out one."""
     return [
-        caption(about, lang, -1 if held_out else int(rng.integers(phrasings(lang)))) for lang in languages
+        caption(about, lang, -1 if held_out else int(rng.integers(phrasings(lang))))
+        for lang in languages
     ]

@@ -122,7 +122,9 @@ class AudioTexts:
         memory: bytes of waveforms that are kept once read; what is beyond is read again, crop by crop.
     """
 
-    def __init__(self, rows: Sequence[Row], sample_rate: int, channels: int, memory: int = 2**31) -> None:
+    def __init__(
+        self, rows: Sequence[Row], sample_rate: int, channels: int, memory: int = 2**31
+    ) -> None:
         if not rows:
             raise ValueError("there are no rows")
         self.rows, self.sample_rate, self.channels = list(rows), sample_rate, channels
@@ -146,7 +148,9 @@ class AudioTexts:
         if number in self._kept:
             return self._kept[number]
         row = self.rows[number]
-        x, rate = read_audio(row.audio) if isinstance(row.audio, Path) else (row.audio, row.sample_rate)
+        x, rate = (
+            read_audio(row.audio) if isinstance(row.audio, Path) else (row.audio, row.sample_rate)
+        )
         made = self._ready(x, rate, row)
         if made.numel() * 4 <= self._free:
             self._free -= made.numel() * 4
@@ -155,7 +159,9 @@ class AudioTexts:
 
     def _ready(self, x: Tensor, rate: int | None, row: Row) -> Tensor:
         name = row.audio.name if isinstance(row.audio, Path) else "audio"
-        made = resample(with_channels(check_waveform(x, name), self.channels), rate, self.sample_rate)
+        made = resample(
+            with_channels(check_waveform(x, name), self.channels), rate, self.sample_rate
+        )
         return made.clamp(-1, 1).contiguous()  # the filter's ringing may pass 1
 
     def crop(self, number: int, length: int, rng: np.random.Generator) -> Tensor:
@@ -187,7 +193,9 @@ class MusicBatches:
         data: the pieces. encoder: texts -> (states, mask); None: a model without text. length: samples of a crop.
     """
 
-    def __init__(self, data: AudioTexts, encoder: Any, config: MusicTrainConfig, length: int) -> None:
+    def __init__(
+        self, data: AudioTexts, encoder: Any, config: MusicTrainConfig, length: int
+    ) -> None:
         self.data, self.encoder, self.config, self.length = data, encoder, config, length
         self._order = Batches({"input_ids": torch.arange(len(data))[:, None]}, 1, config.seed)
 
@@ -196,7 +204,12 @@ class MusicBatches:
         numbers = self._order.take(stage, step, size)["input_ids"][:, 0]
         c = self.config
         t = draw_times(c.seed, step, size, c.time_sampler, c.time_warp)
-        return {"number": numbers, "place": torch.arange(size), "step": torch.full((size,), step), "t": t}
+        return {
+            "number": numbers,
+            "place": torch.arange(size),
+            "step": torch.full((size,), step),
+            "t": t,
+        }
 
     def epoch(self, step: int) -> int:
         """The epoch that a step is in, from 0."""

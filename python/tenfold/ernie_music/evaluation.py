@@ -26,9 +26,16 @@ def _fad(generated: Tensor, real: Tensor, sample_rate: int, prompts: Sequence[st
 
     from tenfold.ernie_music.audio import resample
 
-    judge = FrechetAudioDistance(model_name="vggish", sample_rate=16000, use_pca=False, use_activation=False)
-    sets = [[resample(w.mean(0), sample_rate, 16000).numpy() for w in x.cpu()] for x in (generated, real)]
-    (m1, s1), (m2, s2) = (judge.calculate_embd_statistics(judge.get_embeddings(x, sr=16000)) for x in sets)
+    judge = FrechetAudioDistance(
+        model_name="vggish", sample_rate=16000, use_pca=False, use_activation=False
+    )
+    sets = [
+        [resample(w.mean(0), sample_rate, 16000).numpy() for w in x.cpu()]
+        for x in (generated, real)
+    ]
+    (m1, s1), (m2, s2) = (
+        judge.calculate_embd_statistics(judge.get_embeddings(x, sr=16000)) for x in sets
+    )
     return float(judge.calculate_frechet_distance(m1, s1, m2, s2))
 
 
@@ -66,7 +73,9 @@ def metric_of(name: str) -> Metric:
         raise ValueError(f"metric must be one of {', '.join((*_INSTALLED, *_OWN))}, got {name!r}")
     module, package, metric = _INSTALLED[name]
     if importlib.util.find_spec(module) is None:
-        raise ModuleNotFoundError(f"the metric {name!r} needs {package}; install it with `pip install {package}`")
+        raise ModuleNotFoundError(
+            f"the metric {name!r} needs {package}; install it with `pip install {package}`"
+        )
     return metric
 
 
@@ -88,13 +97,21 @@ class Judges:
 
 
 def train_judges(
-    train: AudioTexts, test: AudioTexts, length: int, encoder: Any = None, *, steps: int = 400, seed: int = 0
+    train: AudioTexts,
+    test: AudioTexts,
+    length: int,
+    encoder: Any = None,
+    *,
+    steps: int = 400,
+    seed: int = 0,
 ) -> Judges:
     """Trains the judges on crops of real pieces and measures them on held-out ones."""
     classifier = AttributeClassifier(train.sample_rate).fit(train, length, steps=steps, seed=seed)
     judge = None
     if encoder is not None:
-        judge = TextAudioJudge(train.sample_rate, encoder).fit(train, length, steps=steps, seed=seed)
+        judge = TextAudioJudge(train.sample_rate, encoder).fit(
+            train, length, steps=steps, seed=seed
+        )
     made = Judges(classifier, judge, length)
     made.real, rows = crops_of(test, length, 1, seed + 1)
     about = [test.rows[i].about for i in rows.tolist()]
@@ -103,7 +120,9 @@ def train_judges(
         counts = [sum(str(a[name]) == c for a in about) for c in classifier.classes[name]]
         made.chance[name] = max(counts) / len(about)
     if judge is not None:
-        made.retrieval = judge.retrieval(made.real, [test.rows[i].text for i in rows.tolist()], about)
+        made.retrieval = judge.retrieval(
+            made.real, [test.rows[i].text for i in rows.tolist()], about
+        )
     return made
 
 
@@ -161,21 +180,29 @@ def generate(
     made = []
     for at in range(0, len(prompts), batch_size):
         part = list(prompts[at : at + batch_size])
-        generators = [torch.Generator().manual_seed(seed * 100_003 + at + i) for i in range(len(part))]
+        generators = [
+            torch.Generator().manual_seed(seed * 100_003 + at + i) for i in range(len(part))
+        ]
         made.append(pipeline(part, generator=generators, output_type="pt", **options).audios)  # type: ignore[union-attr]
         step(f"generated {at + len(part)} of {len(prompts)}")
     return torch.cat(made)
 
 
 def evaluate(
-    audio: Tensor, prompts: Sequence[str], about: Sequence[dict[str, Any]], judges: Judges, metrics: Sequence[str] = ()
+    audio: Tensor,
+    prompts: Sequence[str],
+    about: Sequence[dict[str, Any]],
+    judges: Judges,
+    metrics: Sequence[str] = (),
 ) -> Evaluation:
     """Judges generated audio [N, C, S] of prompts that ask for the attributes in ``about``.
 
     Raises ValueError for lists of other lengths, ModuleNotFoundError for metrics that are not installed.
     """
     if not len(audio) == len(prompts) == len(about):
-        raise ValueError(f"{len(audio)} sounds, {len(prompts)} prompts and {len(about)} descriptions do not go together")
+        raise ValueError(
+            f"{len(audio)} sounds, {len(prompts)} prompts and {len(about)} descriptions do not go together"
+        )
     chosen = {name: metric_of(name) for name in metrics}
     rate, classifier = judges.attributes.sample_rate, judges.attributes
     audio = audio[..., : judges.length]
@@ -185,7 +212,9 @@ def evaluate(
         asked = [str(a[name]) for a in about]
         accuracy[name] = float(np.mean([p == a for p, a in zip(predicted[name], asked)]))
         # Against all other prompts at once: the mean over every way of mixing them up.
-        pairs = [p == a for i, p in enumerate(predicted[name]) for j, a in enumerate(asked) if i != j]
+        pairs = [
+            p == a for i, p in enumerate(predicted[name]) for j, a in enumerate(asked) if i != j
+        ]
         shuffled[name] = float(np.mean(pairs)) if pairs else 0.0
     retrieval = judges.texts.retrieval(audio, prompts, about) if judges.texts is not None else {}
     ours, real = statistics(audio, rate), statistics(judges.real, rate)

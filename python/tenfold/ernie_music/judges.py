@@ -72,11 +72,15 @@ class AttributeClassifier(_Judge):
         """Learns from crops of real pieces. ValueError for rows without an attribute."""
         for name in self.attributes:
             if any(name not in row.about for row in data.rows):
-                raise ValueError(f"rows need the attribute {name!r}, which some of them do not have")
+                raise ValueError(
+                    f"rows need the attribute {name!r}, which some of them do not have"
+                )
             self.classes[name] = sorted({str(row.about[name]) for row in data.rows})
         waves, rows = crops_of(data, length, per_row, seed)
         x = self._listen(waves)
-        labels = {n: self._labels(n, [data.rows[i].about for i in rows.tolist()]) for n in self.attributes}
+        labels = {
+            n: self._labels(n, [data.rows[i].about for i in rows.tolist()]) for n in self.attributes
+        }
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             for name in self.attributes:
@@ -100,12 +104,18 @@ class AttributeClassifier(_Judge):
     def predict(self, audio: Tensor) -> dict[str, list[str]]:
         """The class of every attribute for waveforms [N, C, S]."""
         x = self.heard(audio)
-        return {n: [self.classes[n][i] for i in self.heads[n](x).argmax(1).tolist()] for n in self.attributes}
+        return {
+            n: [self.classes[n][i] for i in self.heads[n](x).argmax(1).tolist()]
+            for n in self.attributes
+        }
 
     def accuracy(self, audio: Tensor, about: Sequence[dict[str, Any]]) -> dict[str, float]:
         """Share of sounds whose predicted class is what ``about`` says, by attribute."""
         found = self.predict(audio)
-        return {n: float(np.mean([p == str(a[n]) for p, a in zip(found[n], about)])) for n in self.attributes}
+        return {
+            n: float(np.mean([p == str(a[n]) for p, a in zip(found[n], about)]))
+            for n in self.attributes
+        }
 
 
 class TextAudioJudge(_Judge):

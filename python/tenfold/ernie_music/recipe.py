@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tenfold.data.scores import Note, Score, packaged_scores
+from tenfold.data.scores import COMPOSERS, Note, Score, packaged_scores
 from tenfold.ernie_music.audio import write_audio
 from tenfold.ernie_music.captions import LANGUAGES, REGISTERS, TEMPI, tags, texts_of
 from tenfold.ernie_music.synth import INSTRUMENTS, render
@@ -45,7 +45,14 @@ class RecipeConfig:
     registers: tuple[str, ...] = REGISTERS
     tempi: tuple[str, ...] = TEMPI
     languages: tuple[str, ...] = LANGUAGES
-    composers: tuple[str, ...] = ("bach", "mozart", "haydn", "beethoven", "schumann_clara", "schumann_robert")
+    composers: tuple[str, ...] = (
+        "bach",
+        "mozart",
+        "haydn",
+        "beethoven",
+        "schumann_clara",
+        "schumann_robert",
+    )
     scores: int = 24
     ensemble: float = 0.3
     seed: int = 0
@@ -54,7 +61,7 @@ class RecipeConfig:
         integers(self, {"clips": 1, "test_clips": 0, "sample_rate": 1000, "scores": 1, "seed": 0})
         positive("seconds", self.seconds)
         for name, allowed in (("instruments", tuple(INSTRUMENTS)), ("registers", REGISTERS), ("tempi", TEMPI),
-                              ("languages", LANGUAGES)):  # fmt: skip
+                              ("languages", LANGUAGES), ("composers", tuple(COMPOSERS))):  # fmt: skip
             values = tuple(getattr(self, name))
             object.__setattr__(self, name, values)
             if not values:
@@ -83,11 +90,17 @@ def _excerpt(notes: Sequence[Note], at: float, quarters: float) -> list[Note]:
     ]
 
 
-def make_clip(score: Score, config: RecipeConfig, seed: Sequence[int]) -> tuple[np.ndarray, dict[str, Any]] | None:
+def make_clip(
+    score: Score, config: RecipeConfig, seed: Sequence[int]
+) -> tuple[np.ndarray, dict[str, Any]] | None:
     """(waveform float32 [S], what is known about it) of a random place of a score; None where too little sounds there."""
     rng = np.random.default_rng(list(seed))
     pick = lambda values: str(values[int(rng.integers(len(values)))])  # noqa: E731
-    about = {"instrument": pick(config.instruments), "register": pick(config.registers), "tempo": pick(config.tempi)}
+    about = {
+        "instrument": pick(config.instruments),
+        "register": pick(config.registers),
+        "tempo": pick(config.tempi),
+    }
     ensemble = bool(rng.random() < config.ensemble) and len({n.part for n in score.notes}) > 1
     line = score.melody()
     end = line[-1].start
@@ -104,7 +117,9 @@ def make_clip(score: Score, config: RecipeConfig, seed: Sequence[int]) -> tuple[
     notes = [Note(n.start, n.length, min(max(n.pitch + shift, 24), 108), n.part) for n in notes]
     if register_of(n.pitch for n in notes) != about["register"]:
         return None
-    wave = render(notes, about["instrument"], per_quarter, config.seconds, config.sample_rate, (*seed, 1))
+    wave = render(
+        notes, about["instrument"], per_quarter, config.seconds, config.sample_rate, (*seed, 1)
+    )
     onsets = sorted({n.start for n in notes})
     gaps = [b - a for a, b in pairwise(onsets)]
     about |= {
@@ -145,10 +160,14 @@ def make_rows(
             wave, about = found
             rng = np.random.default_rng([config.seed, number, attempt, 2])
             texts = texts_of(about, config.languages, rng, held_out=name == "test")
-            made[name].append((wave, about | {"text": texts[0], "texts": texts, "tags": tags(about)}))
+            made[name].append(
+                (wave, about | {"text": texts[0], "texts": texts, "tags": tags(about)})
+            )
             step(f"{name}: {about['instrument']}")
         if len(made[name]) < count:
-            raise ValueError(f"the scores gave only {len(made[name])} of {count} clips; allow more scores")
+            raise ValueError(
+                f"the scores gave only {len(made[name])} of {count} clips; allow more scores"
+            )
     return made
 
 
@@ -162,14 +181,20 @@ def prepare(folder: str | Path, config: RecipeConfig | None = None, step: Callab
     stamp = folder / "recipe.json"
     if stamp.is_file():
         if json.loads(stamp.read_text()) != config.to_json():
-            raise ValueError(f"{folder} has data of another recipe; give another folder, or remove this one")
+            raise ValueError(
+                f"{folder} has data of another recipe; give another folder, or remove this one"
+            )
         return files
     for name, rows in make_rows(config, step).items():
         (folder / name).mkdir(parents=True, exist_ok=True)
         lines = []
         for i, (wave, row) in enumerate(rows):
-            path = write_audio(folder / name / f"{i:05d}.wav", torch.from_numpy(wave), config.sample_rate)
-            lines.append(json.dumps({"audio": str(path.relative_to(folder))} | row, ensure_ascii=False))
+            path = write_audio(
+                folder / name / f"{i:05d}.wav", torch.from_numpy(wave), config.sample_rate
+            )
+            lines.append(
+                json.dumps({"audio": str(path.relative_to(folder))} | row, ensure_ascii=False)
+            )
         write_text(files[name], "".join(line + "\n" for line in lines))
     write_text(stamp, json.dumps(config.to_json(), indent=1))
     return files

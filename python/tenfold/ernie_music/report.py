@@ -18,7 +18,9 @@ STATISTIC_COLUMNS = ("statistic", "generated", "real audio")
 RETRIEVAL_COLUMNS = ("text found by its sound", "generated", "real audio", "by chance")
 
 
-def spectrogram_picture(audio: Tensor, titles: Sequence[str], sample_rate: int, columns: int = 3) -> bytes:
+def spectrogram_picture(
+    audio: Tensor, titles: Sequence[str], sample_rate: int, columns: int = 3
+) -> bytes:
     """Waveforms [N, C, S] as a PNG of spectrograms: dB below each one's loudest point, frequencies on a line."""
     power, f = power_spectrogram(torch.as_tensor(audio), sample_rate)
     count = len(power)
@@ -77,8 +79,14 @@ def time_plot(record: MusicRecord) -> Any:
 
 def statistic_rows(found: Evaluation) -> list[list[str]]:
     """Rows for ``STATISTIC_COLUMNS``."""
-    return [[n.replace("_", " "), f"{a:.3g}", f"{b:.3g}"] for n, (a, b) in found.statistics.items()] + [
-        ["Fréchet distance to real features (of its halves)", f"{found.frechet:.3g}", f"{found.frechet_real:.3g}"]
+    return [
+        [n.replace("_", " "), f"{a:.3g}", f"{b:.3g}"] for n, (a, b) in found.statistics.items()
+    ] + [
+        [
+            "Fréchet distance to real features (of its halves)",
+            f"{found.frechet:.3g}",
+            f"{found.frechet_real:.3g}",
+        ]
     ]
 
 
@@ -113,7 +121,9 @@ def add_evaluation(page: Page, found: Evaluation) -> None:
         page.table(("metric", "value"), [[n, f"{v:.4g}"] for n, v in found.metrics.items()])
 
 
-def add_sounds(page: Page, audio: Tensor, prompts: Sequence[str], sample_rate: int, caption: str) -> None:
+def add_sounds(
+    page: Page, audio: Tensor, prompts: Sequence[str], sample_rate: int, caption: str
+) -> None:
     """Sounds that play in the page, with their spectrograms."""
     page.image(spectrogram_picture(audio, prompts, sample_rate), caption)
     for prompt, wave in zip(prompts, audio):

@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 
 BANDS = 48
-STATISTICS = ("centroid_hz", "bandwidth_hz", "rolloff_hz", "flatness", "flux", "rms", "crest", "zero_crossings_hz")
+STATISTICS = (
+    "centroid_hz",
+    "bandwidth_hz",
+    "rolloff_hz",
+    "flatness",
+    "flux",
+    "rms",
+    "crest",
+    "zero_crossings_hz",
+)
 
 
 def _mono(audio: Tensor) -> Tensor:
@@ -36,7 +45,9 @@ def band_energies(audio: Tensor, sample_rate: int, bands: int = BANDS) -> Tensor
     Energies below -80 dB are -80 dB (in nepers of power).
     """
     power, f = power_spectrogram(audio, sample_rate)
-    edges = torch.logspace(math.log10(50.0), math.log10(sample_rate / 2), bands + 2, device=f.device)
+    edges = torch.logspace(
+        math.log10(50.0), math.log10(sample_rate / 2), bands + 2, device=f.device
+    )
     # Triangles at least as wide as two lines of the spectrum, so that no band at the low end is empty.
     width = (edges[2:] - edges[:-2]).clamp_min(4 * float(f[1])) / 2
     weights = (1 - (f[None] - edges[1:-1, None]).abs() / width[:, None]).clamp_min(0)

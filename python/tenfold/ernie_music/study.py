@@ -83,7 +83,9 @@ def run(
     data, test = material(recipe)
     step("scores are rendered")
     encoder = offline_encoder()
-    judges = train_judges(data, test, model.sample_size, encoder, steps=judge_steps, seed=settings.seed)
+    judges = train_judges(
+        data, test, model.sample_size, encoder, steps=judge_steps, seed=settings.seed
+    )
     step("judges are trained")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
@@ -96,12 +98,20 @@ def run(
     record, averaged = train(
         unet, data, encoder, settings, held_out=test, out=out, callback=told, demo_prompts=demo_prompts, quiet=quiet
     )  # fmt: skip
-    pipeline = ErnieMusicPipeline(averaged, VDiffusionScheduler(solver="dpm++", time_warp=settings.time_warp), encoder)
+    pipeline = ErnieMusicPipeline(
+        averaged, VDiffusionScheduler(solver="dpm++", time_warp=settings.time_warp), encoder
+    )
     pipeline.set_progress_bar_config(disable=True)
     made = Run(record, pipeline, judges, test)
     texts, about = held_out_prompts(test, prompts)
     for g in guidance:
-        audio = generate(pipeline, texts, num_inference_steps=inference_steps, guidance_scale=g, seed=settings.seed)
+        audio = generate(
+            pipeline,
+            texts,
+            num_inference_steps=inference_steps,
+            guidance_scale=g,
+            seed=settings.seed,
+        )
         made.audio[g] = audio
         made.evaluations[g] = evaluate(audio, texts, about, judges)
         step(f"sounds with guidance {g:g} are judged")
@@ -120,7 +130,14 @@ def setting_of(made: Run, recipe: RecipeConfig) -> str:
     )
 
 
-GUIDANCE_COLUMNS = ("guidance", "instrument", "register", "tempo", "text found first", "Fréchet distance")
+GUIDANCE_COLUMNS = (
+    "guidance",
+    "instrument",
+    "register",
+    "tempo",
+    "text found first",
+    "Fréchet distance",
+)
 
 
 def guidance_rows(made: Run) -> list[list[str]]:
@@ -133,8 +150,22 @@ def guidance_rows(made: Run) -> list[list[str]]:
     rows = [
         line(f"{g:g}", e.accuracy, f"{100 * e.retrieval['top1']:.0f} %", f"{e.frechet:.0f}") for g, e in made.evaluations.items()
     ]  # fmt: skip
-    rows.append(line("other prompts", made.evaluations[made.best].shuffled, f"{100 * any_one.retrieval['chance1']:.0f} %", "–"))
-    rows.append(line("real audio", any_one.ceiling, f"{100 * any_one.real_retrieval['top1']:.0f} %", f"{any_one.frechet_real:.0f}"))
+    rows.append(
+        line(
+            "other prompts",
+            made.evaluations[made.best].shuffled,
+            f"{100 * any_one.retrieval['chance1']:.0f} %",
+            "–",
+        )
+    )
+    rows.append(
+        line(
+            "real audio",
+            any_one.ceiling,
+            f"{100 * any_one.real_retrieval['top1']:.0f} %",
+            f"{any_one.frechet_real:.0f}",
+        )
+    )
     return rows
 
 
@@ -148,7 +179,9 @@ def add_section(page: Page, made: Run, recipe: RecipeConfig, sounds: int = 6) ->
     rate = made.pipeline.unet.config.sample_rate
     prompts = made.evaluations[g].prompts
     page.heading("Sounds of held-out prompts")
-    report.add_sounds(page, made.audio[g][:sounds], prompts[:sounds], rate, f"Generated, guidance {g:g}.")
+    report.add_sounds(
+        page, made.audio[g][:sounds], prompts[:sounds], rate, f"Generated, guidance {g:g}."
+    )
     page.heading("Real sounds")
     texts = [row.text for row in made.test.rows]
     report.add_sounds(page, made.judges.real[:3], texts[:3], rate, "Held-out scores, rendered.")

@@ -29,7 +29,9 @@ class Instrument:
     stretch: float = 0.0
 
 
-def _series(count: int, fall: float, decay: float = 0.0, odd: bool = False) -> tuple[tuple[float, float, float], ...]:
+def _series(
+    count: int, fall: float, decay: float = 0.0, odd: bool = False
+) -> tuple[tuple[float, float, float], ...]:
     numbers = range(1, count + 1, 2 if odd else 1)
     return tuple((float(n), n**-fall, decay / n**0.5) for n in numbers)
 
@@ -49,7 +51,9 @@ INSTRUMENTS: dict[str, Instrument] = {
 }  # fmt: skip
 
 
-def tone(instrument: str, pitch: int, seconds: float, sample_rate: int, rng: np.random.Generator) -> np.ndarray:
+def tone(
+    instrument: str, pitch: int, seconds: float, sample_rate: int, rng: np.random.Generator
+) -> np.ndarray:
     """One note float32 [S], with its release after ``seconds``; partials above 45 % of the rate are left out."""
     kind = INSTRUMENTS[instrument]
     total = max(2, int((seconds + kind.release) * sample_rate))

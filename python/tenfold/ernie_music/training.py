@@ -44,7 +44,9 @@ class MusicRecord(Record):
         """The entries of loss by time: ``step``, and the mean loss of each bin that had rows, by its number."""
         made = []
         for i, metrics in enumerate(self.curve):
-            found = {k.removeprefix(BY_TIME): v for k, v in metrics.items() if k.startswith(BY_TIME)}
+            found = {
+                k.removeprefix(BY_TIME): v for k, v in metrics.items() if k.startswith(BY_TIME)
+            }
             if found:
                 made.append({"step": float(i + 1)} | found)
         return made
@@ -103,7 +105,9 @@ class MusicTrainer(AdamWTrainer):
         if self.config.max_grad_norm is not None:
             super().clip(optimizer)
 
-    def loss_of(self, model: Any, batch: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss_of(
+        self, model: Any, batch: dict[str, Tensor], step: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean over rows, and sums and counts of rows by time."""
         each = model(batch)
         bins = self.config.time_bins
@@ -123,7 +127,9 @@ def held_out_loss(
 
     Times are the middles of ``bins`` parts of [0, 1] in turn; crops are from the pieces' beginnings on.
     """
-    config = MusicTrainConfig.from_preset("small", text=text, condition_dropout=0.0, polarity_flip=0.0, seed=seed)
+    config = MusicTrainConfig.from_preset(
+        "small", text=text, condition_dropout=0.0, polarity_flip=0.0, seed=seed
+    )
     batches = MusicBatches(data, encoder, config, unet.config.sample_size)
     model, was = VelocityLoss(unet, seed), unet.training
     unet.eval()
@@ -131,7 +137,9 @@ def held_out_loss(
     for at in range(0, rows, batch_size):
         place = torch.arange(at, min(rows, at + batch_size))
         t = ((place % bins) + 0.5) / bins
-        batch = batches.load({"number": place % len(data), "place": place, "step": torch.zeros_like(place), "t": t})
+        batch = batches.load(
+            {"number": place % len(data), "place": place, "step": torch.zeros_like(place), "t": t}
+        )
         each = model({k: v.to(unet.device) for k, v in batch.items()}).cpu()
         sums.index_add_(0, place % bins, each)
         counts.index_add_(0, place % bins, torch.ones_like(each))
@@ -143,7 +151,9 @@ def held_out_loss(
 class _Demos:
     """Sounds and their pictures on the way."""
 
-    def __init__(self, folder: Path | None, prompts: Sequence[str], config: MusicTrainConfig) -> None:
+    def __init__(
+        self, folder: Path | None, prompts: Sequence[str], config: MusicTrainConfig
+    ) -> None:
         self.folder, self.prompts, self.config = folder, list(prompts), config
 
     def write(self, unet: ErnieMusicUNet1D, encoder: Any, step: int) -> None:
@@ -159,7 +169,9 @@ class _Demos:
         for g in c.demo_guidance:
             if g != 1 and c.condition_dropout == 0:
                 continue
-            generators = [torch.Generator().manual_seed(c.seed + i) for i in range(len(self.prompts))]
+            generators = [
+                torch.Generator().manual_seed(c.seed + i) for i in range(len(self.prompts))
+            ]
             made = pipe(self.prompts, num_inference_steps=c.demo_steps, guidance_scale=g, generator=generators, output_type="pt")  # fmt: skip
             made.save(place / f"guidance-{g:g}.wav")  # type: ignore[union-attr]
             picture = spectrogram_picture(made.audios, self.prompts, unet.config.sample_rate)  # type: ignore[union-attr]
@@ -205,11 +217,21 @@ def train(
     config = (config or MusicTrainConfig()).with_changes(**changes)
     for name in ("sample_rate", "channels"):
         if getattr(data, name) != getattr(model.config, name):
-            raise ValueError(f"the data has {name} {getattr(data, name)}, the model {getattr(model.config, name)}")
+            raise ValueError(
+                f"the data has {name} {getattr(data, name)}, the model {getattr(model.config, name)}"
+            )
     model.config.check_length(model.config.sample_size)
-    if encoder is not None and getattr(encoder, "width", model.config.text_dim) != model.config.text_dim:
-        raise ValueError(f"the text encoder's states are {encoder.width} wide, the model takes {model.config.text_dim}")
-    model.config.condition_dropout, model.config.time_warp = config.condition_dropout, config.time_warp
+    if (
+        encoder is not None
+        and getattr(encoder, "width", model.config.text_dim) != model.config.text_dim
+    ):
+        raise ValueError(
+            f"the text encoder's states are {encoder.width} wide, the model takes {model.config.text_dim}"
+        )
+    model.config.condition_dropout, model.config.time_warp = (
+        config.condition_dropout,
+        config.time_warp,
+    )
     model.config.text_encoder = getattr(encoder, "name", model.config.text_encoder)
     batches = MusicBatches(data, encoder, config, model.config.sample_size)
     session = Session(STAGE, model, config, data.digest(), out, resume)
@@ -251,14 +273,23 @@ def _after_step(
         state.sums += torch.tensor([metrics.pop(f"sum/{i}") for i in bins])
         state.counts += torch.tensor([metrics.pop(f"count/{i}") for i in bins])
         if step % config.log_every == 0 or step == config.steps:
-            metrics |= {f"{BY_TIME}{i}": float(state.sums[i] / state.counts[i]) for i in bins if state.counts[i]}
+            metrics |= {
+                f"{BY_TIME}{i}": float(state.sums[i] / state.counts[i])
+                for i in bins
+                if state.counts[i]
+            }
             state.sums.zero_()
             state.counts.zero_()
         last, ema = step == config.steps, state.ema.model
         if held_out is not None and (last or (config.eval_every and step % config.eval_every == 0)):
             found = held_out_loss(ema, held_out, encoder, text=config.text, bins=config.time_bins)
             metrics |= {HELD_OUT + k: v for k, v in ({"step": float(step)} | found).items()}
-        if demos.prompts and accelerator.is_main_process and config.demo_every and (last or step % config.demo_every == 0):
+        if (
+            demos.prompts
+            and accelerator.is_main_process
+            and config.demo_every
+            and (last or step % config.demo_every == 0)
+        ):
             demos.write(ema, encoder, step)
         return False
 

@@ -101,9 +101,7 @@ class _NoiseRng(torch.autograd.Function):
 
 class _Loss(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, v_hat: Tensor, others: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Tensor:
+    def forward(ctx: Any, v_hat: Tensor, others: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         ctx.save_for_backward(v_hat, *others)
         with torch._C._AutoDispatchBelowAutograd():
             return _ops.vdiff_loss.default(v_hat, *others)
