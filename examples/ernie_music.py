@@ -1,4 +1,4 @@
-"""Does a small waveform model do what its prompt says? Trained on rendered scores, asked in phrasings that it never saw.
+"""Does a small waveform model do what its prompt says? Trained on rendered scores, asked in phrasings it never saw.
 
 python examples/ernie_music.py [--steps 6000] [--prompts 96] [--out bench/results/ernie_music]
 
@@ -52,23 +52,44 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("tenfold-report/ernie_music-study"))
     chosen = parser.parse_args()
     recipe = RecipeConfig(
-        clips=chosen.clips, test_clips=min(96, chosen.prompts), seconds=2.5 * chosen.length / 4096, sample_rate=chosen.sample_rate,
-        instruments=tuple(chosen.instruments), composers=tuple(chosen.composers), scores=60, ensemble=0.0, seed=chosen.seed,
-    )  # fmt: skip
+        clips=chosen.clips,
+        test_clips=min(96, chosen.prompts),
+        seconds=2.5 * chosen.length / 4096,
+        sample_rate=chosen.sample_rate,
+        instruments=tuple(chosen.instruments),
+        composers=tuple(chosen.composers),
+        scores=60,
+        ensemble=0.0,
+        seed=chosen.seed,
+    )
     model = ErnieMusicConfig.from_preset(
         "tiny", sample_rate=chosen.sample_rate, sample_size=chosen.length
     )
     settings = MusicTrainConfig.from_preset(
-        "small", steps=chosen.steps, batch_size=chosen.batch, learning_rate=chosen.learning_rate, ema_early_epochs=5,
-        mixed_precision=chosen.precision, log_every=max(1, chosen.steps // 20), checkpoint_every=250,
-        eval_every=max(1, chosen.steps // 6), seed=chosen.seed,
-    )  # fmt: skip
+        "small",
+        steps=chosen.steps,
+        batch_size=chosen.batch,
+        learning_rate=chosen.learning_rate,
+        ema_early_epochs=5,
+        mixed_precision=chosen.precision,
+        log_every=max(1, chosen.steps // 20),
+        checkpoint_every=250,
+        eval_every=max(1, chosen.steps // 6),
+        seed=chosen.seed,
+    )
     start = time.process_time()
     with threads(chosen.threads):
         made = study.run(
-            recipe, model, settings, prompts=chosen.prompts, guidance=tuple(chosen.guidance),
-            inference_steps=chosen.inference_steps, out=chosen.work, step=say, tell=max(1, chosen.steps // 60),
-        )  # fmt: skip
+            recipe,
+            model,
+            settings,
+            prompts=chosen.prompts,
+            guidance=tuple(chosen.guidance),
+            inference_steps=chosen.inference_steps,
+            out=chosen.work,
+            step=say,
+            tell=max(1, chosen.steps // 60),
+        )
     cpu = time.process_time() - start
     found = made.evaluations[made.best]
     for row in attribute_rows(found):
@@ -76,26 +97,47 @@ def main() -> None:
     out: Path = chosen.out
     out.mkdir(parents=True, exist_ok=True)
     rate = model.sample_rate
-    for kind, audio, texts in (("generated", made.audio[made.best], found.prompts), ("real", made.judges.real, [r.text for r in made.test.rows])):  # fmt: skip
+    for kind, audio, texts in (
+        ("generated", made.audio[made.best], found.prompts),
+        ("real", made.judges.real, [r.text for r in made.test.rows]),
+    ):
         for i in range(min(chosen.sounds, len(audio))):
             write_audio(out / f"{kind}-{i}.wav", audio[i], rate)
-        (out / f"{kind}.png").write_bytes(report.spectrogram_picture(audio[: chosen.sounds], texts[: chosen.sounds], rate))  # fmt: skip
+        (out / f"{kind}.png").write_bytes(
+            report.spectrogram_picture(audio[: chosen.sounds], texts[: chosen.sounds], rate)
+        )
     (out / "loss.png").write_bytes(png_bytes(report.loss_plot(made.record)))
     (out / "loss-by-time.png").write_bytes(png_bytes(report.time_plot(made.record)))
-    about = {"torch": torch.__version__, "machine": platform.machine(), "threads": chosen.threads, "cpu_seconds": round(cpu),
-             "training_seconds": round(made.record.seconds)}  # fmt: skip
+    about = {
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "threads": chosen.threads,
+        "cpu_seconds": round(cpu),
+        "training_seconds": round(made.record.seconds),
+    }
     result = {
-        "about": about, "setting": study.setting_of(made, recipe), "recipe": recipe.to_json(),
-        "model": {"parameters": made.record.parameters, "widths": list(model.widths), "layers_per_level": model.layers_per_level},
-        "training": settings.to_json(), "validation": made.record.validation, "loss_by_time": made.record.by_time(),
-        "best_guidance": made.best, "evaluations": {f"{g:g}": e.to_json() for g, e in made.evaluations.items()},
-        "sounds": {f"generated-{i}.wav": found.prompts[i] for i in range(min(chosen.sounds, found.count))},
-    }  # fmt: skip
+        "about": about,
+        "setting": study.setting_of(made, recipe),
+        "recipe": recipe.to_json(),
+        "model": {
+            "parameters": made.record.parameters,
+            "widths": list(model.widths),
+            "layers_per_level": model.layers_per_level,
+        },
+        "training": settings.to_json(),
+        "validation": made.record.validation,
+        "loss_by_time": made.record.by_time(),
+        "best_guidance": made.best,
+        "evaluations": {f"{g:g}": e.to_json() for g, e in made.evaluations.items()},
+        "sounds": {
+            f"generated-{i}.wav": found.prompts[i] for i in range(min(chosen.sounds, found.count))
+        },
+    }
     (out / "study.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     page = Page("ERNIE-Music: a study")
     study.add_section(page, made, recipe, sounds=chosen.sounds)
     say(
-        f"report: {page.write(chosen.work / 'index.html')}   result: {out / 'study.json'}   {cpu / 60:.1f} minutes of CPU"
+        f"report: {page.write(chosen.work / 'index.html')}   result: {out / 'study.json'}   {cpu / 60:.1f} min of CPU"
     )
 
 

@@ -6,9 +6,19 @@ import torch
 from tenfold.ernie_music import BagText, ErnieMusicConfig, ErnieMusicPipeline, ErnieMusicUNet1D
 from tenfold.ernie_music.dataset import AudioTexts, Row
 
-TINY = {"widths": (16, 16, 32), "attn_levels": (3,), "head_dim": 16, "layers_per_level": 1, "sample_rate": 1000,
-        "sample_size": 128, "channels": 1, "text_dim": 16, "fuse": "sum", "condition_dropout": 0.1,
-        "text_encoder": "bag:16"}  # fmt: skip
+TINY = {
+    "widths": (16, 16, 32),
+    "attn_levels": (3,),
+    "head_dim": 16,
+    "layers_per_level": 1,
+    "sample_rate": 1000,
+    "sample_size": 128,
+    "channels": 1,
+    "text_dim": 16,
+    "fuse": "sum",
+    "condition_dropout": 0.1,
+    "text_encoder": "bag:16",
+}
 
 
 def config(**changes):

@@ -1,4 +1,4 @@
-"""The acceptance checks of ERNIE-Music's specification (section 9) that are about the method; those of ops are in tests/ops."""
+"""The acceptance checks of ERNIE-Music's specification (section 9); those that are about ops alone are in tests/ops."""
 
 import math
 
@@ -49,9 +49,15 @@ def test_3_a_perfect_predictor_recovers_the_data(eta):
 
 @pytest.mark.parametrize(
     "r, steps, want",
-    [(1.0, 10, 0.883485), (1.0, 100, 0.987738), (0.3, 25, 0.27420), (0.3, 50, 0.28684), (0.3, 100, 0.29335),
-     (0.3, 200, 0.29666)],
-)  # fmt: skip
+    [
+        (1.0, 10, 0.883485),
+        (1.0, 100, 0.987738),
+        (0.3, 25, 0.27420),
+        (0.3, 50, 0.28684),
+        (0.3, 100, 0.29335),
+        (0.3, 200, 0.29666),
+    ],
+)
 def test_4_gaussian_data(r, steps, want):
     def optimal(z, t):
         a, s = schedule(t)
@@ -71,8 +77,13 @@ def ddim(n):
     t = torch.arange(1, n + 1, dtype=torch.float64) / n
     bar = torch.cos(math.pi * t / 2).square().clamp_min(1e-12)
     betas = 1 - bar / torch.cat([torch.ones(1, dtype=torch.float64), bar[:-1]])
-    made = DDIMScheduler(num_train_timesteps=n, trained_betas=betas.numpy(), prediction_type="v_prediction",
-                         clip_sample=False, set_alpha_to_one=True)  # fmt: skip
+    made = DDIMScheduler(
+        num_train_timesteps=n,
+        trained_betas=betas.numpy(),
+        prediction_type="v_prediction",
+        clip_sample=False,
+        set_alpha_to_one=True,
+    )
     made.set_timesteps(n)
     return made
 
@@ -164,9 +175,12 @@ def test_8_guidance_is_the_same_in_every_space():
 
 @pytest.mark.parametrize(
     "changes, millions",
-    [({}, 216.6), ({"attn_levels": tuple(range(9, 15))}, 249.7),
-     ({"attn_levels": tuple(range(9, 15)), "text_dim": 0, "fuse": "none"}, 221.4)],
-)  # fmt: skip
+    [
+        ({}, 216.6),
+        ({"attn_levels": tuple(range(9, 15))}, 249.7),
+        ({"attn_levels": tuple(range(9, 15)), "text_dim": 0, "fuse": "none"}, 221.4),
+    ],
+)
 def test_9_published_sizes(changes, millions):
     with torch.device("meta"):
         made = ErnieMusicUNet1D(
@@ -240,9 +254,10 @@ def test_11_attention_to_text():
     keys = torch.cat([k.transpose(1, 2), states @ made.text_key.weight.T], 1)
     values = torch.cat([v.transpose(1, 2), states @ made.text_value.weight.T], 1)
     heads = [
-        torch.softmax(q[:, h].transpose(1, 2) @ keys[..., h].transpose(1, 2) / 32**0.5, -1) @ values[..., h]
+        torch.softmax(q[:, h].transpose(1, 2) @ keys[..., h].transpose(1, 2) / 32**0.5, -1)
+        @ values[..., h]
         for h in (slice(0, 32), slice(32, 64))
-    ]  # fmt: skip
+    ]
     want = x + made.out(torch.cat(heads, 2).transpose(1, 2))
     torch.testing.assert_close(full, want)
 
@@ -253,10 +268,16 @@ HZ = (20, 45, 80, 130)
 def overfit(layers, steps, seed=0):
     """Four tones, a random text each; (losses, FFT bins at which sampled tones peak)."""
     torch.manual_seed(seed)
-    made = ErnieMusicUNet1D(ErnieMusicConfig(
-        widths=(32, 32, 64, 64), attn_levels=(3, 4), sample_rate=1000, sample_size=1024, text_dim=16,
-        layers_per_level=layers,
-    ))  # fmt: skip
+    made = ErnieMusicUNet1D(
+        ErnieMusicConfig(
+            widths=(32, 32, 64, 64),
+            attn_levels=(3, 4),
+            sample_rate=1000,
+            sample_size=1024,
+            text_dim=16,
+            layers_per_level=layers,
+        )
+    )
     texts = torch.randn(4, 1, 16).repeat(1, 2, 1)
     at = torch.arange(1024) / 1000
     optimizer = torch.optim.Adam(made.parameters(), lr=1e-3)
@@ -273,11 +294,20 @@ def overfit(layers, steps, seed=0):
         loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
-    pipe = ErnieMusicPipeline(made, text_encoder=lambda names: (
-        torch.stack([texts[int(n)] for n in names]), torch.ones(len(names), 2, dtype=torch.bool)))  # fmt: skip
+    pipe = ErnieMusicPipeline(
+        made,
+        text_encoder=lambda names: (
+            torch.stack([texts[int(n)] for n in names]),
+            torch.ones(len(names), 2, dtype=torch.bool),
+        ),
+    )
     pipe.set_progress_bar_config(disable=True)
-    audio = pipe([str(i) for i in range(4)], num_inference_steps=50, output_type="pt",
-                 generator=torch.Generator().manual_seed(0)).audios  # fmt: skip
+    audio = pipe(
+        [str(i) for i in range(4)],
+        num_inference_steps=50,
+        output_type="pt",
+        generator=torch.Generator().manual_seed(0),
+    ).audios
     peaks = torch.fft.rfft(audio).abs().mean(1)[:, 1:].argmax(1) + 1
     return losses, peaks
 

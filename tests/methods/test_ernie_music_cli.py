@@ -8,15 +8,53 @@ from cli_calls import fails, succeeds
 
 from tenfold.ernie_music import read_audio
 
-FEW = ["--clips", "10", "--test-clips", "4", "--seconds", "1", "--sample-rate", "4000", "--composers", "bach", "--scores", "8",
-       "--instruments", "organ,marimba", "--quiet"]  # fmt: skip
-TRAIN = ["--size", "tiny", "--encoder", "bag:16", "--seconds", "0.128", "--steps", "4", "--batch-size", "2", "--set", "log_every=2",
-         "--quiet"]  # fmt: skip
+FEW = [
+    "--clips",
+    "10",
+    "--test-clips",
+    "4",
+    "--seconds",
+    "1",
+    "--sample-rate",
+    "4000",
+    "--composers",
+    "bach",
+    "--scores",
+    "8",
+    "--instruments",
+    "organ,marimba",
+    "--quiet",
+]
+TRAIN = [
+    "--size",
+    "tiny",
+    "--encoder",
+    "bag:16",
+    "--seconds",
+    "0.128",
+    "--steps",
+    "4",
+    "--batch-size",
+    "2",
+    "--set",
+    "log_every=2",
+    "--quiet",
+]
 
 
 def train(place, out, *more):
-    return succeeds("ernie-music", "train", "--data", place / "data" / "train.jsonl", "--test", place / "data" / "test.jsonl",
-                    "--out", out, *TRAIN, *more)  # fmt: skip
+    return succeeds(
+        "ernie-music",
+        "train",
+        "--data",
+        place / "data" / "train.jsonl",
+        "--test",
+        place / "data" / "test.jsonl",
+        "--out",
+        out,
+        *TRAIN,
+        *more,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +94,26 @@ def test_train(place):
 
 def test_generate(place):
     out = place / "sounds" / "x.flac"
-    found = json.loads(succeeds(
-        "ernie-music", "generate", "an organ", "a marimba", "--model", place / "model", "--out", out, "--steps", "2",
-        "--guidance", "2", "--negative", "noise", "--spectrogram", "--json",
-    ))  # fmt: skip
+    found = json.loads(
+        succeeds(
+            "ernie-music",
+            "generate",
+            "an organ",
+            "a marimba",
+            "--model",
+            place / "model",
+            "--out",
+            out,
+            "--steps",
+            "2",
+            "--guidance",
+            "2",
+            "--negative",
+            "noise",
+            "--spectrogram",
+            "--json",
+        )
+    )
     assert [Path(f).name for f in found["files"]] == ["x-0.flac", "x-1.flac"] and Path(
         found["pictures"][0]
     ).is_file()
@@ -111,10 +165,25 @@ def test_generate(place):
 
 
 def test_eval(place):
-    found = json.loads(succeeds(
-        "ernie-music", "eval", "--model", place / "model", "--data", place / "data" / "train.jsonl", "--test",
-        place / "data" / "test.jsonl", "--out", place / "e", "--steps", "2", "--judge-steps", "20", "--json",
-    ))  # fmt: skip
+    found = json.loads(
+        succeeds(
+            "ernie-music",
+            "eval",
+            "--model",
+            place / "model",
+            "--data",
+            place / "data" / "train.jsonl",
+            "--test",
+            place / "data" / "test.jsonl",
+            "--out",
+            place / "e",
+            "--steps",
+            "2",
+            "--judge-steps",
+            "20",
+            "--json",
+        )
+    )
     assert found["count"] == 4 and set(found["accuracy"]) == {"instrument", "register", "tempo"}
     page = Path(found["report"]).read_text()
     assert page.count("<audio controls") == 4 and "data:audio/wav;base64," in page
@@ -128,18 +197,58 @@ BAD = [
     (["prepare", "--out", "x", "--composers", "abba"], "composers must be one of bach"),
     (["prepare", "--out", "data", "--clips", "3", "--quiet"], "has data of another recipe"),
     (["train", "--data", "none.jsonl"], "there is no file none.jsonl"),
-    (["train", "--data", "data/train.jsonl", "--encoder", "bag:16", "--set", "time_sampler=normal"], "time_sampler must be one of"),
-    (["train", "--data", "data/train.jsonl", "--encoder", "bag:16", "--out", "model", *TRAIN[:-1], "--size", "huge"], "preset must be one of paper"),
-    (["train", "--data", "data/train.jsonl", "--encoder", "bag:24", "--model", "model"], "states are 24 wide, the U-Net takes 16"),
+    (
+        [
+            "train",
+            "--data",
+            "data/train.jsonl",
+            "--encoder",
+            "bag:16",
+            "--set",
+            "time_sampler=normal",
+        ],
+        "time_sampler must be one of",
+    ),
+    (
+        [
+            "train",
+            "--data",
+            "data/train.jsonl",
+            "--encoder",
+            "bag:16",
+            "--out",
+            "model",
+            *TRAIN[:-1],
+            "--size",
+            "huge",
+        ],
+        "preset must be one of paper",
+    ),
+    (
+        ["train", "--data", "data/train.jsonl", "--encoder", "bag:24", "--model", "model"],
+        "states are 24 wide, the U-Net takes 16",
+    ),
     (["generate", "x", "--model", "data"], "has no model_index.json"),
-    (["generate", "x", "--model", "model", "--solver", "euler"], "solver must be one of ddim, dpm++"),
-    (["generate", "x", "--model", "model", "--eta", "3", "--quiet"], "eta must be in [0, 1], got 3.0"),
+    (
+        ["generate", "x", "--model", "model", "--solver", "euler"],
+        "solver must be one of ddim, dpm++",
+    ),
+    (
+        ["generate", "x", "--model", "model", "--eta", "3", "--quiet"],
+        "eta must be in [0, 1], got 3.0",
+    ),
     (["generate", "x", "--model", "model", "--keep", "0-1"], "--keep needs --init"),
-    (["generate", "x", "--model", "model", "--init", "data/train.jsonl"], "cannot be read as audio"),
-    (["generate", "x", "--model", "model", "--init", "nothing.wav"], "there is no file nothing.wav"),
+    (
+        ["generate", "x", "--model", "model", "--init", "data/train.jsonl"],
+        "cannot be read as audio",
+    ),
+    (
+        ["generate", "x", "--model", "model", "--init", "nothing.wav"],
+        "there is no file nothing.wav",
+    ),
     (["eval", "--model", "model", "--metrics", "clap"], "'clap' needs laion-clap; install it with"),
     (["eval", "--model", "model", "--metrics", "mos"], "metric must be one of fad, clap"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("arguments, words", BAD, ids=[" ".join(a[:4]) for a, _ in BAD])
@@ -154,14 +263,34 @@ def test_a_page_of_a_run():
     from tenfold.ernie_music.train_config import MusicTrainConfig
     from tenfold.report import Page
 
-    recipe = RecipeConfig(clips=12, test_clips=4, seconds=0.6, sample_rate=2000, instruments=("organ", "marimba"),
-                          composers=("bach",), scores=8, ensemble=0.0)  # fmt: skip
+    recipe = RecipeConfig(
+        clips=12,
+        test_clips=4,
+        seconds=0.6,
+        sample_rate=2000,
+        instruments=("organ", "marimba"),
+        composers=("bach",),
+        scores=8,
+        ensemble=0.0,
+    )
     said = []
     made = study.run(
-        recipe, ErnieMusicConfig.from_preset("tiny", sample_rate=2000, sample_size=512, widths=(16, 16, 32), attn_levels=(3,), head_dim=16),
-        MusicTrainConfig.from_preset("small", steps=4, batch_size=2, log_every=2), prompts=6, inference_steps=2, judge_steps=20,
-        step=said.append, tell=2,
-    )  # fmt: skip
+        recipe,
+        ErnieMusicConfig.from_preset(
+            "tiny",
+            sample_rate=2000,
+            sample_size=512,
+            widths=(16, 16, 32),
+            attn_levels=(3,),
+            head_dim=16,
+        ),
+        MusicTrainConfig.from_preset("small", steps=4, batch_size=2, log_every=2),
+        prompts=6,
+        inference_steps=2,
+        judge_steps=20,
+        step=said.append,
+        tell=2,
+    )
     assert len(said) == 2 + 2 + 2 and said[-1] == "sounds with guidance 3 are judged"
     page = Page("x")
     study.add_section(page, made, recipe, sounds=2)

@@ -21,7 +21,8 @@ from tenfold.ernie_music.train_config import MusicTrainConfig
 SCORE = """<?xml version="1.0"?><score-partwise><work><work-title>A piece</work-title></work>
 <identification><creator type="composer">N. N.</creator></identification>
 <part-list><score-part id="P1"><part-name>Flute</part-name></score-part></part-list>
-<part id="P1"><measure number="1"><attributes><divisions>2</divisions><key><fifths>-2</fifths><mode>minor</mode></key></attributes>
+<part id="P1"><measure number="1">
+<attributes><divisions>2</divisions><key><fifths>-2</fifths><mode>minor</mode></key></attributes>
 <direction><sound tempo="90"/></direction>
 <note><pitch><step>C</step><octave>4</octave></pitch><duration>2</duration></note>
 <note><chord/><pitch><step>E</step><alter>-1</alter><octave>4</octave></pitch><duration>2</duration></note>
@@ -30,7 +31,8 @@ SCORE = """<?xml version="1.0"?><score-partwise><work><work-title>A piece</work-
 <note><pitch><step>G</step><octave>4</octave></pitch><duration>4</duration><tie type="start"/></note>
 <backup><duration>8</duration></backup>
 <note><pitch><step>C</step><octave>3</octave></pitch><duration>8</duration></note></measure>
-<measure number="2"><note><pitch><step>G</step><octave>4</octave></pitch><duration>1</duration><tie type="stop"/></note></measure>
+<measure number="2">
+<note><pitch><step>G</step><octave>4</octave></pitch><duration>1</duration><tie type="stop"/></note></measure>
 </part></score-partwise>"""
 
 
@@ -42,7 +44,11 @@ def test_a_score_of_every_element(tmp_path):
     for name in ("a.xml", "a.mxl"):
         score = read_score(tmp_path / name)
         assert [(n.start, n.length, n.pitch) for n in score.notes] == [
-            (0, 4, 48), (0, 1, 60), (0, 1, 63), (2, 2.5, 67)]  # fmt: skip
+            (0, 4, 48),
+            (0, 1, 60),
+            (0, 1, 63),
+            (2, 2.5, 67),
+        ]
         assert (score.composer, score.title, score.key, score.mode, score.tempo) == (
             "N. N.",
             "A piece",
@@ -52,8 +58,11 @@ def test_a_score_of_every_element(tmp_path):
         )
         assert score.parts == ("Flute",)
         assert [(n.start, n.length, n.pitch) for n in score.melody()] == [(0, 1, 63), (2, 2.5, 67)]
-    for text, words in (("<x>", "is no MusicXML"), ("<score-timewise/>", "must be MusicXML by parts"),
-                        ("<score-partwise/>", "has no notes")):  # fmt: skip
+    for text, words in (
+        ("<x>", "is no MusicXML"),
+        ("<score-timewise/>", "must be MusicXML by parts"),
+        ("<score-partwise/>", "has no notes"),
+    ):
         (tmp_path / "b.xml").write_text(text)
         with pytest.raises(ValueError, match=words):
             read_score(tmp_path / "b.xml")
@@ -142,8 +151,12 @@ def test_recipe(tmp_path):
     assert files["train"].stat().st_mtime_ns == before
     with pytest.raises(ValueError, match="has data of another recipe"):
         prepare(tmp_path, RecipeConfig(clips=7, composers=("bach",)))
-    for name, value, words in (("instruments", ("kazoo",), "instruments must be one of"), ("languages", (), "languages must not be empty"),
-                               ("ensemble", 2.0, "ensemble must be in"), ("clips", 0, "clips must be >= 1")):  # fmt: skip
+    for name, value, words in (
+        ("instruments", ("kazoo",), "instruments must be one of"),
+        ("languages", (), "languages must not be empty"),
+        ("ensemble", 2.0, "ensemble must be in"),
+        ("clips", 0, "clips must be >= 1"),
+    ):
         with pytest.raises(ValueError, match=words):
             RecipeConfig(**{name: value})
 
@@ -168,7 +181,7 @@ def test_audio_files(tmp_path):
         (torch.zeros(4, dtype=torch.int16), 16000, TypeError, "must be a floating tensor"),
         (torch.zeros(4), 0, ValueError, "sample_rate must be a positive integer, got 0"),
         (torch.zeros(1, 1, 4), 16000, ValueError, r"audio must be \[C, S\] or \[S\]"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(error, match=words):
             write_audio(tmp_path / "d.wav", audio, rate)
         assert not (tmp_path / "d.wav").exists()
@@ -204,7 +217,7 @@ def test_readers(tmp_path):
         ([{"audio": "y.wav", "text": "x"}], FileNotFoundError, "a.jsonl, line 1: there is no file"),
         ([{"audio": "x.wav"}], ValueError, "needs 'text', 'texts' or 'tags'"),
         ([], ValueError, "has no rows"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(error, match=words):
             read_rows(lines(tmp_path / "a.jsonl", rows))
     (tmp_path / "a.jsonl").write_text("{")
@@ -244,7 +257,7 @@ def test_batches_depend_on_seed_step_and_place_only():
 
 def test_times():
     t = torch.cat([draw_times(0, s, 64) for s in range(50)])
-    assert t.dtype == torch.float32 and 0 <= t.min() and t.max() <= 1 and abs(t.mean() - 0.5) < 0.02
+    assert t.dtype == torch.float32 and t.min() >= 0 and t.max() <= 1 and abs(t.mean() - 0.5) < 0.02
     assert torch.equal(draw_times(0, 3, 64), draw_times(0, 3, 64)) and not torch.equal(
         draw_times(0, 3, 64), draw_times(1, 3, 64)
     )

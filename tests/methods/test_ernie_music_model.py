@@ -54,7 +54,13 @@ def test_presets_and_lengths():
 
 X = torch.zeros(2, 1, 64)
 INPUTS = [
-    (X[:, :, :62], 0.5, {}, ValueError, "multiples of 4 samples, at least 12; got 62, the next valid length is 64"),
+    (
+        X[:, :, :62],
+        0.5,
+        {},
+        ValueError,
+        "multiples of 4 samples, at least 12; got 62, the next valid length is 64",
+    ),
     (X[:, :, :8], 0.5, {}, ValueError, "got 8, the next valid length is 12"),
     (X.int(), 0.5, {}, TypeError, "sample must be a floating tensor, got torch.int32"),
     (X[0], 0.5, {}, ValueError, r"sample must be \[B, 1, L\], got \[1, 64\]"),
@@ -62,12 +68,32 @@ INPUTS = [
     (X, 1.5, {}, ValueError, r"timestep must be in \[0, 1\], got \[1.5\]"),
     (X, float("nan"), {}, ValueError, r"timestep must be in \[0, 1\], got \[nan\]"),
     (X, torch.zeros(3), {}, ValueError, r"timestep must be a scalar or \[2\], got \[3\]"),
-    (X, torch.zeros(2, dtype=torch.bfloat16), {}, ValueError, "timestep must be float32 or float64"),
-    (X, 0.5, {"encoder_hidden_states": torch.zeros(2, 3, 15)}, ValueError, r"must be \[2, n, 16\], got \[2, 3, 15\]"),
-    (X, 0.5, {"encoder_hidden_states": torch.zeros(2, 3, 16), "encoder_attention_mask": torch.ones(2, 4)}, ValueError,
-     r"encoder_attention_mask must be \[2, 3\], got \[2, 4\]"),
+    (
+        X,
+        torch.zeros(2, dtype=torch.bfloat16),
+        {},
+        ValueError,
+        "timestep must be float32 or float64",
+    ),
+    (
+        X,
+        0.5,
+        {"encoder_hidden_states": torch.zeros(2, 3, 15)},
+        ValueError,
+        r"must be \[2, n, 16\], got \[2, 3, 15\]",
+    ),
+    (
+        X,
+        0.5,
+        {
+            "encoder_hidden_states": torch.zeros(2, 3, 16),
+            "encoder_attention_mask": torch.ones(2, 4),
+        },
+        ValueError,
+        r"encoder_attention_mask must be \[2, 3\], got \[2, 4\]",
+    ),
     (X, 0.5, {"class_labels": 1}, TypeError, "forward has no arguments class_labels"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("x, t, more, error, words", INPUTS)
@@ -202,8 +228,14 @@ def test_any_encoder_its_padding_and_its_length():
 def test_ernie_m(tmp_path):
     """Its own layers against PyTorch's encoder layers, from files in the published names."""
     torch.manual_seed(0)
-    sizes = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
-             "intermediate_size": 24, "max_position_embeddings": 20}  # fmt: skip
+    sizes = {
+        "vocab_size": 40,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+        "max_position_embeddings": 20,
+    }
     made = ErnieMEncoder(ErnieMConfig(**sizes)).eval()
     save_file(
         {f"ernie_m.{k}": v.contiguous() for k, v in made.state_dict().items()},

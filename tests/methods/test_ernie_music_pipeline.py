@@ -169,7 +169,7 @@ def test_guidance_needs_condition_dropout():
     pipe = tiny.pipeline(condition_dropout=0.0)
     with pytest.warns(UserWarning, match="trained without condition dropout"):
         pipe("low", num_inference_steps=1, guidance_scale=2.0)
-    with pytest.raises(ValueError, match="has no model_index.json"):
+    with pytest.raises(ValueError, match=r"has no model_index\.json"):
         ErnieMusicPipeline.from_pretrained("/nowhere")
     bare = ErnieMusicPipeline(tiny.unet(text_encoder=None))
     bare.set_progress_bar_config(disable=True)

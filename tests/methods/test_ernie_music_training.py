@@ -23,8 +23,20 @@ HERE = Path(__file__).resolve().parent
 
 
 def settings(**changes):
-    return MusicTrainConfig.from_preset("small", **({"steps": 6, "batch_size": 4, "log_every": 3, "time_bins": 4,
-                                                     "checkpoint_every": 2, "learning_rate": 1e-3} | changes))  # fmt: skip
+    return MusicTrainConfig.from_preset(
+        "small",
+        **(
+            {
+                "steps": 6,
+                "batch_size": 4,
+                "log_every": 3,
+                "time_bins": 4,
+                "checkpoint_every": 2,
+                "learning_rate": 1e-3,
+            }
+            | changes
+        ),
+    )
 
 
 def run(out=None, callback=None, **changes):
@@ -79,8 +91,15 @@ def test_micro_batches_are_one_batch():
 
 def test_two_ranks_train_what_one_trains(tmp_path):
     env = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone",
-               str(HERE / "ernie_music_ranks.py"), str(tmp_path)]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=2",
+        "--standalone",
+        str(HERE / "ernie_music_ranks.py"),
+        str(tmp_path),
+    ]
     done = subprocess.run(command, cwd=HERE, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     record, _, ema = run(steps=3)
@@ -97,9 +116,21 @@ def test_it_learns_and_writes_demos(tmp_path):
     made, data = tiny.unet(3), tiny.pieces()
     before = held_out_loss(made, data, tiny.encoder(), bins=4, rows=16)
     record, ema = train(
-        made, data, tiny.encoder(), settings(steps=60, learning_rate=2e-3, demo_every=30, demo_steps=2, ema_early_epochs=100, log_every=20),
-        held_out=data, out=tmp_path, demo_prompts=["low", "high"],
-    )  # fmt: skip
+        made,
+        data,
+        tiny.encoder(),
+        settings(
+            steps=60,
+            learning_rate=2e-3,
+            demo_every=30,
+            demo_steps=2,
+            ema_early_epochs=100,
+            log_every=20,
+        ),
+        held_out=data,
+        out=tmp_path,
+        demo_prompts=["low", "high"],
+    )
     after = record.validation[-1]
     assert after["loss"] < 0.7 * before["loss"] and set(before) == {
         "loss",
@@ -112,8 +143,11 @@ def test_it_learns_and_writes_demos(tmp_path):
         after["loss"], abs=1e-6
     )
     assert record.demos == [
-        f"demos/step-00000{n}/guidance-{g}{e}" for n in (30, 60) for g in (1, 3) for e in ("-0.wav", "-1.wav", ".png")
-    ]  # fmt: skip
+        f"demos/step-00000{n}/guidance-{g}{e}"
+        for n in (30, 60)
+        for g in (1, 3)
+        for e in ("-0.wav", "-1.wav", ".png")
+    ]
     assert (tmp_path / record.demos[2]).read_bytes()[:4] == b"\x89PNG"
 
 
@@ -126,10 +160,14 @@ def test_refusals():
     with pytest.raises(TrainingError, match="the loss became nan at step 1"):
         train(made, tiny.pieces(), tiny.encoder(), settings())
     for name, value, words in (
-        ("ema_decay", 1.0, r"ema_decay must be in \[0, 1\), got 1.0"), ("text", "words", "text must be one of text, texts, tags"),
-        ("time_sampler", "normal", "time_sampler must be one of"), ("condition_dropout", -0.1, "condition_dropout must be in"),
-        ("steps", 0, "steps must be >= 1"), ("betas", (1.0, 0.9), "betas must be two numbers"), ("preset", "big", "preset must be one of"),
-    ):  # fmt: skip
+        ("ema_decay", 1.0, r"ema_decay must be in \[0, 1\), got 1.0"),
+        ("text", "words", "text must be one of text, texts, tags"),
+        ("time_sampler", "normal", "time_sampler must be one of"),
+        ("condition_dropout", -0.1, "condition_dropout must be in"),
+        ("steps", 0, "steps must be >= 1"),
+        ("betas", (1.0, 0.9), "betas must be two numbers"),
+        ("preset", "big", "preset must be one of"),
+    ):
         with pytest.raises(ValueError, match=words):
             MusicTrainConfig(**{name: value})
 

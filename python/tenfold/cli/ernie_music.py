@@ -55,8 +55,16 @@ def prepare(
         )
         if v is not None
     }
-    config = RecipeConfig(clips=clips, test_clips=test_clips, seconds=seconds, sample_rate=sample_rate,
-                          ensemble=ensemble, scores=scores, seed=seed, **given)  # fmt: skip
+    config = RecipeConfig(
+        clips=clips,
+        test_clips=test_clips,
+        seconds=seconds,
+        sample_rate=sample_rate,
+        ensemble=ensemble,
+        scores=scores,
+        seed=seed,
+        **given,
+    )
     with progress(clips + test_clips, quiet or json) as step:
         files = make(folder, config, step)
     if json:
@@ -116,8 +124,13 @@ def train(
     given = dict(locals())
     import torch
 
-    from tenfold.ernie_music import ErnieMusicConfig, ErnieMusicPipeline, ErnieMusicUNet1D
-    from tenfold.ernie_music import report, text_encoder_of
+    from tenfold.ernie_music import (
+        ErnieMusicConfig,
+        ErnieMusicPipeline,
+        ErnieMusicUNet1D,
+        report,
+        text_encoder_of,
+    )
     from tenfold.ernie_music.dataset import AudioTexts, read_rows
     from tenfold.ernie_music.train_config import MusicTrainConfig
     from tenfold.ernie_music.training import train as run
@@ -129,7 +142,9 @@ def train(
     held = read_rows(test) if test else None
     where = rank_device(device)
     if model is not None:
-        pipe = ErnieMusicPipeline.from_pretrained(model, text_encoder=None if encoder is None else text_encoder_of(encoder, where))  # fmt: skip
+        pipe = ErnieMusicPipeline.from_pretrained(
+            model, text_encoder=None if encoder is None else text_encoder_of(encoder, where)
+        )
         network, states = pipe.unet, pipe.text_encoder
     else:
         states = text_encoder_of(encoder or "minilm", where)
@@ -145,17 +160,33 @@ def train(
     network = network.to(where)
     shape = network.config.sample_rate, network.config.channels
     record, _ = run(
-        network, AudioTexts(rows, *shape), states, config, held_out=AudioTexts(held, *shape) if held else None,
-        demo_prompts=demo or (), out=folder, resume=not restart, quiet=quiet or json,
-    )  # fmt: skip
+        network,
+        AudioTexts(rows, *shape),
+        states,
+        config,
+        held_out=AudioTexts(held, *shape) if held else None,
+        demo_prompts=demo or (),
+        out=folder,
+        resume=not restart,
+        quiet=quiet or json,
+    )
     if not is_main_process():
         return
     page = Page("ERNIE-Music", f"{record.rows} pieces, {len(record.curve)} steps.")
     report.add_training(page, record)
     path = page.write(folder / "report" / "index.html")
     if json:
-        write_json({"model": str(folder), "report": str(path), "steps": len(record.curve), "loss": record.curve[-1]["loss"],
-                    "validation": record.validation, "demos": record.demos, "seconds": record.seconds})  # fmt: skip
+        write_json(
+            {
+                "model": str(folder),
+                "report": str(path),
+                "steps": len(record.curve),
+                "loss": record.curve[-1]["loss"],
+                "validation": record.validation,
+                "demos": record.demos,
+                "seconds": record.seconds,
+            }
+        )
         return
     last = f", held-out {record.validation[-1]['loss']:.4f}" if record.validation else ""
     out.print(
@@ -231,9 +262,17 @@ def generate(
         raise ValueError("--keep needs --init, the audio of which a part is kept")
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts) * each)]
     made = pipe(
-        prompts, negative, steps, guidance, seconds, generators, eta=eta, num_waveforms_per_prompt=each, **more,
+        prompts,
+        negative,
+        steps,
+        guidance,
+        seconds,
+        generators,
+        eta=eta,
+        num_waveforms_per_prompt=each,
+        **more,
         output_type="pt",
-    )  # fmt: skip
+    )
     files = made.save(file, subtype)
     pictures: list[Path] = []
     if spectrogram:
@@ -242,8 +281,14 @@ def generate(
         pictures = [file.with_suffix(".png")]
         pictures[0].write_bytes(spectrogram_picture(made.audios, made.prompts, made.sample_rate))
     if json:
-        write_json({"files": [str(f) for f in files], "pictures": [str(p) for p in pictures],
-                    "sample_rate": made.sample_rate, "seconds": made.audios.shape[-1] / made.sample_rate})  # fmt: skip
+        write_json(
+            {
+                "files": [str(f) for f in files],
+                "pictures": [str(p) for p in pictures],
+                "sample_rate": made.sample_rate,
+                "seconds": made.audios.shape[-1] / made.sample_rate,
+            }
+        )
         return
     out.print(
         "\n".join(f"{f}: {p}" for f, p in zip(files, made.prompts)), highlight=False, soft_wrap=True
@@ -298,10 +343,19 @@ def evaluate(
     real, held = (AudioTexts(read_rows(p), *shape) for p in (data, test))
     rows = held.rows[:limit]
     with progress(2 + -(-len(rows) // 16), quiet or json) as step:
-        judges = evaluation.train_judges(real, held, pipe.unet.config.sample_size, pipe.text_encoder, steps=judge_steps, seed=seed)  # fmt: skip
+        judges = evaluation.train_judges(
+            real,
+            held,
+            pipe.unet.config.sample_size,
+            pipe.text_encoder,
+            steps=judge_steps,
+            seed=seed,
+        )
         step("judges are trained")
         prompts = [row.text for row in rows]
-        audio = evaluation.generate(pipe, prompts, seed=seed, step=step, num_inference_steps=steps, guidance_scale=guidance)  # fmt: skip
+        audio = evaluation.generate(
+            pipe, prompts, seed=seed, step=step, num_inference_steps=steps, guidance_scale=guidance
+        )
         found = evaluation.evaluate(audio, prompts, [row.about for row in rows], judges, chosen)
         step("judged")
     page = Page("ERNIE-Music", f"Sounds of {model}.")

@@ -19,12 +19,20 @@ from tenfold.data.models import MissingData
 SCORES = "music21==10.5.1"
 # Folder of the corpus -> composer. All died before 1900.
 COMPOSERS = {
-    "bach": "Johann Sebastian Bach", "beethoven": "Ludwig van Beethoven", "corelli": "Arcangelo Corelli",
-    "cpebach": "Carl Philipp Emanuel Bach", "handel": "George Frideric Handel", "haydn": "Joseph Haydn",
-    "monteverdi": "Claudio Monteverdi", "mozart": "Wolfgang Amadeus Mozart", "schumann_clara": "Clara Schumann",
-    "schumann_robert": "Robert Schumann", "schubert": "Franz Schubert", "verdi": "Giuseppe Verdi",
+    "bach": "Johann Sebastian Bach",
+    "beethoven": "Ludwig van Beethoven",
+    "corelli": "Arcangelo Corelli",
+    "cpebach": "Carl Philipp Emanuel Bach",
+    "handel": "George Frideric Handel",
+    "haydn": "Joseph Haydn",
+    "monteverdi": "Claudio Monteverdi",
+    "mozart": "Wolfgang Amadeus Mozart",
+    "schumann_clara": "Clara Schumann",
+    "schumann_robert": "Robert Schumann",
+    "schubert": "Franz Schubert",
+    "verdi": "Giuseppe Verdi",
     "weber": "Carl Maria von Weber",
-}  # fmt: skip
+}
 _STEPS = {"C": 0, "D": 2, "E": 4, "F": 5, "G": 7, "A": 9, "B": 11}
 _MAJOR = ("Cb", "Gb", "Db", "Ab", "Eb", "Bb", "F", "C", "G", "D", "A", "E", "B", "F#", "C#")
 _MINOR = ("Ab", "Eb", "Bb", "F", "C", "G", "D", "A", "E", "B", "F#", "C#", "G#", "D#", "A#")
@@ -74,8 +82,9 @@ class Score:
         line = [top[s] for s in sorted(top)]
         ends = [n.start for n in line[1:]] + [line[-1].start + line[-1].length]
         return [
-            Note(n.start, min(n.length, max(e - n.start, 0.0)), n.pitch, n.part) for n, e in zip(line, ends)
-        ]  # fmt: skip
+            Note(n.start, min(n.length, max(e - n.start, 0.0)), n.pitch, n.part)
+            for n, e in zip(line, ends)
+        ]
 
 
 def corpus_folder() -> Path:
@@ -200,9 +209,15 @@ def read_score(path: str | Path, composer: str = "") -> Score:
         for p in root.findall("part-list/score-part")
     )
     return Score(
-        path.name, composer or creators.get("composer", ""), " ".join(title.split()), key, mode,
-        tempo if tempo and tempo > 0 else None, names, tuple(sorted(notes, key=lambda n: (n.start, n.part, n.pitch))),
-    )  # fmt: skip
+        path.name,
+        composer or creators.get("composer", ""),
+        " ".join(title.split()),
+        key,
+        mode,
+        tempo if tempo and tempo > 0 else None,
+        names,
+        tuple(sorted(notes, key=lambda n: (n.start, n.part, n.pitch))),
+    )
 
 
 def packaged_scores(

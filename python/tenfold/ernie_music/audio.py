@@ -33,7 +33,9 @@ def _soundfile(path: Path) -> Any:
 def check_waveform(x: Tensor, name: str = "audio") -> Tensor:
     """Float waveforms in [-1, 1]: louder ones are clamped with a warning; ValueError for NaN and infinities."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise TypeError(f"{name} must be a floating tensor, got {getattr(x, 'dtype', type(x).__name__)}")  # fmt: skip
+        raise TypeError(
+            f"{name} must be a floating tensor, got {getattr(x, 'dtype', type(x).__name__)}"
+        )
     if not bool(x.isfinite().all()):
         raise ValueError(f"{name} has values that are not finite")
     peak = float(x.abs().max()) if x.numel() else 0.0
@@ -43,13 +45,12 @@ def check_waveform(x: Tensor, name: str = "audio") -> Tensor:
     return x
 
 
-def write_audio(
-    path: str | Path, audio: Tensor, sample_rate: int, subtype: str = "int16"
-) -> Path:  # fmt: skip
+def write_audio(path: str | Path, audio: Tensor, sample_rate: int, subtype: str = "int16") -> Path:
     """Writes a waveform [C, S] (or [S]) in [-1, 1]; the ending of ``path`` says the format.
 
     Args:
-        path: ``.wav``, or ``.flac`` and all else that soundfile writes. subtype: ``"int16"``, ``"int24"`` or ``"float"``.
+        path: ``.wav``, or ``.flac`` and all else that soundfile writes. subtype: ``"int16"``, ``"int24"`` or
+            ``"float"``.
 
     Raises:
         TypeError, ValueError: no floating tensor, NaN, a sample rate that is not positive.
@@ -139,7 +140,9 @@ def resample(x: Tensor, rate: int | None, target: int) -> Tensor:
     if rate == target:
         return x
     if importlib.util.find_spec("scipy") is None:
-        raise ModuleNotFoundError("resampling needs scipy; install it with `pip install 'tenfold[audio]'`")  # fmt: skip
+        raise ModuleNotFoundError(
+            "resampling needs scipy; install it with `pip install 'tenfold[audio]'`"
+        )
     from scipy.signal import resample_poly
 
     shared = math.gcd(rate, target)

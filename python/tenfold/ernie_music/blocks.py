@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -74,7 +73,9 @@ class ResBlock(Fused):
     convolutions take them as a bias (with corrections at the edges).
     """
 
-    def __init__(self, a: int, m: int, o: int, eps: float, last: bool = False, planes: int = 0) -> None:  # fmt: skip
+    def __init__(
+        self, a: int, m: int, o: int, eps: float, last: bool = False, planes: int = 0
+    ) -> None:
         super().__init__()
         self.eps, self.planes = eps, planes
         self.conv1 = nn.Conv1d(a + planes, m, 5, padding=2)
@@ -124,7 +125,11 @@ class ConditionalSelfAttention(nn.Module):
             for p in self.qkv(phi).chunk(3, 1)
         )
         mask = None
-        if condition.states is not None and self.text_key is not None and self.text_value is not None:  # fmt: skip
+        if (
+            condition.states is not None
+            and self.text_key is not None
+            and self.text_value is not None
+        ):
             states = condition.states.to(x.dtype)
             keys, values = (
                 p(states).view(b, -1, self.heads, self.head_dim).transpose(1, 2)
@@ -156,7 +161,9 @@ class Level(Fused):
         def block(a: int, o: int, last: bool = False, planes: int = 0) -> list[nn.Module]:
             made: list[nn.Module] = [ResBlock(a, width, o, config.norm_eps, last, planes)]
             if attends:
-                made.append(ConditionalSelfAttention(o, config.head_dim, config.text_dim, config.norm_eps))  # fmt: skip
+                made.append(
+                    ConditionalSelfAttention(o, config.head_dim, config.text_dim, config.norm_eps)
+                )
             return made
 
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
@@ -165,7 +172,9 @@ class Level(Fused):
         first = width if self.inner is None else 2 * width
         for i in range(n):
             end = i == n - 1
-            self.up.extend(block(width if i else first, outside if end else width, end and self.outermost))  # fmt: skip
+            self.up.extend(
+                block(width if i else first, outside if end else width, end and self.outermost)
+            )
 
     def _through(self, layers: nn.ModuleList, x: Tensor, condition: Condition) -> Tensor:
         for layer in layers:

@@ -17,11 +17,27 @@ _PAPER_WIDTHS = (128, 128, 256, 256, *(512,) * 10)
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     "dance": {"attn_levels": tuple(range(9, 15))},
-    "small": {"widths": (32, 32, 64, 64, 128, 128, 128), "attn_levels": (6, 7), "sample_size": 16384, "channels": 1,
-              "sample_rate": 8000, "text_dim": 384, "fuse": "sum", "layers_per_level": 2},
-    "tiny": {"widths": (16, 16, 32, 32, 64, 64, 96), "attn_levels": (7,), "sample_size": 4096, "channels": 1,
-             "sample_rate": 4000, "text_dim": 384, "fuse": "sum", "layers_per_level": 1},
-}  # fmt: skip
+    "small": {
+        "widths": (32, 32, 64, 64, 128, 128, 128),
+        "attn_levels": (6, 7),
+        "sample_size": 16384,
+        "channels": 1,
+        "sample_rate": 8000,
+        "text_dim": 384,
+        "fuse": "sum",
+        "layers_per_level": 2,
+    },
+    "tiny": {
+        "widths": (16, 16, 32, 32, 64, 64, 96),
+        "attn_levels": (7,),
+        "sample_size": 4096,
+        "channels": 1,
+        "sample_rate": 4000,
+        "text_dim": 384,
+        "fuse": "sum",
+        "layers_per_level": 1,
+    },
+}
 
 
 class ErnieMusicConfig(PreTrainedConfig):
@@ -71,8 +87,20 @@ class ErnieMusicConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.widths, self.attn_levels = tuple(self.widths), tuple(sorted(self.attn_levels))
-        integers(self, {"sample_rate": 1, "channels": 1, "sample_size": 1, "head_dim": 1, "layers_per_level": 1,
-                        "text_dim": 0, "fuse_dim": 1, "time_frequencies": 1}, ("fuse_dim",))  # fmt: skip
+        integers(
+            self,
+            {
+                "sample_rate": 1,
+                "channels": 1,
+                "sample_size": 1,
+                "head_dim": 1,
+                "layers_per_level": 1,
+                "text_dim": 0,
+                "fuse_dim": 1,
+                "time_frequencies": 1,
+            },
+            ("fuse_dim",),
+        )
         one_of("fuse", self.fuse, FUSES)
         one_of("null_text", self.null_text, NULLS)
         one_of("time_warp", self.time_warp, WARPS)
@@ -82,7 +110,9 @@ class ErnieMusicConfig(PreTrainedConfig):
         if self.condition_dropout > 1:
             raise ValueError(f"condition_dropout must be in [0, 1], got {self.condition_dropout}")
         if not self.text_dim and self.fuse != "none":
-            raise ValueError(f"fuse {self.fuse!r} needs a text_dim; a model without text has fuse 'none'")  # fmt: skip
+            raise ValueError(
+                f"fuse {self.fuse!r} needs a text_dim; a model without text has fuse 'none'"
+            )
         self._check_levels()
         super().__post_init__(**kwargs)
 

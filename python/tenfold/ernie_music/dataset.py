@@ -78,7 +78,8 @@ def _row(values: dict[str, Any], folder: Path, where: str) -> Row:
 def read_rows(file: str | Path) -> list[Row]:
     """Rows of a ``.csv`` (with a header) or ``.jsonl`` file; paths are relative to its folder.
 
-    Columns: ``audio`` (path), ``text``, ``texts`` (a list, JSON lines only), ``tags``; all others are kept as ``about``.
+    Columns: ``audio`` (path), ``text``, ``texts`` (a list, JSON lines only), ``tags``; all others are kept as
+    ``about``.
 
     Raises FileNotFoundError, ValueError with the line.
     """
@@ -109,8 +110,16 @@ def rows_of(made: Iterable[tuple[np.ndarray, dict[str, Any]]], sample_rate: int)
     rows = []
     for wave, values in made:
         about = {k: v for k, v in values.items() if k not in ("text", "texts", "tags")}
-        rows.append(Row(torch.from_numpy(wave)[None] if wave.ndim == 1 else torch.from_numpy(wave), values["text"],
-                        tuple(values.get("texts", ())), values.get("tags", ""), about, sample_rate))  # fmt: skip
+        rows.append(
+            Row(
+                torch.from_numpy(wave)[None] if wave.ndim == 1 else torch.from_numpy(wave),
+                values["text"],
+                tuple(values.get("texts", ())),
+                values.get("tags", ""),
+                about,
+                sample_rate,
+            )
+        )
     return rows
 
 
@@ -139,7 +148,11 @@ class AudioTexts:
         made = hashlib.sha256(f"{self.sample_rate} {self.channels}".encode())
         for row in self.rows:
             audio = row.audio
-            what = f"{audio.name} {audio.stat().st_size}" if isinstance(audio, Path) else f"{list(audio.shape)} {float(audio.abs().sum())}"  # fmt: skip
+            what = (
+                f"{audio.name} {audio.stat().st_size}"
+                if isinstance(audio, Path)
+                else f"{list(audio.shape)} {float(audio.abs().sum())}"
+            )
             made.update(f"{what} {row.prompts('texts')} {row.tags}\n".encode())
         return made.hexdigest()[:16]
 
@@ -176,7 +189,9 @@ class AudioTexts:
         start = int(rng.integers(max(0, x.shape[1] - length) + 1))
         return fit_length(x[:, start:], length)
 
-    def _read_crop(self, row: Row, frames: int, rate: int, size: int, length: int, rng: np.random.Generator) -> Tensor:  # fmt: skip
+    def _read_crop(
+        self, row: Row, frames: int, rate: int, size: int, length: int, rng: np.random.Generator
+    ) -> Tensor:
         start = int(rng.integers(max(0, size - length) + 1))
         ratio = rate / self.sample_rate
         first = max(0, int(start * ratio) - _AROUND)

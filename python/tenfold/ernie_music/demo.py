@@ -19,13 +19,31 @@ from tenfold.training.threads import threads
 TRAIN_STEPS, TELL = 240, 20
 STEPS = 4 + TRAIN_STEPS // TELL
 RECIPE = RecipeConfig(
-    clips=160, test_clips=32, seconds=1.5, sample_rate=2000, instruments=("organ", "marimba"), registers=("low", "high"),
-    tempi=("moderate", "fast"), composers=("bach",), scores=30, ensemble=0.0,
-)  # fmt: skip
+    clips=160,
+    test_clips=32,
+    seconds=1.5,
+    sample_rate=2000,
+    instruments=("organ", "marimba"),
+    registers=("low", "high"),
+    tempi=("moderate", "fast"),
+    composers=("bach",),
+    scores=30,
+    ensemble=0.0,
+)
 MODEL: dict[str, Any] = {
-    "sample_rate": 2000, "sample_size": 1024, "widths": (32, 32, 48, 64, 64), "attn_levels": (5,), "head_dim": 16,
-}  # fmt: skip
-TRAIN: dict[str, Any] = {"steps": TRAIN_STEPS, "batch_size": 16, "learning_rate": 2e-3, "ema_early_epochs": 100, "log_every": 40}  # fmt: skip
+    "sample_rate": 2000,
+    "sample_size": 1024,
+    "widths": (32, 32, 48, 64, 64),
+    "attn_levels": (5,),
+    "head_dim": 16,
+}
+TRAIN: dict[str, Any] = {
+    "steps": TRAIN_STEPS,
+    "batch_size": 16,
+    "learning_rate": 2e-3,
+    "ema_early_epochs": 100,
+    "log_every": 40,
+}
 COLUMNS = study.GUIDANCE_COLUMNS
 
 
@@ -46,10 +64,19 @@ class Demo:
 def run_demo(step: Callable[[str], None] = lambda text: None) -> Demo:
     """Runs it, on one thread; ``step`` is told after each piece."""
     with threads(1):
-        return Demo(study.run(
-            RECIPE, ErnieMusicConfig.from_preset("tiny", **MODEL), MusicTrainConfig.from_preset("small", **TRAIN),
-            prompts=32, guidance=(1.0, 3.0), inference_steps=12, judge_steps=200, step=step, tell=TELL,
-        ))  # fmt: skip
+        return Demo(
+            study.run(
+                RECIPE,
+                ErnieMusicConfig.from_preset("tiny", **MODEL),
+                MusicTrainConfig.from_preset("small", **TRAIN),
+                prompts=32,
+                guidance=(1.0, 3.0),
+                inference_steps=12,
+                judge_steps=200,
+                step=step,
+                tell=TELL,
+            )
+        )
 
 
 def table_rows(demo: Demo) -> list[list[str]]:
@@ -61,8 +88,8 @@ def add_demo_section(demo: Demo, page: Page) -> None:
     """ERNIE-Music's part of the report page."""
     page.section("ERNIE-Music: waveforms from text")
     page.text(
-        "A U-Net over raw samples learns the velocity of a diffusion, with the states of a text encoder as further keys of "
-        "its attention. Scores are rendered by a small synthesiser; a classifier that was trained on them says whether "
-        "generated sounds have the instrument, register and tempo of their prompts."
+        "A U-Net over raw samples learns the velocity of a diffusion, with the states of a text encoder as further "
+        "keys of its attention. Scores are rendered by a small synthesiser; a classifier that was trained on them "
+        "says whether generated sounds have the instrument, register and tempo of their prompts."
     )
     study.add_section(page, demo.run, RECIPE)

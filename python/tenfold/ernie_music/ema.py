@@ -17,8 +17,12 @@ class EMA:
     """
 
     def __init__(
-        self, model: nn.Module, decay: float = 0.995, early_decay: float = 0.95, early_epochs: int = 25
-    ) -> None:  # fmt: skip
+        self,
+        model: nn.Module,
+        decay: float = 0.995,
+        early_decay: float = 0.95,
+        early_epochs: int = 25,
+    ) -> None:
         for name, value in (("decay", decay), ("early_decay", early_decay)):
             if not 0 <= value < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {value}")

@@ -146,7 +146,9 @@ class ErnieMEncoder(nn.Module):
         own = model.state_dict()
         wrong = [k for k, v in own.items() if k not in state or state[k].shape != v.shape]
         if wrong:
-            raise ValueError(f"{folder} has no weights of ERNIE-M: {', '.join(wrong[:3])} are missing or of another shape")  # fmt: skip
+            raise ValueError(
+                f"{folder} has no weights of ERNIE-M: {', '.join(wrong[:3])} are missing or of another shape"
+            )
         model.load_state_dict({k: state[k] for k in own})
         return model.eval()
 
@@ -158,7 +160,9 @@ class ErnieMTokenizer:
 
     def __init__(self, folder: str | Path) -> None:
         if importlib.util.find_spec("sentencepiece") is None:
-            raise ModuleNotFoundError("ERNIE-M's tokenizer needs sentencepiece; install it with `pip install sentencepiece`")  # fmt: skip
+            raise ModuleNotFoundError(
+                "ERNIE-M's tokenizer needs sentencepiece; install it with `pip install sentencepiece`"
+            )
         from sentencepiece import SentencePieceProcessor
 
         folder = Path(folder)

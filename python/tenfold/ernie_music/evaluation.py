@@ -1,4 +1,4 @@
-"""How good generated audio is: attributes against prompts, texts found, spectra against real ones, and plugged-in scores."""
+"""How good generated audio is: attributes against prompts, texts found, spectra, and plugged-in scores."""
 
 from __future__ import annotations
 
@@ -66,7 +66,10 @@ def register_metric(name: str, metric: Metric) -> None:
 
 
 def metric_of(name: str) -> Metric:
-    """A registered metric, ``"fad"`` or ``"clap"``; ModuleNotFoundError says what to install, ValueError what there is."""
+    """A registered metric, ``"fad"`` or ``"clap"``.
+
+    ModuleNotFoundError says what to install, ValueError what there is.
+    """
     if name in _OWN:
         return _OWN[name]
     if name not in _INSTALLED:
@@ -84,7 +87,8 @@ class Judges:
     """Judges trained on real audio, and how right they are about real audio that they never heard.
 
     Attributes:
-        ceiling: accuracies on held-out real crops. chance: of always saying the commonest class. retrieval: of real crops.
+        ceiling: accuracies on held-out real crops. chance: of always saying the commonest class. retrieval: of real
+            crops.
     """
 
     attributes: AttributeClassifier
@@ -134,8 +138,8 @@ class Evaluation:
         accuracy: share of sounds with the prompt's attribute, by attribute. chance, ceiling: see :class:`Judges`.
         shuffled: the same accuracies against other prompts: what a model that ignores them would get.
         retrieval: see :meth:`TextAudioJudge.retrieval`; real_retrieval: of real audio.
-        statistics: by name (mean generated, mean real). frechet: distance of features; frechet_real: of two halves of the
-            real audio. metrics: plugged in. predicted: classes by attribute, about: what was asked for, prompts.
+        statistics: by name (mean generated, mean real). frechet: distance of features; frechet_real: of two halves of
+            the real audio. metrics: plugged in. predicted: classes by attribute, about: what was asked for, prompts.
     """
 
     accuracy: dict[str, float]
@@ -164,15 +168,26 @@ COLUMNS = ("attribute", "generated", "against other prompts", "commonest class",
 def attribute_rows(found: Evaluation) -> list[list[str]]:
     """Rows for ``COLUMNS``: accuracies in per cent."""
     return [
-        [n, *(f"{100 * v[n]:.0f} %" for v in (found.accuracy, found.shuffled, found.chance, found.ceiling))]
+        [
+            n,
+            *(
+                f"{100 * v[n]:.0f} %"
+                for v in (found.accuracy, found.shuffled, found.chance, found.ceiling)
+            ),
+        ]
         for n in found.accuracy
-    ]  # fmt: skip
+    ]
 
 
 def generate(
-    pipeline: ErnieMusicPipeline, prompts: Sequence[str], *, batch_size: int = 16, seed: int = 0,
-    step: Callable[[str], None] = lambda text: None, **options: Any,
-) -> Tensor:  # fmt: skip
+    pipeline: ErnieMusicPipeline,
+    prompts: Sequence[str],
+    *,
+    batch_size: int = 16,
+    seed: int = 0,
+    step: Callable[[str], None] = lambda text: None,
+    **options: Any,
+) -> Tensor:
     """Waveforms [N, C, S] of prompts; each has a seed of its own, so it depends on no other.
 
     ``options`` go to the pipeline.
@@ -221,10 +236,18 @@ def evaluate(
     heard, others = features(audio, rate), features(judges.real, rate)
     half = len(others) // 2
     return Evaluation(
-        accuracy, shuffled, judges.chance, judges.ceiling, retrieval, judges.retrieval,
+        accuracy,
+        shuffled,
+        judges.chance,
+        judges.ceiling,
+        retrieval,
+        judges.retrieval,
         {n: (float(ours[n].nanmean()), float(real[n].nanmean())) for n in STATISTICS},
         frechet_distance(heard, others) if min(len(heard), len(others)) > 1 else float("nan"),
         frechet_distance(others[:half], others[half:]) if half > 1 else float("nan"),
         {n: m(audio, judges.real, rate, prompts) for n, m in chosen.items()},
-        len(audio), list(prompts), [dict(a) for a in about], predicted,
-    )  # fmt: skip
+        len(audio),
+        list(prompts),
+        [dict(a) for a in about],
+        predicted,
+    )

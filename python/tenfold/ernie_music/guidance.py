@@ -34,15 +34,26 @@ class Guidance:
         ValueError: what is out of range, or does not go together.
     """
 
-    def __init__(self, scale: float | Tensor, interval: tuple[float, float], rescale: float, plus: bool, count: int) -> None:  # fmt: skip
+    def __init__(
+        self,
+        scale: float | Tensor,
+        interval: tuple[float, float],
+        rescale: float,
+        plus: bool,
+        count: int,
+    ) -> None:
         self.scale = torch.as_tensor(scale, dtype=torch.float32)
         if self.scale.ndim > 1 or (self.scale.ndim == 1 and len(self.scale) != count):
-            raise ValueError(f"guidance_scale must be a number or [{count}], got {list(self.scale.shape)}")  # fmt: skip
+            raise ValueError(
+                f"guidance_scale must be a number or [{count}], got {list(self.scale.shape)}"
+            )
         if not bool(self.scale.isfinite().all()):
             raise ValueError(f"guidance_scale must be finite, got {self.scale.tolist()}")
         self.low, self.high = interval
         if not 0 <= self.low <= self.high <= 1:
-            raise ValueError(f"guidance_interval must be (low, high) with 0 <= low <= high <= 1, got {interval}")  # fmt: skip
+            raise ValueError(
+                f"guidance_interval must be (low, high) with 0 <= low <= high <= 1, got {interval}"
+            )
         if not 0 <= rescale <= 1:
             raise ValueError(f"guidance_rescale must be in [0, 1], got {rescale}")
         if plus and rescale:

@@ -33,7 +33,13 @@ def crops_of(data: AudioTexts, length: int, per_row: int, seed: int) -> tuple[Te
 
 
 def _network(inputs: int, outputs: int, hidden: int) -> nn.Sequential:
-    return nn.Sequential(nn.Dropout(0.2), nn.Linear(inputs, hidden), nn.GELU(), nn.Dropout(0.3), nn.Linear(hidden, outputs))  # fmt: skip
+    return nn.Sequential(
+        nn.Dropout(0.2),
+        nn.Linear(inputs, hidden),
+        nn.GELU(),
+        nn.Dropout(0.3),
+        nn.Linear(hidden, outputs),
+    )
 
 
 class _Judge(nn.Module):
@@ -68,7 +74,9 @@ class AttributeClassifier(_Judge):
         self.classes: dict[str, list[str]] = {}
         self.heads = nn.ModuleDict()
 
-    def fit(self, data: AudioTexts, length: int, *, per_row: int = 4, steps: int = 400, seed: int = 0) -> AttributeClassifier:  # fmt: skip
+    def fit(
+        self, data: AudioTexts, length: int, *, per_row: int = 4, steps: int = 400, seed: int = 0
+    ) -> AttributeClassifier:
         """Learns from crops of real pieces. ValueError for rows without an attribute."""
         for name in self.attributes:
             if any(name not in row.about for row in data.rows):
@@ -89,7 +97,13 @@ class AttributeClassifier(_Judge):
             self.train()
             for _ in range(steps):
                 batch = torch.randint(len(x), (min(128, len(x)),))
-                loss = sum((F.cross_entropy(self.heads[n](x[batch]), labels[n][batch]) for n in self.attributes), torch.zeros(()))  # fmt: skip
+                loss = sum(
+                    (
+                        F.cross_entropy(self.heads[n](x[batch]), labels[n][batch])
+                        for n in self.attributes
+                    ),
+                    torch.zeros(()),
+                )
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -133,7 +147,9 @@ class TextAudioJudge(_Judge):
     def _texts(self, texts: Sequence[str]) -> Tensor:
         return self.encoder(list(texts))[0][:, 0]
 
-    def fit(self, data: AudioTexts, length: int, *, per_row: int = 4, steps: int = 400, seed: int = 0) -> TextAudioJudge:  # fmt: skip
+    def fit(
+        self, data: AudioTexts, length: int, *, per_row: int = 4, steps: int = 400, seed: int = 0
+    ) -> TextAudioJudge:
         """Learns from crops of real pieces and all their texts, by contrast within batches."""
         waves, rows = crops_of(data, length, per_row, seed)
         x = self._listen(waves)
@@ -165,11 +181,17 @@ class TextAudioJudge(_Judge):
         """Cosines [N, M] of waveforms [N, C, S] and texts."""
         return self._score(self.audio(self.heard(audio)), self.text(self._texts(texts)))
 
-    def retrieval(self, audio: Tensor, texts: Sequence[str], about: Sequence[dict[str, Any]], attributes: Sequence[str] = ATTRIBUTES) -> dict[str, float]:  # fmt: skip
+    def retrieval(
+        self,
+        audio: Tensor,
+        texts: Sequence[str],
+        about: Sequence[dict[str, Any]],
+        attributes: Sequence[str] = ATTRIBUTES,
+    ) -> dict[str, float]:
         """How well sounds find their texts: ``top1`` and ``top5`` count a text with the same attributes as right.
 
-        ``chance1``, ``chance5``: of a random order. ``rank``: mean share of texts before the first right one (0 is best,
-        a random order has about half over the number of right ones).
+        ``chance1``, ``chance5``: of a random order. ``rank``: mean share of texts before the first right one (0 is
+        best, a random order has about half over the number of right ones).
         """
         keys = [tuple(str(a[n]) for n in attributes) for a in about]
         right = torch.tensor([[k == other for other in keys] for k in keys])
@@ -185,8 +207,13 @@ class TextAudioJudge(_Judge):
                 missed *= ((m - share - i) / (m - i)).clamp_min(0)
             return float((1 - missed).mean())
 
-        return {"top1": float(hits[:, 0].float().mean()), "top5": float(hits[:, :5].any(1).float().mean()),
-                "chance1": chance(1), "chance5": chance(5), "rank": float((first / m).mean())}  # fmt: skip
+        return {
+            "top1": float(hits[:, 0].float().mean()),
+            "top5": float(hits[:, :5].any(1).float().mean()),
+            "chance1": chance(1),
+            "chance5": chance(5),
+            "rank": float((first / m).mean()),
+        }
 
 
 def _one_of(texts: Tensor) -> Tensor:

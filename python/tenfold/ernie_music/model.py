@@ -49,7 +49,7 @@ def check_times(
         and not bool(((t >= 0) & (t <= 1)).all())
     ):
         raise ValueError(f"{op} must be in [0, 1], got {t.flatten()[:4].tolist()}")
-    return t.to(device).expand(batch) if t.ndim == 0 else t.to(device).expand(batch)
+    return t.to(device).expand(batch)
 
 
 class ErnieMusicUNet1D(PreTrainedModel):

@@ -1,7 +1,7 @@
 """From prompts to waveforms: the pipeline, in diffusers' form.
 
 pipe = ErnieMusicPipeline.from_pretrained(folder)
-made = pipe("a calm piano piece", num_inference_steps=50, guidance_scale=3.0, generator=torch.Generator().manual_seed(0))
+made = pipe("a calm piano piece", num_inference_steps=50, guidance_scale=3.0)
 made.save("piano.wav")
 """
 
@@ -43,7 +43,7 @@ class AudioPipelineOutput:
     prompts: list[str]
 
     def save(self, path: str | Path, subtype: str = "int16") -> list[Path]:
-        """Writes the waveforms: one to ``path``, of several each to ``path`` with ``-0``, ``-1``, ... before its ending."""
+        """Writes the waveforms: one to ``path``, several to ``path`` with ``-0``, ``-1``, ... before its ending."""
         if subtype not in SUBTYPES:
             raise ValueError(f"subtype must be one of {', '.join(SUBTYPES)}, got {subtype!r}")
         path, audios = Path(path), torch.as_tensor(self.audios)
@@ -66,16 +66,20 @@ class ErnieMusicPipeline:
     """
 
     def __init__(
-        self, unet: ErnieMusicUNet1D, scheduler: VDiffusionScheduler | None = None,
+        self,
+        unet: ErnieMusicUNet1D,
+        scheduler: VDiffusionScheduler | None = None,
         text_encoder: TextStates | Callable[[list[str]], tuple[Tensor, Tensor]] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.unet = unet.eval()
         self.scheduler = scheduler or VDiffusionScheduler(time_warp=unet.config.time_warp)
         if text_encoder is None and unet.config.text_encoder:
             text_encoder = text_encoder_of(unet.config.text_encoder)
         width = getattr(text_encoder, "width", unet.config.text_dim)
         if text_encoder is not None and width != unet.config.text_dim:
-            raise ValueError(f"the text encoder's states are {width} wide, the U-Net takes {unet.config.text_dim}")  # fmt: skip
+            raise ValueError(
+                f"the text encoder's states are {width} wide, the U-Net takes {unet.config.text_dim}"
+            )
         self.text_encoder = text_encoder
         self.quiet = False
 
@@ -105,8 +109,12 @@ class ErnieMusicPipeline:
         with quiet_transformers():
             self.unet.save_pretrained(folder / "unet")
         self.scheduler.save_pretrained(folder / "scheduler")
-        index = {"_class_name": type(self).__name__, "unet": "unet", "scheduler": "scheduler",
-                 "text_encoder": self.unet.config.text_encoder}  # fmt: skip
+        index = {
+            "_class_name": type(self).__name__,
+            "unet": "unet",
+            "scheduler": "scheduler",
+            "text_encoder": self.unet.config.text_encoder,
+        }
         write_text(folder / INDEX, json.dumps(index, indent=1))
 
     @classmethod
@@ -201,13 +209,17 @@ class ErnieMusicPipeline:
         """Waveforms of prompts.
 
         Args:
-            prompt: one or several; ``""``: without text. negative_prompt: what guidance leads away from; default: no text.
-            num_inference_steps: default: the scheduler's. guidance_scale: g, or one per waveform [B]; 1: without guidance.
+            prompt: one or several; ``""``: without text. negative_prompt: what guidance leads away from; default: no
+                text.
+            num_inference_steps: default: the scheduler's. guidance_scale: g, or one per waveform [B]; 1: without
+                guidance.
             audio_end_in_s: seconds of the result; default: what the model was trained on (other lengths sound worse).
             generator: of the noise; several: one per waveform, whose noise then does not depend on the others.
-            audio_length: samples in the place of seconds; must be valid, unless ``pad_to_valid`` (more are made, and cut).
+            audio_length: samples in the place of seconds; must be valid, unless ``pad_to_valid`` (more are made, and
+                cut).
             num_waveforms_per_prompt: of each. eta: 0: DDIM, 1: ancestral; default: the scheduler's.
-            guidance_interval: times at which there is guidance. guidance_rescale: share, 0 to 1, of a correction that keeps
+            guidance_interval: times at which there is guidance. guidance_rescale: share, 0 to 1, of a correction that
+                keeps
                 the deviation of the guided velocity that of the conditional one. cfg_plus_plus: see the scheduler.
             init_audio: [S], [C, S] or [B, C, S], the audio to start from, noised to time ``strength`` in (0, 1].
             inpaint_audio, inpaint_mask: audio, and [S] or broadcastable, True or 1: is known and stays.
@@ -229,8 +241,11 @@ class ErnieMusicPipeline:
             raise ValueError("inpainting needs both inpaint_audio and inpaint_mask")
         guide = Guidance(guidance_scale, guidance_interval, guidance_rescale, cfg_plus_plus, count)
         if guide.on and self.unet.config.condition_dropout == 0 and negative_prompt is None:
-            warnings.warn("guidance: this model was trained without condition dropout, so it has not learnt what no text is; "
-                          "use guidance_scale=1 or a negative_prompt", stacklevel=3)  # fmt: skip
+            warnings.warn(
+                "guidance: this model was trained without condition dropout, so it has not learnt what no text is; "
+                "use guidance_scale=1 or a negative_prompt",
+                stacklevel=3,
+            )
         wanted, length = self._lengths(audio_end_in_s, audio_length, pad_to_valid)
         shape = (count, self.unet.config.channels, length)
         start = self._start_noise(shape, generator) if noise is None else noise.to(self.device)
@@ -272,9 +287,17 @@ class ErnieMusicPipeline:
         return AudioPipelineOutput(made, self.unet.config.sample_rate, prompts)
 
     def _sample(
-        self, z: Tensor, text: Any, other: Any, guide: Guidance, eta: float | None, generator: Any, fixed: Any,
-        start: Tensor, callback: StepEnd | None,
-    ) -> Tensor:  # fmt: skip
+        self,
+        z: Tensor,
+        text: Any,
+        other: Any,
+        guide: Guidance,
+        eta: float | None,
+        generator: Any,
+        fixed: Any,
+        start: Tensor,
+        callback: StepEnd | None,
+    ) -> Tensor:
         scheduler, x0 = self.scheduler, z
         times = scheduler.timesteps.tolist()
         noisy = (scheduler.config.eta if eta is None else eta) > 0
@@ -283,9 +306,15 @@ class ErnieMusicPipeline:
                 t = scheduler.timesteps[i]
                 v, free, scale = guide.velocities(self.unet, z, t, time, text, other)
                 made = scheduler.step(
-                    v, time, z, eta, uncond_output=free, guidance_scale=scale, cfg_plus_plus=guide.plus and free is not None,
+                    v,
+                    time,
+                    z,
+                    eta,
+                    uncond_output=free,
+                    guidance_scale=scale,
+                    cfg_plus_plus=guide.plus and free is not None,
                     noise=self._start_noise(tuple(z.shape), generator) if noisy else None,
-                )  # fmt: skip
+                )
                 z, x0 = made.prev_sample, made.pred_original_sample  # type: ignore[union-attr]
                 if fixed is not None:
                     known, mask = fixed

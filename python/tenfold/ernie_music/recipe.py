@@ -1,4 +1,4 @@
-"""The packaged data set: excerpts of real scores, rendered by the synthesiser, with texts from what is known of them."""
+"""The packaged data set: excerpts of real scores, rendered by the synthesiser, with texts about them."""
 
 from __future__ import annotations
 
@@ -60,8 +60,13 @@ class RecipeConfig:
     def __post_init__(self) -> None:
         integers(self, {"clips": 1, "test_clips": 0, "sample_rate": 1000, "scores": 1, "seed": 0})
         positive("seconds", self.seconds)
-        for name, allowed in (("instruments", tuple(INSTRUMENTS)), ("registers", REGISTERS), ("tempi", TEMPI),
-                              ("languages", LANGUAGES), ("composers", tuple(COMPOSERS))):  # fmt: skip
+        for name, allowed in (
+            ("instruments", tuple(INSTRUMENTS)),
+            ("registers", REGISTERS),
+            ("tempi", TEMPI),
+            ("languages", LANGUAGES),
+            ("composers", tuple(COMPOSERS)),
+        ):
             values = tuple(getattr(self, name))
             object.__setattr__(self, name, values)
             if not values:
@@ -93,10 +98,10 @@ def _excerpt(notes: Sequence[Note], at: float, quarters: float) -> list[Note]:
 def make_clip(
     score: Score, config: RecipeConfig, seed: Sequence[int]
 ) -> tuple[np.ndarray, dict[str, Any]] | None:
-    """(waveform float32 [S], what is known about it) of a random place of a score; None where too little sounds there."""
+    """(waveform float32 [S], what is known about it) of a random place of a score; None where little sounds."""
     rng = np.random.default_rng(list(seed))
     pick = lambda values: str(values[int(rng.integers(len(values)))])  # noqa: E731
-    about = {
+    about: dict[str, Any] = {
         "instrument": pick(config.instruments),
         "register": pick(config.registers),
         "tempo": pick(config.tempi),
@@ -123,18 +128,25 @@ def make_clip(
     onsets = sorted({n.start for n in notes})
     gaps = [b - a for a, b in pairwise(onsets)]
     about |= {
-        "texture": "ensemble" if ensemble else "solo", "composer": score.composer, "key": score.key, "mode": score.mode,
-        "score": score.name, "bpm": round(60 / per_quarter, 1), "median_pitch": median(n.pitch for n in notes),
+        "texture": "ensemble" if ensemble else "solo",
+        "composer": score.composer,
+        "key": score.key,
+        "mode": score.mode,
+        "score": score.name,
+        "bpm": round(60 / per_quarter, 1),
+        "median_pitch": median(n.pitch for n in notes),
         "notes_per_second": round(1 / (median(gaps) * per_quarter), 2) if gaps else 0.0,
-    }  # fmt: skip
+    }
     return wave, about
 
 
 def split_scores(scores: Sequence[Score], share: float = 0.15) -> tuple[list[Score], list[Score]]:
     """(training, test) scores: every so manyth is for tests."""
     every = max(2, round(1 / share))
-    return ([s for i, s in enumerate(scores) if i % every != every - 1],
-            [s for i, s in enumerate(scores) if i % every == every - 1])  # fmt: skip
+    return (
+        [s for i, s in enumerate(scores) if i % every != every - 1],
+        [s for i, s in enumerate(scores) if i % every == every - 1],
+    )
 
 
 def make_rows(
@@ -171,7 +183,11 @@ def make_rows(
     return made
 
 
-def prepare(folder: str | Path, config: RecipeConfig | None = None, step: Callable[[str], None] = lambda text: None) -> dict[str, Path]:  # fmt: skip
+def prepare(
+    folder: str | Path,
+    config: RecipeConfig | None = None,
+    step: Callable[[str], None] = lambda text: None,
+) -> dict[str, Path]:
     """Writes the data set: 16-bit WAV files, and ``train.jsonl`` and ``test.jsonl`` with a row per file.
 
     A folder that has the same data already stays as it is. Raises ValueError for one with other data.

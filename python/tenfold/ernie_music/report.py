@@ -33,9 +33,15 @@ def spectrogram_picture(
         axes = made.add_subplot(lines, columns, i + 1)
         level = 10 * (power[i] / power[i].max().clamp_min(1e-12)).clamp_min(1e-8).log10()
         axes.imshow(
-            level.numpy(), origin="lower", aspect="auto", cmap="magma", vmin=-70, vmax=0,
-            extent=(0, seconds, 0, float(f[-1]) / 1000), interpolation="nearest",
-        )  # fmt: skip
+            level.numpy(),
+            origin="lower",
+            aspect="auto",
+            cmap="magma",
+            vmin=-70,
+            vmax=0,
+            extent=(0, seconds, 0, float(f[-1]) / 1000),
+            interpolation="nearest",
+        )
         title = titles[i].encode("ascii", "ignore").decode() or "(prompt in another script)"
         axes.set_title(title if len(title) < 46 else title[:43] + "...", fontsize=7)
         axes.tick_params(labelsize=6)
@@ -52,8 +58,13 @@ def loss_plot(record: MusicRecord) -> Any:
     smooth = torch.nn.functional.avg_pool1d(losses[None], width, 1)[0]
     axes.plot(range(width, len(losses) + 1), smooth.tolist(), color=PALETTE[0], label="training")
     if record.validation:
-        axes.plot([v["step"] for v in record.validation], [v["loss"] for v in record.validation], "o-",
-                  color=PALETTE[1], label="held-out, averaged weights")  # fmt: skip
+        axes.plot(
+            [v["step"] for v in record.validation],
+            [v["loss"] for v in record.validation],
+            "o-",
+            color=PALETTE[1],
+            label="held-out, averaged weights",
+        )
     axes.set_xlabel("step")
     axes.set_ylabel("mean squared error of velocities")
     axes.set_ylim(bottom=0)
@@ -69,7 +80,13 @@ def time_plot(record: MusicRecord) -> Any:
     for color, i in zip(PALETTE, sorted({0, len(entries) // 2, len(entries) - 1})):
         entry = entries[i]
         at = [(b, entry[str(b)]) for b in range(bins) if str(b) in entry]
-        axes.plot([(b + 0.5) / bins for b, _ in at], [v for _, v in at], "o-", color=color, label=f"step {entry['step']:.0f}")  # fmt: skip
+        axes.plot(
+            [(b + 0.5) / bins for b, _ in at],
+            [v for _, v in at],
+            "o-",
+            color=color,
+            label=f"step {entry['step']:.0f}",
+        )
     axes.set_xlabel("time (0: data, 1: noise)")
     axes.set_ylabel("loss")
     axes.set_ylim(bottom=0)
@@ -95,9 +112,13 @@ def retrieval_rows(found: Evaluation) -> list[list[str]]:
     if not found.retrieval:
         return []
     return [
-        [f"first {k}", *(f"{100 * r[f'top{k}']:.0f} %" for r in (found.retrieval, found.real_retrieval)),
-         f"{100 * found.retrieval[f'chance{k}']:.0f} %"] for k in (1, 5)
-    ]  # fmt: skip
+        [
+            f"first {k}",
+            *(f"{100 * r[f'top{k}']:.0f} %" for r in (found.retrieval, found.real_retrieval)),
+            f"{100 * found.retrieval[f'chance{k}']:.0f} %",
+        ]
+        for k in (1, 5)
+    ]
 
 
 def add_training(page: Page, record: MusicRecord) -> None:
@@ -110,8 +131,8 @@ def add_training(page: Page, record: MusicRecord) -> None:
 def add_evaluation(page: Page, found: Evaluation) -> None:
     """Tables of an evaluation."""
     page.text(
-        f"{found.count} sounds of held-out prompts, judged by a classifier that was trained on real audio. A model that "
-        "ignores its prompt scores what the third column says."
+        f"{found.count} sounds of held-out prompts, judged by a classifier that was trained on real audio. A model "
+        "that ignores its prompt scores what the third column says."
     )
     page.table(COLUMNS, attribute_rows(found))
     if found.retrieval:

@@ -86,8 +86,8 @@ class VDiffusionScheduler:
     ) -> None:
         """The grid of a run: N times from ``start`` on, evenly spaced down to 0, then warped.
 
-        ``start`` below 1 begins at a noisy version of given audio. Sets ``timesteps`` float32 [N] (without the final 0).
-        """
+        ``start`` below 1 begins at a noisy version of given audio. Sets ``timesteps`` float32 [N] (without the final
+        0)."""
         n = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
         if isinstance(n, bool) or not isinstance(n, int) or n < 1:
             raise ValueError(f"num_inference_steps must be an integer >= 1, got {n!r}")
@@ -124,7 +124,9 @@ class VDiffusionScheduler:
             wanted = float(timestep)
             near = min(range(self.num_inference_steps), key=lambda i: abs(self._known[i] - wanted))
             if abs(self._known[near] - wanted) > 1e-5:
-                raise ValueError(f"timestep {wanted} is none of this run's; call set_timesteps first")  # fmt: skip
+                raise ValueError(
+                    f"timestep {wanted} is none of this run's; call set_timesteps first"
+                )
             self._index = near
         if self._index >= self.num_inference_steps:
             raise ValueError("the run is over; call set_timesteps before another")
@@ -164,7 +166,9 @@ class VDiffusionScheduler:
         if uncond_output is not None:
             g = torch.as_tensor(guidance_scale, dtype=torch.float32, device=sample.device)
         elif isinstance(guidance_scale, Tensor) or guidance_scale != 1.0:
-            raise ValueError("guidance_scale other than 1 needs uncond_output, the velocity without the text")  # fmt: skip
+            raise ValueError(
+                "guidance_scale other than 1 needs uncond_output, the velocity without the text"
+            )
         t, u = self._grid[i], self._grid[i + 1]
         if eta > 0 and noise is None:
             where = generator.device if generator is not None else sample.device
@@ -173,10 +177,18 @@ class VDiffusionScheduler:
             )
             noise = noise.to(sample.device, sample.dtype)
         z, x0 = vdiff_operations(self.kernels).vdiff_step(
-            sample, model_output, uncond_output, t.to(sample.device), u.to(sample.device), g, eta,
-            noise if eta > 0 else None, self.config.clip,
-            use_clipped_model_output=self.config.use_clipped_model_output, cfg_plus_plus=cfg_plus_plus,
-        )  # fmt: skip
+            sample,
+            model_output,
+            uncond_output,
+            t.to(sample.device),
+            u.to(sample.device),
+            g,
+            eta,
+            noise if eta > 0 else None,
+            self.config.clip,
+            use_clipped_model_output=self.config.use_clipped_model_output,
+            cfg_plus_plus=cfg_plus_plus,
+        )
         if self.config.solver == "dpm++" and eta == 0 and not cfg_plus_plus:
             z = self._second_order(i, sample, x0)
         self._index = i + 1
@@ -200,7 +212,10 @@ class VDiffusionScheduler:
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes ``scheduler_config.json``."""
         Path(folder).mkdir(parents=True, exist_ok=True)
-        write_text(Path(folder) / FILE, json.dumps({"_class_name": type(self).__name__} | asdict(self.config), indent=1))  # fmt: skip
+        write_text(
+            Path(folder) / FILE,
+            json.dumps({"_class_name": type(self).__name__} | asdict(self.config), indent=1),
+        )
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **changes: Any) -> VDiffusionScheduler:

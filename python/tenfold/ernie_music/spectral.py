@@ -26,7 +26,8 @@ def _mono(audio: Tensor) -> Tensor:
 
 
 def power_spectrogram(audio: Tensor, sample_rate: int) -> tuple[Tensor, Tensor]:
-    """(power [B, F, T], frequencies in Hz [F]) of waveforms [B, C, S] or [B, S]; windows of about 64 ms, a quarter apart.
+    """(power [B, F, T], frequencies in Hz [F]) of waveforms [B, C, S] or [B, S]; windows of about 64 ms, a quarter
+    apart.
 
     Raises ValueError for waveforms shorter than a window.
     """
@@ -40,7 +41,8 @@ def power_spectrogram(audio: Tensor, sample_rate: int) -> tuple[Tensor, Tensor]:
 
 
 def band_energies(audio: Tensor, sample_rate: int, bands: int = BANDS) -> Tensor:
-    """Log energies [B, bands, T] in bands of equal width on a log scale from 50 Hz up, relative to the loudest: at most 0.
+    """Log energies [B, bands, T] in bands of equal width on a log scale from 50 Hz up, relative to the loudest: at
+    most 0.
 
     Energies below -80 dB are -80 dB (in nepers of power).
     """
@@ -92,10 +94,15 @@ def statistics(audio: Tensor, sample_rate: int) -> dict[str, Tensor]:
     rms = x.square().mean(1).sqrt()
     crossings = (x[:, 1:].sign() != x[:, :-1].sign()).float().mean(1) * sample_rate / 2
     return {
-        "centroid_hz": centroid, "bandwidth_hz": spread, "rolloff_hz": rolloff, "flatness": flat,
-        "flux": (unit[:, :, 1:] - unit[:, :, :-1]).abs().sum(1).mean(1), "rms": rms,
-        "crest": x.abs().amax(1) / rms.clamp_min(1e-12), "zero_crossings_hz": crossings,
-    }  # fmt: skip
+        "centroid_hz": centroid,
+        "bandwidth_hz": spread,
+        "rolloff_hz": rolloff,
+        "flatness": flat,
+        "flux": (unit[:, :, 1:] - unit[:, :, :-1]).abs().sum(1).mean(1),
+        "rms": rms,
+        "crest": x.abs().amax(1) / rms.clamp_min(1e-12),
+        "zero_crossings_hz": crossings,
+    }
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
@@ -104,7 +111,9 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     Raises ValueError for sets of fewer than two vectors, or of different widths.
     """
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
-        raise ValueError(f"two sets of at least two vectors of one width are compared, got {list(a.shape)} and {list(b.shape)}")  # fmt: skip
+        raise ValueError(
+            f"two sets of at least two vectors of one width are compared, got {list(a.shape)} and {list(b.shape)}"
+        )
     a, b = a.double(), b.double()
     ca, cb = torch.cov(a.T).reshape(a.shape[1], -1), torch.cov(b.T).reshape(a.shape[1], -1)
     values, vectors = torch.linalg.eigh(ca)

@@ -62,7 +62,7 @@ def material(config: RecipeConfig) -> tuple[AudioTexts, AudioTexts]:
 
 
 def held_out_prompts(test: AudioTexts, count: int) -> tuple[list[str], list[dict[str, Any]]]:
-    """Prompts of held-out pieces in phrasings that training never had, language after language, and what they ask for."""
+    """Prompts of held-out pieces in phrasings that training never had, and what they ask for."""
     prompts, about = [], []
     for i in range(count):
         row = test.rows[i % len(test)]
@@ -74,11 +74,20 @@ def held_out_prompts(test: AudioTexts, count: int) -> tuple[list[str], list[dict
 
 
 def run(
-    recipe: RecipeConfig, model: ErnieMusicConfig, settings: MusicTrainConfig, *, prompts: int = 48,
-    guidance: tuple[float, ...] = (1.0, 3.0), inference_steps: int = 20, judge_steps: int = 400,
-    out: Path | None = None, demo_prompts: tuple[str, ...] = (), step: Step = lambda text: None, tell: int = 50,
+    recipe: RecipeConfig,
+    model: ErnieMusicConfig,
+    settings: MusicTrainConfig,
+    *,
+    prompts: int = 48,
+    guidance: tuple[float, ...] = (1.0, 3.0),
+    inference_steps: int = 20,
+    judge_steps: int = 400,
+    out: Path | None = None,
+    demo_prompts: tuple[str, ...] = (),
+    step: Step = lambda text: None,
+    tell: int = 50,
     quiet: bool = True,
-) -> Run:  # fmt: skip
+) -> Run:
     """Renders, trains judges and model, generates for held-out prompts and judges them."""
     data, test = material(recipe)
     step("scores are rendered")
@@ -96,8 +105,16 @@ def run(
             step(f"training, step {p.step}: loss {p.metrics['loss']:.3f}")
 
     record, averaged = train(
-        unet, data, encoder, settings, held_out=test, out=out, callback=told, demo_prompts=demo_prompts, quiet=quiet
-    )  # fmt: skip
+        unet,
+        data,
+        encoder,
+        settings,
+        held_out=test,
+        out=out,
+        callback=told,
+        demo_prompts=demo_prompts,
+        quiet=quiet,
+    )
     pipeline = ErnieMusicPipeline(
         averaged, VDiffusionScheduler(solver="dpm++", time_warp=settings.time_warp), encoder
     )
@@ -124,8 +141,8 @@ def setting_of(made: Run, recipe: RecipeConfig) -> str:
     return (
         f"{made.record.rows} clips of scores at {m.sample_rate / 1000:g} kHz ({', '.join(recipe.instruments)}; "
         f"{', '.join(recipe.registers)} register); a U-Net of {made.record.parameters / 1e3:.0f}k parameters over "
-        f"{m.sample_size} samples ({m.sample_size / m.sample_rate:.2f} s), {c['steps']} steps of {c['batch_size']} crops, "
-        f"{made.record.seconds / 60:.1f} minutes; texts are encoded by {m.text_encoder}. "
+        f"{m.sample_size} samples ({m.sample_size / m.sample_rate:.2f} s), {c['steps']} steps of {c['batch_size']} "
+        f"crops, {made.record.seconds / 60:.1f} minutes; texts are encoded by {m.text_encoder}. "
         f"{torch.get_num_threads()} threads, one seed."
     )
 
@@ -148,8 +165,9 @@ def guidance_rows(made: Run) -> list[list[str]]:
         return [name, *(f"{100 * values[n]:.0f} %" for n in values), found, frechet]
 
     rows = [
-        line(f"{g:g}", e.accuracy, f"{100 * e.retrieval['top1']:.0f} %", f"{e.frechet:.0f}") for g, e in made.evaluations.items()
-    ]  # fmt: skip
+        line(f"{g:g}", e.accuracy, f"{100 * e.retrieval['top1']:.0f} %", f"{e.frechet:.0f}")
+        for g, e in made.evaluations.items()
+    ]
     rows.append(
         line(
             "other prompts",

@@ -39,16 +39,37 @@ def _series(
 INSTRUMENTS: dict[str, Instrument] = {
     "piano": Instrument(_series(10, 1.3, 0.9), attack=0.004, release=0.12, stretch=4e-4),
     "guitar": Instrument(_series(9, 1.0, 0.45), attack=0.003, release=0.08),
-    "marimba": Instrument(((1.0, 1.0, 0.25), (3.93, 0.35, 0.08), (9.6, 0.12, 0.04)), attack=0.002, release=0.05),
-    "organ": Instrument(((0.5, 0.45, 0.0), (1.0, 1.0, 0.0), (2.0, 0.7, 0.0), (3.0, 0.3, 0.0), (4.0, 0.4, 0.0),
-                         (8.0, 0.15, 0.0)), attack=0.02, release=0.06),
-    "flute": Instrument(((1.0, 1.0, 0.0), (2.0, 0.22, 0.0), (3.0, 0.06, 0.0)), attack=0.06, release=0.08,
-                        vibrato=(0.25, 5.2), breath=0.06),
+    "marimba": Instrument(
+        ((1.0, 1.0, 0.25), (3.93, 0.35, 0.08), (9.6, 0.12, 0.04)), attack=0.002, release=0.05
+    ),
+    "organ": Instrument(
+        (
+            (0.5, 0.45, 0.0),
+            (1.0, 1.0, 0.0),
+            (2.0, 0.7, 0.0),
+            (3.0, 0.3, 0.0),
+            (4.0, 0.4, 0.0),
+            (8.0, 0.15, 0.0),
+        ),
+        attack=0.02,
+        release=0.06,
+    ),
+    "flute": Instrument(
+        ((1.0, 1.0, 0.0), (2.0, 0.22, 0.0), (3.0, 0.06, 0.0)),
+        attack=0.06,
+        release=0.08,
+        vibrato=(0.25, 5.2),
+        breath=0.06,
+    ),
     "clarinet": Instrument(_series(11, 0.9, odd=True), attack=0.03, release=0.06),
     "violin": Instrument(_series(12, 0.8), attack=0.09, release=0.1, vibrato=(0.35, 6.0)),
-    "trumpet": Instrument(tuple((float(n), (0.6 if n == 1 else 1.0) * n**-0.55, 0.0) for n in range(1, 11)),
-                          attack=0.035, release=0.05, breath=0.01),
-}  # fmt: skip
+    "trumpet": Instrument(
+        tuple((float(n), (0.6 if n == 1 else 1.0) * n**-0.55, 0.0) for n in range(1, 11)),
+        attack=0.035,
+        release=0.05,
+        breath=0.01,
+    ),
+}
 
 
 def tone(
@@ -82,9 +103,14 @@ def tone(
 
 
 def render(
-    notes: Sequence[Note], instrument: str, seconds_per_quarter: float, length: float, sample_rate: int,
-    seed: Sequence[int] = (0,), gain: float = 0.7,
-) -> np.ndarray:  # fmt: skip
+    notes: Sequence[Note],
+    instrument: str,
+    seconds_per_quarter: float,
+    length: float,
+    sample_rate: int,
+    seed: Sequence[int] = (0,),
+    gain: float = 0.7,
+) -> np.ndarray:
     """Notes as a waveform float32 [S] of ``length`` seconds, its peak at ``gain``.
 
     Args:
@@ -95,7 +121,7 @@ def render(
     """
     one_of("instrument", instrument, tuple(INSTRUMENTS))
     rng = np.random.default_rng(list(seed))
-    made = np.zeros(int(round(length * sample_rate)), np.float32)
+    made = np.zeros(round(length * sample_rate), np.float32)
     for note in notes:
         at = int(note.start * seconds_per_quarter * sample_rate)
         if at >= len(made):

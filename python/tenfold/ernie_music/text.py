@@ -45,7 +45,9 @@ class TextStates:
         """
         wrong = [t for t in texts if not isinstance(t, str)]
         if wrong or isinstance(texts, str):
-            raise TypeError(f"prompts must be a list of str, got {type(wrong[0] if wrong else texts).__name__}")  # fmt: skip
+            raise TypeError(
+                f"prompts must be a list of str, got {type(wrong[0] if wrong else texts).__name__}"
+            )
         found = {t: self._known[t] for t in texts if t in self._known}
         new = list(dict.fromkeys(t for t in texts if t.strip() and t not in found))
         if new:
@@ -72,15 +74,23 @@ class TransformersText(TextStates):
     """Last hidden states of a transformers encoder, frozen and in eval mode.
 
     Args:
-        model, tokenizer: an ``AutoModel`` whose first token stands for the text (BERT, XLM-R, ERNIE), and its tokenizer.
+        model, tokenizer: an ``AutoModel`` whose first token stands for the text (BERT, XLM-R, ERNIE), and its
+            tokenizer.
         max_length: tokens; longer prompts are cut with a warning, or refused (ValueError) if ``strict``.
         name: what the encoder is called in a model's configuration. batch_size: prompts at a time.
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, *, name: str | None = None, max_length: int = 512, strict: bool = False,
-        batch_size: int = 32, cache_size: int = 4096,
-    ) -> None:  # fmt: skip
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        name: str | None = None,
+        max_length: int = 512,
+        strict: bool = False,
+        batch_size: int = 32,
+        cache_size: int = 4096,
+    ) -> None:
         super().__init__(cache_size)
         self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
         self.max_length, self.strict, self.batch_size = max_length, strict, batch_size
@@ -96,9 +106,15 @@ class TransformersText(TextStates):
                 f"a prompt has {len(ids[long[0]])} tokens, the encoder takes {self.max_length}: {texts[long[0]][:60]!r}"
             )
         if long:
-            warnings.warn(f"{len(long)} prompts are longer than {self.max_length} tokens and were cut", stacklevel=4)  # fmt: skip
+            warnings.warn(
+                f"{len(long)} prompts are longer than {self.max_length} tokens and were cut",
+                stacklevel=4,
+            )
         # The last token ends the text, and stays.
-        return [row if len(row) <= self.max_length else [*row[: self.max_length - 1], row[-1]] for row in ids]  # fmt: skip
+        return [
+            row if len(row) <= self.max_length else [*row[: self.max_length - 1], row[-1]]
+            for row in ids
+        ]
 
     def _encode(self, texts: list[str]) -> list[Tensor]:
         ids = self._ids(texts)
@@ -145,8 +161,8 @@ class BagText(TextStates):
 
 
 def text_encoder_of(name: str = PACKAGED, device: str = "cpu", **options: Any) -> TextStates:
-    """An encoder by name: ``"minilm"`` (packaged, English at heart), ``"bag"`` or ``"bag:WIDTH"`` (no model), a folder of
-    ERNIE-M, or a folder or hub id of any ``AutoModel``.
+    """An encoder by name: ``"minilm"`` (packaged, English at heart), ``"bag"`` or ``"bag:WIDTH"`` (no model), a
+    folder of ERNIE-M, or a folder or hub id of any ``AutoModel``.
 
     MissingData says how to get the packaged model where it is not installed.
     """
@@ -165,8 +181,11 @@ def text_encoder_of(name: str = PACKAGED, device: str = "cpu", **options: Any) -
         from tenfold.ernie_music.ernie_m import ErnieMEncoder, ErnieMTokenizer
 
         return TransformersText(
-            ErnieMEncoder.from_pretrained(name).to(device), ErnieMTokenizer(name), name=name, **options
-        )  # fmt: skip
+            ErnieMEncoder.from_pretrained(name).to(device),
+            ErnieMTokenizer(name),
+            name=name,
+            **options,
+        )
     from transformers import AutoModel, AutoTokenizer
 
     from tenfold.data.models import quiet_transformers

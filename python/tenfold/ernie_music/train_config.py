@@ -15,10 +15,21 @@ TEXTS = ("text", "texts", "tags")
 
 _PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
-    "small": {"learning_rate": 1e-3, "warmup": 0.02, "schedule": "cosine", "max_grad_norm": 1.0, "batch_size": 16,
-              "steps": 1000, "mixed_precision": "no", "checkpoint_every": 200, "log_every": 50, "text": "texts",
-              "condition_dropout": 0.1, "ema_early_epochs": 5},
-}  # fmt: skip
+    "small": {
+        "learning_rate": 1e-3,
+        "warmup": 0.02,
+        "schedule": "cosine",
+        "max_grad_norm": 1.0,
+        "batch_size": 16,
+        "steps": 1000,
+        "mixed_precision": "no",
+        "checkpoint_every": 200,
+        "log_every": 50,
+        "text": "texts",
+        "condition_dropout": 0.1,
+        "ema_early_epochs": 5,
+    },
+}
 TRAIN_PRESETS = tuple(_PRESETS)
 
 
@@ -35,8 +46,10 @@ class MusicTrainConfig:
         time_sampler: ``uniform`` or ``sobol``. time_warp: ``none`` or ``crash``.
         polarity_flip: probability that a crop is turned upside down.
         text: what is read of a row: its ``text``, one of its ``texts`` at random, or its ``tags``.
-        time_bins: of the loss by time. log_every: steps between its entries. eval_every: between evaluations on held-out
-            data (None: at the end only). demo_every: between demo sounds (None: none). demo_steps, demo_guidance: of them.
+        time_bins: of the loss by time. log_every: steps between its entries. eval_every: between evaluations on
+            held-out
+            data (None: at the end only). demo_every: between demo sounds (None: none). demo_steps, demo_guidance: of
+            them.
         mixed_precision: accelerate's. gradient_checkpointing. checkpoint_every: steps. seed.
     """
 
@@ -71,8 +84,14 @@ class MusicTrainConfig:
     preset: str = "paper"
 
     def __post_init__(self) -> None:
-        for name, allowed in (("preset", TRAIN_PRESETS), ("schedule", SCHEDULES), ("time_sampler", SAMPLERS),
-                              ("time_warp", WARPS), ("text", TEXTS), ("mixed_precision", PRECISIONS)):  # fmt: skip
+        for name, allowed in (
+            ("preset", TRAIN_PRESETS),
+            ("schedule", SCHEDULES),
+            ("time_sampler", SAMPLERS),
+            ("time_warp", WARPS),
+            ("text", TEXTS),
+            ("mixed_precision", PRECISIONS),
+        ):
             one_of(name, getattr(self, name), allowed)
         positive("learning_rate", self.learning_rate)
         if self.max_grad_norm is not None:
@@ -87,9 +106,23 @@ class MusicTrainConfig:
         for name in ("warmup", "condition_dropout", "polarity_flip"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
-        integers(self, {"steps": 1, "batch_size": 1, "micro_batch_size": 1, "ema_early_epochs": 0, "time_bins": 1,
-                        "log_every": 1, "eval_every": 1, "demo_every": 1, "demo_steps": 1, "checkpoint_every": 1,
-                        "seed": 0}, ("micro_batch_size", "eval_every", "demo_every"))  # fmt: skip
+        integers(
+            self,
+            {
+                "steps": 1,
+                "batch_size": 1,
+                "micro_batch_size": 1,
+                "ema_early_epochs": 0,
+                "time_bins": 1,
+                "log_every": 1,
+                "eval_every": 1,
+                "demo_every": 1,
+                "demo_steps": 1,
+                "checkpoint_every": 1,
+                "seed": 0,
+            },
+            ("micro_batch_size", "eval_every", "demo_every"),
+        )
         object.__setattr__(self, "demo_guidance", tuple(self.demo_guidance))
 
     def with_changes(self, **changes: Any) -> MusicTrainConfig:

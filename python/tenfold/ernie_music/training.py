@@ -120,9 +120,16 @@ class MusicTrainer(AdamWTrainer):
 
 @torch.no_grad()
 def held_out_loss(
-    unet: ErnieMusicUNet1D, data: AudioTexts, encoder: Any, *, text: str = "text", rows: int = 64, bins: int = 10,
-    batch_size: int = 16, seed: int = 7,
-) -> dict[str, float]:  # fmt: skip
+    unet: ErnieMusicUNet1D,
+    data: AudioTexts,
+    encoder: Any,
+    *,
+    text: str = "text",
+    rows: int = 64,
+    bins: int = 10,
+    batch_size: int = 16,
+    seed: int = 7,
+) -> dict[str, float]:
     """Loss of velocities on held-out pieces, the same crops, times and noise each time: ``loss``, and ``time/0``, ...
 
     Times are the middles of ``bins`` parts of [0, 1] in turn; crops are from the pieces' beginnings on.
@@ -172,7 +179,13 @@ class _Demos:
             generators = [
                 torch.Generator().manual_seed(c.seed + i) for i in range(len(self.prompts))
             ]
-            made = pipe(self.prompts, num_inference_steps=c.demo_steps, guidance_scale=g, generator=generators, output_type="pt")  # fmt: skip
+            made = pipe(
+                self.prompts,
+                num_inference_steps=c.demo_steps,
+                guidance_scale=g,
+                generator=generators,
+                output_type="pt",
+            )
             made.save(place / f"guidance-{g:g}.wav")  # type: ignore[union-attr]
             picture = spectrogram_picture(made.audios, self.prompts, unet.config.sample_rate)  # type: ignore[union-attr]
             (place / f"guidance-{g:g}.png").write_bytes(picture)
@@ -205,9 +218,10 @@ def train(
         model: the U-Net. data: the pieces. encoder: texts -> (states, mask); None: a model without text.
         config: settings; ``changes`` are fields of it. held_out: pieces whose loss is measured.
         demo_prompts: what demo sounds are made of (``demo_every``).
-        out: where the pipeline of averaged weights (``unet/``, ``scheduler/``), the last weights (``last/``), the record
-            (``train.json``) and the demos go; a run that was killed goes on from ``out/training``, with the same call on
-            the same model, unless ``resume`` is False.
+        out: where the pipeline of averaged weights (``unet/``, ``scheduler/``), the last weights (``last/``), the
+            record
+            (``train.json``) and the demos go; a run that was killed goes on from ``out/training``, with the same call
+            on the same model, unless ``resume`` is False.
         callback: told after every step. quiet: no progress bar.
 
     Raises:
@@ -245,8 +259,14 @@ def train(
         accelerator.register_for_checkpointing(state)
         trainer = MusicTrainer(accelerator, config, batches, session.folder, callback, quiet)  # type: ignore[arg-type]
         demos = _Demos(session.target, demo_prompts, config)
-        curve = trainer.run(STAGE, VelocityLoss(model, config.seed), config.steps, config.batch_size, trainer.loss_of,
-                            _after_step(state, batches, config, held_out, encoder, demos, accelerator))  # fmt: skip
+        curve = trainer.run(
+            STAGE,
+            VelocityLoss(model, config.seed),
+            config.steps,
+            config.batch_size,
+            trainer.loss_of,
+            _after_step(state, batches, config, held_out, encoder, demos, accelerator),
+        )
         record.take_curve(curve)
     record.seconds = time.perf_counter() - start
     record.demos = demos.files()
@@ -262,9 +282,14 @@ def train(
 
 
 def _after_step(
-    state: _State, batches: MusicBatches, config: MusicTrainConfig, held_out: AudioTexts | None, encoder: Any,
-    demos: _Demos, accelerator: Any,
-) -> Any:  # fmt: skip
+    state: _State,
+    batches: MusicBatches,
+    config: MusicTrainConfig,
+    held_out: AudioTexts | None,
+    encoder: Any,
+    demos: _Demos,
+    accelerator: Any,
+) -> Any:
     """What follows a step: averaged weights, loss by time, evaluation, demos."""
     bins = range(config.time_bins)
 
