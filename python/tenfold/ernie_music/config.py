@@ -29,12 +29,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "tiny": {
         "widths": (16, 16, 32, 32, 64, 64, 96),
-        "attn_levels": (7,),
+        "attn_levels": (6, 7),
         "sample_size": 4096,
         "channels": 1,
         "sample_rate": 4000,
         "text_dim": 384,
-        "fuse": "sum",
+        "fuse": "concat",
+        "fuse_dim": 32,
         "layers_per_level": 1,
     },
 }

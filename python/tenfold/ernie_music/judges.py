@@ -32,6 +32,17 @@ def crops_of(data: AudioTexts, length: int, per_row: int, seed: int) -> tuple[Te
     return torch.stack(waves), torch.tensor(rows)
 
 
+def with_noise(waves: Tensor, seed: int) -> Tensor:
+    """Waveforms [N, C, S] and, after them, the same with white noise 10 to 40 dB below them.
+
+    Generated sounds have some; judges that never heard any would listen to nothing else.
+    """
+    made = torch.Generator().manual_seed(seed)
+    level = 10 ** (-(10 + 30 * torch.rand(len(waves), 1, 1, generator=made)) / 20)
+    rms = waves.square().mean((1, 2), keepdim=True).sqrt()
+    return torch.cat([waves, waves + rms * level * torch.randn(waves.shape, generator=made)])
+
+
 def _network(inputs: int, outputs: int, hidden: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Dropout(0.2),
@@ -85,7 +96,7 @@ class AttributeClassifier(_Judge):
                 )
             self.classes[name] = sorted({str(row.about[name]) for row in data.rows})
         waves, rows = crops_of(data, length, per_row, seed)
-        x = self._listen(waves)
+        x, rows = self._listen(with_noise(waves, seed)), torch.cat([rows, rows])
         labels = {
             n: self._labels(n, [data.rows[i].about for i in rows.tolist()]) for n in self.attributes
         }
@@ -152,7 +163,7 @@ class TextAudioJudge(_Judge):
     ) -> TextAudioJudge:
         """Learns from crops of real pieces and all their texts, by contrast within batches."""
         waves, rows = crops_of(data, length, per_row, seed)
-        x = self._listen(waves)
+        x, rows = self._listen(with_noise(waves, seed)), torch.cat([rows, rows])
         texts = [self._texts(row.prompts("texts")) for row in data.rows]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

@@ -44,7 +44,8 @@ def band_energies(audio: Tensor, sample_rate: int, bands: int = BANDS) -> Tensor
     """Log energies [B, bands, T] in bands of equal width on a log scale from 50 Hz up, relative to the loudest: at
     most 0.
 
-    Energies below -80 dB are -80 dB (in nepers of power).
+    Energies below -45 dB are -45 dB (in nepers of power):
+    what is under the music, and a synthesiser does not have, is not listened to.
     """
     power, f = power_spectrogram(audio, sample_rate)
     edges = torch.logspace(
@@ -55,7 +56,7 @@ def band_energies(audio: Tensor, sample_rate: int, bands: int = BANDS) -> Tensor
     weights = (1 - (f[None] - edges[1:-1, None]).abs() / width[:, None]).clamp_min(0)
     energy = torch.einsum("bf,nft->nbt", weights, power)
     peak = energy.amax((1, 2), keepdim=True).clamp_min(1e-12)
-    return (energy / peak).clamp_min(1e-8).log()
+    return (energy / peak).clamp_min(10**-4.5).log()
 
 
 def features(audio: Tensor, sample_rate: int) -> Tensor:

@@ -67,8 +67,7 @@ def held_out_prompts(test: AudioTexts, count: int) -> tuple[list[str], list[dict
     for i in range(count):
         row = test.rows[i % len(test)]
         choices = row.prompts("texts")
-        # English first, then the other languages in turn.
-        prompts.append(choices[(i // len(test)) % len(choices)])
+        prompts.append(choices[(i + i // len(test)) % len(choices)])  # the languages in turn
         about.append(row.about)
     return prompts, about
 
@@ -145,6 +144,21 @@ def setting_of(made: Run, recipe: RecipeConfig) -> str:
         f"crops, {made.record.seconds / 60:.1f} minutes; texts are encoded by {m.text_encoder}. "
         f"{torch.get_num_threads()} threads, one seed."
     )
+
+
+def by_language(made: Run, recipe: RecipeConfig) -> dict[str, dict[str, float]]:
+    """Accuracies of the best guidance, by the language of the prompts."""
+    found, rows = made.evaluations[made.best], made.test.rows
+    right: dict[str, dict[str, list[bool]]] = {
+        lang: {n: [] for n in found.accuracy} for lang in recipe.languages
+    }
+    for i, (prompt, about) in enumerate(zip(found.prompts, found.about)):
+        lang = recipe.languages[rows[i % len(rows)].prompts("texts").index(prompt)]
+        for name, predicted in found.predicted.items():
+            right[lang][name].append(predicted[i] == str(about[name]))
+    return {
+        lang: {n: sum(v) / max(1, len(v)) for n, v in one.items()} for lang, one in right.items()
+    }
 
 
 GUIDANCE_COLUMNS = (
