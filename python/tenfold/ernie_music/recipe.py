@@ -122,9 +122,12 @@ def make_clip(
     notes = [Note(n.start, n.length, min(max(n.pitch + shift, 24), 108), n.part) for n in notes]
     if register_of(n.pitch for n in notes) != about["register"]:
         return None
-    wave = render(
-        notes, about["instrument"], per_quarter, config.seconds, config.sample_rate, (*seed, 1)
-    )
+    try:
+        wave = render(
+            notes, about["instrument"], per_quarter, config.seconds, config.sample_rate, (*seed, 1)
+        )
+    except ValueError:  # all of it is above half the rate
+        return None
     onsets = sorted({n.start for n in notes})
     gaps = [b - a for a, b in pairwise(onsets)]
     about |= {
