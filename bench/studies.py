@@ -583,4 +583,16 @@ def ernie_music_block(found: Found) -> str:
             "real, held-out", best["ceiling"], best["real_retrieval"]["top1"], best["frechet_real"]
         )
     )
-    return f"{found['setting']} {best['count']} held-out prompts.\n\n{markdown(columns, rows)}"
+    languages = "; ".join(
+        f"{lang} {', '.join(percent(one[n]) for n in names)}"
+        for lang, one in found["by_language"].items()
+    )
+    times = ", ".join(
+        f"{part} {r['ratio']:.2f} times as fast as in plain PyTorch"
+        for part, r in found["speed"].items()
+    )
+    return (
+        f"{found['setting']} {best['count']} held-out prompts.\n\n{markdown(columns, rows)}\n\n"
+        f"By the language of the prompt ({', '.join(names)}): {languages}. The whole net on these "
+        f"kernels: {times} (batches of {found['training']['batch_size']}, float32)."
+    )

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from tenfold.ernie_music import ErnieMusicConfig, report, study, write_audio
+from tenfold.ernie_music import ErnieMusicConfig, report, speed, study, write_audio
 from tenfold.ernie_music.evaluation import attribute_rows
 from tenfold.ernie_music.recipe import RecipeConfig
 from tenfold.ernie_music.train_config import MusicTrainConfig
@@ -93,7 +93,8 @@ def main() -> None:
             step=say,
             tell=max(1, chosen.steps // 60),
         )
-    cpu = time.process_time() - start
+        cpu = time.process_time() - start
+        fast = speed.compare(model, chosen.batch)
     found = made.evaluations[made.best]
     for row in attribute_rows(found):
         say("  ".join(row))
@@ -130,6 +131,7 @@ def main() -> None:
         "training": settings.to_json(),
         "validation": made.record.validation,
         "loss_by_time": made.record.by_time(),
+        "speed": fast,
         "best_guidance": made.best,
         "by_language": study.by_language(made, recipe),
         "evaluations": {f"{g:g}": e.to_json() for g, e in made.evaluations.items()},
@@ -140,6 +142,7 @@ def main() -> None:
     (out / "study.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     page = Page("ERNIE-Music: a study")
     study.add_section(page, made, recipe, sounds=chosen.sounds)
+    page.table(speed.COLUMNS, speed.table_rows(fast))
     say(
         f"report: {page.write(chosen.work / 'index.html')}   result: {out / 'study.json'}   {cpu / 60:.1f} min of CPU"
     )

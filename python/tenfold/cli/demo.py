@@ -133,7 +133,11 @@ def _ernie_music(page: Page, quiet: bool) -> tuple[dict[str, Any], list[Any]]:
         found = demo.run_demo(step=step)
     demo.add_demo_section(found, page)
     title = "Sounds of held-out prompts: is it what was asked for?"
-    return found.to_json(), [table(title, demo.COLUMNS, demo.table_rows(found))]
+    tables = [
+        table(title, demo.COLUMNS, demo.table_rows(found)),
+        table("One call of the U-Net", demo.SPEED_COLUMNS, demo.speed_rows(found)),
+    ]
+    return found.to_json(), tables
 
 
 METHODS: dict[str, Callable[[Page, bool], tuple[dict[str, Any], list[Any]]]] = {

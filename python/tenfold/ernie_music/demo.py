@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from tenfold.ernie_music import study
+from tenfold.ernie_music import speed, study
 from tenfold.ernie_music.config import ErnieMusicConfig
 from tenfold.ernie_music.recipe import RecipeConfig
 from tenfold.ernie_music.train_config import MusicTrainConfig
@@ -17,7 +17,7 @@ from tenfold.report import Page
 from tenfold.training.threads import threads
 
 TRAIN_STEPS, TELL = 240, 20
-STEPS = 4 + TRAIN_STEPS // TELL
+STEPS = 5 + TRAIN_STEPS // TELL
 RECIPE = RecipeConfig(
     clips=160,
     test_clips=32,
@@ -45,6 +45,7 @@ TRAIN: dict[str, Any] = {
     "log_every": 40,
 }
 COLUMNS = study.GUIDANCE_COLUMNS
+SPEED_COLUMNS = speed.COLUMNS
 
 
 @dataclass
@@ -52,36 +53,46 @@ class Demo:
     """What the demo found."""
 
     run: study.Run
+    speed: dict[str, Any]
 
     def to_json(self) -> dict[str, Any]:
         """Numbers only."""
         return {
             "setting": study.setting_of(self.run, RECIPE),
+            "speed": self.speed,
             "evaluations": {f"{g:g}": e.to_json() for g, e in self.run.evaluations.items()},
         }
 
 
 def run_demo(step: Callable[[str], None] = lambda text: None) -> Demo:
     """Runs it, on one thread; ``step`` is told after each piece."""
+    model = ErnieMusicConfig.from_preset("tiny", **MODEL)
+    settings = MusicTrainConfig.from_preset("small", **TRAIN)
     with threads(1):
-        return Demo(
-            study.run(
-                RECIPE,
-                ErnieMusicConfig.from_preset("tiny", **MODEL),
-                MusicTrainConfig.from_preset("small", **TRAIN),
-                prompts=32,
-                guidance=(1.0, 3.0),
-                inference_steps=12,
-                judge_steps=200,
-                step=step,
-                tell=TELL,
-            )
+        made = study.run(
+            RECIPE,
+            model,
+            settings,
+            prompts=32,
+            guidance=(1.0, 3.0),
+            inference_steps=12,
+            judge_steps=200,
+            step=step,
+            tell=TELL,
         )
+        found = speed.compare(model, 8, 5)
+        step("the net is timed")
+    return Demo(made, found)
 
 
 def table_rows(demo: Demo) -> list[list[str]]:
     """Rows for ``COLUMNS``."""
     return study.guidance_rows(demo.run)
+
+
+def speed_rows(demo: Demo) -> list[list[str]]:
+    """Rows for ``SPEED_COLUMNS``."""
+    return speed.table_rows(demo.speed)
 
 
 def add_demo_section(demo: Demo, page: Page) -> None:
@@ -93,3 +104,5 @@ def add_demo_section(demo: Demo, page: Page) -> None:
         "says whether generated sounds have the instrument, register and tempo of their prompts."
     )
     study.add_section(page, demo.run, RECIPE)
+    page.heading("The net on these kernels, and in plain PyTorch")
+    page.table(SPEED_COLUMNS, speed_rows(demo))

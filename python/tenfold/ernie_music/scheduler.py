@@ -11,6 +11,7 @@ anything between, or the second-order DPM-Solver++.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,8 @@ class VDiffusionScheduler:
         grid = warped(grid, self.config.time_warp)
         grid[-1] = 0
         self._grid = grid.to(device=device)
-        self._known = [float(t) for t in grid.to(torch.float32)]
+        self._known = grid.float().tolist()
+        self._levels = tuple(x.tolist() for x in schedule(grid))  # read without asking the device
         self.num_inference_steps = n
         self.timesteps = self._grid[:-1].float()
         self._index: int | None = None
@@ -196,16 +198,14 @@ class VDiffusionScheduler:
 
     def _second_order(self, i: int, sample: Tensor, x0: Tensor) -> Tensor:
         """DPM-Solver++ (2M): x0 is extrapolated along the log of the signal-to-noise ratio."""
-        (a, s), last = schedule(self._grid), self._last
+        (a, s), last = self._levels, self._last
         self._last = (i, x0)
-        ratio = s[i + 1] / s[i]
-        guess = x0
+        ratio, guess = s[i + 1] / s[i], x0
         # At t = 1 and t = 0 that log is infinite: first and last step are of first order.
         if last is not None and last[0] == i - 1 and a[i - 1] > 1e-9 and i + 2 < len(a):
-            logs = (a / s).log()
-            h, before = logs[i + 1] - logs[i], logs[i] - logs[i - 1]
-            guess = x0 + (h / (2 * before)).to(x0) * (x0 - last[1])
-        return (ratio.to(sample) * sample) + (a[i + 1] - ratio * a[i]).to(sample) * guess
+            before, now, then = (math.log(a[k] / s[k]) for k in (i - 1, i, i + 1))
+            guess = x0 + (then - now) / (2 * (now - before)) * (x0 - last[1])
+        return ratio * sample + (a[i + 1] - ratio * a[i]) * guess
 
     # Files.
 
