@@ -69,9 +69,9 @@ inline void write_out(const float* from, int64_t n, T* to, bool past) {
 template <class T>
 inline void at_ends(const FirSpan& s, int64_t begin, int64_t end) {
   const T* const x = static_cast<const T*>(s.x);
-  const auto get = [&](int64_t j) { return hsum(load_n(x + j, 1)); };
+  const auto get = [&](int64_t j) { return static_cast<double>(hsum(load_n(x + j, 1))); };
   for (int64_t i = begin; i < end; ++i) {
-    const VF made = set1(fir_at<float>(s.kind, i, s.length, get));
+    const VF made = set1(static_cast<float>(fir_at<double>(s.kind, i, s.length, get)));
     store_n(static_cast<T*>(s.y) + i, made, 1);
   }
 }

@@ -92,13 +92,12 @@ inline VF slope(VF u) {
   return fma(u * set1(kInverseSqrt2Pi), p.bell, p.below);
 }
 
+// Of few elements, so that sums of float32 stay short.
 template <class T>
-Gn1Sums grad_sums(const Gn1GradSpan& s) {
-  const T *const x = static_cast<const T*>(s.x), *const dy = static_cast<const T*>(s.dy);
-  const Affine a{set1(s.center), set1(s.rstd), set1(s.rest), set1(s.weight), set1(s.bias)};
+Gn1Sums short_sums(const Affine& a, const T* x, const T* dy, int64_t count) {
   VF sum[4] = {set1(0.0f), set1(0.0f), set1(0.0f), set1(0.0f)};  // g, g, gh, gh
   int64_t i = 0;
-  for (; i + kTwo <= s.n; i += kTwo) {
+  for (; i + kTwo <= count; i += kTwo) {
     VF v[2], d[2];
     get_next_two<false>(x + i, v);
     get_next_two<false>(dy + i, d);
@@ -108,13 +107,26 @@ Gn1Sums grad_sums(const Gn1GradSpan& s) {
       sum[k + 2] = fma(g, h, sum[k + 2]);
     }
   }
-  for (; i < s.n; i += kWidth) {
-    const int n = static_cast<int>(s.n - i < kWidth ? s.n - i : kWidth);
+  for (; i < count; i += kWidth) {
+    const int n = static_cast<int>(count - i < kWidth ? count - i : kWidth);
     const VF h = a.h(load_n(x + i, n)), g = load_n(dy + i, n) * slope(a.u(h));
     sum[0] = sum[0] + g;  // lanes that are not there: dy is 0
     sum[2] = fma(g, h, sum[2]);
   }
   return {hsum(sum[0] + sum[1]), hsum(sum[2] + sum[3])};
+}
+
+template <class T>
+Gn1Sums grad_sums(const Gn1GradSpan& s) {
+  constexpr int64_t kShort = 16 * kTwo;
+  const T *const x = static_cast<const T*>(s.x), *const dy = static_cast<const T*>(s.dy);
+  const Affine a{set1(s.center), set1(s.rstd), set1(s.rest), set1(s.weight), set1(s.bias)};
+  Gn1Sums all{0.0, 0.0};
+  for (int64_t i = 0; i < s.n; i += kShort) {
+    const Gn1Sums some = short_sums(a, x + i, dy + i, s.n - i < kShort ? s.n - i : kShort);
+    all.g += some.g, all.gh += some.gh;
+  }
+  return all;
 }
 
 template <class T>

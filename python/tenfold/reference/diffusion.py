@@ -39,7 +39,7 @@ def philox_normal(count: int, seed: int, offset: int) -> Tensor:
 
     Position p takes number ``p % 4`` of the counter ``(p // 4, offset)``, both of 64 bits, with the key ``seed``. Of
     its four words each pair (a, b) makes two numbers by Box and Muller: the radius ``sqrt(-2 log u)``,
-    ``u = (a + 1/2) / 2^32``, and an angle ``(pi / 2) g`` with the lowest 30 bits of b as a signed number g in
+    ``u = (a + 1/2) / 2^32`` rounded to float32, and an angle ``(pi / 2) g`` with the lowest 30 bits of b as a signed number g in
     [-1/2, 1/2); the bit above swaps cosine and sine, the highest one is the sign of both.
     """
     at = torch.arange((count + 3) // 4)
@@ -47,7 +47,8 @@ def philox_normal(count: int, seed: int, offset: int) -> Tensor:
     words = philox4x32_10((at, at >> 32, torch.tensor(low), torch.tensor(high)), seed)
     made = []
     for a, b in (words[:2], words[2:]):
-        radius = (-2 * torch.log((a.double() + 0.5) * 2.0**-32)).sqrt()
+        u = ((a.double() + 0.5) * 2.0**-32).float().double()
+        radius = (-2 * torch.log(u)).sqrt()
         turn = ((b & 0x3FFFFFFF) ^ 0x20000000) - 0x20000000
         angle = turn.double() * 2.0**-30 * (math.pi / 2)
         swap, sign = (b >> 30) & 1 == 1, 1 - 2 * (b >> 31).double()
