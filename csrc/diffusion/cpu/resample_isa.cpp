@@ -121,8 +121,7 @@ template <class T>
 void row(const FirSpan& s) {
   const bool halves = s.kind == Fir::down || s.kind == Fir::up_grad;
   const float by = s.kind == Fir::up || s.kind == Fir::up_grad ? 2.0f : 1.0f;
-  const Taps h{set1(by * kFirTaps[0]), set1(by * kFirTaps[1]), set1(by * kFirTaps[2]),
-               set1(by * kFirTaps[3])};
+  const Taps h{set1(by * kFir0), set1(by * kFir1), set1(by * kFir2), set1(by * kFir3)};
   // Outputs of the whole row.
   const int64_t all = s.kind == Fir::down    ? s.length / 2
                       : s.kind == Fir::up    ? 2 * s.length

@@ -18,10 +18,11 @@ inline void normals_of(VI first, VI second, VF* x, VF* y) {
   const VF radius = from_bits(bits(root) ^ (second & seti(0x80000000u)));
   const VI doubled = second + second;
   const VF g = to_float(doubled + doubled) * set1(2.3283064365386963e-10f), square = g * g;
-  VF c = set1(kCosTaylor[0]), s = set1(kSinTaylor[0]);
-  for (int i = 1; i < 4; ++i) c = fused(c, square, set1(kCosTaylor[i]));
-  for (int i = 1; i < 5; ++i) s = fused(s, square, set1(kSinTaylor[i]));
+  VF c = fused(set1(kCos8), square, set1(kCos6)), s = fused(set1(kSin9), square, set1(kSin7));
+  c = fused(fused(c, square, set1(kCos4)), square, set1(kCos2));
   c = fused(c, square, set1(1.0f));
+  s = fused(fused(s, square, set1(kSin5)), square, set1(kSin3));
+  s = fused(s, square, set1(kSin1));
   s = s * g;
   const VM swap = lt(doubled, seti(0));
   *x = radius * select(swap, s, c);
