@@ -5,7 +5,8 @@
 //   and the adjoints of both, which are each other's sums but for the ends and the factor 2
 //
 // h is symmetric: taps t[0] t[1] t[2] t[3] t[3] t[2] t[1] t[0], which sum to 1. Traffic: each input
-// read once, each output written once; what `up` writes may be the first channels of a wider tensor.
+// read once, each output written once; what `up` writes may be the first channels of a wider
+// tensor.
 #pragma once
 
 #include <cstdint>
@@ -79,9 +80,9 @@ struct FirSpan {
   Dtype dtype;
   Fir kind;
   bool past_caches;
-  const void* x;   // a row
-  void* y;         // a row
-  int64_t length;  // as of fir_at
+  const void* x;       // a row
+  void* y;             // a row
+  int64_t length;      // as of fir_at
   int64_t begin, end;  // outputs
 };
 

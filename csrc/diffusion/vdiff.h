@@ -131,12 +131,12 @@ TENFOLD_HD float root_once(float x) {
 TENFOLD_HD TwoNormals normals_of(uint32_t first, uint32_t second) {
   using D = DetScalarOps;
   const auto high = static_cast<float>(first >> 16), low = static_cast<float>(first & 0xFFFFu);
-  const float u = D::add(D::mul(high, 1.52587890625e-5f),
-                         D::mul(D::add(low, 0.5f), 2.3283064365386963e-10f));
+  const float u =
+      D::add(D::mul(high, 1.52587890625e-5f), D::mul(D::add(low, 0.5f), 2.3283064365386963e-10f));
   const float root = root_once(D::mul(det_log_normal(u), -2.0f));
   const float radius = bits_to_float(float_to_bits(root) ^ (second & 0x80000000u));
-  const float g = D::mul(static_cast<float>(static_cast<int32_t>(second << 2)),
-                         2.3283064365386963e-10f);
+  const float g =
+      D::mul(static_cast<float>(static_cast<int32_t>(second << 2)), 2.3283064365386963e-10f);
   const float y = D::mul(g, g);
   float c = fused_once(kCos8, y, kCos6);
   c = fused_once(fused_once(fused_once(c, y, kCos4), y, kCos2), y, 1.0f);

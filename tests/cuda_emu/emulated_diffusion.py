@@ -95,7 +95,8 @@ def vdiff_step_(z_next, x0_hat, z, v, v_uncond, t, u, guidance, eta, noise, clip
     free = v_uncond.contiguous() if guided else None
     noise = noise.contiguous() if eta > 0 else None
     n = numbers(CODES[z.dtype], CODES[v.dtype], *sizes(z), clip is not None, use_clipped_model_output,
-                cfg_plus_plus and guided, *per_sample(t), *per_sample(u), *per_sample(guidance if guided else None))  # fmt: skip
+                cfg_plus_plus and guided, *per_sample(t), *per_sample(u),
+                *per_sample(guidance if guided else None))  # fmt: skip
     options = (ctypes.c_double * 2)(eta, clip or 0.0)
     LIB.emu_vdiff_step(pointers(z, v, free, noise, t, u, guidance), pointers(z_next, x0_hat), n, options)  # fmt: skip
 
@@ -114,7 +115,9 @@ def steps(t):
 
 
 def with_rows(t):
-    return t if t is None or t.numel() == 0 or t.shape[2] == 1 or t.stride(2) == 1 else t.contiguous()
+    return (
+        t if t is None or t.numel() == 0 or t.shape[2] == 1 or t.stride(2) == 1 else t.contiguous()
+    )
 
 
 def fir(out, kind, x, skip, channels, length):
@@ -165,7 +168,9 @@ def planes_add_(y, taps, bias, edges_only):
             whole = whole + bias[:, None]
         y += whole
         return
-    n = numbers(CODES[y.dtype], len(y) * y.shape[1], y.shape[1], y.shape[2], taps.shape[2], edges_only)
+    n = numbers(
+        CODES[y.dtype], len(y) * y.shape[1], y.shape[1], y.shape[2], taps.shape[2], edges_only
+    )
     LIB.emu_planes_add(ptr(y), ptr(taps.contiguous()), ptr(bias), n)
 
 
@@ -173,7 +178,8 @@ def planes_sums(grad, kernel_size):
     grad = grad.contiguous()
     if grad.dtype == torch.float64:
         windows = torch.nn.functional.conv1d(torch.ones(1, 1, grad.shape[2]).double(),
-                                             torch.eye(kernel_size).double()[:, None], padding=kernel_size // 2)  # fmt: skip
+                                             torch.eye(kernel_size).double()[:, None],
+                                             padding=kernel_size // 2)  # fmt: skip
         return torch.einsum("bol,kl->bok", grad, windows[0])
     n = numbers(CODES[grad.dtype], len(grad) * grad.shape[1], grad.shape[2], kernel_size)
 
@@ -207,7 +213,8 @@ def check_all():
 if __name__ == "__main__":
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    NOISE_OF_THE_CPU = torch.ops.tenfold.vdiff_noise_rng(torch.zeros(3, 1, 1003), torch.ones(3), -5, 2**40)[0]  # fmt: skip
+    zeros, ones = torch.zeros(3, 1, 1003), torch.ones(3)
+    NOISE_OF_THE_CPU = torch.ops.tenfold.vdiff_noise_rng(zeros, ones, -5, 2**40)[0]
     tenfold.cpu_capabilities = lambda: [tenfold.cpu_capability()]  # none of them is asked
     stand_in((vdiff_noise, vdiff_noise_, vdiff_noise_rng, vdiff_noise_rng_, vdiff_loss, vdiff_loss_backward,
               vdiff_step, vdiff_step_, fir_down2, fir_down2_, fir_down2_backward, fir_up2_cat, fir_up2_cat_,

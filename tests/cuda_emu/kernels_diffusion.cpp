@@ -1,5 +1,5 @@
-// C entry points of the emulated kernels of `diffusion`, for ctypes. The launch code is the kernels'
-// own.
+// C entry points of the emulated kernels of `diffusion`, for ctypes. The launch code is the
+// kernels' own.
 #define TENFOLD_CUDA_EMU
 #include "diffusion/cuda/planes_kernel.cuh"
 #include "diffusion/cuda/resample_kernel.cuh"

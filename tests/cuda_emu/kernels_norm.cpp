@@ -61,8 +61,8 @@ API void emu_gn1_gelu(const void* const* in, void* const* out, const int64_t* n,
   a.weight_dtype = kDtypes[n[1]], a.samples = n[2], a.channels = n[3], a.length = n[4];
   const int64_t parts = a.samples * gn1_parts(a.channels * a.length);
   a.parts = static_cast<Moments*>(memory.room()(parts * static_cast<int64_t>(sizeof(Moments))));
-  a.of = static_cast<Gn1Sample*>(
-      memory.room()(a.samples * static_cast<int64_t>(sizeof(Gn1Sample))));
+  a.of =
+      static_cast<Gn1Sample*>(memory.room()(a.samples * static_cast<int64_t>(sizeof(Gn1Sample))));
   with_dtype(n[0], [&]<class T>() { launch_gn1_gelu<T>(a, nullptr); });
 }
 

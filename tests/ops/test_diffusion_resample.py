@@ -96,13 +96,18 @@ def test_rates_of_known_signals(device):
 def test_rate_layouts(kind, device):
     """Rows are read where they are: slices of channels and of batches too."""
     for dtype in DTYPES:
-        x, skip = signals((2, 3, 130), dtype, 1, device)[0], signals((2, 4, 260), dtype, 1, device)[0]
+        x, skip = (
+            signals((2, 3, 130), dtype, 1, device)[0],
+            signals((2, 4, 260), dtype, 1, device)[0],
+        )
         want = ops.fir_down2(x), ops.fir_up2_cat(x, skip)
         other = layout(x, kind), layout(skip, kind)
         assert torch.equal(ops.fir_down2(other[0]), want[0])
         assert torch.equal(ops.fir_up2_cat(*other), want[1])
         big = torch.randn(4, 9, 130, device=device).to(dtype)
-        assert torch.equal(ops.fir_down2(big[::2, 1:8:3]), ops.fir_down2(big[::2, 1:8:3].contiguous()))
+        assert torch.equal(
+            ops.fir_down2(big[::2, 1:8:3]), ops.fir_down2(big[::2, 1:8:3].contiguous())
+        )
         out = torch.full((2, 9, 260), 7.0, dtype=dtype, device=device)
         ops.fir_up2_cat_(out[:, 1:8], x, skip)
         assert torch.equal(out[:, 1:8], want[1]) and bool((out[:, ::8] == 7).all())
@@ -118,19 +123,27 @@ def test_large_rates(device):
     """What is written past the caches, and rows of many strips."""
     for dtype, length in ((torch.float32, 1_100_003), (torch.bfloat16, 2_200_003)):
         x = torch.randn(1, 2, length, device=device).to(dtype)
-        down, up = ops.fir_down2(x), ops.fir_up2_cat(x, torch.zeros(1, 1, 2 * length, dtype=dtype, device=device))
+        down, up = (
+            ops.fir_down2(x),
+            ops.fir_up2_cat(x, torch.zeros(1, 1, 2 * length, dtype=dtype, device=device)),
+        )
         for at in (0, 500_001, length - 4000):
             part = x[:, :, at : at + 4000]
             inner = slice(8, 3900)
             assert torch.equal(up[:, :2, 2 * at :][..., inner], ops.fir_up2_cat(part)[..., inner])
             if at % 2 == 0:
-                assert torch.equal(down[:, :, at // 2 :][..., 8:1900], ops.fir_down2(part)[..., 8:1900])
+                assert torch.equal(
+                    down[:, :, at // 2 :][..., 8:1900], ops.fir_down2(part)[..., 8:1900]
+                )
         assert bool((up[:, 2] == 0).all())
 
 
 def test_rate_gradcheck():
     for length in (4, 7):
-        x, skip = signals((1, 2, length), torch.float64, 1)[0], signals((1, 1, 2 * length), torch.float64, 1)[0]
+        x, skip = (
+            signals((1, 2, length), torch.float64, 1)[0],
+            signals((1, 1, 2 * length), torch.float64, 1)[0],
+        )
         x, skip = x.requires_grad_(), skip.requires_grad_()
         for module in (ops, reference):
             assert torch.autograd.gradcheck(module.fir_down2, x)
@@ -138,7 +151,10 @@ def test_rate_gradcheck():
 
 
 def test_rate_errors(device):
-    x, skip = signals((2, 3, 8), count=1, device=device)[0], signals((2, 1, 16), count=1, device=device)[0]
+    x, skip = (
+        signals((2, 3, 8), count=1, device=device)[0],
+        signals((2, 1, 16), count=1, device=device)[0],
+    )
     down, up = (ops.fir_down2, raw.fir_down2), (ops.fir_up2_cat, raw.fir_up2_cat)
     into_down, into_up = (ops.fir_down2_, raw.fir_down2_), (ops.fir_up2_cat_, raw.fir_up2_cat_)
     out = torch.zeros(2, 4, 16, device=device)
@@ -162,7 +178,10 @@ def test_rate_errors(device):
 
 
 def test_registration(device):
-    x, skip = signals((2, 3, 300), count=1, device=device)[0], signals((2, 2, 600), count=1, device=device)[0]
+    x, skip = (
+        signals((2, 3, 300), count=1, device=device)[0],
+        signals((2, 2, 600), count=1, device=device)[0],
+    )
     leaf, behind = x.clone().requires_grad_(), skip.clone().requires_grad_()
     check_op(raw.fir_down2, (leaf,))
     check_op(raw.fir_up2_cat, (leaf, behind))
@@ -201,10 +220,14 @@ def test_planes(length, device):
             plain = reference.conv1d_planes(*low)
             got = ops.conv1d_planes(*on(device, low)).cpu()
             if dtype == torch.float32:
-                torch.testing.assert_close(got.double(), reference.conv1d_planes(*exact), rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(
+                    got.double(), reference.conv1d_planes(*exact), rtol=1e-5, atol=1e-5
+                )
             else:  # two roundings: of the convolution, and of the sum
                 step = torch.finfo(dtype).eps * float(plain.abs().max() + 1)
-                torch.testing.assert_close(got.double(), reference.conv1d_planes(*exact), rtol=0, atol=2 * step)
+                torch.testing.assert_close(
+                    got.double(), reference.conv1d_planes(*exact), rtol=0, atol=2 * step
+                )
 
 
 def test_planes_gradcheck():
@@ -226,7 +249,9 @@ def test_planes_long_rows(device):
     want = torch.autograd.grad(reference.conv1d_planes(*exact), exact, g.double())
     for wrt in ((0, 1, 2, 3), (1,), (2,), (3,), (0,)):
         leaves = [t.clone().requires_grad_(i in wrt) for i, t in enumerate(args)]
-        got = torch.autograd.grad(ops.conv1d_planes(*leaves), [leaves[i] for i in wrt], g.to(device))
+        got = torch.autograd.grad(
+            ops.conv1d_planes(*leaves), [leaves[i] for i in wrt], g.to(device)
+        )
         for i, a in zip(wrt, got):
             torch.testing.assert_close(a.cpu().double(), want[i], rtol=1e-4,
                                        atol=2e-6 * float(want[i].abs().max()) + 1e-5)  # fmt: skip

@@ -132,20 +132,29 @@ def test_step(guided, options, device):
             rest = dict(options)
             eta, clip = rest.pop("eta", 0.0), rest.pop("clip", None)
             with poisoned_memory():
-                got = ops.vdiff_step(*on(device, (z, v, free, t, u, g)), eta, noise.to(device), clip, **rest)
+                got = ops.vdiff_step(
+                    *on(device, (z, v, free, t, u, g)), eta, noise.to(device), clip, **rest
+                )
             exact = [None if x is None else x.double() for x in (z, v, free)]
             want = reference.vdiff_step(*exact, t, u, g, eta, noise.double(), clip, **rest)
             step = torch.finfo(dtype).eps
             for name, mine, w in zip(("z_next", "x0_hat"), got, want):
                 # Re-deriving the noise divides by s, which is as good as z's last digit.
                 top = max(float(w.abs().max()), float(z.abs().max()), 1.0)
-                torch.testing.assert_close(mine.cpu().double(), w, rtol=step, atol=6 * max(step, 4e-7) * top,
-                                           msg=lambda m, n=name: f"{n} {shape} {dtype} {v_dtype}: {m}")  # fmt: skip
-            if dtype == v_dtype == torch.float32:  # the double kernel is the definition
-                if device == "cpu":
-                    mine = ops.vdiff_step(*exact, t, u, g, eta, noise.double(), clip, **rest)
-                    for a, b in zip(mine, want):
-                        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+                off = (mine.cpu().double() - w).abs() - step * w.abs()
+                assert float(off.max()) < 6 * max(step, 4e-7) * top, (name, shape, dtype, v_dtype)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o) or "plain")
+def test_step_in_float64(options):
+    """The kernel's double precision is the definition."""
+    z, v, free, noise = signals((3, 2, 33), torch.float64, 4)
+    t, g = times(3, torch.float64), torch.tensor([1.0, 3.0, 0.0], dtype=torch.float64)
+    u, rest = t * torch.tensor([0.9, 0.0, 1.0], dtype=torch.float64), dict(options)
+    args = z, v, free, t, u, g, rest.pop("eta", 0.0), noise, rest.pop("clip", None)
+    got, want = ops.vdiff_step(*args, **rest), reference.vdiff_step(*args, **rest)
+    for a, b in zip(got, want):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 def test_ends(device):

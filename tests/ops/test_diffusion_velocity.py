@@ -319,7 +319,9 @@ def test_compiles_with_inductor():
 
     x0, noise = signals((2, 2, 64))
     t = torch.tensor([0.5, 0.9])
-    check_compiles(block, (x0, t, noise, t * 0.5), backend="inductor", dynamic=None)  # once for the family
+    check_compiles(
+        block, (x0, t, noise, t * 0.5), backend="inductor", dynamic=None
+    )  # once for the family
 
 
 @cuda_only

@@ -122,7 +122,9 @@ def test_values(values, device):
     constant = torch.full((2, 3, 50), 5.25, device=device)
     y, mean, rstd = ops.gn1_gelu(constant, *on(device, (weight, bias)))
     assert bool((mean == 5.25).all()) and float((rstd - 1e-5**-0.5).abs().max()) < 1e-4
-    torch.testing.assert_close(y.cpu(), F.gelu(bias)[None, :, None].expand(2, 3, 50), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        y.cpu(), F.gelu(bias)[None, :, None].expand(2, 3, 50), rtol=1e-6, atol=1e-6
+    )
 
 
 def test_empty(device):
@@ -168,7 +170,8 @@ def test_given_results(device):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_large_results(dtype, device):
     """Samples that are in no cache, in blocks, are what each is alone."""
-    x, dy = (torch.randn(2, 3, 1_000_003 * (1 if dtype == torch.float32 else 2), device=device).to(dtype) for _ in range(2))  # fmt: skip
+    length = 1_000_003 if dtype == torch.float32 else 2_000_003
+    x, dy = (torch.randn(2, 3, length, device=device).to(dtype) for _ in range(2))
     weight, bias = parameters(3, device=device)
     y, mean, rstd = raw.gn1_gelu(x, weight, bias, dy, 1e-5)
     dx = raw.gn1_gelu_backward(dy, x, weight, bias, mean, rstd)[0]
@@ -236,5 +239,8 @@ def test_cuda_graph(device):
         y, mean, rstd = ops.gn1_gelu(x, weight, bias, residual)
         return y, mean, rstd, *raw.gn1_gelu_backward(dy, x, weight, bias, mean, rstd)
 
-    first, second = ([*signals((2, 3, 900), count=3, device=device), *parameters(3, device=device)] for _ in range(2))  # fmt: skip
+    first, second = (
+        [*signals((2, 3, 900), count=3, device=device), *parameters(3, device=device)]
+        for _ in range(2)
+    )
     check_cuda_graph(call, first, None, second)

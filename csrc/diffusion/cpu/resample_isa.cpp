@@ -1,11 +1,10 @@
 // See diffusion/resample.h. Strips of a row: results as floats in the first cache, then out. Near
 // the ends of a row the definition itself; elsewhere `down` and the gradient of `up` are a sum of
 // eight from even and odd samples, `up` and the gradient of `down` two sums of four.
-#include "diffusion/resample.h"
-
 #include <cstring>
 
 #include "core/cpu/pairs.h"
+#include "diffusion/resample.h"
 
 TENFOLD_ISA_BEGIN
 namespace {
@@ -123,9 +122,9 @@ void row(const FirSpan& s) {
   const float by = s.kind == Fir::up || s.kind == Fir::up_grad ? 2.0f : 1.0f;
   const Taps h{set1(by * kFir0), set1(by * kFir1), set1(by * kFir2), set1(by * kFir3)};
   // Outputs of the whole row.
-  const int64_t all = s.kind == Fir::down    ? s.length / 2
-                      : s.kind == Fir::up    ? 2 * s.length
-                                             : s.length;
+  const int64_t all = s.kind == Fir::down ? s.length / 2
+                      : s.kind == Fir::up ? 2 * s.length
+                                          : s.length;
   // An odd end of `down_grad` belongs to no pair; both kinds of ends are far from reflections.
   const int64_t low = kEnds, high = (all - kEnds) / 2 * 2;
   const T* const x = static_cast<const T*>(s.x);

@@ -1,8 +1,7 @@
 // See diffusion/vdiff.h.
-#include "diffusion/vdiff.h"
-
 #include "core/cpu/math.h"
 #include "core/cpu/pairs.h"
+#include "diffusion/vdiff.h"
 
 TENFOLD_ISA_BEGIN
 namespace {

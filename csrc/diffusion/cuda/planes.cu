@@ -39,8 +39,7 @@ void run_planes_sums(const PlanesSumsCall& c) {
 }  // namespace tenfold::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(tenfold, CUDA, m) {
-  using Ops =
-      tenfold::PlanesOps<&tenfold::cuda::run_planes_add, &tenfold::cuda::run_planes_sums>;
+  using Ops = tenfold::PlanesOps<&tenfold::cuda::run_planes_add, &tenfold::cuda::run_planes_sums>;
   m.impl("planes_check", TORCH_BOX(&Ops::check));
   m.impl("planes_add_", TORCH_BOX(&Ops::add));
   m.impl("planes_sums", TORCH_BOX(&Ops::sums));

@@ -1,6 +1,6 @@
 // Device code of fir_down2, fir_up2_cat and their gradients (diffusion/resample.h). A thread makes
-// four outputs of a sum of eight, or eight of sums of four, from aligned vectors of neighbours; near
-// the ends of a row, and where rows are not aligned, the definition itself, in double.
+// four outputs of a sum of eight, or eight of sums of four, from aligned vectors of neighbours;
+// near the ends of a row, and where rows are not aligned, the definition itself, in double.
 #pragma once
 
 #include "core/vectors.cuh"
@@ -69,8 +69,8 @@ __global__ void __launch_bounds__(kFirThreads) fir_kernel(FirArgs a) {
   // As far from both ends as no reflection reaches, nor what a vector reads beside it.
   if (at.first < 8 || left < 8 + kEach || !a.wide) {
     for (int k = 0; k < kEach && k < left; ++k) {
-      const double made = fir_at<double>(kKind, at.first + k, a.length,
-                                         [&](int64_t j) { return to_float(x[j]); });
+      const double made =
+          fir_at<double>(kKind, at.first + k, a.length, [&](int64_t j) { return to_float(x[j]); });
       from_float(static_cast<float>(made), y + k);
     }
     return;

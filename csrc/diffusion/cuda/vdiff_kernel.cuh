@@ -118,8 +118,8 @@ template <class T>
 void launch_vdiff_noise(NoiseArgs a, cudaStream_t stream) {
   if (a.samples == 0 || a.each == 0) return;
   a.wide = true;
-  for (const void* data : {a.x0, a.noise, static_cast<const void*>(a.z),
-                           static_cast<const void*>(a.v)})
+  for (const void* data :
+       {a.x0, a.noise, static_cast<const void*>(a.z), static_cast<const void*>(a.v)})
     a.wide = a.wide && vdiff_wide<T>(data, a.each, kPerVector<T>);
   const auto blocks = static_cast<unsigned>(a.samples * vdiff_blocks<T, T>(a.each));
   if (a.noise == nullptr) {
@@ -170,8 +170,7 @@ __global__ void __launch_bounds__(kVdiffThreads) vdiff_loss_kernel(LossArgs a) {
       if (!kGrad && k < n) sum = fmaf(d, d, sum);
       w[k] = d * factor;
     }
-    if constexpr (kGrad)
-      store_some<V, kEach>(w, static_cast<V*>(a.grad) + from, n, a.wide);
+    if constexpr (kGrad) store_some<V, kEach>(w, static_cast<V*>(a.grad) + from, n, a.wide);
   });
   if constexpr (!kGrad) {
     const double all = block_sum<kVdiffThreads>(static_cast<double>(sum), sums);
@@ -179,16 +178,14 @@ __global__ void __launch_bounds__(kVdiffThreads) vdiff_loss_kernel(LossArgs a) {
   }
 }
 
-static __global__ void __launch_bounds__(kVdiffThreads) vdiff_loss_sums_kernel(LossArgs a,
-                                                                              int64_t parts) {
+static __global__ void __launch_bounds__(kVdiffThreads)
+    vdiff_loss_sums_kernel(LossArgs a, int64_t parts) {
   TENFOLD_SHARED(double, sums, kVdiffThreads / 32);
   const int64_t sample = blockIdx.x;
   double mine = 0.0;
-  for (int64_t i = threadIdx.x; i < parts; i += kVdiffThreads)
-    mine += a.parts[sample * parts + i];
+  for (int64_t i = threadIdx.x; i < parts; i += kVdiffThreads) mine += a.parts[sample * parts + i];
   const double all = block_sum<kVdiffThreads>(mine, sums);
-  if (threadIdx.x == 0)
-    a.loss[sample] = static_cast<float>(all / static_cast<double>(a.each));
+  if (threadIdx.x == 0) a.loss[sample] = static_cast<float>(all / static_cast<double>(a.each));
 }
 
 template <class T, class V>
@@ -268,8 +265,7 @@ __global__ void __launch_bounds__(kVdiffThreads) vdiff_step_kernel(StepArgs a) {
       for (int k = 0; k < kEach; ++k) z[k] = fmaf(ke, free[k], z[k]);
     }
     store_some<T, kEach>(z, static_cast<T*>(a.z_next) + from, n, a.wide);
-    if (a.x0_hat != nullptr)
-      store_some<T, kEach>(w, static_cast<T*>(a.x0_hat) + from, n, a.wide);
+    if (a.x0_hat != nullptr) store_some<T, kEach>(w, static_cast<T*>(a.x0_hat) + from, n, a.wide);
   });
 }
 

@@ -1,4 +1,5 @@
-// CUDA registration of vdiff_noise, vdiff_noise_rng and vdiff_loss. Values of times are not checked.
+// CUDA registration of vdiff_noise, vdiff_noise_rng and vdiff_loss. Values of times are not
+// checked.
 #include <torch/csrc/stable/library.h>
 
 #include "core/cuda_args.h"

@@ -1,8 +1,7 @@
 // See norm/gn1_gelu.h.
-#include "norm/gn1_gelu.h"
-
 #include "core/cpu/math.h"
 #include "core/cpu/pairs.h"
+#include "norm/gn1_gelu.h"
 
 TENFOLD_ISA_BEGIN
 namespace {
@@ -62,7 +61,8 @@ struct Affine {
 
 template <class T, bool kAdds>
 void forward(const Gn1Span& s) {
-  const T *const x = static_cast<const T*>(s.x), *const residual = static_cast<const T*>(s.residual);
+  const T *const x = static_cast<const T*>(s.x), *const residual =
+                                                     static_cast<const T*>(s.residual);
   T* const y = static_cast<T*>(s.y);
   const Affine a{set1(s.center), set1(s.rstd), set1(s.rest), set1(s.weight), set1(s.bias)};
   const bool past = s.past_caches && is_aligned(y);
@@ -171,9 +171,8 @@ Moments gn1_moments(Dtype dtype, const void* x, int64_t n) {
 }
 
 void gn1_gelu(const Gn1Span& s) {
-  with_kind(s.dtype, [&]<class T>() {
-    s.residual == nullptr ? forward<T, false>(s) : forward<T, true>(s);
-  });
+  with_kind(s.dtype,
+            [&]<class T>() { s.residual == nullptr ? forward<T, false>(s) : forward<T, true>(s); });
 }
 
 Gn1Sums gn1_grad_sums(const Gn1GradSpan& s) {

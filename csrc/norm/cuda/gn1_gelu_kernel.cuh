@@ -1,5 +1,5 @@
-// Device code of gn1_gelu and its gradients (norm/gn1_gelu.h). Forward: a block makes the moments of
-// kGn1Block neighbours from registers; one block per sample joins them in a fixed order; then
+// Device code of gn1_gelu and its gradients (norm/gn1_gelu.h). Forward: a block makes the moments
+// of kGn1Block neighbours from registers; one block per sample joins them in a fixed order; then
 // vectors of the sample. Backward: sums of a row, or of a piece of it, by a block or a warp; one
 // block per sample for its means, a thread per channel for the parameters; then vectors again.
 #pragma once
@@ -21,8 +21,8 @@ struct Gn1Sample {
 };
 
 struct Gn1Args {
-  const void *x, *residual;     // residual: or null
-  const void *weight, *bias;    // of weight_dtype
+  const void *x, *residual;   // residual: or null
+  const void *weight, *bias;  // of weight_dtype
   Dtype weight_dtype;
   void* y;
   float *mean, *rstd;  // results, or null
@@ -132,7 +132,8 @@ __device__ inline void for_gn1(int64_t each, int64_t length, const F& f) {
   }
 }
 
-// The parameters of kEach neighbours from element i on: of one channel where rows are whole vectors.
+// The parameters of kEach neighbours from element i on: of one channel where rows are whole
+// vectors.
 template <int kEach>
 __device__ inline void gn1_parameters(const void* weight, const void* bias, Dtype dtype, bool wide,
                                       int64_t i, int64_t channel, int64_t length, int64_t each,
@@ -246,8 +247,8 @@ __global__ void __launch_bounds__(kThreads) gn1_sums_kernel(Gn1GradArgs a, int64
 }
 
 // Of a sample: pieces of its channels to one each, and its means.
-static __global__ void __launch_bounds__(kGn1Threads) gn1_means_kernel(Gn1GradArgs a,
-                                                                       int64_t pieces) {
+static __global__ void __launch_bounds__(kGn1Threads)
+    gn1_means_kernel(Gn1GradArgs a, int64_t pieces) {
   TENFOLD_SHARED(double, memory, kGn1Threads / 32);
   const int64_t sample = blockIdx.x;
   double by_g = 0.0, by_gh = 0.0;
@@ -267,8 +268,8 @@ static __global__ void __launch_bounds__(kGn1Threads) gn1_means_kernel(Gn1GradAr
   a.means[2 * sample + 1] = static_cast<float>(by_gh / n);
 }
 
-static __global__ void __launch_bounds__(kGn1Threads) gn1_parameters_kernel(Gn1GradArgs a,
-                                                                            int64_t pieces) {
+static __global__ void __launch_bounds__(kGn1Threads)
+    gn1_parameters_kernel(Gn1GradArgs a, int64_t pieces) {
   const int64_t c = static_cast<int64_t>(blockIdx.x) * kGn1Threads + threadIdx.x;
   if (c >= a.channels) return;
   Gn1Sums all{0.0, 0.0};

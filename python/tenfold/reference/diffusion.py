@@ -38,9 +38,9 @@ def philox_normal(count: int, seed: int, offset: int) -> Tensor:
     """Standard normal noise at positions 0, 1, ... of the stream (seed, offset): float64 [count].
 
     Position p takes number ``p % 4`` of the counter ``(p // 4, offset)``, both of 64 bits, with the key ``seed``. Of
-    its four words each pair (a, b) makes two numbers by Box and Muller: the radius ``sqrt(-2 log u)``,
-    ``u = (a + 1/2) / 2^32`` rounded to float32, and an angle ``(pi / 2) g`` with the lowest 30 bits of b as a signed number g in
-    [-1/2, 1/2); the bit above swaps cosine and sine, the highest one is the sign of both.
+    its four words each pair (a, b) makes two numbers by Box and Muller: the radius ``sqrt(-2 log u)`` with
+    ``u = (a + 1/2) / 2^32`` rounded to float32, and an angle ``(pi / 2) g`` with the lowest 30 bits of b as a signed
+    number g in [-1/2, 1/2); the bit above swaps cosine and sine, the highest one is the sign of both.
     """
     at = torch.arange((count + 3) // 4)
     high, low = (offset >> 32) & 0xFFFFFFFF, offset & 0xFFFFFFFF
