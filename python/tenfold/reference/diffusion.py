@@ -75,13 +75,13 @@ def _drawn(x0: Tensor, seed: int, offset: int) -> Tensor:
     return philox_normal(x0.numel(), seed, offset).view(x0.shape).to(x0.device, work(x0).dtype)
 
 
-def vdiff_noise_rng(x0: Tensor, t: Tensor, seed: int, offset: int) -> tuple[Tensor, Tensor]:
+def vdiff_noise_rng(x0: Tensor, t: Tensor, seed: int, offset: int = 0) -> tuple[Tensor, Tensor]:
     """:func:`vdiff_noise` with :func:`philox_normal` at the positions of a contiguous x0 as noise."""
     return vdiff_noise(x0, t, _drawn(x0, seed, offset))
 
 
 def vdiff_noise_rng_(
-    z: Tensor | None, v: Tensor | None, x0: Tensor, t: Tensor, seed: int, offset: int
+    z: Tensor | None, v: Tensor | None, x0: Tensor, t: Tensor, seed: int, offset: int = 0
 ) -> None:
     """:func:`vdiff_noise_rng` into z and v; either may be left out."""
     vdiff_noise_(z, v, x0, t, _drawn(x0, seed, offset))
