@@ -72,7 +72,7 @@ void forward(const Gn1Span& s) {
     get_next_two<false>(x + i, v);
     if constexpr (kAdds) get_next_two<false>(residual + i, other);
     for (int k = 0; k < 2; ++k) {
-      const VF u = a.u(a.h(v[k])), p = normal(u).below;
+      const VF u = a.u(a.h(v[k])), p = normal_below(u);
       v[k] = kAdds ? fma(u, p, other[k]) : u * p;
     }
     put_two<false>(y + i, v, past);
@@ -80,14 +80,15 @@ void forward(const Gn1Span& s) {
   for (; i < s.n; i += kWidth) {
     const int n = static_cast<int>(s.n - i < kWidth ? s.n - i : kWidth);
     const VF u = a.u(a.h(load_n(x + i, n)));
-    VF v = u * normal(u).below;
+    VF v = u * normal_below(u);
     if constexpr (kAdds) v = v + load_n(residual + i, n);
     store_n(y + i, v, n);
   }
   if (past) stream_fence();
 }
 
-inline VF slope(VF u) {
+// For sums: what gelu_slope is off by, 1e-7, would add up to more than their rounding.
+inline VF exact_slope(VF u) {
   const Normal p = normal(u);
   return fma(u * set1(kInverseSqrt2Pi), p.bell, p.below);
 }
@@ -102,14 +103,14 @@ Gn1Sums short_sums(const Affine& a, const T* x, const T* dy, int64_t count) {
     get_next_two<false>(x + i, v);
     get_next_two<false>(dy + i, d);
     for (int k = 0; k < 2; ++k) {
-      const VF h = a.h(v[k]), g = d[k] * slope(a.u(h));
+      const VF h = a.h(v[k]), g = d[k] * exact_slope(a.u(h));
       sum[k] = sum[k] + g;
       sum[k + 2] = fma(g, h, sum[k + 2]);
     }
   }
   for (; i < count; i += kWidth) {
     const int n = static_cast<int>(count - i < kWidth ? count - i : kWidth);
-    const VF h = a.h(load_n(x + i, n)), g = load_n(dy + i, n) * slope(a.u(h));
+    const VF h = a.h(load_n(x + i, n)), g = load_n(dy + i, n) * exact_slope(a.u(h));
     sum[0] = sum[0] + g;  // lanes that are not there: dy is 0
     sum[2] = fma(g, h, sum[2]);
   }
@@ -144,14 +145,14 @@ void backward(const Gn1GradSpan& s) {
     get_next_two<false>(x + i, v);
     get_next_two<false>(dy + i, d);
     for (int k = 0; k < 2; ++k) {
-      const VF h = a.h(v[k]), g = d[k] * slope(a.u(h));
+      const VF h = a.h(v[k]), g = d[k] * gelu_slope(a.u(h));
       v[k] = fma(g, by_g, fma(h, by_h, rest));
     }
     put_two<false>(dx + i, v, past);
   }
   for (; i < s.n; i += kWidth) {
     const int n = static_cast<int>(s.n - i < kWidth ? s.n - i : kWidth);
-    const VF h = a.h(load_n(x + i, n)), g = load_n(dy + i, n) * slope(a.u(h));
+    const VF h = a.h(load_n(x + i, n)), g = load_n(dy + i, n) * gelu_slope(a.u(h));
     store_n(dx + i, fma(g, by_g, fma(h, by_h, rest)), n);
   }
   if (past) stream_fence();
