@@ -4,8 +4,8 @@
 //   planes_add_  y[b, o, l] += bias[o] + sum_k T[b, o, k] [0 <= l + k - p < L]
 //   planes_sums  S[b, o, k] = sum_l g[b, o, l] [0 <= l + k - p < L], its adjoint
 //
-// All but p positions at both ends take every tap: one number for a row. Traffic: y read and written
-// once, or at the ends only where the row's number is in it already; g read once.
+// All but p positions at both ends take every tap: one number for a row. Traffic: y read and
+// written once, or at the ends only where the row's number is in it already; g read once.
 #pragma once
 
 #include <cstdint>

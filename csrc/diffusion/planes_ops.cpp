@@ -73,8 +73,8 @@ PlanesSumsCall check_planes_sums(const Tensor& grad, int64_t kernel_size) {
 }  // namespace tenfold
 
 // planes_add_: edges_only says that what every position but those at the ends takes, and the bias,
-// are in y already; the ends lack the taps that fall outside. planes_check raises what conv1d_planes
-// does.
+// are in y already; the ends lack the taps that fall outside. planes_check raises what
+// conv1d_planes does.
 STABLE_TORCH_LIBRARY_FRAGMENT(tenfold, m) {
   m.def("conv1d_planes(Tensor x, Tensor c, Tensor weight, Tensor? bias) -> Tensor");
   m.def("planes_check(Tensor x, Tensor c, Tensor weight, Tensor? bias) -> ()");

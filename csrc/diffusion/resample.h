@@ -5,7 +5,8 @@
 //   and the adjoints of both, which are each other's sums but for the ends and the factor 2
 //
 // h is symmetric: taps t[0] t[1] t[2] t[3] t[3] t[2] t[1] t[0], which sum to 1. Traffic: each input
-// read once, each output written once; what `up` writes may be the first channels of a wider tensor.
+// read once, each output written once; what `up` writes may be the first channels of a wider
+// tensor.
 #pragma once
 
 #include <cstdint>
@@ -16,8 +17,8 @@
 
 namespace tenfold {
 
-constexpr float kFirTaps[8] = {-0.01171875f, -0.03515625f, 0.11328125f,  0.43359375f,
-                               0.43359375f,  0.11328125f,  -0.03515625f, -0.01171875f};
+constexpr float kFir0 = -0.01171875f, kFir1 = -0.03515625f, kFir2 = 0.11328125f,
+                kFir3 = 0.43359375f;
 
 enum class Fir : int { down, up, down_grad, up_grad };
 
@@ -31,9 +32,8 @@ TENFOLD_HD int64_t fir_reflect(int64_t i, int64_t length) {
 }
 
 TENFOLD_HD float fir_tap(int64_t k) {
-  constexpr float t[8] = {-0.01171875f, -0.03515625f, 0.11328125f,  0.43359375f,
-                          0.43359375f,  0.11328125f,  -0.03515625f, -0.01171875f};
-  return t[k];
+  const int64_t i = k < 4 ? k : 7 - k;
+  return i < 2 ? (i == 0 ? kFir0 : kFir1) : i == 2 ? kFir2 : kFir3;
 }
 
 // Output i of a row, wherever it lies; get(j) gives x[j] as Real. `length`: of the signal at the
@@ -55,10 +55,10 @@ TENFOLD_HD Real fir_at(Fir kind, int64_t i, int64_t length, const Get& get) {
   }
   // What padded position m gave goes to the sample that it was a copy of.
   const int64_t pad = kind == Fir::down_grad ? 3 : 2;
-  const int64_t from[3] = {i + pad, i >= 1 ? pad - i : -1, i <= length - 2 ? 2 * (length - 1) - i + pad : -1};
-  for (int copy = 0; copy < 3; ++copy) {
-    const int64_t m = from[copy];
-    if (m < 0 || m >= length + 2 * pad) continue;
+  for (int copy = 0; copy < 3; ++copy) {  // itself, its image at the left, and at the right
+    const int64_t m = copy == 0 ? i + pad : copy == 1 ? pad - i : 2 * (length - 1) - i + pad;
+    const bool is_end = (copy == 1 && i == 0) || (copy == 2 && i == length - 1);
+    if (m < 0 || m >= length + 2 * pad || is_end) continue;
     if (kind == Fir::down_grad) {  // j with 0 <= m - 2 j <= 7
       for (int64_t j = m < 7 ? 0 : (m - 6) / 2; j <= m / 2 && j < length / 2; ++j)
         sum += Real(fir_tap(m - 2 * j)) * get(j);
@@ -80,9 +80,9 @@ struct FirSpan {
   Dtype dtype;
   Fir kind;
   bool past_caches;
-  const void* x;   // a row
-  void* y;         // a row
-  int64_t length;  // as of fir_at
+  const void* x;       // a row
+  void* y;             // a row
+  int64_t length;      // as of fir_at
   int64_t begin, end;  // outputs
 };
 

@@ -7,9 +7,8 @@ namespace tenfold {
 namespace {
 
 void check_length(const char* op, const char* arg, int64_t length, Fir kind) {
-  TENFOLD_CHECK_VALUE(length >= fir_least(kind), "tenfold::", op, ": ", arg,
-                      " must have at least ", fir_least(kind),
-                      " positions to be reflected at its ends, got ", length);
+  TENFOLD_CHECK_VALUE(length >= fir_least(kind), "tenfold::", op, ": ", arg, " must have at least ",
+                      fir_least(kind), " positions to be reflected at its ends, got ", length);
 }
 
 // To be written, [B, C, L] of the given sizes.
@@ -69,9 +68,15 @@ FirCall check_fir_down2_backward(const Tensor& grad, int64_t length) {
   const int64_t batch = grad.sizes()[0], channels = grad.sizes()[1];
   check_length(kOp, "length", length, Fir::down_grad);
   check_sizes(kOp, "grad", grad, {batch, channels, length / 2}, "[B, C, length / 2]");
-  return {Fir::down_grad, with_contiguous_rows(grad), std::nullopt,
+  return {Fir::down_grad,
+          with_contiguous_rows(grad),
+          std::nullopt,
           new_output(grad, {batch, channels, length}, grad.scalar_type()),
-          batch, channels, length, length, true};
+          batch,
+          channels,
+          length,
+          length,
+          true};
 }
 
 FirCall check_fir_up2_cat(const char* op, const Tensor* out, const Tensor& x,
@@ -117,9 +122,11 @@ FirCall check_fir_up2_backward(const Tensor& grad, int64_t channels) {
   TENFOLD_CHECK_VALUE(grad.sizes()[2] % 2 == 0, "tenfold::", kOp,
                       ": grad must have an even length, got ", grad.sizes()[2]);
   check_length(kOp, "grad / 2", length, Fir::up_grad);
-  return {Fir::up_grad, with_contiguous_rows(grad), std::nullopt,
-          new_output(grad, {batch, channels, length}, grad.scalar_type()),
-          batch, channels, length, length, true};
+  return {Fir::up_grad, with_contiguous_rows(grad),
+          std::nullopt, new_output(grad, {batch, channels, length}, grad.scalar_type()),
+          batch,        channels,
+          length,       length,
+          true};
 }
 
 }  // namespace tenfold

@@ -50,9 +50,9 @@ void check_numbers(const char* op, const char* of_name, const Tensor& of, const 
   TENFOLD_CHECK_VALUE(s == ScalarType::Float || s == ScalarType::Double, "tenfold::", op, ": ", arg,
                       " must be float32 or float64, got ", dtype_name(s),
                       "; 16 bits cannot tell times apart");
-  TENFOLD_CHECK_VALUE(t.dim() == 0 || (t.dim() == 1 && t.sizes()[0] == of.sizes()[0]), "tenfold::",
-                      op, ": ", arg, " must be one number [], or [B] = [", of.sizes()[0],
-                      "] to match ", of_name, ", got shape ", shape_str(t));
+  TENFOLD_CHECK_VALUE(t.dim() == 0 || (t.dim() == 1 && t.sizes()[0] == of.sizes()[0]),
+                      "tenfold::", op, ": ", arg, " must be one number [], or [B] = [",
+                      of.sizes()[0], "] to match ", of_name, ", got shape ", shape_str(t));
   check_same_device(op, of_name, of, arg, t);
 }
 

@@ -66,9 +66,18 @@ StepCall check_step(const char* op, const Tensor* z_next, const OptTensor& x0_ha
   }
   const auto made = [&] { return new_output(in.z, in.z.sizes(), in.z.scalar_type()); };
   const bool fresh = z_next == nullptr;
-  StepCall c{as_contiguous(in.z), as_contiguous(in.v), std::nullopt, std::nullopt,
-             in.t, in.u, std::nullopt, options,
-             fresh ? made() : *z_next, fresh ? OptTensor(made()) : x0_hat, fresh, false};
+  StepCall c{as_contiguous(in.z),
+             as_contiguous(in.v),
+             std::nullopt,
+             std::nullopt,
+             in.t,
+             in.u,
+             std::nullopt,
+             options,
+             fresh ? made() : *z_next,
+             fresh ? OptTensor(made()) : x0_hat,
+             fresh,
+             false};
   if (guided) c.v_uncond = as_contiguous(*in.v_uncond), c.guidance = *in.guidance;
   if (noisy) c.noise = as_contiguous(*in.noise);
   if (fresh || c.z.numel() == 0) return c;

@@ -44,9 +44,9 @@ struct StepOps {
                                          OptTensor guidance, double eta, OptTensor noise,
                                          std::optional<double> clip, bool rederives,
                                          bool plus_plus) {
-    const StepCall c = check_step(
-        "vdiff_step", nullptr, std::nullopt,
-        {z, v, v_uncond, t, u, guidance, eta, noise, clip, rederives, plus_plus});
+    const StepCall c =
+        check_step("vdiff_step", nullptr, std::nullopt,
+                   {z, v, v_uncond, t, u, guidance, eta, noise, clip, rederives, plus_plus});
     kStep(c);
     return {c.z_next, *c.x0_hat};
   }

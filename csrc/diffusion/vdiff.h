@@ -102,10 +102,11 @@ TENFOLD_HD StepRule step_rule(double t, double u, const StepOptions& o) {
 // which two further bits swap and negate: all angles are as likely. Every operation is rounded
 // separately or fused everywhere: the same bits on every CPU and on CUDA.
 
-constexpr float kCosTaylor[4] = {9.1926027483e-4f, -2.0863480763e-2f, 2.5366950790e-1f,
-                                 -1.2337005501f};
-constexpr float kSinTaylor[5] = {1.6044118479e-4f, -4.6817541353e-3f, 7.9692626247e-2f,
-                                 -6.4596409751e-1f, 1.5707963268f};
+// Taylor's, of cos and sin of (pi / 2) g by g^2.
+constexpr float kCos8 = 9.1926027483e-4f, kCos6 = -2.0863480763e-2f, kCos4 = 2.5366950790e-1f,
+                kCos2 = -1.2337005501f;
+constexpr float kSin9 = 1.6044118479e-4f, kSin7 = -4.6817541353e-3f, kSin5 = 7.9692626247e-2f,
+                kSin3 = -6.4596409751e-1f, kSin1 = 1.5707963268f;
 
 struct TwoNormals {
   float x, y;
@@ -130,18 +131,17 @@ TENFOLD_HD float root_once(float x) {
 TENFOLD_HD TwoNormals normals_of(uint32_t first, uint32_t second) {
   using D = DetScalarOps;
   const auto high = static_cast<float>(first >> 16), low = static_cast<float>(first & 0xFFFFu);
-  const float u = D::add(D::mul(high, 1.52587890625e-5f),
-                         D::mul(D::add(low, 0.5f), 2.3283064365386963e-10f));
+  const float u =
+      D::add(D::mul(high, 1.52587890625e-5f), D::mul(D::add(low, 0.5f), 2.3283064365386963e-10f));
   const float root = root_once(D::mul(det_log_normal(u), -2.0f));
   const float radius = bits_to_float(float_to_bits(root) ^ (second & 0x80000000u));
-  const float g = D::mul(static_cast<float>(static_cast<int32_t>(second << 2)),
-                         2.3283064365386963e-10f);
+  const float g =
+      D::mul(static_cast<float>(static_cast<int32_t>(second << 2)), 2.3283064365386963e-10f);
   const float y = D::mul(g, g);
-  float c = kCosTaylor[0], s = kSinTaylor[0];
-  for (int i = 1; i < 4; ++i) c = fused_once(c, y, kCosTaylor[i]);
-  for (int i = 1; i < 5; ++i) s = fused_once(s, y, kSinTaylor[i]);
-  c = fused_once(c, y, 1.0f);
-  s = D::mul(s, g);
+  float c = fused_once(kCos8, y, kCos6);
+  c = fused_once(fused_once(fused_once(c, y, kCos4), y, kCos2), y, 1.0f);
+  float s = fused_once(fused_once(kSin9, y, kSin7), y, kSin5);
+  s = D::mul(fused_once(fused_once(s, y, kSin3), y, kSin1), g);
   const bool swap = (second & 0x40000000u) != 0;
   return {D::mul(radius, swap ? s : c), D::mul(radius, swap ? c : s)};
 }

@@ -57,7 +57,11 @@ LossCall check_loss(const char* op, const OptTensor& grad, const Tensor& v_hat, 
     check_same_device(op, "x0", x0, "grad", *grad);
   }
   check_times(op, "t", t);
-  return {as_contiguous(v_hat), as_contiguous(x0), as_contiguous(noise), t, grad,
+  return {as_contiguous(v_hat),
+          as_contiguous(x0),
+          as_contiguous(noise),
+          t,
+          grad,
           grad ? new_output(v_hat, v_hat.sizes(), v_hat.scalar_type())
                : new_output(x0, {samples}, real)};
 }

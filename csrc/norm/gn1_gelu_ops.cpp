@@ -24,10 +24,10 @@ void check_x(const char* op, const Tensor& x) {
 
 void check_parameters(const char* op, const Tensor& x, const Tensor& weight, const Tensor& bias) {
   const ScalarType s = weight.scalar_type();
-  TENFOLD_CHECK_VALUE(s == x.scalar_type() || (s == ScalarType::Float && x.scalar_type() !=
-                                                                             ScalarType::Double),
-                      "tenfold::", op, ": weight must have the dtype of x (",
-                      dtype_name(x.scalar_type()), ") or be float32, got ", dtype_name(s));
+  TENFOLD_CHECK_VALUE(
+      s == x.scalar_type() || (s == ScalarType::Float && x.scalar_type() != ScalarType::Double),
+      "tenfold::", op, ": weight must have the dtype of x (", dtype_name(x.scalar_type()),
+      ") or be float32, got ", dtype_name(s));
   check_sizes(op, "weight", weight, {x.sizes()[1]}, "[C]");
   check_same_device(op, "x", x, "weight", weight);
   check_same_dtype(op, "weight", weight, "bias", bias);

@@ -1,7 +1,6 @@
 // See diffusion/planes.h.
-#include "diffusion/planes.h"
-
 #include "core/cpu/pairs.h"
+#include "diffusion/planes.h"
 
 TENFOLD_ISA_BEGIN
 namespace {

@@ -32,8 +32,7 @@ void run_fir(const FirCall& c) {
   const auto row = [&](const FirRows& r, int64_t b, int64_t channel) {
     return static_cast<char*>(r.data) + (b * r.batch_step + channel * r.row_step) * size;
   };
-  const double micros =
-      kMicrosPerOutput * static_cast<double>(std::min(kStrip, c.outputs)) + 0.05;
+  const double micros = kMicrosPerOutput * static_cast<double>(std::min(kStrip, c.outputs)) + 0.05;
   parallel_for(c.batch * rows * strips, micros, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       const int64_t b = i / strips / rows, channel = i / strips % rows;
@@ -45,8 +44,8 @@ void run_fir(const FirCall& c) {
                          past);
         continue;
       }
-      const FirSpan span{to_dtype(c.y.scalar_type()), c.kind, past, row(in, b, channel), to,
-                         c.length, begin, end};
+      const FirSpan span{
+          to_dtype(c.y.scalar_type()), c.kind, past, row(in, b, channel), to, c.length, begin, end};
       if (wide) {
         wide_row(span);
       } else {

@@ -1,11 +1,10 @@
 // See diffusion/resample.h. Strips of a row: results as floats in the first cache, then out. Near
 // the ends of a row the definition itself; elsewhere `down` and the gradient of `up` are a sum of
 // eight from even and odd samples, `up` and the gradient of `down` two sums of four.
-#include "diffusion/resample.h"
-
 #include <cstring>
 
 #include "core/cpu/pairs.h"
+#include "diffusion/resample.h"
 
 TENFOLD_ISA_BEGIN
 namespace {
@@ -69,9 +68,9 @@ inline void write_out(const float* from, int64_t n, T* to, bool past) {
 template <class T>
 inline void at_ends(const FirSpan& s, int64_t begin, int64_t end) {
   const T* const x = static_cast<const T*>(s.x);
-  const auto get = [&](int64_t j) { return hsum(load_n(x + j, 1)); };
+  const auto get = [&](int64_t j) { return static_cast<double>(hsum(load_n(x + j, 1))); };
   for (int64_t i = begin; i < end; ++i) {
-    const VF made = set1(fir_at<float>(s.kind, i, s.length, get));
+    const VF made = set1(static_cast<float>(fir_at<double>(s.kind, i, s.length, get)));
     store_n(static_cast<T*>(s.y) + i, made, 1);
   }
 }
@@ -121,12 +120,11 @@ template <class T>
 void row(const FirSpan& s) {
   const bool halves = s.kind == Fir::down || s.kind == Fir::up_grad;
   const float by = s.kind == Fir::up || s.kind == Fir::up_grad ? 2.0f : 1.0f;
-  const Taps h{set1(by * kFirTaps[0]), set1(by * kFirTaps[1]), set1(by * kFirTaps[2]),
-               set1(by * kFirTaps[3])};
+  const Taps h{set1(by * kFir0), set1(by * kFir1), set1(by * kFir2), set1(by * kFir3)};
   // Outputs of the whole row.
-  const int64_t all = s.kind == Fir::down    ? s.length / 2
-                      : s.kind == Fir::up    ? 2 * s.length
-                                             : s.length;
+  const int64_t all = s.kind == Fir::down ? s.length / 2
+                      : s.kind == Fir::up ? 2 * s.length
+                                          : s.length;
   // An odd end of `down_grad` belongs to no pair; both kinds of ends are far from reflections.
   const int64_t low = kEnds, high = (all - kEnds) / 2 * 2;
   const T* const x = static_cast<const T*>(s.x);

@@ -18,8 +18,9 @@ void wide_step(const StepCall& c, const StepRule& r, double guidance, bool guide
   const auto *const z = data_as<double>(c.z), *const v = data_as<double>(c.v);
   const double* const free = guided ? data_as<double>(*c.v_uncond) : nullptr;
   const double* const noise = c.noise ? data_as<double>(*c.noise) : nullptr;
-  double *const z_next = data_as<double>(c.z_next),
-               *const x0 = c.x0_hat ? data_as<double>(*c.x0_hat) : nullptr;
+  double *const z_next = data_as<double>(c.z_next), *const x0 = c.x0_hat
+                                                                    ? data_as<double>(*c.x0_hat)
+                                                                    : nullptr;
   const double clip = c.options.clip;
   for (int64_t i = from; i < from + n; ++i) {
     double w = v[i], e = w;
@@ -42,8 +43,8 @@ void run_step(const StepCall& c) {
   const auto size = static_cast<int64_t>(c.z.element_size());
   const auto v_size = static_cast<int64_t>(c.v.element_size());
   const bool wide = c.z.scalar_type() == ScalarType::Double;
-  const bool past = !c.in_place &&
-                    past_caches(c.samples() * each * size * (c.x0_hat ? 2 : 1), c.fresh);
+  const bool past =
+      !c.in_place && past_caches(c.samples() * each * size * (c.x0_hat ? 2 : 1), c.fresh);
   const PerSample t = per_sample(c.t), u = per_sample(c.u);
   const PerSample g = c.guidance ? per_sample(*c.guidance) : PerSample{};
   for_spans(c.samples(), each, kMicrosPerElement, [&](int64_t sample, int64_t first, int64_t n) {
@@ -52,9 +53,7 @@ void run_step(const StepCall& c) {
     const bool guided = c.v_uncond && guidance != 1.0;
     const int64_t from = sample * each + first;
     if (wide) return wide_step(c, r, guidance, guided, from, n);
-    const auto of = [&](const Tensor& x, int64_t bytes) {
-      return data_as<char>(x) + from * bytes;
-    };
+    const auto of = [&](const Tensor& x, int64_t bytes) { return data_as<char>(x) + from * bytes; };
     const StepSpan span{to_dtype(c.z.scalar_type()),
                         to_dtype(c.v.scalar_type()),
                         past,

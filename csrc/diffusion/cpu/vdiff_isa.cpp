@@ -1,8 +1,7 @@
 // See diffusion/vdiff.h.
-#include "diffusion/vdiff.h"
-
 #include "core/cpu/math.h"
 #include "core/cpu/pairs.h"
+#include "diffusion/vdiff.h"
 
 TENFOLD_ISA_BEGIN
 namespace {
@@ -18,18 +17,19 @@ inline void normals_of(VI first, VI second, VF* x, VF* y) {
   const VF radius = from_bits(bits(root) ^ (second & seti(0x80000000u)));
   const VI doubled = second + second;
   const VF g = to_float(doubled + doubled) * set1(2.3283064365386963e-10f), square = g * g;
-  VF c = set1(kCosTaylor[0]), s = set1(kSinTaylor[0]);
-  for (int i = 1; i < 4; ++i) c = fused(c, square, set1(kCosTaylor[i]));
-  for (int i = 1; i < 5; ++i) s = fused(s, square, set1(kSinTaylor[i]));
+  VF c = fused(set1(kCos8), square, set1(kCos6)), s = fused(set1(kSin9), square, set1(kSin7));
+  c = fused(fused(c, square, set1(kCos4)), square, set1(kCos2));
   c = fused(c, square, set1(1.0f));
+  s = fused(fused(s, square, set1(kSin5)), square, set1(kSin3));
+  s = fused(s, square, set1(kSin1));
   s = s * g;
   const VM swap = lt(doubled, seti(0));
   *x = radius * select(swap, s, c);
   *y = radius * select(swap, c, s);
 }
 
-// Numbers of positions from `position`, a multiple of kDrawn, on.
-inline void draw(const NoiseStream& stream, VI lanes, int64_t position, float (&out)[kDrawn]) {
+// Bits of the numbers of positions from `position`, a multiple of kDrawn, on.
+inline void draw(const NoiseStream& stream, VI lanes, int64_t position, uint32_t (&out)[kDrawn]) {
   const auto at = static_cast<uint64_t>(position) / 4;
   VI w[4] = {lanes + seti(static_cast<uint32_t>(at)), seti(static_cast<uint32_t>(at >> 32)),
              seti(static_cast<uint32_t>(stream.offset)),
@@ -38,7 +38,7 @@ inline void draw(const NoiseStream& stream, VI lanes, int64_t position, float (&
   VF e[4];
   normals_of(w[0], w[1], &e[0], &e[1]);
   normals_of(w[2], w[3], &e[2], &e[3]);
-  store_by_four(reinterpret_cast<uint32_t*>(out), bits(e[0]), bits(e[1]), bits(e[2]), bits(e[3]));
+  store_by_four(out, bits(e[0]), bits(e[1]), bits(e[2]), bits(e[3]));
 }
 
 struct Mix {
@@ -47,12 +47,13 @@ struct Mix {
   inline VF v(VF x, VF e) const { return fma(a, e, set1(0.0f) - s * x); }
 };
 
-// n elements of the noise e, which lies in the order of elements, at i of the span.
+// n elements of the drawn noise e at i of the span.
 template <class T>
-inline void mix_some(const NoiseSpan& s, const Mix& mix, const float* e, int64_t i, int64_t n) {
+inline void mix_some(const NoiseSpan& s, const Mix& mix, const uint32_t* e, int64_t i, int64_t n) {
   for (int64_t j = 0; j < n; j += kWidth) {
     const int some = static_cast<int>(n - j < kWidth ? n - j : kWidth);
-    const VF x = load_n(static_cast<const T*>(s.x0) + i + j, some), of = load_n(e + j, some);
+    const VF x = load_n(static_cast<const T*>(s.x0) + i + j, some);
+    const VF of = from_bits(load_n(e + j, some));
     if (s.z != nullptr) store_n(static_cast<T*>(s.z) + i + j, mix.z(x, of), some);
     if (s.v != nullptr) store_n(static_cast<T*>(s.v) + i + j, mix.v(x, of), some);
   }
@@ -77,7 +78,7 @@ template <class T>
 void drawn(const NoiseSpan& s) {
   const Mix mix{set1(s.a), set1(s.s)};
   const VI lanes = counter_lanes();
-  alignas(64) float e[kDrawn];
+  alignas(64) uint32_t e[kDrawn];
   const int64_t ahead = s.position % kDrawn;
   int64_t i = 0;
   if (ahead != 0) {
@@ -93,7 +94,7 @@ void drawn(const NoiseSpan& s) {
   for (; i + kDrawn <= s.n; i += kDrawn) {
     draw(s.stream, lanes, s.position + i, e);
     for (int64_t j = 0; j < kDrawn; j += kTwo) {
-      const VF two[2] = {load(e + j), load(e + j + kWidth)};
+      const VF two[2] = {from_bits(load(e + j)), from_bits(load(e + j + kWidth))};
       mix_two<T>(s, mix, two, i + j, z_past, v_past);
     }
   }

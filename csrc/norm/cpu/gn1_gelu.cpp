@@ -220,15 +220,15 @@ void run_backward(const Gn1GradCall& c) {
   std::vector<Gn1Sums> sums(static_cast<size_t>(samples * channels), Gn1Sums{0.0, 0.0});
   const double micros = kMicrosOfSlope * static_cast<double>(c.length()) + 0.05;
   if (each * size * 2 <= kInCache && samples > 1) {
-    parallel_for(samples, 2.0 * micros * static_cast<double>(channels), [&](int64_t first,
-                                                                           int64_t last) {
-      for (int64_t b = first; b < last; ++b) {
-        Gn1Sums* const own = sums.data() + b * channels;
-        for (int64_t i = 0; i < channels; ++i) own[i] = work.sums(b, i);
-        const Gn1Sums means = work.means(own);
-        for (int64_t i = 0; i < channels; ++i) work.apply(b, i, means);
-      }
-    });
+    parallel_for(samples, 2.0 * micros * static_cast<double>(channels),
+                 [&](int64_t first, int64_t last) {
+                   for (int64_t b = first; b < last; ++b) {
+                     Gn1Sums* const own = sums.data() + b * channels;
+                     for (int64_t i = 0; i < channels; ++i) own[i] = work.sums(b, i);
+                     const Gn1Sums means = work.means(own);
+                     for (int64_t i = 0; i < channels; ++i) work.apply(b, i, means);
+                   }
+                 });
     return put_parameters(c, sums);
   }
   parallel_for(samples * channels, micros, [&](int64_t first, int64_t last) {

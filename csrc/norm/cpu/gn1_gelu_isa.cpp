@@ -1,8 +1,7 @@
 // See norm/gn1_gelu.h.
-#include "norm/gn1_gelu.h"
-
 #include "core/cpu/math.h"
 #include "core/cpu/pairs.h"
+#include "norm/gn1_gelu.h"
 
 TENFOLD_ISA_BEGIN
 namespace {
@@ -62,7 +61,8 @@ struct Affine {
 
 template <class T, bool kAdds>
 void forward(const Gn1Span& s) {
-  const T *const x = static_cast<const T*>(s.x), *const residual = static_cast<const T*>(s.residual);
+  const T *const x = static_cast<const T*>(s.x), *const residual =
+                                                     static_cast<const T*>(s.residual);
   T* const y = static_cast<T*>(s.y);
   const Affine a{set1(s.center), set1(s.rstd), set1(s.rest), set1(s.weight), set1(s.bias)};
   const bool past = s.past_caches && is_aligned(y);
@@ -72,7 +72,7 @@ void forward(const Gn1Span& s) {
     get_next_two<false>(x + i, v);
     if constexpr (kAdds) get_next_two<false>(residual + i, other);
     for (int k = 0; k < 2; ++k) {
-      const VF u = a.u(a.h(v[k])), p = normal(u).below;
+      const VF u = a.u(a.h(v[k])), p = normal_below(u);
       v[k] = kAdds ? fma(u, p, other[k]) : u * p;
     }
     put_two<false>(y + i, v, past);
@@ -80,41 +80,54 @@ void forward(const Gn1Span& s) {
   for (; i < s.n; i += kWidth) {
     const int n = static_cast<int>(s.n - i < kWidth ? s.n - i : kWidth);
     const VF u = a.u(a.h(load_n(x + i, n)));
-    VF v = u * normal(u).below;
+    VF v = u * normal_below(u);
     if constexpr (kAdds) v = v + load_n(residual + i, n);
     store_n(y + i, v, n);
   }
   if (past) stream_fence();
 }
 
-inline VF slope(VF u) {
+// For sums: what gelu_slope is off by, 1e-7, would add up to more than their rounding.
+inline VF exact_slope(VF u) {
   const Normal p = normal(u);
   return fma(u * set1(kInverseSqrt2Pi), p.bell, p.below);
 }
 
+// Of few elements, so that sums of float32 stay short.
 template <class T>
-Gn1Sums grad_sums(const Gn1GradSpan& s) {
-  const T *const x = static_cast<const T*>(s.x), *const dy = static_cast<const T*>(s.dy);
-  const Affine a{set1(s.center), set1(s.rstd), set1(s.rest), set1(s.weight), set1(s.bias)};
+Gn1Sums short_sums(const Affine& a, const T* x, const T* dy, int64_t count) {
   VF sum[4] = {set1(0.0f), set1(0.0f), set1(0.0f), set1(0.0f)};  // g, g, gh, gh
   int64_t i = 0;
-  for (; i + kTwo <= s.n; i += kTwo) {
+  for (; i + kTwo <= count; i += kTwo) {
     VF v[2], d[2];
     get_next_two<false>(x + i, v);
     get_next_two<false>(dy + i, d);
     for (int k = 0; k < 2; ++k) {
-      const VF h = a.h(v[k]), g = d[k] * slope(a.u(h));
+      const VF h = a.h(v[k]), g = d[k] * exact_slope(a.u(h));
       sum[k] = sum[k] + g;
       sum[k + 2] = fma(g, h, sum[k + 2]);
     }
   }
-  for (; i < s.n; i += kWidth) {
-    const int n = static_cast<int>(s.n - i < kWidth ? s.n - i : kWidth);
-    const VF h = a.h(load_n(x + i, n)), g = load_n(dy + i, n) * slope(a.u(h));
+  for (; i < count; i += kWidth) {
+    const int n = static_cast<int>(count - i < kWidth ? count - i : kWidth);
+    const VF h = a.h(load_n(x + i, n)), g = load_n(dy + i, n) * exact_slope(a.u(h));
     sum[0] = sum[0] + g;  // lanes that are not there: dy is 0
     sum[2] = fma(g, h, sum[2]);
   }
   return {hsum(sum[0] + sum[1]), hsum(sum[2] + sum[3])};
+}
+
+template <class T>
+Gn1Sums grad_sums(const Gn1GradSpan& s) {
+  constexpr int64_t kShort = 16 * kTwo;
+  const T *const x = static_cast<const T*>(s.x), *const dy = static_cast<const T*>(s.dy);
+  const Affine a{set1(s.center), set1(s.rstd), set1(s.rest), set1(s.weight), set1(s.bias)};
+  Gn1Sums all{0.0, 0.0};
+  for (int64_t i = 0; i < s.n; i += kShort) {
+    const Gn1Sums some = short_sums(a, x + i, dy + i, s.n - i < kShort ? s.n - i : kShort);
+    all.g += some.g, all.gh += some.gh;
+  }
+  return all;
 }
 
 template <class T>
@@ -132,14 +145,14 @@ void backward(const Gn1GradSpan& s) {
     get_next_two<false>(x + i, v);
     get_next_two<false>(dy + i, d);
     for (int k = 0; k < 2; ++k) {
-      const VF h = a.h(v[k]), g = d[k] * slope(a.u(h));
+      const VF h = a.h(v[k]), g = d[k] * gelu_slope(a.u(h));
       v[k] = fma(g, by_g, fma(h, by_h, rest));
     }
     put_two<false>(dx + i, v, past);
   }
   for (; i < s.n; i += kWidth) {
     const int n = static_cast<int>(s.n - i < kWidth ? s.n - i : kWidth);
-    const VF h = a.h(load_n(x + i, n)), g = load_n(dy + i, n) * slope(a.u(h));
+    const VF h = a.h(load_n(x + i, n)), g = load_n(dy + i, n) * gelu_slope(a.u(h));
     store_n(dx + i, fma(g, by_g, fma(h, by_h, rest)), n);
   }
   if (past) stream_fence();
@@ -159,9 +172,8 @@ Moments gn1_moments(Dtype dtype, const void* x, int64_t n) {
 }
 
 void gn1_gelu(const Gn1Span& s) {
-  with_kind(s.dtype, [&]<class T>() {
-    s.residual == nullptr ? forward<T, false>(s) : forward<T, true>(s);
-  });
+  with_kind(s.dtype,
+            [&]<class T>() { s.residual == nullptr ? forward<T, false>(s) : forward<T, true>(s); });
 }
 
 Gn1Sums gn1_grad_sums(const Gn1GradSpan& s) {

@@ -29,24 +29,23 @@ Moments moments(const double* x, int64_t n) {
 void wide_forward(const Gn1Call& c, const Tensor* mean, const Tensor* rstd) {
   const int64_t length = c.length(), each = c.channels() * length;
   const auto *const weight = data_as<double>(c.weight), *const bias = data_as<double>(c.bias);
-  parallel_for(c.samples(), kMicrosPerElement * static_cast<double>(each),
-               [&](int64_t first, int64_t last) {
-                 for (int64_t b = first; b < last; ++b) {
-                   const double* const x = data_as<double>(c.x) + b * each;
-                   const Moments m = moments(x, each);
-                   const double root = gn1_rstd(m, c.eps);
-                   if (mean != nullptr) data_as<double>(*mean)[b] = m.mean;
-                   if (rstd != nullptr) data_as<double>(*rstd)[b] = root;
-                   double* const y = data_as<double>(c.y) + b * each;
-                   const double* const more =
-                       c.residual ? data_as<double>(*c.residual) + b * each : nullptr;
-                   for (int64_t i = 0; i < each; ++i) {
-                     const int64_t k = i / length;
-                     const double u = (x[i] - m.mean) * root * weight[k] + bias[k];
-                     y[i] = u * below(u) + (more != nullptr ? more[i] : 0.0);
-                   }
-                 }
-               });
+  parallel_for(
+      c.samples(), kMicrosPerElement * static_cast<double>(each), [&](int64_t first, int64_t last) {
+        for (int64_t b = first; b < last; ++b) {
+          const double* const x = data_as<double>(c.x) + b * each;
+          const Moments m = moments(x, each);
+          const double root = gn1_rstd(m, c.eps);
+          if (mean != nullptr) data_as<double>(*mean)[b] = m.mean;
+          if (rstd != nullptr) data_as<double>(*rstd)[b] = root;
+          double* const y = data_as<double>(c.y) + b * each;
+          const double* const more = c.residual ? data_as<double>(*c.residual) + b * each : nullptr;
+          for (int64_t i = 0; i < each; ++i) {
+            const int64_t k = i / length;
+            const double u = (x[i] - m.mean) * root * weight[k] + bias[k];
+            y[i] = u * below(u) + (more != nullptr ? more[i] : 0.0);
+          }
+        }
+      });
 }
 
 void wide_backward(const Gn1GradCall& c) {
@@ -56,8 +55,8 @@ void wide_backward(const Gn1GradCall& c) {
   for (int64_t k = 0; k < channels; ++k) dweight[k] = 0.0, dbias[k] = 0.0;
   std::vector<double> g(static_cast<size_t>(each)), h(static_cast<size_t>(each));
   for (int64_t b = 0; b < c.samples(); ++b) {
-    const auto *const x = data_as<double>(c.x) + b * each, *const dy = data_as<double>(c.dy) +
-                                                                       b * each;
+    const auto *const x = data_as<double>(c.x) + b * each, *const dy =
+                                                               data_as<double>(c.dy) + b * each;
     const double mean = data_as<double>(c.mean)[b], root = data_as<double>(c.rstd)[b];
     double by_g = 0.0, by_gh = 0.0;
     for (int64_t i = 0; i < each; ++i) {

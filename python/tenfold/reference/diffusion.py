@@ -38,16 +38,17 @@ def philox_normal(count: int, seed: int, offset: int) -> Tensor:
     """Standard normal noise at positions 0, 1, ... of the stream (seed, offset): float64 [count].
 
     Position p takes number ``p % 4`` of the counter ``(p // 4, offset)``, both of 64 bits, with the key ``seed``. Of
-    its four words each pair (a, b) makes two numbers by Box and Muller: the radius ``sqrt(-2 log u)``,
-    ``u = (a + 1/2) / 2^32``, and an angle ``(pi / 2) g`` with the lowest 30 bits of b as a signed number g in
-    [-1/2, 1/2); the bit above swaps cosine and sine, the highest one is the sign of both.
+    its four words each pair (a, b) makes two numbers by Box and Muller: the radius ``sqrt(-2 log u)`` with
+    ``u = (a + 1/2) / 2^32`` rounded to float32, and an angle ``(pi / 2) g`` with the lowest 30 bits of b as a signed
+    number g in [-1/2, 1/2); the bit above swaps cosine and sine, the highest one is the sign of both.
     """
     at = torch.arange((count + 3) // 4)
     high, low = (offset >> 32) & 0xFFFFFFFF, offset & 0xFFFFFFFF
     words = philox4x32_10((at, at >> 32, torch.tensor(low), torch.tensor(high)), seed)
     made = []
     for a, b in (words[:2], words[2:]):
-        radius = (-2 * torch.log((a.double() + 0.5) * 2.0**-32)).sqrt()
+        u = ((a.double() + 0.5) * 2.0**-32).float().double()
+        radius = (-2 * torch.log(u)).sqrt()
         turn = ((b & 0x3FFFFFFF) ^ 0x20000000) - 0x20000000
         angle = turn.double() * 2.0**-30 * (math.pi / 2)
         swap, sign = (b >> 30) & 1 == 1, 1 - 2 * (b >> 31).double()
@@ -74,13 +75,13 @@ def _drawn(x0: Tensor, seed: int, offset: int) -> Tensor:
     return philox_normal(x0.numel(), seed, offset).view(x0.shape).to(x0.device, work(x0).dtype)
 
 
-def vdiff_noise_rng(x0: Tensor, t: Tensor, seed: int, offset: int) -> tuple[Tensor, Tensor]:
+def vdiff_noise_rng(x0: Tensor, t: Tensor, seed: int, offset: int = 0) -> tuple[Tensor, Tensor]:
     """:func:`vdiff_noise` with :func:`philox_normal` at the positions of a contiguous x0 as noise."""
     return vdiff_noise(x0, t, _drawn(x0, seed, offset))
 
 
 def vdiff_noise_rng_(
-    z: Tensor | None, v: Tensor | None, x0: Tensor, t: Tensor, seed: int, offset: int
+    z: Tensor | None, v: Tensor | None, x0: Tensor, t: Tensor, seed: int, offset: int = 0
 ) -> None:
     """:func:`vdiff_noise_rng` into z and v; either may be left out."""
     vdiff_noise_(z, v, x0, t, _drawn(x0, seed, offset))

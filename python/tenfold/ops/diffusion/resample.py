@@ -99,8 +99,8 @@ def fir_down2(x: Tensor) -> Tensor:
             batch is read where it is; what has other strides within a row is copied.
 
     Returns:
-        [B, C, L // 2], contiguous, dtype of ``x``: float32 arithmetic, rounded once. A constant is returned exactly.
-        Differentiable, once.
+        [B, C, L // 2], contiguous, dtype of ``x``: float32 arithmetic, rounded once. A constant of up to 15
+        significant bits, and any of 16-bit dtypes, is returned exactly. Differentiable, once.
 
     Raises:
         ValueError: L below 4, not three dimensions. TypeError: dtype.

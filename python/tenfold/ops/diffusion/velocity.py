@@ -172,9 +172,9 @@ def vdiff_noise_(z: Tensor | None, v: Tensor | None, x0: Tensor, t: Tensor, nois
 def vdiff_noise_rng(x0: Tensor, t: Tensor, seed: int, offset: int = 0) -> tuple[Tensor, Tensor]:
     """:func:`vdiff_noise` with noise of its own, which is never in memory.
 
-    The noise of an element is a function of ``seed``, ``offset`` and its position in a contiguous ``x0`` (Philox4x32-10,
-    then Box and Muller: see ``tenfold.reference.philox_normal``), with the same bits on every device and for any
-    number of threads. It is ``s z + a v``, should it be wanted.
+    The noise of an element is a function of ``seed``, ``offset`` and its position in a contiguous ``x0``
+    (Philox4x32-10, then Box and Muller: see ``tenfold.reference.philox_normal``), with the same bits on every device
+    and for any number of threads. It is ``s z + a v``, should it be wanted.
 
     Args:
         x0, t: as of :func:`vdiff_noise`.
