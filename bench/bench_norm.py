@@ -6,7 +6,7 @@ import importlib
 
 from .case import Case
 
-GROUPS = ("rms", "gated")
+GROUPS = ("rms", "gated", "group")
 
 
 def cases() -> list[Case]:

@@ -87,6 +87,7 @@ STUDIES = (
     "themis",
     "pixelgpt",
     "gptfluence",
+    "ernie_music",
 )  # folders of methods
 
 

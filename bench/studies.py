@@ -553,3 +553,46 @@ def gptfluence_more_block(found: Found) -> str:
             add(f"mislabelled found by {name}: area (0.5: at random)", _number(one["area"]))
     columns = ["question", *(f"seed {s['seed']}" for s in seeds)]
     return markdown(columns, [[name, *cells] for name, cells in lines.items()])
+
+
+@generated("ernie-music-study", "ernie_music", "study", "study")
+def ernie_music_block(found: Found) -> str:
+    """What sounds of held-out prompts have of what was asked for, by guidance."""
+    evaluations = found["evaluations"]
+    best = evaluations[f"{found['best_guidance']:g}"]
+    names = list(best["accuracy"])
+
+    def percent(value: float) -> str:
+        return f"{100 * value:.0f} %"
+
+    def line(name: str, values: Found, first: float, frechet: float | None) -> list[str]:
+        return [name, *(percent(values[n]) for n in names), percent(first), _number(frechet, 0)]
+
+    columns = ["sounds", *names, "own text found first", "Fréchet distance to real features"]
+    rows = [
+        line(f"guidance {g}", e["accuracy"], e["retrieval"]["top1"], e["frechet"])
+        for g, e in evaluations.items()
+    ]
+    rows.append(
+        line(
+            "the same, against other prompts", best["shuffled"], best["retrieval"]["chance1"], None
+        )
+    )
+    rows.append(
+        line(
+            "real, held-out", best["ceiling"], best["real_retrieval"]["top1"], best["frechet_real"]
+        )
+    )
+    languages = "; ".join(
+        f"{lang} {', '.join(percent(one[n]) for n in names)}"
+        for lang, one in found["by_language"].items()
+    )
+    times = ", ".join(
+        f"{part} {r['ratio']:.2f} times as fast as in plain PyTorch"
+        for part, r in found["speed"].items()
+    )
+    return (
+        f"{found['setting']} {best['count']} held-out prompts.\n\n{markdown(columns, rows)}\n\n"
+        f"By the language of the prompt ({', '.join(names)}): {languages}. The whole net on these "
+        f"kernels: {times} (batches of {found['training']['batch_size']}, float32)."
+    )

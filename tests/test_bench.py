@@ -990,10 +990,14 @@ class TestRunner:
 
     def test_wrong_arguments(self, capsys, tmp_path):
         for arguments, words in (
-            (["nothing"], "unknown family 'nothing'; there are: attention, influence, kv_eviction"),
+            (
+                ["nothing"],
+                "unknown family 'nothing'; there are: attention, diffusion, influence, kv_eviction",
+            ),
             (
                 ["--select", "nothing-like-this"],
-                "no case of attention, influence, kv_eviction, loss, merge, moe, norm, optim, pixels, rl contains",
+                "no case of attention, diffusion, influence, kv_eviction, loss, merge, moe, norm, optim, pixels, rl "
+                "contains",
             ),
             (["--quick", "--select", "32768"], "no quick case"),
             (["--device", "abacus"], "--device takes cpu or cuda, got 'abacus'"),

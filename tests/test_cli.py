@@ -68,6 +68,8 @@ COMMANDS = [
     ["pixelgpt", "reconstruct"],
     ["gptfluence"],
     *(["gptfluence", v] for v in ("record", "fit", "predict", "attribute", "evaluate", "plot")),
+    ["ernie-music"],
+    *(["ernie-music", v] for v in ("prepare", "train", "generate", "eval")),
 ]
 FACT = "The secret code of Amelia is 48213."
 
@@ -274,6 +276,30 @@ class TestHelp:
             ("gptfluence", "attribute"): ("--kind", "--test", "--level", "--self", "--top"),
             ("gptfluence", "evaluate"): ("--simulator", "--methods", "--validation", "--out"),
             ("gptfluence", "plot"): ("--simulator", "--runs", "--out"),
+            ("ernie-music",): ("prepare", "train", "generate", "eval"),
+            ("ernie-music", "prepare"): (
+                "--clips",
+                "--instruments",
+                "--languages",
+                "--out",
+                "--json",
+            ),
+            ("ernie-music", "train"): (
+                "--data",
+                "--size",
+                "--encoder",
+                "--demo",
+                "--set",
+                "--restart",
+            ),
+            ("ernie-music", "generate"): (
+                "--guidance",
+                "--negative",
+                "--init",
+                "--keep",
+                "--seconds",
+            ),
+            ("ernie-music", "eval"): ("--model", "--test", "--metrics", "--out", "--json"),
             ("pixelgpt", "reconstruct"): (
                 "--model",
                 "--file",
@@ -755,7 +781,7 @@ class TestDemo:
         said = fails("demo", "nacl", "alchemy", "--out", tmp_path, *extra)
         assert (
             said == "tenfold: unknown method alchemy; there are: "
-            "nacl, dha, hft, ma-rlhf, upit, themis, pixelgpt, gptfluence\n"
+            "nacl, dha, hft, ma-rlhf, upit, themis, pixelgpt, gptfluence, ernie-music\n"
         )
         assert list(tmp_path.iterdir()) == []
 

@@ -38,7 +38,7 @@ def test_readme_code_runs(at):
 
 WHOLE = [
     (f"docs/ops/{name}.md", at)
-    for name in ("influence", "loss", "merge", "moe", "norm", "pixels", "rl")
+    for name in ("diffusion", "influence", "loss", "merge", "moe", "norm", "pixels", "rl")
     for at in range(len(blocks(f"docs/ops/{name}.md")))
 ]
 

@@ -36,7 +36,8 @@ LIBRARIES = ("libtorch_cpu.", "libstdc++.", "libm.", "libgcc_s.", "libc.", "libd
              "libpthread.", "librt.", "ld-linux")  # fmt: skip
 CPU_ONLY = {"_peak"}
 # What the faces of other ops call: checks, and forward and backward halves of what autograd sees as one.
-INNER = {"gated_act", "gated_act_", "gated_act_backward", "last_token_reward_backward",
+INNER = {"fir_down2_backward", "fir_up2_backward", "gated_act", "gated_act_", "gated_act_backward", "gn1_gelu_backward",
+         "last_token_reward_backward",
          "last_token_reward_forward", "linear_cross_entropy_backward",
          "linear_cross_entropy_grads", "linear_logprob_backward", "load_balance_loss_backward",
          "ma_ppo_loss_backward", "ma_ppo_policy_loss_forward", "ma_ppo_value_loss_forward",
@@ -45,9 +46,10 @@ INNER = {"gated_act", "gated_act_", "gated_act_backward", "last_token_reward_bac
          "moe_gate_backward", "moe_gate_linear_backward", "moe_lora_experts",
          "moe_lora_experts_backward", "moe_lora_experts_train", "moe_permute_backward",
          "moe_swiglu_mlp_backward", "moe_swiglu_mlp_train", "pairwise_logsigmoid_grads",
-         "patch_mse_forward", "rms_norm_backward", "rms_norm_forward", "rms_norm_forward_", "router_seed_loss_backward",
+         "patch_mse_forward", "planes_add_", "planes_check", "planes_sums",
+         "rms_norm_backward", "rms_norm_forward", "rms_norm_forward_", "router_seed_loss_backward",
          "router_seed_loss_grads", "segment_mean_backward",
-         "selective_logprob_backward", "sequence_nll_backward", "sequence_nll_forward",
+         "selective_logprob_backward", "sequence_nll_backward", "sequence_nll_forward", "vdiff_loss_backward",
          "weighted_linear_ce_backward", "weighted_linear_ce_forward",
          "weighted_linear_ce_grads"}  # fmt: skip
 
@@ -173,6 +175,10 @@ class TestImport:
             "dha_attention_backward",
             "dha_cache_append_",
             "dha_decode",
+            "fir_down2",
+            "fir_down2_",
+            "fir_up2_cat",
+            "fir_up2_cat_",
             "first_stop",
             "fuse_heads",
             "fuse_heads_backward",
@@ -181,6 +187,8 @@ class TestImport:
             "gae",
             "gated_gelu",
             "gated_gelu_",
+            "gn1_gelu",
+            "gn1_gelu_",
             "grad_norm",
             "grouped_gemm",
             "grouped_gemm_wgrad",
@@ -252,6 +260,13 @@ class TestImport:
             "trace_token_class",
             "unpack_mask",
             "unpatchify",
+            "vdiff_loss",
+            "vdiff_noise",
+            "vdiff_noise_",
+            "vdiff_noise_rng",
+            "vdiff_noise_rng_",
+            "vdiff_step",
+            "vdiff_step_",
             "weighted_linear_ce",
             *INNER,
         ]

@@ -152,6 +152,39 @@ def gated_act_backward(grad, a, b, act, of_a, of_b):
     return tuple(scheduled(LIB, run))
 
 
+def group_norm(y, mean, rstd, x, weight, bias, residual, eps):
+    x, weight, bias = (t.contiguous() for t in (x, weight, bias))
+    residual = None if residual is None else residual.contiguous()
+    n = numbers(CODES[x.dtype], CODES[weight.dtype], *x.shape)
+    LIB.emu_gn1_gelu(pointers(x, residual, weight, bias), pointers(y, mean, rstd), n,
+                     ctypes.byref(ctypes.c_double(eps)))  # fmt: skip
+
+
+def gn1_gelu(x, weight, bias, residual, eps):
+    def run():
+        made = fresh((x.shape, x.dtype), *[(x.shape[:1], torch.float32)] * 2)
+        group_norm(*made, x, weight, bias, residual, eps)
+        return made
+
+    return tuple(scheduled(LIB, run))
+
+
+def gn1_gelu_(y, x, weight, bias, residual, eps):
+    group_norm(y, None, None, x, weight, bias, residual, eps)
+
+
+def gn1_gelu_backward(dy, x, weight, bias, mean, rstd):
+    given = [t.contiguous() for t in (dy, x, weight, bias, mean, rstd)]
+    n = numbers(CODES[x.dtype], CODES[weight.dtype], *x.shape)
+
+    def run():
+        made = fresh((x.shape, x.dtype), *[(weight.shape, weight.dtype)] * 2)
+        LIB.emu_gn1_gelu_grad(pointers(*given), pointers(*made), n)
+        return made
+
+    return tuple(scheduled(LIB, run))
+
+
 def long_rows():
     """Longer than a block keeps in registers, and strips of several rows."""
     for dtype, (rows, n) in (
@@ -176,8 +209,9 @@ def long_rows():
 
 
 def check_all():
-    small = "not errors and not registration and not large and not gradcheck and not inductor and not graph"
-    for file in ("test_norm.py", "test_norm_gates.py"):
+    small = ("not errors and not registration and not large and not gradcheck and not inductor and not graph and "
+             "not many_elements")  # fmt: skip
+    for file in ("test_norm.py", "test_norm_gates.py", "test_norm_group.py"):
         run_tests(file, "-k", f"cpu and {small}")
     long_rows()
 
@@ -187,7 +221,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     tenfold.cpu_capabilities = lambda: [tenfold.cpu_capability()]  # none of them is asked
     stand_in((rms_norm, rms_norm_, rms_norm_forward, rms_norm_forward_, rms_norm_backward, swiglu, swiglu_,
-              gated_gelu, gated_gelu_, gated_act, gated_act_, gated_act_backward))  # fmt: skip
+              gated_gelu, gated_gelu_, gated_act, gated_act_, gated_act_backward, gn1_gelu, gn1_gelu_,
+              gn1_gelu_backward))  # fmt: skip
     for check in sys.argv[1:]:
         torch.manual_seed(0)
         globals()[f"check_{check}"]()

@@ -3,6 +3,7 @@
 #define TENFOLD_CUDA_EMU
 #include "entry.h"  // after the kernels
 #include "norm/cuda/gated_act_kernel.cuh"
+#include "norm/cuda/gn1_gelu_kernel.cuh"
 #include "norm/cuda/rms_norm_kernel.cuh"
 
 namespace {
@@ -48,4 +49,33 @@ API void emu_gated_act(const void* const* in, void* const* out, const int64_t* n
   a.rows = n[2], a.cols = n[3], a.dout_stride = n[4], a.a_stride = n[5], a.b_stride = n[6];
   a.out_stride = n[7];
   with_dtype(n[0], [&]<class T>() { launch_gated_act<T>(a, static_cast<Gate>(n[1]), nullptr); });
+}
+
+// in: x residual weight bias, out: y mean rstd. n: dtypes of x and weight, samples channels length
+API void emu_gn1_gelu(const void* const* in, void* const* out, const int64_t* n,
+                      const double* eps) {
+  Memory memory;
+  Gn1Args a{};
+  a.x = in[0], a.residual = in[1], a.weight = in[2], a.bias = in[3], a.y = out[0];
+  a.mean = static_cast<float*>(out[1]), a.rstd = static_cast<float*>(out[2]), a.eps = *eps;
+  a.weight_dtype = kDtypes[n[1]], a.samples = n[2], a.channels = n[3], a.length = n[4];
+  const int64_t parts = a.samples * gn1_parts(a.channels * a.length);
+  a.parts = static_cast<Moments*>(memory.room()(parts * static_cast<int64_t>(sizeof(Moments))));
+  a.of =
+      static_cast<Gn1Sample*>(memory.room()(a.samples * static_cast<int64_t>(sizeof(Gn1Sample))));
+  with_dtype(n[0], [&]<class T>() { launch_gn1_gelu<T>(a, nullptr); });
+}
+
+// in: dy x weight bias mean rstd, out: dx dweight dbias. n: as of emu_gn1_gelu
+API void emu_gn1_gelu_grad(const void* const* in, void* const* out, const int64_t* n) {
+  Memory memory;
+  Gn1GradArgs a{};
+  a.dy = in[0], a.x = in[1], a.weight = in[2], a.bias = in[3];
+  a.mean = static_cast<const float*>(in[4]), a.rstd = static_cast<const float*>(in[5]);
+  a.dx = out[0], a.dweight = out[1], a.dbias = out[2];
+  a.weight_dtype = kDtypes[n[1]], a.samples = n[2], a.channels = n[3], a.length = n[4];
+  const int64_t parts = a.samples * a.channels * gn1_pieces(a.length);
+  a.parts = static_cast<Gn1Sums*>(memory.room()(parts * static_cast<int64_t>(sizeof(Gn1Sums))));
+  a.means = static_cast<float*>(memory.room()(8 * a.samples));
+  with_dtype(n[0], [&]<class T>() { launch_gn1_gelu_grad<T>(a, nullptr); });
 }

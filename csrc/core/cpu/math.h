@@ -114,6 +114,39 @@ inline Normal normal(VF x) {
   return {select(lt(x, zero), beyond, one - beyond), bell};
 }
 
+// x r(x^2) with r a quotient of two polynomials of so many coefficients, highest first.
+template <int kTop, int kBottom>
+inline VF odd_quotient(VF x, const float (&top)[kTop], const float (&bottom)[kBottom]) {
+  const VF square = x * x;
+  VF p = set1(top[0]), q = set1(bottom[0]);
+  for (int i = 1; i < kTop; ++i) p = fma(p, square, set1(top[i]));
+  for (int i = 1; i < kBottom; ++i) q = fma(q, square, set1(bottom[i]));
+  return x * p * inverse(q);
+}
+
+// The normal distribution below x to an absolute error of 2e-7, which is what float32 leaves of 1 +
+// erf: less than half the operations of normal(). Exactly 0 below -5.6. NaN stays NaN.
+inline VF normal_below(VF x) {
+  constexpr float kTop[] = {2.214534862e-8f, 6.356522762e-6f, 1.738499632e-4f,
+                            4.707254712e-3f, 3.437603541e-2f, 3.989422216e-1f};
+  constexpr float kBottom[] = {1.180212340e-6f, 7.510165626e-5f, 1.912973862e-3f,
+                               2.894004590e-2f, 2.528336555e-1f, 1.0f};
+  constexpr float kEnd = 5.6f;
+  const VF z = vmin(set1(kEnd), vmax(set1(-kEnd), x));
+  return select(lt(x, set1(-kEnd)), set1(0.0f), set1(0.5f) + odd_quotient(z, kTop, kBottom));
+}
+
+// The derivative of x normal_below(x), likewise: exactly 0 below -6.1.
+inline VF gelu_slope(VF x) {
+  constexpr float kTop[] = {1.782568878e-8f, 1.019602346e-6f,  3.412106971e-5f, 2.388212369e-4f,
+                            1.378041049e-2f, -2.037619764e-2f, 7.978845233e-1f};
+  constexpr float kBottom[] = {1.341119091e-9f, 3.661635336e-7f, 1.078439446e-5f, 2.544523060e-4f,
+                               4.074639316e-3f, 4.487088802e-2f, 3.077950894e-1f, 1.0f};
+  constexpr float kEnd = 6.1f;
+  const VF z = vmin(set1(kEnd), vmax(set1(-kEnd), x));
+  return select(lt(x, set1(-kEnd)), set1(0.0f), set1(0.5f) + odd_quotient(z, kTop, kBottom));
+}
+
 struct DetVecOps {
   using F = VF;
   static inline VF set1(float x) { return TENFOLD_ISA::set1(x); }

@@ -126,6 +126,20 @@ def _gptfluence(page: Page, quiet: bool) -> tuple[dict[str, Any], list[Any]]:
     return found.to_json(), tables
 
 
+def _ernie_music(page: Page, quiet: bool) -> tuple[dict[str, Any], list[Any]]:
+    from tenfold.ernie_music import demo
+
+    with progress(demo.STEPS, quiet) as step:
+        found = demo.run_demo(step=step)
+    demo.add_demo_section(found, page)
+    title = "Sounds of held-out prompts: is it what was asked for?"
+    tables = [
+        table(title, demo.COLUMNS, demo.table_rows(found)),
+        table("One call of the U-Net", demo.SPEED_COLUMNS, demo.speed_rows(found)),
+    ]
+    return found.to_json(), tables
+
+
 METHODS: dict[str, Callable[[Page, bool], tuple[dict[str, Any], list[Any]]]] = {
     "nacl": _nacl,
     "dha": _dha,
@@ -135,6 +149,7 @@ METHODS: dict[str, Callable[[Page, bool], tuple[dict[str, Any], list[Any]]]] = {
     "themis": _themis,
     "pixelgpt": _pixelgpt,
     "gptfluence": _gptfluence,
+    "ernie-music": _ernie_music,
 }
 
 

@@ -9,6 +9,7 @@ import typer
 
 from tenfold.cli.common import friendly
 from tenfold.cli.dha import app as dha
+from tenfold.cli.ernie_music import app as ernie_music
 from tenfold.cli.gptfluence import app as gptfluence
 from tenfold.cli.hft import app as hft
 from tenfold.cli.ma_rlhf import app as ma_rlhf
@@ -31,6 +32,7 @@ app.add_typer(upit, name="upit")
 app.add_typer(themis, name="themis")
 app.add_typer(pixelgpt, name="pixelgpt")
 app.add_typer(gptfluence, name="gptfluence")
+app.add_typer(ernie_music, name="ernie-music")
 
 Json = Annotated[bool, typer.Option("--json", help="print the result as JSON, nothing else")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="no progress bar")]
@@ -68,7 +70,7 @@ def demo(
     methods: Annotated[
         list[str] | None,
         typer.Argument(
-            help="methods; default: all (nacl, dha, hft, ma-rlhf, upit, themis, pixelgpt, gptfluence)"
+            help="methods; default: all (nacl, dha, hft, ma-rlhf, upit, themis, pixelgpt, gptfluence, ernie-music)"
         ),
     ] = None,
     out: Annotated[Path, typer.Option(help="folder of the report")] = Path("tenfold-report"),

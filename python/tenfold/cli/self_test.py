@@ -36,7 +36,7 @@ def wrong_op(device: str, dtype: torch.dtype) -> str:
     return (
         _kv_eviction(check, q, k, v) or _attention(check, q, k, v) or _optim(check, made)
         or _rl(check, made) or _loss(check, made) or _norm(check, made) or _pixels(check, made)
-        or _influence(check, made)
+        or _influence(check, made) or _diffusion(check, made)
     )  # fmt: skip
 
 
@@ -190,3 +190,32 @@ def _influence(check: Check, made: torch.Generator) -> str:
     J, X = (torch.randn(3, 5, n, generator=made).to(check.dtype) for n in (40, 24))
     scores = reference.outer_dot(J, X, J, X) / 1e3
     return "" if check.near(ops.outer_dot(*check.move(J, X, J, X)) / 1e3, scores) else "outer_dot"
+
+
+def _diffusion(check: Check, made: torch.Generator) -> str:
+    x0, noise = (torch.randn(2, 3, 40, generator=made).to(check.dtype) for _ in range(2))
+    t, move, near = torch.tensor([0.3, 0.8]), check.move, check.near
+    z, v = reference.vdiff_noise(x0, t, noise)
+    if not all(map(near, ops.vdiff_noise(*move(x0, t, noise)), (z, v))):
+        return "vdiff_noise"
+    drawn = reference.vdiff_noise_rng(x0, t, 5, 6)
+    if not all(map(near, ops.vdiff_noise_rng(*move(x0, t), 5, 6), drawn)):
+        return "vdiff_noise_rng"
+    if not near(ops.vdiff_loss(*move(v, x0, noise, t)), reference.vdiff_loss(v, x0, noise, t)):
+        return "vdiff_loss"
+    g = torch.tensor(2.0)
+    want = reference.vdiff_step(z, v, noise, t, t / 2, g)
+    if not all(map(near, ops.vdiff_step(*move(z, v, noise, t, t / 2, g)), want)):
+        return "vdiff_step"
+    if not near(ops.fir_down2(*move(x0)), reference.fir_down2(x0)):
+        return "fir_down2"
+    short = x0[..., :20]
+    if not near(ops.fir_up2_cat(*move(short, noise)), reference.fir_up2_cat(short, noise)):
+        return "fir_up2_cat"
+    weight, bias = torch.ones(3).to(check.dtype), torch.zeros(3).to(check.dtype)
+    if not near(ops.gn1_gelu(*move(x0, weight, bias))[0], reference.gn1_gelu(x0, weight, bias)[0]):
+        return "gn1_gelu"
+    planes, kernel = noise[:, :, 0], torch.randn(4, 6, 5, generator=made).to(check.dtype) / 6
+    made_here = ops.conv1d_planes(*move(x0, planes, kernel))
+    want_there = reference.conv1d_planes(x0.float(), planes.float(), kernel.float())
+    return "" if near(made_here, want_there) else "conv1d_planes"

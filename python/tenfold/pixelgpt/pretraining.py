@@ -9,8 +9,7 @@ from typing import Any
 from torch import nn
 
 from tenfold.pixelgpt.baselines import strip_baselines
-from tenfold.pixelgpt.record import HELD_OUT, PretrainRecord, model_summary
-from tenfold.pixelgpt.session import Session
+from tenfold.pixelgpt.record import PretrainRecord, model_summary
 from tenfold.pixelgpt.steps import (
     OF_PIXELS,
     OF_TEXT,
@@ -21,6 +20,8 @@ from tenfold.pixelgpt.steps import (
 from tenfold.pixelgpt.streams import MixtureBatches, Streams
 from tenfold.pixelgpt.train_config import PretrainConfig
 from tenfold.training.loop import Callback, Metrics, kept_random_state
+from tenfold.training.record import HELD_OUT
+from tenfold.training.session import Session
 
 STAGE = "pretrain"
 RECORD = "pretrain.json"

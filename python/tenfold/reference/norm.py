@@ -63,3 +63,28 @@ def gated_gelu(a: Tensor, b: Tensor, *, approximate: str = "tanh") -> Tensor:
 def gated_gelu_(out: Tensor, a: Tensor, b: Tensor, *, approximate: str = "tanh") -> None:
     """:func:`gated_gelu` into out."""
     out.copy_(gated_gelu(a, b, approximate=approximate))
+
+
+def gn1_gelu(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None, eps: float = 1e-5
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``gelu(group_norm(x, 1) * weight + bias) + residual`` of [B, C, L]; also mean and rstd of each sample, [B].
+
+    One group: mean and variance (divisor C L) are over channels and positions. gelu is the exact one.
+    """
+    wide = x.double()
+    mean = wide.mean((1, 2))
+    rstd = (wide.var((1, 2), correction=0) + eps).rsqrt()
+    normal = (wide - mean[:, None, None]) * rstd[:, None, None]
+    made = F.gelu(normal * weight.double()[:, None] + bias.double()[:, None])
+    if residual is not None:
+        made = made + residual.double()
+    real = work(x).dtype
+    return made.to(x.dtype), mean.to(real), rstd.to(real)
+
+
+def gn1_gelu_(
+    y: Tensor, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None, eps: float = 1e-5
+) -> None:  # fmt: skip
+    """:func:`gn1_gelu` into y, which may be x or residual."""
+    y.copy_(gn1_gelu(x, weight, bias, residual, eps)[0])

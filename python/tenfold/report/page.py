@@ -141,6 +141,14 @@ class Page:
             f"<figcaption>{_escape(caption)}</figcaption></figure>"
         )
 
+    def audio(self, data: bytes, caption: str, kind: str = "audio/wav") -> None:
+        """A sound with controls to play it, and its caption."""
+        encoded = base64.b64encode(data).decode()
+        self._parts.append(
+            f'<figure><audio controls preload="none" src="data:{kind};base64,{encoded}"></audio>'
+            f"<figcaption>{_escape(caption)}</figcaption></figure>"
+        )
+
     def preformatted(self, text: str) -> None:
         """Text as it is, wrapped where lines are too long."""
         self._parts.append(f"<pre>{_escape(text)}</pre>")

@@ -186,7 +186,7 @@ class Trainer:
 
     def rank_rows(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """This rank's share of a batch. Raises ValueError if the ranks do not divide it."""
-        ranks, size = self.accelerator.num_processes, len(batch["input_ids"])
+        ranks, size = self.accelerator.num_processes, len(next(iter(batch.values())))
         if size % ranks:
             raise ValueError(f"a batch of {size} rows cannot be shared by {ranks} ranks equally")
         each = size // ranks

@@ -47,11 +47,11 @@ def decay_groups(
 
 def even_pieces(batch: dict[str, Tensor], rows: int | None) -> Pieces:
     """A batch in parts of ``rows`` rows, each with its share of the rows: rows count equally."""
-    size = len(batch["input_ids"])
+    size = len(next(iter(batch.values())))
     if rows is None or rows >= size:
         return [(batch, 1.0)]
     parts = [{k: v[at : at + rows] for k, v in batch.items()} for at in range(0, size, rows)]
-    return [(p, len(p["input_ids"]) / size) for p in parts]
+    return [(p, len(next(iter(p.values()))) / size) for p in parts]
 
 
 class AdamWTrainer(Trainer):

@@ -66,13 +66,16 @@ class Session:
                 model.gradient_checkpointing_disable()
             model.eval()
 
-    def finish(self, record: Any, name: str, *others: Any) -> None:
-        """Saves model, record and what else has ``save_pretrained``; nothing is left to go on from."""
+    def finish(self, record: Any, name: str, *others: Any, model: Any = None) -> None:
+        """Saves model (or what is given in its place), record and what else has ``save_pretrained``.
+
+        Nothing is left to go on from.
+        """
         if self.target is None:
             return
         if self.accelerator.is_main_process:
             with quiet_transformers():
-                for thing in (self.model, *others):
+                for thing in (self.model if model is None else model, *others):
                     if thing is not None:
                         thing.save_pretrained(str(self.target))
             record.write(self.target / name)
