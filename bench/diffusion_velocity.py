@@ -67,11 +67,12 @@ def _copies(pairs: tuple[tuple[str, str], ...]) -> Any:
 
 
 def _drawn_agree(got: Any, want: Any, i: Inputs) -> float:
-    """Noise of another generator: its moments, through what it was mixed to."""
-    z, v = (x.double() for x in ((i.z, i.v) if got is None else got))
+    """Noise of another generator: mean and variance within six sigma, through what it was mixed to."""
+    z, v = (x.double() for x in got)
     a, s = (x.double() for x in angle(i.t, i.x0.float()))
     e = s * z + a * v
-    return float((e.mean().abs() + (e.var() - 1).abs()) / 10)
+    sigmas = e.mean().abs() * e.numel() ** 0.5, (e.var() - 1).abs() * (e.numel() / 2) ** 0.5
+    return float(max(sigmas)) / 6 * TOLERANCE[i.x0.dtype]
 
 
 def _noise_case(s: Shape, dtype: torch.dtype, own: bool, into: bool) -> Case:

@@ -198,8 +198,8 @@ def _diffusion(check: Check, made: torch.Generator) -> str:
     z, v = reference.vdiff_noise(x0, t, noise)
     if not all(map(near, ops.vdiff_noise(*move(x0, t, noise)), (z, v))):
         return "vdiff_noise"
-    drawn = reference.vdiff_noise_rng(x0, t, 5, 6)
-    if not all(map(near, ops.vdiff_noise_rng(*move(x0, t), 5, 6), drawn)):
+    drawn, (there, times) = reference.vdiff_noise_rng(x0, t, 5, 6), move(x0, t)
+    if not all(map(near, ops.vdiff_noise_rng(there, times, 5, 6), drawn)):
         return "vdiff_noise_rng"
     if not near(ops.vdiff_loss(*move(v, x0, noise, t)), reference.vdiff_loss(v, x0, noise, t)):
         return "vdiff_loss"
