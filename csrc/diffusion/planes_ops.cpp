@@ -18,6 +18,8 @@ ScalarType real_of(const Tensor& t) {
 void check_planes(const Tensor& x, const Tensor& c, const Tensor& weight, const OptTensor& bias) {
   constexpr auto kOp = "conv1d_planes";
   check_signal(kOp, "x", x);
+  TENFOLD_CHECK_VALUE(x.sizes()[1] > 0 && x.sizes()[2] > 0, "tenfold::", kOp,
+                      ": x must have a channel and a position at least, got ", shape_str(x));
   const auto beside = [&](const char* arg, const Tensor& t) {
     check_same_dtype(kOp, "x", x, arg, t);
     check_same_device(kOp, "x", x, arg, t);

@@ -195,6 +195,13 @@ def test_registration(device):
 # -- constant planes ------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def exact_products():
+    """Convolutions of float32 without TensorFloat-32."""
+    with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
+        yield
+
+
 def plane_case(batch, own, planes, length, out=4, size=5, dtype=torch.float64, biased=True):
     x, c = torch.randn(batch, own, length), torch.randn(batch, planes)
     weight, bias = torch.randn(out, own + planes, size) / 3, torch.randn(out) if biased else None
@@ -202,7 +209,7 @@ def plane_case(batch, own, planes, length, out=4, size=5, dtype=torch.float64, b
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 9, 40])
-def test_planes(length, device):
+def test_planes(length, device, exact_products):
     """Acceptance 10: the convolution of materialised planes, to 1e-12 in float64, L < 4 too; and gradients."""
     for batch, own, size, biased in itertools.product((1, 3), (1, 2), (1, 3, 5, 7), (True, False)):
         args = plane_case(batch, own, 6, length, size=size, biased=biased)
@@ -241,7 +248,7 @@ def test_planes_gradcheck():
         torch.autograd.grad(y.square().sum(), x, create_graph=True)
 
 
-def test_planes_long_rows(device):
+def test_planes_long_rows(device, exact_products):
     """Sums of long rows, and only the gradients that are asked for."""
     args = on(device, plane_case(2, 2, 16, 20_011, 8, dtype=torch.float32))
     exact = [t.double().cpu().requires_grad_() for t in args]
@@ -273,6 +280,8 @@ def test_planes_errors(device):
     for args, error, words in (
         ((x.int(), c, weight, bias), TypeError, ("x", "int32")),
         ((x[0], c, weight, bias), ValueError, ("x", "3-dimensional")),
+        ((x[:, :0], c, weight[:, 2:], bias), ValueError, ("x", "[2, 0, 9]")),
+        ((x[..., :0], c, weight, bias), ValueError, ("x", "[2, 2, 0]")),
         ((x, c.half(), weight, bias), ValueError, ("c", "float16")),
         ((x, c[:1], weight, bias), ValueError, ("c", "[2, 3]", "[1, 3]")),
         ((x, c[..., None], weight, bias), ValueError, ("c", "2-dimensional")),

@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kFirThreads) fir_kernel(FirArgs a) {
   T* const y = fir_row_at<T>(a.y, at) + at.first;
   const int64_t left = a.outputs - at.first;
   // As far from both ends as no reflection reaches, nor what a vector reads beside it.
-  if (at.first < 8 || left < 8 + kEach || !a.wide) {
+  if (at.first < 8 || left < 8 + kEach) {
     for (int k = 0; k < kEach && k < left; ++k) {
       const double made =
           fir_at<double>(kKind, at.first + k, a.length, [&](int64_t j) { return to_float(x[j]); });
@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kFirThreads) fir_kernel(FirArgs a) {
 #pragma unroll
     for (int v = 0; v < 4; ++v) {
       float four[kFirFour];
-      load_some<T, kFirFour>(x + 2 * at.first - 4 + 4 * v, kFirFour, true, four);
+      load_some<T, kFirFour>(x + 2 * at.first - 4 + 4 * v, kFirFour, a.wide, four);
 #pragma unroll
       for (int k = 0; k < kFirFour; ++k) in[4 * v + k] = four[k];
     }
@@ -94,13 +94,13 @@ __global__ void __launch_bounds__(kFirThreads) fir_kernel(FirArgs a) {
       made[j] = fmaf(t2, p[2] + p[5], made[j]);
       made[j] = fmaf(t3, p[3] + p[4], made[j]);
     }
-    store_some<T, kFirFour>(made, y, kFirFour, true);
+    store_some<T, kFirFour>(made, y, kFirFour, a.wide);
   } else {
     float in[3 * kFirFour];  // x[first / 2 - 4] ..
 #pragma unroll
     for (int v = 0; v < 3; ++v) {
       float four[kFirFour];
-      load_some<T, kFirFour>(x + at.first / 2 - 4 + 4 * v, kFirFour, true, four);
+      load_some<T, kFirFour>(x + at.first / 2 - 4 + 4 * v, kFirFour, a.wide, four);
 #pragma unroll
       for (int k = 0; k < kFirFour; ++k) in[4 * v + k] = four[k];
     }
@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(kFirThreads) fir_kernel(FirArgs a) {
         made[2 * k] = fmaf(t0, p[0], fmaf(t2, p[1], fmaf(t1, p[3], t3 * p[2])));
         made[2 * k + 1] = fmaf(t0, p[4], fmaf(t2, p[3], fmaf(t1, p[1], t3 * p[2])));
       }
-      store_some<T, kFirFour>(made, y + kFirFour * half, kFirFour, true);
+      store_some<T, kFirFour>(made, y + kFirFour * half, kFirFour, a.wide);
     }
   }
 }

@@ -80,9 +80,12 @@ void forward(const Gn1Span& s) {
   for (; i < s.n; i += kWidth) {
     const int n = static_cast<int>(s.n - i < kWidth ? s.n - i : kWidth);
     const VF u = a.u(a.h(load_n(x + i, n)));
-    VF v = u * normal_below(u);
-    if constexpr (kAdds) v = v + load_n(residual + i, n);
-    store_n(y + i, v, n);
+    const VF p = normal_below(u);
+    if constexpr (kAdds) {
+      store_n(y + i, fma(u, p, load_n(residual + i, n)), n);
+    } else {
+      store_n(y + i, u * p, n);
+    }
   }
   if (past) stream_fence();
 }
@@ -110,8 +113,11 @@ Gn1Sums short_sums(const Affine& a, const T* x, const T* dy, int64_t count) {
   }
   for (; i < count; i += kWidth) {
     const int n = static_cast<int>(count - i < kWidth ? count - i : kWidth);
-    const VF h = a.h(load_n(x + i, n)), g = load_n(dy + i, n) * exact_slope(a.u(h));
-    sum[0] = sum[0] + g;  // lanes that are not there: dy is 0
+    // Lanes that are not there: dy is 0, and h a number, which that of x = 0 need not be.
+    const VM there = lt(iota(), seti(static_cast<uint32_t>(n)));
+    const VF h = a.h(select(there, load_n(x + i, n), a.center));
+    const VF g = load_n(dy + i, n) * exact_slope(a.u(h));
+    sum[0] = sum[0] + g;
     sum[2] = fma(g, h, sum[2]);
   }
   return {hsum(sum[0] + sum[1]), hsum(sum[2] + sum[3])};

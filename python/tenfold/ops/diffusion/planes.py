@@ -45,24 +45,26 @@ def _(grad, kernel_size):
     return grad.new_empty((*grad.shape[:2], kernel_size), dtype=wide)
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+def _sums(equation: str, *of: Tensor) -> Tensor:
+    """Few products, in float64: those in float32 may be of TensorFloat-32."""
+    return torch.einsum(equation, *(x.double() for x in of))
 
 
 def _convolve(x: Tensor, c: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The kernel on every device: torch's convolution of x, and what the planes add to it.
 
     Where no tap falls outside, that is one number of each sample and output channel. A batch of one takes it as the
-    convolution's bias, so that only positions at the ends are touched again.
+    convolution's bias, so that only positions at the ends are touched again; in 16 bits the bias would be rounded.
     """
     _ops.planes_check(x, c, weight, bias)
     own = x.shape[1]
-    taps = torch.einsum("bi,oik->bok", _wide(c), _wide(weight[:, own:]))
-    one = x.shape[0] == 1
+    taps = _sums("bi,oik->bok", c, weight[:, own:])
+    one = x.shape[0] == 1 and x.element_size() >= 4
     given = None
     if one:
-        given = taps[0].sum(-1) if bias is None else taps[0].sum(-1) + _wide(bias)
-        given = given.to(x.dtype)
+        given = (taps[0].sum(-1) + (0.0 if bias is None else bias)).to(x.dtype)
+    if x.dtype != torch.float64:
+        taps = taps.float()
     y = F.conv1d(x, weight[:, :own], given, padding=weight.shape[2] // 2).contiguous()
     _ops.planes_add_(y, taps.contiguous(), bias, one)
     return y
@@ -93,9 +95,9 @@ def _backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
     if of_c or of_weight or of_bias:
         sums = call_inference(_ops.planes_sums.default, grad, size)
         if of_c:
-            dc = torch.einsum("bok,oik->bi", sums, _wide(weight[:, own:])).to(c.dtype)
+            dc = _sums("bok,oik->bi", sums, weight[:, own:]).to(c.dtype)
         if of_weight:
-            planes = torch.einsum("bok,bi->oik", sums, _wide(c)).to(weight.dtype)
+            planes = _sums("bok,bi->oik", sums, c).to(weight.dtype)
             dweight = torch.cat((dweight, planes), 1)
         if of_bias:  # the tap in the middle never falls outside
             dbias = sums[:, :, size // 2].sum(0).to(weight.dtype)
@@ -118,11 +120,11 @@ def conv1d_planes(x: Tensor, c: Tensor, weight: Tensor, bias: Tensor | None = No
         weight: [O, C + D, K], K odd. bias: [O] or None.
 
     Returns:
-        [B, O, L], contiguous, dtype of ``x``. The convolution of x is torch's; what the planes add is computed in
-        float32. Differentiable in all four, once. Under autocast all are cast, as for torch's convolutions.
+        [B, O, L], contiguous, dtype of ``x``. The convolution of x is torch's; what the planes add is made in float64 and
+        added in float32. Differentiable in all four, once. Under autocast all are cast, as for torch's convolutions.
 
     Raises:
-        ValueError: shapes, devices, dtypes that differ, an even K. TypeError: dtype.
+        ValueError: shapes, devices, dtypes that differ, an even K, C = 0 or L = 0. TypeError: dtype.
 
     Source:
         ERNIE-Music (arXiv 2302.04456), sections 3.3 and 6 of the method's specification.
