@@ -42,7 +42,9 @@ def spectrogram_picture(
             extent=(0, seconds, 0, float(f[-1]) / 1000),
             interpolation="nearest",
         )
-        title = titles[i].encode("ascii", "ignore").decode() or "(prompt in another script)"
+        title = (
+            titles[i].encode("latin-1", "ignore").decode("latin-1") or "(prompt in another script)"
+        )
         axes.set_title(title if len(title) < 46 else title[:43] + "...", fontsize=7)
         axes.tick_params(labelsize=6)
         if i % columns == 0:

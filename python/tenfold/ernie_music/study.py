@@ -141,7 +141,7 @@ def setting_of(made: Run, recipe: RecipeConfig) -> str:
         f"{made.record.rows} clips of scores at {m.sample_rate / 1000:g} kHz ({', '.join(recipe.instruments)}; "
         f"{', '.join(recipe.registers)} register); a U-Net of {made.record.parameters / 1e3:.0f}k parameters over "
         f"{m.sample_size} samples ({m.sample_size / m.sample_rate:.2f} s), {c['steps']} steps of {c['batch_size']} "
-        f"crops, {made.record.seconds / 60:.1f} minutes; texts are encoded by {m.text_encoder}. "
+        f"crops; texts are encoded by {m.text_encoder}. "
         f"{torch.get_num_threads()} threads, one seed."
     )
 
