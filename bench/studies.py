@@ -439,9 +439,10 @@ def themis_study_block(found: Found) -> str:
             else "SmolLM2-135M-Instruct"
         )
         trained = f"{layers[0].upper()}{layers[1:]}, {'with LoRA' if config['lora_rank'] else 'trained whole'}"
+    often = "once" if config["epochs"] == 1 else f"{config['epochs']:g} times"
     return (
         f"{trained}; "
-        f"{setting['train']} pairs of each of {', '.join(setting['kinds'])}, {config['epochs']:g} epochs of batches of "
+        f"{setting['train']} pairs of each of {', '.join(setting['kinds'])}, {often}, in batches of "
         f"{config['batch_size']}; {setting['test']} other questions per kind to test on; seeds "
         f"{', '.join(map(str, setting['seeds']))}; minutes of training: {seconds}. Per cent of pairs ranked right; "
         f"seen tools are tested on new questions, unseen kinds were in no training set.\n\n"

@@ -120,8 +120,8 @@ def conv1d_planes(x: Tensor, c: Tensor, weight: Tensor, bias: Tensor | None = No
         weight: [O, C + D, K], K odd. bias: [O] or None.
 
     Returns:
-        [B, O, L], contiguous, dtype of ``x``. The convolution of x is torch's; what the planes add is made in float64 and
-        added in float32. Differentiable in all four, once. Under autocast all are cast, as for torch's convolutions.
+        [B, O, L], contiguous, dtype of ``x``. The convolution of x is torch's; what the planes add is made in
+        float64 and added in float32. Differentiable in all four, once. Under autocast all are cast, as for torch's convolutions.
 
     Raises:
         ValueError: shapes, devices, dtypes that differ, an even K, C = 0 or L = 0. TypeError: dtype.
