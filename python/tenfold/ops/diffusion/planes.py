@@ -121,7 +121,8 @@ def conv1d_planes(x: Tensor, c: Tensor, weight: Tensor, bias: Tensor | None = No
 
     Returns:
         [B, O, L], contiguous, dtype of ``x``. The convolution of x is torch's; what the planes add is made in
-        float64 and added in float32. Differentiable in all four, once. Under autocast all are cast, as for torch's convolutions.
+        float64 and added in float32. Differentiable in all four, once. Under autocast all are cast, as for torch's
+        convolutions.
 
     Raises:
         ValueError: shapes, devices, dtypes that differ, an even K, C = 0 or L = 0. TypeError: dtype.
