@@ -28,7 +28,7 @@ LossOut make_out(const MeanRule& mean, const Tensor& like, const Layout& layout,
 PolicyCall check_policy(bool with_slope, const Tensor& logp_new, const Tensor& logp_old,
                         const Tensor& adv_in, const Tensor& seg_in, double eps_lo, double eps_hi,
                         const std::string& ratio, const std::string& agg, double denom,
-                        const std::string& weight, const OptTensor& cu_seqlens) {
+                        const std::string& weight, const OptTensor& cu_seqlens, bool validate) {
   constexpr auto kOp = "ma_ppo_policy_loss";
   TENFOLD_CHECK_VALUE(eps_lo >= 0.0 && eps_lo < 1.0, "tenfold::", kOp,
                       ": eps_lo must be in [0, 1), got ", eps_lo);
@@ -53,6 +53,7 @@ PolicyCall check_policy(bool with_slope, const Tensor& logp_new, const Tensor& l
            : ratio == "joint" ? RatioBy::joint
                               : RatioBy::geo_mean,
            weight == "length"},
+          validate,
           make_out(mean, now, seg.layout, kPolicyStats, with_slope)};
 }
 
@@ -100,17 +101,18 @@ SlopeCall check_slope(const Tensor& grad, const Tensor& slope_in, const Tensor& 
 
 // The _forward forms give, beside loss and stats, what the backward needs: the derivative of every
 // term (slope, as the input) and the weight of a row's terms in the loss (scale, float64 [B]). On a
-// CPU that weight is in the slopes already, and scale is 1.
+// CPU that weight is in the slopes already, and scale is 1. validate: on the CPU, ValueError unless
+// segments are numbered in order; elsewhere they are not looked at.
 STABLE_TORCH_LIBRARY_FRAGMENT(tenfold, m) {
   m.def(
       "ma_ppo_policy_loss(Tensor logp_new, Tensor logp_old, Tensor adv, Tensor seg, "
       "float eps_lo=0.2, float eps_hi=0.2, str ratio=\"token\", str agg=\"token_mean\", "
-      "float denom=0.0, *, str weight=\"macro\", Tensor? cu_seqlens=None) "
+      "float denom=0.0, *, str weight=\"macro\", Tensor? cu_seqlens=None, bool validate=False) "
       "-> (Tensor loss, Tensor stats)");
   m.def(
       "ma_ppo_policy_loss_forward(Tensor logp_new, Tensor logp_old, Tensor adv, Tensor seg, "
       "float eps_lo=0.2, float eps_hi=0.2, str ratio=\"token\", str agg=\"token_mean\", "
-      "float denom=0.0, *, str weight=\"macro\", Tensor? cu_seqlens=None) "
+      "float denom=0.0, *, str weight=\"macro\", Tensor? cu_seqlens=None, bool validate=False) "
       "-> (Tensor loss, Tensor stats, Tensor slope, Tensor scale)");
   m.def(
       "ma_ppo_value_loss(Tensor v_new, Tensor v_old, Tensor ret, Tensor mask, float clip=0.2, "

@@ -22,6 +22,7 @@ struct PolicyCall {
   Segments seg;
   Tensor now, old, adv;
   PolicyRule rule;
+  bool validate;  // segments are looked at, on the CPU
   LossOut out;
 
   template <class T>
@@ -70,7 +71,7 @@ SlopeCall check_slope(const Tensor& grad, const Tensor& slope, const Tensor& sca
 PolicyCall check_policy(bool with_slope, const Tensor& logp_new, const Tensor& logp_old,
                         const Tensor& adv, const Tensor& seg, double eps_lo, double eps_hi,
                         const std::string& ratio, const std::string& agg, double denom,
-                        const std::string& weight, const OptTensor& cu_seqlens);
+                        const std::string& weight, const OptTensor& cu_seqlens, bool validate);
 
 ValueCall check_value(bool with_slope, const Tensor& v_new, const Tensor& v_old, const Tensor& ret,
                       const Tensor& mask, double clip, const std::string& agg, double denom,
@@ -84,17 +85,17 @@ struct LossOps {
 
   static Loss policy(Tensor now, Tensor old, Tensor adv, Tensor seg, double lo, double hi,
                      std::string ratio, std::string agg, double denom, std::string weight,
-                     OptTensor cu) {
+                     OptTensor cu, bool validate) {
     const PolicyCall call =
-        check_policy(false, now, old, adv, seg, lo, hi, ratio, agg, denom, weight, cu);
+        check_policy(false, now, old, adv, seg, lo, hi, ratio, agg, denom, weight, cu, validate);
     kPolicy(call);
     return {call.out.loss, call.out.stats};
   }
   static Forward policy_forward(Tensor now, Tensor old, Tensor adv, Tensor seg, double lo,
                                 double hi, std::string ratio, std::string agg, double denom,
-                                std::string weight, OptTensor cu) {
+                                std::string weight, OptTensor cu, bool validate) {
     const PolicyCall call =
-        check_policy(true, now, old, adv, seg, lo, hi, ratio, agg, denom, weight, cu);
+        check_policy(true, now, old, adv, seg, lo, hi, ratio, agg, denom, weight, cu, validate);
     kPolicy(call);
     return call.out.all();
   }

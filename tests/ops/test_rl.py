@@ -410,6 +410,24 @@ def test_no_valid_token(device):
 
 
 class TestErrors:
+    @pytest.mark.parametrize("ratio", ["token", "joint", "geo_mean"])
+    def test_numbering(self, ratio):
+        """On the CPU the kernel itself says which rows are not numbered in order."""
+        x = torch.zeros(4, 20)
+        good = torch.arange(20, dtype=torch.int32).div(3, rounding_mode="floor").repeat(4, 1)
+        good[0, 17:] = good[2, :4] = -1
+        good[2, 4:] -= 1
+        loss, _ = ops.ma_ppo_policy_loss(x, x, x, good, ratio=ratio)
+        assert loss == 0
+        gap, masked, swapped = good.clone(), good.clone(), good.clone()
+        gap[1, 10:] += 1
+        masked[3, 19] = -2
+        swapped[0, [2, 3]] = swapped[0, [3, 2]]
+        for seg, row in ((gap, "[1]"), (masked, "[3]"), (swapped, "[0]"), (gap.long(), "[1]")):
+            check_errors(ops.ma_ppo_policy_loss, raw.ma_ppo_policy_loss, (x, x, x, seg, 0.2, 0.2, ratio),
+                         {"validate": True}, ValueError, "without gaps", row)  # fmt: skip
+            ops.ma_ppo_policy_loss(x, x, x, seg, ratio=ratio, validate=False)
+
     def test_names(self, device):
         mask = torch.ones(2, 4, dtype=torch.bool, device=device)
         seg, _ = ops.macro_segment_fixed(mask, 2)

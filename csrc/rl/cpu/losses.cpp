@@ -4,6 +4,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <string>
 #include <type_traits>
 #include <vector>
 
@@ -119,13 +120,47 @@ std::vector<RowSums> sum_rows(const Rows& rows, double micros_per_token, const M
   return sums;
 }
 
-std::vector<RowSums> policy_sums(const PolicyParams<float>& p) {
+// Whether segments are numbered in order, of rows that are about to be read anyway.
+class NumberedRows {
+ public:
+  NumberedRows(const SegmentRows& seg, bool wanted)
+      : seg_(seg), wrong_(wanted ? seg.rows.count : 0, 0) {}
+
+  // What a task does before a row.
+  auto looker() {
+    return [this, tokens = ValidTokens(seg_.rows.width)](int64_t row) mutable {
+      if (wrong_.empty()) return;
+      const Span span = seg_.rows[row];
+      wrong_[row] = numbered_segments(seg_.ids.from(span.begin), span.width, &tokens) < 0;
+    };
+  }
+  void check() const {
+    std::string rows;
+    int named = 0;
+    for (size_t b = 0; b < wrong_.size(); ++b)
+      if (wrong_[b] != 0 && named++ < 8) rows += (rows.empty() ? "" : ", ") + std::to_string(b);
+    TENFOLD_CHECK_VALUE(named == 0,
+                        "tenfold::ma_ppo_policy_loss: seg must number the macro actions of a row "
+                        "0, 1, ... without gaps, and be -1 at masked tokens; rows [",
+                        rows, "] do not");
+  }
+
+ private:
+  const SegmentRows& seg_;
+  std::vector<char> wrong_;
+};
+
+std::vector<RowSums> policy_sums(const PolicyParams<float>& p, NumberedRows* numbered) {
   if (p.rule.ratio != RatioBy::token)
     return sum_rows(p.seg.rows, kMicrosPerMacro, [&] {
-      return [rows = PolicyRows<float>(p)](int64_t row) mutable { return rows.run(row); };
+      return [look = numbered->looker(), rows = PolicyRows<float>(p)](int64_t row) mutable {
+        look(row);
+        return rows.run(row);
+      };
     });
   return sum_rows(p.seg.rows, kMicrosPerToken, [&] {
-    return [&p, ids = std::vector<int32_t>()](int64_t row) mutable {
+    return [&p, look = numbered->looker(), ids = std::vector<int32_t>()](int64_t row) mutable {
+      look(row);
       const Span span = p.seg.rows[row];
       const SegmentRow seg = p.seg[row];
       const auto* data = static_cast<const int32_t*>(seg.ids.data);
@@ -139,9 +174,12 @@ std::vector<RowSums> policy_sums(const PolicyParams<float>& p) {
   });
 }
 
-std::vector<RowSums> policy_sums(const PolicyParams<double>& p) {
+std::vector<RowSums> policy_sums(const PolicyParams<double>& p, NumberedRows* numbered) {
   return sum_rows(p.seg.rows, kMicrosPerMacro, [&] {
-    return [rows = PolicyRows<double>(p)](int64_t row) mutable { return rows.run(row); };
+    return [look = numbered->looker(), rows = PolicyRows<double>(p)](int64_t row) mutable {
+      look(row);
+      return rows.run(row);
+    };
   });
 }
 
@@ -208,8 +246,10 @@ RowSums finish(const std::vector<RowSums>& sums, const Rows& rows, const LossOut
 void policy_loss(const PolicyCall& call) {
   with_real(call.now, [&]<class T>() {
     const PolicyParams<T> p = call.params<T>();
-    write_policy_stats(finish(policy_sums(p), p.seg.rows, call.out, p.slope),
-                       data_as<float>(call.out.stats));
+    NumberedRows numbered(p.seg, call.validate);
+    const std::vector<RowSums> sums = policy_sums(p, &numbered);
+    numbered.check();
+    write_policy_stats(finish(sums, p.seg.rows, call.out, p.slope), data_as<float>(call.out.stats));
   });
 }
 

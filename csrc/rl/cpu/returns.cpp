@@ -308,27 +308,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ma_ppo_prepare_op(
   return {call.adv, call.ret, call.adv_m, call.ret_m, call.kl_row};
 }
 
-// All masked tokens of a row are -1.
-bool is_minus_one(const Ints& ids, int64_t width, int64_t valid) {
-  int64_t found = 0;
-  if (ids.wide) {
-    for (int64_t j = 0; j < width; ++j) found += ids[j] == -1;
-  } else {
-    const auto* seg = static_cast<const int32_t*>(ids.data);
-    found = TENFOLD_ISA_CALL(count_equal, seg, width, -1);
-  }
-  return found == width - valid;
-}
-
 bool is_wrong(const CheckParams& p, int64_t row, ValidTokens* tokens) {
   const Span span = p.rows[row];
-  const SegmentRow all{p.seg.from(span.begin), INT32_MAX};
-  tokens->read(all, span.width);
-  const int64_t count = tokens->count();
-  if (count < span.width && !is_minus_one(all.ids, span.width, count)) return true;
-  if (!tokens->consecutive()) return true;
-  const int64_t found = count > 0 ? tokens->segments()[count - 1] + 1 : 0;
-  return found > p.limit || (p.nseg.data != nullptr && p.nseg[row] != found);
+  const int64_t found = numbered_segments(p.seg.from(span.begin), span.width, tokens);
+  return found < 0 || found > p.limit || (p.nseg.data != nullptr && p.nseg[row] != found);
 }
 
 Tensor macro_segment_check_op(Tensor seg, OptTensor nseg, int64_t limit, OptTensor cu_seqlens) {

@@ -91,6 +91,27 @@ class ValidTokens {
   bool first_ = true, consecutive_ = false;
 };
 
+// All masked tokens of a row are -1.
+inline bool is_minus_one(const Ints& ids, int64_t width, int64_t valid) {
+  int64_t found = 0;
+  if (ids.wide) {
+    for (int64_t j = 0; j < width; ++j) found += ids[j] == -1;
+  } else {
+    const auto* seg = static_cast<const int32_t*>(ids.data);
+    found = TENFOLD_ISA_CALL(count_equal, seg, width, -1);
+  }
+  return found == width - valid;
+}
+
+// How many segments a row has if they are 0, 1, ... one after the other, and -1 elsewhere; else -1.
+inline int64_t numbered_segments(const Ints& ids, int64_t width, ValidTokens* tokens) {
+  tokens->read({ids, INT32_MAX}, width);
+  const int64_t count = tokens->count();
+  if (count < width && !is_minus_one(ids, width, count)) return -1;
+  if (!tokens->consecutive()) return -1;
+  return count > 0 ? tokens->segments()[count - 1] + 1 : 0;
+}
+
 // f(b, span, tokens) for every row.
 template <class F>
 void over_rows(const SegmentRows& seg, double micros_per_token, const F& f) {

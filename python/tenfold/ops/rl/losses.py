@@ -111,7 +111,7 @@ def ma_ppo_policy_loss(
         weight: with the last two ratios, a macro action counts once (``"macro"``) or per token
             (``"length"``).
         cu_seqlens: int32 or int64 [B + 1], where the rows of a packed batch begin, and N.
-        validate: check ``seg`` (and on a GPU ``cu_seqlens``) first, which waits for a GPU.
+        validate: check ``seg`` (and on a GPU ``cu_seqlens``), which waits for a GPU.
 
     Returns:
         (loss, stats): 0-d, and float32 [6] ``POLICY_STATS``: shares of terms clipped above and below, mean
@@ -121,12 +121,13 @@ def ma_ppo_policy_loss(
     Source:
         MA-RLHF (arXiv 2410.02743), objective of MA-PPO.
     """
-    if validate:
+    here = seg.device.type == "cpu"  # there the kernel looks at what it reads
+    if validate and not here:
         check_segments(seg, None, None, cu_seqlens)
     new = real(logp_new)
     old, a = (constant(x, new.dtype) for x in (logp_old, adv))
     return call(_policy, new, old, a, seg, eps_lo, eps_hi, ratio, agg, denom, weight=weight,
-                cu_seqlens=cu_seqlens)  # fmt: skip
+                cu_seqlens=cu_seqlens, validate=validate and here)  # fmt: skip
 
 
 def ma_ppo_value_loss(
