@@ -420,7 +420,7 @@ class TestErrors:
         loss, _ = ops.ma_ppo_policy_loss(x, x, x, good, ratio=ratio)
         assert loss == 0
         gap, masked, swapped = good.clone(), good.clone(), good.clone()
-        gap[1, 10:] += 1
+        gap[1, 12:] += 1
         masked[3, 19] = -2
         swapped[0, [2, 3]] = swapped[0, [3, 2]]
         for seg, row in ((gap, "[1]"), (masked, "[3]"), (swapped, "[0]"), (gap.long(), "[1]")):
