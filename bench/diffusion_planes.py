@@ -61,7 +61,7 @@ def _case(s: Shape, gradient: bool = False) -> Case:
     return Case(
         op="conv1d_planes", variant="gradient" if gradient else "", shape=s, dtype=torch.float32, inputs=_inputs,
         bytes=lambda s, size: (2 if gradient else 1) * n * (OWN + OUT) * size,
-        flops=lambda s: (3 if gradient else 1) * 2 * n * OWN * OUT * SIZE,
+        flops=lambda s: (3 if gradient else 1) * 2 * n * OWN * OUT * SIZE, peak="fma_fp32",
         providers=providers, reference=pulled_back(_defined, *names) if gradient else _defined, tolerance=1e-4,
         quick=s == SMALL,
     )  # fmt: skip

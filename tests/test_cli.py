@@ -763,7 +763,10 @@ class TestBench:
     @pytest.mark.parametrize(
         "arguments, words",
         [
-            (["nothing"], "unknown family 'nothing'; there are: attention, influence, kv_eviction"),
+            (
+                ["nothing"],
+                "unknown family 'nothing'; there are: attention, diffusion, influence, kv_eviction",
+            ),
             (["--quick", "--select", "nothing-like-this"], "contains 'nothing-like-this'"),
             (["--device", "abacus"], "--device takes cpu or cuda, got 'abacus'"),
         ],

@@ -3,12 +3,11 @@
 import functools
 import itertools
 import math
+import random
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from linear_loss_cases import FACES, NAMES, OPTIONS, compare, problem, step
 
 import tenfold
@@ -63,15 +62,12 @@ def test_every_instruction_set_meets_the_rule(isa, dtype):
 
 
 # The same draws every time: a search for the worst finds, in one run of many, a sample where plain PyTorch was lucky.
-@settings(
-    max_examples=40, deadline=None, derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)  # fmt: skip
-@given(
-    n=st.integers(0, 70), h=st.integers(1, 70), v=st.integers(4, 140), dtype=st.sampled_from(DTYPES),
-    face=st.sampled_from(sorted(FACES)), name=st.sampled_from(sorted(OPTIONS)), seed=st.integers(0, 99),
-)  # fmt: skip
-def test_odd_shapes(device, n, h, v, dtype, face, name, seed):
+# (Not by hypothesis, which also draws numbers that it finds in the modules that happen to be loaded.)
+@pytest.mark.parametrize("draw", range(40))
+def test_odd_shapes(draw, device):
+    of = random.Random(draw)
+    n, h, v, seed = of.randint(0, 70), of.randint(1, 70), of.randint(4, 140), of.randint(0, 99)
+    dtype, face, name = of.choice(DTYPES), of.choice(sorted(FACES)), of.choice(sorted(OPTIONS))
     options = OPTIONS[name] if face == "cross_entropy" else {"temperature": 0.5 + seed / 50}
     samples = max(4, 300 // (n * h)) if n else 1  # numbers enough
     compare((n, h, v), dtype, device, face, seed=seed, samples=samples, **options)
