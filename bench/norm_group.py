@@ -78,7 +78,8 @@ def _case(
         op="gn1_gelu" + "_" * into, variant=variant, shape=s, dtype=dtype, inputs=_inputs,
         bytes=lambda s, size: (2 + adds + 3 * gradient) * n * size, providers=providers, reference=wanted,
         tolerance=(10 if gradient else 1) * TOLERANCE[dtype], mode="out" if into else "functional",
-        mutates=("y",) if into else (), quick=s == SMALL or (into and dtype == torch.bfloat16), memory=gradient and s == LONG and dtype == torch.float32,
+        mutates=("y",) if into else (), quick=s == SMALL or (into and dtype == torch.bfloat16),
+        memory=gradient and s == LONG and dtype == torch.float32,
     )  # fmt: skip
 
 
