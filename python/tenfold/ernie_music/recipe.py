@@ -100,7 +100,10 @@ def make_clip(
 ) -> tuple[np.ndarray, dict[str, Any]] | None:
     """(waveform float32 [S], what is known about it) of a random place of a score; None where little sounds."""
     rng = np.random.default_rng(list(seed))
-    pick = lambda values: str(values[int(rng.integers(len(values)))])  # noqa: E731
+
+    def pick(values: Sequence[str]) -> str:
+        return str(values[int(rng.integers(len(values)))])
+
     about: dict[str, Any] = {
         "instrument": pick(config.instruments),
         "register": pick(config.registers),

@@ -57,8 +57,11 @@ def offline_encoder() -> TextStates:
 def material(config: RecipeConfig) -> tuple[AudioTexts, AudioTexts]:
     """(training, held-out) pieces in memory, rendered at the model's rate."""
     made = make_rows(config)
-    train_rows, test_rows = (rows_of(made[n], config.sample_rate) for n in ("train", "test"))
-    return tuple(AudioTexts(r, config.sample_rate, 1) for r in (train_rows, test_rows))  # type: ignore[return-value]
+    train, test = (
+        AudioTexts(rows_of(made[n], config.sample_rate), config.sample_rate, 1)
+        for n in ("train", "test")
+    )
+    return train, test
 
 
 def held_out_prompts(test: AudioTexts, count: int) -> tuple[list[str], list[dict[str, Any]]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from tenfold.training.checks import integers
 BAG, PACKAGED = "bag", "minilm"
 
 
-class TextStates:
+class TextStates(ABC):
     """What every encoder does: prompts in a batch, padded, and remembered.
 
     A subclass has ``name``, ``width`` (d_E) and ``_encode``. An empty prompt is no text: its row of the mask is False.
@@ -34,8 +35,9 @@ class TextStates:
         self.cache_size = cache_size
         self._known: OrderedDict[str, Tensor] = OrderedDict()
 
+    @abstractmethod
     def _encode(self, texts: list[str]) -> list[Tensor]:
-        raise NotImplementedError
+        """States [N, width] of each text, which is not empty."""
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
