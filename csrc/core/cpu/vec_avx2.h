@@ -293,6 +293,11 @@ inline void store_where(fp16_t* p, VM m, VF a) {
 inline VI load_halves(const uint16_t* p) {
   return {_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
 }
+// The lower halves, of lanes below 2^16.
+inline void store_halves(uint16_t* p, VI a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm_packus_epi32(_mm256_castsi256_si128(a.v), _mm256_extracti128_si256(a.v, 1)));
+}
 // 1 where m, else 0.
 inline void store_bytes(uint8_t* p, VM m) {
   const __m256i wide = _mm256_srli_epi32(_mm256_castps_si256(m.v), 31);

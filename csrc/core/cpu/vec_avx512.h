@@ -281,6 +281,10 @@ inline void store_where(fp16_t* p, VM m, VF a) {
 inline VI load_halves(const uint16_t* p) {
   return {_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
+// The lower halves, of lanes below 2^16.
+inline void store_halves(uint16_t* p, VI a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(a.v));
+}
 // 1 where m, else 0.
 inline void store_bytes(uint8_t* p, VM m) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_maskz_set1_epi8(m, 1));

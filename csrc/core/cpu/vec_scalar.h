@@ -307,6 +307,10 @@ inline void store_where(T* p, VM m, VF a) {
 inline VI load_halves(const uint16_t* p) {
   return {{p[0], p[1], p[2], p[3]}};
 }
+// The lower halves, of lanes below 2^16.
+inline void store_halves(uint16_t* p, VI a) {
+  TENFOLD_LANES p[i] = static_cast<uint16_t>(a.v[i]);
+}
 // 1 where m, else 0.
 inline void store_bytes(uint8_t* p, VM m) {
   TENFOLD_LANES p[i] = m.v[i] ? 1 : 0;

@@ -1,6 +1,7 @@
 #include "loss/cpu/linear_cross_entropy.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <memory>
@@ -17,6 +18,8 @@ constexpr int64_t kRows = 512;  // of a chunk: a tile's logits fit the second ca
 // Of kept logits: beside grad_weight, and where it is not wanted, nor its memory needed.
 constexpr int64_t kWorkspaceBytes = int64_t{4} << 20, kFrozenBytes = int64_t{128} << 20;
 constexpr int64_t kBlockBytes = int64_t{8} << 20;  // of packed operands of grad_hidden
+
+constexpr double kLog2e = 1.4426950408889634;
 
 double micros(int64_t flops) {
   return static_cast<double>(flops) / 5e4;  // of a thread; for the size of tasks only
@@ -120,7 +123,7 @@ void LinearLoss::logits(Chunk& c, const Kept& kept, RowSums* sums) const {
     for (int64_t t = begin; t < end; ++t) {
       const int64_t v = t * kLceTile, n = std::min(kLceTile, p_.vocab - v);
       TENFOLD_ISA_CALL_AS(isa_, lce_logits, p_, c, v, n, at[0], at[1], at[2]);
-      TENFOLD_ISA_CALL_AS(isa_, lce_sums, p_, c, n, at[2], wants_entropy_,
+      TENFOLD_ISA_CALL_AS(isa_, lce_sums, p_, c, n, at[2], wants_entropy_, LceExps{},
                           parts[0] + t * 3 * c.pitch);
       if (keep != nullptr)
         TENFOLD_ISA_CALL_AS(isa_, lce_keep, c, n, at[2], keep + v * kept.pitch, kept.pitch);
@@ -167,22 +170,31 @@ void LinearLoss::block_gradients(const Chunk& c, const Block& b, const Kept& kep
   const int64_t widest = lce_whole(ceil_div(p_.dim, across.count), kLceLanes) + kLceLanes;
   const bool for_weight = weight.out != nullptr;
   const float* const keep = kept_logits(kept, c.index);
-  const bool again = keep == nullptr;
+  const bool by_exps = kept.exps.data != nullptr && c.index == 0;
+  const bool again = keep == nullptr && !by_exps;
   parallel_for(b.tiles, micros(2 * kLceTile * c.count * p_.dim), [&](int64_t begin, int64_t end) {
     const Floats at{
         again ? lce_panels_size(packing_.tokens, words(p_.dim), packing_.panel) : 0,
-        again ? 8 * lce_whole(p_.dim, 16) : 0, again ? kLceTile * c.pitch : 0,
+        again ? 8 * lce_whole(p_.dim, 16) : 0,
+        again ? kLceTile * c.pitch : 0,
         for_weight ? lce_panels_size(kLceTile, words(lce_whole(c.count, 16)), packing_.panel) : 0,
-        for_weight ? kLceTile * lce_pitch(widest) : 0};
+        for_weight ? kLceTile * lce_pitch(widest) : 0,
+        by_exps ? c.pitch : 0};
     for (int64_t t = begin; t < end; ++t) {
       const int64_t from = t * kLceTile, v = b.first * kLceTile + from;
       const int64_t n = std::min(kLceTile, p_.vocab - v);
       if (again) TENFOLD_ISA_CALL_AS(isa_, lce_logits, p_, c, v, n, at[0], at[1], at[2]);
-      TENFOLD_ISA_CALL_AS(
-          isa_, lce_deltas, p_, c, v, n, again ? at[2] : keep + v * kept.pitch,
-          again ? c.pitch : kept.pitch,
-          hidden != nullptr ? b.by_row + from / packing_.word * packing_.panel : nullptr, stride,
-          for_weight ? at[3] : nullptr);
+      if (by_exps) {
+        const LceExps exps{kept.exps.data + v * kept.exps.pitch, kept.exps.pitch};
+        TENFOLD_ISA_CALL_AS(isa_, lce_exps_by_token, p_, c, v, n, exps,
+                            kept.tops + (b.first + t) * c.pitch, at[5], at[3]);
+      } else {
+        TENFOLD_ISA_CALL_AS(
+            isa_, lce_deltas, p_, c, v, n, again ? at[2] : keep + v * kept.pitch,
+            again ? c.pitch : kept.pitch,
+            hidden != nullptr ? b.by_row + from / packing_.word * packing_.panel : nullptr, stride,
+            for_weight ? at[3] : nullptr);
+      }
       if (hidden != nullptr)
         TENFOLD_ISA_CALL_AS(isa_, lce_pack_weight, p_, v, n, from / packing_.word, b.depth,
                             b.weight);
@@ -270,6 +282,7 @@ void LinearLoss::gradients(int64_t first, int64_t last, const Kept& kept, const 
       if (!c || many > 1) {
         c = pack(i, for_weight);
         set_slopes(*c, lse, slopes);
+        if (kept.exps.data != nullptr && i == 0) std::copy_n(kept.logp, c->count, c->chosen);
       }
       const bool stored = i + 1 == last || !wide;
       const WeightSums weight{stored ? to : floats, stored ? p_.dtype : Dtype::f32,
@@ -280,6 +293,120 @@ void LinearLoss::gradients(int64_t first, int64_t last, const Kept& kept, const 
   }
   for (int64_t i = first; for_hidden && i < last; ++i)
     store_hidden(i, memory[2] + (i - first) * hidden_size, out.hidden);
+}
+
+// -- gradients from exponentials ----------------------------------------------------------------
+//
+// Where d of a logit is its probability times a slope of the row, but for the target, grad_hidden
+// needs no lse before its end: its sums are those of exponentials, as in attention. So weight is
+// read once for the logits and for grad_hidden, while it is near; and the exponentials, rounded
+// less than d will be, wait in the rows of grad_weight that will replace them.
+
+// Step 1 of a block, and its weight packed for grad_hidden while it is near.
+void LinearLoss::exps_of_block(Chunk& c, const Block& b, const LceExps& exps, float* of_tiles,
+                               bool for_hidden) const {
+  parallel_for(b.tiles, micros(2 * kLceTile * c.count * p_.dim), [&](int64_t begin, int64_t end) {
+    const Floats at{lce_panels_size(packing_.tokens, words(p_.dim), packing_.panel),
+                    8 * lce_whole(p_.dim, 16), kLceTile * c.pitch};
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t from = t * kLceTile, v = b.first * kLceTile + from;
+      const int64_t n = std::min(kLceTile, p_.vocab - v);
+      TENFOLD_ISA_CALL_AS(isa_, lce_logits, p_, c, v, n, at[0], at[1], at[2]);
+      const LceExps to{exps.data != nullptr ? exps.data + from * exps.pitch : nullptr, exps.pitch};
+      TENFOLD_ISA_CALL_AS(isa_, lce_sums, p_, c, n, at[2], false, to,
+                          of_tiles + (b.first + t) * 3 * c.pitch);
+      if (for_hidden)
+        TENFOLD_ISA_CALL_AS(isa_, lce_pack_weight, p_, v, n, from / packing_.word, b.depth,
+                            b.weight);
+    }
+  });
+}
+
+// sums += exps 2^-base weight of a block; base is raised first where it must be.
+void LinearLoss::add_hidden(const Chunk& c, const Block& b, const LceExps& exps,
+                            const float* of_tiles, std::vector<float>* base, float* sums) const {
+  const auto top = [&](int64_t t) { return of_tiles + (b.first + t) * 3 * c.pitch; };
+  for (int64_t m = 0; m < c.count; ++m) {
+    float& low = (*base)[m];
+    const float before = low;
+    for (int64_t t = 0; t < b.tiles; ++t) {
+      const double x = std::ceil(top(t)[m] * kLog2e);
+      if (std::abs(x) < 1e30 && x > low) low = static_cast<float>(x);
+    }
+    if (b.first == 0 || low == before) continue;
+    const float factor = std::ldexp(1.0f, static_cast<int>(std::max(before - low, -1000.0f)));
+    for (int64_t i = 0; i < p_.dim; ++i) sums[m * hidden_pitch() + i] *= factor;
+  }
+  const int64_t stride = lce_panel_stride(b.depth, packing_.panel);
+  parallel_for(
+      b.tiles, 1e-3 * static_cast<double>(kLceTile * c.count), [&](int64_t begin, int64_t end) {
+        const Floats factor{c.pitch};
+        for (int64_t t = begin; t < end; ++t) {
+          const int64_t from = t * kLceTile;
+          const int64_t n = std::min(kLceTile, b.tokens - from);
+          TENFOLD_ISA_CALL_AS(isa_, lce_row_factors, c, top(t), base->data(), factor[0]);
+          TENFOLD_ISA_CALL_AS(isa_, lce_exps_by_row, p_.dtype, c, n,
+                              LceExps{exps.data + from * exps.pitch, exps.pitch}, factor[0],
+                              b.by_row + from / packing_.word * packing_.panel, stride);
+        }
+      });
+  hidden_tiles(c, b, sums, b.first > 0);
+}
+
+void LinearLoss::gradients_by_exps(RowSums* sums, const Slopes& slopes, const GradientsOut& out) {
+  const bool for_hidden = out.hidden != nullptr;
+  const bool inside = out.weight != nullptr && chunk_rows_ <= p_.dim;
+  const int64_t pitch = lce_pitch(chunk_rows_);
+  const int64_t tiles = for_hidden ? block_tiles() : tiles_, depth = words(tiles * kLceTile);
+  const Floats memory{for_hidden ? lce_panels_size(chunk_rows_, depth, packing_.panel) : 0,
+                      for_hidden ? lce_lanes_size(p_.dim, depth) : 0,
+                      for_hidden ? lce_whole(chunk_rows_, 16) * hidden_pitch() : 0,
+                      3 * tiles_ * pitch,
+                      inside ? tiles_ * pitch : 0,
+                      for_hidden ? tiles * kLceTile * pitch / 2 : 0};
+  float* const of_tiles = memory[3];
+  for (int64_t i = 0; i < chunks(); ++i) {
+    Chunk c = pack(i, false);
+    const bool keep = inside && i == 0;
+    std::vector<float> base(c.pitch, -1e30f);
+    for (int64_t t = 0; t < tiles_; t += tiles) {
+      const int64_t n = std::min(tiles, tiles_ - t), v = t * kLceTile;
+      const Block b{t, n, std::min(p_.vocab - v, n * kLceTile), depth, memory[0], memory[1]};
+      LceExps exps{};
+      if (keep) {
+        exps = {static_cast<uint16_t*>(out.weight) + v * p_.dim, p_.dim};
+      } else if (for_hidden) {
+        exps = {reinterpret_cast<uint16_t*>(memory[5]), pitch};
+      }
+      exps_of_block(c, b, exps, of_tiles, for_hidden);
+      if (for_hidden) add_hidden(c, b, exps, of_tiles, &base, memory[2]);
+    }
+    for (int64_t t = 0; keep && t < tiles_; ++t)
+      std::copy_n(of_tiles + t * 3 * c.pitch, c.pitch, memory[4] + t * c.pitch);
+    add_up(c, of_tiles, sums);
+    if (!for_hidden) continue;
+    set_slopes(c, sums->lse.data(), slopes);
+    std::atomic<bool> strange = false;
+    parallel_for(c.count, 1e-4 * static_cast<double>(p_.dim), [&](int64_t begin, int64_t end) {
+      for (int64_t m = begin; m < end; ++m) {
+        const double factor = std::exp2(base[m] - c.lse[m] * kLog2e) * c.of_p[m];
+        const bool finite =
+            TENFOLD_ISA_CALL_AS(isa_, lce_finish_row, p_, c.target[m], static_cast<float>(factor),
+                                c.of_id[m], memory[2] + m * hidden_pitch());
+        if (!finite && std::isfinite(c.lse[m])) strange = true;
+      }
+    });
+    // An infinite weight of the target: not p times it plus 1 times it.
+    if (strange) {
+      gradients(i, i + 1, {}, sums->lse.data(), slopes, {out.hidden, nullptr});
+    } else {
+      store_hidden(i, memory[2], out.hidden);
+    }
+  }
+  if (out.weight == nullptr) return;
+  auto* const exps = inside ? static_cast<uint16_t*>(out.weight) : nullptr;
+  gradients(0, chunks(), {nullptr, 0, 0, 0, {exps, p_.dim}, memory[4], sums->logp.data()},
+            sums->lse.data(), slopes, {nullptr, out.weight});
 }
 
 void LinearLoss::forward(RowSums* sums) {
@@ -304,13 +431,16 @@ void LinearLoss::forward_gradients(RowSums* sums, const Slopes& slopes, const Gr
   clear(out);
   if (count() == 0) return;
   plan();
+  if (p_.dtype == Dtype::bf16 && p_.softcap <= 0.0f) return gradients_by_exps(sums, slopes, out);
   const int64_t row_bytes = p_.dim * dtype_size(p_.dtype), row_floats = row_bytes / 4;
   const int64_t pitch = lce_pitch(chunk_rows_), size = p_.vocab * pitch;
   const bool inside = out.weight != nullptr && row_bytes % 4 == 0 && chunk_rows_ <= row_floats;
   const int64_t fit = (out.weight != nullptr ? kWorkspaceBytes : kFrozenBytes) / (4 * size);
   const bool by_chunk = !inside && fit > 0 && (p_.dtype == Dtype::f32 || out.weight == nullptr);
-  Kept kept{nullptr, inside ? row_floats : pitch, 0,
-            inside || by_chunk ? 1 : std::min(fit, chunks())};
+  Kept kept{nullptr, inside ? row_floats : pitch,
+            0,       inside || by_chunk ? 1 : std::min(fit, chunks()),
+            {},      nullptr,
+            nullptr};
   const Floats workspace{inside ? 0 : kept.chunks * size};
   kept.data = inside ? static_cast<float*>(out.weight) : workspace[0];
   for (int64_t i = 0; i < chunks(); ++i) {

@@ -40,10 +40,13 @@ class LinearLoss {
   void backward(const float* lse, const Slopes& slopes, const GradientsOut& out);
 
  private:
-  // Logits of the first `chunks` chunks from `first` on: of each [vocab][pitch].
+  // Logits of the first `chunks` chunks from `first` on: of each [vocab][pitch]. Or exps of the
+  // first chunk, likewise, the maxima of its tiles and the targets' log-probabilities.
   struct Kept {
     float* data;
     int64_t pitch, first, chunks;
+    LceExps exps;
+    const float *tops, *logp;
   };
   struct Chunk;
   struct Block;
@@ -56,6 +59,11 @@ class LinearLoss {
   void logits(Chunk& c, const Kept& kept, RowSums* sums) const;
   void add_up(Chunk& c, float* of_tiles, RowSums* sums) const;
   void set_slopes(Chunk& c, const float* lse, const Slopes& slopes) const;
+  void gradients_by_exps(RowSums* sums, const Slopes& slopes, const GradientsOut& out);
+  void exps_of_block(Chunk& c, const Block& b, const LceExps& exps, float* of_tiles,
+                     bool for_hidden) const;
+  void add_hidden(const Chunk& c, const Block& b, const LceExps& exps, const float* of_tiles,
+                  std::vector<float>* base, float* sums) const;
   void gradients(int64_t first, int64_t last, const Kept& kept, const float* lse,
                  const Slopes& slopes, const GradientsOut& out) const;
   void block_gradients(const Chunk& c, const Block& b, const Kept& kept, const WeightSums& weight,

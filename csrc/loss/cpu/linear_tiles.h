@@ -36,6 +36,13 @@ struct LceChunk {
   const float *lse, *of_p, *of_id, *of_entropy, *entropy;  // both null if 0
 };
 
+// exp of the logits of a tile less the row's largest of the tile, in 16 bits: rows of tokens
+// `pitch` apart. They need a factor a row to be probabilities.
+struct LceExps {
+  uint16_t* data;
+  int64_t pitch;
+};
+
 // Panels lie an odd number of cache lines apart: a power of two would put what is written together
 // into one cache set.
 constexpr int64_t kLcePad = 16;
@@ -80,9 +87,9 @@ TENFOLD_ISA_DECLARE(void lce_pack_cols(const LceProblem& p, const LceChunk& c, i
 TENFOLD_ISA_DECLARE(void lce_logits(const LceProblem& p, const LceChunk& c, int64_t v, int64_t n,
                                     float* panels, float* staged, float* x))
 // Of a tile: maximum, sum of exp and of exp times distance from the maximum (if wanted): pitch
-// each.
+// each. exps: where each exp goes, or null.
 TENFOLD_ISA_DECLARE(void lce_sums(const LceProblem& p, const LceChunk& c, int64_t n, const float* x,
-                                  bool weighted, float* sums))
+                                  bool weighted, const LceExps& exps, float* sums))
 // Of all `tiles`, 3 pitch apart, in order, into the first ones'.
 TENFOLD_ISA_DECLARE(void lce_join(const LceChunk& c, int64_t tiles, bool weighted, float* sums))
 // x to rows `kept_pitch` apart.
@@ -93,6 +100,22 @@ TENFOLD_ISA_DECLARE(void lce_keep(const LceChunk& c, int64_t n, const float* x, 
 TENFOLD_ISA_DECLARE(void lce_deltas(const LceProblem& p, const LceChunk& c, int64_t v, int64_t n,
                                     const float* x, int64_t x_pitch, float* by_row, int64_t stride,
                                     float* by_token))
+// Step 2 from exps, where d is a probability times a slope of the row, less the target's part:
+// factors of a tile whose maxima are `top` to 2^base, whole numbers not below any maximum / ln 2.
+// Their mantissas do not depend on the base, so that sums do not depend on when it was raised.
+TENFOLD_ISA_DECLARE(void lce_row_factors(const LceChunk& c, const float* top, const float* base,
+                                         float* factor))
+// exps times factors -> by_row as above.
+TENFOLD_ISA_DECLARE(void lce_exps_by_row(Dtype dtype, const LceChunk& c, int64_t n,
+                                         const LceExps& exps, const float* factor, float* by_row,
+                                         int64_t stride))
+// d -> by_token as above. factor: room for a float a row; c.chosen holds log-probabilities here.
+TENFOLD_ISA_DECLARE(void lce_exps_by_token(const LceProblem& p, const LceChunk& c, int64_t first,
+                                           int64_t n, const LceExps& exps, const float* top,
+                                           float* factor, float* by_token))
+// sums = factor sums + of_target weight[target]; whether all sums were finite.
+TENFOLD_ISA_DECLARE(bool lce_finish_row(const LceProblem& p, int64_t target, float factor,
+                                        float of_target, float* sums))
 // Tokens [v, v + n) of weight -> tiles of lanes, `depth` words of tokens each; these from `at` on.
 TENFOLD_ISA_DECLARE(void lce_pack_weight(const LceProblem& p, int64_t v, int64_t n, int64_t at,
                                          int64_t depth, float* cols))

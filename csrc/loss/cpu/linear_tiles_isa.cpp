@@ -106,9 +106,9 @@ inline int64_t token_stride(const LceChunk& c) {
 
 #if defined(TENFOLD_ISA_AMX)
 // Blocks of 32 tokens x 16 rows: a tile of rows, and halves of the rows of two tiles of tokens.
-void put_deltas(const Delta& delta, int64_t n, const float* x, int64_t pitch, float* by_row,
-                int64_t stride, float* by_token, int64_t token_stride) {
-  const int64_t rows = lce_whole(delta.c.count, 16);
+template <class Deltas>
+void put_tiles(const Deltas& deltas, int64_t rows, int64_t n, float* by_row, int64_t stride,
+               float* by_token, int64_t token_stride) {
   const VF none = set1(0.0f);
   const auto store_half = [](float* to, __m256i half) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), half);
@@ -119,7 +119,7 @@ void put_deltas(const Delta& delta, int64_t n, const float* x, int64_t pitch, fl
       const bool is_last = m + 16 == rows && m % kAmxDepth == 0;
       for (int i = 0; i < kAmxDepth; i += 2) {
         const auto at = [&](int j) __attribute__((always_inline)) {
-          return v + j < n ? delta(load(x + (v + j) * pitch + m), m, none) : none;
+          return v + j < n ? deltas(v + j, m) : none;
         };
         const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(at(i + 1).v, at(i).v);
         if (by_row != nullptr) store(pairs + i / 2 * 16, pair_halves(both));
@@ -139,24 +139,32 @@ void put_deltas(const Delta& delta, int64_t n, const float* x, int64_t pitch, fl
 }
 #endif
 
-template <bool Dot>
-void put_deltas_by_eight(const Delta& delta, int64_t n, const float* x, int64_t pitch,
-                         float* by_row, int64_t stride, float* by_token, int64_t token_stride) {
+template <bool Dot, class Deltas>
+void put_by_eight(const Deltas& deltas, int64_t rows, int64_t n, float* by_row, int64_t stride,
+                  float* by_token, int64_t token_stride) {
   constexpr int kWord = Dot ? 2 : 1;
   const VF none = set1(0.0f);
-  const int64_t rows = lce_whole(delta.c.count, 16);
   alignas(64) float d[8 * kSpan];
   for (int64_t v = 0; v < n; v += 8)
     for (int64_t m = 0; m < rows; m += kSpan) {
       for (int i = 0; i < 8; ++i)
-        for (int lane = 0; lane < kSpan; lane += kWidth) {
-          const float* const at = x + (v + i) * pitch + m + lane;
-          store(d + i * kSpan + lane, v + i < n ? delta(load(at), m + lane, none) : none);
-        }
+        for (int lane = 0; lane < kSpan; lane += kWidth)
+          store(d + i * kSpan + lane, v + i < n ? deltas(v + i, m + lane) : none);
       if (by_row != nullptr) put_by_row<Dot>(d, by_row + m / 8 * stride + v / kWord * 8, stride);
       if (by_token != nullptr)
         put_by_token<Dot>(d, by_token + v / 8 * token_stride + m / kWord * 8);
     }
+}
+
+// Packs deltas(v, m), those of token v and the rows from m on, for one or both products.
+template <bool Dot, class Deltas>
+void put_deltas(const LceChunk& c, const Deltas& deltas, int64_t n, float* by_row, int64_t stride,
+                float* by_token) {
+  const int64_t rows = lce_whole(c.count, 16), by = token_stride<Dot>(c);
+#if defined(TENFOLD_ISA_AMX)
+  if constexpr (Dot) return put_tiles(deltas, rows, n, by_row, stride, by_token, by);
+#endif
+  put_by_eight<Dot>(deltas, rows, n, by_row, stride, by_token, by);
 }
 
 template <bool Dot>
@@ -164,13 +172,10 @@ void make_deltas(const LceProblem& p, const LceChunk& c, int64_t first, int64_t 
                  int64_t pitch, float* by_row, int64_t stride, float* by_token) {
   const Delta delta(p, c);
   constexpr int kRows = kPackRows<Dot>;
-  const int64_t by = token_stride<Dot>(c);
-#if defined(TENFOLD_ISA_AMX)
-  if constexpr (Dot) {
-    put_deltas(delta, n, x, pitch, by_row, stride, by_token, by);
-  } else
-#endif
-    put_deltas_by_eight<Dot>(delta, n, x, pitch, by_row, stride, by_token, by);
+  const VF none = set1(0.0f);
+  put_deltas<Dot>(
+      c, [&](int64_t v, int64_t m) { return delta(load(x + v * pitch + m), m, none); }, n, by_row,
+      stride, by_token);
   // Where the target is, with one rounding.
   for (int64_t m = 0; m < c.count; ++m) {
     const int64_t v = c.target[m] - first;
@@ -180,13 +185,25 @@ void make_deltas(const LceProblem& p, const LceChunk& c, int64_t first, int64_t 
     for (int i = 0; i < kWidth; ++i) one[i] = i == lane ? c.of_id[m] : 0.0f;
     store(one, delta(load(x + v * pitch + m - lane), m - lane, load(one)));
     if (by_row != nullptr) put_one<Dot>(by_row + m / kRows * stride, v, m % kRows, one[lane]);
-    if (by_token != nullptr) put_one<Dot>(by_token + v / kRows * by, m, v % kRows, one[lane]);
+    if (by_token != nullptr)
+      put_one<Dot>(by_token + v / kRows * token_stride<Dot>(c), m, v % kRows, one[lane]);
   }
 }
 
-// Of 16 rows: maximum of their logits, sum of exp, and of exp times distance from the maximum.
-inline void sums_of(const float* x, int64_t pitch, int64_t n, VF scale, bool weighted, float* max,
-                    float* sum, float* by_distance) {
+// An exponential, at most 1 or NaN, as 8 bits of exponent and 8 of significand: one more than bf16
+// has, in the place of the sign.
+inline void put_exp(uint16_t* to, VF e) {
+  store_halves(to, shr<15>(bits(e) + seti(1u << 14)) & seti(0xFFFFu));
+}
+inline VF get_exp(const uint16_t* from) {
+  return from_bits(shr<1>(bits(load(reinterpret_cast<const bf16_t*>(from)))));
+}
+
+// Of rows: maximum of their logits, sum of exp, and of exp times distance from the maximum. Where
+// exps are kept, those of a token go to rows `exps.pitch` apart.
+template <bool kKeep>
+inline void sums_of(const float* x, int64_t pitch, int64_t n, VF scale, bool weighted,
+                    const LceExps& exps, float* max, float* sum, float* by_distance) {
   VF top[2] = {set1(kLowest), set1(kLowest)};
   for (int64_t v = 0; v < n; ++v) top[v % 2] = vmax(top[v % 2], load(x + v * pitch));
   top[0] = vmax(top[0], top[1]);
@@ -195,6 +212,7 @@ inline void sums_of(const float* x, int64_t pitch, int64_t n, VF scale, bool wei
   for (int64_t v = 0; v < n; ++v) {
     const VF d = (load(x + v * pitch) - top[0]) * scale, e = exp(d);
     total[v % 2] = total[v % 2] + e;
+    if constexpr (kKeep) put_exp(exps.data + v * exps.pitch, e);
     if (weighted)  // not -inf times 0
       distance[v % 2] = fma(select(lt(d, lowest), set1(0.0f), d), e, distance[v % 2]);
   }
@@ -276,10 +294,12 @@ void lce_logits(const LceProblem& p, const LceChunk& c, int64_t v, int64_t n, fl
 }
 
 void lce_sums(const LceProblem& p, const LceChunk& c, int64_t n, const float* x, bool weighted,
-              float* sums) {
-  for (int64_t m = 0; m < c.count; m += kWidth)
-    sums_of(x + m, c.pitch, n, set1(p.scale), weighted, sums + m, sums + c.pitch + m,
-            sums + 2 * c.pitch + m);
+              const LceExps& exps, float* sums) {
+  for (int64_t m = 0; m < lce_whole(c.count, 16); m += kWidth) {
+    const auto of_rows = exps.data != nullptr ? sums_of<true> : sums_of<false>;
+    of_rows(x + m, c.pitch, n, set1(p.scale), weighted, {exps.data + m, exps.pitch}, sums + m,
+            sums + c.pitch + m, sums + 2 * c.pitch + m);
+  }
 }
 
 void lce_join(const LceChunk& c, int64_t tiles, bool weighted, float* sums) {
@@ -310,6 +330,65 @@ void lce_deltas(const LceProblem& p, const LceChunk& c, int64_t v, int64_t n, co
                 int64_t x_pitch, float* by_row, int64_t stride, float* by_token) {
   with_dtype(p.dtype, [&]<class T, bool Dot>() {
     make_deltas<Dot>(p, c, v, n, x, x_pitch, by_row, stride, by_token);
+  });
+}
+
+void lce_row_factors(const LceChunk& c, const float* top, const float* base, float* factor) {
+  for (int64_t m = 0; m < lce_whole(c.count, 16); m += kWidth) {
+    const VF t = vmax(set1(-1e30f), load(top + m) * set1(kLog2e)), n = rint(t);
+    store(factor + m, exp2_of_parts(vmax(set1(-151.0f), n - load(base + m)), t - n));
+  }
+}
+
+void lce_exps_by_row(Dtype dtype, const LceChunk& c, int64_t n, const LceExps& exps,
+                     const float* factor, float* by_row, int64_t stride) {
+  with_dtype(dtype, [&]<class T, bool Dot>() {
+    put_deltas<Dot>(
+        c,
+        [&](int64_t v, int64_t m) {
+          return get_exp(exps.data + v * exps.pitch + m) * load(factor + m);
+        },
+        n, by_row, stride, nullptr);
+  });
+}
+
+void lce_exps_by_token(const LceProblem& p, const LceChunk& c, int64_t first, int64_t n,
+                       const LceExps& exps, const float* top, float* factor, float* by_token) {
+  for (int64_t m = 0; m < lce_whole(c.count, 16); m += kWidth) {
+    const VF t = load(top + m), lse = load(c.lse + m);  // both may be infinite
+    store(factor + m, exp(select(eq(t, lse), set1(0.0f), t - lse)) * load(c.of_p + m));
+  }
+  with_dtype(p.dtype, [&]<class T, bool Dot>() {
+    put_deltas<Dot>(
+        c,
+        [&](int64_t v, int64_t m) {
+          return get_exp(exps.data + v * exps.pitch + m) * load(factor + m);
+        },
+        n, nullptr, 0, by_token);
+    // Where the target is, with one rounding: what is left of 1 may be small.
+    constexpr int kRows = kPackRows<Dot>;
+    for (int64_t m = 0; m < c.count; ++m) {
+      const int64_t v = c.target[m] - first;
+      if (v < 0 || v >= n) continue;
+      float one[kWidth];
+      store(one, fma(exp(set1(c.chosen[m])), set1(c.of_p[m]), set1(c.of_id[m])));
+      put_one<Dot>(by_token + v / kRows * token_stride<Dot>(c), m, v % kRows, one[0]);
+    }
+  });
+}
+
+bool lce_finish_row(const LceProblem& p, int64_t target, float factor, float of_target,
+                    float* sums) {
+  return with_dtype(p.dtype, [&]<class T, bool Dot>() {
+    const T* const row = row_of<T>(p.weight, p.weight_stride, target);
+    const VF by = set1(factor), of = set1(of_target);
+    VF rest = set1(0.0f);
+    for (int64_t i = 0; i < p.dim; i += kWidth) {
+      const VF x = load(sums + i);
+      rest = rest + (x - x);
+      store(sums + i, fma(load_some(row + i, p.dim - i), of, x * by));
+    }
+    return !any(unordered(rest));
   });
 }
 
