@@ -70,7 +70,21 @@ def test_many_chunks_against_the_definition(dtype):
         assert_close_to_ref(g, w, s)
 
 
-@pytest.mark.parametrize("shape", [(130, 33, 1000), (600, 40, 3000)])
+def test_what_is_left_of_one():
+    """Targets of probability near 1, whose gradient is a small difference: rounded once, as what it is."""
+    made = torch.Generator().manual_seed(0)
+    weight = torch.randn(40, 16, generator=made).bfloat16()
+    target = torch.arange(40)
+    hidden = F.normalize(weight.float()).mul_(14).bfloat16()
+    inputs = [hidden.requires_grad_(), weight.requires_grad_()]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    got = ops.linear_cross_entropy(*inputs, target)[0]
+    want = ref.linear_cross_entropy(*exact, target)[0]
+    for g, w in zip(gradients(got, *inputs), gradients(want, *exact)):
+        assert (g - w).norm() < 2**-7 * w.norm()
+
+
+@pytest.mark.parametrize("shape", [(130, 33, 1000), (600, 40, 3000), (600, 40, 16000)])
 @pytest.mark.parametrize("dtype", DTYPES[:2])
 def test_threads(shape, dtype):
     args = problem(*shape, dtype)

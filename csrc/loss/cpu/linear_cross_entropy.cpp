@@ -8,6 +8,7 @@
 #include <numeric>
 #include <optional>
 
+#include "core/cpu/past_caches.h"
 #include "core/dispatch.h"
 #include "core/parallel.h"
 
@@ -48,6 +49,7 @@ struct LinearLoss::WeightSums {
   Dtype dtype;
   const float* before;
   int64_t first;
+  bool past;  // past the caches
 };
 
 LinearLoss::LinearLoss(const LinearLossCall& c, const CountedRows& rows, bool wants_entropy)
@@ -170,8 +172,8 @@ void LinearLoss::block_gradients(const Chunk& c, const Block& b, const Kept& kep
   const int64_t widest = lce_whole(ceil_div(p_.dim, across.count), kLceLanes) + kLceLanes;
   const bool for_weight = weight.out != nullptr;
   const float* const keep = kept_logits(kept, c.index);
-  const bool by_exps = kept.exps.data != nullptr && c.index == 0;
-  const bool again = keep == nullptr && !by_exps;
+  const bool has_exps = kept.exps.data != nullptr && c.index == 0;
+  const bool again = keep == nullptr && !has_exps;
   parallel_for(b.tiles, micros(2 * kLceTile * c.count * p_.dim), [&](int64_t begin, int64_t end) {
     const Floats at{
         again ? lce_panels_size(packing_.tokens, words(p_.dim), packing_.panel) : 0,
@@ -179,12 +181,12 @@ void LinearLoss::block_gradients(const Chunk& c, const Block& b, const Kept& kep
         again ? kLceTile * c.pitch : 0,
         for_weight ? lce_panels_size(kLceTile, words(lce_whole(c.count, 16)), packing_.panel) : 0,
         for_weight ? kLceTile * lce_pitch(widest) : 0,
-        by_exps ? c.pitch : 0};
+        has_exps ? c.pitch : 0};
     for (int64_t t = begin; t < end; ++t) {
       const int64_t from = t * kLceTile, v = b.first * kLceTile + from;
       const int64_t n = std::min(kLceTile, p_.vocab - v);
       if (again) TENFOLD_ISA_CALL_AS(isa_, lce_logits, p_, c, v, n, at[0], at[1], at[2]);
-      if (by_exps) {
+      if (has_exps) {
         const LceExps exps{kept.exps.data + v * kept.exps.pitch, kept.exps.pitch};
         TENFOLD_ISA_CALL_AS(isa_, lce_exps_by_token, p_, c, v, n, exps,
                             kept.tops + (b.first + t) * c.pitch, at[5], at[3]);
@@ -200,10 +202,11 @@ void LinearLoss::block_gradients(const Chunk& c, const Block& b, const Kept& kep
                             b.weight);
       for (int64_t i = 0; for_weight && i < across.count; ++i) {
         const int64_t col = across.begin(i), out = (v - weight.first) * p_.dim + col;
-        TENFOLD_ISA_CALL_AS(isa_, lce_weight_tile, c, p_.dtype,
-                            {n, col, across.length(i), at[3], at[4],
-                             weight.before != nullptr ? weight.before + out : nullptr, p_.dim,
-                             weight.dtype, static_cast<char*>(weight.out) + out * size, p_.dim});
+        TENFOLD_ISA_CALL_AS(
+            isa_, lce_weight_tile, c, p_.dtype,
+            {n, col, across.length(i), at[3], at[4],
+             weight.before != nullptr ? weight.before + out : nullptr, p_.dim, weight.dtype,
+             static_cast<char*>(weight.out) + out * size, p_.dim, weight.past});
       }
     }
   });
@@ -260,6 +263,12 @@ void LinearLoss::clear(const GradientsOut& out) const {
                  [&](int64_t begin, int64_t end) { zero(out.weight, begin, end); });
 }
 
+// Of what waits in a row of grad_weight.
+int64_t LinearLoss::kept_row_bytes(const Kept& kept) const {
+  if (kept.exps.data != nullptr) return 2 * chunk_rows_;
+  return kept.inside ? 4 * chunk_rows_ : 0;
+}
+
 // Step 2 of chunks [first, last). What grad_weight holds from chunks before is added to.
 void LinearLoss::gradients(int64_t first, int64_t last, const Kept& kept, const float* lse,
                            const Slopes& slopes, const GradientsOut& out) const {
@@ -271,6 +280,9 @@ void LinearLoss::gradients(int64_t first, int64_t last, const Kept& kept, const 
   const Floats memory{for_hidden ? lce_panels_size(chunk_rows_, depth, packing_.panel) : 0,
                       for_hidden ? lce_lanes_size(p_.dim, depth) : 0, many * hidden_size,
                       wide ? tiles * kLceTile * p_.dim : 0};
+  // What waited in the rows of grad_weight has brought them into the caches.
+  const int64_t row_bytes = p_.dim * dtype_size(p_.dtype), inside = 2 * kept_row_bytes(kept);
+  const bool past = inside < row_bytes && past_caches(p_.vocab * row_bytes, true);
   std::optional<Chunk> c;
   for (int64_t t = 0; t < tiles_; t += tiles) {
     const int64_t n = std::min(tiles, tiles_ - t), v = t * kLceTile;
@@ -286,7 +298,8 @@ void LinearLoss::gradients(int64_t first, int64_t last, const Kept& kept, const 
       }
       const bool stored = i + 1 == last || !wide;
       const WeightSums weight{stored ? to : floats, stored ? p_.dtype : Dtype::f32,
-                              for_weight && i > (wide ? first : 0) ? floats : nullptr, v};
+                              for_weight && i > (wide ? first : 0) ? floats : nullptr, v,
+                              stored && past && (wide || i == 0)};
       block_gradients(*c, block, kept, weight,
                       for_hidden ? memory[2] + (i - first) * hidden_size : nullptr, t > 0);
     }
@@ -343,9 +356,9 @@ void LinearLoss::add_hidden(const Chunk& c, const Block& b, const LceExps& exps,
         const Floats factor{c.pitch};
         for (int64_t t = begin; t < end; ++t) {
           const int64_t from = t * kLceTile;
-          const int64_t n = std::min(kLceTile, b.tokens - from);
+          const int64_t n = std::min(kLceTile, b.tokens - from), v = b.first * kLceTile + from;
           TENFOLD_ISA_CALL_AS(isa_, lce_row_factors, c, top(t), base->data(), factor[0]);
-          TENFOLD_ISA_CALL_AS(isa_, lce_exps_by_row, p_.dtype, c, n,
+          TENFOLD_ISA_CALL_AS(isa_, lce_exps_by_row, p_.dtype, c, v, n,
                               LceExps{exps.data + from * exps.pitch, exps.pitch}, factor[0],
                               b.by_row + from / packing_.word * packing_.panel, stride);
         }
@@ -390,9 +403,10 @@ void LinearLoss::gradients_by_exps(RowSums* sums, const Slopes& slopes, const Gr
     parallel_for(c.count, 1e-4 * static_cast<double>(p_.dim), [&](int64_t begin, int64_t end) {
       for (int64_t m = begin; m < end; ++m) {
         const double factor = std::exp2(base[m] - c.lse[m] * kLog2e) * c.of_p[m];
+        const double of_target = std::exp(double{sums->logp[c.first + m]}) * c.of_p[m] + c.of_id[m];
         const bool finite =
             TENFOLD_ISA_CALL_AS(isa_, lce_finish_row, p_, c.target[m], static_cast<float>(factor),
-                                c.of_id[m], memory[2] + m * hidden_pitch());
+                                static_cast<float>(of_target), memory[2] + m * hidden_pitch());
         if (!finite && std::isfinite(c.lse[m])) strange = true;
       }
     });
@@ -405,7 +419,7 @@ void LinearLoss::gradients_by_exps(RowSums* sums, const Slopes& slopes, const Gr
   }
   if (out.weight == nullptr) return;
   auto* const exps = inside ? static_cast<uint16_t*>(out.weight) : nullptr;
-  gradients(0, chunks(), {nullptr, 0, 0, 0, {exps, p_.dim}, memory[4], sums->logp.data()},
+  gradients(0, chunks(), {nullptr, 0, 0, 0, inside, {exps, p_.dim}, memory[4], sums->logp.data()},
             sums->lse.data(), slopes, {nullptr, out.weight});
 }
 
@@ -420,7 +434,11 @@ void LinearLoss::forward(RowSums* sums) {
 void LinearLoss::backward(const float* lse, const Slopes& slopes, const GradientsOut& out) {
   clear(out);
   plan();
-  if (count() > 0) gradients(0, chunks(), {}, lse, slopes, out);
+  if (count() == 0) return;
+  if (!by_exps()) return gradients(0, chunks(), {}, lse, slopes, out);
+  const auto n = static_cast<size_t>(count());
+  RowSums again{std::vector<float>(n), std::vector<float>(n), {}};  // the same bits
+  gradients_by_exps(&again, slopes, out);
 }
 
 // The logits of the first chunk may wait in the rows of grad_weight that will replace them: all of
@@ -431,16 +449,16 @@ void LinearLoss::forward_gradients(RowSums* sums, const Slopes& slopes, const Gr
   clear(out);
   if (count() == 0) return;
   plan();
-  if (p_.dtype == Dtype::bf16 && p_.softcap <= 0.0f) return gradients_by_exps(sums, slopes, out);
+  if (by_exps()) return gradients_by_exps(sums, slopes, out);
   const int64_t row_bytes = p_.dim * dtype_size(p_.dtype), row_floats = row_bytes / 4;
   const int64_t pitch = lce_pitch(chunk_rows_), size = p_.vocab * pitch;
   const bool inside = out.weight != nullptr && row_bytes % 4 == 0 && chunk_rows_ <= row_floats;
   const int64_t fit = (out.weight != nullptr ? kWorkspaceBytes : kFrozenBytes) / (4 * size);
   const bool by_chunk = !inside && fit > 0 && (p_.dtype == Dtype::f32 || out.weight == nullptr);
-  Kept kept{nullptr, inside ? row_floats : pitch,
-            0,       inside || by_chunk ? 1 : std::min(fit, chunks()),
-            {},      nullptr,
-            nullptr};
+  Kept kept{};
+  kept.pitch = inside ? row_floats : pitch;
+  kept.chunks = inside || by_chunk ? 1 : std::min(fit, chunks());
+  kept.inside = inside;
   const Floats workspace{inside ? 0 : kept.chunks * size};
   kept.data = inside ? static_cast<float*>(out.weight) : workspace[0];
   for (int64_t i = 0; i < chunks(); ++i) {

@@ -45,6 +45,7 @@ class LinearLoss {
   struct Kept {
     float* data;
     int64_t pitch, first, chunks;
+    bool inside;  // in grad_weight
     LceExps exps;
     const float *tops, *logp;
   };
@@ -55,6 +56,7 @@ class LinearLoss {
   void plan();
   int64_t chunks() const { return (count() + chunk_rows_ - 1) / chunk_rows_; }
   float* kept_logits(const Kept& k, int64_t chunk) const;
+  int64_t kept_row_bytes(const Kept& k) const;
   Chunk pack(int64_t chunk, bool for_weight) const;
   void logits(Chunk& c, const Kept& kept, RowSums* sums) const;
   void add_up(Chunk& c, float* of_tiles, RowSums* sums) const;
@@ -75,6 +77,7 @@ class LinearLoss {
   int64_t hidden_pitch() const { return lce_pitch(lce_whole(p_.dim, kLceLanes)); }
   int64_t count() const { return static_cast<int64_t>(rows_.row.size()); }
   int64_t words(int64_t n) const { return packing_.words(n); }
+  bool by_exps() const { return p_.dtype == Dtype::bf16 && p_.softcap <= 0 && !wants_entropy_; }
   bool by_tiles() const { return packing_.unit > 1; }
 
   Isa isa_;  // one for all calls: they must agree on the panels

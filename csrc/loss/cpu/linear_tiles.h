@@ -100,13 +100,14 @@ TENFOLD_ISA_DECLARE(void lce_keep(const LceChunk& c, int64_t n, const float* x, 
 TENFOLD_ISA_DECLARE(void lce_deltas(const LceProblem& p, const LceChunk& c, int64_t v, int64_t n,
                                     const float* x, int64_t x_pitch, float* by_row, int64_t stride,
                                     float* by_token))
-// Step 2 from exps, where d is a probability times a slope of the row, less the target's part:
+// Step 2 from exps, where d is a probability times a slope of the row, but for the target:
 // factors of a tile whose maxima are `top` to 2^base, whole numbers not below any maximum / ln 2.
 // Their mantissas do not depend on the base, so that sums do not depend on when it was raised.
 TENFOLD_ISA_DECLARE(void lce_row_factors(const LceChunk& c, const float* top, const float* base,
                                          float* factor))
-// exps times factors -> by_row as above.
-TENFOLD_ISA_DECLARE(void lce_exps_by_row(Dtype dtype, const LceChunk& c, int64_t n,
+// exps times factors -> by_row as above; 0 where the target is: what is left of 1 may be small, and
+// is added at the end.
+TENFOLD_ISA_DECLARE(void lce_exps_by_row(Dtype dtype, const LceChunk& c, int64_t first, int64_t n,
                                          const LceExps& exps, const float* factor, float* by_row,
                                          int64_t stride))
 // d -> by_token as above. factor: room for a float a row; c.chosen holds log-probabilities here.
@@ -120,8 +121,8 @@ TENFOLD_ISA_DECLARE(bool lce_finish_row(const LceProblem& p, int64_t target, flo
 TENFOLD_ISA_DECLARE(void lce_pack_weight(const LceProblem& p, int64_t v, int64_t n, int64_t at,
                                          int64_t depth, float* cols))
 
-// Rows of grad_weight: added to `sums` first (floats, `pitch` apart) unless null; then stored as
-// floats or as the dtype.
+// Rows of grad_weight: added to `before` first (floats, `before_pitch` apart) unless null; then
+// stored as floats or as the dtype.
 struct LceWeightTile {
   int64_t n, col, cols;
   const float* by_token;
@@ -131,6 +132,7 @@ struct LceWeightTile {
   Dtype dtype;
   void* out;
   int64_t out_pitch;
+  bool past;  // past the caches
 };
 TENFOLD_ISA_DECLARE(void lce_weight_tile(const LceChunk& c, Dtype dtype, const LceWeightTile& t))
 // sums [rows][pitch] (+)= panels of d * columns [col, col + cols) of tiles of weight.

@@ -1,5 +1,6 @@
 // See linear_tiles.h.
 #include "core/cpu/packed.h"
+#include "core/cpu/pairs.h"
 #include "loss/cpu/linear_tiles.h"
 #include "loss/linear_cross_entropy.h"
 
@@ -167,6 +168,13 @@ void put_deltas(const LceChunk& c, const Deltas& deltas, int64_t n, float* by_ro
   put_by_eight<Dot>(deltas, rows, n, by_row, stride, by_token, by);
 }
 
+// f(row, token less first) of targets among n tokens.
+template <class F>
+inline void for_targets(const LceChunk& c, int64_t first, int64_t n, const F& f) {
+  for (int64_t m = 0; m < c.count; ++m)
+    if (const int64_t v = c.target[m] - first; v >= 0 && v < n) f(m, v);
+}
+
 template <bool Dot>
 void make_deltas(const LceProblem& p, const LceChunk& c, int64_t first, int64_t n, const float* x,
                  int64_t pitch, float* by_row, int64_t stride, float* by_token) {
@@ -177,9 +185,7 @@ void make_deltas(const LceProblem& p, const LceChunk& c, int64_t first, int64_t 
       c, [&](int64_t v, int64_t m) { return delta(load(x + v * pitch + m), m, none); }, n, by_row,
       stride, by_token);
   // Where the target is, with one rounding.
-  for (int64_t m = 0; m < c.count; ++m) {
-    const int64_t v = c.target[m] - first;
-    if (v < 0 || v >= n) continue;
+  for_targets(c, first, n, [&](int64_t m, int64_t v) {
     float one[kWidth];
     const int64_t lane = m % kWidth;
     for (int i = 0; i < kWidth; ++i) one[i] = i == lane ? c.of_id[m] : 0.0f;
@@ -187,7 +193,7 @@ void make_deltas(const LceProblem& p, const LceChunk& c, int64_t first, int64_t 
     if (by_row != nullptr) put_one<Dot>(by_row + m / kRows * stride, v, m % kRows, one[lane]);
     if (by_token != nullptr)
       put_one<Dot>(by_token + v / kRows * token_stride<Dot>(c), m, v % kRows, one[lane]);
-  }
+  });
 }
 
 // An exponential, at most 1 or NaN, as 8 bits of exponent and 8 of significand: one more than bf16
@@ -219,6 +225,30 @@ inline void sums_of(const float* x, int64_t pitch, int64_t n, VF scale, bool wei
   store(max, top[0] * scale);
   store(sum, total[0] + total[1]);
   if (weighted) store(by_distance, distance[0] + distance[1]);
+}
+
+// n floats to a row of the dtype; past the caches where the row's lines are whole.
+inline void store_row(const float* from, int64_t n, Dtype dtype, void* to, bool past) {
+  const auto all = [&]<class T>(T* out) {
+    int64_t i = 0;
+    const auto some = [&](int64_t end) {
+      for (; i + kWidth <= end; i += kWidth) store_quick(out + i, load(from + i));
+      if (i < end)
+        store_n(out + i, load_n(from + i, static_cast<int>(end - i)), static_cast<int>(end - i));
+      i = end;
+    };
+    if (past) {
+      constexpr uintptr_t kLine = 64;
+      const auto before = (kLine - reinterpret_cast<uintptr_t>(out) % kLine) % kLine / sizeof(T);
+      some(static_cast<int64_t>(before) < n ? static_cast<int64_t>(before) : n);
+      for (; i + 2 * kWidth <= n; i += 2 * kWidth)
+        put_two<true>(out + i, {load(from + i), load(from + i + kWidth)}, true);
+    }
+    some(n);
+  };
+  if (dtype == Dtype::f32) return all(static_cast<float*>(to));
+  if (dtype == Dtype::bf16) return all(static_cast<bf16_t*>(to));
+  all(static_cast<fp16_t*>(to));
 }
 
 }  // namespace
@@ -340,7 +370,7 @@ void lce_row_factors(const LceChunk& c, const float* top, const float* base, flo
   }
 }
 
-void lce_exps_by_row(Dtype dtype, const LceChunk& c, int64_t n, const LceExps& exps,
+void lce_exps_by_row(Dtype dtype, const LceChunk& c, int64_t first, int64_t n, const LceExps& exps,
                      const float* factor, float* by_row, int64_t stride) {
   with_dtype(dtype, [&]<class T, bool Dot>() {
     put_deltas<Dot>(
@@ -349,6 +379,9 @@ void lce_exps_by_row(Dtype dtype, const LceChunk& c, int64_t n, const LceExps& e
           return get_exp(exps.data + v * exps.pitch + m) * load(factor + m);
         },
         n, by_row, stride, nullptr);
+    for_targets(c, first, n, [&](int64_t m, int64_t v) {
+      put_one<Dot>(by_row + m / kPackRows<Dot> * stride, v, m % kPackRows<Dot>, 0.0f);
+    });
   });
 }
 
@@ -366,14 +399,12 @@ void lce_exps_by_token(const LceProblem& p, const LceChunk& c, int64_t first, in
         },
         n, nullptr, 0, by_token);
     // Where the target is, with one rounding: what is left of 1 may be small.
-    constexpr int kRows = kPackRows<Dot>;
-    for (int64_t m = 0; m < c.count; ++m) {
-      const int64_t v = c.target[m] - first;
-      if (v < 0 || v >= n) continue;
+    for_targets(c, first, n, [&](int64_t m, int64_t v) {
       float one[kWidth];
       store(one, fma(exp(set1(c.chosen[m])), set1(c.of_p[m]), set1(c.of_id[m])));
+      constexpr int kRows = kPackRows<Dot>;
       put_one<Dot>(by_token + v / kRows * token_stride<Dot>(c), m, v % kRows, one[0]);
-    }
+    });
   });
 }
 
@@ -415,8 +446,9 @@ void lce_weight_tile(const LceChunk& c, Dtype dtype, const LceWeightTile& t) {
       for (int64_t i = 0; i < t.cols; i += kWidth)
         store(sums + i, load(sums + i) + load_some(before + i, t.cols - i));
     }
-    lce_store(sums, t.cols, t.dtype, static_cast<char*>(t.out) + r * t.out_pitch * size);
+    store_row(sums, t.cols, t.dtype, static_cast<char*>(t.out) + r * t.out_pitch * size, t.past);
   }
+  if (t.past) stream_fence();
 }
 
 void lce_hidden_tile(Dtype dtype, int64_t rows, int64_t cols, int64_t depth, const float* by_row,
@@ -430,14 +462,7 @@ void lce_hidden_tile(Dtype dtype, int64_t rows, int64_t cols, int64_t depth, con
 }
 
 void lce_store(const float* from, int64_t n, Dtype dtype, void* to) {
-  const auto all = [&]<class T>(T* out) {
-    int64_t i = 0;
-    for (; i + kWidth <= n; i += kWidth) store_quick(out + i, load(from + i));
-    if (i < n) store_n(out + i, load_n(from + i, static_cast<int>(n - i)), static_cast<int>(n - i));
-  };
-  if (dtype == Dtype::f32) return all(static_cast<float*>(to));
-  if (dtype == Dtype::bf16) return all(static_cast<bf16_t*>(to));
-  all(static_cast<fp16_t*>(to));
+  store_row(from, n, dtype, to, false);
 }
 
 TENFOLD_ISA_END
