@@ -61,7 +61,8 @@ def train_tokenizer(
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     options: dict[str, Any] = {
-        "vocab_size": vocab_size - added, "show_progress": False, "initial_alphabet": letters, "special_tokens": specials
+        "vocab_size": vocab_size - added, "show_progress": False, "initial_alphabet": letters,
+        "special_tokens": specials,
     }  # fmt: skip
     if model == "unigram":
         trainer: Any = trainers.UnigramTrainer(unk_token=UNK, **options)
