@@ -83,7 +83,9 @@ def _package(needed: bool) -> Any:
 def _by_package(
     package: Any, predictions: Sequence[str], references: Sequence[str], language: str, weights: Sequence[float]
 ) -> dict[str, float]:  # fmt: skip
-    made = package.calc_codebleu(list(references), list(predictions), lang=language.lower(), weights=tuple(weights))  # fmt: skip
+    made = package.calc_codebleu(
+        list(references), list(predictions), lang=language.lower(), weights=tuple(weights)
+    )
     return {"codebleu": 100.0 * made["codebleu"]} | {p: 100.0 * made[f"{p}_score"] for p in PARTS}
 
 
