@@ -58,7 +58,8 @@ def test_round_trip_of_texts(model):
 
 def test_round_trip_of_random_texts():
     t, draw = tokenizer(), random.Random(0)
-    atoms = [" ", "  ", "    ", "\n", "\t", "\r\n", "\r", "<|space|>", "<|spa", "ce|>", "</s>", "<extra_id_7>", "x", "é", "'", "▁"]  # fmt: skip
+    atoms = [" ", "  ", "    ", "\n", "\t", "\r\n", "\r", "<|space|>", "<|spa", "ce|>", "</s>", "<extra_id_7>",
+             "x", "é", "'", "▁"]  # fmt: skip
     made = ["".join(draw.choices(atoms, k=draw.randrange(30))) for _ in range(400)]
     for code in (True, False):
         for text, ids in zip(made, encode_texts(t, made, code=code)):
@@ -108,13 +109,13 @@ def test_text_decoding_skips_special_tokens():
 
 
 def test_errors_and_warnings():
-    with pytest.warns(UnformattedCodeWarning, match="body.*format_code"):
+    with pytest.warns(UnformattedCodeWarning, match=r"body.*format_code"):
         assert warn_unformatted("if x:\n    y", "body")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for text in (format_code(SPEC), "a\n\tb\n", "    a\nb", "a\n    \nb"):
             assert not warn_unformatted(text)
-    with pytest.raises(ValueError, match="whitespace tokens.*extend_tokenizer"):
+    with pytest.raises(ValueError, match=r"whitespace tokens.*extend_tokenizer"):
         decode_code(t5_tokenizer(), [5])
     with pytest.raises(ValueError, match="mode must be one of exact, published, got 'x'"):
         decode_code(tokenizer(), [5], mode="x")
