@@ -73,7 +73,10 @@ def test_state():
     mixture = Mixture(SIZES, 4)
     state = mixture.state_dict(17)
     assert Mixture(SIZES, 4).load_state_dict(state) == 17
-    for other in (Mixture(SIZES, 5), Mixture({**SIZES, "c": 8}, 4), Mixture(SIZES, 4, seed=1), Mixture(SIZES, 4, alpha=1)):  # fmt: skip
+    other_sizes = {**SIZES, "c": 8}
+    for other in (
+        Mixture(SIZES, 5), Mixture(other_sizes, 4), Mixture(SIZES, 4, seed=1), Mixture(SIZES, 4, alpha=1)
+    ):  # fmt: skip
         with pytest.raises(ValueError, match="state is of a mixture with other"):
             other.load_state_dict(state)
 
@@ -82,7 +85,8 @@ def test_weights_given():
     mixture = Mixture(SIZES, 2, weights={"b": 2, "c": 0})
     assert mixture.weights == {"a": 0, "b": 1, "c": 0}
     assert {mixture.corpus(s) for s in range(200)} == {"b"}
-    for weights, said in (({"x": 1}, "no corpus 'x'"), ({"a": -1}, "weights must be"), ({}, "weights must be")):  # fmt: skip
+    must = "weights must be"
+    for weights, said in (({"x": 1}, "no corpus 'x'"), ({"a": -1}, must), ({}, must)):
         with pytest.raises(ValueError, match=said):
             Mixture(SIZES, 2, weights=weights)
     with pytest.raises(ValueError, match="corpus 'z' has no rows"):

@@ -41,9 +41,10 @@ class Collator:
     """What both share: ids, lengths, random streams, and the last step of making a batch."""
 
     def __init__(
-        self, tokenizer: Any, *, max_inputs: int, max_targets: int | None, seed: int, density: float, mean_span: float,
-        roll: bool, aligned: bool, final_sentinel: bool, allow_sentinels: bool, first_sentinel: int | None,
-        num_sentinels: int | None, padding: str, pad_to_multiple_of: int | None, decoder_input_ids: bool,
+        self, tokenizer: Any, *, max_inputs: int = 512, max_targets: int | None = None, density: float = 0.15,
+        mean_span: float = 3.0, seed: int = 0, roll: bool = False, aligned: bool = True, final_sentinel: bool = False,
+        allow_sentinels: bool = False, first_sentinel: int | None = None, num_sentinels: int | None = None,
+        padding: str = "longest", pad_to_multiple_of: int | None = None, decoder_input_ids: bool = False,
     ) -> None:  # fmt: skip
         if (first_sentinel is None) != (num_sentinels is None):
             raise ValueError("first_sentinel and num_sentinels are given both or neither")
@@ -62,7 +63,7 @@ class Collator:
         self.max_targets = targets + int(roll) if max_targets is None else max_targets
         self.pad_to_multiple_of = pad_to_multiple_of
         integers(
-            self, {"max_inputs": 2, "max_targets": 2, "seed": 0, "pad_to_multiple_of": 1}, ("pad_to_multiple_of",)
+            self, {"max_inputs": 2, "max_targets": 1, "seed": 0, "pad_to_multiple_of": 1}, ("pad_to_multiple_of",)
         )  # fmt: skip
         one_of("padding", padding, PADDINGS)
         self.padding, self.decoder_input_ids = padding, decoder_input_ids
