@@ -241,8 +241,9 @@ class PivotTranslationCollator(Collator):
             rows.append(np.concatenate([x[:kept], y[: room - kept]]))
             cut.append([len(x) - kept, max(len(y) - room + kept, 0)])
         self._warn(cut)
-        made = self._corrupt_rows(*padded(rows), streams, self.max_inputs, self.max_targets)
-        inputs, in_len, labels, tgt_len = made
+        inputs, in_len, labels, tgt_len = self._corrupt_rows(
+            *padded(rows), streams, self.max_inputs, self.max_targets
+        )
         bodies = [row[: n - 1].numpy() for row, n in zip(inputs, in_len.tolist())]
         answers = [row[: n - 1].numpy() for row, n in zip(labels, tgt_len.tolist())]
         *made, _ = ops.pair_pack(
