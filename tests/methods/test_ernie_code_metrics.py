@@ -43,7 +43,12 @@ def test_smoothed_bleu():
     assert smoothed_bleu(own, wanted) == pytest.approx(100 * sum(expected) / 200, rel=1e-12)
     assert smoothed_bleu([""], ["a b"]) == pytest.approx(100 * published([], ["a", "b"]))
     assert smoothed_bleu(["x"], ["y"]) == 0
-    assert summary_tokens("Don't use foo_bar(x)!  Größe 漢字") == ["don", "'", "t", "use", "foo", "_", "bar", "(", "x", ")", "!", "größe", "漢字"]  # fmt: skip
+    made = summary_tokens("Don't use foo_bar(x)!  Größe 漢字")
+    assert made == [
+        "don",
+        "'",
+        *["t", "use", "foo", "_", "bar", "(", "x", ")", "!", "größe", "漢字"],
+    ]
 
 
 def test_token_bleu_is_sacrebleus():
@@ -51,7 +56,8 @@ def test_token_bleu_is_sacrebleus():
         own, wanted = sentences(40, words, words)
         split = [[t.split() for t in texts] for texts in (own, wanted)]
         for smoothing, theirs, value in (("none", "none", None), ("epsilon", "floor", 0.1)):
-            made = sacrebleu.corpus_bleu(own, [wanted], tokenize="none", force=True, smooth_method=theirs, smooth_value=value)  # fmt: skip
+            options = {"smooth_method": theirs, "smooth_value": value}
+            made = sacrebleu.corpus_bleu(own, [wanted], tokenize="none", force=True, **options)
             assert token_bleu(*split, smoothing) == pytest.approx(made.score, rel=1e-9)
     assert token_bleu([[]], [["a"]]) == 0 and token_bleu([["a"]], [["b"]]) == 0
     with pytest.raises(ValueError, match="smoothing must be one of"):
@@ -71,7 +77,22 @@ def test_sacrebleu_and_rouge():
 
 
 def test_mconala():
-    assert mconala_tokens("print(\"aB\", x_1['k'])") == ["print", "(", "`", "a", "B", "`", ",", "x_1", "[", "`", "k", "`", "]", ")"]  # fmt: skip
+    assert mconala_tokens("print(\"aB\", x_1['k'])") == [
+        "print",
+        "(",
+        "`",
+        "a",
+        "B",
+        "`",
+        ",",
+        "x_1",
+        "[",
+        "`",
+        "k",
+        "`",
+        "]",
+        ")",
+    ]
     assert mconala_tokens("a  =\n b") == ["a", "=", "b"]
     assert metrics.mconala_bleu(["x = 'a'", "y(1)"], ['x = "a"', "y(1)"]) == pytest.approx(100)
     assert metrics.mconala_bleu(["x"], ["y"]) == 0
@@ -104,7 +125,7 @@ def test_code_bleu_parts_by_hand():
     other = "def f(a, b):\n    c = a + a\n    return c\n"
     made = code_bleu([other], [reference])
     assert made["syntax_match"] == 100 and made["dataflow_match"] == pytest.approx(100 * 2 / 4)
-    # 2 of the inner nodes: BinOp with its names, and Return, are not changed by names; Sub is not Add.
+    # Sub is not Add: BinOp and the three nodes around it are others.
     minus = code_bleu([reference.replace("+", "-")], [reference])
     whole = len(subtrees(ast.parse(reference)))
     assert minus["syntax_match"] == pytest.approx(100 * (whole - 4) / whole)
@@ -118,10 +139,12 @@ def test_data_flow_of_statements():
 
     v = [f"var_{i}" for i in range(9)]
     assert flow("x = 1\nx += 2\n") == [(v[0], "computedFrom", (v[0],))]
-    assert flow("for i in xs:\n    print(i)\n") == [(v[1], "computedFrom", (v[0],)), (v[1], "comesFrom", (v[1],))]  # fmt: skip
-    assert flow("ys = [f(x) for x in xs]") == [
-        (v[1], "computedFrom", (v[0],)), (v[1], "comesFrom", (v[1],)), (v[2], "computedFrom", (v[3], v[0], v[1])),
-    ] or len(flow("ys = [f(x) for x in xs]")) == 3  # fmt: skip
+    made = flow("for i in xs:\n    print(i)\n")
+    assert made == [(v[1], "computedFrom", (v[0],)), (v[1], "comesFrom", (v[1],))]
+    made = flow("ys = [x + 1 for x in xs]")
+    assert made == [
+        (v[1], "computedFrom", (v[0],)), (v[1], "comesFrom", (v[1],)), (v[2], "computedFrom", (v[1], v[0]))
+    ]  # fmt: skip
     assert flow("with open(p) as f:\n    f.read()\n")[-1] == (v[2], "comesFrom", (v[2],))
     assert flow("a.b = c") == [] and flow("d[k] = v") == []
     assert flow("pass") == []
@@ -130,7 +153,8 @@ def test_data_flow_of_statements():
 def test_code_without_data_flow_and_other_cases():
     made = code_bleu(["print(1)"], ["print(1)"])
     assert math.isnan(made["dataflow_match"]) and made["codebleu"] == pytest.approx(100)
-    assert code_bleu(["x"], ["y = 2"], weights=(1, 0, 0, 0))["codebleu"] == pytest.approx(code_bleu(["x"], ["y = 2"])["ngram_match"])  # fmt: skip
+    made = code_bleu(["x"], ["y = 2"], weights=(1, 0, 0, 0))
+    assert made["codebleu"] == pytest.approx(made["ngram_match"])
     assert isinstance(parse("return x"), ast.Module) and parse("    y = 1\n") is not None
     assert parse("def (") is None and parse("x = '\0'") is None
     assert python_tokens("x **= 'a b' # c") == ["x", "**=", "'a b'", "#", "c"]
