@@ -158,6 +158,8 @@ def test_bad_rows():
         collate([{"input_ids": [5, 6], "step": -1, "row": 0}])
     empty = SpanCorruptionCollator(Mt5Ids(), density=0.0)([[5, 6, 7]])
     assert trimmed(empty, 0) == ([5, 6, 7, 1], [1])
+    empty = SpanCorruptionCollator(Mt5Ids(), density=0.0, aligned=False)([[5, 6, 7], [8]])
+    assert trimmed(empty, 0) == ([5, 6, 7, 1], [FIRST, 1])
 
 
 def test_padding():

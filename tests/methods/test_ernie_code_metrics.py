@@ -77,7 +77,8 @@ def test_sacrebleu_and_rouge():
 
 
 def test_mconala():
-    assert mconala_tokens("print(\"aB\", x_1['k'])") == [
+    made = "print ( ` a B ` , x_1 [ ` k ` ] )".split()
+    assert mconala_tokens("print(\"aB\", x_1['k'])") == made
         "print",
         "(",
         "`",

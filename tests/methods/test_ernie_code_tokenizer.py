@@ -90,6 +90,10 @@ def test_sentinels_that_do_not_descend():
         sentinels(t)
     t = t5_tokenizer(sentinels="")
     t.add_tokens(["<extra_id_1>", "<extra_id_0>"], special_tokens=True)
+    twice = t5_tokenizer()
+    twice.add_tokens(["<extra_id_0>"], special_tokens=True)
+    with pytest.raises(ValueError, match=r"<extra_id_0> twice.*give first_sentinel"):
+        sentinels(twice)
     with pytest.raises(ValueError, match=r"2 sentinels of 100.*num_sentinels=2"):
         extend_tokenizer(t)
     assert extend_tokenizer(t, 2) == WHITESPACE

@@ -58,9 +58,13 @@ class Collator:
         self.max_inputs, self.seed, self.epoch = max_inputs, seed, 0
         self.density, self.mean_span, self.final_sentinel = density, mean_span, final_sentinel
         self.roll, self.aligned, self.allow_sentinels = roll, aligned, allow_sentinels
-        # A roll may cut a span in two, which makes both sides one token longer.
-        self.length, targets = longest_chunk(max_inputs - int(roll), density, mean_span, final_sentinel)  # fmt: skip
-        self.max_targets = targets + int(roll) if max_targets is None else max_targets
+        # A roll may cut a span in two, which makes both sides one token longer; and where nothing is masked, t5's rule
+        # still has a sentinel for the row.
+        self.length, targets = longest_chunk(
+            max_inputs - int(roll), density, mean_span, final_sentinel
+        )
+        spare = int(roll or (density == 0 and not aligned))
+        self.max_targets = targets + spare if max_targets is None else max_targets
         self.pad_to_multiple_of = pad_to_multiple_of
         integers(
             self, {"max_inputs": 2, "max_targets": 1, "seed": 0, "pad_to_multiple_of": 1}, ("pad_to_multiple_of",)
