@@ -77,23 +77,8 @@ def test_sacrebleu_and_rouge():
 
 
 def test_mconala():
-    made = "print ( ` a B ` , x_1 [ ` k ` ] )".split()
-    assert mconala_tokens("print(\"aB\", x_1['k'])") == made
-        "print",
-        "(",
-        "`",
-        "a",
-        "B",
-        "`",
-        ",",
-        "x_1",
-        "[",
-        "`",
-        "k",
-        "`",
-        "]",
-        ")",
-    ]
+    made = mconala_tokens("print(\"aB\", x_1['k'])")
+    assert made == ["print", *"(`", "a", "B", *"`,", "x_1", *"[`k`])"]
     assert mconala_tokens("a  =\n b") == ["a", "=", "b"]
     assert metrics.mconala_bleu(["x = 'a'", "y(1)"], ['x = "a"', "y(1)"]) == pytest.approx(100)
     assert metrics.mconala_bleu(["x"], ["y"]) == 0
