@@ -23,6 +23,14 @@ from tenfold.ops.attention import (
     group_heads,
     head_cka,
 )
+from tenfold.ops.corruption import (
+    pair_pack,
+    shift_right,
+    span_corrupt,
+    span_corruption,
+    span_mask,
+    span_restore,
+)
 from tenfold.ops.diffusion import (
     conv1d_planes,
     fir_down2,
@@ -210,6 +218,7 @@ __all__ = [
     "nacl_select",
     "outer_dot",
     "pack_mask",
+    "pair_pack",
     "pairwise_logsigmoid",
     "patch_mask",
     "patch_mse",
@@ -227,8 +236,13 @@ __all__ = [
     "segment_mean",
     "selective_logprob",
     "sequence_nll",
+    "shift_right",
     "slerp_merge",
     "slerp_merge_",
+    "span_corrupt",
+    "span_corruption",
+    "span_mask",
+    "span_restore",
     "swiglu",
     "swiglu_",
     "template_scale",
