@@ -20,8 +20,7 @@ void draw_numbers(const SpanStream& s, uint32_t part, int64_t first, int64_t k, 
   const auto bound = static_cast<uint32_t>(first + 1);
   const auto count = static_cast<uint32_t>(k);
   uint32_t doubtful = 0;
-  for (uint32_t i = 0; i < count; ++i)
-    doubtful |= drawn[i] * (bound + i) < bound + i ? 1u : 0u;
+  for (uint32_t i = 0; i < count; ++i) doubtful |= drawn[i] * (bound + i) < bound + i ? 1u : 0u;
   if (doubtful != 0) [[unlikely]] {
     for (uint32_t i = 0; i < count; ++i) drawn[i] = draw_below(s, i, part, bound + i, drawn[i]);
     return;
