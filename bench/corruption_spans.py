@@ -1,4 +1,4 @@
-"""Cases of ``span_mask``, ``span_corrupt``, ``span_corruption`` and ``span_restore``: part of the family ``corruption``.
+"""Cases of the ops on spans (masks, corruption, both, and back): part of the family ``corruption``.
 
 Packed rows of ERNIE-Code's two lengths, 15 % in spans of 3: a micro-batch, and the 256 rows of the method's
 specification. ``span_corruption`` is what a collator calls; its peers are collators in NumPy, which draw masks of their
@@ -147,7 +147,8 @@ def _corrupt(s: Shape, dtype: torch.dtype) -> Case:
         op="span_corrupt", shape=s, dtype=dtype, inputs=_inputs,
         bytes=lambda s, size: s["b"] * (_sizes(s) * size + s["l"]),
         providers=[provider("tenfold", lambda i: ops.span_corrupt(*args(i))),
-                   provider("eager", lambda i: select(i, i.mask)), provider("eager:scatter", lambda i: scatter(i, i.mask)),
+                   provider("eager", lambda i: select(i, i.mask)),
+                   provider("eager:scatter", lambda i: scatter(i, i.mask)),
                    compiled(lambda i: scatter(i, i.mask))],
         reference=lambda i: reference.span_corrupt(*args(i)), tolerance=0.0, quick=s == SMALL,
     )  # fmt: skip

@@ -88,14 +88,14 @@ def corrupted(
 
 def span_corrupt(tokens, lengths, mask, first, count, eos, pad, max_inputs, max_targets, aligned=True, final=False, *,
                  allow_sentinels=False, target_pad_id=None):  # fmt: skip
-    return corrupted(tokens, lengths, mask, (0.0, 1.0, 0, 0, 0), first, count, eos, pad, max_inputs, max_targets, aligned,
-                     final, target_pad_id)  # fmt: skip
+    return corrupted(tokens, lengths, mask, (0.0, 1.0, 0, 0, 0), first, count, eos, pad, max_inputs, max_targets,
+                     aligned, final, target_pad_id)  # fmt: skip
 
 
 def span_corruption(tokens, lengths, density, mean_span, seed, offset, first, count, eos, pad, max_inputs, max_targets,
                     roll=False, aligned=True, final=False, *, allow_sentinels=False, target_pad_id=None):  # fmt: skip
-    return corrupted(tokens, lengths, None, (density, mean_span, seed, offset, roll), first, count, eos, pad, max_inputs,
-                     max_targets, aligned, final, target_pad_id)  # fmt: skip
+    return corrupted(tokens, lengths, None, (density, mean_span, seed, offset, roll), first, count, eos, pad,
+                     max_inputs, max_targets, aligned, final, target_pad_id)  # fmt: skip
 
 
 def span_restore(inputs, in_len, targets, tgt_len, first, count, eos, *, pad_id=0):

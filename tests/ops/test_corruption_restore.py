@@ -68,6 +68,9 @@ def test_generated(device):
         sizes = [torch.randint(0, b.shape[1] + 1, (6,), generator=made) for b in both]
         exact("span_restore", (both[0], sizes[0], both[1], sizes[1], FIRST, 7, FIRST + 1), device)
         exact(
+            "span_restore", (both[0], sizes[0], both[1], sizes[1], FIRST, 20_000, FIRST + 1), device
+        )
+        exact(
             "span_restore",
             (both[0], sizes[0], both[0][:, :1], sizes[0] * 0 + 1, FIRST, 7, FIRST + 1),
             device,
