@@ -69,7 +69,6 @@ class Corrupter {
         need.sentinels > c_.ids.num_sentinels)
       return false;
     const char* const tokens = tokens_.at(row * stride_);
-    if (row + 1 < c_.rows) read_ahead(tokens_.at((row + 1) * stride_), lengths_[row + 1]);
     if (!raw(tokens, n)) return false;
     const int64_t size = tokens_.wide() ? 8 : 4;
     TENFOLD_ISA_CALL(corrupt_row,
@@ -100,10 +99,6 @@ class Corrupter {
   }
 
  private:
-  void read_ahead(const char* tokens, int64_t n) const {
-    const char* const end = tokens + n * (tokens_.wide() ? 8 : 4);
-    for (; tokens < end; tokens += 64) __builtin_prefetch(tokens);
-  }
   int64_t lowest_sentinel() const { return c_.ids.first_sentinel - c_.ids.num_sentinels + 1; }
   bool raw(const char* tokens, int64_t n) const {
     return TENFOLD_ISA_CALL(raw_tokens, tokens, tokens_.wide(), n, lowest_sentinel(),
