@@ -14,8 +14,19 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from . import sources, studies
-from .tables import RESULTS, Record, Rows, markdown
+from . import performance, sources, studies
+from .tables import (
+    RESULTS,
+    Record,
+    Rows,
+    markdown,
+    newest,
+    ours_of,
+    ratio_text,
+    setting,
+    shape_text,
+    time_text,
+)
 
 COLUMNS = (
     "op",
@@ -32,24 +43,9 @@ LEDGER_NAMES = {"verified": "verified on an H200", "stale": "verified earlier, c
                 "never": "never run on an H200"}  # fmt: skip
 
 
-def _time(seconds: float) -> str:
-    return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.0f} µs"
-
-
-def _ratio(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}×"
-
-
-def shape_text(case: Record) -> str:
-    """Short text of a case's shape, e.g. ``Hq 32, Hkv 8, D 128, L 4096, W 40``."""
-    names = {"hq": "Hq", "hkv": "Hkv", "h": "H", "d": "D", "l": "L", "w": "W", "c": "C"}
-    text = ", ".join(f"{names.get(k, k)} {v}" for k, v in case["shape"].items())
-    return f"{text} (ragged)" if "ragged" in case["variant"] else text
-
-
 def row_of(case: Record) -> list[str]:
     """A case as a row of ``COLUMNS``."""
-    ours = next(p for p in case["providers"].values() if p["kind"] == "tenfold")
+    ours = ours_of(case)
     variant = f" ({case['variant']})" if case["variant"] else ""
     head = [case["op"] + variant, shape_text(case), case["dtype"]]
     if ours["p50_s"] is None:
@@ -61,21 +57,8 @@ def row_of(case: Record) -> list[str]:
     )
     ratios = case["ratios"]
     eager = max((ratios[k] for k in ("eager",) if k in ratios), default=None)
-    return [*head, _time(ours["p50_s"]), rate, f"{100 * ours['share']:.0f} %", _ratio(eager),
-            _ratio(ratios.get("compile")), _ratio(ratios.get("bound"))]  # fmt: skip
-
-
-def setting(record: Record) -> str:
-    """Where and with what a record was measured, in one sentence."""
-    env, top = record["environment"], record["ceilings"]
-    peaks = ", ".join(f"{k} {v['value']:.0f} {v['unit']}" for k, v in top.items())
-    commit = (record.get("commit") or "unknown")[:10]
-    threads = "" if record["device_type"] == "cuda" else f", {env['threads']} threads, {env['isa']}"
-    limits = "".join(f", {k}={v}" for k, v in env.get("limits", {}).items())
-    return (
-        f"{env['device']}{threads}, torch {env['versions']['torch']}{limits}, commit {commit}, "
-        f"{record['date']}; ceilings measured in the same run: {peaks}"
-    )
+    return [*head, time_text(ours["p50_s"]), rate, f"{100 * ours['share']:.0f} %", ratio_text(eager),
+            ratio_text(ratios.get("compile")), ratio_text(ratios.get("bound"))]  # fmt: skip
 
 
 STUDIES = (
@@ -125,12 +108,6 @@ SUMMARY_COLUMNS = (
 )
 
 
-def newest(records: Sequence[Record]) -> list[Record]:
-    """The last measured record of every family, in the order of their names."""
-    found = {r["family"]: r for r in sorted(records, key=lambda r: (r["date"], r["time"]))}
-    return [found[name] for name in sorted(found)]
-
-
 def summary_rows(record: Record) -> Rows:
     """A family's ops, by how many times as fast as the best other provider they were: rows of ``SUMMARY_COLUMNS``."""
     rows: Rows = []
@@ -139,10 +116,10 @@ def summary_rows(record: Record) -> Rows:
         groups.setdefault(case["op"], []).append(case)
     for op, cases in groups.items():
         ratios = [c["ratios"]["best_other"] for c in cases if c["ratios"].get("best_other")]
-        ours = (next(p for p in c["providers"].values() if p["kind"] == "tenfold") for c in cases)
+        ours = map(ours_of, cases)
         shares = [p["share"] for p in ours if p["share"] is not None]
         if ratios:
-            spread = [_ratio(f(ratios)) for f in (min, median, max)]
+            spread = [ratio_text(f(ratios)) for f in (min, median, max)]
             share = f"{100 * median(shares):.0f} %" if shares else "–"
             dtypes = ", ".join(dict.fromkeys(c["dtype"] for c in cases))
             rows.append([record["family"], op, dtypes, str(len(ratios)), *spread, share])
@@ -180,7 +157,7 @@ def memory_row(case: Record) -> list[str]:
     """What one call of ours allocates at its peak, beside others: a row of ``MEMORY_COLUMNS``."""
     others = [p for p in case["providers"].values()
               if p["kind"] in ("eager", "compile", "peer") and p.get("peak_bytes") is not None]  # fmt: skip
-    ours = next(p for p in case["providers"].values() if p["kind"] == "tenfold").get("peak_bytes")
+    ours = ours_of(case).get("peak_bytes")
     least = min((p["peak_bytes"] for p in others), default=None)
     fastest = min(others, key=lambda p: p["p50_s"], default={"peak_bytes": None})["peak_bytes"]
     sizes = ["–" if x is None else f"{x / 1e6:.1f}" for x in (ours, least, fastest)]
@@ -212,7 +189,7 @@ BLOCKS = {
 def rewrite(root: Path, path: Path) -> str:
     """The text of a file with its generated blocks renewed."""
     text = path.read_text(encoding="utf-8")
-    for name, make in BLOCKS.items():
+    for name, make in (BLOCKS | performance.blocks(root, load_records)).items():
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
         if begin in text:
             pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
@@ -255,7 +232,7 @@ def _roofline(record: Record) -> Any:
     for i, op in enumerate(dict.fromkeys(c["op"] for c in record["cases"])):
         points = []
         for c in record["cases"]:
-            ours = next(p for p in c["providers"].values() if p["kind"] == "tenfold")
+            ours = ours_of(c)
             if c["op"] == op and ours["share"]:
                 points.append((max(c["flops"], 1) / c["bytes"], 100 * ours["share"]))
         if points:
@@ -291,7 +268,7 @@ def write_page(records: Sequence[Record], path: Path) -> Path:
         rows: Rows = []
         for case in record["cases"]:
             for name, p in case["providers"].items():
-                took = [_time(p[k]) if p[k] else "–" for k in ("p20_s", "p50_s", "p80_s")]
+                took = [time_text(p[k]) if p[k] else "–" for k in ("p20_s", "p50_s", "p80_s")]
                 error = "–" if p["error"] is None else f"{p['error']:.1e}"
                 rows.append([case["name"], name, p["status"], *took, error, p["note"]])
         page.table(("case", "provider", "status", "20 %", "median", "80 %", "error", "note"), rows)
@@ -316,10 +293,12 @@ def main(arguments: list[str] | None = None) -> int:
     if not chosen.readme:
         print(write_page(load_records(root), chosen.out))
         return 0
+    texts = {path: rewrite(root, path) for path in generated_files(root)}
+    if (root / performance.PAGE).is_file():
+        texts |= performance.pictures(root, load_records(root))
     stale = []
-    for path in generated_files(root):
-        text = rewrite(root, path)
-        if text != path.read_text(encoding="utf-8"):
+    for path, text in texts.items():
+        if not path.is_file() or text != path.read_text(encoding="utf-8"):
             stale.append(path.relative_to(root))
             if not chosen.check:
                 path.write_text(text, encoding="utf-8")
