@@ -20,7 +20,7 @@ STAMPS := $(VENV)/.stamps
 # A process of one thread per core, but not more memory than four need. Tests about threads set how many.
 PYTEST = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(PY) -m pytest tests -n auto --maxprocesses 4 --dist worksteal
 INSTALLED := $(STAMPS)/$(if $(WHEEL),wheel-$(notdir $(WHEEL)),editable)
-REQUIREMENTS := $(wildcard requirements/*.txt)
+REQUIREMENTS := $(filter-out requirements/docs.txt,$(wildcard requirements/*.txt))
 # Folders count too: their time changes when a source is removed.
 SOURCES := $(shell find csrc) CMakeLists.txt pyproject.toml
 NATIVE = $$(find csrc tests/cuda_emu -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
@@ -33,7 +33,7 @@ INSTALL := install --no-compile
 # What is tested is what is installed.
 unexport PYTHONPATH TENFOLD_OPS_PATH
 
-.PHONY: help demo test test-all test-hosts bench lint format wheel clean setup data
+.PHONY: help demo test test-all test-hosts bench docs lint format wheel clean setup data
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -53,6 +53,10 @@ test-hosts: setup ## each host framework's adapter, in an environment of its own
 
 bench: data ## microbenchmarks of every op; JSON and HTML under tenfold-report/bench
 	$(VENV)/bin/tenfold bench
+
+docs: $(STAMPS)/docs ## the documentation site, without warnings: build/site/index.html
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet --strict
+	@echo "build/site/index.html"
 
 lint: $(STAMPS)/venv ## ruff, mypy on the public API, clang-format
 	$(VENV)/bin/ruff check .
@@ -90,6 +94,10 @@ $(STAMPS)/venv: $(REQUIREMENTS)
 	$(SHOW) $(PY) -m pip $(INSTALL) $(TORCH) -r requirements/run.txt -r requirements/dev.txt
 	$(SHOW) $(PY) -m pip $(INSTALL) --no-deps -r requirements/no-deps.txt
 	@mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/docs: requirements/docs.txt $(STAMPS)/venv
+	$(PY) -m pip $(INSTALL) -q -r requirements/docs.txt
+	@touch $@
 
 $(STAMPS)/editable: $(STAMPS)/venv $(SOURCES)
 	@command -v $${CXX:-c++} >/dev/null || { echo "tenfold's kernels need a C++20 compiler, and none" \
