@@ -11,8 +11,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")]
 
 
-def run(*command):
-    done = processes.python(*command, cwd=ROOT)
+def run(*command, cwd=ROOT):
+    done = processes.python(*command, cwd=cwd)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -36,26 +36,34 @@ def test_readme_code_runs(at):
         assert 0.15 * before < after < 0.25 * before
 
 
+# Pages whose Python blocks are programs of their own; on the others they are parts of one.
 WHOLE = [
-    (f"docs/ops/{name}.md", at)
-    for name in (
-        "corruption",
-        "diffusion",
-        "influence",
-        "loss",
-        "merge",
-        "moe",
-        "norm",
-        "pixels",
-        "rl",
+    (page, at)
+    for page in (
+        "docs/tour.md",
+        "docs/integrations.md",
+        *(
+            f"docs/ops/{name}.md"
+            for name in (
+                "corruption",
+                "diffusion",
+                "influence",
+                "loss",
+                "merge",
+                "moe",
+                "norm",
+                "pixels",
+                "rl",
+            )
+        ),
     )
-    for at in range(len(blocks(f"docs/ops/{name}.md")))
+    for at in range(len(blocks(page)))
 ]
 
 
 @pytest.mark.parametrize("page, at", WHOLE)
-def test_the_code_of_a_page_runs(page, at):
-    run("-c", blocks(page)[at])
+def test_the_code_of_a_page_runs(page, at, tmp_path):
+    run("-c", blocks(page)[at], cwd=tmp_path)  # a block may write beside itself
 
 
 def test_nacl_example():
@@ -82,3 +90,88 @@ def test_make_targets_of_the_readme_exist():
     for page in PAGES:
         for target in re.findall(r"(?:^ {4}|`)make ([a-z][a-z-]*)", page.read_text(), re.MULTILINE):
             assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"{page.name}: make {target}"
+
+
+def navigation():
+    text = (ROOT / "mkdocs.yml").read_text()
+    return re.findall(r"^ +- [^:\n]+: (\S+\.md)$", text[text.index("\nnav:") :], re.MULTILINE)
+
+
+def test_the_navigation_has_every_page_once():
+    listed = [page for page in navigation() if not page.startswith("repository/")]
+    pages = [p.relative_to(ROOT / "docs").as_posix() for p in ROOT.glob("docs/**/*.md")]
+    assert sorted(listed) == sorted(pages)
+    assert {p.name for p in ROOT.glob("*.md")} == {
+        page.removeprefix("repository/") for page in navigation() if page not in listed
+    }
+
+
+def methods():
+    """What `tenfold demo` runs."""
+    return sorted({p.parent.name for p in ROOT.glob("python/tenfold/*/demo.py")} - {"cli"})
+
+
+def families():
+    return {p.parent.name for p in ROOT.glob("csrc/*/*ops.cpp")} - {"_template"}
+
+
+def test_every_family_and_method_has_a_page_that_the_index_names():
+    assert len(families()) >= 12 and len(methods()) >= 9
+    index = (ROOT / "docs/index.md").read_text()
+    for page in [*(f"ops/{f}.md" for f in families()), *(f"methods/{m}.md" for m in methods())]:
+        assert (ROOT / "docs" / page).is_file() and f"]({page})" in index, page
+
+
+@pytest.mark.parametrize("method", methods())
+def test_a_method_page_says_when_and_when_not(method):
+    text = (ROOT / f"docs/methods/{method}.md").read_text()
+    for section in ("When", ".*[Mm]easured", "(Limits|Not known)"):
+        assert re.search(rf"^## {section}$", text, re.MULTILINE), section
+
+
+def sections():
+    """Of docs/performance.md: by family its text."""
+    parts = re.split(r"^## (\w+)$", (ROOT / "docs/performance.md").read_text(), flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2]))
+
+
+def test_the_performance_page_has_a_sentence_for_every_op_that_was_measured():
+    assert set(sections()) == families()
+    for family, text in sections().items():
+        table, prose = text.split(f"<!-- performance-{family}:end -->")
+        ops = re.findall(r"^\| `(\w+)`", table, re.MULTILINE)
+        named = re.findall(
+            r"`(\w+)`", " ".join(re.findall(r"^- \*\*(.*?)\*\*:", prose, re.MULTILINE))
+        )
+        assert sorted(named) == sorted(ops), family
+        assert ops or "No measurement" in table, family
+
+
+def environment_variables():
+    """What the sources read: literals of Python, getenv of C++, options of CMake."""
+    found = set()
+    for folder in ("python", "bench", "tools"):
+        for source in ROOT.glob(f"{folder}/**/*.py"):
+            found |= set(re.findall(r"[\"'](TENFOLD_[A-Z_]+)[\"']", source.read_text()))
+    for source in ROOT.glob("csrc/**/*.cpp"):
+        found |= set(re.findall(r'getenv\("(TENFOLD_[A-Z_]+)"', source.read_text()))
+    options = re.search(
+        r"foreach\(option ([^)]*)\)\n *if\(DEFINED ENV", (ROOT / "CMakeLists.txt").read_text()
+    )
+    return found | set(options[1].split())
+
+
+def test_every_environment_variable_is_explained():
+    page = (ROOT / "docs/troubleshooting.md").read_text()
+    explained = set(re.findall(r"^\| `(TENFOLD_[A-Z_]+)` \|", page, re.MULTILINE))
+    assert {"TENFOLD_CUDA", "TENFOLD_HOME", "TENFOLD_CPU_CAPABILITY"} < explained
+    assert explained == environment_variables()
+
+
+def test_every_line_of_doctor_is_explained():
+    source = (ROOT / "python/tenfold/cli/doctor.py").read_text()
+    lines = set(re.findall(r'\bline\(\s*"([^"]+)"', source)) | {"package"}
+    page = (ROOT / "docs/troubleshooting.md").read_text()
+    assert len(lines) >= 9
+    for name in lines:
+        assert f"\n| `{name}` |" in page, name

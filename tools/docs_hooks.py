@@ -19,7 +19,9 @@ MIRROR = "repository"
 PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
 _LINK = re.compile(r"(?<=\]\()([^)\s#]+)(#[^)\s]*)?(?=\))")
 _CODE = re.compile(r"(^```.*?^```|`[^`\n]*`)", re.DOTALL | re.MULTILINE)
-_LOADED = re.compile(r"<(?:script|img|iframe|source)\b[^>]*\bsrc=\"?(?:https?:)?//|<link\b[^>]*\brel=\"?stylesheet\b[^>]*//")  # fmt: skip
+_LOADED = re.compile(
+    r"<(?:script|img|iframe|source)\b[^>]*\bsrc=\"?(?:https?:)?//|<link\b[^>]*\brel=\"?stylesheet\b[^>]*//"
+)
 
 
 def _origin(uri: str) -> str:
@@ -37,7 +39,9 @@ def _targets(text: str, origin: str) -> list[str]:
     prose = _CODE.sub("", text)
     found = (posixpath.normpath(posixpath.join(posixpath.dirname(origin), link)) for link, _ in _LINK.findall(prose)
              if "://" not in link)  # fmt: skip
-    return [path for path in found if not path.startswith(("docs/", "..")) and (ROOT / path).is_file()]
+    return [
+        path for path in found if not path.startswith(("docs/", "..")) and (ROOT / path).is_file()
+    ]
 
 
 def on_files(files: Any, config: Any) -> Any:
