@@ -1,7 +1,8 @@
 """Tables and plots from result files; the only way numbers get into README and docs.
 
 python -m bench.report                     page of all committed results
-python -m bench.report --readme [--check]  rewrite (or verify) the generated parts of README and docs
+python -m bench.report --readme [--check]  rewrite (or verify) the generated parts of README and docs,
+                                           and the pictures of docs/performance.md
 """
 
 from __future__ import annotations
