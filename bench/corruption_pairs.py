@@ -58,7 +58,13 @@ def by_row(i: Inputs) -> tuple[Tensor, ...]:
         targets[row, m] = EOS
         sizes.append((p1 - p0 + n + 1, m + 1, s1 - s0 - n, t1 - t0 - m))
     made = torch.tensor(sizes, dtype=torch.int32, device=inputs.device)
-    return inputs, made[:, 0].contiguous(), targets, made[:, 1].contiguous(), made[:, 2:].contiguous()
+    return (
+        inputs,
+        made[:, 0].contiguous(),
+        targets,
+        made[:, 1].contiguous(),
+        made[:, 2:].contiguous(),
+    )
 
 
 def gathered(i: Inputs) -> tuple[Tensor, ...]:
@@ -74,7 +80,13 @@ def gathered(i: Inputs) -> tuple[Tensor, ...]:
     at, end = at[:, : MOST[1]], m[:, None]
     targets = i.target[(i.target_at[:-1, None] + at).clamp(max=i.target.numel() - 1)]
     targets = torch.where(at == end, EOS, torch.where(at > end, IGNORE, targets))
-    return (inputs, (given + n + 1).int(), targets, (m + 1).int(), torch.stack([size - n, want - m], 1).int())
+    return (
+        inputs,
+        (given + n + 1).int(),
+        targets,
+        (m + 1).int(),
+        torch.stack([size - n, want - m], 1).int(),
+    )
 
 
 def _pack(s: Shape, dtype: torch.dtype) -> Case:

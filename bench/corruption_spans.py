@@ -1,4 +1,4 @@
-"""Cases of ``span_mask``, ``span_corrupt``, ``span_corruption`` and ``span_restore``: part of the family ``corruption``.
+"""Cases of the ops on spans (masks, corruption, both, and back): part of the family ``corruption``.
 
 Packed rows of ERNIE-Code's two lengths, 15 % in spans of 3: a micro-batch, and the 256 rows of the method's
 specification. ``span_corruption`` is what a collator calls; its peers are collators in NumPy, which draw masks of their
@@ -33,7 +33,9 @@ def _inputs(s: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
     lengths = torch.full((s["b"],), s["l"], device=device)
     mask = ops.span_mask(lengths, s["l"], *RULE, 0)
     widths = corrupted_sizes(s["l"], *RULE)
-    inputs, in_len, targets, tgt_len = ops.span_corrupt(tokens, lengths, mask, FIRST, COUNT, EOS, PAD, *widths)
+    inputs, in_len, targets, tgt_len = ops.span_corrupt(
+        tokens, lengths, mask, FIRST, COUNT, EOS, PAD, *widths
+    )
     return Inputs(tokens=tokens, lengths=lengths, mask=mask, inputs=inputs, in_len=in_len, targets=targets,
                   tgt_len=tgt_len, widths=widths)  # fmt: skip
 
@@ -50,7 +52,9 @@ def draw(i: Inputs) -> Tensor:
 
     def cuts(items: int) -> Tensor:
         keys = torch.rand(b, items - 1, device=i.tokens.device)
-        ends = keys.topk(spans - 1, dim=1, largest=False, sorted=False).indices.sort(dim=1).values + 1
+        ends = (
+            keys.topk(spans - 1, dim=1, largest=False, sorted=False).indices.sort(dim=1).values + 1
+        )
         return torch.cat([ends, ends.new_full((b, 1), items)], 1)
 
     masked, kept = cuts(noise), cuts(n - noise)
@@ -92,9 +96,12 @@ def scatter(i: Inputs, mask: Tensor) -> tuple[Tensor, ...]:
 
 def restored(got: Any, _: Any, i: Inputs) -> float:
     """Of results with another mask: whether the rows come back, and have the sizes and spans that they must."""
-    tokens, lengths = ops.span_restore(*got, FIRST, COUNT, EOS)
-    same = torch.equal(tokens[:, : i.tokens.shape[1]], i.tokens) and torch.equal(lengths, i.lengths.int())
-    counts = [(side > FIRST - COUNT).sum(1).tolist() for side in (got[0], got[2])]
+    inputs, in_len, targets, tgt_len = got
+    tokens, lengths = ops.span_restore(inputs, in_len, targets, tgt_len, FIRST, COUNT, EOS)
+    same = torch.equal(tokens[:, : i.tokens.shape[1]], i.tokens) and torch.equal(
+        lengths, i.lengths.int()
+    )
+    counts = [(side > FIRST - COUNT).sum(1).tolist() for side in (inputs, targets)]
     spans = span_counts(i.tokens.shape[1], *RULE)[1]
     return 0.0 if same and counts == [[spans] * len(tokens)] * 2 else math.inf
 
@@ -141,7 +148,8 @@ def _corrupt(s: Shape, dtype: torch.dtype) -> Case:
         op="span_corrupt", shape=s, dtype=dtype, inputs=_inputs,
         bytes=lambda s, size: s["b"] * (_sizes(s) * size + s["l"]),
         providers=[provider("tenfold", lambda i: ops.span_corrupt(*args(i))),
-                   provider("eager", lambda i: select(i, i.mask)), provider("eager:scatter", lambda i: scatter(i, i.mask)),
+                   provider("eager", lambda i: select(i, i.mask)),
+                   provider("eager:scatter", lambda i: scatter(i, i.mask)),
                    compiled(lambda i: scatter(i, i.mask))],
         reference=lambda i: reference.span_corrupt(*args(i)), tolerance=0.0, quick=s == SMALL,
     )  # fmt: skip
@@ -158,7 +166,9 @@ def _mask(s: Shape) -> Case:
         return f(i.lengths, i.tokens.shape[1], *RULE, 1, 0)
 
     def at_once(i: Inputs) -> Any:
-        return torch.from_numpy(masks_at_once(np.random.default_rng(0), *i.tokens.shape, *RULE))
+        return torch.from_numpy(
+            masks_at_once(np.random.default_rng(0), *i.tokens.shape[:2], RULE[0], RULE[1])
+        )
 
     return Case(
         op="span_mask", shape=s, dtype=torch.int64, inputs=_inputs, bytes=lambda s, size: s["b"] * (s["l"] + size),
@@ -180,7 +190,11 @@ def _restore(s: Shape, dtype: torch.dtype) -> Case:
         size = ends.diff(dim=1) - 1
         width = i.inputs.shape[1] + i.targets.shape[1] - 2
         out = i.inputs.new_zeros(b, width + 1)
-        extra = torch.zeros_like(i.inputs).masked_scatter_(marks, (size - 1).to(i.inputs.dtype)).cumsum(1)
+        extra = (
+            torch.zeros_like(i.inputs)
+            .masked_scatter_(marks, (size - 1).to(i.inputs.dtype))
+            .cumsum(1)
+        )
         at = torch.arange(i.inputs.shape[1], device=out.device) + extra
         out.scatter_(1, torch.where(marks | (i.inputs == EOS), width, at).long(), i.inputs)
         begin = at.masked_select(marks).view(b, spans) - size + 1

@@ -992,12 +992,12 @@ class TestRunner:
         for arguments, words in (
             (
                 ["nothing"],
-                "unknown family 'nothing'; there are: attention, diffusion, influence, kv_eviction",
+                "unknown family 'nothing'; there are: attention, corruption, diffusion, influence, kv_eviction",
             ),
             (
                 ["--select", "nothing-like-this"],
-                "no case of attention, diffusion, influence, kv_eviction, loss, merge, moe, norm, optim, pixels, rl "
-                "contains",
+                "no case of attention, corruption, diffusion, influence, kv_eviction, loss, merge, moe, norm, optim, "
+                "pixels, rl contains",
             ),
             (["--quick", "--select", "32768"], "no quick case"),
             (["--device", "abacus"], "--device takes cpu or cuda, got 'abacus'"),

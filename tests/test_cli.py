@@ -765,7 +765,7 @@ class TestBench:
         [
             (
                 ["nothing"],
-                "unknown family 'nothing'; there are: attention, diffusion, influence, kv_eviction",
+                "unknown family 'nothing'; there are: attention, corruption, diffusion, influence, kv_eviction",
             ),
             (["--quick", "--select", "nothing-like-this"], "contains 'nothing-like-this'"),
             (["--device", "abacus"], "--device takes cpu or cuda, got 'abacus'"),

@@ -38,7 +38,17 @@ def test_readme_code_runs(at):
 
 WHOLE = [
     (f"docs/ops/{name}.md", at)
-    for name in ("diffusion", "influence", "loss", "merge", "moe", "norm", "pixels", "rl")
+    for name in (
+        "corruption",
+        "diffusion",
+        "influence",
+        "loss",
+        "merge",
+        "moe",
+        "norm",
+        "pixels",
+        "rl",
+    )
     for at in range(len(blocks(f"docs/ops/{name}.md")))
 ]
 

@@ -46,19 +46,41 @@ def span_mask(lengths, max_len, density, mean_span, seed, offset, roll=False):
     return scheduled(LIB, run)
 
 
-def corrupted(tokens, lengths, mask, draw, first, count, eos, pad, max_inputs, max_targets, aligned, final, target_pad):
+def corrupted(
+    tokens,
+    lengths,
+    mask,
+    draw,
+    first,
+    count,
+    eos,
+    pad,
+    max_inputs,
+    max_targets,
+    aligned,
+    final,
+    target_pad,
+):
     density, mean_span, seed, offset, roll = draw
-    tokens, lengths, mask = rows_of(tokens), lengths.contiguous(), None if mask is None else rows_of(mask)
+    tokens, lengths, mask = (
+        rows_of(tokens),
+        lengths.contiguous(),
+        None if mask is None else rows_of(mask),
+    )
     target_pad = pad if target_pad is None else target_pad
     n = numbers(tokens.dtype == WIDE, lengths.dtype == WIDE, *tokens.shape, row_stride(tokens),
                 0 if mask is None else row_stride(mask), max_inputs, max_targets, seed, offset, roll, first, count, eos,
                 pad, target_pad, aligned, final)  # fmt: skip
-    here = tokens if mask is None or mask.numel() else torch.ones(1)  # of no columns: still not drawn
+    here = (
+        tokens if mask is None or mask.numel() else torch.ones(1)
+    )  # of no columns: still not drawn
 
     def run():
         made = poisoned(*sides(tokens, len(tokens), max_inputs, max_targets))
         given = None if mask is None else mask if mask.numel() else here
-        LIB.emu_span_corrupt(pointers(tokens, lengths, given), pointers(*made), n, real(density, mean_span))
+        LIB.emu_span_corrupt(
+            pointers(tokens, lengths, given), pointers(*made), n, real(density, mean_span)
+        )
         return made
 
     return tuple(scheduled(LIB, run))
@@ -66,18 +88,23 @@ def corrupted(tokens, lengths, mask, draw, first, count, eos, pad, max_inputs, m
 
 def span_corrupt(tokens, lengths, mask, first, count, eos, pad, max_inputs, max_targets, aligned=True, final=False, *,
                  allow_sentinels=False, target_pad_id=None):  # fmt: skip
-    return corrupted(tokens, lengths, mask, (0.0, 1.0, 0, 0, 0), first, count, eos, pad, max_inputs, max_targets, aligned,
-                     final, target_pad_id)  # fmt: skip
+    return corrupted(tokens, lengths, mask, (0.0, 1.0, 0, 0, 0), first, count, eos, pad, max_inputs, max_targets,
+                     aligned, final, target_pad_id)  # fmt: skip
 
 
 def span_corruption(tokens, lengths, density, mean_span, seed, offset, first, count, eos, pad, max_inputs, max_targets,
                     roll=False, aligned=True, final=False, *, allow_sentinels=False, target_pad_id=None):  # fmt: skip
-    return corrupted(tokens, lengths, None, (density, mean_span, seed, offset, roll), first, count, eos, pad, max_inputs,
-                     max_targets, aligned, final, target_pad_id)  # fmt: skip
+    return corrupted(tokens, lengths, None, (density, mean_span, seed, offset, roll), first, count, eos, pad,
+                     max_inputs, max_targets, aligned, final, target_pad_id)  # fmt: skip
 
 
 def span_restore(inputs, in_len, targets, tgt_len, first, count, eos, *, pad_id=0):
-    inputs, targets, in_len, tgt_len = rows_of(inputs), rows_of(targets), in_len.contiguous(), tgt_len.contiguous()
+    inputs, targets, in_len, tgt_len = (
+        rows_of(inputs),
+        rows_of(targets),
+        in_len.contiguous(),
+        tgt_len.contiguous(),
+    )
     width = inputs.shape[1] + max(targets.shape[1] - 2, 0)
     n = numbers(inputs.dtype == WIDE, in_len.dtype == WIDE, tgt_len.dtype == WIDE, *inputs.shape, targets.shape[1],
                 row_stride(inputs), row_stride(targets), first, count, eos, pad_id, width)  # fmt: skip
@@ -90,8 +117,8 @@ def span_restore(inputs, in_len, targets, tgt_len, first, count, eos, *, pad_id=
     return tuple(scheduled(LIB, run))
 
 
-def pair_pack(source, source_offsets, target, target_offsets, prefix, prefix_offsets, eos, pad, max_inputs, max_targets, *,
-              target_pad_id=None):  # fmt: skip
+def pair_pack(source, source_offsets, target, target_offsets, prefix, prefix_offsets, eos, pad, max_inputs,
+              max_targets, *, target_pad_id=None):  # fmt: skip
     given = [None if t is None else t.contiguous()
              for t in (source, source_offsets, target, target_offsets, prefix, prefix_offsets)]  # fmt: skip
     rows = len(source_offsets) - 1
@@ -135,7 +162,9 @@ def rows_that_do_not_fit():
             assert not inputs[i].any() and not targets[i].any()
     at = torch.tensor([0, 3, 9])
     source = torch.arange(5, 14)
-    inputs, in_len, targets, tgt_len, cut = pair_pack(source, at, source, at, source, at, 1, 0, 4, 4)
+    inputs, in_len, targets, tgt_len, cut = pair_pack(
+        source, at, source, at, source, at, 1, 0, 4, 4
+    )
     assert in_len.tolist() == [4, -1] and tgt_len.tolist() == [4, -1]
     assert cut.tolist() == [[3, 0], [6, 6]] and not inputs[1].any() and not targets[1].any()
     wild = torch.tensor([-4, 99, 2])

@@ -14,8 +14,10 @@ void with_tokens(int64_t wide, F f) {
 
 // x: density mean_span. n: seed offset roll
 SpanDraw draw_of(const double* x, const int64_t* n) {
-  return {{static_cast<float>(x[0]), static_cast<float>(x[1]), x[0] == 0.0}, n[0],
-          static_cast<uint64_t>(n[1]), n[2] != 0};
+  return {{static_cast<float>(x[0]), static_cast<float>(x[1]), x[0] == 0.0},
+          n[0],
+          static_cast<uint64_t>(n[1]),
+          n[2] != 0};
 }
 
 }  // namespace

@@ -44,7 +44,9 @@ def rows(lengths, width, dtype=torch.int64, seed=0):
 def masks(lengths, width, seed=0):
     """Masks of all kinds: of spans, rolled, dense, none, all, beginning and ending either way."""
     made = torch.Generator().manual_seed(seed)
-    mask = torch.rand(len(lengths), width, generator=made) < torch.rand(len(lengths), 1, generator=made)
+    mask = torch.rand(len(lengths), width, generator=made) < torch.rand(
+        len(lengths), 1, generator=made
+    )
     drawn = ops.span_mask(torch.tensor(lengths), width, 0.3, 2.0, seed, 0, True)
     kinds = [mask, drawn, torch.zeros_like(mask), torch.ones_like(mask), ~drawn]
     return torch.stack([kinds[i % len(kinds)][i] for i in range(len(lengths))])

@@ -46,9 +46,12 @@ def test_pack(dtype, device):
 
 def test_by_hand(device):
     """A source loses its end; prefix and EOS stay."""
+
     def flat(*rows):
-        return (torch.tensor([x for r in rows for x in r], device=device),
-                torch.tensor([0, *(sum(map(len, rows[: i + 1])) for i in range(len(rows)))], device=device))  # fmt: skip
+        ends = [sum(map(len, rows[:i])) for i in range(len(rows) + 1)]
+        return torch.tensor([x for r in rows for x in r], device=device), torch.tensor(
+            ends, device=device
+        )
 
     args = *flat([11, 12, 13, 14], [15]), *flat([21, 22, 23], []), *flat([5, 6], [7])
     inputs, in_len, targets, tgt_len, cut = ops.pair_pack(*args, EOS, PAD, 5, 3, target_pad_id=-100)

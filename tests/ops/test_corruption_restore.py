@@ -28,7 +28,9 @@ def test_thousand_rows(device):
     tokens, lengths = rows([0, 1, 2, 1200, *(made.randint(0, 1200) for _ in range(996))], 1200)
     tokens, lengths = tokens.to(device), lengths.to(device)
     for roll in (False, True):
-        made = ops.span_corruption(tokens, lengths, 0.15, 3.0, 5, 0, FIRST, COUNT, EOS, PAD, 1100, 300, roll)
+        made = ops.span_corruption(
+            tokens, lengths, 0.15, 3.0, 5, 0, FIRST, COUNT, EOS, PAD, 1100, 300, roll
+        )
         come_back(tokens, lengths, made, COUNT)
 
 
@@ -45,10 +47,10 @@ def test_any_mask(final, device):
 
 
 def test_generated(device):
-    """Sentinels without a partner, out of order and repeated; no EOS; text before the first; the second never counts."""
+    """Sentinels without a partner, out of order, repeated (the first counts); no EOS; text before the first."""
     s = [FIRST - j for j in range(5)]
-    inputs = [[7, s[0], 8, s[1], 9, EOS], [s[1], s[0], s[1], 5, s[3], EOS], [s[0], 4, EOS, 4, 0, 0], [EOS, 3, 3, 3, 3, 3],
-              [s[0], s[0], s[0], s[0], s[0], s[0]]]  # fmt: skip
+    inputs = [[7, s[0], 8, s[1], 9, EOS], [s[1], s[0], s[1], 5, s[3], EOS], [s[0], 4, EOS, 4, 0, 0],
+              [EOS, 3, 3, 3, 3, 3], [s[0], s[0], s[0], s[0], s[0], s[0]]]  # fmt: skip
     targets = [[s[0], 1, 2, s[1], EOS, 0, 0], [44, s[0], 11, s[1], 12, 13, s[4]], [s[0], 5, s[0], 6, s[1], 7, EOS],
                [s[0], 6, 6, EOS, 3, 3, 3], [s[0], 2, 3, 4, 5, 6, 7]]  # fmt: skip
     in_len, tgt_len = [6, 6, 3, 0, 6], [5, 7, 7, 4, 7]
@@ -60,10 +62,19 @@ def test_generated(device):
         assert [row[:n].tolist() for row, n in zip(got, sizes)] == want
     made = torch.Generator().manual_seed(0)
     for width in (1, 2, 5, 70, 300):
-        both = [torch.randint(FIRST - 12, FIRST + 6, (6, w), generator=made) for w in (width, width + 3)]
+        both = [
+            torch.randint(FIRST - 12, FIRST + 6, (6, w), generator=made) for w in (width, width + 3)
+        ]
         sizes = [torch.randint(0, b.shape[1] + 1, (6,), generator=made) for b in both]
         exact("span_restore", (both[0], sizes[0], both[1], sizes[1], FIRST, 7, FIRST + 1), device)
-        exact("span_restore", (both[0], sizes[0], both[0][:, :1], sizes[0] * 0 + 1, FIRST, 7, FIRST + 1), device)
+        exact(
+            "span_restore", (both[0], sizes[0], both[1], sizes[1], FIRST, 20_000, FIRST + 1), device
+        )
+        exact(
+            "span_restore",
+            (both[0], sizes[0], both[0][:, :1], sizes[0] * 0 + 1, FIRST, 7, FIRST + 1),
+            device,
+        )
     none = torch.zeros(3, 0, dtype=torch.int64), torch.zeros(3, dtype=torch.int32)
     exact("span_restore", (*none, *none, FIRST, 7, EOS), device)
 
@@ -71,9 +82,15 @@ def test_generated(device):
 @pytest.mark.parametrize("kind", LAYOUTS)
 def test_layouts(kind, device):
     tokens, lengths = rows([20, 33, 0, 9], 33)
-    made = ops.span_corrupt(tokens, lengths, masks([20, 33, 0, 9], 33), FIRST, MANY, EOS, PAD, 40, 60)
+    made = ops.span_corrupt(
+        tokens, lengths, masks([20, 33, 0, 9], 33), FIRST, MANY, EOS, PAD, 40, 60
+    )
     inputs, in_len, targets, tgt_len = made
-    exact("span_restore", (layout(inputs, kind), in_len, layout(targets, kind), tgt_len, FIRST, MANY, EOS), device)
+    exact(
+        "span_restore",
+        (layout(inputs, kind), in_len, layout(targets, kind), tgt_len, FIRST, MANY, EOS),
+        device,
+    )
 
 
 def test_errors(device):
@@ -125,11 +142,21 @@ def test_errors(device):
         given = good | change
         check_errors(ops.span_corrupt, raw.span_corrupt, (), given, error, "span_corrupt", *words)
         given.pop("mask")
-        check_errors(ops.span_corruption, raw.span_corruption, (), given | draw, error, "span_corruption", *words)
+        check_errors(
+            ops.span_corruption,
+            raw.span_corruption,
+            (),
+            given | draw,
+            error,
+            "span_corruption",
+            *words,
+        )
     for change, error, words in drawn:
         given = good | draw | change
         given.pop("mask")
-        check_errors(ops.span_corruption, raw.span_corruption, (), given, error, "span_corruption", *words)
+        check_errors(
+            ops.span_corruption, raw.span_corruption, (), given, error, "span_corruption", *words
+        )
     given = {"lengths": lengths, "max_len": 8, **draw}
     for change, error, words in [
         *drawn[:4], ({"lengths": lengths.half()}, TypeError, ("float16",)),
@@ -137,7 +164,15 @@ def test_errors(device):
         *([({"max_len": 7}, IndexError, ("lengths[0] = 8", "[0, 7]"))] if cpu else []),
     ]:  # fmt: skip
         check_errors(ops.span_mask, raw.span_mask, (), given | change, error, "span_mask", *words)
-    check_errors(ops.span_corrupt, raw.span_corrupt, (), good | {"mask": mask[:1]}, ValueError, "mask", "[1, 8]")
+    check_errors(
+        ops.span_corrupt,
+        raw.span_corrupt,
+        (),
+        good | {"mask": mask[:1]},
+        ValueError,
+        "mask",
+        "[1, 8]",
+    )
     with pytest.raises(RuntimeError, match="mask must be bool"):
         raw.span_corrupt(**(good | {"mask": mask.long()}))
     both = {"inputs": tokens, "in_len": lengths, "targets": tokens, "tgt_len": lengths, "first_sentinel": FIRST,
@@ -150,22 +185,28 @@ def test_errors(device):
         *([({"in_len": lengths + 1}, IndexError, ("in_len[0] = 9", "[0, 8]"))] if cpu else []),
     ]:  # fmt: skip
         error = error if isinstance(error, type) else ValueError
-        check_errors(ops.span_restore, raw.span_restore, (), both | change, error, "span_restore", *words)
+        check_errors(
+            ops.span_restore, raw.span_restore, (), both | change, error, "span_restore", *words
+        )
 
 
 def test_longest_row():
-    """Section 8: more spans than sentinels. With 100 of them at 0.15 in spans of 3 a row of 2009 tokens is the longest."""
+    """Section 8: with 100 sentinels, at 0.15 in spans of 3, a row of 2009 tokens is the longest."""
     args = (0.15, 3.0, 0, 0, FIRST, COUNT, EOS, PAD, 2010, 500)
     tokens = torch.full((1, 2010), 7)
     assert int(ops.span_corruption(tokens, torch.tensor([2009]), *args)[1]) > 0
-    with pytest.raises(ValueError, match=r"row 0, needs 101 sentinels; num_sentinels is 100; rows of at most 2009"):
+    with pytest.raises(
+        ValueError, match=r"row 0, needs 101 sentinels; num_sentinels is 100; rows of at most 2009"
+    ):
         ops.span_corruption(tokens, torch.tensor([2010]), *args)
 
 
 def test_registration(device):
     tokens, lengths = rows([20, 33, 0, 9] * 30, 33)
     mask = masks([20, 33, 0, 9] * 30, 33)
-    made = ops.span_corrupt(*(x.to(device) for x in (tokens, lengths, mask)), FIRST, MANY, EOS, PAD, 40, 60)
+    made = ops.span_corrupt(
+        *(x.to(device) for x in (tokens, lengths, mask)), FIRST, MANY, EOS, PAD, 40, 60
+    )
     check_op(raw.span_restore, (*made, FIRST, MANY, EOS), {"pad_id": 3})
     with pytest.raises(RuntimeError, match="inference only"):
         ops.span_restore(made[0].double().requires_grad_(), *made[1:], FIRST, MANY, EOS)

@@ -9,31 +9,49 @@ namespace {
 
 constexpr int64_t kMarks = 64;  // bytes that are looked at together
 
-// Where the parts end that `total` tokens are cut into, at gaps that are drawn.
-void draw_cuts(const SpanStream& s, uint32_t part, int64_t total, int64_t parts,
-               const SpanBuffers& buf, int32_t* cuts) {
-  const int64_t k = parts - 1, gaps = total - 1, first = gaps - k;
-  cuts[k] = static_cast<int32_t>(total);
-  if (k == 0) return;
+// drawn[i] of number i of k, below first + i + 1; in place of their words.
+void draw_numbers(const SpanStream& s, uint32_t part, int64_t first, int64_t k, uint32_t* drawn) {
   const VI lanes = counter_lanes();
   for (int64_t i = 0; i < k; i += 4 * kWidth) {
     VI x[4] = {seti(static_cast<uint32_t>(i / 4)) + lanes, seti(part), seti(s.lo), seti(s.hi)};
     philox_rounds(x, s.seed_lo, s.seed_hi);
-    store_by_four(buf.words + i, x[0], x[1], x[2], x[3]);
+    store_by_four(drawn + i, x[0], x[1], x[2], x[3]);
   }
-  uint8_t* const marks = buf.marks;
-  const int64_t rounded = (gaps + kMarks - 1) / kMarks * kMarks;
-  __builtin_memset(marks, 0, static_cast<uint64_t>(rounded));
-  for (int64_t i = 0; i < k; ++i) {
-    const int64_t last = first + i;
-    const auto bound = static_cast<uint32_t>(last + 1);
-    const int64_t drawn = draw_below(s, static_cast<uint32_t>(i), part, bound, buf.words[i]);
-    marks[marks[drawn] != 0 ? last : drawn] = 1;
+  const auto bound = static_cast<uint32_t>(first + 1);
+  const auto count = static_cast<uint32_t>(k);
+  uint32_t doubtful = 0;
+  for (uint32_t i = 0; i < count; ++i) doubtful |= drawn[i] * (bound + i) < bound + i ? 1u : 0u;
+  if (doubtful != 0) [[unlikely]] {
+    for (uint32_t i = 0; i < count; ++i) drawn[i] = draw_below(s, i, part, bound + i, drawn[i]);
+    return;
   }
-  int64_t found = 0;
-  for (int64_t at = 0; at < rounded; at += kMarks)
-    for (uint64_t bits = bits_of_bytes(marks + at); bits != 0; bits &= bits - 1)
-      cuts[found++] = static_cast<int32_t>(at + __builtin_ctzll(bits) + 1);
+  for (uint32_t i = 0; i < count; ++i)
+    drawn[i] = static_cast<uint32_t>(static_cast<uint64_t>(drawn[i]) * (bound + i) >> 32);
+}
+
+// Where the parts end that `total` tokens are cut into, at gaps that are drawn.
+void draw_cuts(const SpanStream& s, uint32_t part, int64_t total, int64_t parts,
+               const SpanBuffers& buf, int32_t* cuts) {
+  const int64_t k = parts - 1, gaps = total - 1, first = gaps - k;
+  if (k > 0) {
+    draw_numbers(s, part, first, k, buf.words);
+    uint8_t* const marks = buf.marks;
+    const int64_t rounded = (gaps + kMarks - 1) / kMarks * kMarks;
+    __builtin_memset(marks, 0, static_cast<uint64_t>(rounded));
+    for (int64_t i = 0; i < k; ++i) {
+      const int64_t drawn = buf.words[i];
+      marks[marks[drawn] != 0 ? first + i : drawn] = 1;
+    }
+    auto* to = reinterpret_cast<uint32_t*>(cuts);
+    const VI after = iota() + seti(1);
+    for (int64_t at = 0; at < rounded; at += kMarks) {
+      const uint64_t bits = bits_of_bytes(marks + at);
+      for (int64_t i = 0; i < kMarks; i += kWidth)
+        to += store_chosen(to, lanes_of(static_cast<uint32_t>(bits >> i)),
+                           after + seti(static_cast<uint32_t>(at + i)));
+    }
+  }
+  cuts[k] = static_cast<int32_t>(total);
 }
 
 // Rotates spans of a row of n tokens; one may be cut in two.
@@ -69,13 +87,17 @@ int64_t kept_runs(const int32_t* edges, int64_t spans, int64_t n, int32_t* out) 
   return made;
 }
 
+// Of the tokens between spans, 17 on average: 24 or 32 of them.
+template <class T>
+constexpr int kKeptChunks = sizeof(T) == 8 ? 3 : 2;
+
 // The row with each of the runs replaced by a sentinel.
 template <class T>
 void put_marked(const CorruptRow& r, const int32_t* runs, int64_t count, TokenWriter<T>& out) {
   const auto* const tokens = static_cast<const T*>(r.tokens);
   int64_t from = 0;
   for (int64_t j = 0; j < count; ++j) {
-    out.copy(tokens + from, runs[2 * j] - from, r.readable - from);
+    out.template copy<kKeptChunks<T>>(tokens + from, runs[2 * j] - from, r.readable - from);
     out.put(static_cast<T>(r.ids.first_sentinel - j));
     from = runs[2 * j + 1];
   }
@@ -164,9 +186,20 @@ int64_t find_spans(const uint8_t* mask, int64_t n, int32_t* edges) {
 }
 
 void write_mask(const int32_t* edges, int64_t spans, int64_t width, uint8_t* mask) {
-  __builtin_memset(mask, 0, static_cast<uint64_t>(width));
-  for (int64_t j = 0; j < spans; ++j)
-    for (int32_t i = edges[2 * j]; i < edges[2 * j + 1]; ++i) mask[i] = 1;
+  uint8_t *at = mask, *const end = mask + width;
+  const auto fill = [&](int64_t n, uint8_t value) {
+    if (n <= kMarks && end - at >= kMarks) [[likely]] {
+      __builtin_memset(at, value, kMarks);  // what is too much is written over
+    } else {
+      __builtin_memset(at, value, static_cast<uint64_t>(n));
+    }
+    at += n;
+  };
+  for (int64_t j = 0; j < spans; ++j) {
+    fill(edges[2 * j] - (at - mask), 0);
+    fill(edges[2 * j + 1] - edges[2 * j], 1);
+  }
+  __builtin_memset(at, 0, static_cast<uint64_t>(end - at));
 }
 
 void corrupt_row(const CorruptRow& row) {

@@ -33,8 +33,9 @@ void run_pack(const PairCall& c) {
 void run_shift(const ShiftCall& c) {
   check_grid("shift_right", c.rows);
   const Launch launch(c.labels);
-  const ShiftArgs a{c.labels.data_ptr(), c.rows, c.width,  row_stride(c.labels),
-                    c.start,             c.pad,  c.ignore, c.out.data_ptr()};
+  const ShiftArgs a{
+      c.labels.data_ptr(), c.rows, c.width, row_stride(c.labels), c.start, c.pad, c.ignore,
+      c.out.data_ptr()};
   dispatch_tokens(c.labels, [&]<class T>() { launch_shift_right<T>(a, launch.stream); });
   launch.check();
 }

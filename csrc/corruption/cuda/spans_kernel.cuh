@@ -121,8 +121,8 @@ static __global__ void __launch_bounds__(kRowThreads) span_corrupt_kernel(Corrup
     const SpanStream s = span_stream(a.draw.seed, a.draw.offset + static_cast<uint64_t>(row));
     block_draw(a.draw.rule, s, a.draw.roll, n, m, sums, bits);
   }
-  const int64_t noise = block_ranks(words, masked_before, sums,
-                                    [&](int64_t w) { return int64_t{__popc(bits[w])}; });
+  const int64_t noise =
+      block_ranks(words, masked_before, sums, [&](int64_t w) { return int64_t{__popc(bits[w])}; });
   const int64_t spans = block_ranks(words, spans_before, sums, [&](int64_t w) {
     return int64_t{__popc(RowSpans::begins(bits, w))};
   });

@@ -36,7 +36,7 @@ def wrong_op(device: str, dtype: torch.dtype) -> str:
     return (
         _kv_eviction(check, q, k, v) or _attention(check, q, k, v) or _optim(check, made)
         or _rl(check, made) or _loss(check, made) or _norm(check, made) or _pixels(check, made)
-        or _influence(check, made) or _diffusion(check, made)
+        or _influence(check, made) or _diffusion(check, made) or _corruption(check, made)
     )  # fmt: skip
 
 
@@ -219,3 +219,27 @@ def _diffusion(check: Check, made: torch.Generator) -> str:
     made_here = ops.conv1d_planes(*move(x0, planes, kernel))
     want_there = reference.conv1d_planes(x0.float(), planes.float(), kernel.float())
     return "" if near(made_here, want_there) else "conv1d_planes"
+
+
+def _corruption(check: Check, made: torch.Generator) -> str:
+    tokens, lengths = torch.randint(2, 900, (3, 90), generator=made), torch.tensor([90, 31, 1])
+    rule, ids = (0.15, 3.0, 5, 6), (999, 50, 1, 0)
+    mask = reference.span_mask(lengths, 90, *rule)
+    sides = reference.span_corrupt(tokens, lengths, mask, *ids, 90, 40)
+    row = torch.tensor([0, 4, 30])
+    pairs = (tokens[0], row, tokens[1], row, tokens[2], row // 2)
+    calls: list[tuple[str, tuple[Any, ...]]] = [
+        ("span_mask", (lengths, 90, *rule)),
+        ("span_corrupt", (tokens, lengths, mask, *ids, 90, 40)),
+        ("span_corruption", (tokens, lengths, *rule, *ids, 90, 40)),
+        ("span_restore", (*sides, *ids[:3])),
+        ("pair_pack", (*pairs, 1, 0, 20, 20)),
+        ("shift_right", (tokens,)),
+    ]  # fmt: skip
+    for name, args in calls:
+        there = [a.to(check.device) if isinstance(a, Tensor) else a for a in args]
+        got, want = getattr(ops, name)(*there), getattr(reference, name)(*args)
+        both = [x if isinstance(x, tuple) else (x,) for x in (got, want)]
+        if not all(torch.equal(g.cpu(), w) for g, w in zip(*both, strict=True)):
+            return name
+    return ""
