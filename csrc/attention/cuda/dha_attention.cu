@@ -91,7 +91,7 @@ std::tuple<Tensor, Tensor, Tensor> dha_attention_backward_op(
   const AttentionArgs a{scale,        causal, window_left, window_right, cu_seqlens_q,
                         cu_seqlens_k, max_q,  max_k,       attn_bias,    softcap};
   check_attention(op, q_in, k_in, v_in, kmap, vmap, a);
-  check_attention_backward(dout_in, q_in, v_in, out_in, lse_in, dlse_in, q_in.dim() == 3);
+  check_attention_backward(op, dout_in, q_in, v_in, out_in, lse_in, dlse_in, q_in.dim() == 3);
   const Launch launch(q_in);
   const Tensor q = with_contiguous_rows(q_in), k = with_contiguous_rows(k_in);
   const Tensor v = with_contiguous_rows(v_in), out = with_contiguous_rows(out_in);
