@@ -127,7 +127,8 @@ def expected(args, table, kv_len, dout, dlse, options):
         wide(dout), *wide_args, kv_len, out, lse, dlse=wide(dlse), **options
     )
     out, lse = out.to(dout.dtype), lse.float()
-    low = eager(args, table, kv_len, dout, out, lse, dlse, options)
+    with PlainSums():
+        low = eager(args, table, kv_len, dout, out, lse, dlse, options)
     rounded = eager(wide_args[:3], wide_args[3], kv_len, wide(dout), out, lse, dlse, options)
     low = [
         torch.where((x - r).abs() > (y.double() - r).abs(), x.double(), y.double())
