@@ -98,6 +98,20 @@ int64_t share_floats(const AttentionParams& p, const AttentionBackwardTask& t) {
   return rows * kBackwardBlock * (backward_pitch(p.head_dim) + backward_pitch(p.value_dim));
 }
 
+int64_t task_scratch(Isa isa, const AttentionBackward& p) {
+#if defined(TENFOLD_X86)
+  if (attention_backward_by_tiles(isa, p)) return avx512_amx::attention_backward_tiles_scratch(p);
+#endif
+  return TENFOLD_ISA_CALL_AS(isa, attention_backward_scratch, p);
+}
+
+void run_task(Isa isa, const AttentionBackward& p, const AttentionBackwardTask& t) {
+#if defined(TENFOLD_X86)
+  if (attention_backward_by_tiles(isa, p)) return avx512_amx::attention_backward_tiles_task(p, t);
+#endif
+  TENFOLD_ISA_CALL_AS(isa, attention_backward_task, p, t);
+}
+
 // Runs tasks [begin, end), the largest first; threads take the next one as they finish.
 void run_tasks(Isa isa, const Work& w, int64_t begin, int64_t end) {
   std::vector<int64_t> order(end - begin);
@@ -107,12 +121,12 @@ void run_tasks(Isa isa, const Work& w, int64_t begin, int64_t end) {
   std::stable_sort(order.begin(), order.end(),
                    [&](int64_t a, int64_t b) { return work[a - begin] > work[b - begin]; });
   const double micros = std::accumulate(work.begin(), work.end(), 0.0) * 2e-5;
-  const int64_t bytes = TENFOLD_ISA_CALL_AS(isa, attention_backward_scratch, w.p);
+  const int64_t bytes = task_scratch(isa, w.p);
   for_each_task(end - begin, micros, [&] {
     return [&, scratch = std::make_unique<Scratch>(bytes)](int64_t i) {
       AttentionBackwardTask t = w.tasks[order[i]];
       t.scratch = scratch->data();
-      TENFOLD_ISA_CALL_AS(isa, attention_backward_task, w.p, t);
+      run_task(isa, w.p, t);
     };
   });
 }

@@ -529,10 +529,6 @@ int64_t scratch_of(const AttentionBackward& p) {
 
 }  // namespace
 
-int64_t attention_backward_bias_step(Dtype) {
-  return -1;
-}
-
 int64_t attention_backward_scratch(const AttentionBackward& p) {
 #if defined(TENFOLD_ISA_BF16)
   if (p.dtype == Dtype::bf16) return scratch_of<Dot>(p);
