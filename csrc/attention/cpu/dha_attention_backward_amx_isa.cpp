@@ -102,7 +102,8 @@ class AmxTask {
     const auto dout = [&](int64_t i) {
       return row_of(p_.dout, p_.dout_at, t_.head, t_.q_first + first + i);
     };
-    for (int64_t half = 0; half < kHalves; ++half) {
+    const int64_t sides = (rows + kSide - 1) / kSide;
+    for (int64_t half = 0; half < 2 * sides; ++half) {
       const bf16_t *q_rows[kHalf] = {}, *dout_rows[kHalf] = {};
       for (int64_t i = 0; i < kHalf && half * kHalf + i < rows; ++i)
         q_rows[i] = q(half * kHalf + i), dout_rows[i] = dout(half * kHalf + i);
@@ -111,8 +112,8 @@ class AmxTask {
         pack_lanes16(dout_rows + i, p_.value_dim, dout_lanes_ + half * value_depth_ * kHalf + i);
       }
     }
-    clear(q_pairs_, kHalves / 2 * q_pairs_size_);
-    clear(dout_pairs_, kHalves / 2 * dout_pairs_size_);
+    clear(q_pairs_, sides * q_pairs_size_);
+    clear(dout_pairs_, sides * dout_pairs_size_);
     for (int64_t at = 0; at < rows; at += kSide) {
       const int64_t n = rows - at < kSide ? rows - at : kSide;
       pack_lanes<bf16_t, true>([&](int64_t i) { return q(at + i); }, n, p_.head_dim, q_stride_,
@@ -120,7 +121,7 @@ class AmxTask {
       pack_lanes<bf16_t, true>([&](int64_t i) { return dout(at + i); }, n, p_.value_dim, q_stride_,
                                dout_pairs_ + at / kSide * dout_pairs_size_);
     }
-    clear(dq_, kHalves * dims_ * kHalf);
+    clear(dq_, 2 * sides * dims_ * kHalf);
     const int64_t lse_at = t_.batch * p_.lse_batch + t_.head * p_.lse_head + t_.q_first + first;
     for (int64_t i = 0; i < kQueries; ++i) {
       lse2_[i] = __builtin_inff(), delta_[i] = 0.0f;  // exp2(x - inf) = 0: rows that see nothing
