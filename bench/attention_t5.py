@@ -1,4 +1,4 @@
-"""Cases of ``t5_attention``: forward, forward with backward, and a step of decoding.
+"""Cases of ``t5_attention``: forward, forward in training, forward with backward, and a step of decoding.
 
 ``mt5-base`` is 12 heads of 64 in 8 sequences, ``mt5-small`` 6 heads. The peer is transformers' own T5 path:
 ``compute_bias`` into [1, H, Lq, Lk], then ``scaled_dot_product_attention`` with it as a mask; ``bias`` of the forward
@@ -107,9 +107,20 @@ def _forward(form: Form) -> Function:
     return call
 
 
+def _in_training(form: Form) -> Function:
+    """The forward where the table is trained: SDPA takes no fused kernel then."""
+
+    @torch.enable_grad()
+    def call(i: Inputs) -> Tensor:
+        return form(i, *(x.detach().requires_grad_() for x in (i.q, i.k, i.v, i.table))).detach()
+
+    return call
+
+
 def _trained(form: Form) -> Function:
     """Forward and backward, to the table."""
 
+    @torch.enable_grad()
     def call(i: Inputs) -> Any:
         leaves = [x.detach().requires_grad_() for x in (i.q, i.k, i.v, i.table)]
         return torch.autograd.grad(form(i, *leaves), leaves, i.dout)
@@ -136,25 +147,27 @@ def _rows_agree(got: Any, want: Any, _: Inputs) -> float:
     return relative_error(got[:3], want[:3])
 
 
-def _case(model: str, s: Shape, dtype: torch.dtype, trains: bool) -> Case:
-    wrap = _trained if trains else _forward
+WAYS = {"forward": _forward, "forward in training": _in_training, "forward+backward": _trained}
+
+
+def _case(model: str, s: Shape, dtype: torch.dtype, way: str = "forward") -> Case:
+    wrap, trains = WAYS[way], way == "forward+backward"
     size = dtype.itemsize
     scores = s["b"] * s["h"] * s["lq"] * s["lk"] * size
     agree = {"agree": _rows_agree} if trains else {}
+    scratch = (1 if way == "forward" else 4) * scores
     providers = [
         provider("tenfold", wrap(_ours)),
-        provider(
-            "peer:transformers-sdpa", wrap(_sdpa), scratch=(4 if trains else 1) * scores, **agree
-        ),
+        provider("peer:transformers-sdpa", wrap(_sdpa), scratch=scratch, **agree),
         provider("eager:matmul", wrap(_matmul), scratch=4 * scores, **agree),
     ]
-    if not trains:
+    if way == "forward":
         providers.append(compiled(_forward(_matmul), scratch=3 * scores))
         if s["lq"] > 1:
             flex = _forward(_flex)
             providers.append(compiled(flex, name="peer:flex_attention", scratch=scores))
     return Case(
-        op="t5_attention", variant=f"{model} {'forward+backward' if trains else 'forward'}",
+        op="t5_attention", variant=f"{model} {way}",
         shape=s, dtype=dtype, inputs=_inputs,
         bytes=(lambda s, n: 4 * _bytes(s, n)) if trains else _bytes,
         flops=(lambda s: 7 * _flops(s) // 2) if trains else _flops,
@@ -172,7 +185,7 @@ def cases() -> Iterator[Case]:
         for model, heads in MODELS.items():
             for length in (512, 1024):
                 shape = {"b": 8, "h": heads, "d": 64, "lq": length, "lk": length}
-                yield _case(model, shape, dtype, False)
-                yield _case(model, shape, dtype, True)
+                for way in WAYS:
+                    yield _case(model, shape, dtype, way)
         for length in (512, 1024):
-            yield _case("mt5-base", {"b": 8, "h": 12, "d": 64, "lq": 1, "lk": length}, dtype, False)
+            yield _case("mt5-base", {"b": 8, "h": 12, "d": 64, "lq": 1, "lk": length}, dtype)
