@@ -96,11 +96,12 @@ def scatter(i: Inputs, mask: Tensor) -> tuple[Tensor, ...]:
 
 def restored(got: Any, _: Any, i: Inputs) -> float:
     """Of results with another mask: whether the rows come back, and have the sizes and spans that they must."""
-    tokens, lengths = ops.span_restore(*got, FIRST, COUNT, EOS)
+    inputs, in_len, targets, tgt_len = got
+    tokens, lengths = ops.span_restore(inputs, in_len, targets, tgt_len, FIRST, COUNT, EOS)
     same = torch.equal(tokens[:, : i.tokens.shape[1]], i.tokens) and torch.equal(
         lengths, i.lengths.int()
     )
-    counts = [(side > FIRST - COUNT).sum(1).tolist() for side in (got[0], got[2])]
+    counts = [(side > FIRST - COUNT).sum(1).tolist() for side in (inputs, targets)]
     spans = span_counts(i.tokens.shape[1], *RULE)[1]
     return 0.0 if same and counts == [[spans] * len(tokens)] * 2 else math.inf
 
@@ -165,7 +166,9 @@ def _mask(s: Shape) -> Case:
         return f(i.lengths, i.tokens.shape[1], *RULE, 1, 0)
 
     def at_once(i: Inputs) -> Any:
-        return torch.from_numpy(masks_at_once(np.random.default_rng(0), *i.tokens.shape, *RULE))
+        return torch.from_numpy(
+            masks_at_once(np.random.default_rng(0), *i.tokens.shape[:2], RULE[0], RULE[1])
+        )
 
     return Case(
         op="span_mask", shape=s, dtype=torch.int64, inputs=_inputs, bytes=lambda s, size: s["b"] * (s["l"] + size),

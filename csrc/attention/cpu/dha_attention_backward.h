@@ -20,6 +20,7 @@ struct AttentionBackwardTask {
   int64_t num_queries, num_keys;  // of the sequence
   int64_t row_begin, row_end;     // queries of this task
   int64_t key_begin, key_end;     // what they see; key_begin is a multiple of kBackwardBlock
+  float* distances;               // [relative.head] sums of dS by distance of its own, or null
   float *dk, *dv;                 // [key_end - key_begin, pitch of D or DV] unscaled, whole blocks
   void* scratch;                  // attention_backward_scratch bytes, 64-byte aligned
 };
@@ -52,5 +53,21 @@ TENFOLD_ISA_DECLARE(void attention_backward_task(const AttentionBackward& p,
                                                  const AttentionBackwardTask& t))
 TENFOLD_ISA_DECLARE(int64_t attention_backward_scratch(const AttentionBackward& p))
 TENFOLD_ISA_DECLARE(void sum_gradient(const GradientSum& s))
+
+#if defined(TENFOLD_X86)
+namespace avx512_amx {  // bf16 by AMX tiles, where AttentionBackward::by_tiles allows it
+int64_t attention_backward_tiles_scratch(const AttentionBackward& p);
+void attention_backward_tiles_task(const AttentionBackward& p, const AttentionBackwardTask& t);
+}  // namespace avx512_amx
+#endif
+
+inline bool attention_backward_by_tiles(Isa isa, const AttentionBackward& p) {
+  return isa == Isa::avx512_amx && p.by_tiles && p.dtype == Dtype::bf16;
+}
+
+// Which way a relative bias must lie: RelativeBias::step.
+inline int64_t attention_backward_bias_step(Isa isa, const AttentionBackward& p) {
+  return attention_backward_by_tiles(isa, p) ? 1 : -1;
+}
 
 }  // namespace tenfold

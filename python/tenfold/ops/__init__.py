@@ -22,6 +22,8 @@ from tenfold.ops.attention import (
     fusion_mse_backward,
     group_heads,
     head_cka,
+    t5_attention,
+    t5_attention_backward,
 )
 from tenfold.ops.corruption import (
     pair_pack,
@@ -245,6 +247,8 @@ __all__ = [
     "span_restore",
     "swiglu",
     "swiglu_",
+    "t5_attention",
+    "t5_attention_backward",
     "template_scale",
     "ties_merge",
     "ties_merge_",

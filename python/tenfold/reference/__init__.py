@@ -15,6 +15,10 @@ from tenfold.reference.attention import (
     fusion_mse,
     group_heads,
     head_cka,
+    t5_attention,
+    t5_attention_backward,
+    t5_buckets,
+    t5_dropout,
 )
 from tenfold.reference.corruption import (
     pair_pack,
@@ -250,6 +254,10 @@ __all__ = [
     "span_restore",
     "swiglu",
     "swiglu_",
+    "t5_attention",
+    "t5_attention_backward",
+    "t5_buckets",
+    "t5_dropout",
     "template_scale",
     "ties_keep",
     "ties_merge",
