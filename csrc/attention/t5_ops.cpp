@@ -117,12 +117,14 @@ Tensor new_t5_table(const Tensor& q, const OptTensor& bias_table) {
 STABLE_TORCH_LIBRARY_FRAGMENT(tenfold, m) {
   m.def(
       "t5_attention(Tensor q, Tensor k, Tensor v, Tensor? bias_table=None, Tensor? kv_len=None, *, "
-      "bool bidirectional=True, bool causal=False, int max_distance=128, int q_offset=0, "
-      "float dropout_p=0.0, int seed=0, int offset=0, float scale=1.0) -> (Tensor out, Tensor "
+      "bool bidirectional=True, bool causal=False, int max_distance=128, SymInt q_offset=0, "
+      "float dropout_p=0.0, SymInt seed=0, SymInt offset=0, float scale=1.0) -> (Tensor out, "
+      "Tensor "
       "lse)");
   m.def(
       "t5_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor? bias_table, "
       "Tensor? kv_len, Tensor out, Tensor lse, *, bool bidirectional=True, bool causal=False, "
-      "int max_distance=128, int q_offset=0, float dropout_p=0.0, int seed=0, int offset=0, "
+      "int max_distance=128, SymInt q_offset=0, float dropout_p=0.0, SymInt seed=0, SymInt "
+      "offset=0, "
       "float scale=1.0, Tensor? dlse=None) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dtable)");
 }

@@ -237,9 +237,29 @@ def test_rows_that_see_nothing(device):
         assert not grads[1][:, :, 4:].any() and not grads[2][:, :, 4:].any()
     for shape in ((0, 2, 3, 4, 8), (2, 2, 0, 4, 8), (2, 2, 3, 0, 8)):
         (q, k, v), table = make(*shape, device=device)
-        out, lse = ops.t5_attention(q, k, v, table)
-        grads = ops.t5_attention_backward(out, q, k, v, table, None, out, lse)
-        assert not any(bool(x.any()) for x in (out, *grads)) and bool(lse.isneginf().all())
+        for options in ({}, {"dropout_p": 0.5, "seed": 1}):
+            out, lse = ops.t5_attention(q, k, v, table, **options)
+            grads = ops.t5_attention_backward(out, q, k, v, table, None, out, lse, **options)
+            assert not any(bool(x.any()) for x in (out, *grads)) and bool(lse.isneginf().all())
+            assert reference.t5_attention(q, k, v, table, **options)[0].shape == out.shape
+
+
+def test_one_program_for_all_steps(device):
+    """What changes from step to step of a training, or of decoding, compiles once."""
+    torch.compiler.reset()
+    (q, k, v), table = make(1, 2, 5, 9, 8, device=device)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def call(seed, offset, q_offset):
+        return ops.t5_attention(
+            q, k, v, table, dropout_p=0.3, seed=seed, offset=offset, q_offset=q_offset, **DECODER
+        )[0]
+
+    for i in range(2, 14):
+        want, _ = ops.t5_attention(
+            q, k, v, table, dropout_p=0.3, seed=5 * i, offset=i, q_offset=i, **DECODER
+        )
+        assert torch.equal(call(5 * i, i, i), want)
 
 
 def test_decoding_equals_the_whole(device):

@@ -44,6 +44,11 @@ void fill_t5(OnDevice<Params>& p, const Tensor& q, const Tensor& k, const Tensor
   p.k_vectors = row_vectors(p.k, p.k_at, p.head_dim, size);
   p.v_vectors = row_vectors(p.v, p.v_at, p.value_dim, size);
   if (!bias_table) return;
+  // Memory grows with the distance of the last bucket.
+  constexpr int64_t kMostDistance = 1 << 16;
+  TENFOLD_CHECK_VALUE(a.max_distance <= kMostDistance,
+                      "tenfold::t5_attention: max_distance must be at most ", kMostDistance,
+                      " on CUDA, got ", a.max_distance);
   const T5Bias bias = t5_bias(*bias_table, a);
   auto* const lut = static_cast<float*>(room(std::max<int64_t>(t5_lut_floats(bias), 1) * 4));
   launch_t5_lut(bias, lut, stream);

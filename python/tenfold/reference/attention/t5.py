@@ -41,7 +41,7 @@ def t5_dropout(shape: torch.Size, dropout_p: float, seed: int, offset: int) -> T
     fours = torch.arange((lk + 3) // 4)
     counter = (fours, torch.arange(lq)[:, None], torch.arange(b * h)[:, None, None])
     words = torch.stack(philox4x32_10((*counter, torch.tensor(offset)), seed), -1)
-    kept = words.reshape(b, h, lq, -1)[..., :lk] >= round(dropout_p * 2.0**32)
+    kept = words.reshape(b, h, lq, 4 * len(fours))[..., :lk] >= round(dropout_p * 2.0**32)
     return kept.double() / (1.0 - dropout_p)
 
 
