@@ -15,12 +15,16 @@
 
 namespace tenfold {
 
+constexpr int64_t kNoLimit = int64_t{1} << 40, kBottomRight = INT64_MIN;
+
 struct AttentionMask {
-  int64_t left, right;  // window, bottom-right aligned: i + Sk - Sq - left <= j <= i + Sk - Sq +
-                        // right; kNoLimit: everything
+  int64_t left, right;  // window: i + at - left <= j <= i + at + right; kNoLimit: everything
+  int64_t place = kBottomRight;  // at, the place of query 0 among the keys; kBottomRight: Sk - Sq
 };
 
-constexpr int64_t kNoLimit = int64_t{1} << 40;
+TENFOLD_HD int64_t first_place(const AttentionMask& mask, int64_t num_queries, int64_t num_keys) {
+  return mask.place == kBottomRight ? num_keys - num_queries : mask.place;
+}
 
 struct KeyRange {
   int64_t first, last;  // [first, last)
@@ -28,7 +32,7 @@ struct KeyRange {
 
 TENFOLD_HD KeyRange visible_keys(const AttentionMask& mask, int64_t row, int64_t num_queries,
                                  int64_t num_keys) {
-  const int64_t at = row + num_keys - num_queries;
+  const int64_t at = row + first_place(mask, num_queries, num_keys);
   const int64_t first = at - mask.left, last = at + mask.right + 1;
   return {first < 0 ? 0 : first, last > num_keys ? num_keys : last < 0 ? 0 : last};
 }
@@ -47,6 +51,22 @@ struct AttentionBias {  // broadcast dimensions have stride 0
   int64_t batch, head, row, key;  // strides in elements
 };
 
+// A bias of the distance alone (T5), in natural units: of query i and key j of head h
+// data[h * head + zero + (i - j) * step], step 1 or -1. Lanes along queries or along keys read it
+// in order.
+struct RelativeBias {
+  const float* data;  // null: none
+  int64_t head, zero, step;
+};
+
+// Weight (b, h, i, j) is dropped where word j % 4 of the Philox counter (j / 4, i, b H + h, offset)
+// is less than `below`; others are multiplied by `scale`.
+struct AttentionDropout {
+  uint32_t below;  // 0: none
+  float scale;
+  uint32_t key[2], offset;
+};
+
 // Everything a kernel of either backend needs. Pointers are host or device memory of the backend.
 struct AttentionParams {
   const void *q, *k, *v;
@@ -54,10 +74,13 @@ struct AttentionParams {
   int64_t batch, q_heads, k_heads, v_heads, head_dim, value_dim;
   int64_t max_q, max_k;         // dense: Sq, Sk
   const int32_t *cu_q, *cu_k;   // [B + 1], null for dense
+  const int32_t* kv_len;        // [B], keys of each sequence of a dense batch; null: max_k
   const int32_t *kmap, *vmap;   // [H]
   int64_t lse_batch, lse_head;  // strides of lse; its rows are contiguous
   AttentionMask mask;
   AttentionBias bias;
+  RelativeBias relative;
+  AttentionDropout dropout;
   float scale, softcap;
   Dtype dtype;
 };

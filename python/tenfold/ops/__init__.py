@@ -22,6 +22,8 @@ from tenfold.ops.attention import (
     fusion_mse_backward,
     group_heads,
     head_cka,
+    t5_attention,
+    t5_attention_backward,
 )
 from tenfold.ops.diffusion import (
     conv1d_planes,
@@ -231,6 +233,8 @@ __all__ = [
     "slerp_merge_",
     "swiglu",
     "swiglu_",
+    "t5_attention",
+    "t5_attention_backward",
     "template_scale",
     "ties_merge",
     "ties_merge_",

@@ -189,9 +189,9 @@ def is_done(grad: Tensor, made: Tensor) -> bool:
     )
 
 
-def autocast_floats(name: str) -> None:
+def autocast_floats(name: str, keep: tuple[int, ...] = ()) -> None:
     """Under autocast all floating tensors of the op are cast to the autocast dtype, as torch does
-    for ``scaled_dot_product_attention``.
+    for ``scaled_dot_product_attention``; not the positional ones at ``keep``.
     """
     op = getattr(torch.ops.tenfold, name).default
 
@@ -202,7 +202,8 @@ def autocast_floats(name: str) -> None:
 
         def kernel(*args: Any, **kwargs: Any) -> Any:
             with torch.amp.autocast(device, enabled=False):
-                return op(*map(cast, args), **{n: cast(x) for n, x in kwargs.items()})
+                positional = (x if i in keep else cast(x) for i, x in enumerate(args))
+                return op(*positional, **{n: cast(x) for n, x in kwargs.items()})
 
         _library.impl(name, kernel, key)
 

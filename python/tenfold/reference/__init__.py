@@ -15,6 +15,10 @@ from tenfold.reference.attention import (
     fusion_mse,
     group_heads,
     head_cka,
+    t5_attention,
+    t5_attention_backward,
+    t5_buckets,
+    t5_dropout,
 )
 from tenfold.reference.diffusion import (
     conv1d_planes,
@@ -234,6 +238,10 @@ __all__ = [
     "slerp_merge_",
     "swiglu",
     "swiglu_",
+    "t5_attention",
+    "t5_attention_backward",
+    "t5_buckets",
+    "t5_dropout",
     "template_scale",
     "ties_keep",
     "ties_merge",

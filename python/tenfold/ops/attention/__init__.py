@@ -12,6 +12,7 @@ from tenfold.ops.attention.heads import (
     head_cka,
 )
 from tenfold.ops.attention.prefill import dha_attention, dha_attention_backward
+from tenfold.ops.attention.t5 import t5_attention, t5_attention_backward
 
 __all__ = [
     "allocate_heads",
@@ -26,4 +27,6 @@ __all__ = [
     "fusion_mse_backward",
     "group_heads",
     "head_cka",
+    "t5_attention",
+    "t5_attention_backward",
 ]

@@ -17,7 +17,7 @@ from tenfold.ops._register import autocast_floats, differentiable, inference_onl
 _ops = torch.ops.tenfold
 
 
-def _like_rows(like: Tensor, dim: int) -> Tensor:
+def like_rows(like: Tensor, dim: int) -> Tensor:
     """Fresh tensor in the memory order of ``like``; the C++ side is ``new_like_rows``."""
     if like.dim() == 3:
         return like.new_empty((*like.shape[:2], dim))
@@ -33,7 +33,7 @@ def _(
     cu_seqlens_k=None, max_q=0, max_k=0, attn_bias=None, softcap=0.0, window_right=-1,
 ):  # fmt: skip
     rows = (q.shape[1], q.shape[0]) if q.dim() == 3 else q.shape[:3]
-    return _like_rows(q, v.shape[-1]), q.new_empty(rows, dtype=torch.float32)
+    return like_rows(q, v.shape[-1]), q.new_empty(rows, dtype=torch.float32)
 
 
 @torch.library.register_fake("tenfold::dha_attention_backward")
@@ -42,7 +42,7 @@ def _(
     cu_seqlens_q=None, cu_seqlens_k=None, max_q=0, max_k=0, attn_bias=None, softcap=0.0,
     window_right=-1, dlse=None, deterministic=True,
 ):  # fmt: skip
-    return tuple(_like_rows(x, x.shape[-1]) for x in (q, k, v))
+    return tuple(like_rows(x, x.shape[-1]) for x in (q, k, v))
 
 
 _TENSOR_OPTIONS = ("cu_seqlens_q", "cu_seqlens_k", "attn_bias")

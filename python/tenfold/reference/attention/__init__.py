@@ -11,6 +11,12 @@ from tenfold.reference.attention.heads import (
     head_cka,
 )
 from tenfold.reference.attention.prefill import dha_attention, dha_attention_backward
+from tenfold.reference.attention.t5 import (
+    t5_attention,
+    t5_attention_backward,
+    t5_buckets,
+    t5_dropout,
+)
 
 __all__ = [
     "allocate_heads",
@@ -24,4 +30,8 @@ __all__ = [
     "fusion_mse",
     "group_heads",
     "head_cka",
+    "t5_attention",
+    "t5_attention_backward",
+    "t5_buckets",
+    "t5_dropout",
 ]

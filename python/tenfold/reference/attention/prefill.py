@@ -41,10 +41,10 @@ def _one(
     # exp(-inf - -inf) of a row that sees nothing is 0 by definition, also in the gradient.
     nothing = lse == -math.inf
     weights = torch.exp(logits - lse.masked_fill(nothing, 0.0)[..., None])
-    return _weighted(weights, work(v), seen), lse
+    return weighted(weights, work(v), seen), lse
 
 
-def _weighted(weights: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+def weighted(weights: Tensor, v: Tensor, seen: Tensor) -> Tensor:
     """Weights times values, where a hidden value never reaches a row: 0 * inf would be NaN."""
     broken = ~torch.isfinite(v.detach()).all(-1)
     out = weights @ v.masked_fill(broken[..., None], 0.0)
