@@ -1,0 +1,32 @@
+"""ERNIE-Code: an encoder-decoder for human and programming languages (arXiv 2212.06742)."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+# Name -> module. Loaded on first use: formatting needs neither torch nor transformers.
+_HOMES = {
+    "UnformattedCodeWarning": "formatting",
+    "decode_code": "formatting",
+    "decode_text": "formatting",
+    "encode_code": "formatting",
+    "encode_text": "formatting",
+    "format_code": "formatting",
+    "extend_tokenizer": "tokenizer",
+    "load_tokenizer": "tokenizer",
+    "sentinels": "tokenizer",
+    "train_tokenizer": "tokenizer",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'tenfold.ernie_code' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"tenfold.ernie_code.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

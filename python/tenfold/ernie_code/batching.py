@@ -1,0 +1,144 @@
+"""What both collators share: random streams by (seed, step, row), lengths, and the last step of making a batch."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tenfold import ops
+from tenfold.ernie_code.tokenizer import sentinels
+from tenfold.ops.corruption import longest_chunk, span_counts
+from tenfold.training.checks import integers, one_of
+
+IGNORE = -100
+PADDINGS = ("longest", "max_length")
+_STEP_BITS, _ROW_BITS = 30, 32
+
+Batch = dict[str, Tensor]
+
+
+class TruncationWarning(UserWarning):
+    """A source or a target did not fit and lost tokens at its end."""
+
+
+def stream_of(step: int, row: int) -> int:
+    """The random stream of the row at place ``row`` of step ``step``; rows of a step have consecutive ones.
+
+    Raises ValueError for a step outside [0, 2^30) or a row outside [0, 2^32).
+    """
+    if not (0 <= step < 1 << _STEP_BITS and 0 <= row < 1 << _ROW_BITS):
+        raise ValueError(f"step must be in [0, 2^30) and row in [0, 2^32), got {step} and {row}")
+    return (step << _ROW_BITS) + row
+
+
+class Collator:
+    """What both share: ids, lengths, random streams, and the last step of making a batch."""
+
+    def __init__(
+        self, tokenizer: Any, *, max_inputs: int, max_targets: int | None, seed: int, density: float, mean_span: float,
+        roll: bool, aligned: bool, final_sentinel: bool, allow_sentinels: bool, first_sentinel: int | None,
+        num_sentinels: int | None, padding: str, pad_to_multiple_of: int | None, decoder_input_ids: bool,
+    ) -> None:  # fmt: skip
+        if (first_sentinel is None) != (num_sentinels is None):
+            raise ValueError("first_sentinel and num_sentinels are given both or neither")
+        if first_sentinel is None or num_sentinels is None:
+            first_sentinel, num_sentinels = sentinels(tokenizer)
+        self.tokenizer, self.vocab_size = tokenizer, len(tokenizer)
+        self.first_sentinel, self.num_sentinels = first_sentinel, num_sentinels
+        self.eos_id, self.pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+        if self.eos_id is None or self.pad_id is None:
+            raise ValueError("the tokenizer must have an EOS and a padding token")
+        self.max_inputs, self.seed, self.epoch = max_inputs, seed, 0
+        self.density, self.mean_span, self.final_sentinel = density, mean_span, final_sentinel
+        self.roll, self.aligned, self.allow_sentinels = roll, aligned, allow_sentinels
+        # A roll may cut a span in two, which makes both sides one token longer.
+        self.length, targets = longest_chunk(max_inputs - int(roll), density, mean_span, final_sentinel)  # fmt: skip
+        self.max_targets = targets + int(roll) if max_targets is None else max_targets
+        self.pad_to_multiple_of = pad_to_multiple_of
+        integers(
+            self, {"max_inputs": 2, "max_targets": 2, "seed": 0, "pad_to_multiple_of": 1}, ("pad_to_multiple_of",)
+        )  # fmt: skip
+        one_of("padding", padding, PADDINGS)
+        self.padding, self.decoder_input_ids = padding, decoder_input_ids
+
+    def _streams(self, examples: Sequence[Any], contents: Iterable[bytes]) -> list[int]:
+        made = []
+        for example, content in zip(examples, contents):
+            if isinstance(example, Mapping) and "step" in example and "row" in example:
+                made.append(stream_of(int(example["step"]), int(example["row"])))
+            else:
+                key = f"{self.epoch} ".encode() + content
+                digest = hashlib.blake2b(key, digest_size=8).digest()
+                # Bit 62 is in no stream of a step.
+                made.append(1 << 62 | int.from_bytes(digest, "little") >> 2)
+        return made
+
+    def _width(self, lengths: Tensor, most: int) -> int:
+        if self.padding == "max_length":
+            return most
+        multiple = self.pad_to_multiple_of or 1
+        return min(-(-int(lengths.max()) // multiple) * multiple, most)
+
+    def _finish(self, inputs: Tensor, in_len: Tensor, labels: Tensor, tgt_len: Tensor) -> Batch:
+        if inputs.device.type == "cpu":
+            inputs = inputs[:, : self._width(in_len, self.max_inputs)].contiguous()
+            labels = labels[:, : self._width(tgt_len, self.max_targets)].contiguous()
+        at = torch.arange(inputs.shape[1], device=inputs.device)
+        batch = {
+            "input_ids": inputs,
+            "attention_mask": (at < in_len[:, None]).to(torch.int64),
+            "labels": labels,
+        }
+        if self.decoder_input_ids:
+            batch["decoder_input_ids"] = ops.shift_right(labels, self.pad_id, self.pad_id, IGNORE)
+        return batch
+
+    def _corrupt(
+        self, tokens: Tensor, lengths: Tensor, stream: int, max_inputs: int, max_targets: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return ops.span_corruption(
+            tokens, lengths, self.density, self.mean_span, self.seed, stream, self.first_sentinel, self.num_sentinels,
+            self.eos_id, self.pad_id, max_inputs, max_targets, self.roll, self.aligned, self.final_sentinel,
+            allow_sentinels=self.allow_sentinels, target_pad_id=IGNORE,
+        )  # fmt: skip
+
+    def _corrupt_rows(
+        self, tokens: Tensor, lengths: Tensor, streams: Sequence[int], max_inputs: int, max_targets: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        """As ``_corrupt``, each row with a stream of its own: one call for each run of consecutive ones."""
+        starts = [i for i, s in enumerate(streams) if i == 0 or s != streams[i - 1] + 1]
+        parts = [
+            self._corrupt(tokens[a:b], lengths[a:b], streams[a], max_inputs, max_targets)
+            for a, b in zip(starts, [*starts[1:], len(streams)])
+        ]
+        return parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts)))  # type: ignore[return-value]
+
+    def _check_ids(self, rows: Sequence[np.ndarray]) -> None:
+        for i, row in enumerate(rows):
+            if len(row) and not (row.min() >= 0 and row.max() < self.vocab_size):
+                wrong = row[(row < 0) | (row >= self.vocab_size)][0]
+                raise IndexError(
+                    f"token ids must be in [0, {self.vocab_size}), the tokenizer's, got {wrong} in row {i}"
+                )
+
+    def most_tokens(self) -> int:
+        """The longest row whose spans do not outnumber the sentinels (2009 at 0.15 and 3 with 100 of them)."""
+        spare = self.num_sentinels - int(self.roll) - int(self.final_sentinel)
+        counts = itertools.takewhile(
+            lambda n: span_counts(n, self.density, self.mean_span)[1] <= spare, range(2, self.length + 1)
+        )  # fmt: skip
+        return max(counts, default=1)
+
+
+def padded(rows: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
+    """Rows of ids as int64 [B, longest], filled up with 0, and their lengths [B]."""
+    lengths = np.array([len(r) for r in rows], dtype=np.int64)
+    tokens = np.zeros((len(rows), int(lengths.max(initial=0))), dtype=np.int64)
+    tokens[np.arange(tokens.shape[1]) < lengths[:, None]] = np.concatenate(rows)
+    return torch.from_numpy(tokens), torch.from_numpy(lengths)
