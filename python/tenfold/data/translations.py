@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import gettext
 import importlib.util
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,3 +86,62 @@ def catalogue_entries(language: str, min_chars: int = 2) -> list[Entry]:
     if not found:
         raise _none(language)
     return [found[key] for key in sorted(found)]
+
+
+@dataclass(frozen=True)
+class Message:
+    """An English message with its translations, by language."""
+
+    source: str
+    targets: dict[str, str]
+
+
+def aligned_messages(languages: Sequence[str], min_chars: int = 8) -> list[Message]:
+    """Messages that at least one of the languages translates, sorted by the English text, each of them once.
+
+    What is the same in both languages is left out. Raises MissingData without the wheel, ValueError for a language
+    without catalogues.
+    """
+    found: dict[str, dict[str, str]] = {}
+    for language in languages:
+        for entry in catalogue_entries(language, min_chars):
+            if entry.source.strip() != entry.target.strip():
+                # The same English in several applications: the first one's translation.
+                found.setdefault(entry.source, {}).setdefault(language, entry.target)
+    return [Message(source, found[source]) for source in sorted(found)]
+
+
+_GETTEXT = frozenset({"_", "gettext", "gettext_lazy", "gettext_noop", "pgettext", "pgettext_lazy"})
+
+
+def message_sites(max_chars: int = 300) -> list[tuple[str, str]]:
+    """(English message, Python statement of django's sources that says it), sorted by the message.
+
+    The statement is the innermost one without a body, not indented, of at most ``max_chars`` characters and with one
+    message in it. Raises MissingData without the wheel.
+    """
+    root = _root()
+    found: dict[str, str] = {}
+    for path in sorted(root.glob("**/*.py")):
+        text = path.read_text(encoding="utf-8")
+        if "gettext" in text:
+            for message, code in _sites(ast.parse(text), text):
+                if len(code) <= max_chars:
+                    found.setdefault(message, code)
+    return sorted(found.items())
+
+
+def _sites(tree: ast.AST, text: str) -> Iterator[tuple[str, str]]:
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Assign | ast.AnnAssign | ast.Expr | ast.Return | ast.Raise):
+            continue
+        said = [m for call in ast.walk(node) if isinstance(call, ast.Call) for m in _said(call)]
+        code = ast.get_source_segment(text, node, padded=True) if len(said) == 1 else None
+        if code:
+            yield said[0], textwrap.dedent(code)
+
+
+def _said(call: ast.Call) -> list[str]:
+    name = getattr(call.func, "id", getattr(call.func, "attr", None))
+    values = [a.value for a in call.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]  # fmt: skip
+    return values[-1:] if name in _GETTEXT else []

@@ -25,6 +25,14 @@ from tenfold.ops.attention import (
     t5_attention,
     t5_attention_backward,
 )
+from tenfold.ops.corruption import (
+    pair_pack,
+    shift_right,
+    span_corrupt,
+    span_corruption,
+    span_mask,
+    span_restore,
+)
 from tenfold.ops.diffusion import (
     conv1d_planes,
     fir_down2,
@@ -212,6 +220,7 @@ __all__ = [
     "nacl_select",
     "outer_dot",
     "pack_mask",
+    "pair_pack",
     "pairwise_logsigmoid",
     "patch_mask",
     "patch_mse",
@@ -229,8 +238,13 @@ __all__ = [
     "segment_mean",
     "selective_logprob",
     "sequence_nll",
+    "shift_right",
     "slerp_merge",
     "slerp_merge_",
+    "span_corrupt",
+    "span_corruption",
+    "span_mask",
+    "span_restore",
     "swiglu",
     "swiglu_",
     "t5_attention",

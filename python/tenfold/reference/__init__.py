@@ -20,6 +20,15 @@ from tenfold.reference.attention import (
     t5_buckets,
     t5_dropout,
 )
+from tenfold.reference.corruption import (
+    pair_pack,
+    shift_right,
+    span_corrupt,
+    span_corruption,
+    span_counts,
+    span_mask,
+    span_restore,
+)
 from tenfold.reference.diffusion import (
     conv1d_planes,
     fir_down2,
@@ -215,6 +224,7 @@ __all__ = [
     "name_stream",
     "outer_dot",
     "pack_mask",
+    "pair_pack",
     "pairwise_logsigmoid",
     "patch_mask",
     "patch_mse",
@@ -234,8 +244,14 @@ __all__ = [
     "segment_mean",
     "selective_logprob",
     "sequence_nll",
+    "shift_right",
     "slerp_merge",
     "slerp_merge_",
+    "span_corrupt",
+    "span_corruption",
+    "span_counts",
+    "span_mask",
+    "span_restore",
     "swiglu",
     "swiglu_",
     "t5_attention",
