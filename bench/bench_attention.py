@@ -6,7 +6,7 @@ import importlib
 
 from .case import Case
 
-GROUPS = ("heads", "prefill", "backward", "decode")
+GROUPS = ("heads", "prefill", "backward", "t5", "decode")
 
 
 def cases() -> list[Case]:

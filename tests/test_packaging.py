@@ -255,6 +255,8 @@ class TestImport:
             "swiglu",
             "swiglu_",
             "template_scale",
+            "t5_attention",
+            "t5_attention_backward",
             "ties_merge",
             "ties_merge_",
             "trace_token_class",

@@ -124,10 +124,9 @@ void check_attention(const char* op, const Tensor& q, const Tensor& k, const Ten
   if (a.attn_bias) check_bias(op, q, k, *a.attn_bias);
 }
 
-void check_attention_backward(const Tensor& dout, const Tensor& q, const Tensor& v,
+void check_attention_backward(const char* op, const Tensor& dout, const Tensor& q, const Tensor& v,
                               const Tensor& out, const Tensor& lse, const OptTensor& dlse,
                               bool varlen) {
-  constexpr auto op = "dha_attention_backward";
   const auto qs = q.sizes();
   const int64_t dv = v.sizes()[v.dim() - 1];
   for (const auto& [name, t] : {std::pair{"dout", &dout}, std::pair{"out", &out}}) {

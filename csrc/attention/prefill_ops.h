@@ -25,7 +25,7 @@ struct AttentionArgs {
 void check_attention(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
                      const Tensor& kmap, const Tensor& vmap, const AttentionArgs& a);
 
-void check_attention_backward(const Tensor& dout, const Tensor& q, const Tensor& v,
+void check_attention_backward(const char* op, const Tensor& dout, const Tensor& q, const Tensor& v,
                               const Tensor& out, const Tensor& lse, const OptTensor& dlse,
                               bool varlen);
 

@@ -41,6 +41,23 @@ TENFOLD_HD int32_t bucket_of(const RelativeBuckets& b, int64_t r) {
   return direction + b.exact + i;
 }
 
+struct RelativeRange {
+  int64_t first, last;  // [first, last)
+};
+
+// The relative positions of a bucket among those of [-most, most].
+TENFOLD_HD RelativeRange bucket_range(const RelativeBuckets& b, int32_t bucket, int64_t most) {
+  const bool ahead = b.bidirectional && bucket >= b.half;
+  const int32_t i = bucket - (ahead ? b.half : 0);
+  if (i >= b.half) return {0, 0};  // the odd row of a table
+  const int64_t from = i < b.exact ? i : b.starts[i - b.exact];
+  int64_t to = i + 1 < b.exact ? i + 1 : i + 1 == b.half ? most + 1 : b.starts[i + 1 - b.exact];
+  if (to > most + 1) to = most + 1;
+  if (from >= to) return {0, 0};
+  if (ahead) return {from > 0 ? from : 1, to};
+  return {1 - to, i == 0 && !b.bidirectional ? most + 1 : 1 - from};
+}
+
 // The bucket of a distance n >= exact as T5 computes it, in float32: that decides which distance is
 // the first of a bucket.
 inline int64_t grown_bucket(int64_t n, int64_t half, int64_t exact, int64_t max_distance) {

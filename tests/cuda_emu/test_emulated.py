@@ -18,6 +18,7 @@ CHECKS = {
         "edges lowest_bias hidden_wild",
     ],
     "kernels_attention_decode": ["float32 edges append", "bfloat16 float16"],
+    "kernels_attention_t5": ["float32 edges", "bfloat16 float16"],
     "kernels_attention_heads": ["mix_heads fuse_backward fusion_mse head_cka"],
     "kernels_rl": ["segments returns wrong", "prepare long", "losses"],
     "kernels_pixels": ["all"],

@@ -29,4 +29,17 @@ struct AttentionGroups {
 };
 AttentionGroups group_heads(const AttentionParams& p);
 
+// The forward: writes out and lse.
+void run_attention(const AttentionForward& p);
+
+// Tensors of the backward, all with contiguous rows.
+void set_gradients(const Tensor& out, const Tensor& dout, const Tensor& dq, const Tensor& dk,
+                   const Tensor& dv, AttentionBackward* p);
+
+// The backward: writes dq, dk and dv. A relative bias must lie as attention_backward_bias_step()
+// says. `distances`, where not null, gets the sums of dS over batch and over the pairs of one
+// distance, laid out as the bias: they are added to what is there.
+void run_attention_backward(Isa isa, const AttentionBackward& p, const Tensor& dk, const Tensor& dv,
+                            float* distances);
+
 }  // namespace tenfold::cpu

@@ -126,6 +126,34 @@ inline void add_bias_block(const AttentionBias& b, const Rows& r, int64_t sequen
   }
 }
 
+// Where the relative biases of a tile's first row and `key` lie; those of the next rows follow, of
+// the next key they begin one place before. (All rows are of one head.)
+inline const float* relative_bias(const RelativeBias& b, const Rows& r, int64_t key) {
+  return b.data + r.head[0] * b.head + b.zero + r.row[0] - key;
+}
+
+// Draws of a tile's rows for 4 keys at a time.
+struct Draws {
+  VI rows, words[4];
+  VF keep;
+  uint32_t sequence_head;
+
+  Draws(const AttentionParams& p, const Rows& r, int64_t sequence, int vec)
+      : keep(set1(p.dropout.scale)),
+        sequence_head(static_cast<uint32_t>(sequence * p.q_heads + r.head[0])) {
+    rows = seti(static_cast<uint32_t>(r.row[0] + vec * kWidth)) + iota();
+  }
+  void draw(const AttentionDropout& d, int64_t key) {
+    words[0] = seti(static_cast<uint32_t>(key / 4)), words[1] = rows;
+    words[2] = seti(sequence_head), words[3] = seti(d.offset);
+    philox_rounds(words, d.key[0], d.key[1]);
+  }
+  // A weight of key `key`, dropped or multiplied.
+  VF operator()(const AttentionDropout& d, int64_t key, VF weight) const {
+    return select(above(seti(d.below), words[key % 4]), set1(0.0f), weight * keep);
+  }
+};
+
 // Keys that a row does not see get -inf, whatever the product gave.
 inline void hide_keys(const Rows& r, int64_t key, int64_t n, float* s) {
   for (int v = 0; v < r.vecs; ++v) {

@@ -14,7 +14,7 @@ struct AttentionSequence {
 };
 
 TENFOLD_HD AttentionSequence attention_sequence(const AttentionParams& p, int64_t b) {
-  if (p.cu_q == nullptr) return {0, 0, p.max_q, p.max_k};
+  if (p.cu_q == nullptr) return {0, 0, p.max_q, p.kv_len != nullptr ? p.kv_len[b] : p.max_k};
   return {p.cu_q[b], p.cu_k[b], p.cu_q[b + 1] - p.cu_q[b], p.cu_k[b + 1] - p.cu_k[b]};
 }
 

@@ -45,7 +45,9 @@ double estimated_micros(const AttentionForward& p) {
   return pairs * p.q_heads * (p.head_dim + p.value_dim) * 1e-5;
 }
 
-void run(const AttentionForward& p) {
+}  // namespace
+
+void run_attention(const AttentionForward& p) {
   const Isa isa = active_isa();
   const AttentionGroups groups = group_heads(p);
   const auto tasks = make_tasks(p, groups, isa);
@@ -56,6 +58,8 @@ void run(const AttentionForward& p) {
     };
   });
 }
+
+namespace {
 
 std::tuple<Tensor, Tensor> dha_attention_op(Tensor q, Tensor k, Tensor v, Tensor kmap, Tensor vmap,
                                             std::optional<double> scale, bool causal,
@@ -77,7 +81,7 @@ std::tuple<Tensor, Tensor> dha_attention_op(Tensor q, Tensor k, Tensor v, Tensor
   p.out = out.data_ptr();
   p.out_at = row_layout(out);
   p.lse = data_as<float>(lse);
-  run(p);
+  run_attention(p);
   return {out, lse};
 }
 

@@ -148,7 +148,7 @@ struct Sums {
   std::vector<GradientSum> heads;
   std::vector<std::vector<GradientShare>> shares;
   std::vector<std::pair<int64_t, int64_t>> pieces;  // head, first row
-  std::vector<int64_t> num_keys;
+  std::vector<int64_t> num_rows;
 
   void add(const Work& w, Gradient& g, int64_t index, std::vector<GradientShare> of_wave,
            bool final) {
@@ -165,9 +165,10 @@ struct Sums {
     sum.acc_in = g.begun[index] ? acc : nullptr;
     sum.acc_out = final ? nullptr : acc;
     g.begun[index] = true;
-    for (int64_t row = 0; row < s.num_keys; row += kSumRows)
+    const int64_t rows = w.p.cu_k != nullptr ? s.num_keys : w.p.max_k;
+    for (int64_t row = 0; row < rows; row += kSumRows)
       pieces.emplace_back(static_cast<int64_t>(heads.size()), row);
-    heads.push_back(sum), shares.push_back(std::move(of_wave)), num_keys.push_back(s.num_keys);
+    heads.push_back(sum), shares.push_back(std::move(of_wave)), num_rows.push_back(rows);
   }
 
   void run(Isa isa) const {
@@ -180,7 +181,7 @@ struct Sums {
         GradientSum sum = heads[head];
         sum.shares = shares[head].data(),
         sum.num_shares = static_cast<int64_t>(shares[head].size());
-        sum.row_begin = row, sum.row_end = std::min(row + kSumRows, num_keys[head]);
+        sum.row_begin = row, sum.row_end = std::min(row + kSumRows, num_rows[head]);
         TENFOLD_ISA_CALL_AS(isa, sum_gradient, sum);
       }
     });
@@ -238,8 +239,21 @@ std::vector<int64_t> make_waves(const Work& w, int64_t* most_floats) {
   return ends;
 }
 
-void run(Work& w, const Tensor& dk, const Tensor& dv) {
-  const Isa isa = active_isa();
+// Adds the sums by distance of tasks [begin, end) to those of their heads, in order.
+void sum_distances(const Work& w, int64_t begin, int64_t end, float* distances) {
+  const int64_t pitch = w.p.relative.head;
+  parallel_for(w.p.q_heads, 1e-4 * static_cast<double>((end - begin) * pitch),
+               [&](int64_t first, int64_t last) {
+                 for (int64_t i = begin; i < end; ++i) {
+                   const AttentionBackwardTask& t = w.tasks[i];
+                   if (t.head < first || t.head >= last) continue;
+                   float* const to = distances + t.head * pitch;
+                   for (int64_t at = 0; at < pitch; ++at) to[at] += t.distances[at];
+                 }
+               });
+}
+
+void run(Isa isa, Work& w, const Tensor& dk, const Tensor& dv, float* distances) {
   const AttentionBackward& p = w.p;
   Gradient k = make_gradient(w, p.dk, p.dk_at, p.k_heads, p.head_dim, p.scale, p.kmap,
                              &AttentionBackwardTask::dk);
@@ -249,6 +263,11 @@ void run(Work& w, const Tensor& dk, const Tensor& dv) {
   int64_t floats;
   const auto waves = make_waves(w, &floats);
   if (waves.empty()) return;
+  int64_t most_tasks = 0;
+  for (size_t i = 0; i < waves.size(); ++i)
+    most_tasks = std::max(most_tasks, waves[i] - (i > 0 ? waves[i - 1] : 0));
+  const int64_t pitch = distances != nullptr ? p.relative.head : 0;
+  const Scratch by_distance(most_tasks * pitch * 4 + 64);
   const Tensor shares = new_output(dk, {floats}, ScalarType::Float);
   Tensor k_acc, v_acc;
   if (waves.size() > 1 && p.dtype != Dtype::f32) {
@@ -263,14 +282,36 @@ void run(Work& w, const Tensor& dk, const Tensor& dv) {
       AttentionBackwardTask& t = w.tasks[i];
       const int64_t all = share_floats(p, t);
       const int64_t k_pitch = backward_pitch(p.head_dim), v_pitch = backward_pitch(p.value_dim);
+      if (distances != nullptr)
+        t.distances = static_cast<float*>(by_distance.data()) + (i - begin) * pitch;
       t.dk = at, t.dv = at + all / (k_pitch + v_pitch) * k_pitch;
       at += all;
     }
     run_tasks(isa, w, begin, end);
     sum_wave(isa, w, {&k, &v}, begin, end);
+    if (distances != nullptr) sum_distances(w, begin, end, distances);
     begin = end;
   }
 }
+
+}  // namespace
+
+void set_gradients(const Tensor& out, const Tensor& dout, const Tensor& dq, const Tensor& dk,
+                   const Tensor& dv, AttentionBackward* p) {
+  p->out = out.data_ptr(), p->out_at = row_layout(out);
+  p->dout = dout.data_ptr(), p->dout_at = row_layout(dout);
+  p->dq = dq.data_ptr(), p->dk = dk.data_ptr(), p->dv = dv.data_ptr();
+  p->dq_at = row_layout(dq), p->dk_at = row_layout(dk), p->dv_at = row_layout(dv);
+}
+
+void run_attention_backward(Isa isa, const AttentionBackward& p, const Tensor& dk, const Tensor& dv,
+                            float* distances) {
+  Work w{p, {}};
+  make_tasks(w);
+  run(isa, w, dk, dv, distances);
+}
+
+namespace {
 
 std::tuple<Tensor, Tensor, Tensor> dha_attention_backward(
     Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor kmap, Tensor vmap,
@@ -280,25 +321,20 @@ std::tuple<Tensor, Tensor, Tensor> dha_attention_backward(
   const AttentionArgs args{scale,        causal, window_left, window_right, cu_seqlens_q,
                            cu_seqlens_k, max_q,  max_k,       attn_bias,    softcap};
   check_attention(kOp, q, k, v, kmap, vmap, args);
-  check_attention_backward(dout, q, v, out, lse, dlse, cu_seqlens_q.has_value());
+  check_attention_backward(kOp, dout, q, v, out, lse, dlse, cu_seqlens_q.has_value());
   const AttentionIndices indices = read_attention_indices(kOp, q, k, v, kmap, vmap, args);
   const Tensor rows[] = {with_contiguous_rows(q), with_contiguous_rows(k), with_contiguous_rows(v),
                          with_contiguous_rows(out), with_contiguous_rows(dout)};
   const Tensor lse_rows = torch::stable::contiguous(lse);
   const Tensor dlse_rows = dlse ? torch::stable::contiguous(*dlse) : Tensor();
-  Work w;
-  AttentionBackward& p = w.p;
+  AttentionBackward p{};
   static_cast<AttentionParams&>(p) = attention_params(rows[0], rows[1], rows[2], args);
   use_indices(indices, &p);
   const Tensor dq = new_like_rows(q, p.head_dim), dk = new_like_rows(k, p.head_dim);
   const Tensor dv = new_like_rows(v, p.value_dim);
-  p.out = rows[3].data_ptr(), p.out_at = row_layout(rows[3]);
-  p.dout = rows[4].data_ptr(), p.dout_at = row_layout(rows[4]);
+  set_gradients(rows[3], rows[4], dq, dk, dv, &p);
   p.lse = data_as<float>(lse_rows), p.dlse = dlse ? data_as<float>(dlse_rows) : nullptr;
-  p.dq = dq.data_ptr(), p.dk = dk.data_ptr(), p.dv = dv.data_ptr();
-  p.dq_at = row_layout(dq), p.dk_at = row_layout(dk), p.dv_at = row_layout(dv);
-  make_tasks(w);
-  run(w, dk, dv);
+  run_attention_backward(active_isa(), p, dk, dv, nullptr);
   return {dq, dk, dv};
 }
 

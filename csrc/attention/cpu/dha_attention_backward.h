@@ -20,6 +20,7 @@ struct AttentionBackwardTask {
   int64_t num_queries, num_keys;  // of the sequence
   int64_t row_begin, row_end;     // queries of this task
   int64_t key_begin, key_end;     // what they see; key_begin is a multiple of kBackwardBlock
+  float* distances;               // [relative.head] sums of dS by distance of its own, or null
   float *dk, *dv;                 // [key_end - key_begin, pitch of D or DV] unscaled, whole blocks
   void* scratch;                  // attention_backward_scratch bytes, 64-byte aligned
 };
@@ -51,6 +52,8 @@ struct GradientSum {
 TENFOLD_ISA_DECLARE(void attention_backward_task(const AttentionBackward& p,
                                                  const AttentionBackwardTask& t))
 TENFOLD_ISA_DECLARE(int64_t attention_backward_scratch(const AttentionBackward& p))
+// Which way a relative bias must lie: RelativeBias::step.
+TENFOLD_ISA_DECLARE(int64_t attention_backward_bias_step(Dtype dtype))
 TENFOLD_ISA_DECLARE(void sum_gradient(const GradientSum& s))
 
 }  // namespace tenfold

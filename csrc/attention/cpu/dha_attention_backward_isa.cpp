@@ -35,6 +35,9 @@ struct Range {
   int64_t first, last;
 };
 
+// What is done to a product to make it a logit: scaled; and with a relative bias; anything.
+enum class Logits { plain, relative, shaped };
+
 inline Range clamp(int64_t first, int64_t last, int64_t lo, int64_t hi) {
   first = first < lo ? lo : first, last = last > hi ? hi : last;
   return last > first ? Range{first, last} : Range{0, 0};
@@ -54,7 +57,7 @@ class Task {
     dq_ = const_cast<T*>(at(p.dq, p.dq_at, t.head, t.q_first));
     lse_ = t.batch * p.lse_batch + t.head * p.lse_head + t.q_first;
     split(p.scale * kLog2eExact, &log2_scale_, &log2_scale_low_);
-    offset_ = t.num_keys - t.num_queries;
+    offset_ = first_place(p.mask, t.num_queries, t.num_keys);
     depth_ = (p.head_dim + M::kDepth - 1) / M::kDepth;
     value_depth_ = (p.value_dim + M::kDepth - 1) / M::kDepth;
   }
@@ -63,6 +66,10 @@ class Task {
     const int64_t pitch = backward_pitch(p_.head_dim), value_pitch = backward_pitch(p_.value_dim);
     clear_words(t_.dk, (t_.key_end - t_.key_begin) * pitch);
     clear_words(t_.dv, (t_.key_end - t_.key_begin) * value_pitch);
+    if (t_.distances != nullptr) {
+      clear_words(t_.distances, p_.relative.head);
+      clear_words(o_.ds_floats - kMargin, kBlock * kTilePitch + kMargin);
+    }
     for (int64_t row = t_.row_begin; row < t_.row_end; row += kChunk) {
       const int64_t rows = t_.row_end - row < kChunk ? t_.row_end - row : kChunk;
       stage_chunk(row, rows);
@@ -75,6 +82,7 @@ class Task {
           if (seen(tile.i0 + tile.rows - 1).last <= j || seen(tile.i0).first >= j + keys) continue;
           make_tile(tile);
           add_tile(tile);
+          if (t_.distances != nullptr) add_distances(tile);
         }
       }
       write_queries(row, rows);
@@ -146,17 +154,48 @@ class Task {
 
   // P and dS of a tile, panel by panel of keys.
   void make_tile(const Tile& tile) {
-    const bool plain = p_.bias.kind == BiasKind::none && !(p_.softcap > 0.0f);
+    if (p_.dropout.below != 0) draw_tile(tile);
     for (int64_t j = 0; j < tile.keys; j += kLanes) {
-      if (plain) {
-        make_panel<true>(tile, j);
+      if (p_.bias.kind != BiasKind::none || p_.softcap > 0.0f) {
+        make_panel<Logits::shaped>(tile, j);
+      } else if (p_.relative.data != nullptr) {
+        make_panel<Logits::relative>(tile, j);
       } else {
-        make_panel<false>(tile, j);
+        make_panel<Logits::plain>(tile, j);
       }
     }
   }
 
-  template <bool kPlain>
+  // Which weights of the tile are kept: a bit each, words of a row one after another.
+  void draw_tile(const Tile& tile) {
+    const auto head = static_cast<uint32_t>(t_.batch * p_.q_heads + t_.head);
+    const AttentionDropout& drop = p_.dropout;
+    const VI below = seti(drop.below), lanes = counter_lanes();
+    alignas(64) uint32_t drawn[4 * kWidth];
+    for (int64_t r = 0; r < tile.rows; ++r)
+      for (int64_t j = 0; j < tile.keys; j += 4 * kWidth) {
+        VI words[4] = {lanes + seti(static_cast<uint32_t>((tile.j0 + j) / 4)),
+                       seti(static_cast<uint32_t>(tile.i0 + r)), seti(head), seti(drop.offset)};
+        philox_rounds(words, drop.key[0], drop.key[1]);
+        store_by_four(drawn, words[0], words[1], words[2], words[3]);
+        for (int i = 0; i < 4; ++i)
+          o_.keep[r * kKeepPitch + j / kWidth + i] =
+              ~bits_of(above(below, load(drawn + i * kWidth)));
+      }
+  }
+
+  // What was dropped becomes 0, the rest larger.
+  inline __attribute__((always_inline)) void drop(int64_t r, int64_t j,
+                                                  VF (&acc)[kRows][kVecs]) const {
+    const VF scale = set1(p_.dropout.scale), zero = set1(0.0f);
+    const uint32_t* keep = o_.keep + r * kKeepPitch + j / kWidth;
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i)
+      for (int v = 0; v < kVecs; ++v)
+        acc[i][v] = select(lanes_of(keep[i * kKeepPitch + v]), acc[i][v] * scale, zero);
+  }
+
+  template <Logits kLogits>
   void make_panel(const Tile& tile, int64_t j) {
     const auto for_strips = [&](const auto& use) {
       for (int64_t r = 0; r < tile.rows; r += kRows) {
@@ -169,12 +208,12 @@ class Task {
     constexpr bool kTogether = M::kDepth > 1;
     for_strips([&](int64_t r, int64_t last, bool seen) {
       if (!seen) return clear_block(r, j);
-      make_weights<kPlain>(tile, r, j, last);
-      if constexpr (kTogether) make_logit_gradients<kPlain>(tile, r, j, last);
+      make_weights<kLogits>(tile, r, j, last);
+      if constexpr (kTogether) make_logit_gradients<kLogits>(tile, r, j, last);
     });
     if constexpr (kTogether) return;
     for_strips([&](int64_t r, int64_t last, bool seen) {
-      if (seen) make_logit_gradients<kPlain>(tile, r, j, last);
+      if (seen) make_logit_gradients<kLogits>(tile, r, j, last);
     });
   }
 
@@ -183,17 +222,21 @@ class Task {
     clear(zero);
     put_columns(zero, o_.p, r, j);
     put_columns(zero, o_.ds, r, j);
-    if constexpr (M::kDepth > 1) put_rows(zero, r, j);
+    if constexpr (M::kDepth > 1) {
+      put_rows(zero, r, j);
+      if (t_.distances != nullptr) put_floats(zero, r, j);
+    }
   }
 
   // P of kRows queries x kLanes keys.
-  template <bool kPlain>
+  template <Logits kLogits>
   void make_weights(const Tile& tile, int64_t r, int64_t j, int64_t last) {
     VF acc[kRows][kVecs];
     dot_rows<M>(o_.q + (tile.at + r) * o_.d_pitch, o_.d_pitch, o_.k_panels + j * depth_, depth_,
                 acc);
     const float *lse2 = o_.lse2 + tile.at + r, *lse2_low = o_.lse2_low + tile.at + r;
-    if constexpr (!kPlain) {
+    constexpr bool kShaped = kLogits == Logits::shaped;
+    if constexpr (kShaped) {
       shape_logits(tile, r, j, last, acc);
 #pragma GCC unroll 16
       for (int i = 0; i < kRows; ++i)
@@ -203,42 +246,54 @@ class Task {
       // scale * log2(e) and lse * log2(e) in two parts each: their rounding would be the same for
       // all keys of a row, and so add up in its gradients.
       const VF high = set1(log2_scale_), low = set1(log2_scale_low_);
+      [[maybe_unused]] const float* bias = nullptr;
+      if constexpr (kLogits == Logits::relative)
+        bias = p_.relative.data + t_.head * p_.relative.head + p_.relative.zero + tile.j0 + j -
+               tile.i0 - r;
 #pragma GCC unroll 16
       for (int i = 0; i < kRows; ++i)
         for (int v = 0; v < kVecs; ++v) {
-          const VF x = fma(acc[i][v], high, set1(-lse2[i]));
+          VF x = fma(acc[i][v], high, set1(-lse2[i]));
+          if constexpr (kLogits == Logits::relative)
+            x = fma(load(bias - i + v * kWidth), set1(kLog2e), x);
           acc[i][v] = exp2_below(fma(acc[i][v], low, x) - set1(lse2_low[i]));
         }
     }
     if (needs_mask(tile, r, j, last)) hide(tile, r, j, last, acc);
-    if constexpr (!kPlain) hide(r, acc);
+    if constexpr (kShaped) hide(r, acc);
     float* prob = o_.prob + r * kLanes;
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i)
       for (int v = 0; v < kVecs; ++v) store(prob + i * kLanes + v * kWidth, acc[i][v]);
+    if (p_.dropout.below != 0) drop(r, j, acc);
     put_columns(acc, o_.p, r, j);
   }
 
   // dS of them.
-  template <bool kPlain>
+  template <Logits kLogits>
   void make_logit_gradients(const Tile& tile, int64_t r, int64_t j, int64_t last) {
     VF acc[kRows][kVecs];
     dot_rows<M>(o_.dout + (tile.at + r) * o_.dv_pitch, o_.dv_pitch, o_.v_panels + j * value_depth_,
                 value_depth_, acc);
     const float *delta = o_.delta + tile.at + r, *prob = o_.prob + r * kLanes;
-    const float* slope = o_.slope + r * kLanes;
+    constexpr bool kShaped = kLogits == Logits::shaped;
+    [[maybe_unused]] const float* slope = o_.slope + r * kLanes;
+    if (p_.dropout.below != 0) drop(r, j, acc);
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i)
       for (int v = 0; v < kVecs; ++v) {
         const int64_t at = i * kLanes + v * kWidth;
         acc[i][v] = load(prob + at) * (acc[i][v] - set1(delta[i]));
-        if constexpr (!kPlain) acc[i][v] = acc[i][v] * load(slope + at);
+        if constexpr (kShaped) acc[i][v] = acc[i][v] * load(slope + at);
       }
     // Again, for 0 * NaN of a hidden value.
     if (needs_mask(tile, r, j, last)) hide(tile, r, j, last, acc);
-    if constexpr (!kPlain) hide(r, acc);
+    if constexpr (kShaped) hide(r, acc);
     put_columns(acc, o_.ds, r, j);
-    if constexpr (M::kDepth > 1) put_rows(acc, r, j);
+    if constexpr (M::kDepth > 1) {
+      put_rows(acc, r, j);
+      if (t_.distances != nullptr) put_floats(acc, r, j);
+    }
   }
 
   // An lse that is not of these logits may lie below them: 2^128 is inf on every ISA, more is not.
@@ -351,6 +406,35 @@ class Task {
         M::store_pairs(o_.ds_rows + (r + i) * kDsPitch<M> + (j + v * kWidth) / 2, acc[i][v]);
   }
 
+  // Into the tile whose diagonals will be summed.
+  void put_floats(VF (&acc)[kRows][kVecs], int64_t r, int64_t j) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i)
+      for (int v = 0; v < kVecs; ++v)
+        store(o_.ds_floats + (r + i) * kTilePitch + j + v * kWidth, acc[i][v]);
+  }
+
+  // Sums of dS over the tile's diagonals, kWidth of them at a time: of the next row they begin one
+  // place on. Between its rows the tile has zeros.
+  void add_distances(const Tile& tile) {
+    static_assert(kTilePitch - kBlock >= kWidth);
+    const int64_t filled = round_up(tile.keys, kLanes);
+    for (int64_t r = 0; filled < kBlock && r < tile.rows; ++r)
+      clear_words(o_.ds_floats + r * kTilePitch + filled, kBlock - filled);
+    float* const to = t_.distances + p_.relative.zero + tile.j0 - tile.i0;
+    for (int64_t d = -kBlock; d < tile.keys; d += kWidth) {
+      const int64_t first = d + kWidth > 0 ? 0 : 1 - kWidth - d;
+      const int64_t last = tile.rows < kBlock - d ? tile.rows : kBlock - d;
+      const float* const from = o_.ds_floats + d;
+      VF sums[4] = {load(to + d), set1(0.0f), set1(0.0f), set1(0.0f)};
+      int64_t r = first;
+      for (; r + 4 <= last; r += 4)
+        for (int i = 0; i < 4; ++i) sums[i] = sums[i] + load(from + (r + i) * (kTilePitch + 1));
+      for (; r < last; ++r) sums[0] = sums[0] + load(from + r * (kTilePitch + 1));
+      store(to + d, (sums[0] + sums[1]) + (sums[2] + sums[3]));
+    }
+  }
+
   // dV += P^T dO, dK += dS^T Q, dQ += dS K
   void add_tile(const Tile& tile) {
     constexpr int kDepth = M::kDepth;
@@ -444,6 +528,10 @@ int64_t scratch_of(const AttentionBackward& p) {
 }
 
 }  // namespace
+
+int64_t attention_backward_bias_step(Dtype) {
+  return -1;
+}
 
 int64_t attention_backward_scratch(const AttentionBackward& p) {
 #if defined(TENFOLD_ISA_BF16)

@@ -118,7 +118,11 @@ struct Operands {
   float *dq, *lse2, *lse2_low, *delta;  // [kChunk]: dq [.., rows_pitch]
   float *prob, *slope;  // of one panel of the tile [kBlock][kLanes]: P and the softcap's derivative
   Word *p, *ds, *ds_rows;  // the tile; ds_rows [queries][keys], the others along rows
+  float* ds_floats;        // for its diagonals: [queries][kTilePitch], zeros before and in between
+  uint32_t* keep;          // [queries][kKeepPitch]: which weights are not dropped, a bit each
 };
+
+constexpr int64_t kMargin = 16, kKeepPitch = (kBlock + 4 * kWidth - 1) / (4 * kWidth) * 4;
 
 // Words of a row of Operands::ds_rows.
 template <class M>
@@ -155,8 +159,15 @@ inline int64_t lay_out(const AttentionBackward& p, uint32_t* at, Operands<M>* o)
   o->prob = reinterpret_cast<float*>(take(kBlock * kLanes));
   o->slope = reinterpret_cast<float*>(take(kBlock * kLanes));
   o->p = take(kBlock / kDepth * kTilePitch);
+  take(kMargin);
   o->ds = take(kBlock / kDepth * kTilePitch);
   o->ds_rows = kDepth == 1 ? o->ds : take(kBlock * kDsPitch<M>);
+  o->ds_floats = reinterpret_cast<float*>(o->ds);
+  if (kDepth > 1 && p.relative.data != nullptr) {
+    take(kMargin);
+    o->ds_floats = reinterpret_cast<float*>(take(kBlock * kTilePitch));
+  }
+  o->keep = p.dropout.below != 0 ? reinterpret_cast<uint32_t*>(take(kBlock * kKeepPitch)) : nullptr;
   return at - start;
 }
 

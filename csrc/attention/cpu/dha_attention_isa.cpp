@@ -3,7 +3,8 @@
 // Lanes hold query rows, so logits, weights and sums are stored transposed (core/cpu/panels.h). A
 // task takes a few tiles over all blocks of kBlockKeys keys that they see:
 //   1. pack the block: keys as panels of 8 keys, values as panels of 8 dims; all tiles share them;
-//   2. per tile: S^T = K q^T with the products in registers; soft cap, bias and mask where needed;
+//   2. per tile: S^T = K q^T with the products in registers; soft cap, bias and mask where needed.
+//      A relative bias is a Toeplitz matrix: sums begin with vectors that overlap in memory;
 //   3. P^T = exp2(S^T - m) with the running maximum m, lane by lane, sums on the way;
 //   4. out^T = out^T * factor + V^T P^T, summed per block.
 // At the end out^T / sum is turned back into rows. bf16 with dot products: P is rounded to bf16 in
@@ -11,6 +12,7 @@
 // A value that a row does not see never reaches it: where a block with masked keys holds an inf or
 // a NaN, step 4 goes key by key under the mask.
 #include "attention/cpu/attention_rows.h"
+#include "core/cpu/packed.h"
 
 TENFOLD_ISA_BEGIN
 namespace {
@@ -28,18 +30,21 @@ struct Plan {
   // where their differences have been taken: that rounds least. Scaled at once where they must be:
   // for soft cap and bias, and for a scale that turns their order.
   bool scaled;
+  bool from_bias;  // sums begin with the relative bias: they are not scaled afterwards
   float unit, lse_scale;
 };
 
 template <bool Dot>
 inline Plan make_plan(const AttentionForward& p) {
   Plan plan{};
-  plan.depth = words<Dot>(p.head_dim);
+  plan.depth = packed_words<Dot>(p.head_dim);
   // Half of the keys where words are floats: sums over a block are one chain of roundings.
   const bool half = !Dot || p.head_dim > 128 || p.value_dim > 128;
   plan.keys = half ? kBlockKeys / 2 : kBlockKeys;
-  plan.value_pad = round_up(p.value_dim, 8);
-  plan.scaled = p.softcap > 0.0f || p.bias.kind != BiasKind::none || !(p.scale > 1e-30f);
+  plan.value_pad = round_up(p.value_dim, kPackRows<Dot>);
+  plan.scaled = p.softcap > 0.0f || p.bias.kind != BiasKind::none || p.relative.data != nullptr ||
+                !(p.scale > 1e-30f);
+  plan.from_bias = p.relative.data != nullptr && p.scale == 1.0f;
   plan.unit = plan.scaled ? kLog2e : p.scale * kLog2e;
   plan.lse_scale = plan.scaled ? 1.0f : p.scale;
   plan.tile_size = (plan.depth + plan.value_pad) * kTileRows;
@@ -58,7 +63,12 @@ struct Tile {
   alignas(64) float top[kTileRows], sum[kTileRows], factor[kTileRows];
 };
 
-// Packed keys [first, first + count) of the task's sequence; `count` in eights, zeros past the end.
+// Keys of a block are counted in eights, where tiles multiply in the depth of a tile.
+template <bool Dot>
+constexpr int64_t kKeyStep = kByTiles<Dot> ? 32 : 8;
+
+// Packed keys [first, first + count) of the task's sequence; `count` in kKeyStep, zeros past the
+// end.
 struct Block {
   int64_t first, count, value_depth;
   float *keys, *values;
@@ -97,7 +107,7 @@ void start_tile(const AttentionForward& p, const AttentionTask& t, int64_t tile,
     if (i < x->rows.count)
       row[i] = row_at<const T>(p.q, p.q_at, t.sequence, s.q_first, x->rows.head[i], x->rows.row[i]);
   }
-  pack_rows<T, Dot>(row, p.head_dim, staged, x->q);
+  pack_tile<T, Dot>(row, p.head_dim, staged, x->q);
 }
 
 inline bool all_finite(const float* x, int64_t words, [[maybe_unused]] bool pairs) {
@@ -121,28 +131,45 @@ void pack_block(const AttentionForward& p, const Plan& plan, const AttentionTask
   const AttentionSequence s = attention_sequence(p, t.sequence);
   const AttentionGroup& g = t.group;
   const int64_t n = last - first;
-  b->first = first, b->count = round_up(n, 8);
+  b->first = first, b->count = round_up(n, kKeyStep<Dot>);
   b->value_depth = words<Dot>(b->count);
   b->keys = m.keys, b->values = m.values;
-  pack_panels<T, Dot>(row_at<const T>(p.k, p.k_at, t.sequence, s.k_first, g.key_head, first),
-                      p.k_at.row, n, p.head_dim, m.staged, m.keys);
+  const T* keys = row_at<const T>(p.k, p.k_at, t.sequence, s.k_first, g.key_head, first);
   const T* values = row_at<const T>(p.v, p.v_at, t.sequence, s.k_first, g.value_head, first);
+#if defined(TENFOLD_ISA_AMX)
+  if constexpr (Dot) {
+    for (int64_t j = 0; j < b->count; j += kAmxRows) {
+      const bf16_t* row[kAmxRows] = {};
+      for (int64_t i = 0; i < kAmxRows && j + i < n; ++i) row[i] = keys + (j + i) * p.k_at.row;
+      pack_panel16(row, p.head_dim, m.keys + j * plan.depth);
+    }
+    pack_columns16([&](int64_t j) { return values + j * p.v_at.row; }, n, p.value_dim,
+                   b->value_depth * kAmxRows, m.values);
+    b->finite = all_finite(m.values, plan.value_pad * b->value_depth, Dot);
+    return;
+  }
+#endif
+  pack_panels<T, Dot>(keys, p.k_at.row, n, p.head_dim, m.staged, m.keys);
   pack_columns<T, Dot>(values, p.v_at.row, n, p.value_dim, b->value_depth, m.staged, m.values);
   b->finite = all_finite(m.values, plan.value_pad * b->value_depth, Dot);
 }
 
 // The keys of a block that a tile sees, in eights: vector v of its rows sees none of [end[v], ...),
 // and end[] does not fall. So the products of a causal tile's last keys leave its first rows out.
+// (AMX tiles multiply all rows.)
 struct Span {
   int64_t begin, end[kVecs];
 };
 
+template <bool Dot>
 inline Span seen_span(const Rows& r, const Block& b) {
   Span s{};
+  constexpr int64_t kStep = kKeyStep<Dot>;
   const int64_t lo = r.any.first > b.first ? r.any.first - b.first : 0;
-  s.begin = lo / 8 * 8;
+  s.begin = lo / kStep * kStep;
   for (int v = 0; v < r.vecs; ++v) {
-    const int64_t left = round_up(r.vec_last[v] - b.first, 8);
+    const int64_t seen = kByTiles<Dot> ? r.any.last : r.vec_last[v];
+    const int64_t left = round_up(seen - b.first, kStep);
     s.end[v] = left < s.begin ? s.begin : left < b.count ? left : b.count;
     if (v > 0 && s.end[v] < s.end[v - 1]) s.end[v] = s.end[v - 1];
   }
@@ -154,14 +181,19 @@ inline Span seen_span(const Rows& r, const Block& b) {
 template <int V, bool Dot, int First>
 void logits_from(const AttentionForward& p, const Plan& plan, const Tile& x, const Block& b,
                  int64_t j, int64_t end, float* s) {
-  const VF scale = set1(p.scale);
   for (; j < end; j += kCols) {
     const float* const panel = b.keys + j / kPanel * kPanel * plan.depth + j % kPanel;
     float* const to = s + j * kTileRows;
     for (int64_t d = 0; d < plan.depth; d += kChain<V>) {
       VF acc[kCols][V];
-      for (auto& key : acc)
-        for (int v = First; v < V; ++v) key[v] = set1(0.0f);
+      if (d == 0 && plan.from_bias) {
+        const float* const bias = relative_bias(p.relative, x.rows, b.first + j);
+        for (int c = 0; c < kCols; ++c)
+          for (int v = First; v < V; ++v) acc[c][v] = load(bias - c + v * kWidth);
+      } else {
+        for (auto& key : acc)
+          for (int v = First; v < V; ++v) key[v] = set1(0.0f);
+      }
       const int64_t n = plan.depth - d < kChain<V> ? plan.depth - d : kChain<V>;
       multiply<V, Dot, First>(x.q + d * kTileRows, panel + d * kPanel, n, acc);
       for (int c = 0; c < kCols; ++c)
@@ -170,27 +202,110 @@ void logits_from(const AttentionForward& p, const Plan& plan, const Tile& x, con
           store(logit, d > 0 ? load(logit) + acc[c][v] : acc[c][v]);
         }
     }
-    if (!plan.scaled) continue;
-    for (int c = 0; c < kCols; ++c)
-      for (int v = First; v < V; ++v) {
-        float* const logit = to + c * kTileRows + v * kWidth;
-        store(logit, load(logit) * scale);
+  }
+}
+
+#if defined(TENFOLD_ISA_AMX)
+// Keys 16 A from `keys` on. The sums begin with biases: of the next key one place before.
+template <int A, int V>
+inline void multiply_keys(const float* q, const float* keys, int64_t depth, const float* bias,
+                          float* s) {
+  constexpr int64_t kRow = kTileRows * 4, kBack = -4;  // bytes
+  if (bias != nullptr) {
+    _tile_loadd(0, bias, kBack);
+    if constexpr (V > 1) _tile_loadd(1, bias + 16, kBack);
+    if constexpr (V > 2) _tile_loadd(2, bias + 32, kBack);
+    if constexpr (A > 1) _tile_loadd(3, bias - 16, kBack);
+    if constexpr (A > 1 && V > 1) _tile_loadd(4, bias, kBack);
+    if constexpr (A > 1 && V > 2) _tile_loadd(5, bias + 16, kBack);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    _tile_zero(4);
+    _tile_zero(5);
+  }
+  const float* const below = keys + kAmxRows * depth;
+  for (int64_t d = 0; d < depth; d += kAmxWords) {
+    const float* const rows = q + d * kTileRows;
+    _tile_loadd(6, keys + d * kAmxRows, 64);
+    _tile_loadd(7, rows, kRow);
+    _tile_dpbf16ps(0, 6, 7);
+    if constexpr (V > 1) {
+      _tile_loadd(7, rows + 16, kRow);
+      _tile_dpbf16ps(1, 6, 7);
+    }
+    if constexpr (V > 2) {
+      _tile_loadd(7, rows + 32, kRow);
+      _tile_dpbf16ps(2, 6, 7);
+    }
+    if constexpr (A > 1) {
+      _tile_loadd(6, below + d * kAmxRows, 64);
+      if constexpr (V > 2) {
+        _tile_dpbf16ps(5, 6, 7);
+        _tile_loadd(7, rows + 16, kRow);
       }
+      if constexpr (V > 1) {
+        _tile_dpbf16ps(4, 6, 7);
+        _tile_loadd(7, rows, kRow);
+      }
+      _tile_dpbf16ps(3, 6, 7);
+    }
+  }
+  _tile_stored(0, s, kRow);
+  if constexpr (V > 1) _tile_stored(1, s + 16, kRow);
+  if constexpr (V > 2) _tile_stored(2, s + 32, kRow);
+  float* const under = s + kAmxRows * kTileRows;
+  if constexpr (A > 1) _tile_stored(3, under, kRow);
+  if constexpr (A > 1 && V > 1) _tile_stored(4, under + 16, kRow);
+  if constexpr (A > 1 && V > 2) _tile_stored(5, under + 32, kRow);
+}
+#endif
+
+// What must not wait for the softmax's unit, and then the relative bias.
+template <int V>
+inline void scale_logits(const AttentionForward& p, const Plan& plan, const Tile& x, const Block& b,
+                         const Span& at, float* s) {
+  if (!plan.scaled || p.scale == 1.0f) return;
+  const VF scale = set1(p.scale);
+  const bool biased = p.relative.data != nullptr;
+  for (int64_t j = at.begin; j < at.end[V - 1]; ++j) {
+    float* const to = s + j * kTileRows;
+    const float* const bias = biased ? relative_bias(p.relative, x.rows, b.first + j) : nullptr;
+    for (int v = 0; v < V; ++v) {
+      if (j >= at.end[v]) continue;
+      const VF logit = load(to + v * kWidth);
+      store(to + v * kWidth, biased ? fma(logit, scale, load(bias + v * kWidth)) : logit * scale);
+    }
   }
 }
 
 template <int V, bool Dot>
 void logits(const AttentionForward& p, const Plan& plan, const Tile& x, const Block& b,
             const Span& at, float* s) {
+#if defined(TENFOLD_ISA_AMX)
+  if constexpr (Dot) {
+    amx_fence();
+    for (int64_t j = at.begin; j < at.end[0]; j += 2 * kAmxRows)
+      multiply_keys<2, V>(x.q, b.keys + j * plan.depth, plan.depth,
+                          plan.from_bias ? relative_bias(p.relative, x.rows, b.first + j) : nullptr,
+                          s + j * kTileRows);
+    amx_fence();
+    return scale_logits<V>(p, plan, x, b, at, s);
+  }
+#endif
   logits_from<V, Dot, 0>(p, plan, x, b, at.begin, at.end[0], s);
   if constexpr (V > 1) logits_from<V, Dot, 1>(p, plan, x, b, at.end[0], at.end[1], s);
   if constexpr (V > 2) logits_from<V, Dot, 2>(p, plan, x, b, at.end[1], at.end[2], s);
+  scale_logits<V>(p, plan, x, b, at, s);
 }
 
 // Weights in place of the logits (pairs: in place of the first half of them) and the factor of what
-// was summed before. Marked: weights of hidden keys are -0.
-template <int V, bool Pairs, bool Marked>
-void softmax(const Plan& plan, Tile& x, const Span& span, float* s) {
+// was summed before. Marked: weights of hidden keys are -0. Drops: some do not reach the values.
+template <int V, bool Pairs, bool Marked, bool Drops>
+void softmax(const AttentionForward& p, const Plan& plan, int64_t sequence, int64_t first, Tile& x,
+             const Span& span, float* s) {
   const int64_t j0 = span.begin;
   const VF unit = set1(plan.unit), floor = set1(exp2_floor(plan.unit));
   for (int v = 0; v < V; ++v) {
@@ -200,10 +315,15 @@ void softmax(const Plan& plan, Tile& x, const Span& span, float* s) {
     VF top = load(x.top + at), sum = set1(0.0f);
     const VF before = top;
     for (int64_t j = j0; j < j1; ++j) top = vmax(load(column + j * kTileRows), top);
+    [[maybe_unused]] Draws draws(p, x.rows, sequence, v);
     const auto weight = [&](int64_t j) {
       const VF logit = load(column + j * kTileRows);
-      const VF e = exp2_scaled(logit - top, unit, floor);
+      VF e = exp2_scaled(logit - top, unit, floor);
       sum = sum + e;
+      if constexpr (Drops) {
+        if (j % 4 == 0) draws.draw(p.dropout, first + j);
+        e = draws(p.dropout, j, e);
+      }
       return Marked ? select(eq(logit, minus_infinity()), set1(-0.0f), e) : e;
     };
     if constexpr (Pairs) {
@@ -223,9 +343,44 @@ void softmax(const Plan& plan, Tile& x, const Span& span, float* s) {
   }
 }
 
+template <int V, bool Pairs, bool Marked>
+void make_weights(const AttentionForward& p, const Plan& plan, const AttentionTask& t, Tile& x,
+                  const Block& b, const Span& span, float* s) {
+  if (p.dropout.below != 0) {
+    softmax<V, Pairs, Marked, true>(p, plan, t.sequence, b.first, x, span, s);
+  } else {
+    softmax<V, Pairs, Marked, false>(p, plan, t.sequence, b.first, x, span, s);
+  }
+}
+
+#if defined(TENFOLD_ISA_AMX)
+template <int V>
+void values_by_tiles(const Plan& plan, Tile& x, const Block& b, const Span& at, const float* p) {
+  if (x.started) {
+    for (int v = 0; v < V; ++v) {
+      const VF factor = load(x.factor + v * kWidth);
+      if (!any(lt(factor, set1(1.0f))) && !any(unordered(factor))) continue;
+      for (int64_t d = 0; d < plan.value_pad; ++d) {
+        float* const out = x.out + d * kTileRows + v * kWidth;
+        store(out, load(out) * factor);
+      }
+    }
+  }
+  const auto nothing = [] {};
+  const int64_t first = at.begin / 2, depth = (at.end[0] - at.begin) / 2;
+  const LeftTiles left = left_panels(b.values + first * kAmxRows, b.value_depth * kAmxRows);
+  multiply_block(left, plan.value_pad, p + first * kTileRows, 0, V * kWidth, depth, depth, x.out,
+                 kTileRows, x.started, nothing);
+  amx_fence();
+}
+#endif
+
 // out^T = out^T * factor + V^T P^T
 template <int V, bool Dot>
 void values(const Plan& plan, Tile& x, const Block& b, const Span& at, const float* p) {
+#if defined(TENFOLD_ISA_AMX)
+  if constexpr (Dot) return values_by_tiles<V>(plan, x, b, at, p);
+#endif
   constexpr int64_t kStep = Dot ? 2 : 1;
   const int64_t j0 = at.begin / kStep, j1 = at.end[0] / kStep;
   for (int64_t c = 0; c < plan.value_pad; c += kCols) {
@@ -277,7 +432,7 @@ template <class T, bool Dot, int V>
 void tile_block(const AttentionForward& p, const Plan& plan, const AttentionTask& t,
                 const Memory& m, const Block& b, Tile& x) {
   const Rows& r = x.rows;
-  const Span at = seen_span(r, b);
+  const Span at = seen_span<Dot>(r, b);
   const int64_t j0 = at.begin, j1 = at.end[V - 1];
   if (j0 >= j1) return;
   float* const s = m.logits;
@@ -292,10 +447,10 @@ void tile_block(const AttentionForward& p, const Plan& plan, const AttentionTask
   }
   if (edge) hide_keys(r, b.first + j0, j1 - j0, s + j0 * kTileRows);
   if (!b.finite && (edge || biased)) {
-    softmax<V, false, true>(plan, x, at, s);
+    make_weights<V, false, true>(p, plan, t, x, b, at, s);
     values_seen<T>(p, plan, t, x, b, at, s, m.staged);
   } else {
-    softmax<V, Dot, false>(plan, x, at, s);
+    make_weights<V, Dot, false>(p, plan, t, x, b, at, s);
     values<V, Dot>(plan, x, b, at, s);
   }
   x.started = true;
@@ -353,6 +508,9 @@ template <class T, bool Dot>
 void run_task(const AttentionForward& p, const AttentionTask& t, void* scratch) {
   const Plan plan = make_plan<Dot>(p);
   const Memory m = split_memory<Dot>(p, plan, scratch);
+#if defined(TENFOLD_ISA_AMX)
+  const AmxTiles registers;
+#endif
   Tile tiles[kMostTiles];
   const auto count = static_cast<int>(t.tile_end - t.tile_begin);
   int64_t lo = attention_sequence(p, t.sequence).num_keys, hi = 0;

@@ -1,8 +1,7 @@
 // CUDA registration of dha_attention and its backward.
 #include <torch/csrc/stable/library.h>
 
-#include "attention/cuda/prefill_launch.h"
-#include "attention/prefill_ops.h"
+#include "attention/cuda/prefill_args.h"
 #include "core/cuda_args.h"
 #include "core/dispatch.h"
 #include "core/stream.h"
@@ -53,20 +52,6 @@ std::tuple<Tensor, Tensor> dha_attention_op(Tensor q_in, Tensor k_in, Tensor v_i
   return {out, lse};
 }
 
-// Row layouts and outputs of the backward.
-void fill_backward(BackwardArgs& p, const Tensor& dout, const Tensor& out, const Tensor& dq,
-                   const Tensor& dk, const Tensor& dv) {
-  const int64_t size = dtype_size(p.dtype);
-  p.out = out.data_ptr(), p.dout = dout.data_ptr();
-  p.dq = dq.data_ptr(), p.dk = dk.data_ptr(), p.dv = dv.data_ptr();
-  p.out_at = row_layout(out), p.dout_at = row_layout(dout);
-  p.dq_at = row_layout(dq), p.dk_at = row_layout(dk), p.dv_at = row_layout(dv);
-  p.dout_vectors = row_vectors(p.dout, p.dout_at, p.value_dim, size);
-  p.dq_vectors = row_vectors(p.dq, p.dq_at, p.head_dim, size);
-  p.dk_vectors = row_vectors(p.dk, p.dk_at, p.head_dim, size);
-  p.dv_vectors = row_vectors(p.dv, p.dv_at, p.value_dim, size);
-}
-
 template <class T, int kW>
 void launch_backward(const char* op, const BackwardArgs& p, cudaStream_t stream) {
   const int64_t delta_blocks =
@@ -91,7 +76,7 @@ std::tuple<Tensor, Tensor, Tensor> dha_attention_backward_op(
   const AttentionArgs a{scale,        causal, window_left, window_right, cu_seqlens_q,
                         cu_seqlens_k, max_q,  max_k,       attn_bias,    softcap};
   check_attention(op, q_in, k_in, v_in, kmap, vmap, a);
-  check_attention_backward(dout_in, q_in, v_in, out_in, lse_in, dlse_in, q_in.dim() == 3);
+  check_attention_backward(op, dout_in, q_in, v_in, out_in, lse_in, dlse_in, q_in.dim() == 3);
   const Launch launch(q_in);
   const Tensor q = with_contiguous_rows(q_in), k = with_contiguous_rows(k_in);
   const Tensor v = with_contiguous_rows(v_in), out = with_contiguous_rows(out_in);
@@ -103,7 +88,7 @@ std::tuple<Tensor, Tensor, Tensor> dha_attention_backward_op(
   Tensor dv = new_like_rows(v_in, v.sizes()[v.dim() - 1]);
   BackwardArgs p{};
   fill_common(p, q, k, v, kmap, vmap, a);
-  fill_backward(p, dout, out, dq, dk, dv);
+  set_gradients(p, dout, out, dq, dk, dv);
   p.lse = data_as<float>(lse), p.delta = data_as<float>(delta);
   p.dlse = dlse ? data_as<float>(*dlse) : nullptr;
   dispatch_dtype(q.scalar_type(), op, [&]<class T>() {

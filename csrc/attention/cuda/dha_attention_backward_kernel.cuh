@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(128) dha_delta_kernel(BackwardArgs p) {
   if (threadIdx.x % 32 == 0) p.delta[row] = p.dlse != nullptr ? sum - p.dlse[row] : sum;
 }
 
-template <class T, int kW, Grad kGrad>
+template <class T, int kW, Grad kGrad, bool kT5>
 struct BackwardBlock {
   using C = BackwardTile<T, kW>;
   using Units = SoftmaxUnits<T>;
@@ -59,6 +59,7 @@ struct BackwardBlock {
   float *other_lse, *other_delta;  // [kStages][kCols] (dK, dV)
   float* scratch;                  // of this warp
   int* wild;                       // [2]: a tile of the other side has infinities or NaN
+  float* windows;                  // kT5: [2][kRows + kCols] relative biases, see load_window()
   float (&grad)[C::kM][kW / 8][4];
 
   // What the current query head adds.
@@ -97,7 +98,7 @@ struct BackwardBlock {
     if constexpr (kOwnsQueries) {
       return tenfold::visible_keys(p.mask, row, qs.count, ks.count);
     } else {
-      const int64_t at = row - ks.count + qs.count;
+      const int64_t at = row - first_place(p.mask, qs.count, ks.count);
       const int64_t first = at - p.mask.right, last = at + p.mask.left + 1;
       return {first < 0 ? 0 : first, last > qs.count ? qs.count : last < 0 ? 0 : last};
     }
@@ -118,10 +119,20 @@ struct BackwardBlock {
     return other + (tile % C::kStages * 2 + which) * (C::kCols * kW);
   }
 
+  __device__ float* window(int64_t tile) const {
+    return windows + tile % 2 * (C::kRows + C::kCols);
+  }
+
   __device__ void load_other(int64_t tile, const KeyRange& range) const {
     const int64_t first = tile * C::kCols;
     const int lo = in_tile(range.first - first, C::kCols);
     const int hi = in_tile(range.last - first, C::kCols);
+    if constexpr (kT5) {
+      const int64_t corner =
+          kOwnsQueries ? first - row0 - (C::kRows - 1) : row0 - first - (C::kCols - 1);
+      if (p.relative_lut != nullptr)
+        load_window(p, h, corner - p.mask.place, C::kRows + C::kCols, window(tile));
+    }
     if constexpr (kOwnsQueries) {
       load_tile<T, kW, C::kCols, C::kThreads>(other_tile(tile, 0), k_rows(first), lo, hi);
       load_tile<T, kW, C::kCols, C::kThreads>(other_tile(tile, 1), v_rows(first), lo, hi);
@@ -172,6 +183,12 @@ struct BackwardBlock {
               const float add = bias_at(bias, query * bias.row + key * bias.key);
               logit = add == bits_to_float(0xFF800000u) ? add : logit + add;
             }
+            if constexpr (kT5) {
+              const int own = warp_row + 16 * m + lane / 4 + 8 * half;
+              if (p.relative_lut != nullptr)
+                logit += window(
+                    tile)[kOwnsQueries ? col - own + C::kRows - 1 : own - col + C::kCols - 1];
+            }
             const float lse = kOwnsQueries ? own_lse[m][half] : other_lse[stage + col];
             value = Units::exp((logit - lse) * Units::kPerNatural);
             if constexpr (kGrad != Grad::v) {
@@ -183,11 +200,98 @@ struct BackwardBlock {
       }
   }
 
+  // What was dropped becomes 0, the rest larger.
+  __device__ void drop(int64_t tile, float (&x)[C::kM][C::kN][4]) const {
+    const int lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * 16 * C::kM;
+    const auto sequence_head = static_cast<uint32_t>(b * p.q_heads + h);
+#pragma unroll
+    for (int m = 0; m < C::kM; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int64_t own = row0 + warp_row + 16 * m + lane / 4 + 8 * half;
+#pragma unroll 1  // else the rounds of all hold too many registers
+        for (int n = 0; n < C::kN; ++n) {
+          const int64_t other_row = tile * C::kCols + 8 * n + lane % 4 * 2;
+          float factors[2];
+#pragma unroll
+          for (int i = 0; i < 2; ++i)
+            factors[i] = kOwnsQueries
+                             ? dropout_factor(p.dropout, sequence_head, own, other_row + i)
+                             : dropout_factor(p.dropout, sequence_head, other_row + i, own);
+#pragma unroll
+          for (int k = 0; k < C::kN; ++k)  // a run-time index would put them into memory
+            if (k == n) x[m][k][2 * half] *= factors[0], x[m][k][2 * half + 1] *= factors[1];
+        }
+      }
+  }
+
+  // Where this warp's sums of relative position 0 lie.
+  __device__ float* warp_sums() const {
+    const int64_t tiles = (p.queries.length + C::kRows - 1) / C::kRows;
+    const int64_t block = b * tiles + row0 / C::kRows;
+    const int64_t warp = (h * p.batch * tiles + block) * C::kWarps + threadIdx.x / 32;
+    return p.sums + warp * p.sums_pitch + p.sums_pitch / 2;
+  }
+
+  __device__ void clear_distances() const {
+    float* const to = warp_sums() - p.sums_pitch / 2;
+    for (int i = threadIdx.x % 32; i < p.sums_pitch; i += 32) to[i] = 0.0f;
+    __syncwarp();
+  }
+
+  // Adds the tile's dS to the warp's sums by distance. A tile beyond the reach of the bias is of
+  // one bucket: one sum. Else 8 rows at a time go through the values' memory, which nobody needs
+  // any more, and a lane sums a diagonal; no two lanes have the same.
+  __device__ void add_distances(int64_t tile, const float (&x)[C::kM][C::kN][4]) const {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    float* const sums = warp_sums();
+    const int64_t corner = tile * C::kCols - row0 - p.mask.place;
+    const bool behind = corner + C::kCols - 1 <= -p.reach;
+    const bool ahead = corner - (C::kRows - 1) >= p.reach;
+    if (behind || ahead) {
+      float sum = 0.0f;
+#pragma unroll
+      for (int m = 0; m < C::kM; ++m)
+#pragma unroll
+        for (int n = 0; n < C::kN; ++n)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) sum += x[m][n][i];
+      for (int step = 1; step < 32; step *= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, step);
+      if (lane == 0) sums[behind ? -p.reach : p.reach] += sum;
+      __syncwarp();
+      return;
+    }
+    __syncthreads();  // all warps have multiplied with the values
+    float* const staged = reinterpret_cast<float*>(other_tile(tile, 1)) + warp * 8 * C::kCols;
+    static_assert(C::kWarps * 8 * 4 <= kW * static_cast<int>(sizeof(T)));
+#pragma unroll
+    for (int m = 0; m < C::kM; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int n = 0; n < C::kN; ++n)
+#pragma unroll
+          for (int i = 0; i < 2; ++i)
+            staged[lane / 4 * C::kCols + 8 * n + lane % 4 * 2 + i] = x[m][n][2 * half + i];
+        __syncwarp();
+        const int64_t first = corner - (warp * 16 * C::kM + 16 * m + 8 * half);
+        for (int d = lane - 7; d < C::kCols; d += 32) {
+          float sum = 0.0f;
+#pragma unroll
+          for (int r = 0; r < 8; ++r)
+            if (d + r >= 0 && d + r < C::kCols) sum += staged[r * C::kCols + d + r];
+          sums[first + d] += sum;
+        }
+        __syncwarp();
+      }
+  }
+
   // All that query head h adds to the block's rows.
   __device__ void add_head(int64_t head) {
     h = head;
     hk = clamped(p.q_to_k[h], p.k_heads - 1), hv = clamped(p.q_to_v[h], p.v_heads - 1);
     const int lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * 16 * C::kM;
+    if (rows == 0) return;
     const KeyRange range{partners(row0).first, partners(row0 + rows - 1).last};
     if (range.first >= range.last) return;
     const AttentionBias bias = bias_of(p.bias, b, h);
@@ -225,7 +329,16 @@ struct BackwardBlock {
     if constexpr (kGrad != Grad::v)
       multiply_transposed<T, kW>(own_y, warp_row, other_tile(tile, 1), 0, round_up(value_dims, 16),
                                  y);
+    if constexpr (kT5 && kGrad != Grad::v) {
+      if (p.dropout.below != 0) drop(tile, y);
+    }
     make_weights(tile, bias, x, y);
+    if constexpr (kT5 && kGrad == Grad::v) {
+      if (p.dropout.below != 0) drop(tile, x);
+    }
+    if constexpr (kT5 && kOwnsQueries) {
+      if (p.sums != nullptr) add_distances(tile, x);
+    }
     const T* const factors = other_tile(tile, kGrad == Grad::v);
     const int columns = kGrad == Grad::v ? value_dims : dims;
     // What a row does not see must not reach it, whatever it holds.
@@ -240,7 +353,7 @@ struct BackwardBlock {
   }
 };
 
-template <class T, int kW, Grad kGrad>
+template <class T, int kW, Grad kGrad, bool kT5>
 __global__ void __launch_bounds__(BackwardTile<T, kW>::kThreads, 2)
     dha_attention_backward_kernel(BackwardArgs p) {
   using C = BackwardTile<T, kW>;
@@ -249,6 +362,7 @@ __global__ void __launch_bounds__(BackwardTile<T, kW>::kThreads, 2)
   TENFOLD_SHARED(float, other_lse, C::kStages* C::kCols);
   TENFOLD_SHARED(float, other_delta, C::kStages* C::kCols);
   TENFOLD_SHARED(int, wild, 2);
+  TENFOLD_SHARED(float, windows, kT5 ? 2 * (C::kRows + C::kCols) : 1);
   TENFOLD_DYNAMIC_SHARED(memory);
   const Work w = find_work(kOwnsQueries ? p.queries : p.keys, p.batch,
                            kOwnsQueries       ? p.q_heads
@@ -259,35 +373,42 @@ __global__ void __launch_bounds__(BackwardTile<T, kW>::kThreads, 2)
   // Behind the last sequence of a packed side there is nothing on the other one.
   const bool real = w.batch < p.batch;
   const Rows qs = kOwnsQueries || real ? sequence_rows(p.queries, p.batch, w.batch) : Rows{0, 0};
-  const Rows ks = !kOwnsQueries || real ? sequence_rows(p.keys, p.batch, w.batch) : Rows{0, 0};
+  const Rows ks = !kOwnsQueries || real ? key_rows(p, w.batch) : Rows{0, 0};
   const int rows = in_tile((kOwnsQueries ? qs.count : ks.count) - w.first, C::kRows);
+  // Keys at and beyond kv_len have gradients too: 0.
+  const int written = kT5 && !kOwnsQueries ? in_tile(p.keys.length - w.first, C::kRows) : rows;
   const int warp = threadIdx.x / 32, warp_row = warp * 16 * C::kM;
   T* const tiles = reinterpret_cast<T*>(memory);
   float* const scratch =
       reinterpret_cast<float*>(tiles + (2 * C::kRows + 2 * C::kStages * C::kCols) * kW);
   float grad[C::kM][kW / 8][4] = {};
-  BackwardBlock<T, kW, kGrad> block{p,
-                                    w.batch,
-                                    w.first,
-                                    rows,
-                                    qs,
-                                    ks,
-                                    tiles,
-                                    tiles + C::kRows * kW,
-                                    tiles + 2 * C::kRows * kW,
-                                    other_lse,
-                                    other_delta,
-                                    scratch + warp * C::kScratch,
-                                    wild,
-                                    grad,
-                                    0,
-                                    0,
-                                    0,
-                                    {},
-                                    {}};
+  BackwardBlock<T, kW, kGrad, kT5> block{p,
+                                         w.batch,
+                                         w.first,
+                                         rows,
+                                         qs,
+                                         ks,
+                                         tiles,
+                                         tiles + C::kRows * kW,
+                                         tiles + 2 * C::kRows * kW,
+                                         other_lse,
+                                         other_delta,
+                                         scratch + warp * C::kScratch,
+                                         wild,
+                                         windows,
+                                         grad,
+                                         0,
+                                         0,
+                                         0,
+                                         {},
+                                         {}};
   int64_t head = w.head;
   if constexpr (kOwnsQueries) {
     head = ranked_head(p.q_to_k, p.q_heads, w.head, chosen);
+    if constexpr (kT5) {
+      block.h = head;
+      if (p.sums != nullptr) block.clear_distances();
+    }
     block.add_head(head);
   } else {
     const IntArray& map = kGrad == Grad::k ? p.q_to_k : p.q_to_v;
@@ -304,7 +425,7 @@ __global__ void __launch_bounds__(BackwardTile<T, kW>::kThreads, 2)
                                                    : p.dv) +
                 w.batch * at.batch + head * at.head +
                 ((kOwnsQueries ? qs : ks).first + w.first + warp_row) * at.row;
-  store_rows<T, kW>(grad, factor, block.own_x, warp_row, to, at.row, rows - warp_row,
+  store_rows<T, kW>(grad, factor, block.own_x, warp_row, to, at.row, written - warp_row,
                     static_cast<int>(kGrad == Grad::v ? p.value_dim : p.head_dim),
                     kGrad == Grad::q   ? p.dq_vectors
                     : kGrad == Grad::k ? p.dk_vectors
@@ -318,7 +439,18 @@ int64_t backward_blocks(const BackwardArgs& p) {
   return (kGrad == Grad::k ? p.k_heads : p.v_heads) * tiles_per_head(p.keys, p.batch, kRows);
 }
 
-template <class T, int kW, Grad kGrad>
+template <class T, int kW>
+int64_t sums_of_head(const BackwardArgs& p) {
+  using C = BackwardTile<T, kW>;
+  return tiles_per_head(p.queries, p.batch, C::kRows) * C::kWarps;
+}
+
+template <class T, int kW>
+int sums_pitch(int reach) {  // tiles that the reach touches stand out on both sides
+  return 2 * (reach + BackwardTile<T, kW>::kRows + BackwardTile<T, kW>::kCols) + 1;
+}
+
+template <class T, int kW, Grad kGrad, bool kT5>
 void launch_dha_backward(const BackwardArgs& p, cudaStream_t stream) {
   using C = BackwardTile<T, kW>;
   if constexpr (kGrad == Grad::q) {
@@ -328,7 +460,7 @@ void launch_dha_backward(const BackwardArgs& p, cudaStream_t stream) {
   }
   const int64_t blocks = backward_blocks<T, kW, kGrad>(p);
   if (blocks == 0) return;
-  TENFOLD_LAUNCH_SHARED((dha_attention_backward_kernel<T, kW, kGrad>),
+  TENFOLD_LAUNCH_SHARED((dha_attention_backward_kernel<T, kW, kGrad, kT5>),
                         static_cast<unsigned>(blocks), C::kThreads, C::kBytes, C::kBytes, stream,
                         p);
 }

@@ -37,23 +37,27 @@ struct LogitRule {
   AttentionBias bias;  // of this batch and head
   int64_t num_queries, num_keys;
   float scale, softcap;  // scale: with a softcap, divided by it
+  const float* window;   // shared memory: relative biases of the tile, see load_window(); or null
   // Products that need more than a positive factor are edited in place; then the factor is 1.
-  __device__ bool edits() const { return softcap > 0.0f || bias.data != nullptr || scale <= 0.0f; }
+  __device__ bool edits() const {
+    return softcap > 0.0f || bias.data != nullptr || window != nullptr || scale <= 0.0f;
+  }
   __device__ float factor() const { return edits() ? 1.0f : scale; }
 };
 
 template <class Params>
 __device__ inline LogitRule logit_rule(const Params& p, int64_t b, int64_t h, int64_t nq,
-                                       int64_t nk) {
+                                       int64_t nk, const float* window) {
   const float scale = p.softcap > 0.0f ? p.scale / p.softcap : p.scale;
-  return {p.mask, bias_of(p.bias, b, h), nq, nk, scale, p.softcap};
+  return {p.mask, bias_of(p.bias, b, h), nq, nk, scale, p.softcap, window};
 }
 
 // Products of rows [row0, ..) of this thread with keys from key0 on become logits (see edits());
 // what a row does not see becomes -inf. seen[key] is set where somebody sees it (bias only).
-template <class T, int kM, int kN>
+// kT5: `corner` is the place in the window of the thread's row 0 and key 0.
+template <class T, bool kT5, int kM, int kN>
 __device__ inline void make_logits(const LogitRule& rule, int64_t row0, int64_t key0, bool masked,
-                                   int* seen, float (&acc)[kM][kN][4]) {
+                                   int* seen, int corner, float (&acc)[kM][kN][4]) {
   const int lane = threadIdx.x % 32;
   const bool edits = rule.edits();
   if (!masked && !edits) return;
@@ -75,6 +79,11 @@ __device__ inline void make_logits(const LogitRule& rule, int64_t row0, int64_t 
           float& x = acc[m][n][2 * half + i];
           if (edits && sees) {
             x *= rule.scale;
+            if constexpr (kT5) {
+              if (rule.window != nullptr)
+                x += rule.window[corner + key - (16 * m + lane / 4 + 8 * half)];
+              continue;
+            }
             if (rule.softcap > 0.0f) x = rule.softcap * SoftmaxUnits<T>::tanh(x);
             if (rule.bias.data != nullptr) {
               const float add =
@@ -126,6 +135,33 @@ __device__ inline void softmax_step(float factor, RowState<kM>& state, float (&a
     }
 }
 
+// Dropped weights become 0, the others larger.
+template <int kM, int kN>
+__device__ inline void drop_weights(const AttentionDropout& drop, uint32_t sequence_head,
+                                    int64_t row0, int64_t key0, float (&acc)[kM][kN][4]) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int m = 0; m < kM; ++m)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const auto row = static_cast<uint32_t>(row0 + 16 * m + lane / 4 + 8 * half);
+#pragma unroll 1  // else its rounds hold too many registers
+      for (int n = 0; n < kN; ++n) {
+        const int64_t key = key0 + 8 * n + lane % 4 * 2;
+        const Philox4 four = philox4x32_10(static_cast<uint32_t>(key / 4), row, sequence_head,
+                                           drop.offset, drop.key[0], drop.key[1]);
+        const bool second = key % 4 != 0;
+        const uint32_t low = second ? four.word[2] : four.word[0];
+        const uint32_t high = second ? four.word[3] : four.word[1];
+        const float factors[2] = {low < drop.below ? 0.0f : drop.scale,
+                                  high < drop.below ? 0.0f : drop.scale};
+#pragma unroll
+        for (int k = 0; k < kN; ++k)  // a run-time index would put the weights into memory
+          if (k == n) acc[m][k][2 * half] *= factors[0], acc[m][k][2 * half + 1] *= factors[1];
+      }
+    }
+}
+
 // Values that the bias hides from every row of the block must not reach the sums, whatever they
 // hold: padding behind a mask may be anything.
 template <class T, int kW, int kKeys, int kThreads>
@@ -134,7 +170,7 @@ __device__ inline void clear_hidden_rows(T* tile, const int* seen) {
     if (!seen[i / kW]) tile[i] = T{};
 }
 
-template <class T, int kW>
+template <class T, int kW, bool kT5>
 struct ForwardSteps {
   using C = ForwardTile<T, kW>;
   const GlobalRows<T> k, v;  // of the sequence, from key 0
@@ -144,6 +180,10 @@ struct ForwardSteps {
   T *q_tile, *k_tile, *v_tile;
   float* scratch;  // of this warp
   int *seen, *wild;
+  const ForwardArgs& p;
+  int64_t head;
+  uint32_t sequence_head;
+  float* window;
 
   __device__ void load(T* tile, const GlobalRows<T>& from, int64_t key0) const {
     const GlobalRows<T> rows{from.first + key0 * from.stride, from.stride, from.dims, from.vectors};
@@ -168,14 +208,22 @@ struct ForwardSteps {
     __syncthreads();  // keys (and queries) are there, the last values are used up
     load(v_tile, v, key0);
     if (threadIdx.x == 0) *wild = 0;
+    if constexpr (kT5) {
+      if (rule.window != nullptr)
+        load_window(p, head, key0 - row0 - rule.mask.place - (C::kRows - 1), C::kRows + C::kKeys,
+                    window);
+    }
     if (rule.bias.data != nullptr)
       for (int i = threadIdx.x; i < C::kKeys; i += C::kThreads) seen[i] = 0;
     multiply_transposed<T, kW>(q_tile, warp_row, k_tile, 0, round_up(dims, 16), acc);
     copy_wait<0>();
     __syncthreads();  // values are there, keys are used up
     if (key0 + C::kKeys < keys.last) load(k_tile, k, key0 + C::kKeys);
-    make_logits<T>(rule, row0 + warp_row, key0, masked, seen, acc);
+    make_logits<T, kT5>(rule, row0 + warp_row, key0, masked, seen, C::kRows - 1 - warp_row, acc);
     softmax_step<T>(factor, state, acc, out, value_dims);
+    if constexpr (kT5) {
+      if (p.dropout.below != 0) drop_weights(p.dropout, sequence_head, row0 + warp_row, key0, acc);
+    }
     if (rule.bias.data != nullptr) {
       __syncthreads();
       clear_hidden_rows<T, kW, C::kKeys, C::kThreads>(v_tile, seen);
@@ -190,38 +238,44 @@ struct ForwardSteps {
   }
 };
 
-template <class T, int kW>
+template <class T, int kW, bool kT5>
 __global__ void __launch_bounds__(ForwardTile<T, kW>::kThreads, ForwardTile<T, kW>::kBlocks)
     dha_attention_kernel(ForwardArgs p) {
   using C = ForwardTile<T, kW>;
   TENFOLD_SHARED(int, chosen, 1);
   TENFOLD_SHARED(int, seen, C::kKeys);
   TENFOLD_SHARED(int, wild, 1);
+  TENFOLD_SHARED(float, window, kT5 ? C::kRows + C::kKeys : 1);
   TENFOLD_DYNAMIC_SHARED(memory);
   const Work w = find_work(p.queries, p.batch, p.q_heads, C::kRows, blockIdx.x, true);
   if (w.first < 0) return;
   const int64_t h = ranked_head(p.q_to_k, p.q_heads, w.head, chosen), row0 = w.first;
   const int64_t hk = clamped(p.q_to_k[h], p.k_heads - 1), hv = clamped(p.q_to_v[h], p.v_heads - 1);
   const Rows qs = sequence_rows(p.queries, p.batch, w.batch);
-  const Rows ks = w.batch < p.batch ? sequence_rows(p.keys, p.batch, w.batch) : Rows{0, 0};
+  const Rows ks = w.batch < p.batch ? key_rows(p, w.batch) : Rows{0, 0};
   const int dims = static_cast<int>(p.head_dim), value_dims = static_cast<int>(p.value_dim);
   const int rows = in_tile(qs.count - row0, C::kRows), warp = threadIdx.x / 32;
   T* const tiles = reinterpret_cast<T*>(memory);
   float* const scratch = reinterpret_cast<float*>(tiles + (C::kRows + 2 * C::kKeys) * kW);
   const int64_t first = tenfold::visible_keys(p.mask, row0, qs.count, ks.count).first;
   const int64_t last = tenfold::visible_keys(p.mask, row0 + rows - 1, qs.count, ks.count).last;
-  const ForwardSteps<T, kW> steps{
+  const ForwardSteps<T, kW, kT5> steps{
       {row_at<T>(p.k, p.k_at, w.batch, hk, ks.first), p.k_at.row, dims, p.k_vectors},
       {row_at<T>(p.v, p.v_at, w.batch, hv, ks.first), p.v_at.row, value_dims, p.v_vectors},
       {first, last},
-      logit_rule(p, w.batch, h, qs.count, ks.count),
+      logit_rule(p, w.batch, h, qs.count, ks.count,
+                 kT5 && p.relative_lut != nullptr ? window : nullptr),
       row0,
       tiles,
       tiles + C::kRows * kW,
       tiles + (C::kRows + C::kKeys) * kW,
       scratch + warp * C::kScratch,
       seen,
-      wild};
+      wild,
+      p,
+      h,
+      static_cast<uint32_t>(w.batch * p.q_heads + h),
+      window};
   const GlobalRows<T> q{row_at<T>(p.q, p.q_at, w.batch, h, qs.first + row0), p.q_at.row, dims,
                         p.q_vectors};
   float out[C::kM][kW / 8][4] = {};
@@ -266,13 +320,13 @@ int64_t forward_blocks(const ForwardArgs& p) {
   return p.q_heads * tiles_per_head(p.queries, p.batch, ForwardTile<T, kW>::kRows);
 }
 
-template <class T, int kW>
+template <class T, int kW, bool kT5>
 void launch_dha_attention(const ForwardArgs& p, cudaStream_t stream) {
   using C = ForwardTile<T, kW>;
   const int64_t blocks = forward_blocks<T, kW>(p);
   if (blocks == 0) return;
-  TENFOLD_LAUNCH_SHARED((dha_attention_kernel<T, kW>), static_cast<unsigned>(blocks), C::kThreads,
-                        C::kBytes, C::kBytes, stream, p);
+  TENFOLD_LAUNCH_SHARED((dha_attention_kernel<T, kW, kT5>), static_cast<unsigned>(blocks),
+                        C::kThreads, C::kBytes, C::kBytes, stream, p);
 }
 
 }  // namespace tenfold::cuda

@@ -7,6 +7,7 @@
 
 #include "attention/dha_attention.h"
 #include "core/mma_tile.cuh"
+#include "core/philox.h"
 
 namespace tenfold::cuda {
 
@@ -21,6 +22,9 @@ template <class Params>
 struct OnDevice : Params {
   IntArray q_to_k, q_to_v;  // query head -> key head, value head
   Side queries, keys;
+  IntArray kv_len;            // dense: keys of each sequence; not given: all
+  const float* relative_lut;  // [H][2 reach + 1] biases of key - query - place, or null
+  int reach;
   bool q_vectors, k_vectors, v_vectors, out_vectors;  // rows are whole, aligned 16-byte vectors
 };
 
@@ -42,6 +46,13 @@ TENFOLD_HD Rows sequence_rows(const Side& s, int64_t batch, int64_t b) {
   if (!s.cu.given()) return {0, s.length};
   const int64_t first = first_row(s, batch, b), next = first_row(s, batch, b + 1);
   return {first, next > first ? next - first : 0};
+}
+
+// The keys of a sequence.
+template <class Params>
+TENFOLD_HD Rows key_rows(const OnDevice<Params>& p, int64_t b) {
+  if (p.kv_len.given()) return {0, clamped(p.kv_len[b], p.keys.length)};
+  return sequence_rows(p.keys, p.batch, b);
 }
 
 // Tiles of a head: a packed side numbers them without knowing any length on the host: sequence b
@@ -121,6 +132,26 @@ __device__ inline float bias_at(const AttentionBias& bias, int64_t at) {
     case BiasKind::bf16: return to_float(static_cast<const bf16_t*>(bias.data)[at]);
     default: return to_float(static_cast<const fp16_t*>(bias.data)[at]);
   }
+}
+
+// Relative biases of the distances first, first + 1 ... that meet in a tile: [count] in shared
+// memory.
+template <class Params>
+__device__ inline void load_window(const OnDevice<Params>& p, int64_t head, int64_t first,
+                                   int count, float* window) {
+  const float* const lut = p.relative_lut + head * (2 * p.reach + 1);
+  for (int i = threadIdx.x; i < count; i += blockDim.x) {
+    const int64_t r = first + i;
+    window[i] = lut[r < -p.reach ? 0 : r > p.reach ? 2 * p.reach : r + p.reach];
+  }
+}
+
+// What weight (sequence_head, row, key) is multiplied by.
+__device__ inline float dropout_factor(const AttentionDropout& d, uint32_t sequence_head,
+                                       int64_t row, int64_t key) {
+  const Philox4 four = philox4x32_10(static_cast<uint32_t>(key / 4), static_cast<uint32_t>(row),
+                                     sequence_head, d.offset, d.key[0], d.key[1]);
+  return four.word[key % 4] < d.below ? 0.0f : d.scale;
 }
 
 // Whether rows can be read as 16-byte vectors.

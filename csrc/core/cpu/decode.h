@@ -44,6 +44,8 @@ struct DecodeTask {
   int64_t rows, head_dim, value_dim;
   float scale;    // of the logits
   float softcap;  // 0: none
+  // Added to the logits of row r and token j, in natural units: bias[j - r]. Null: none.
+  const float* bias = nullptr;
   Dtype dtype;
   float* max;      // [rows] out: largest logit in log2 units, or kDecodeNothing
   float* sum;      // [rows] out: sum of the weights

@@ -23,6 +23,7 @@ constexpr int64_t kValueTokens = 64;
 constexpr int kStreams = 4;
 struct Block {
   int64_t first, num_keys;
+  bool side_by_side;
   const char* k[kDecodeKeyBlock];
   const char* v[kDecodeKeyBlock];
 };
@@ -78,7 +79,8 @@ void next_block(const DecodeTask& t, int64_t size, int64_t all_from, int64_t all
     if (c->at == run.num_keys) c->run += 1, c->at = 0;
   }
   block->num_keys = n;
-  if (block->first >= all_from && block->first + n <= all_to && n % kStreams == 0) {
+  block->side_by_side = block->first >= all_from && block->first + n <= all_to && n % kStreams == 0;
+  if (block->side_by_side) {
     interleave(block->k, n);
     interleave(block->v, n);
   }
@@ -217,10 +219,22 @@ void logits_of_head(const DecodeTask& t, const Block& b, const DecodeHead& head,
   }
 }
 
+// The biases of row r and a block's tokens, in their order there.
+void order_bias(const DecodeTask& t, const Block& b, int64_t r, float* to) {
+  const float* const bias = t.bias + b.first - r;
+  const int64_t parts = b.side_by_side ? kStreams : 1, part = b.num_keys / parts;
+  for (int64_t i = 0; i < part; ++i)
+    for (int64_t s = 0; s < parts; ++s) to[i * parts + s] = bias[s * part + i];
+  for (int64_t j = b.num_keys; j % kWidth != 0; ++j) to[j] = 0.0f;
+}
+
 // Turns a row of n dot products into weights relative to the running maximum; rescales what was
 // summed. Tokens [from, to) of the block are seen.
-void softmax_row(const DecodeTask& t, int64_t r, int64_t n, int64_t from, int64_t to) {
+void softmax_row(const DecodeTask& t, const Block& b, int64_t r, int64_t from, int64_t to) {
+  const int64_t n = b.num_keys;
   float* logits = t.scratch + r * kDecodeKeyBlock;
+  float bias[kDecodeKeyBlock];
+  if (t.bias != nullptr) order_bias(t, b, r, bias);
   const VF hidden = from_bits(seti(0xFF800000u));
   const VF scale = set1(t.softcap > 0.0f ? t.scale / t.softcap : t.scale * kLog2e);
   const VF cap = set1(t.softcap * kLog2e);
@@ -228,6 +242,7 @@ void softmax_row(const DecodeTask& t, int64_t r, int64_t n, int64_t from, int64_
   for (int64_t j = 0; j < n; j += kWidth) {
     VF x = load(logits + j) * scale;
     if (t.softcap > 0.0f) x = tanh(x) * cap;
+    if (t.bias != nullptr) x = fma(load(bias + j), set1(kLog2e), x);
     if (j < from || j + kWidth > to) {
       const VI at = seti(static_cast<uint32_t>(j)) + iota();
       const VM seen = both(lt(at, seti(static_cast<uint32_t>(to))),
@@ -471,7 +486,7 @@ void run_block(const DecodeTask& t, const Block& b, const Block& next, int64_t a
     logits_of_head<T>(t, b, t.key_heads[h], ahead);
   }
   for (int64_t r = 0; r < t.rows; ++r) {
-    softmax_row(t, r, n, clamp(t.begin[r] - b.first, 0, n), clamp(t.end[r] - b.first, 0, n));
+    softmax_row(t, b, r, clamp(t.begin[r] - b.first, 0, n), clamp(t.end[r] - b.first, 0, n));
 #if defined(TENFOLD_ISA_BF16)
     if (__is_same(T, bf16_t)) round_weights(t, r, n);
 #endif

@@ -152,28 +152,3 @@ def t5_attention_backward(
         _ops.t5_attention_backward, dout, q, k, v, bias_table, kv_len, out, lse, dlse=dlse,
         **options,
     )  # fmt: skip
-
-
-# Until the kernel is there: the definition.
-def _fallback(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
-    from tenfold import reference
-
-    out, lse = reference.t5_attention(*args, **options)
-    to = like_rows(args[0], args[2].shape[-1])
-    return to.copy_(out), lse.float().contiguous()
-
-
-def _fallback_backward(*args: Any, **options: Any) -> tuple[Tensor, ...]:
-    from tenfold import reference
-
-    import concurrent.futures  # a thread of its own: this one is below autograd
-
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        done = pool.submit(reference.t5_attention_backward, *args, **options)
-        dq, dk, dv, dtable = done.result()
-    grads = (like_rows(x, x.shape[-1]).copy_(g) for x, g in zip(args[1:4], (dq, dk, dv)))
-    return *grads, dtable
-
-
-torch.library.impl("tenfold::t5_attention", "CPU")(_fallback)
-torch.library.impl("tenfold::t5_attention_backward", "CPU")(_fallback_backward)

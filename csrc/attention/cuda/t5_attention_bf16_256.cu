@@ -1,0 +1,7 @@
+#include "attention/cuda/dha_attention_kernel.cuh"
+
+namespace tenfold::cuda {
+
+template void launch_dha_attention<bf16_t, 256, true>(const ForwardArgs&, cudaStream_t);
+
+}  // namespace tenfold::cuda
