@@ -57,13 +57,14 @@ class Function:
 
 
 def _root(package: str) -> Path | None:
-    if package == "stdlib":
-        return Path(sysconfig.get_paths()["stdlib"])
     first, _, rest = package.partition("/")
+    if first == "stdlib":
+        folder = Path(sysconfig.get_paths()["stdlib"]) / rest
+        return folder if folder.is_dir() else None
     spec = importlib.util.find_spec(first)
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        if (Path(folder) / rest).is_dir():
-            return Path(folder) / rest
+    for place in (spec.submodule_search_locations or []) if spec else []:
+        if (Path(place) / rest).is_dir():
+            return Path(place) / rest
     return None
 
 
@@ -73,8 +74,8 @@ def source_files(
     """Files of a language, sorted by name; tests, generated tables and minified files are left out.
 
     Args:
-        language: of ``LANGUAGES``. packages: where to look: ``stdlib``, or installed packages, or folders of those
-            (``torch/include``); default: the standard library, and for other languages wheels that have some.
+        language: of ``LANGUAGES``. packages: where to look: ``stdlib``, installed packages, or folders of them
+            (``stdlib/json``); default: the standard library, and for other languages wheels that have some.
         max_chars: longer files are left out.
 
     Raises ValueError for another language.

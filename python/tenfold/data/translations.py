@@ -132,13 +132,13 @@ def message_sites(max_chars: int = 300) -> list[tuple[str, str]]:
 
 
 def _sites(tree: ast.AST, text: str) -> Iterator[tuple[str, str]]:
+    lines = text.split("\n")
     for node in ast.walk(tree):
         if not isinstance(node, ast.Assign | ast.AnnAssign | ast.Expr | ast.Return | ast.Raise):
             continue
         said = [m for call in ast.walk(node) if isinstance(call, ast.Call) for m in _said(call)]
-        code = ast.get_source_segment(text, node, padded=True) if len(said) == 1 else None
-        if code:
-            yield said[0], textwrap.dedent(code)
+        if len(said) == 1 and not lines[node.lineno - 1][: node.col_offset].strip():
+            yield said[0], textwrap.dedent("\n".join(lines[node.lineno - 1 : node.end_lineno]))
 
 
 def _said(call: ast.Call) -> list[str]:

@@ -41,9 +41,10 @@ class Collator:
     """What both share: ids, lengths, random streams, and the last step of making a batch."""
 
     def __init__(
-        self, tokenizer: Any, *, max_inputs: int, max_targets: int | None, seed: int, density: float, mean_span: float,
-        roll: bool, aligned: bool, final_sentinel: bool, allow_sentinels: bool, first_sentinel: int | None,
-        num_sentinels: int | None, padding: str, pad_to_multiple_of: int | None, decoder_input_ids: bool,
+        self, tokenizer: Any, *, max_inputs: int = 512, max_targets: int | None = None, density: float = 0.15,
+        mean_span: float = 3.0, seed: int = 0, roll: bool = False, aligned: bool = True, final_sentinel: bool = False,
+        allow_sentinels: bool = False, first_sentinel: int | None = None, num_sentinels: int | None = None,
+        padding: str = "longest", pad_to_multiple_of: int | None = None, decoder_input_ids: bool = False,
     ) -> None:  # fmt: skip
         if (first_sentinel is None) != (num_sentinels is None):
             raise ValueError("first_sentinel and num_sentinels are given both or neither")
@@ -57,12 +58,16 @@ class Collator:
         self.max_inputs, self.seed, self.epoch = max_inputs, seed, 0
         self.density, self.mean_span, self.final_sentinel = density, mean_span, final_sentinel
         self.roll, self.aligned, self.allow_sentinels = roll, aligned, allow_sentinels
-        # A roll may cut a span in two, which makes both sides one token longer.
-        self.length, targets = longest_chunk(max_inputs - int(roll), density, mean_span, final_sentinel)  # fmt: skip
-        self.max_targets = targets + int(roll) if max_targets is None else max_targets
+        # A roll may cut a span in two, which makes both sides one token longer; and where nothing is masked, t5's rule
+        # still has a sentinel for the row.
+        self.length, targets = longest_chunk(
+            max_inputs - int(roll), density, mean_span, final_sentinel
+        )
+        spare = int(roll or (density == 0 and not aligned))
+        self.max_targets = targets + spare if max_targets is None else max_targets
         self.pad_to_multiple_of = pad_to_multiple_of
         integers(
-            self, {"max_inputs": 2, "max_targets": 2, "seed": 0, "pad_to_multiple_of": 1}, ("pad_to_multiple_of",)
+            self, {"max_inputs": 2, "max_targets": 1, "seed": 0, "pad_to_multiple_of": 1}, ("pad_to_multiple_of",)
         )  # fmt: skip
         one_of("padding", padding, PADDINGS)
         self.padding, self.decoder_input_ids = padding, decoder_input_ids

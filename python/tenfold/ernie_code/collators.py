@@ -73,19 +73,6 @@ class SpanCorruptionCollator(Collator):
             sentinels than there are, one that holds sentinels. IndexError: ids outside the vocabulary.
     """
 
-    def __init__(
-        self, tokenizer: Any, *, max_inputs: int = 512, max_targets: int | None = None, density: float = 0.15,
-        mean_span: float = 3.0, seed: int = 0, roll: bool = False, aligned: bool = True, final_sentinel: bool = False,
-        allow_sentinels: bool = False, first_sentinel: int | None = None, num_sentinels: int | None = None,
-        padding: str = "longest", pad_to_multiple_of: int | None = None, decoder_input_ids: bool = False,
-    ) -> None:  # fmt: skip
-        super().__init__(
-            tokenizer, max_inputs=max_inputs, max_targets=max_targets, seed=seed, density=density, mean_span=mean_span,
-            roll=roll, aligned=aligned, final_sentinel=final_sentinel, allow_sentinels=allow_sentinels,
-            first_sentinel=first_sentinel, num_sentinels=num_sentinels, padding=padding,
-            pad_to_multiple_of=pad_to_multiple_of, decoder_input_ids=decoder_input_ids,
-        )  # fmt: skip
-
     def __call__(self, examples: Sequence[Any]) -> Batch:
         """A batch; see the class."""
         if not len(examples):
@@ -139,9 +126,8 @@ class PivotTranslationCollator(Collator):
     ``format_code`` first. What does not fit is cut off at its end, with a warning; the prompt and EOS never are.
 
     Args:
-        tokenizer, max_inputs, max_targets, seed, padding, pad_to_multiple_of, decoder_input_ids, first_sentinel,
-            num_sentinels, density, mean_span, roll, aligned, final_sentinel, allow_sentinels: as of
-            ``SpanCorruptionCollator``; from density on, of mode ``span`` only.
+        tokenizer, max_inputs, max_targets, options: as of ``SpanCorruptionCollator``; those of masks apply to mode
+            ``span`` only. Without max_targets, whole targets may have max_inputs tokens.
         ptlm_mode: ``full``: the target is predicted as a whole, as in translation. ``span``: source and target in a row
             are corrupted, as span corruption does it, behind the prompt.
         directions: ``forward`` as given, ``backward`` from target to source, ``random`` one of them by (seed, step,
@@ -159,21 +145,13 @@ class PivotTranslationCollator(Collator):
 
     def __init__(
         self, tokenizer: Any, *, max_inputs: int = 512, max_targets: int | None = None, ptlm_mode: str = "full",
-        directions: str = "random", strict: bool = False, formatted: bool = False, density: float = 0.15,
-        mean_span: float = 3.0, seed: int = 0, roll: bool = False, aligned: bool = True, final_sentinel: bool = False,
-        allow_sentinels: bool = False, first_sentinel: int | None = None, num_sentinels: int | None = None,
-        padding: str = "longest", pad_to_multiple_of: int | None = None, decoder_input_ids: bool = False,
+        directions: str = "random", strict: bool = False, formatted: bool = False, **options: Any,
     ) -> None:  # fmt: skip
         one_of("ptlm_mode", ptlm_mode, PTLM_MODES)
         one_of("directions", directions, DIRECTIONS)
         if max_targets is None and ptlm_mode == "full":
             max_targets = max_inputs
-        super().__init__(
-            tokenizer, max_inputs=max_inputs, max_targets=max_targets, seed=seed, density=density, mean_span=mean_span,
-            roll=roll, aligned=aligned, final_sentinel=final_sentinel, allow_sentinels=allow_sentinels,
-            first_sentinel=first_sentinel, num_sentinels=num_sentinels, padding=padding,
-            pad_to_multiple_of=pad_to_multiple_of, decoder_input_ids=decoder_input_ids,
-        )  # fmt: skip
+        super().__init__(tokenizer, max_inputs=max_inputs, max_targets=max_targets, **options)
         self.ptlm_mode, self.directions = ptlm_mode, directions
         self.strict, self.formatted = strict, formatted
         self.skipped = self.truncated = 0
@@ -263,8 +241,9 @@ class PivotTranslationCollator(Collator):
             rows.append(np.concatenate([x[:kept], y[: room - kept]]))
             cut.append([len(x) - kept, max(len(y) - room + kept, 0)])
         self._warn(cut)
-        made = self._corrupt_rows(*padded(rows), streams, self.max_inputs, self.max_targets)
-        inputs, in_len, labels, tgt_len = made
+        inputs, in_len, labels, tgt_len = self._corrupt_rows(
+            *padded(rows), streams, self.max_inputs, self.max_targets
+        )
         bodies = [row[: n - 1].numpy() for row, n in zip(inputs, in_len.tolist())]
         answers = [row[: n - 1].numpy() for row, n in zip(labels, tgt_len.tolist())]
         *made, _ = ops.pair_pack(

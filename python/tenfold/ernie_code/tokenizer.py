@@ -131,8 +131,11 @@ def sentinels(tokenizer: Any) -> tuple[int, int]:
     ids: dict[int, int] = {}
     for token, i in tokenizer.get_vocab().items():
         found = _SENTINEL.fullmatch(token)
-        if found:
-            ids[int(found[1])] = i
+        if found and ids.setdefault(int(found[1]), i) != i:
+            raise ValueError(
+                f"the vocabulary has <extra_id_{found[1]}> twice, as {ids[int(found[1])]} and {i}: give first_sentinel "
+                "and num_sentinels"
+            )
     if 0 not in ids:
         raise ValueError(
             "the tokenizer has no sentinels (<extra_id_0>, ...); add them with "
