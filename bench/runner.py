@@ -23,7 +23,7 @@ from .memory import measure_peaks
 from .results import Record, environment, make_record, plain, problems, save, source_state, wrong
 
 FAMILIES = (
-    "attention", "diffusion", "influence", "kv_eviction", "loss", "merge", "moe", "norm", "optim", "pixels", "rl",
+    "attention", "corruption", "diffusion", "influence", "kv_eviction", "loss", "merge", "moe", "norm", "optim", "pixels", "rl",
 )  # fmt: skip
 PARTIAL = ".json.partial"  # a run that has not ended, or that was stopped
 _PAGE = 1 << 12

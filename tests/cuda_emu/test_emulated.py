@@ -34,6 +34,7 @@ CHECKS = {
     "kernels_moe_routing": ["all"],
     "kernels_influence": ["markov products"],
     "kernels_merge": ["all"],
+    "kernels_corruption": ["all"],
     "kernels_diffusion": ["all"],
     "kernels_norm": ["all"],
     "kernels": ["template proxy_scores", "nacl_select kv_moves ragged_decode"],
