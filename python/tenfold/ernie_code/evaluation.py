@@ -74,13 +74,15 @@ def evaluate(
     return Evaluation(task, scored(range(len(rows))), by_pair, kept)
 
 
-def with_distractors(rows: Sequence[Row], candidates: int = 16, seed: int = 0) -> list[list[str]]:
+def with_distractors(
+    rows: Sequence[Row], candidates: int = 16, seed: int = 0, pool: Sequence[Row] | None = None
+) -> list[list[str]]:
     """For each row its target, first, and others' targets of the same pair of languages, no text twice.
 
-    Raises ValueError where there are too few of them.
+    ``pool`` are the rows that others are taken from: default ``rows``. Raises ValueError where there are too few of them.
     """
     groups: dict[str, list[str]] = defaultdict(list)
-    for row in rows:
+    for row in rows if pool is None else pool:
         if row["target"] not in groups[pair_of(row)]:
             groups[pair_of(row)].append(row["target"])
     draw, made = random.Random(seed), []
@@ -95,20 +97,21 @@ def with_distractors(rows: Sequence[Row], candidates: int = 16, seed: int = 0) -
 
 
 def ranking(
-    model: Any, tokenizer: Any, rows: Sequence[Row], *, candidates: int = 16, seed: int = 0, **options: Any
+    model: Any, tokenizer: Any, rows: Sequence[Row], *, candidates: int = 16, seed: int = 0,
+    pool: Sequence[Row] | None = None, **options: Any,
 ) -> dict[str, dict[str, float]]:  # fmt: skip
     """How often the right target is the likeliest of several, by pair of languages, and over ``all`` rows.
 
     Args:
-        candidates: for each row, the right one among them (chance 1 / candidates): :func:`with_distractors`.
+        candidates, seed, pool: for each row, the right one among others (chance 1 / candidates):
+            :func:`with_distractors`.
         options: of :func:`~tenfold.ernie_code.log_likelihoods`.
 
     Returns:
         ``{"German-French": {"top1": share, "mrr": mean of 1 / rank, "rows": n}, ..., "all": ...}``. A tie counts as wrong.
     """
-    found = log_likelihoods(
-        model, tokenizer, rows, with_distractors(rows, candidates, seed), **options
-    )
+    others = with_distractors(rows, candidates, seed, pool)
+    found = log_likelihoods(model, tokenizer, rows, others, **options)
     rank = 1 + (found[:, 1:] >= found[:, :1]).sum(1)
     groups: dict[str, list[int]] = defaultdict(list)
     for i, row in enumerate(rows):

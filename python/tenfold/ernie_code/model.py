@@ -43,14 +43,14 @@ def check_untied(model: Any) -> None:
         )
 
 
-def untie_head(model: Any, *, fresh: bool = False) -> None:
-    """Gives a model a head of its own: a copy of the input table, or ``fresh`` from N(0, 1), as mT5's began.
+def untie_head(model: Any, *, fresh_std: float | None = None) -> None:
+    """Gives a model a head of its own: a copy of the input table, or a fresh one of that standard deviation.
 
     The configuration says so too, so that ``resize_token_embeddings`` and ``tie_weights`` leave it alone.
     """
     if is_tied(model):
         weight = model.lm_head.weight.detach()
-        made = torch.empty_like(weight).normal_() if fresh else weight.clone()
+        made = weight.clone() if fresh_std is None else torch.empty_like(weight).normal_(std=fresh_std)
         model.lm_head.weight = nn.Parameter(made)
     model.config.tie_word_embeddings = False
     model.all_tied_weights_keys.pop("lm_head.weight", None)
@@ -78,6 +78,7 @@ def build_model(
     config: Any = "ernie-code-560m",
     *,
     seed: int | None = None,
+    head_std: float = 1.0,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     kernels: str = "tenfold",
@@ -88,7 +89,8 @@ def build_model(
 
     Args:
         config: a preset of :func:`~tenfold.ernie_code.model_config`, with ``changes``, or an ``MT5Config``.
-        seed: of the weights; None: torch's generator as it is. device: ``"meta"`` takes no memory.
+        seed: of the weights; None: torch's generator as it is. head_std: of the head; mT5's is 1, with which a first loss
+            is about 127 at d_model 768; ``d_model**-0.5`` starts at log(vocab_size). device: ``"meta"`` takes no memory.
         kernels: ``"tenfold"`` (:func:`tenfold.integrations.t5.patch` with ``patch_options``) or ``"stock"``.
 
     Returns:
@@ -108,7 +110,7 @@ def build_model(
         if seed is not None:
             torch.manual_seed(seed)
         model = MT5ForConditionalGeneration(config)
-        untie_head(model, fresh=True)
+        untie_head(model, fresh_std=head_std)
     return _on_kernels(model.to(dtype).eval(), kernels, patch_options or {})
 
 

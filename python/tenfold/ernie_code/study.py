@@ -57,21 +57,22 @@ class StudyConfig:
         vocab_size: of the tokenizer. max_chars, code_chars: of a message, and of Python code, in pairs.
         text_tokens: of a packed row. pair_share: of the draws that are pairs, with PTLM. neighbours: each language is
             asked to be translated to those so many places further in the list, and back. candidates: of a ranking.
-        generated: rows for which translations are made, of each kind. model: fields of the configuration. seed.
+        ranked, generated: rows of each kind that are ranked, and for which translations are made. model: fields of the configuration. seed.
     """
 
     languages: tuple[str, ...] = DEFAULT_LANGUAGES
     share: float = 0.1
-    vocab_size: int = 4096
+    vocab_size: int = 6144
     max_chars: int = 100
-    code_chars: int = 300
+    code_chars: int = 200
     text_tokens: int = 48
-    pair_share: float = 0.75
-    neighbours: tuple[int, ...] = (1, 5)
+    pair_share: float = 0.8
+    neighbours: tuple[int, ...] = (1, 4)
     candidates: int = 16
-    generated: int = 120
+    ranked: int = 800
+    generated: int = 100
     model: Mapping[str, Any] = field(
-        default_factory=lambda: {"d_model": 256, "d_ff": 640, "num_layers": 3, "num_heads": 4, "d_kv": 64}
+        default_factory=lambda: {"d_model": 256, "d_ff": 640, "num_layers": 2, "num_heads": 4, "d_kv": 64}
     )  # fmt: skip
     seed: int = 0
 
@@ -234,14 +235,14 @@ def judge(made: Variant, model: Any, data: Material, config: StudyConfig, step: 
     for kind, rows in data.held.items():
         if not rows:
             continue
-        made.rankings[kind] = ranking(
-            model, data.tokenizer, rows, candidates=config.candidates, seed=config.seed
-        )
+        ranked = _some(rows, config.ranked, config.seed)
+        made.rankings[kind] = ranking(model, data.tokenizer, ranked, candidates=config.candidates,
+                                      seed=config.seed, pool=rows)  # fmt: skip
         step(f"{KINDS[kind]}: right in {100 * made.rankings[kind]['all']['top1']:.1f} %")
         some = _some(rows, config.generated, config.seed)
         task = "text-to-code" if kind == "code" else "translate"
         made.generated[kind] = evaluate(
-            model, data.tokenizer, some, task, max_length=128, batch_size=20
+            model, data.tokenizer, some, task, max_length=96, batch_size=20
         )
         step(f"{KINDS[kind]}: {made.generated[kind].scores}")
 
@@ -255,8 +256,12 @@ def run(
     step: Step = lambda text: None,
     tell: int = 50,
     data: Material | None = None,
+    done: Callable[[Study], None] = lambda study: None,
 ) -> Study:
-    """Trains and judges the variants; one that has been trained into ``out`` already is only judged."""
+    """Trains and judges the variants; one that has been trained into ``out`` already is only judged.
+
+    ``done`` is told after each of them; ``step`` often.
+    """
     files = [None if out is None else out / name.lower().replace(" ", "") for name in variants]
     trained = next((f for f in files if f is not None and (f / RECORD).is_file()), None)
     if data is None:
@@ -274,8 +279,9 @@ def run(
             model, record = load_model(file), CodeRecord.read(file / RECORD)
         else:
             model = build_model(
-                model_config("small", vocab_size=len(data.tokenizer), **config.model), seed=config.seed
-            )
+                model_config("small", vocab_size=len(data.tokenizer), **config.model), seed=config.seed,
+                head_std=config.model["d_model"] ** -0.5,
+            )  # fmt: skip
             corpora, weights = corpora_of(data, VARIANTS[name], config)
             seen = dict(data.held_text) | {"X to English": PairRows([])}
             seen["X to English"] = _some(data.held["to-english"], 128, config.seed)  # type: ignore[assignment]
@@ -284,6 +290,7 @@ def run(
         step(f"{name} is trained: {record.curve[-1]['loss']:.3f}")
         study.variants[name] = Variant(record)
         judge(study.variants[name], model, data, config, step)
+        done(study)
     return study
 
 
