@@ -120,9 +120,9 @@ def test_sources(tokenizer):
         "write: Delete",
     ]
     assert all(ids[-1] == tokenizer.eos_token_id for ids in made)
-    width = len(encode_sources(tokenizer, ROWS[:1])[0]) - 2
+    width = len(made[1]) - 2
     with pytest.warns(UserWarning, match="cut to fit: 1 of 1"):
-        cut = encode_sources(tokenizer, ROWS[:1], width)
+        cut = encode_sources(tokenizer, ROWS[1:2], width)
     assert len(cut[0]) == width and cut[0][-1] == tokenizer.eos_token_id
     with pytest.raises(ValueError, match="does not fit into max_inputs"):
         encode_sources(tokenizer, ROWS[:1], 4)

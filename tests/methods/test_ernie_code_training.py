@@ -110,8 +110,9 @@ def test_patience_keeps_the_best_weights():
     tokenizer, corpora = material()
     model = build_model("tiny", vocab_size=len(tokenizer), d_model=32, num_layers=1, seed=1)
     settings = CodeTrainConfig.from_preset(
-        "finetune-small", **(SMALL | {"steps": 12}), eval_every=1, patience=2, learning_rate=3.0, warmup_steps=0,
-    )  # fmt: skip
+        "finetune-small",
+        **(SMALL | {"steps": 12, "eval_every": 1, "patience": 2, "learning_rate": 3.0, "warmup_steps": 0}),
+    )
     rows = {"pairs": corpora["pairs"]}
     record = train(model, tokenizer, rows, settings, held_out=rows)
     assert len(record.curve) < 12 and record.best == min(record.validation, key=lambda v: v["loss"])

@@ -311,9 +311,12 @@ def evaluate(
     import json as json_module
 
     from tenfold.ernie_code import evaluation, report
+    from tenfold.ernie_code.metrics import TASKS
     from tenfold.report import Page
+    from tenfold.training.checks import one_of
     from tenfold.training.store import write_text
 
+    one_of("task", task, tuple(TASKS))
     net, words = _model(model, tokenizer, device)
     rows = _rows(data, source, target, layout, turned, limit)
     with progress(-(-len(rows) // batch_size), quiet or json) as step:
