@@ -21,7 +21,28 @@ from tenfold.ernie_code import study
 from tenfold.ernie_code.train_config import CodeTrainConfig
 from tenfold.training.threads import threads
 
-LANGUAGES = "de fr es it pt nl sv da nb fi pl cs sk ro ru uk bg tr id ca".split()
+LANGUAGES = [
+    "de",
+    "fr",
+    "es",
+    "it",
+    "pt",
+    "nl",
+    "sv",
+    "da",
+    "nb",
+    "fi",
+    "pl",
+    "cs",
+    "sk",
+    "ro",
+    "ru",
+    "uk",
+    "bg",
+    "tr",
+    "id",
+    "ca",
+]
 
 
 def say(text: str) -> None:

@@ -45,7 +45,14 @@ def test_parameter_count():
 def test_initial_variances():
     """Section 3.1, and check 10: a first loss of about 22 at V 205 and d_model 64."""
     made = build_model(
-        "tiny", vocab_size=2050, d_model=128, d_kv=32, d_ff=256, num_heads=4, seed=0, kernels="stock"
+        "tiny",
+        vocab_size=2050,
+        d_model=128,
+        d_kv=32,
+        d_ff=256,
+        num_heads=4,
+        seed=0,
+        kernels="stock",
     )
     stds = {
         "shared.weight": 1, "lm_head.weight": 1,
@@ -67,7 +74,9 @@ def test_initial_variances():
         losses.append(float(small(input_ids=ids, labels=ids[:, :12]).loss.detach()))
     assert sum(losses) / 4 == pytest.approx(22, abs=4)
     low = build_model("tiny", vocab_size=205, seed=0, head_std=64**-0.5)
-    assert float(low(input_ids=ids, labels=ids).loss.detach()) == pytest.approx(math.log(205), abs=1)
+    assert float(low(input_ids=ids, labels=ids).loss.detach()) == pytest.approx(
+        math.log(205), abs=1
+    )
 
 
 def test_the_head_is_its_own(tmp_path, model):
@@ -95,7 +104,9 @@ def test_checkpoints_are_stock(tmp_path, model):
     expected = model(input_ids=ids, labels=ids).logits
     model.save_pretrained(tmp_path)
     stock = MT5ForConditionalGeneration.from_pretrained(tmp_path)
-    torch.testing.assert_close(stock(input_ids=ids, labels=ids).logits, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        stock(input_ids=ids, labels=ids).logits, expected, atol=1e-5, rtol=1e-5
+    )
     again = load_model(tmp_path)
     assert torch.equal(again(input_ids=ids, labels=ids).logits, expected)
     assert load_model(tmp_path, dtype=torch.bfloat16).lm_head.weight.dtype == torch.bfloat16

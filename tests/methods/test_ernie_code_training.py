@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from tenfold.ernie_code import CodeTrainConfig, PackedRows, build_model, load_model, train, train_tokenizer
+from tenfold.ernie_code import (
+    CodeTrainConfig,
+    PackedRows,
+    build_model,
+    load_model,
+    train,
+    train_tokenizer,
+)
 from tenfold.ernie_code.evaluation import evaluate, ranking, with_distractors
 from tenfold.ernie_code.training import CodeRecord, Draws, held_out_loss, task_of
 
@@ -48,7 +55,9 @@ def losses(record):
 def test_both_tasks_and_what_is_saved(tmp_path):
     record, model = run(tmp_path, optimizer="adafactor", learning_rate=1e-3)
     assert {k for m in record.curve for k in m} == {"loss", "sclm", "ptlm"}
-    assert record.rows == {"text": 12, "pairs": 64} and sum(record.weights.values()) == pytest.approx(1)
+    assert record.rows == {"text": 12, "pairs": 64} and sum(
+        record.weights.values()
+    ) == pytest.approx(1)
     found = CodeRecord.read(tmp_path / "train.json")
     assert losses(found) == losses(record) and not list((tmp_path / "training").glob("train-*"))
     again = load_model(tmp_path)
@@ -73,7 +82,9 @@ def test_a_killed_run_goes_on_with_the_same_bits(tmp_path, optimizer):
 
     def start(callback=None, **more):
         model = build_model("tiny", vocab_size=len(tokenizer), d_model=32, num_layers=1, seed=1)
-        return train(model, tokenizer, corpora, settings, out=tmp_path, callback=callback, **more), model
+        return train(
+            model, tokenizer, corpora, settings, out=tmp_path, callback=callback, **more
+        ), model
 
     with pytest.raises(Kill):
         start(kill)
@@ -111,7 +122,10 @@ def test_patience_keeps_the_best_weights():
     model = build_model("tiny", vocab_size=len(tokenizer), d_model=32, num_layers=1, seed=1)
     settings = CodeTrainConfig.from_preset(
         "finetune-small",
-        **(SMALL | {"steps": 12, "eval_every": 1, "patience": 2, "learning_rate": 3.0, "warmup_steps": 0}),
+        **(
+            SMALL
+            | {"steps": 12, "eval_every": 1, "patience": 2, "learning_rate": 3.0, "warmup_steps": 0}
+        ),
     )
     rows = {"pairs": corpora["pairs"]}
     record = train(model, tokenizer, rows, settings, held_out=rows)
@@ -145,7 +159,12 @@ def test_presets():
     longer = CodeTrainConfig.from_preset("l1024")
     assert (longer.batch_size, longer.rows_per_draw, longer.max_inputs) == (1920, 4, 1024)
     tuned = CodeTrainConfig.from_preset("concode")
-    assert (tuned.learning_rate, tuned.epochs, tuned.patience, tuned.directions) == (1e-4, 30, 3, "forward")
+    assert (tuned.learning_rate, tuned.epochs, tuned.patience, tuned.directions) == (
+        1e-4,
+        30,
+        3,
+        "forward",
+    )
     assert json.loads(json.dumps(tuned.to_json()))["betas"] == [0.9, 0.999]
 
 

@@ -77,7 +77,9 @@ def tokenizer(
     languages: Languages = None,
     text: Texts = None,
     algorithm: Annotated[str, typer.Option(help="bpe or unigram, over bytes")] = "bpe",
-    limit: Annotated[int | None, typer.Option(min=1, help="documents of each language, at most")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="documents of each language, at most")
+    ] = None,
     json: opt.Json = False,
 ) -> None:
     """Train a vocabulary with sentinels and whitespace tokens, on files or on what is packaged."""
@@ -96,7 +98,9 @@ def tokenizer(
         write_json({"tokenizer": str(folder), "ids": about.length, "first_sentinel": about.first_sentinel,
                     "sentinels": about.num_sentinels, "languages": sorted(found)})  # fmt: skip
         return
-    out.print(f"{about.length} ids, {len(found)} languages: {folder}", highlight=False, soft_wrap=True)
+    out.print(
+        f"{about.length} ids, {len(found)} languages: {folder}", highlight=False, soft_wrap=True
+    )
 
 
 def _finish(record: Any, folder: Path, title: str, json: bool) -> None:
@@ -115,7 +119,11 @@ def _finish(record: Any, folder: Path, title: str, json: bool) -> None:
                     "validation": record.validation, "rows": record.rows, "seconds": record.seconds})  # fmt: skip
         return
     held = f", held-out {record.validation[-1]['loss']:.3f}" if record.validation else ""
-    out.print(f"loss {last['loss']:.3f}{held}   model: {folder}   report: {path}", highlight=False, soft_wrap=True)
+    out.print(
+        f"loss {last['loss']:.3f}{held}   model: {folder}   report: {path}",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 @app.command()
@@ -181,7 +189,8 @@ def pretrain(
         words = load_tokenizer(str(tokenizer or model))
     else:
         words = train_tokenizer(
-            (format_code(t) if is_code(n) else t for n, ts in found.text.items() for t in ts), vocab_size
+            (format_code(t) if is_code(n) else t for n, ts in found.text.items() for t in ts),
+            vocab_size,
         )
     if model:
         net = load_model(model)
@@ -190,7 +199,9 @@ def pretrain(
     length = raw_length(config.max_inputs, config.density, config.mean_span)[0]
 
     def corpora(texts: Any, of_pairs: Any) -> dict[str, Any]:
-        made: dict[str, Any] = {n: pack_texts(words, t, length, code=is_code(n)) for n, t in texts.items() if t}
+        made: dict[str, Any] = {
+            n: pack_texts(words, t, length, code=is_code(n)) for n, t in texts.items() if t
+        }
         if not text_only:
             made |= {n: PairRows(p) for n, p in of_pairs.items() if p}
         return {n: rows for n, rows in made.items() if len(rows)}
@@ -273,7 +284,8 @@ def generate(
     net, words = _model(model, tokenizer, device)
     texts = [Path(s[1:]).read_text(encoding="utf-8") if s.startswith("@") else s for s in sources]
     rows: list[dict[str, Any]] = [
-        {"source": t, "source_language": source, "target_language": target, "prompt": prompt} for t in texts
+        {"source": t, "source_language": source, "target_language": target, "prompt": prompt}
+        for t in texts
     ]
     with progress(-(-len(rows) // batch_size), quiet or json) as step:
         made = run(net, words, rows, num_beams=beams, length_penalty=length_penalty, max_length=max_length,
@@ -290,7 +302,9 @@ def generate(
 def evaluate(
     data: Annotated[Path, typer.Option(help="JSON, JSON lines, CSV or TSV with pairs")],
     model: ModelFolder = FOLDER / "model",
-    task: Annotated[str, typer.Option(help="summarise, text-to-code, repair or translate")] = "translate",
+    task: Annotated[
+        str, typer.Option(help="summarise, text-to-code, repair or translate")
+    ] = "translate",
     folder: opt.Out = FOLDER / "evaluation",
     source: From = "English",
     target: To = "Python",
@@ -327,11 +341,15 @@ def evaluate(
     report.add_evaluation(page, found)
     path = page.write(folder / "index.html")
     result = {"task": task, "scores": found.scores, "by_pair": found.by_pair, "ranking": ranked}
-    write_text(folder / "evaluation.json", json_module.dumps(result | {"rows": found.rows}, indent=1))
+    write_text(
+        folder / "evaluation.json", json_module.dumps(result | {"rows": found.rows}, indent=1)
+    )
     if json:
         write_json({"report": str(path)} | result)
         return
-    out.print(table(f"{task}: {len(rows)} rows", report.score_columns(found), report.score_rows(found)))
+    out.print(
+        table(f"{task}: {len(rows)} rows", report.score_columns(found), report.score_rows(found))
+    )
     for pair, own in ranked.items():
         out.print(f"{pair}: right of {candidates} in {100 * own['top1']:.1f} %", highlight=False)
     out.print(f"report: {path}", highlight=False, soft_wrap=True)

@@ -45,7 +45,9 @@ class Demo:
 def run_demo(step: Callable[[str], None] = lambda text: None) -> Demo:
     """Runs it, on one thread; ``step`` is told after each piece."""
     with threads(1):
-        made = study.run(CONFIG, CodeTrainConfig.from_preset("small", **TRAIN), step=step, tell=TELL)
+        made = study.run(
+            CONFIG, CodeTrainConfig.from_preset("small", **TRAIN), step=step, tell=TELL
+        )
         small = model_config("small", vocab_size=32_000, dropout_rate=0.0)
         found = speed.compare(small, batch_size=4, inputs=128, targets=48)
         step("a step is timed")

@@ -175,9 +175,13 @@ def log_likelihoods(
     device, was = model.shared.weight.device, model.training
     model.eval()
     for some in _batches([len(s) for s in sources], batch_size):
-        ids, mask = (x.to(device) for x in padded([sources[i] for i in some], tokenizer.pad_token_id))
+        ids, mask = (
+            x.to(device) for x in padded([sources[i] for i in some], tokenizer.pad_token_id)
+        )
         states = model.encoder(input_ids=ids, attention_mask=mask)[0]
-        each = list(itertools.chain.from_iterable(targets[i * count : (i + 1) * count] for i in some))
+        each = list(
+            itertools.chain.from_iterable(targets[i * count : (i + 1) * count] for i in some)
+        )
         labels = padded(each, IGNORE)[0].to(device)
         hidden = model.decoder(
             input_ids=model._shift_right(labels), encoder_hidden_states=states.repeat_interleave(count, 0),

@@ -50,7 +50,9 @@ def untie_head(model: Any, *, fresh_std: float | None = None) -> None:
     """
     if is_tied(model):
         weight = model.lm_head.weight.detach()
-        made = weight.clone() if fresh_std is None else torch.empty_like(weight).normal_(std=fresh_std)
+        made = (
+            weight.clone() if fresh_std is None else torch.empty_like(weight).normal_(std=fresh_std)
+        )
         model.lm_head.weight = nn.Parameter(made)
     model.config.tie_word_embeddings = False
     model.all_tied_weights_keys.pop("lm_head.weight", None)
@@ -146,7 +148,8 @@ def load_model(
         if on_tied == "error":
             check_untied(model)
         warnings.warn(
-            f"{name_or_path} has one table for input and head; the head is a copy from now on", stacklevel=2
+            f"{name_or_path} has one table for input and head; the head is a copy from now on",
+            stacklevel=2,
         )
     untie_head(model)
     return _on_kernels(model, kernels, patch_options or {})

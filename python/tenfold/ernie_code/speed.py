@@ -80,7 +80,9 @@ def compare(
         with _Peak() as peak:
             start = time.perf_counter()
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                loss = model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss
+                loss = model(
+                    input_ids=ids, attention_mask=mask, labels=labels, use_cache=False
+                ).loss
             loss.backward()
             seconds = time.perf_counter() - start
         losses[name] = float(loss.detach())
@@ -122,7 +124,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON")
     chosen = parser.parse_args()
     config = model_config(chosen.preset, dropout_rate=0.0)
-    found = compare(config, chosen.batch, chosen.inputs, chosen.targets, chosen.repeats, autocast=chosen.autocast)
+    found = compare(
+        config,
+        chosen.batch,
+        chosen.inputs,
+        chosen.targets,
+        chosen.repeats,
+        autocast=chosen.autocast,
+    )
     setting = {"preset": chosen.preset, "batch": chosen.batch, "inputs": chosen.inputs, "targets": chosen.targets,
                "autocast": chosen.autocast, "threads": torch.get_num_threads(), "torch": torch.__version__}  # fmt: skip
     print(json.dumps(setting))

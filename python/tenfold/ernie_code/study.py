@@ -148,7 +148,9 @@ def material(config: StudyConfig, tokenizer: Any = None, seed: int = 0) -> Mater
     for code in config.languages:
         text[name_of(code)] = text_of(train_messages, code)
         held_text[name_of(code)] = text_of(held, code)
-        pairs[f"{name_of(code)}-English"] = _short(message_pairs(train_messages, code, "en"), config)
+        pairs[f"{name_of(code)}-English"] = _short(
+            message_pairs(train_messages, code, "en"), config
+        )
     pairs["English-Python"] = _short(functions, config)
     pairs["English-Python messages"] = _short(site_pairs(train_messages, "en"), config)
     if tokenizer is None:
@@ -165,7 +167,9 @@ def material(config: StudyConfig, tokenizer: Any = None, seed: int = 0) -> Mater
                     _held(config, held), packed(held_text))  # fmt: skip
 
 
-def corpora_of(data: Material, with_pairs: bool, config: StudyConfig) -> tuple[dict[str, Any], dict[str, float]]:
+def corpora_of(
+    data: Material, with_pairs: bool, config: StudyConfig
+) -> tuple[dict[str, Any], dict[str, float]]:
     """(corpora, their weights) of a variant."""
     corpora: dict[str, Any] = dict(data.text)
     if with_pairs:

@@ -195,7 +195,9 @@ def set_dropout(model: nn.Module, p: float) -> None:
 
 
 @torch.no_grad()
-def held_out_loss(model: Any, draws: Draws, *, rows: int = 64, batch_size: int = 16) -> dict[str, float]:
+def held_out_loss(
+    model: Any, draws: Draws, *, rows: int = 64, batch_size: int = 16
+) -> dict[str, float]:
     """Nats per label token of the first rows of each corpus, the same spans each time: ``loss``, and by corpus."""
     was, device = model.training, model.shared.weight.device
     model.eval()
@@ -250,7 +252,9 @@ def train(
     check_untied(model)
     check_rows(tokenizer, model.shared.num_embeddings)
     draws = Draws(corpora, tokenizer, config, weights)
-    unseen = Draws(held_out, tokenizer, config.with_changes(directions="forward")) if held_out else None
+    unseen = (
+        Draws(held_out, tokenizer, config.with_changes(directions="forward")) if held_out else None
+    )
     rows = len(draws.data)
     steps = steps_of(config, rows)
     config = config.with_changes(steps=steps)

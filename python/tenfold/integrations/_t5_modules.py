@@ -114,9 +114,7 @@ def stock_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """transformers' attention for what the op does not do: SDPA, or eager where probabilities are wanted."""
-    weights = kwargs.get("output_attentions") or getattr(
-        module.config, "output_attentions", False
-    )
+    weights = kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False)
     mask = attention_mask
     if _is_count(mask) or (weights and mask is None):
         steps, slots = query.shape[2], key.shape[2]
@@ -143,7 +141,9 @@ def _seed() -> int:
     return int(torch.randint(1 << 62, ()))
 
 
-def _runs(module: Any, hidden: Tensor, mask: Tensor | None, bias: Tensor | None, kwargs: dict) -> bool:
+def _runs(
+    module: Any, hidden: Tensor, mask: Tensor | None, bias: Tensor | None, kwargs: dict
+) -> bool:
     """Can the op do it?"""
     weights = kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False)
     seen = mask is None or _is_count(mask)
@@ -226,7 +226,9 @@ class PerLayerAttention:
                 attention_mask=attention_mask, **kwargs,
             )  # fmt: skip
         table = self.relative_attention_bias.weight if self.has_relative_attention_bias else None
-        return attend(self, hidden_states, encoder_hidden_states, attention_mask, table, cache, kwargs), None
+        return attend(
+            self, hidden_states, encoder_hidden_states, attention_mask, table, cache, kwargs
+        ), None
 
 
 # -- norm, feed-forward, loss ----------------------------------------------------------------------
@@ -251,7 +253,11 @@ class GatedFeedForward:
         if a.dtype not in DTYPES:
             made = self.act(a) * b
         else:
-            made = ops.swiglu(a, b) if kind == "silu" else ops.gated_gelu(a, b, approximate=GELUS[kind])
+            made = (
+                ops.swiglu(a, b)
+                if kind == "silu"
+                else ops.gated_gelu(a, b, approximate=GELUS[kind])
+            )
         made = self.dropout(made)
         weight = self.wo.weight
         if isinstance(weight, Tensor) and weight.dtype not in (made.dtype, torch.int8):
@@ -305,7 +311,9 @@ class ConditionalGeneration:
         if getattr(self.config, "scale_decoder_outputs", False):
             hidden = hidden * self.model_dim**-0.5
         loss = _loss(hidden, head.weight, labels.to(hidden.device), num_items_in_batch)
-        wanted = self.tenfold_logits == "always" or (self.tenfold_logits == "auto" and not self.training)
+        wanted = self.tenfold_logits == "always" or (
+            self.tenfold_logits == "auto" and not self.training
+        )
         return Seq2SeqLMOutput(
             loss=loss, logits=head(hidden) if wanted else None, cache=decoded.cache,
             decoder_hidden_states=decoded.hidden_states, decoder_attentions=decoded.attentions,

@@ -22,7 +22,9 @@ from torch import nn
 from tenfold.integrations import transformers as hf
 from tenfold.integrations._hosts import check_signature
 
-hf.require("tenfold.integrations.t5", 5, 20)  # the bias was no argument of attention functions before
+hf.require(
+    "tenfold.integrations.t5", 5, 20
+)  # the bias was no argument of attention functions before
 
 from tenfold.integrations import _t5_modules as modules  # noqa: E402
 
@@ -65,7 +67,11 @@ def _classes() -> dict[type, type]:
 
 
 _OURS = _classes()
-_NAMES = ", ".join(f"{p}{s}" for p in FAMILIES.values() for s in ("Model", "EncoderModel", "ForConditionalGeneration"))
+_NAMES = ", ".join(
+    f"{p}{s}"
+    for p in FAMILIES.values()
+    for s in ("Model", "EncoderModel", "ForConditionalGeneration")
+)
 
 
 class Patched:
@@ -140,7 +146,9 @@ def patch(
     if padding not in PADDING:
         raise ValueError(f"padding must be one of {', '.join(PADDING)}, got {padding!r}")
     if isinstance(model, torch._dynamo.OptimizedModule):
-        raise RuntimeError("patch(model) takes the model before torch.compile; compile the patched one")
+        raise RuntimeError(
+            "patch(model) takes the model before torch.compile; compile the patched one"
+        )
     chosen = {"attention": attention, "norm": norm, "feed_forward": feed_forward, "loss": loss}
     found = _find(model, chosen)
     modules.register()
@@ -166,7 +174,9 @@ def unpatch(model: nn.Module) -> None:
     """Undoes :func:`patch`. Raises RuntimeError for a model that is not patched."""
     handle = model.__dict__.get("_tenfold_t5")
     if handle is None:
-        raise RuntimeError(f"this {type(model).__name__} is not patched (a module inside it may be)")
+        raise RuntimeError(
+            f"this {type(model).__name__} is not patched (a module inside it may be)"
+        )
     handle.remove()
 
 
@@ -189,7 +199,9 @@ def _find(model: nn.Module, chosen: dict[str, bool]) -> dict[str, list[tuple[str
     for name, module in model.named_modules():
         kind = type(module)
         if hasattr(kind, "tenfold_stock"):
-            raise RuntimeError(f"{name or type(model).__name__} is patched already; unpatch(model) first")
+            raise RuntimeError(
+                f"{name or type(model).__name__} is patched already; unpatch(model) first"
+            )
         if kind not in _OURS:
             continue
         known = True
