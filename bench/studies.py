@@ -656,6 +656,7 @@ def ernie_code_speed_block(found: Found) -> str:
     ]
     how = "bfloat16 autocast" if c["autocast"] else "float32"
     return (
-        f"{c['preset']}, {c['batch']} rows of {c['inputs']} and {c['targets']} tokens, {how}, {c['threads']} threads.\n\n"
+        f"{c['preset']}, {c['batch']} rows of {c['inputs']} and {c['targets']} tokens, {how}, "
+        f"{c['threads']} threads.\n\n"
         f"{markdown(columns, rows)}"
     )

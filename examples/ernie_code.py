@@ -3,8 +3,8 @@
 python examples/ernie_code.py [--steps 1200] [--out bench/results/ernie_code]
 
 Two models of 7 million parameters: one learns from text of each language alone, the other also from pairs with English.
-Both are asked which of 16 sentences translates a held-out message, in pairs of languages that neither was shown. A stopped
-training goes on where it was. About forty minutes of one core.
+Both are asked which of 16 sentences translates a held-out message, in pairs of languages that neither was shown. A
+stopped training goes on where it was. About forty minutes of one core.
 """
 
 from __future__ import annotations
@@ -22,27 +22,9 @@ from tenfold.ernie_code.train_config import CodeTrainConfig
 from tenfold.training.threads import threads
 
 LANGUAGES = [
-    "de",
-    "fr",
-    "es",
-    "it",
-    "pt",
-    "nl",
-    "sv",
-    "da",
-    "nb",
-    "fi",
-    "pl",
-    "cs",
-    "sk",
-    "ro",
-    "ru",
-    "uk",
-    "bg",
-    "tr",
-    "id",
+    "de", "fr", "es", "it", "pt", "nl", "sv", "da", "nb", "fi", "pl", "cs", "sk", "ro", "ru", "uk", "bg", "tr", "id",
     "ca",
-]
+]  # fmt: skip
 
 
 def say(text: str) -> None:

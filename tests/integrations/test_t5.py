@@ -178,7 +178,8 @@ def test_unpatch_leaves_nothing():
         assert {p: len(n) for p, n in handle.replaced.items()} == {
             "attention": 6, "norm": 12, "feed_forward": 4, "loss": 1,
         }  # fmt: skip
-        assert type(ours).__name__ == "UMT5ForConditionalGeneration" != type(stock)
+        assert type(ours).__name__ == "UMT5ForConditionalGeneration"
+        assert type(ours) is not type(stock)
         assert isinstance(ours, UMT5ForConditionalGeneration)
     assert {n: (type(m), set(m.__dict__)) for n, m in ours.named_modules()} == before
     for a, b in ((stock.encoder, ours.encoder), (stock.decoder, ours.decoder)):
@@ -253,7 +254,7 @@ def test_compiled():
     torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-6)
     for p, q in zip(stock.parameters(), ours.parameters()):
         torch.testing.assert_close(q.grad, p.grad, atol=1e-5, rtol=1e-4)
-    with pytest.raises(RuntimeError, match="before torch.compile"):
+    with pytest.raises(RuntimeError, match=r"before torch\.compile"):
         t5.patch(torch.compile(make("mt5"), backend="eager"))
 
 
@@ -301,7 +302,7 @@ def test_refusals():
             t5.patch(model, **{name: value})
     norm = model.encoder.final_layer_norm
     norm.forward = norm.forward
-    with pytest.raises(TypeError, match="forward of encoder.final_layer_norm has been replaced"):
+    with pytest.raises(TypeError, match=r"forward of encoder\.final_layer_norm has been replaced"):
         t5.patch(model)
     assert type(model) is MT5ForConditionalGeneration
     del norm.forward

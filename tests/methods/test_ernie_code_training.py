@@ -32,7 +32,8 @@ SMALL = {
 def material():
     """(tokenizer, corpora): packed rows and pairs of a made-up language, the word written backwards."""
     pairs = [
-        {"source": f"{a} {b}", "target": f"{a[::-1]} {b[::-1]}", "source_language": "English", "target_language": "German"}
+        {"source": f"{a} {b}", "target": f"{a[::-1]} {b[::-1]}", "source_language": "English",
+         "target_language": "German"}
         for a in WORDS for b in WORDS
     ]  # fmt: skip
     tokenizer = train_tokenizer((p["source"] + " " + p["target"] for p in pairs), 420)

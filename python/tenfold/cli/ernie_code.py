@@ -14,14 +14,21 @@ from tenfold.cli.common import friendly, out, progress, rank_device, split, tabl
 app = typer.Typer(help="ERNIE-Code: human and programming languages.", no_args_is_help=True)
 FOLDER = Path("tenfold-report/ernie_code")
 
-ModelFolder = Annotated[Path, typer.Option("--model", help="folder that training wrote, or a checkpoint of mT5's layout")]  # fmt: skip
+ModelFolder = Annotated[
+    Path,
+    typer.Option("--model", help="folder that training wrote, or a checkpoint of mT5's layout"),
+]
 Tokenizer = Annotated[Path | None, typer.Option(help="folder; default: the model's")]
 From = Annotated[str, typer.Option("--from", help="language of sources (English, de, Python, ...)")]
 To = Annotated[str, typer.Option("--to", help="language of targets")]
 Layout = Annotated[str, typer.Option(help="pairs (source, target), codesearchnet or conala")]
-Turned = Annotated[bool, typer.Option("--turned", help="read pairs the other way round: summaries of code")]  # fmt: skip
+Turned = Annotated[
+    bool, typer.Option("--turned", help="read pairs the other way round: summaries of code")
+]
 Languages = Annotated[str | None, typer.Option(help="codes of catalogues; default: 24 of them")]
-Texts = Annotated[list[str] | None, typer.Option("--text", help="LANGUAGE=FILE, a text or source file; may be repeated")]  # fmt: skip
+Texts = Annotated[
+    list[str] | None, typer.Option("--text", help="LANGUAGE=FILE, text or code; may be repeated")
+]
 Restart = Annotated[bool, typer.Option("--restart", help="do not go on with a stopped run")]
 Beams = Annotated[int, typer.Option("--beams", min=1, help="of beam search")]
 Penalty = Annotated[float, typer.Option("--length-penalty", help="0: the sum of log-probabilities")]
@@ -62,7 +69,9 @@ def _model(folder: Path, tokenizer: Path | None, device: str) -> tuple[Any, Any]
     return loaded, load_tokenizer(str(tokenizer or folder))
 
 
-def _rows(file: Path, source: str, target: str, layout: str, turned: bool, limit: int | None) -> list[dict[str, Any]]:  # fmt: skip
+def _rows(
+    file: Path, source: str, target: str, layout: str, turned: bool, limit: int | None
+) -> list[dict[str, Any]]:
     from tenfold.ernie_code.pairs import read_pairs
 
     found = list(read_pairs(file, source, target, layout=layout))[:limit]
@@ -130,7 +139,7 @@ def _finish(record: Any, folder: Path, title: str, json: bool) -> None:
 @friendly
 def pretrain(
     folder: opt.Out = FOLDER / "model",
-    size: Annotated[str, typer.Option(help="of a new model: tiny, small, mt5-small, mt5-base, ernie-code-560m")] = "tiny",
+    size: Annotated[str, typer.Option(help="tiny, small, mt5-small, mt5-base, ernie-code-560m")] = "tiny",
     model: Annotated[Path | None, typer.Option(help="go on with the model of this folder")] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="folder; default: the model's, or a new one")] = None,
     vocab_size: Annotated[int, typer.Option(min=1, help="of a new tokenizer")] = 4096,
@@ -140,7 +149,7 @@ def pretrain(
     source: From = "English",
     target: To = "Python",
     limit: Annotated[int | None, typer.Option(min=1, help="documents and pairs of each corpus, at most")] = None,
-    pair_share: Annotated[float | None, typer.Option(help="share of the draws that are pairs; default: by size")] = None,
+    pair_share: Annotated[float | None, typer.Option(help="share of draws that are pairs; default: by size")] = None,
     text_only: Annotated[bool, typer.Option("--text-only", help="span corruption without pairs")] = False,
     preset: Annotated[str, typer.Option(help="small, l512 or l1024")] = "small",
     steps: opt.Steps = None,
@@ -230,7 +239,9 @@ def finetune(
     turned: Turned = False,
     test: Annotated[Path | None, typer.Option(help="the same, held out")] = None,
     tokenizer: Tokenizer = None,
-    preset: Annotated[str, typer.Option(help="finetune-small, summarise, refine-small, refine-medium or concode")] = "finetune-small",
+    preset: Annotated[
+        str, typer.Option(help="finetune-small, summarise, refine-small, refine-medium or concode")
+    ] = "finetune-small",
     epochs: opt.Epochs = None,
     steps: opt.Steps = None,
     batch_size: Annotated[int | None, typer.Option(help="rows per step, over all ranks")] = None,

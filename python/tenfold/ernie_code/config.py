@@ -6,13 +6,20 @@ from typing import Any
 
 from tenfold.training.checks import one_of
 
+
+def _sizes(
+    vocab_size: int, d_model: int, d_kv: int, d_ff: int, num_layers: int, num_heads: int
+) -> dict[str, int]:
+    return dict(locals())
+
+
 PRESETS: dict[str, dict[str, int]] = {
-    "ernie-code-560m": {"vocab_size": 250_105, "d_model": 768, "d_kv": 64, "d_ff": 2048, "num_layers": 12, "num_heads": 12},
-    "mt5-base": {"vocab_size": 250_112, "d_model": 768, "d_kv": 64, "d_ff": 2048, "num_layers": 12, "num_heads": 12},
-    "mt5-small": {"vocab_size": 250_112, "d_model": 512, "d_kv": 64, "d_ff": 1024, "num_layers": 8, "num_heads": 6},
-    "small": {"vocab_size": 8192, "d_model": 256, "d_kv": 64, "d_ff": 640, "num_layers": 3, "num_heads": 4},
-    "tiny": {"vocab_size": 4096, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4},
-}  # fmt: skip
+    "ernie-code-560m": _sizes(250_105, 768, 64, 2048, 12, 12),
+    "mt5-base": _sizes(250_112, 768, 64, 2048, 12, 12),
+    "mt5-small": _sizes(250_112, 512, 64, 1024, 8, 6),
+    "small": _sizes(8192, 256, 64, 640, 3, 4),
+    "tiny": _sizes(4096, 64, 16, 128, 2, 4),
+}
 
 
 def model_config(preset: str = "ernie-code-560m", **changes: Any) -> Any:

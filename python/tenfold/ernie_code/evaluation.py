@@ -52,7 +52,7 @@ def evaluate(
     Args:
         rows: with ``source``, ``target``, ``source_language``, ``target_language``: of any reader, as
             ``[dataclasses.asdict(p) for p in read_pairs(...)]``.
-        task: ``summarise``, ``text-to-code``, ``repair`` or ``translate``: which scores (section 5 of the specification).
+        task: ``summarise``, ``text-to-code``, ``repair`` or ``translate``: which scores (specification, section 5).
         options: of :func:`~tenfold.ernie_code.generate`.
 
     Raises ValueError for no rows, or another task.
@@ -79,7 +79,7 @@ def with_distractors(
 ) -> list[list[str]]:
     """For each row its target, first, and others' targets of the same pair of languages, no text twice.
 
-    ``pool`` are the rows that others are taken from: default ``rows``. Raises ValueError where there are too few of them.
+    ``pool`` are the rows that others are taken from: default ``rows``. Raises ValueError where they are too few.
     """
     groups: dict[str, list[str]] = defaultdict(list)
     for row in rows if pool is None else pool:
@@ -108,7 +108,7 @@ def ranking(
         options: of :func:`~tenfold.ernie_code.log_likelihoods`.
 
     Returns:
-        ``{"German-French": {"top1": share, "mrr": mean of 1 / rank, "rows": n}, ..., "all": ...}``. A tie counts as wrong.
+        ``{"German-French": {"top1": share, "mrr": mean of 1 / rank, "rows": n}, ..., "all": ...}``. A tie is wrong.
     """
     others = with_distractors(rows, candidates, seed, pool)
     found = log_likelihoods(model, tokenizer, rows, others, **options)

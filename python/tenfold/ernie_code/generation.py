@@ -1,4 +1,4 @@
-"""Generation for whole batches: prompts, beam search, decoding of text and code; and the likelihood of given targets."""
+"""Generation for whole batches: prompts, beam search, decoding of text and code; likelihoods of given targets."""
 
 from __future__ import annotations
 
@@ -125,8 +125,8 @@ def generate(
     for some in _batches([len(s) for s in sources], batch_size):
         ids, mask = padded([sources[i] for i in some], tokenizer.pad_token_id)
         found = model.generate(
-            input_ids=ids.to(device), attention_mask=mask.to(device), num_beams=num_beams, length_penalty=length_penalty,
-            max_length=max_length, do_sample=options.pop("do_sample", False), **options,
+            input_ids=ids.to(device), attention_mask=mask.to(device), num_beams=num_beams,
+            length_penalty=length_penalty, max_length=max_length, do_sample=options.pop("do_sample", False), **options,
         )  # fmt: skip
         for i, answer in zip(some, found.tolist()):
             made[i] = decode(tokenizer, answer, rows[i]["target_language"])

@@ -91,8 +91,9 @@ def build_model(
 
     Args:
         config: a preset of :func:`~tenfold.ernie_code.model_config`, with ``changes``, or an ``MT5Config``.
-        seed: of the weights; None: torch's generator as it is. head_std: of the head; mT5's is 1, with which a first loss
-            is about 127 at d_model 768; ``d_model**-0.5`` starts at log(vocab_size). device: ``"meta"`` takes no memory.
+        seed: of the weights; None: torch's generator as it is. head_std: of the head; mT5's is 1, with which a first
+            loss is about 127 at d_model 768; ``d_model**-0.5`` starts at log(vocab_size). device: ``"meta"`` takes no
+            memory.
         kernels: ``"tenfold"`` (:func:`tenfold.integrations.t5.patch` with ``patch_options``) or ``"stock"``.
 
     Returns:

@@ -58,7 +58,8 @@ def ranking_rows(study: Mapping[str, Any]) -> list[list[str]]:
         for name, variant in study["variants"].items():
             if kind in variant["rankings"]:
                 own = variant["rankings"][kind]["all"]
-                rows.append([title, name, f"{100 * own['top1']:.1f} %", f"{own['mrr']:.3f}", f"{own['rows']:.0f}"])  # fmt: skip
+                numbers = (f"{100 * own['top1']:.1f} %", f"{own['mrr']:.3f}", f"{own['rows']:.0f}")
+                rows.append([title, name, *numbers])
     chance = 100 / study["config"]["candidates"]
     rows.append(["by chance", "–", f"{chance:.2f} %", "–", "–"])
     return rows
@@ -130,8 +131,8 @@ def setting_of(found: Mapping[str, Any]) -> str:
     pairs = [n for n in found["sizes"] if "-" in n]
     count = sum(found["sizes"][n] for n in pairs)
     return (
-        f"{some['parameters'] / 1e6:.1f}M parameters, {c['vocab_size']} ids; {len(c['languages'])} languages of django's "
-        f"catalogues, English and Python; {count} pairs, all with English; {t['steps']} steps of "
+        f"{some['parameters'] / 1e6:.1f}M parameters, {c['vocab_size']} ids; {len(c['languages'])} languages of "
+        f"django's catalogues, English and Python; {count} pairs, all with English; {t['steps']} steps of "
         f"{t['batch_size']} rows for each model ({100 * c['pair_share']:.0f} % of them pairs where there are pairs). "
         f"Held out: {100 * c['share']:.0f} % of the messages, in all languages. One seed."
     )

@@ -113,6 +113,7 @@ def table_rows(found: dict[str, Any]) -> list[list[str]]:
 
 
 def main() -> None:
+    """Measures, prints and writes."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--preset", default="mt5-small", choices=tuple(PRESETS))

@@ -1,8 +1,8 @@
 """Does English as a pivot carry over to pairs of languages that were never seen together?
 
-Two models of one size, from the same weights, at equal steps: one learns from text of each language alone (SCLM), the other
-also from pairs with English (PTLM): each language with English, and English with Python. Then both are asked for held-out
-messages in pairs neither saw: German to French, Finnish to Python.
+Two models of one size, from the same weights, at equal steps: one learns from text of each language alone (SCLM), the
+other also from pairs with English (PTLM): each language with English, and English with Python. Then both are asked for
+held-out messages in pairs that neither saw: German to French, Finnish to Python.
 """
 
 from __future__ import annotations
@@ -55,9 +55,10 @@ class StudyConfig:
     Attributes:
         languages: codes of catalogues. share: of the messages that are held out, in all languages.
         vocab_size: of the tokenizer. max_chars, code_chars: of a message, and of Python code, in pairs.
-        text_tokens: of a packed row. pair_share: of the draws that are pairs, with PTLM. neighbours: each language is
-            asked to be translated to those so many places further in the list, and back. candidates: of a ranking.
-        ranked, generated: rows of each kind that are ranked, and for which translations are made. model: fields of the configuration. seed.
+        text_tokens: of a packed row. pair_share: of the draws that are pairs, with PTLM.
+        neighbours: each language is asked to be translated to those so many places further in the list, and back.
+        candidates: of a ranking. ranked, generated: rows of each kind that are ranked, and for which translations are
+            made. model: fields of the configuration. seed.
     """
 
     languages: tuple[str, ...] = DEFAULT_LANGUAGES

@@ -1,7 +1,7 @@
 """The modules of T5, mT5 and UMT5 on tenfold's ops, as subclasses of transformers' own.
 
-:func:`tenfold.integrations.t5.patch` gives a module one of these classes in place of its own: parameters, names, hooks and
-buffers stay where they are. Each class computes what it can and hands the rest to the class it stands for.
+:func:`tenfold.integrations.t5.patch` gives a module one of these classes in place of its own: parameters, names, hooks
+and buffers stay where they are. Each class computes what it can and hands the rest to the class it stands for.
 
 Masks. transformers asks a mask function once per forward and hands its answer to every layer. Ours answers None (every
 key is seen, causal or not as the layer is), int32 [B, 1, 1, 1] (so many keys are seen, from the first on), or
