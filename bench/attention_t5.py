@@ -18,7 +18,16 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from tenfold import ops, reference
 
-from .case import Case, Function, Inputs, NotAvailable, Shape, compiled, provider
+from .case import (
+    Case,
+    Function,
+    Inputs,
+    NotAvailable,
+    Shape,
+    compiled,
+    provider,
+    relative_error,
+)
 
 DTYPES = (torch.float32, torch.bfloat16)
 PEAK = {torch.float32: "fma_fp32", torch.bfloat16: "dot_bf16"}
@@ -122,14 +131,22 @@ def _defined_gradients(i: Inputs) -> Any:
     return reference.t5_attention_backward(*rows, i.table, None, nothing, nothing)
 
 
+def _rows_agree(got: Any, want: Any, _: Inputs) -> float:
+    """Of dq, dk and dv: in bf16 the others add up the gradient of the table in bf16, which is off by a fifth."""
+    return relative_error(got[:3], want[:3])
+
+
 def _case(model: str, s: Shape, dtype: torch.dtype, trains: bool) -> Case:
     wrap = _trained if trains else _forward
     size = dtype.itemsize
     scores = s["b"] * s["h"] * s["lq"] * s["lk"] * size
+    agree = {"agree": _rows_agree} if trains else {}
     providers = [
         provider("tenfold", wrap(_ours)),
-        provider("peer:transformers-sdpa", wrap(_sdpa), scratch=(4 if trains else 1) * scores),
-        provider("eager:matmul", wrap(_matmul), scratch=4 * scores),
+        provider(
+            "peer:transformers-sdpa", wrap(_sdpa), scratch=(4 if trains else 1) * scores, **agree
+        ),
+        provider("eager:matmul", wrap(_matmul), scratch=4 * scores, **agree),
     ]
     if not trains:
         providers.append(compiled(_forward(_matmul), scratch=3 * scores))

@@ -97,6 +97,7 @@ struct AttentionBackward : AttentionParams {
   const float *lse, *dlse;  // dlse may be null; strides as lse
   void *dq, *dk, *dv;
   RowLayout dq_at, dk_at, dv_at;
+  bool by_tiles;  // pairs that a mask hides may be multiplied as zeros: what they meet is finite
 };
 
 }  // namespace tenfold

@@ -98,6 +98,20 @@ int64_t share_floats(const AttentionParams& p, const AttentionBackwardTask& t) {
   return rows * kBackwardBlock * (backward_pitch(p.head_dim) + backward_pitch(p.value_dim));
 }
 
+int64_t task_scratch(Isa isa, const AttentionBackward& p) {
+#if defined(TENFOLD_X86)
+  if (attention_backward_by_tiles(isa, p)) return avx512_amx::attention_backward_tiles_scratch(p);
+#endif
+  return TENFOLD_ISA_CALL_AS(isa, attention_backward_scratch, p);
+}
+
+void run_task(Isa isa, const AttentionBackward& p, const AttentionBackwardTask& t) {
+#if defined(TENFOLD_X86)
+  if (attention_backward_by_tiles(isa, p)) return avx512_amx::attention_backward_tiles_task(p, t);
+#endif
+  TENFOLD_ISA_CALL_AS(isa, attention_backward_task, p, t);
+}
+
 // Runs tasks [begin, end), the largest first; threads take the next one as they finish.
 void run_tasks(Isa isa, const Work& w, int64_t begin, int64_t end) {
   std::vector<int64_t> order(end - begin);
@@ -107,12 +121,12 @@ void run_tasks(Isa isa, const Work& w, int64_t begin, int64_t end) {
   std::stable_sort(order.begin(), order.end(),
                    [&](int64_t a, int64_t b) { return work[a - begin] > work[b - begin]; });
   const double micros = std::accumulate(work.begin(), work.end(), 0.0) * 2e-5;
-  const int64_t bytes = TENFOLD_ISA_CALL_AS(isa, attention_backward_scratch, w.p);
+  const int64_t bytes = task_scratch(isa, w.p);
   for_each_task(end - begin, micros, [&] {
     return [&, scratch = std::make_unique<Scratch>(bytes)](int64_t i) {
       AttentionBackwardTask t = w.tasks[order[i]];
       t.scratch = scratch->data();
-      TENFOLD_ISA_CALL_AS(isa, attention_backward_task, w.p, t);
+      run_task(isa, w.p, t);
     };
   });
 }
@@ -218,9 +232,12 @@ void clear_unused(Isa isa, const Work& w, std::initializer_list<Gradient*> gradi
 }
 
 // Ends of the waves: as many tasks as fit into kWaveFloats of shares, but one for every thread.
-constexpr int64_t kWaveFloats = int64_t{8} << 20;
+// Tasks by AMX tiles are so quick that to touch fresh memory would cost more: few at a time, whose
+// shares stay in the caches.
+constexpr int64_t kWaveFloats = int64_t{8} << 20, kTilesWaveFloats = int64_t{1} << 20;
 
-std::vector<int64_t> make_waves(const Work& w, int64_t* most_floats) {
+std::vector<int64_t> make_waves(Isa isa, const Work& w, int64_t* most_floats) {
+  const int64_t wave = attention_backward_by_tiles(isa, w.p) ? kTilesWaveFloats : kWaveFloats;
   const int64_t threads = torch::stable::get_num_threads();
   const auto num_tasks = static_cast<int64_t>(w.tasks.size());
   std::vector<int64_t> ends;
@@ -229,7 +246,7 @@ std::vector<int64_t> make_waves(const Work& w, int64_t* most_floats) {
     int64_t end = begin, floats = 0;
     while (end < num_tasks) {
       const int64_t more = share_floats(w.p, w.tasks[end]);
-      if (end - begin >= threads && floats + more > kWaveFloats) break;
+      if (end - begin >= threads && floats + more > wave) break;
       floats += more, ++end;
     }
     if (end < num_tasks) end -= (end - begin) % threads;  // no thread is left over
@@ -261,14 +278,14 @@ void run(Isa isa, Work& w, const Tensor& dk, const Tensor& dv, float* distances)
                              &AttentionBackwardTask::dv);
   clear_unused(isa, w, {&k, &v});
   int64_t floats;
-  const auto waves = make_waves(w, &floats);
+  const auto waves = make_waves(isa, w, &floats);
   if (waves.empty()) return;
   int64_t most_tasks = 0;
   for (size_t i = 0; i < waves.size(); ++i)
     most_tasks = std::max(most_tasks, waves[i] - (i > 0 ? waves[i - 1] : 0));
   const int64_t pitch = distances != nullptr ? p.relative.head : 0;
   const Scratch by_distance(most_tasks * pitch * 4 + 64);
-  const Tensor shares = new_output(dk, {floats}, ScalarType::Float);
+  const Scratch shares(floats * 4);
   Tensor k_acc, v_acc;
   if (waves.size() > 1 && p.dtype != Dtype::f32) {
     k_acc = new_output(dk, {dk.numel()}, ScalarType::Float);
@@ -277,7 +294,7 @@ void run(Isa isa, Work& w, const Tensor& dk, const Tensor& dv, float* distances)
   }
   int64_t begin = 0;
   for (const int64_t end : waves) {
-    auto* at = data_as<float>(shares);
+    auto* at = static_cast<float*>(shares.data());
     for (int64_t i = begin; i < end; ++i) {
       AttentionBackwardTask& t = w.tasks[i];
       const int64_t all = share_floats(p, t);

@@ -52,8 +52,22 @@ struct GradientSum {
 TENFOLD_ISA_DECLARE(void attention_backward_task(const AttentionBackward& p,
                                                  const AttentionBackwardTask& t))
 TENFOLD_ISA_DECLARE(int64_t attention_backward_scratch(const AttentionBackward& p))
-// Which way a relative bias must lie: RelativeBias::step.
-TENFOLD_ISA_DECLARE(int64_t attention_backward_bias_step(Dtype dtype))
 TENFOLD_ISA_DECLARE(void sum_gradient(const GradientSum& s))
+
+#if defined(TENFOLD_X86)
+namespace avx512_amx {  // bf16 by AMX tiles, where AttentionBackward::by_tiles allows it
+int64_t attention_backward_tiles_scratch(const AttentionBackward& p);
+void attention_backward_tiles_task(const AttentionBackward& p, const AttentionBackwardTask& t);
+}  // namespace avx512_amx
+#endif
+
+inline bool attention_backward_by_tiles(Isa isa, const AttentionBackward& p) {
+  return isa == Isa::avx512_amx && p.by_tiles && p.dtype == Dtype::bf16;
+}
+
+// Which way a relative bias must lie: RelativeBias::step.
+inline int64_t attention_backward_bias_step(Isa isa, const AttentionBackward& p) {
+  return attention_backward_by_tiles(isa, p) ? 1 : -1;
+}
 
 }  // namespace tenfold

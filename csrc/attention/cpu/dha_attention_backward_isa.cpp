@@ -154,7 +154,9 @@ class Task {
 
   // P and dS of a tile, panel by panel of keys.
   void make_tile(const Tile& tile) {
-    if (p_.dropout.below != 0) draw_tile(tile);
+    if (p_.dropout.below != 0)
+      draw_tile(p_.dropout, static_cast<uint32_t>(t_.batch * p_.q_heads + t_.head), tile.i0,
+                tile.rows, tile.j0, tile.keys, o_.keep);
     for (int64_t j = 0; j < tile.keys; j += kLanes) {
       if (p_.bias.kind != BiasKind::none || p_.softcap > 0.0f) {
         make_panel<Logits::shaped>(tile, j);
@@ -164,24 +166,6 @@ class Task {
         make_panel<Logits::plain>(tile, j);
       }
     }
-  }
-
-  // Which weights of the tile are kept: a bit each, words of a row one after another.
-  void draw_tile(const Tile& tile) {
-    const auto head = static_cast<uint32_t>(t_.batch * p_.q_heads + t_.head);
-    const AttentionDropout& drop = p_.dropout;
-    const VI below = seti(drop.below), lanes = counter_lanes();
-    alignas(64) uint32_t drawn[4 * kWidth];
-    for (int64_t r = 0; r < tile.rows; ++r)
-      for (int64_t j = 0; j < tile.keys; j += 4 * kWidth) {
-        VI words[4] = {lanes + seti(static_cast<uint32_t>((tile.j0 + j) / 4)),
-                       seti(static_cast<uint32_t>(tile.i0 + r)), seti(head), seti(drop.offset)};
-        philox_rounds(words, drop.key[0], drop.key[1]);
-        store_by_four(drawn, words[0], words[1], words[2], words[3]);
-        for (int i = 0; i < 4; ++i)
-          o_.keep[r * kKeepPitch + j / kWidth + i] =
-              ~bits_of(above(below, load(drawn + i * kWidth)));
-      }
   }
 
   // What was dropped becomes 0, the rest larger.
@@ -414,25 +398,9 @@ class Task {
         store(o_.ds_floats + (r + i) * kTilePitch + j + v * kWidth, acc[i][v]);
   }
 
-  // Sums of dS over the tile's diagonals, kWidth of them at a time: of the next row they begin one
-  // place on. Between its rows the tile has zeros.
   void add_distances(const Tile& tile) {
-    static_assert(kTilePitch - kBlock >= kWidth);
-    const int64_t filled = round_up(tile.keys, kLanes);
-    for (int64_t r = 0; filled < kBlock && r < tile.rows; ++r)
-      clear_words(o_.ds_floats + r * kTilePitch + filled, kBlock - filled);
-    float* const to = t_.distances + p_.relative.zero + tile.j0 - tile.i0;
-    for (int64_t d = -kBlock; d < tile.keys; d += kWidth) {
-      const int64_t first = d + kWidth > 0 ? 0 : 1 - kWidth - d;
-      const int64_t last = tile.rows < kBlock - d ? tile.rows : kBlock - d;
-      const float* const from = o_.ds_floats + d;
-      VF sums[4] = {load(to + d), set1(0.0f), set1(0.0f), set1(0.0f)};
-      int64_t r = first;
-      for (; r + 4 <= last; r += 4)
-        for (int i = 0; i < 4; ++i) sums[i] = sums[i] + load(from + (r + i) * (kTilePitch + 1));
-      for (; r < last; ++r) sums[0] = sums[0] + load(from + r * (kTilePitch + 1));
-      store(to + d, (sums[0] + sums[1]) + (sums[2] + sums[3]));
-    }
+    sum_diagonals(o_.ds_floats, tile.rows, tile.keys,
+                  t_.distances + p_.relative.zero + tile.j0 - tile.i0);
   }
 
   // dV += P^T dO, dK += dS^T Q, dQ += dS K
@@ -528,10 +496,6 @@ int64_t scratch_of(const AttentionBackward& p) {
 }
 
 }  // namespace
-
-int64_t attention_backward_bias_step(Dtype) {
-  return -1;
-}
 
 int64_t attention_backward_scratch(const AttentionBackward& p) {
 #if defined(TENFOLD_ISA_BF16)

@@ -171,5 +171,42 @@ inline int64_t lay_out(const AttentionBackward& p, uint32_t* at, Operands<M>* o)
   return at - start;
 }
 
+// Which weights of queries [i0, i0 + rows) and keys [j0, j0 + keys) are kept: a bit each, words of
+// a row one after another.
+inline void draw_tile(const AttentionDropout& drop, uint32_t sequence_head, int64_t i0,
+                      int64_t rows, int64_t j0, int64_t keys, uint32_t* keep) {
+  const VI below = seti(drop.below), lanes = counter_lanes();
+  alignas(64) uint32_t drawn[4 * kWidth];
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t j = 0; j < keys; j += 4 * kWidth) {
+      VI words[4] = {lanes + seti(static_cast<uint32_t>((j0 + j) / 4)),
+                     seti(static_cast<uint32_t>(i0 + r)), seti(sequence_head), seti(drop.offset)};
+      philox_rounds(words, drop.key[0], drop.key[1]);
+      store_by_four(drawn, words[0], words[1], words[2], words[3]);
+      for (int i = 0; i < 4; ++i)
+        keep[r * kKeepPitch + j / kWidth + i] = ~bits_of(above(below, load(drawn + i * kWidth)));
+    }
+}
+
+// Adds the sums of a tile's diagonals to to[key - query], kWidth of them at a time: of the next row
+// they begin one place on. Between its rows the tile has zeros.
+inline void sum_diagonals(float* ds, int64_t rows, int64_t keys, float* to) {
+  static_assert(kTilePitch - kBlock >= kWidth);
+  const int64_t filled = round_up(keys, kLanes);
+  for (int64_t r = 0; filled < kBlock && r < rows; ++r)
+    clear_words(ds + r * kTilePitch + filled, kBlock - filled);
+  for (int64_t d = -kBlock; d < keys; d += kWidth) {
+    const int64_t first = d + kWidth > 0 ? 0 : 1 - kWidth - d;
+    const int64_t last = rows < kBlock - d ? rows : kBlock - d;
+    const float* const from = ds + d;
+    VF sums[4] = {load(to + d), set1(0.0f), set1(0.0f), set1(0.0f)};
+    int64_t r = first;
+    for (; r + 4 <= last; r += 4)
+      for (int i = 0; i < 4; ++i) sums[i] = sums[i] + load(from + (r + i) * (kTilePitch + 1));
+    for (; r < last; ++r) sums[0] = sums[0] + load(from + r * (kTilePitch + 1));
+    store(to + d, (sums[0] + sums[1]) + (sums[2] + sums[3]));
+  }
+}
+
 }  // namespace
 TENFOLD_ISA_END

@@ -82,13 +82,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> t5_attention_backward_op(
   const Tensor dq = new_like_rows(q, p.head_dim), dk = new_like_rows(k, p.head_dim);
   const Tensor dv = new_like_rows(v, p.value_dim), dtable = new_t5_table(q, bias_table);
   set_gradients(rows[3], rows[4], dq, dk, dv, &p);
+  p.by_tiles = true;
   p.lse = data_as<float>(lse_rows), p.dlse = dlse ? data_as<float>(dlse_rows) : nullptr;
   const Isa isa = active_isa();
   if (!bias_table) {
     run_attention_backward(isa, p, dk, dv, nullptr);
     return {dq, dk, dv, dtable};
   }
-  const int64_t step = TENFOLD_ISA_CALL_AS(isa, attention_backward_bias_step, p.dtype);
+  const int64_t step = attention_backward_bias_step(isa, p);
   const DistanceTable bias(*bias_table, a, p.max_q, p.max_k,
                            step > 0 ? Along::queries : Along::keys);
   p.relative = bias.params();

@@ -173,11 +173,11 @@ struct BackwardBlock {
               continue;
             }
             float logit = value * scale, slope = 1.0f;
-            if (p.softcap > 0.0f) {
+            if (!kT5 && p.softcap > 0.0f) {
               const float t = Units::tanh(logit);
               logit = p.softcap * t, slope = 1.0f - t * t;
             }
-            if (bias.data != nullptr) {
+            if (!kT5 && bias.data != nullptr) {
               const int64_t query = kOwnsQueries ? row : first + col;
               const int64_t key = kOwnsQueries ? first + col : row;
               const float add = bias_at(bias, query * bias.row + key * bias.key);
@@ -200,29 +200,38 @@ struct BackwardBlock {
       }
   }
 
-  // What was dropped becomes 0, the rest larger.
-  __device__ void drop(int64_t tile, float (&x)[C::kM][C::kN][4]) const {
+  // Which of the thread's weights of a tile are kept, in the order of drop(). Drawn while there are
+  // no products yet that would need the registers.
+  __device__ uint64_t draw(int64_t tile) const {
     const int lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * 16 * C::kM;
     const auto sequence_head = static_cast<uint32_t>(b * p.q_heads + h);
+    uint64_t keep = 0;
+    static_assert(4 * C::kM * C::kN <= 64);
+#pragma unroll 1
+    for (int at = 0; at < 4 * C::kM * C::kN; ++at) {
+      const int i = at % 2, n = at / 2 % C::kN, row = at / 2 / C::kN;
+      const int64_t own = row0 + warp_row + 8 * row + lane / 4;
+      const int64_t other_row = tile * C::kCols + 8 * n + lane % 4 * 2 + i;
+      const bool kept = dropout_keeps(p.dropout, sequence_head, kOwnsQueries ? own : other_row,
+                                      kOwnsQueries ? other_row : own);
+      keep |= static_cast<uint64_t>(kept) << at;
+    }
+    return keep;
+  }
+
+  // What was dropped becomes 0, the rest larger.
+  __device__ void drop(uint64_t keep, float (&x)[C::kM][C::kN][4]) const {
 #pragma unroll
     for (int m = 0; m < C::kM; ++m)
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int64_t own = row0 + warp_row + 16 * m + lane / 4 + 8 * half;
-#pragma unroll 1  // else the rounds of all hold too many registers
-        for (int n = 0; n < C::kN; ++n) {
-          const int64_t other_row = tile * C::kCols + 8 * n + lane % 4 * 2;
-          float factors[2];
+      for (int half = 0; half < 2; ++half)
 #pragma unroll
-          for (int i = 0; i < 2; ++i)
-            factors[i] = kOwnsQueries
-                             ? dropout_factor(p.dropout, sequence_head, own, other_row + i)
-                             : dropout_factor(p.dropout, sequence_head, other_row + i, own);
+        for (int n = 0; n < C::kN; ++n)
 #pragma unroll
-          for (int k = 0; k < C::kN; ++k)  // a run-time index would put them into memory
-            if (k == n) x[m][k][2 * half] *= factors[0], x[m][k][2 * half + 1] *= factors[1];
-        }
-      }
+          for (int i = 0; i < 2; ++i) {
+            const int at = ((2 * m + half) * C::kN + n) * 2 + i;
+            x[m][n][2 * half + i] *= (keep >> at & 1) != 0 ? p.dropout.scale : 0.0f;
+          }
   }
 
   // Where this warp's sums of relative position 0 lie.
@@ -324,17 +333,21 @@ struct BackwardBlock {
   __device__ void add_tile(int64_t tile, const AttentionBias& bias) const {
     const int warp_row = threadIdx.x / 32 * 16 * C::kM;
     const int dims = static_cast<int>(p.head_dim), value_dims = static_cast<int>(p.value_dim);
+    [[maybe_unused]] uint64_t keep = 0;
+    if constexpr (kT5) {
+      if (p.dropout.below != 0) keep = draw(tile);
+    }
     float x[C::kM][C::kN][4] = {}, y[C::kM][C::kN][4] = {};
     multiply_transposed<T, kW>(own_x, warp_row, other_tile(tile, 0), 0, round_up(dims, 16), x);
     if constexpr (kGrad != Grad::v)
       multiply_transposed<T, kW>(own_y, warp_row, other_tile(tile, 1), 0, round_up(value_dims, 16),
                                  y);
     if constexpr (kT5 && kGrad != Grad::v) {
-      if (p.dropout.below != 0) drop(tile, y);
+      if (p.dropout.below != 0) drop(keep, y);
     }
     make_weights(tile, bias, x, y);
     if constexpr (kT5 && kGrad == Grad::v) {
-      if (p.dropout.below != 0) drop(tile, x);
+      if (p.dropout.below != 0) drop(keep, x);
     }
     if constexpr (kT5 && kOwnsQueries) {
       if (p.sums != nullptr) add_distances(tile, x);

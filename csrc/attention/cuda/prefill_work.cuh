@@ -146,12 +146,14 @@ __device__ inline void load_window(const OnDevice<Params>& p, int64_t head, int6
   }
 }
 
-// What weight (sequence_head, row, key) is multiplied by.
-__device__ inline float dropout_factor(const AttentionDropout& d, uint32_t sequence_head,
-                                       int64_t row, int64_t key) {
+// Whether weight (sequence_head, row, key) is not dropped.
+__device__ inline bool dropout_keeps(const AttentionDropout& d, uint32_t sequence_head, int64_t row,
+                                     int64_t key) {
   const Philox4 four = philox4x32_10(static_cast<uint32_t>(key / 4), static_cast<uint32_t>(row),
                                      sequence_head, d.offset, d.key[0], d.key[1]);
-  return four.word[key % 4] < d.below ? 0.0f : d.scale;
+  const uint32_t low = key % 2 == 0 ? four.word[0] : four.word[1];
+  const uint32_t high = key % 2 == 0 ? four.word[2] : four.word[3];
+  return (key % 4 < 2 ? low : high) >= d.below;
 }
 
 // Whether rows can be read as 16-byte vectors.

@@ -87,8 +87,8 @@ def _attention(check: Check, q: Tensor, k: Tensor, v: Tensor) -> str:
         return "dha_attention_backward"
     table, all_heads = torch.linspace(-1, 1, 96).view(32, 3), maps[0][:3] % 2
     rows = wide[0][:, :3], wide[1][:, all_heads], wide[2][:, all_heads]
-    t5_out, t5_lse = reference.t5_attention(*rows, table)
-    t5 = ops.t5_attention(*move(*(x.to(q.dtype) for x in rows), table))
+    t5_out, t5_lse = reference.t5_attention(*rows, table, scale=0.125)
+    t5 = ops.t5_attention(*move(*(x.to(q.dtype) for x in rows), table), scale=0.125)
     if not near(t5[0], t5_out) or not near(t5[1], t5_lse):
         return "t5_attention"
     newest = mine[:, :, -4:].contiguous()

@@ -111,9 +111,10 @@ def t5_attention_backward(
     """Gradients of :func:`t5_attention` by autograd; of the table [0, H] where there is none."""
     table = work(q).new_zeros(0, q.shape[1]) if bias_table is None else bias_table
     leaves = [x.detach().clone().requires_grad_() for x in (q, k, v, table)]
+    q1, k1, v1, table1 = leaves
     with torch.enable_grad():
         again, again_lse = t5_attention(
-            *leaves[:3], None if bias_table is None else leaves[3], kv_len,
+            q1, k1, v1, None if bias_table is None else table1, kv_len,
             bidirectional=bidirectional, causal=causal, max_distance=max_distance, q_offset=q_offset,
             dropout_p=dropout_p, seed=seed, offset=offset, scale=scale,
         )  # fmt: skip
