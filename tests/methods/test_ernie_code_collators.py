@@ -1,5 +1,6 @@
 """Batches of both objectives: closed forms, inverses, the same rows in any batch, and bad input."""
 
+import pickle
 import random
 import warnings
 
@@ -17,7 +18,7 @@ from tenfold.ernie_code.collators import (
 )
 from tenfold.ernie_code.formatting import SPACE, UnformattedCodeWarning, decode_code, encode_text
 from tenfold.ernie_code.mixture import Mixture, MixtureBatchSampler, MixtureDataset
-from tenfold.ernie_code.packing import PackedRows, pack, pack_texts, raw_length
+from tenfold.ernie_code.packing import pack_texts, raw_length
 from tenfold.ernie_code.pairs import Pair, PairRows
 
 FIRST = 250_099
@@ -121,6 +122,7 @@ def test_rows_do_not_depend_on_their_batch():
     first = collate(bare)
     again = [trimmed(collate([b]), 0) for b in bare]
     assert [trimmed(first, i) for i in range(8)] == again
+    assert [trimmed(pickle.loads(pickle.dumps(collate))(bare), i) for i in range(8)] == again
     collate.epoch = 1
     assert [trimmed(collate(bare), i) for i in range(8)] != again
     shifted = first["decoder_input_ids"]
@@ -341,27 +343,3 @@ def test_trainer_and_accelerate_take_them(tmp_path):
     )
     trainer.train()
     assert np.isfinite(trainer.state.log_history[-1]["train_loss"])
-
-
-def test_packing():
-    documents = [[1, 2, 3], [], [4, 5, 6, 7, 8, 9, 10], [11]]
-    assert [r.tolist() for r in pack(documents, 4)] == [[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11]]
-    assert len(list(pack(documents, 4, keep_last=False))) == 2
-    assert next(pack(documents, 8, separator=0)).tolist() == [1, 2, 3, 0, 0, 4, 5, 6]
-    with pytest.raises(ValueError, match="length must be >= 1"):
-        next(pack(documents, 0))
-
-
-def test_packed_rows(tmp_path):
-    rows = PackedRows(pack([list(range(10))], 4), 4)
-    rows.save(tmp_path / "rows.npy")
-    loaded = PackedRows.load(tmp_path / "rows.npy")
-    for made in (rows, loaded):
-        parts = [r["input_ids"].tolist() for r in made]
-        assert len(made) == 3 and parts == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
-        assert made[-1]["input_ids"].tolist() == [8, 9] and len(made[1:]) == 2
-    with pytest.raises(IndexError, match="row 3 of 3"):
-        rows[3]
-    with pytest.raises(ValueError, match=r"rows must have 4 tokens.*got 3"):
-        PackedRows([np.zeros(3), np.zeros(4)], 4)
-    assert len(PackedRows([], 4)) == 0

@@ -9,6 +9,7 @@ import textwrap
 
 import pytest
 
+from tenfold.data import translations
 from tenfold.data.code import SourceFile, functions, held_out, source_files
 from tenfold.data.duplicates import jaccard, near_duplicates, shingles
 from tenfold.data.records import read_parallel, read_records
@@ -122,6 +123,7 @@ def test_code_pairs_share_nothing_across_the_split():
 
 def test_messages_are_aligned_and_split_by_their_english():
     assert len(corpora.DEFAULT_LANGUAGES) >= 20 and set(corpora.DEFAULT_LANGUAGES) <= set(NAMES)
+    assert set(NAMES) - {"en"} <= set(translations.languages())
     languages = ("de", "fr", "ru", "ja", "el")
     train, held = corpora.split_messages(languages)
     assert len(train) > 400 and 30 < len(held) < len(train) / 4

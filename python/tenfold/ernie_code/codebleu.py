@@ -4,8 +4,8 @@ The package ``codebleu`` is used where it is installed. Else Python code, and on
 library's parser; the differences:
 
 - Tokens are Python's (the package splits at whitespace), both BLEUs add 0.1 to counts of 0, as it does.
-- Syntax trees are those of ``ast``, not of tree-sitter. Code that does not parse is tried as the body of a function;
-  else it has no tree and matches nothing, where tree-sitter would still find parts of one.
+- Syntax trees are those of ``ast``, not of tree-sitter; of broken code, of what is left without the lines that the
+  parser stumbles over.
 - Data flow is of one pass in the order of the source: loops and branches are read once.
 - Where no reference has any data flow, the other three parts weigh as much more (the package gives 0 for it).
 """
@@ -128,15 +128,33 @@ def weighted_bleu(predictions: Sequence[Sequence[str]], references: Sequence[Seq
 
 
 def parse(code: str) -> ast.AST | None:
-    """The syntax tree of code, or of code as a function's body; None if it is neither."""
-    text = textwrap.dedent(code)
-    for source, depth in ((text, 0), ("def _():\n" + textwrap.indent(text, " "), 1)):
+    """The syntax tree of code; of broken code, of what is left without the lines that the parser stumbles over.
+
+    None where nothing is left. A block whose head is missing gets one.
+    """
+    lines = textwrap.dedent(code).split("\n")
+    for _ in range(2 * len(lines) + 1):
         try:
-            tree = ast.parse(source)
-        except (SyntaxError, ValueError, RecursionError, MemoryError):
-            continue
-        return ast.Module(tree.body[0].body, []) if depth else tree  # type: ignore[attr-defined]
+            tree = ast.parse("\n".join(lines))
+        except SyntaxError as error:
+            at = min(max(error.lineno or 1, 1), len(lines)) - 1
+            if error.msg == "unexpected indent":
+                lines.insert(at, _margin(lines[:at]) + "if _:")
+                continue
+            if error.msg.startswith("expected an indented block"):
+                at = max((i for i in range(at) if lines[i].strip()), default=at)
+            del lines[at]
+        except (ValueError, RecursionError, MemoryError):
+            return None
+        else:
+            return tree if tree.body else None
     return None
+
+
+def _margin(lines: Sequence[str]) -> str:
+    """What the last line with anything in it begins with."""
+    last = next((line for line in reversed(lines) if line.strip()), "")
+    return last[: len(last) - len(last.lstrip())]
 
 
 def subtrees(tree: ast.AST) -> list[str]:
