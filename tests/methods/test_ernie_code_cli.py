@@ -86,11 +86,13 @@ def test_finetune_generate_eval(place):
 def test_study_and_demo_pages(tmp_path):
     """The study's parts at the size of a toy: tables and pages of its result."""
     config = study.StudyConfig(
-        languages=("de", "fr"), vocab_size=600, max_chars=30, code_chars=60, text_tokens=24, candidates=4,
-        neighbours=(1,), ranked=8, generated=2,
+        languages=("de", "fr"), vocab_size=600, max_chars=30, code_chars=250, text_tokens=24, candidates=4,
+        neighbours=(1,), ranked=8, generated=2, packages=("email", "logging"),
         model={"d_model": 16, "d_ff": 16, "num_layers": 1, "num_heads": 2, "d_kv": 8},
     )  # fmt: skip
-    settings = CodeTrainConfig.from_preset("small", steps=2, batch_size=4, rows_per_draw=2)
+    settings = CodeTrainConfig.from_preset(
+        "small", steps=2, batch_size=4, rows_per_draw=2, max_inputs=192, max_targets=192
+    )
     made = study.run(config, settings, out=tmp_path)
     found = json.loads(json.dumps(made.to_json(1)))
     again = study.run(config, settings, out=tmp_path)

@@ -50,11 +50,12 @@ def _texts(given: list[str]) -> dict[str, list[str]]:
 def _corpora(languages: str | None, texts: list[str] | None, pairs: Path | None, source: str, target: str,
              limit: int | None) -> Any:  # fmt: skip
     """The user's files where there are some, else what is packaged."""
-    from tenfold.ernie_code.corpora import DEFAULT_LANGUAGES, Corpora, packaged
+    from tenfold.ernie_code.corpora import DEFAULT_LANGUAGES, Corpora, packaged, split_messages
     from tenfold.ernie_code.pairs import read_pairs
 
     if texts is None and pairs is None:
         codes = split(languages, str, "--languages") if languages else DEFAULT_LANGUAGES
+        split_messages(codes)  # says what is wrong before anything else is read
         return packaged(codes, code=("python",), limit=limit)
     made = Corpora(text=_texts(texts or []))
     for pair in read_pairs(pairs, source, target) if pairs else ():

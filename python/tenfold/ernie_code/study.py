@@ -58,7 +58,7 @@ class StudyConfig:
         text_tokens: of a packed row. pair_share: of the draws that are pairs, with PTLM.
         neighbours: each language is asked to be translated to those so many places further in the list, and back.
         candidates: of a ranking. ranked, generated: rows of each kind that are ranked, and for which translations are
-            made. model: fields of the configuration. seed.
+            made. model: fields of the configuration. packages: of Python code; None: the standard library. seed.
     """
 
     languages: tuple[str, ...] = DEFAULT_LANGUAGES
@@ -75,6 +75,7 @@ class StudyConfig:
     model: Mapping[str, Any] = field(
         default_factory=lambda: {"d_model": 256, "d_ff": 640, "num_layers": 2, "num_heads": 4, "d_kv": 64}
     )  # fmt: skip
+    packages: tuple[str, ...] | None = None
     seed: int = 0
 
     def to_json(self) -> dict[str, Any]:
@@ -138,7 +139,7 @@ def material(config: StudyConfig, tokenizer: Any = None, seed: int = 0) -> Mater
     Raises MissingData without the wheel ``django``.
     """
     train_messages, held = split_messages(config.languages, config.share)
-    functions, held_functions = code_pairs(max_chars=config.code_chars)
+    functions, held_functions = code_pairs(packages=config.packages, max_chars=config.code_chars)
     pages, held_pages = english_text(limit=24)
     text: dict[str, list[str]] = {
         "English": ["\n".join(m.source for m in train_messages), *pages],
