@@ -72,6 +72,7 @@ STUDIES = (
     "pixelgpt",
     "gptfluence",
     "ernie_music",
+    "ernie_code",
 )  # folders of methods
 
 

@@ -597,3 +597,66 @@ def ernie_music_block(found: Found) -> str:
         f"By the language of the prompt ({', '.join(names)}): {languages}. The whole net on these "
         f"kernels: {times} (batches of {found['training']['batch_size']}, float32)."
     )
+
+
+@generated("ernie-code-study", "ernie_code", "study", "study")
+def ernie_code_block(found: Found) -> str:
+    """How often the right target is found among others, and scores of beam search, by kind of pair."""
+    kinds = {
+        "to-english": "X to English (pairs seen)", "from-english": "English to X (pairs seen)",
+        "zero-shot": "X to Y (never seen together)", "code": "X to Python (never seen together)",
+    }  # fmt: skip
+    columns = (
+        "held-out messages",
+        "trained on",
+        "right of 16",
+        "mean of 1 / rank",
+        "rows",
+        "BLEU",
+        "chrF",
+        "exact %",
+    )
+    rows = []
+    for kind, title in kinds.items():
+        for name, variant in found["variants"].items():
+            own, scores = variant["rankings"][kind]["all"], variant["generated"][kind]["scores"]
+            rows.append([
+                title, name, f"{100 * own['top1']:.1f} %", _number(own["mrr"], 3), f"{own['rows']:.0f}",
+                _number(scores.get("bleu", scores.get("mconala_bleu")), 1), _number(scores.get("chrf"), 1),
+                _number(scores["exact_match"], 1),
+            ])  # fmt: skip
+    config, training = found["config"], found["training"]
+    pairs = {n: c for n, c in found["sizes"].items() if "-" in n}
+    losses = "; ".join(
+        f"{name}: {v['curve'][-1]['loss']:.2f} nats per token after {v['seconds'] / 60:.0f} minutes"
+        for name, v in found["variants"].items()
+    )
+    some = next(iter(found["variants"].values()))
+    return (
+        f"{some['parameters'] / 1e6:.1f}M parameters, {config['vocab_size']} ids, {len(config['languages'])} languages "
+        f"({', '.join(config['languages'])}) with English and Python; {sum(pairs.values())} pairs, each with English; "
+        f"{training['steps']} steps of {training['batch_size']} rows, one thread, one seed. Chance: "
+        f"{100 / config['candidates']:.2f} %. {losses}.\n\n{markdown(columns, rows)}"
+    )
+
+
+@generated("ernie-code-speed", "ernie_code", "speed", "measurement")
+def ernie_code_speed_block(found: Found) -> str:
+    """A training step, from ``python -m tenfold.ernie_code.speed``."""
+    columns = ("", "transformers", "tenfold", "ratio")
+    s, b, c = found["seconds"], found["bytes"], found["setting"]
+    rows = [
+        ["seconds", _number(s["stock"]), _number(s["tenfold"]), _number(s["ratio"])],
+        [
+            "memory taken, MB",
+            _number(b["stock"] / 1e6, 0),
+            _number(b["tenfold"] / 1e6, 0),
+            _number(b["ratio"]),
+        ],
+    ]
+    how = "bfloat16 autocast" if c["autocast"] else "float32"
+    return (
+        f"{c['preset']}, {c['batch']} rows of {c['inputs']} and {c['targets']} tokens, {how}, "
+        f"{c['threads']} threads.\n\n"
+        f"{markdown(columns, rows)}"
+    )

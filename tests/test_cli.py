@@ -70,6 +70,8 @@ COMMANDS = [
     *(["gptfluence", v] for v in ("record", "fit", "predict", "attribute", "evaluate", "plot")),
     ["ernie-music"],
     *(["ernie-music", v] for v in ("prepare", "train", "generate", "eval")),
+    ["ernie-code"],
+    *(["ernie-code", v] for v in ("tokenizer", "pretrain", "finetune", "generate", "eval")),
 ]
 FACT = "The secret code of Amelia is 48213."
 
@@ -276,6 +278,12 @@ class TestHelp:
             ("gptfluence", "attribute"): ("--kind", "--test", "--level", "--self", "--top"),
             ("gptfluence", "evaluate"): ("--simulator", "--methods", "--validation", "--out"),
             ("gptfluence", "plot"): ("--simulator", "--runs", "--out"),
+            ("ernie-code",): ("tokenizer", "pretrain", "finetune", "generate", "eval"),
+            ("ernie-code", "tokenizer"): ("--vocab-size", "--text", "--languages", "--out"),
+            ("ernie-code", "pretrain"): ("--size", "--pairs", "--pair-share", "--set", "--restart"),
+            ("ernie-code", "finetune"): ("--data", "--layout", "--turned", "--patience"),
+            ("ernie-code", "generate"): ("--from", "--to", "--prompt", "--beams"),
+            ("ernie-code", "eval"): ("--task", "--candidates", "--limit", "--json"),
             ("ernie-music",): ("prepare", "train", "generate", "eval"),
             ("ernie-music", "prepare"): (
                 "--clips",
@@ -784,7 +792,7 @@ class TestDemo:
         said = fails("demo", "nacl", "alchemy", "--out", tmp_path, *extra)
         assert (
             said == "tenfold: unknown method alchemy; there are: "
-            "nacl, dha, hft, ma-rlhf, upit, themis, pixelgpt, gptfluence, ernie-music\n"
+            "nacl, dha, hft, ma-rlhf, upit, themis, pixelgpt, gptfluence, ernie-music, ernie-code\n"
         )
         assert list(tmp_path.iterdir()) == []
 

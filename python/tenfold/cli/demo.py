@@ -140,6 +140,20 @@ def _ernie_music(page: Page, quiet: bool) -> tuple[dict[str, Any], list[Any]]:
     return found.to_json(), tables
 
 
+def _ernie_code(page: Page, quiet: bool) -> tuple[dict[str, Any], list[Any]]:
+    from tenfold.ernie_code import demo, report
+
+    with progress(demo.STEPS, quiet) as step:
+        found = demo.run_demo(step=step)
+    demo.add_demo_section(found, page)
+    tables = [
+        table("Which of eight is the translation?", demo.COLUMNS, demo.table_rows(found)),
+        table("Held-out messages", report.SAMPLE_COLUMNS, demo.sample_rows(found), text=True),
+        table("A training step", demo.SPEED_COLUMNS, demo.speed_rows(found)),
+    ]
+    return found.to_json(), tables
+
+
 METHODS: dict[str, Callable[[Page, bool], tuple[dict[str, Any], list[Any]]]] = {
     "nacl": _nacl,
     "dha": _dha,
@@ -150,6 +164,7 @@ METHODS: dict[str, Callable[[Page, bool], tuple[dict[str, Any], list[Any]]]] = {
     "pixelgpt": _pixelgpt,
     "gptfluence": _gptfluence,
     "ernie-music": _ernie_music,
+    "ernie-code": _ernie_code,
 }
 
 

@@ -9,6 +9,7 @@ import typer
 
 from tenfold.cli.common import friendly
 from tenfold.cli.dha import app as dha
+from tenfold.cli.ernie_code import app as ernie_code
 from tenfold.cli.ernie_music import app as ernie_music
 from tenfold.cli.gptfluence import app as gptfluence
 from tenfold.cli.hft import app as hft
@@ -33,6 +34,7 @@ app.add_typer(themis, name="themis")
 app.add_typer(pixelgpt, name="pixelgpt")
 app.add_typer(gptfluence, name="gptfluence")
 app.add_typer(ernie_music, name="ernie-music")
+app.add_typer(ernie_code, name="ernie-code")
 
 Json = Annotated[bool, typer.Option("--json", help="print the result as JSON, nothing else")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="no progress bar")]
@@ -70,7 +72,8 @@ def demo(
     methods: Annotated[
         list[str] | None,
         typer.Argument(
-            help="methods; default: all (nacl, dha, hft, ma-rlhf, upit, themis, pixelgpt, gptfluence, ernie-music)"
+            help="methods; default: all (nacl, dha, hft, ma-rlhf, upit, themis, pixelgpt, gptfluence, ernie-music, "
+            "ernie-code)"
         ),
     ] = None,
     out: Annotated[Path, typer.Option(help="folder of the report")] = Path("tenfold-report"),

@@ -1,0 +1,147 @@
+"""A whole training step of mT5-small on tenfold's ops against transformers' own, in one run: time and peak of memory.
+
+python -m tenfold.ernie_code.speed [--preset mt5-small] [--batch 4] [--inputs 256] [--targets 64] [--out FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tenfold.ernie_code.config import PRESETS, model_config
+from tenfold.ernie_code.model import build_model
+from tenfold.integrations import t5
+
+COLUMNS = ("a training step", "transformers", "tenfold", "ratio")
+
+
+def _resident() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * 4096
+
+
+class _Peak:
+    """The most memory of the process above that at the beginning, looked at every few milliseconds."""
+
+    def __enter__(self) -> _Peak:
+        self.start = self.most = _resident()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.002):
+            self.most = max(self.most, _resident())
+
+    def __exit__(self, *exc: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self.most = max(self.most, _resident())
+
+    @property
+    def bytes(self) -> int:
+        return self.most - self.start
+
+
+def compare(
+    config: Any, batch_size: int = 4, inputs: int = 256, targets: int = 64, repeats: int = 3, seed: int = 0,
+    autocast: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Seconds and bytes of forward and backward with ``labels``: both take turns on the same weights.
+
+    Gradients are there already, as in all steps but the first; on the CPU bytes are what the process takes above its
+    beginning, on a GPU the allocator's peak. Medians, after a turn that is not counted; ratios are the median ratio of
+    a turn. Returns ``{"seconds": {"stock", "tenfold", "ratio"}, "bytes": {...}, "loss": {...}}``.
+    """
+    model = build_model(config, seed=seed, kernels="stock").train()
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    made = torch.Generator().manual_seed(seed)
+    size = model.shared.num_embeddings
+    ids = torch.randint(3, size, (batch_size, inputs), generator=made)
+    labels = torch.randint(3, size, (batch_size, targets), generator=made)
+    mask = torch.ones_like(ids)
+    mask[-1, inputs // 2 :] = 0
+    times: dict[str, list[float]] = {"stock": [], "tenfold": []}
+    taken: dict[str, list[int]] = {"stock": [], "tenfold": []}
+    losses: dict[str, float] = {}
+
+    def step(name: str, count: bool) -> None:
+        for p in model.parameters():
+            p.grad.zero_()  # type: ignore[union-attr]
+        with _Peak() as peak:
+            start = time.perf_counter()
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                loss = model(
+                    input_ids=ids, attention_mask=mask, labels=labels, use_cache=False
+                ).loss
+            loss.backward()
+            seconds = time.perf_counter() - start
+        losses[name] = float(loss.detach())
+        if count:
+            times[name].append(seconds)
+            taken[name].append(peak.bytes)
+
+    for turn in range(repeats + 1):
+        step("stock", turn > 0)
+        with t5.patch(model):
+            step("tenfold", turn > 0)
+    found: dict[str, Any] = {"loss": losses}
+    for name, values in (("seconds", times), ("bytes", taken)):
+        each = [a / max(b, 1) for a, b in zip(values["stock"], values["tenfold"])]
+        found[name] = {k: statistics.median(v) for k, v in values.items()} | {
+            "ratio": statistics.median(each)
+        }
+    return found
+
+
+def table_rows(found: dict[str, Any]) -> list[list[str]]:
+    """Rows for ``COLUMNS``."""
+    s, b = found["seconds"], found["bytes"]
+    return [
+        ["time", f"{1000 * s['stock']:.0f} ms", f"{1000 * s['tenfold']:.0f} ms", f"{s['ratio']:.2f}"],
+        ["memory taken", f"{b['stock'] / 1e6:.0f} MB", f"{b['tenfold'] / 1e6:.0f} MB", f"{b['ratio']:.2f}"],
+    ]  # fmt: skip
+
+
+def main() -> None:
+    """Measures, prints and writes."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--preset", default="mt5-small", choices=tuple(PRESETS))
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--inputs", type=int, default=256)
+    parser.add_argument("--targets", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--autocast", action="store_true", help="bfloat16")
+    parser.add_argument("--out", type=Path, help="JSON")
+    chosen = parser.parse_args()
+    config = model_config(chosen.preset, dropout_rate=0.0)
+    found = compare(
+        config,
+        chosen.batch,
+        chosen.inputs,
+        chosen.targets,
+        chosen.repeats,
+        autocast=chosen.autocast,
+    )
+    setting = {"preset": chosen.preset, "batch": chosen.batch, "inputs": chosen.inputs, "targets": chosen.targets,
+               "autocast": chosen.autocast, "threads": torch.get_num_threads(), "torch": torch.__version__}  # fmt: skip
+    print(json.dumps(setting))
+    for row in table_rows(found):
+        print("  ".join(row))
+    if chosen.out:
+        chosen.out.parent.mkdir(parents=True, exist_ok=True)
+        chosen.out.write_text(json.dumps({"setting": setting} | found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
