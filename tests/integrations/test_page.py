@@ -22,7 +22,7 @@ OURS = [s for s in SECTIONS if SECTIONS[s] and s not in (START, SERVED, *HOSTS)]
 BEFORE = {
     "openrlhf": "import test_openrlhf\ntest_openrlhf.put_stubs()\n",
     "skyrl": "import test_skyrl\ntest_skyrl.imported()\n",
-    "trl": "import test_trl\ntokenizer = test_trl.tokenizer.__wrapped__(None)\n",
+    "trl": "import test_trl\ntokenizer = test_trl.word_tokenizer()\n",
 }
 
 
