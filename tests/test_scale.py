@@ -13,7 +13,13 @@ from accelerate.utils import DistributedType
 from tenfold.training.loop import make_accelerator
 
 FOLDER = Path(__file__).resolve().parents[1] / "examples" / "accelerate"
-KINDS = {"cpu": "NO", "cpu_ddp": "MULTI_CPU", "fsdp2": "FSDP", "multi_gpu": "MULTI_GPU", "multi_node": "MULTI_GPU"}
+KINDS = {
+    "cpu": "NO",
+    "cpu_ddp": "MULTI_CPU",
+    "fsdp2": "FSDP",
+    "multi_gpu": "MULTI_GPU",
+    "multi_node": "MULTI_GPU",
+}
 
 
 def test_the_files_are_those_named():
@@ -24,7 +30,9 @@ def test_the_files_are_those_named():
 def test_accelerate_reads_them(name):
     path = FOLDER / f"{name}.yaml"
     config = load_config_from_file(str(path))  # unknown keys raise
-    assert isinstance(config, ClusterConfig) and config.distributed_type == DistributedType(KINDS[name])
+    assert isinstance(config, ClusterConfig) and config.distributed_type == DistributedType(
+        KINDS[name]
+    )
     written = yaml.safe_load(path.read_text())
     assert {k: v for k, v in config.to_dict().items() if k in written} == written
     per_machine, left = divmod(config.num_processes, config.num_machines)
@@ -46,5 +54,7 @@ def test_trainers_refuse_what_shards_the_model(kind, monkeypatch):
     if kind == "MULTI_GPU":
         assert make_accelerator(settings, torch.device("cpu")) is made
         return
-    with pytest.raises(ValueError, match=rf"configured for {kind}, and this trainer needs the whole model"):
+    with pytest.raises(
+        ValueError, match=rf"configured for {kind}, and this trainer needs the whole model"
+    ):
         make_accelerator(settings, torch.device("cpu"))

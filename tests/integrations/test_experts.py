@@ -278,7 +278,9 @@ def test_patch_and_unpatch():
     assert model.config._experts_implementation == "tenfold"
     experts.unpatch(model)
     handle.remove()
-    assert model.config._experts_implementation == "eager" and torch.equal(model(ids()).logits, want)
+    assert model.config._experts_implementation == "eager" and torch.equal(
+        model(ids()).logits, want
+    )
     with pytest.raises(RuntimeError, match="is not patched"):
         experts.unpatch(model)
 

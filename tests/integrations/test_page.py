@@ -1,4 +1,4 @@
-"""What docs/integrations.md shows: each block runs as it stands, inside its host where it needs one, and its table is true."""
+"""What docs/integrations.md shows: blocks run as they stand, in their host where they need one; its table is true."""
 
 import importlib.util
 import inspect
@@ -15,7 +15,13 @@ SECTIONS = {
     for part in PAGE.read_text().split("\n## ")[1:]
 }
 START = "What the examples start from"
-HOSTS = {"kvpress": "kvpress", "verl": "verl", "OpenRLHF": "openrlhf", "SkyRL": "skyrl", "TRL": "trl"}
+HOSTS = {
+    "kvpress": "kvpress",
+    "verl": "verl",
+    "OpenRLHF": "openrlhf",
+    "SkyRL": "skyrl",
+    "TRL": "trl",
+}
 SERVED = "Themis as a reward"
 OURS = [s for s in SECTIONS if SECTIONS[s] and s not in (START, SERVED, *HOSTS)]
 # What hosts need before they can be imported here; see their own tests.
@@ -85,13 +91,18 @@ def test_the_tables_versions_are_those_tested():
     """What an adapter refuses is what the page says that it does not know."""
     from tenfold.integrations import openrlhf, skyrl, trl, verl
 
-    rows = {r[0]: r for r in re.findall(r"^\| (.*?) \| (.*?) \| (.*?) \| (.*?) \|", PAGE.read_text(), re.M)}
+    rows = {
+        r[0]: r
+        for r in re.findall(r"^\| (.*?) \| (.*?) \| (.*?) \| (.*?) \|", PAGE.read_text(), re.M)
+    }
     for name, module in {"verl": verl, "OpenRLHF": openrlhf, "SkyRL": skyrl, "TRL": trl}.items():
         assert rows[name][3] == ", ".join(module.TESTED)
     wanted = {"attention": r"(\d+), (\d+)", "experts": r"(\d+), (\d+)"}
     for name, version in wanted.items():
         source = inspect.getsource(importlib.import_module(f"tenfold.integrations.{name}"))
-        major, minor = re.search(rf"hf\.require\(\"tenfold\.integrations\.{name}\", {version}", source).groups()
+        major, minor = re.search(
+            rf"hf\.require\(\"tenfold\.integrations\.{name}\", {version}", source
+        ).groups()
         assert f"transformers >= {major}.{minor}" in rows[f"transformers: {name}"][3]
 
 

@@ -91,7 +91,9 @@ def test_two_ranks_one_of_them_killed_on_the_way_train_what_one_trains(tmp_path)
     script = HERE / "ernie_music_ranks.py"
     killed = processes.ranks(script, tmp_path, "2")
     assert killed.returncode and "killed" in killed.stdout, killed.stderr[-4000:]
-    assert list((tmp_path / "out" / "training").glob("*-2")) and not list(tmp_path.glob("out/*.json"))
+    assert list((tmp_path / "out" / "training").glob("*-2")) and not list(
+        tmp_path.glob("out/*.json")
+    )
     done = processes.ranks(script, tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
     record, _, ema = run(steps=3)

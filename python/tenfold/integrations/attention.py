@@ -315,7 +315,7 @@ def patch(model: Any) -> Patched:
         raise TypeError(f"patch needs a model of transformers, got {type(model).__name__}")
     refuse_patched(model, "attention")
     register()
-    configs = [getattr(m, "config", None) for m in model.modules()]
+    configs: list[Any] = [getattr(m, "config", None) for m in model.modules()]
     found = {id(c): c for c in configs if hasattr(c, "_attn_implementation_internal")}
     before = [(c, c._attn_implementation_internal) for c in found.values()]
 
