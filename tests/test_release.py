@@ -189,17 +189,15 @@ class TestSourceDistribution:
         ]  # a header or source that is not there
 
 
-SOURCES = {".h": "//", ".hpp": "//", ".cpp": "//", ".cc": "//", ".cu": "//", ".cuh": "//", ".py": "#", ".sh": "#", ".yaml": "#"}  # fmt: skip
+SLASHES = (".h", ".hpp", ".cpp", ".cc", ".cu", ".cuh")
+SOURCES = dict.fromkeys(SLASHES, "//") | dict.fromkeys((".py", ".sh", ".yaml"), "#")
 
 
 def test_every_source_names_its_licence():
     folders = ("python", "csrc", "bench", "tools", "tests", "examples")
+    made = {"results", "__pycache__", "build"}
     paths = [p for f in folders for p in (ROOT / f).rglob("*") if p.suffix in SOURCES]
-    paths = [
-        p
-        for p in paths
-        if not {"results", "__pycache__", "build"} & set(p.parts[len(ROOT.parts) :])
-    ]
+    paths = [p for p in paths if not made & set(p.relative_to(ROOT).parts)]
     paths += [ROOT / "CMakeLists.txt", ROOT / "Makefile", ROOT / ".ci" / "run"]
     assert len(paths) > 700
     without = []
