@@ -24,7 +24,7 @@ from tenfold import ops
 from tenfold.integrations import transformers as hf
 from tenfold.integrations._hosts import Patched, refuse_patched, undo_patch
 
-hf.require("tenfold.integrations.experts", 5, 0)  # the interface came with 5.0
+hf.require("tenfold.integrations.experts", 5, 18)  # older ones take their own names only
 
 NAME = "tenfold"
 # What the experts of transformers' decorator may be, as far as is known here; ours are the values named.
