@@ -9,6 +9,10 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
   $$p -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && \
   { echo $$p; break; }; done)
 TORCH ?= torch==2.13.0
+RUN ?= requirements/run.txt
+# What `make test-ranges` takes. PyPI's has CUDA (some GB); for the CPU build: PIP_EXTRA_INDEX_URL=
+# https://download.pytorch.org/whl/cpu make test-ranges TORCH_LOWEST=torch==2.10.0+cpu
+TORCH_LOWEST ?= torch==2.10.0
 # WHEEL=path: an environment of its own with this built wheel, instead of the sources in place.
 WHEEL ?=
 VENV ?= $(if $(WHEEL),.venv-wheel,.venv)
@@ -33,7 +37,7 @@ INSTALL := install --no-compile
 # What is tested is what is installed.
 unexport PYTHONPATH TENFOLD_OPS_PATH
 
-.PHONY: help demo test test-all test-hosts bench docs lint format wheel clean setup data
+.PHONY: help demo test test-all test-hosts test-ranges bench docs lint format wheel sdist clean setup data
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -50,6 +54,9 @@ test-all: data ## the same with all seeds and studies
 
 test-hosts: setup ## each host framework's adapter, in an environment of its own
 	bash tools/test_hosts.sh $(PY) '$(TORCH)'
+
+test-ranges: wheel ## `make test` of the wheel with the oldest torch and dependencies that pyproject.toml allows
+	$(MAKE) WHEEL="$$(ls dist/*.whl)" VENV=.venv-lowest RUN=requirements/lowest.txt TORCH='$(TORCH_LOWEST)' test
 
 bench: data ## microbenchmarks of every op; JSON and HTML under tenfold-report/bench
 	$(VENV)/bin/tenfold bench
@@ -74,13 +81,19 @@ wheel: $(STAMPS)/venv ## a wheel in dist/, with CUDA kernels where nvcc is found
 	$(SHOW) $(PY) -m pip wheel -v --no-build-isolation --no-deps -w dist .
 	@ls -l dist
 
+sdist: $(STAMPS)/venv ## a source distribution in dist/, and a wheel built from nothing else
+	rm -rf dist
+	$(PY) -c "from scikit_build_core.build import build_sdist; build_sdist('dist')"
+	$(SHOW) $(PY) -m pip wheel -v --no-build-isolation --no-deps -w dist dist/*.tar.gz
+	@ls -l dist
+
 setup: $(INSTALLED) ## environment and build only
 
 data: $(INSTALLED)
 	@$(PY) -m tenfold.data prepare
 
 clean: ## remove the environments and everything built
-	rm -rf .venv .venv-wheel .venv-hosts build dist tenfold-report
+	rm -rf .venv .venv-wheel .venv-lowest .venv-hosts build dist tenfold-report
 
 $(STAMPS)/venv: $(REQUIREMENTS)
 	@test -n "$(PYTHON)" || { echo "tenfold needs Python >= 3.11 with venv, and none is on PATH." \
@@ -91,7 +104,7 @@ $(STAMPS)/venv: $(REQUIREMENTS)
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q --upgrade pip==26.3
 	$(SHOW) $(PY) -m pip $(INSTALL) $(TORCH) -r requirements/build.txt
-	$(SHOW) $(PY) -m pip $(INSTALL) $(TORCH) -r requirements/run.txt -r requirements/dev.txt
+	$(SHOW) $(PY) -m pip $(INSTALL) $(TORCH) -r $(RUN) -r requirements/dev.txt
 	$(SHOW) $(PY) -m pip $(INSTALL) --no-deps -r requirements/no-deps.txt
 	@mkdir -p $(STAMPS) && touch $@
 

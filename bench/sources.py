@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 
 SUFFIXES = frozenset({".h", ".hpp", ".cuh", ".cpp", ".cc", ".cu"})
+LICENCE = b"// SPDX-License-Identifier: "  # a line that is no code
 _INCLUDE = re.compile(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', re.MULTILINE)
 
 
@@ -32,10 +33,12 @@ def _sources(folder: Path) -> list[Path]:
 
 
 def _digest(root: Path, files: set[Path]) -> str:
-    """SHA-256 over relative names and contents, in the order of names."""
+    """SHA-256 over relative names and contents but for the line of the licence, in the order of names."""
     total = hashlib.sha256()
     for path in sorted(files, key=lambda p: p.relative_to(root).as_posix()):
         content = path.read_bytes()
+        if content.startswith(LICENCE):
+            content = content.partition(b"\n")[2]
         total.update(f"{path.relative_to(root).as_posix()}\0{len(content)}\0".encode())
         total.update(content)
     return total.hexdigest()

@@ -620,6 +620,12 @@ class TestSources:
         change(tree, name)
         assert sources.cuda_hash(tree, "alpha") == before
 
+    def test_the_line_of_the_licence_does_not_count(self, tree):
+        before = sources.cuda_hash(tree, "alpha"), sources.measured_hash(tree, "alpha")
+        for path in (tree / "csrc").rglob("*.*"):
+            path.write_bytes(b"// SPDX-License-Identifier: Apache-2.0\n" + path.read_bytes())
+        assert (sources.cuda_hash(tree, "alpha"), sources.measured_hash(tree, "alpha")) == before
+
     def test_new_and_renamed_files_count(self, tree):
         before = sources.cuda_hash(tree, "alpha")
         kernel = tree / "csrc/alpha/cuda/alpha.cu"

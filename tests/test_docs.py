@@ -41,7 +41,6 @@ WHOLE = [
     (page, at)
     for page in (
         "docs/tour.md",
-        "docs/integrations.md",
         *(
             f"docs/ops/{name}.md"
             for name in (

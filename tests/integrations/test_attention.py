@@ -424,3 +424,55 @@ class TestSurface:
             hf.require("x", 5, 5)
         monkeypatch.setattr(found, "__version__", "5.10.0")
         hf.require("x", 5, 5)
+
+
+class TestPatch:
+    def test_puts_back_what_each_part_had(self):
+        model = make("Llama", "eager")
+        ids = prompt(2, 20)
+        with torch.no_grad():
+            before = model(ids).logits
+            with attention.patch(model):
+                assert model.config._attn_implementation == "tenfold"
+                patched = model(ids).logits
+            torch.testing.assert_close(patched, before, **TOL)
+            assert not torch.equal(patched, before)  # another kernel has run
+            assert model.config._attn_implementation == "eager"
+            assert torch.equal(model(ids).logits, before)
+            handle = attention.patch(model)
+            attention.unpatch(model)
+            handle.remove()  # a second time: nothing
+            assert torch.equal(model(ids).logits, before)
+
+    def test_refusals(self):
+        model = make("Llama", "sdpa")
+        with pytest.raises(RuntimeError, match="attention of this LlamaForCausalLM is not patched"):
+            attention.unpatch(model)
+        with attention.patch(model), pytest.raises(RuntimeError, match="is patched already"):
+            attention.patch(model)
+        assert model.config._attn_implementation == "sdpa"
+        with pytest.raises(TypeError, match="a model of transformers, got Linear"):
+            attention.patch(torch.nn.Linear(2, 2))
+
+    def test_a_model_with_its_own_attention(self, monkeypatch):
+        model = make("Llama", "eager")
+        monkeypatch.setattr(type(model), "_can_set_attn_implementation", lambda *_: False)
+        monkeypatch.setattr(type(model.model), "_can_set_attn_implementation", lambda *_: False)
+        with pytest.raises(TypeError, match="LlamaForCausalLM computes its attention by itself"):
+            attention.patch(model)
+        assert model.config._attn_implementation == "eager"
+
+    def test_registration_is_undone(self):
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        model = make("Llama", "sdpa")
+        try:
+            attention.unregister()
+            attention.unregister()
+            assert not {"tenfold", "dha"} & set(ALL_ATTENTION_FUNCTIONS.valid_keys())
+            with pytest.raises(ValueError, match="tenfold"):
+                model.set_attn_implementation("tenfold")
+            with attention.patch(model):  # registers anew
+                assert model.config._attn_implementation == "tenfold"
+        finally:
+            attention.register()

@@ -269,6 +269,22 @@ def test_replace_and_put_back(calls):
         experts.replace_moe(nn.Linear(2, 2))
 
 
+def test_patch_and_unpatch():
+    model = make("Mixtral")
+    want = model(ids()).logits
+    handle = experts.patch(model)
+    with pytest.raises(RuntimeError, match="experts of this MixtralForCausalLM is patched already"):
+        experts.patch(model)
+    assert model.config._experts_implementation == "tenfold"
+    experts.unpatch(model)
+    handle.remove()
+    assert model.config._experts_implementation == "eager" and torch.equal(
+        model(ids()).logits, want
+    )
+    with pytest.raises(RuntimeError, match="is not patched"):
+        experts.unpatch(model)
+
+
 def test_registration_is_undone_and_guarded():
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 

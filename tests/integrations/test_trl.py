@@ -26,8 +26,7 @@ def trl():
     return trl
 
 
-@pytest.fixture
-def tokenizer(trl):
+def word_tokenizer():
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -36,6 +35,11 @@ def tokenizer(trl):
     return PreTrainedTokenizerFast(
         tokenizer_object=made, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left"
     )  # fmt: skip
+
+
+@pytest.fixture
+def tokenizer(trl):
+    return word_tokenizer()
 
 
 def tiny(kind: str = "LlamaForCausalLM", **extra):

@@ -1,9 +1,6 @@
 """Training: it learns, it goes on exactly, ranks and micro-batches are one batch; judges and evaluation."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import ernie_music_models as tiny
@@ -17,6 +14,7 @@ from tenfold.ernie_music.report import spectrogram_picture
 from tenfold.ernie_music.spectral import band_energies, features, frechet_distance, statistics
 from tenfold.ernie_music.train_config import MusicTrainConfig
 from tenfold.ernie_music.training import held_out_loss, train
+from tenfold.testing import processes
 from tenfold.training.errors import TrainingError
 
 HERE = Path(__file__).resolve().parent
@@ -89,18 +87,14 @@ def test_micro_batches_are_one_batch():
         torch.testing.assert_close(a, b, atol=5e-5, rtol=1e-3)
 
 
-def test_two_ranks_train_what_one_trains(tmp_path):
-    env = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node=2",
-        "--standalone",
-        str(HERE / "ernie_music_ranks.py"),
-        str(tmp_path),
-    ]
-    done = subprocess.run(command, cwd=HERE, env=env, capture_output=True, text=True)
+def test_two_ranks_one_of_them_killed_on_the_way_train_what_one_trains(tmp_path):
+    script = HERE / "ernie_music_ranks.py"
+    killed = processes.ranks(script, tmp_path, "2")
+    assert killed.returncode and "killed" in killed.stdout, killed.stderr[-4000:]
+    assert list((tmp_path / "out" / "training").glob("*-2")) and not list(
+        tmp_path.glob("out/*.json")
+    )
+    done = processes.ranks(script, tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
     record, _, ema = run(steps=3)
     found = json.loads((tmp_path / "out" / "train.json").read_text())

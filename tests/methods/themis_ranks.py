@@ -1,8 +1,9 @@
-"""One of several gloo ranks: python themis_ranks.py FOLDER. The run is stopped after two steps and started again."""
+"""One of several gloo ranks: python themis_ranks.py FOLDER [STEP], after which the last rank is killed."""
 
 import os
 import sys
 
+import ranks
 import themis_models as tiny
 import torch
 
@@ -26,25 +27,11 @@ def train(kind, out=None, callback=None):
     return model, record
 
 
-def main(folder):
-    def stop(progress):
-        if progress.step == 2:
-            raise KeyboardInterrupt
-
+def main(folder, step=None):
     for kind in KINDS:
-        out = os.path.join(folder, kind)
-        if kind == "full":
-            try:
-                train(kind, out, stop)
-            except KeyboardInterrupt:
-                print("stopped")
-        model, _ = train(kind, out)
-        total = torch.stack([p.detach().double().sum() for p in model.parameters()])
-        other = [torch.empty_like(total) for _ in range(torch.distributed.get_world_size())]
-        torch.distributed.all_gather(other, total)
-        assert all(torch.equal(total, o) for o in other)
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+        model, _ = train(kind, os.path.join(folder, kind), ranks.killed_after(step))
+        ranks.agree(model)
+    ranks.leave()
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""One of several gloo ranks: python upit_ranks.py FOLDER. The run is stopped after two steps and started again."""
+"""One of several gloo ranks: python upit_ranks.py FOLDER [STEP], after which the last rank is killed."""
 
 import os
 import sys
 
+import ranks
 import torch
 import upit_mixtures as tiny
 
@@ -28,27 +29,15 @@ def train(folder, callback=None):
                       eval_rows=tiny.rows(4, seed=5))  # fmt: skip
 
 
-def main(folder):
-    def stop(progress):
-        if progress.step == 2:
-            raise KeyboardInterrupt
-
-    try:
-        train(folder, stop)
-    except KeyboardInterrupt:
-        print("stopped")
-    made = train(folder)
-    total = torch.stack([p.double().sum() for p in made.model.parameters()])
-    other = [torch.empty_like(total) for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather(other, total)
-    assert all(torch.equal(total, o) for o in other)
+def main(folder, step=None):
+    made = train(folder, ranks.killed_after(step))
+    ranks.agree(made.model)
     if torch.distributed.get_rank() == 0:
         torch.save(
             {"model": made.model.state_dict(), "result": made.to_json()},
             os.path.join(folder, "made.pt"),
         )
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    ranks.leave()
 
 
 if __name__ == "__main__":

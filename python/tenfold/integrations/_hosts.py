@@ -8,7 +8,9 @@ import inspect
 import sys
 from collections.abc import Callable
 from importlib.abc import MetaPathFinder
-from typing import Any
+from typing import Any, Self
+
+_PATCHED = "_tenfold_patched_"  # begin of the attribute that holds a model's handle
 
 
 def check_version(host: str, tested: tuple[str, ...], allow_untested: bool = False) -> str:
@@ -108,6 +110,43 @@ class Replacement:
 
     def __exit__(self, *exc: object) -> None:
         self.remove()
+
+
+class Patched:
+    """What ``patch`` has done to one model, which knows this handle; ``remove()``, or leaving ``with``, undoes it."""
+
+    def __init__(self, model: Any, part: str, undo: Callable[[], object]):
+        """``part``: ``"attention"``, ``"experts"``; a model can have a handle of each."""
+        self._model, self._part, self._undo = model, part, undo
+        model.__dict__[_PATCHED + part] = self
+
+    def remove(self) -> None:
+        """Puts back what was there; a second call does nothing."""
+        if self._model.__dict__.get(_PATCHED + self._part) is self:
+            self._undo()
+            del self._model.__dict__[_PATCHED + self._part]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.remove()
+
+
+def refuse_patched(model: Any, part: str) -> None:
+    """RuntimeError if ``part`` of the model is patched."""
+    if _PATCHED + part in model.__dict__:
+        raise RuntimeError(
+            f"{part} of this {type(model).__name__} is patched already; unpatch(model) first"
+        )
+
+
+def undo_patch(model: Any, part: str) -> None:
+    """Undoes what :class:`Patched` stands for; RuntimeError if it is not patched."""
+    handle = getattr(model, "__dict__", {}).get(_PATCHED + part)
+    if handle is None:
+        raise RuntimeError(f"{part} of this {type(model).__name__} is not patched")
+    handle.remove()
 
 
 def _get(owner: Any, name: str) -> Any:

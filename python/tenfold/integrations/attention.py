@@ -1,7 +1,8 @@
 """``attn_implementation="tenfold"`` (alias ``"dha"``) for transformers' decoder models.
 
-    import tenfold.integrations.attention  # registers it; nothing else is changed
+    from tenfold.integrations import attention  # registers it; nothing else is changed
     model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="tenfold")
+    attention.patch(model)  # or a model that is there already; attention.unpatch(model) undoes it
 
 Prompts and training run through ``dha_attention``, the newest few tokens through ``dha_decode``. Grouped
 heads are read in place, through the model's own maps or ``h // (Hq / Hkv)``.
@@ -36,6 +37,7 @@ from transformers.masking_utils import (
 
 from tenfold import ops
 from tenfold.integrations import transformers as hf
+from tenfold.integrations._hosts import Patched, refuse_patched, undo_patch
 from tenfold.integrations.heads import DECODE_STEPS, grouped_map
 
 hf.require("tenfold.integrations.attention", 5, 5)  # mask functions took other arguments before
@@ -289,6 +291,51 @@ def register() -> None:
     for name in NAMES:
         AttentionInterface.register(name, attention_forward)
         AttentionMaskInterface.register(name, attention_mask)
+
+
+def unregister() -> None:
+    """Takes both names back; models that are set to them must be set to another. A second call does nothing."""
+    for interface, own in (
+        (AttentionInterface, attention_forward),
+        (AttentionMaskInterface, attention_mask),
+    ):
+        for name in NAMES:
+            if interface._global_mapping.get(name) is own:
+                del interface._global_mapping[name]
+
+
+def patch(model: Any) -> Patched:
+    """Runs the attention of a transformers model through tenfold; :func:`unpatch`, or the handle, undoes it.
+
+    Raises:
+        TypeError: no transformers model, or one that computes its attention by itself. RuntimeError: patched already.
+            Nothing is changed then.
+    """
+    if not hasattr(model, "set_attn_implementation"):
+        raise TypeError(f"patch needs a model of transformers, got {type(model).__name__}")
+    refuse_patched(model, "attention")
+    register()
+    configs: list[Any] = [getattr(m, "config", None) for m in model.modules()]
+    found = {id(c): c for c in configs if hasattr(c, "_attn_implementation_internal")}
+    before = [(c, c._attn_implementation_internal) for c in found.values()]
+
+    def undo() -> None:
+        for config, name in before:
+            config._attn_implementation_internal = name
+
+    model.set_attn_implementation(NAME)
+    if model.config._attn_implementation != NAME:
+        undo()
+        raise TypeError(
+            f"{type(model).__name__} computes its attention by itself; supported: models that call transformers' "
+            "AttentionInterface"
+        )
+    return Patched(model, "attention", undo)
+
+
+def unpatch(model: Any) -> None:
+    """Undoes :func:`patch`. Raises RuntimeError for a model that is not patched."""
+    undo_patch(model, "attention")
 
 
 register()

@@ -22,8 +22,9 @@ from transformers.activations import ACT2FN
 
 from tenfold import ops
 from tenfold.integrations import transformers as hf
+from tenfold.integrations._hosts import Patched, refuse_patched, undo_patch
 
-hf.require("tenfold.integrations.experts", 5, 0)  # the interface came with 5.0
+hf.require("tenfold.integrations.experts", 5, 18)  # older ones take their own names only
 
 NAME = "tenfold"
 # What the experts of transformers' decorator may be, as far as is known here; ours are the values named.
@@ -152,7 +153,7 @@ def experts_of(model: nn.Module) -> dict[str, nn.Module]:
             and hasattr(m, "config")}  # fmt: skip
 
 
-class Replaced:
+class Replaced(Patched):
     """A model's experts after :func:`replace_moe`; ``remove()``, or leaving ``with``, puts the former ones back.
 
     Attributes:
@@ -160,11 +161,12 @@ class Replaced:
     """
 
     def __init__(self, model: Any, experts: dict[str, nn.Module]) -> None:
-        self.experts, self._model = list(experts), model
+        self.experts = list(experts)
         if hasattr(model, "get_experts_implementation"):
-            self._before = model.get_experts_implementation()
+            before = model.get_experts_implementation()
         else:
-            self._before = model.config._experts_implementation
+            before = model.config._experts_implementation
+        super().__init__(model, "experts", lambda: model.set_experts_implementation(before))
         model.set_experts_implementation(NAME)
         left = [n for n, m in experts.items() if m.config._experts_implementation != NAME]  # type: ignore[union-attr]
         if left:
@@ -172,18 +174,6 @@ class Replaced:
             raise TypeError(
                 f"{type(model).__name__} does not let its experts implementation be set ({left[0]} stays as it was)"
             )
-
-    def remove(self) -> None:
-        """Sets the implementation that was there; a second call does nothing."""
-        if self._before is not None:
-            self._model.set_experts_implementation(self._before)
-        self._before = None
-
-    def __enter__(self) -> Replaced:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.remove()
 
 
 def replace_moe(model: Any) -> Replaced:
@@ -193,12 +183,13 @@ def replace_moe(model: Any) -> Replaced:
 
     Raises:
         TypeError: no experts that use transformers' interface, or some that are not supported (named).
-        RuntimeError: as :func:`register`.
+        RuntimeError: patched already, and as :func:`register`.
     """
     if not hasattr(model, "set_experts_implementation"):
         raise TypeError(
             f"replace_moe needs a transformers model with an experts interface, got {type(model).__name__}"
         )
+    refuse_patched(model, "experts")
     register()
     found = experts_of(model)
     if not found:
@@ -208,3 +199,11 @@ def replace_moe(model: Any) -> Replaced:
     for name, experts in found.items():
         _check(experts, name)
     return Replaced(model, found)
+
+
+patch = replace_moe  # under the name that the other integrations have
+
+
+def unpatch(model: Any) -> None:
+    """Undoes :func:`patch`. Raises RuntimeError for a model that is not patched."""
+    undo_patch(model, "experts")

@@ -315,11 +315,7 @@ def _check_reference(config: MARLHFConfig, ref: Any) -> None:
 
 
 def _check_ranks(config: MARLHFConfig, accelerator: Any) -> None:
-    ranks, kind = accelerator.num_processes, str(accelerator.distributed_type).rsplit(".", 1)[-1]
-    if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        raise ValueError(
-            f"sampling needs the whole policy on every rank: use data parallelism (torchrun), not {kind}"
-        )
+    ranks = accelerator.num_processes
     if config.batch_size % ranks:
         raise ValueError(
             f"batch_size must be a multiple of the number of ranks, got {config.batch_size} and {ranks}"

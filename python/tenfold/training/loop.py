@@ -34,6 +34,8 @@ _SHOWN = (("loss", "loss", 3), ("mse", "mse", 4), ("objective/scores", "score", 
           ("objective/kl", "KL", 2))  # fmt: skip
 
 
+SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")  # accelerate's names
+
 # What the loop reads of a method's settings: seed, mixed_precision, micro_batch_size, checkpoint_every.
 Settings = Any
 
@@ -54,7 +56,8 @@ Callback = Callable[[Progress], None]
 def make_accelerator(config: Settings, device: torch.device) -> Any:
     """accelerate's view of this process, which trains on ``device`` if it is the only one.
 
-    Several have the device of their rank. ModuleNotFoundError says how to install accelerate.
+    Several have the device of their rank. ModuleNotFoundError says how to install accelerate; ValueError: a
+    configuration that shards the model.
     """
     if importlib.util.find_spec("accelerate") is None:
         raise ModuleNotFoundError(
@@ -64,6 +67,13 @@ def make_accelerator(config: Settings, device: torch.device) -> Any:
 
     cpu = {"cpu": True} if device.type == "cpu" else {}
     accelerator = Accelerator(mixed_precision=config.mixed_precision, **cpu)
+    kind = str(accelerator.distributed_type).rsplit(".", 1)[-1]
+    if kind in SHARDED:
+        # Losses without logits, sampling, evaluation and what is saved read the weights of the bare model.
+        raise ValueError(
+            f"accelerate is configured for {kind}, and this trainer needs the whole model on every rank: launch it "
+            "with torchrun, or with one of examples/accelerate but fsdp2.yaml"
+        )
     if accelerator.num_processes == 1:
         # On its own, accelerate takes the first GPU, or what an earlier call in this process took.
         accelerator.state.device = device
