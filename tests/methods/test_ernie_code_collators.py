@@ -130,6 +130,51 @@ def test_rows_do_not_depend_on_their_batch():
     assert torch.equal(shifted[:, 1:], first["labels"][:, :-1].clamp(min=0))
 
 
+def test_resident_rows():
+    """``corrupt`` of no rows, of int32, and of ids that the model has no row for (spec 8)."""
+    collate = SpanCorruptionCollator(Mt5Ids(), decoder_input_ids=True)
+    none = collate.corrupt(torch.zeros(0, 9, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), step=0)  # fmt: skip
+    assert {len(v) for v in none.values()} == {0} and {v.dim() for v in none.values()} == {2}
+    tokens = torch.randint(3, 900, (4, 30), generator=torch.Generator().manual_seed(0))
+    tokens[:, :3] = torch.tensor([0, 1, 2])  # special tokens inside a text are text
+    lengths = torch.tensor([30, 7, 0, 1])
+    want = collate.corrupt(tokens, lengths, step=5)
+    narrow = collate.corrupt(tokens.int(), lengths.int(), step=5)
+    assert all(v.dtype == torch.int64 and torch.equal(v, want[k]) for k, v in narrow.items())
+    tokens[1, 7:] = 250_105  # beyond the row
+    assert torch.equal(collate.corrupt(tokens, lengths, step=5)["labels"], want["labels"])
+    for wrong in (250_105, -1):
+        tokens[1, 6] = wrong
+        with pytest.raises(IndexError, match=rf"\[0, 250105\), the tokenizer's, got {wrong} in row 1"):  # fmt: skip
+            collate.corrupt(tokens, lengths, step=5)
+    with pytest.raises(TypeError, match=r"tokens.*float32"):
+        collate.corrupt(tokens.float(), lengths, step=5)
+
+
+@pytest.mark.parametrize("roll", [False, True])
+@pytest.mark.parametrize("aligned", [False, True])
+@pytest.mark.parametrize("final", [False, True])
+def test_longest_rows(roll, aligned, final):
+    """Rows of ``length`` tokens always fit, whatever the limit is: inputs or sentinels."""
+    options = {"roll": roll, "aligned": aligned, "final_sentinel": final}
+    for width, tokenizer_options in (
+        (2, {}), (3, {}), (4, {}), (64, {}), (2048, {}), (64, {"first_sentinel": 250_099, "num_sentinels": 3}),
+        (64, {"first_sentinel": 250_099, "num_sentinels": 1}),
+    ):  # fmt: skip
+        collate = SpanCorruptionCollator(Mt5Ids(), max_inputs=width, **options, **tokenizer_options)
+        assert collate.length == collate.most_tokens()
+        for seed in range(4):
+            collate(rows_of(*[collate.length] * 4, *range(min(collate.length, 3) + 1), step=seed))
+        with pytest.raises(ValueError, match=rf"{collate.length + 1} tokens.*at most {collate.length}\b"):  # fmt: skip
+            collate(rows_of(collate.length + 1))
+    long = SpanCorruptionCollator(Mt5Ids(), max_inputs=2048, **options)
+    assert (long.length == 2009) == (not roll and not final) and long.length <= 2009
+    rows = rows_of(long.length)
+    assert long(rows)["labels"].shape[1] <= long.max_targets <= 402 + final + roll
+    # The rows that a rolling collator takes are packed by its own length.
+    assert raw_length(512, roll=roll)[0] == SpanCorruptionCollator(Mt5Ids(), roll=roll).length
+
+
 def test_bad_rows():
     with pytest.raises(ValueError, match="density must be in"):
         SpanCorruptionCollator(Mt5Ids(), density=1.0)
@@ -139,6 +184,11 @@ def test_bad_rows():
         SpanCorruptionCollator(Mt5Ids(), first_sentinel=5)
     with pytest.raises(ValueError, match="padding must be one of longest, max_length"):
         SpanCorruptionCollator(Mt5Ids(), padding="none")
+    for cls in (SpanCorruptionCollator, PivotTranslationCollator):
+        with pytest.raises(TypeError, match="max_inputs must be an integer, got '512'"):
+            cls(Mt5Ids(), max_inputs="512")
+        with pytest.raises(ValueError, match="max_inputs must be >= 2, got 1"):
+            cls(Mt5Ids(), max_inputs=1, roll=True)
     with pytest.raises(TypeError, match="seed must be an integer"):
         SpanCorruptionCollator(Mt5Ids(), seed=0.5)
     collate = SpanCorruptionCollator(Mt5Ids(), max_inputs=2048)
@@ -169,6 +219,14 @@ def test_padding():
     batch = collate(rows_of(20, 10))
     assert batch["input_ids"].shape == (2, 24) and batch["labels"].shape == (2, 8)
     assert collate(rows_of(collate.length))["input_ids"].shape == (1, 64)
+    # The longest rows of a size that is no multiple: more columns, of padding.
+    usual = SpanCorruptionCollator(Mt5Ids())(rows_of(568, 568))
+    wide = SpanCorruptionCollator(Mt5Ids(), pad_to_multiple_of=48, decoder_input_ids=True)(rows_of(568, 568))  # fmt: skip
+    assert wide["input_ids"].shape == (2, 528) and wide["labels"].shape == (2, 144)
+    assert (wide["input_ids"][:, 512:] == 0).all() and (wide["labels"][:, 114:] == -100).all()
+    assert not wide["attention_mask"][:, 512:].any() and wide["decoder_input_ids"].shape == (2, 144)
+    assert torch.equal(wide["input_ids"][:, :512], usual["input_ids"])
+    assert torch.equal(wide["labels"][:, :114], usual["labels"])
     full = SpanCorruptionCollator(Mt5Ids(), max_inputs=64, padding="max_length")(rows_of(3))
     assert full["input_ids"].shape == (1, 64) and full["labels"].shape == (1, full["labels"].numel())  # fmt: skip
 
@@ -230,6 +288,29 @@ def test_span_mode_restores_source_and_target():
         assert decode_code(t, tokens[0, : n[0]]) == pair.source + CODE
         seen.add(tuple(source))
     assert len(seen) > 1
+    # Both directions of a pair: masks of their own, the same in any batch, in two calls of the op.
+    double = PivotTranslationCollator(t, ptlm_mode="span", directions="both", max_inputs=96)
+    given = [example(pair, step=2, row=r) for r in range(5)]
+    calls = []
+    corrupt = double._corrupt
+    double._corrupt = lambda *args: calls.append(1) or corrupt(*args)
+    whole = double(given)
+    assert len(calls) == 2 and len(whole["input_ids"]) == 10
+    alone = [trimmed(double([e]), i) for e in given for i in range(2)]
+    assert [trimmed(whole, i) for i in range(10)] == alone
+    once = collate(given)
+    assert alone[::2] == [trimmed(once, i) for i in range(5)]
+    same = Pair(
+        "un deux trois quatre cinq six sept", "un deux trois quatre cinq six sept", "a", "b"
+    )
+    lengths = [
+        tuple(x < collate.first_sentinel - 99 for x in trimmed(double([example(same, step=s, row=0)]), i)[0][-30:])
+        for s in range(20) for i in range(2)
+    ]  # fmt: skip
+    assert any(a != b for a, b in zip(lengths[::2], lengths[1::2]))  # other places are masked
+    for options in ({"aligned": False}, {"final_sentinel": True}):
+        with pytest.raises(ValueError, match=r"no token .* labels have 2 tokens; max_targets = 1"):
+            PivotTranslationCollator(t, ptlm_mode="span", max_targets=1, **options)([example(pair)])
     long = Pair("word " * 60, CODE * 8, "English", "Python")
     with pytest.warns(TruncationWarning):
         cut = collate([example(long)])
@@ -261,6 +342,16 @@ def test_empty_pairs():
         collate([empty])
     with pytest.raises(ValueError, match="pair 1 has an empty target"):
         PivotTranslationCollator(tokenizer(), strict=True)([example(), empty])
+    nameless = {k: v for k, v in example().items() if k != "source_language"}
+    with pytest.raises(ValueError, match="pair 1 has no source_language; it has source, target"):
+        collate([example(), nameless])
+    for change, said in (
+        ({"source": None}, "source of pair 1 must be a text or token ids, got None"),
+        ({"target": 5}, "target of pair 1 must be a text or token ids, got 5"),
+        ({"target_language": None}, "target_language of pair 1 must be a name, got None"),
+    ):
+        with pytest.raises(TypeError, match=said):
+            collate([example(), example(**change)])
     rows = PairRows([PAIR, Pair("", "x", "English", "Python")])
     assert len(rows) == 1 and rows.skipped == 1
     with pytest.raises(ValueError, match="pair 1 has an empty"):
