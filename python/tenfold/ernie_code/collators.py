@@ -69,8 +69,8 @@ class SpanCorruptionCollator(Collator):
         length: tokens of the longest row, whose inputs fit and whose spans find a sentinel each.
 
     Raises:
-        TypeError, ValueError: settings out of range; when called: no rows, a row longer than ``length``, one that needs more
-            sentinels than there are, one that holds sentinels. IndexError: ids outside the vocabulary.
+        TypeError, ValueError: settings out of range; when called: no rows, a row longer than ``length``, one that
+            holds sentinels. IndexError: ids outside the vocabulary.
     """
 
     def __call__(self, examples: Sequence[Any]) -> Batch:
