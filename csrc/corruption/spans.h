@@ -20,6 +20,7 @@
 #include <cstdint>
 
 #include "core/cpu/isa.h"
+#include "core/det_math.h"
 #include "core/macros.h"
 #include "core/philox.h"
 
@@ -34,14 +35,17 @@ struct SpanCounts {
   int64_t noise, spans;
 };
 
+// Each operation is rounded by itself: a product that is added without being rounded first would be
+// another count of masked tokens.
 TENFOLD_HD float round_to_even(float x) {  // x >= 0
   constexpr float kWhole = 8388608.0f;     // from 2^23 on there are no fractions
-  return x < kWhole ? (x + kWhole) - kWhole : x;
+  return x < kWhole ? DetScalarOps::add(DetScalarOps::add(x, kWhole), -kWhole) : x;
 }
 
 TENFOLD_HD SpanCounts span_counts(const SpanRule& rule, int64_t n) {
   if (rule.none || n < 2) return {0, 0};
-  auto noise = static_cast<int64_t>(round_to_even(static_cast<float>(n) * rule.density));
+  auto noise =
+      static_cast<int64_t>(round_to_even(DetScalarOps::mul(static_cast<float>(n), rule.density)));
   noise = noise < 1 ? 1 : noise > n - 1 ? n - 1 : noise;
   auto spans = static_cast<int64_t>(round_to_even(static_cast<float>(noise) / rule.mean_span));
   spans = spans < 1 ? 1 : spans > n - noise ? n - noise : spans;

@@ -18,26 +18,23 @@ MaskDraw check_draw(const char* op, double density, double mean_span, int64_t se
   return {rule, seed, static_cast<uint64_t>(offset), roll};
 }
 
-// The largest row whose spans, and what else needs one, find a sentinel each.
+// What a row of n tokens needs at most: a roll may cut a span in two, or a run of kept tokens.
+SpanSizes most_sizes(const CorruptCall& c, int64_t n) {
+  const SpanCounts count = span_counts(c.draw->rule, n);
+  const int64_t cut = c.draw->roll ? 1 : 0;
+  if (count.spans == 0) return span_sizes(c.ids, n, 0, 0, n > 0 ? 1 : 0);
+  return span_sizes(c.ids, n, count.noise, count.spans + cut, count.spans + cut);
+}
+
+// The largest row that surely has enough sentinels.
 int64_t longest_row(const CorruptCall& c) {
-  const auto enough = [&](int64_t n) {
-    const int64_t spans = span_counts(c.draw->rule, n).spans;
-    return span_sizes(c.ids, n, 0, spans, spans).sentinels <= c.ids.num_sentinels;
-  };
   int64_t low = 0, high = kMostColumns;
   while (low < high) {
     const int64_t middle = low + (high - low + 1) / 2;
-    enough(middle) ? low = middle : high = middle - 1;
+    const bool enough = most_sizes(c, middle).sentinels <= c.ids.num_sentinels;
+    enough ? low = middle : high = middle - 1;
   }
   return low;
-}
-
-// What a row of `width` tokens needs at most: a roll may cut a span in two.
-SpanSizes most_sizes(const CorruptCall& c) {
-  const SpanCounts count = span_counts(c.draw->rule, c.width);
-  const int64_t spans = count.spans + (c.draw->roll && count.spans > 0 ? 1 : 0);
-  const int64_t kept = count.spans > 0 ? count.spans : 1;
-  return span_sizes(c.ids, c.width, count.noise, spans, kept);
 }
 
 CorruptCall corrupt_call(const char* op, const Tensor& tokens, const Tensor& lengths,
@@ -102,7 +99,8 @@ CorruptCall check_corruption(const Tensor& tokens, const Tensor& lengths, double
   CorruptCall c = corrupt_call(kOp, tokens, lengths, o);
   c.draw = draw;
   if (!tokens.is_cpu() && c.rows > 0)
-    check_fits(c, "a row of as many tokens as there are columns, ", c.width, most_sizes(c));
+    check_fits(c, "a row of as many tokens as there are columns, ", c.width,
+               most_sizes(c, c.width));
   return c;
 }
 

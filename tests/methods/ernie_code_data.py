@@ -4,8 +4,12 @@ import functools
 import sysconfig
 from pathlib import Path
 
+import numpy as np
+
 from tenfold.ernie_code.formatting import format_code
 from tenfold.ernie_code.tokenizer import train_tokenizer
+
+FIRST = 250_099  # sentinel of Mt5Ids
 
 
 @functools.cache
@@ -43,3 +47,18 @@ def t5_tokenizer(pieces: int = 0, sentinels: str = "▁<extra_id_{}>"):
     if sentinels:
         vocabulary += [(sentinels.format(i), 0.0) for i in reversed(range(100))]
     return T5Tokenizer(vocab=vocabulary, extra_ids=0)
+
+
+def rows_of(*lengths, seed=0, step=3):
+    draw = np.random.default_rng(seed)
+    return [
+        {"input_ids": draw.integers(3, 900, n), "step": step, "row": i}
+        for i, n in enumerate(lengths)
+    ]
+
+
+def trimmed(batch, i):
+    """A row of a batch without padding."""
+    n = int(batch["attention_mask"][i].sum())
+    labels = batch["labels"][i]
+    return batch["input_ids"][i, :n].tolist(), labels[labels != -100].tolist()

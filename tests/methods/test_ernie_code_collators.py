@@ -7,7 +7,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from ernie_code_data import Mt5Ids, files, tokenizer
+from ernie_code_data import FIRST, Mt5Ids, files, rows_of, tokenizer, trimmed
 from torch.utils.data import DataLoader
 
 from tenfold import ops, reference
@@ -20,23 +20,6 @@ from tenfold.ernie_code.formatting import SPACE, UnformattedCodeWarning, decode_
 from tenfold.ernie_code.mixture import Mixture, MixtureBatchSampler, MixtureDataset
 from tenfold.ernie_code.packing import pack_texts, raw_length
 from tenfold.ernie_code.pairs import Pair, PairRows
-
-FIRST = 250_099
-
-
-def rows_of(*lengths, seed=0, step=3):
-    draw = np.random.default_rng(seed)
-    return [
-        {"input_ids": draw.integers(3, 900, n), "step": step, "row": i}
-        for i, n in enumerate(lengths)
-    ]
-
-
-def trimmed(batch, i):
-    """A row of a batch without padding."""
-    n = int(batch["attention_mask"][i].sum())
-    labels = batch["labels"][i]
-    return batch["input_ids"][i, :n].tolist(), labels[labels != -100].tolist()
 
 
 def test_closed_form_of_the_spec():
@@ -130,49 +113,6 @@ def test_rows_do_not_depend_on_their_batch():
     assert torch.equal(shifted[:, 1:], first["labels"][:, :-1].clamp(min=0))
 
 
-def test_bad_rows():
-    with pytest.raises(ValueError, match="density must be in"):
-        SpanCorruptionCollator(Mt5Ids(), density=1.0)
-    with pytest.raises(ValueError, match="mean_span"):
-        SpanCorruptionCollator(Mt5Ids(), mean_span=0.5)
-    with pytest.raises(ValueError, match="both or neither"):
-        SpanCorruptionCollator(Mt5Ids(), first_sentinel=5)
-    with pytest.raises(ValueError, match="padding must be one of longest, max_length"):
-        SpanCorruptionCollator(Mt5Ids(), padding="none")
-    with pytest.raises(TypeError, match="seed must be an integer"):
-        SpanCorruptionCollator(Mt5Ids(), seed=0.5)
-    collate = SpanCorruptionCollator(Mt5Ids(), max_inputs=2048)
-    assert collate.most_tokens() == 2009
-    with pytest.raises(ValueError, match=r"2010 tokens and needs 101 sentinels.* at most 2009"):
-        collate(rows_of(2010))
-    assert collate(rows_of(2009))["labels"].shape == (1, 402)
-    for wrong in (-1, 250_105):
-        with pytest.raises(IndexError, match=rf"\[0, 250105\), the tokenizer's, got {wrong} in row 1"):  # fmt: skip
-            collate([[5], [7, wrong]])
-    with pytest.raises(ValueError, match="sentinel"):
-        collate([[5, 6, 250_050]])
-    loose = SpanCorruptionCollator(Mt5Ids(), allow_sentinels=True)
-    assert trimmed(loose([[5, 250_050, 6]]), 0)[0] == [5, 250_050, FIRST, 1]
-    for rows, said in (([], "no rows"), ([[[1, 2]]], "token ids"), ([[0.5]], "token ids")):
-        with pytest.raises(ValueError, match=said):
-            collate(rows)
-    with pytest.raises(ValueError, match="step must be in"):
-        collate([{"input_ids": [5, 6], "step": -1, "row": 0}])
-    empty = SpanCorruptionCollator(Mt5Ids(), density=0.0)([[5, 6, 7]])
-    assert trimmed(empty, 0) == ([5, 6, 7, 1], [1])
-    empty = SpanCorruptionCollator(Mt5Ids(), density=0.0, aligned=False)([[5, 6, 7], [8]])
-    assert trimmed(empty, 0) == ([5, 6, 7, 1], [FIRST, 1])
-
-
-def test_padding():
-    collate = SpanCorruptionCollator(Mt5Ids(), max_inputs=64, pad_to_multiple_of=8)
-    batch = collate(rows_of(20, 10))
-    assert batch["input_ids"].shape == (2, 24) and batch["labels"].shape == (2, 8)
-    assert collate(rows_of(collate.length))["input_ids"].shape == (1, 64)
-    full = SpanCorruptionCollator(Mt5Ids(), max_inputs=64, padding="max_length")(rows_of(3))
-    assert full["input_ids"].shape == (1, 64) and full["labels"].shape == (1, full["labels"].numel())  # fmt: skip
-
-
 CODE = "def add(a, b):\n    return a + b\n"
 PAIR = Pair("Return the sum.", CODE, "English", "Python", "x")
 
@@ -230,6 +170,29 @@ def test_span_mode_restores_source_and_target():
         assert decode_code(t, tokens[0, : n[0]]) == pair.source + CODE
         seen.add(tuple(source))
     assert len(seen) > 1
+    # Both directions of a pair: masks of their own, the same in any batch, in two calls of the op.
+    double = PivotTranslationCollator(t, ptlm_mode="span", directions="both", max_inputs=96)
+    given = [example(pair, step=2, row=r) for r in range(5)]
+    calls = []
+    corrupt = double._corrupt
+    double._corrupt = lambda *args: calls.append(1) or corrupt(*args)
+    whole = double(given)
+    assert len(calls) == 2 and len(whole["input_ids"]) == 10
+    alone = [trimmed(double([e]), i) for e in given for i in range(2)]
+    assert [trimmed(whole, i) for i in range(10)] == alone
+    once = collate(given)
+    assert alone[::2] == [trimmed(once, i) for i in range(5)]
+    same = Pair(
+        "un deux trois quatre cinq six sept", "un deux trois quatre cinq six sept", "a", "b"
+    )
+    lengths = [
+        tuple(x < collate.first_sentinel - 99 for x in trimmed(double([example(same, step=s, row=0)]), i)[0][-30:])
+        for s in range(20) for i in range(2)
+    ]  # fmt: skip
+    assert any(a != b for a, b in zip(lengths[::2], lengths[1::2]))  # other places are masked
+    for options in ({"aligned": False}, {"final_sentinel": True}):
+        with pytest.raises(ValueError, match=r"no token .* labels have 2 tokens; max_targets = 1"):
+            PivotTranslationCollator(t, ptlm_mode="span", max_targets=1, **options)([example(pair)])
     long = Pair("word " * 60, CODE * 8, "English", "Python")
     with pytest.warns(TruncationWarning):
         cut = collate([example(long)])
@@ -261,6 +224,16 @@ def test_empty_pairs():
         collate([empty])
     with pytest.raises(ValueError, match="pair 1 has an empty target"):
         PivotTranslationCollator(tokenizer(), strict=True)([example(), empty])
+    nameless = {k: v for k, v in example().items() if k != "source_language"}
+    with pytest.raises(ValueError, match="pair 1 has no source_language; it has source, target"):
+        collate([example(), nameless])
+    for change, said in (
+        ({"source": None}, "source of pair 1 must be a text or token ids, got None"),
+        ({"target": 5}, "target of pair 1 must be a text or token ids, got 5"),
+        ({"target_language": None}, "target_language of pair 1 must be a name, got None"),
+    ):
+        with pytest.raises(TypeError, match=said):
+            collate([example(), example(**change)])
     rows = PairRows([PAIR, Pair("", "x", "English", "Python")])
     assert len(rows) == 1 and rows.skipped == 1
     with pytest.raises(ValueError, match="pair 1 has an empty"):

@@ -161,6 +161,11 @@ def test_packaged():
         ("de", "fr", "ja"), code=("python", "javascript"), packages=PACKAGES, limit=30,
         zero_shot=[("de", "ja"), ("fr", "python")],
     )  # fmt: skip
+    for part in (made.text, made.held_text, made.pairs, made.held_pairs):
+        assert all(len(rows) <= 30 for rows in part.values())
+    # Functions and statements of sites are both there.
+    sites = {p.origin for p in corpora.site_pairs(corpora.split_messages(("de", "fr", "ja"))[0], "en")}  # fmt: skip
+    assert len({p.origin for p in made.pairs["English-Python"]} & sites) == 15
     names = {"English", "Python", "JavaScript", "German", "French", "Japanese"}
     assert set(made.text) == set(made.held_text) == names
     assert set(made.pairs) == {"English-Python", "German-English", "French-English", "Japanese-English"}  # fmt: skip
@@ -179,6 +184,7 @@ def test_packaged():
 def test_languages():
     assert prompt("de", "Python") == "translate German to Python: \n"
     assert is_code("Python") and is_code("JavaScript") and not is_code("German")
+    assert not any(is_code(code) or is_code(name) for code, name in NAMES.items())
     assert name_of("zh_Hans") == "Chinese" and name_of("Klingon") == "Klingon"
 
 

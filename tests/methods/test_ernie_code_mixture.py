@@ -35,6 +35,9 @@ def test_groups():
     assert list(made.values()) == pytest.approx([0.75 * q[0], 0.75 * q[1], 0.25])
     with pytest.raises(ValueError, match="group of 'b' has no share"):
         grouped_weights({"b": 1}, {"b": "x"}, {"y": 1})
+    for share in (0, -1, float("nan")):
+        with pytest.raises(ValueError, match="shares must be numbers >= 0"):
+            grouped_weights({"b": 1}, {"b": "x"}, {"x": share, "y": 1})
 
 
 def test_a_draw_is_a_function_of_seed_and_step():
@@ -85,6 +88,11 @@ def test_weights_given():
     mixture = Mixture(SIZES, 2, weights={"b": 2, "c": 0})
     assert mixture.weights == {"a": 0, "b": 1, "c": 0}
     assert {mixture.corpus(s) for s in range(200)} == {"b"}
+    # Ten tenths are less than 1 in float64; what is missing is not that of a corpus without weight.
+    tenths = {str(i): 1.0 for i in range(10)}
+    rounded = Mixture({**dict.fromkeys(tenths, 1), "none": 1}, 1, weights=tenths)
+    assert np.cumsum(list(rounded.weights.values()))[-1] < 1
+    assert rounded._bounds[-2:].tolist() == [1, 1] and rounded._bounds[-3] < 1
     must = "weights must be"
     for weights, said in (({"x": 1}, "no corpus 'x'"), ({"a": -1}, must), ({}, must)):
         with pytest.raises(ValueError, match=said):

@@ -1,10 +1,12 @@
 """Documents cut into rows of equal length, in memory and in files."""
 
+import warnings
+
 import numpy as np
 import pytest
 from ernie_code_data import files, tokenizer
 
-from tenfold.ernie_code.formatting import encode_code
+from tenfold.ernie_code.formatting import UnformattedCodeWarning, encode_code
 from tenfold.ernie_code.packing import PackedRows, pack, pack_texts
 
 
@@ -19,9 +21,11 @@ def test_packing():
 
 def test_packed_rows(tmp_path):
     rows = PackedRows(pack([list(range(10))], 4), 4)
-    rows.save(tmp_path / "rows.npy")
-    loaded = PackedRows.load(tmp_path / "rows.npy")
-    for made in (rows, loaded):
+    loaded = []
+    for name in ("rows.npy", "rows"):
+        rows.save(tmp_path / name)
+        loaded.append(PackedRows.load(tmp_path / name))
+    for made in (rows, *loaded):
         parts = [r["input_ids"].tolist() for r in made]
         assert len(made) == 3 and parts == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
         assert made[-1]["input_ids"].tolist() == [8, 9] and len(made[1:]) == 2
@@ -41,3 +45,16 @@ def test_texts():
     # More texts than are tokenised at a time.
     many = pack_texts(tokenizer(), (str(i) for i in range(600)), 64)
     assert tokenizer().decode(many.tokens) == "".join(map(str, range(600)))
+
+
+def test_code_as_text_warns():
+    code = "def f(x):\n    return '\\d'\n"
+    for texts in (["prose", code, code], (x for x in [code])):
+        with pytest.warns(UnformattedCodeWarning, match=r"indented Python.*code=True") as caught:
+            pack_texts(tokenizer(), texts, 64)
+        assert len(caught) == 1
+    prose = ["A title\n  indented text, as of a letter", "x = 1\n", "def f():\n\treturn 1\n", "a\0\n  b"]  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pack_texts(tokenizer(), prose, 64)
+        pack_texts(tokenizer(), [code], 64, code=True)

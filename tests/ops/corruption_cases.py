@@ -33,9 +33,11 @@ def exact(name, args, device, **kwargs):
 
 
 def rows(lengths, width, dtype=torch.int64, seed=0):
-    """Raw tokens [B, width] of rows; sentinels and tokens below 0 beyond their lengths."""
+    """Raw tokens [B, width] of rows, PAD and EOS among them; sentinels and tokens below 0 beyond their lengths."""
     made = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(2, FIRST - MANY, (len(lengths), width), generator=made)
+    tokens = torch.randint(0, FIRST - MANY, (len(lengths), width), generator=made)
+    special = torch.rand(tokens.shape, generator=made) < 0.1
+    tokens = torch.where(special, tokens % 2, tokens)
     junk = torch.tensor([FIRST, -7, EOS])[torch.randint(0, 3, tokens.shape, generator=made)]
     inside = torch.arange(width)[None] < torch.tensor(lengths)[:, None]
     return torch.where(inside, tokens, junk).to(dtype), torch.tensor(lengths)

@@ -1,5 +1,6 @@
 """span_restore: every corrupted row comes back; generated targets; and the errors of all ops on spans."""
 
+import itertools
 import random
 
 import pytest
@@ -192,13 +193,21 @@ def test_errors(device):
 
 def test_longest_row():
     """Section 8: with 100 sentinels, at 0.15 in spans of 3, a row of 2009 tokens is the longest."""
-    args = (0.15, 3.0, 0, 0, FIRST, COUNT, EOS, PAD, 2010, 500)
+    args = (0.15, 3.0, 0, 0, FIRST, COUNT, EOS, PAD, 2010)
     tokens = torch.full((1, 2010), 7)
-    assert int(ops.span_corruption(tokens, torch.tensor([2009]), *args)[1]) > 0
+    assert int(ops.span_corruption(tokens, torch.tensor([2009]), *args, 500)[1]) > 0
     with pytest.raises(
         ValueError, match=r"row 0, needs 101 sentinels; num_sentinels is 100; rows of at most 2009"
     ):
-        ops.span_corruption(tokens, torch.tensor([2010]), *args)
+        ops.span_corruption(tokens, torch.tensor([2010]), *args, 500)
+    # A roll may need one more, of either kind of run, and so does a final sentinel.
+    for roll, aligned, final in itertools.product((False, True), repeat=3):
+        free = COUNT - roll - final
+        longest = max(n for n in range(2, 2010) if round(round(0.15 * n) / 3) <= free)
+        with pytest.raises(ValueError, match=f"rows of at most {longest} tokens have enough"):
+            ops.span_corruption(
+                torch.full((1, 2100), 7), torch.tensor([2100]), *args, 700, roll, aligned, final
+            )
 
 
 def test_registration(device):

@@ -56,20 +56,20 @@ void draw_cuts(const SpanStream& s, uint32_t part, int64_t total, int64_t parts,
 
 // Rotates spans of a row of n tokens; one may be cut in two.
 int64_t roll_spans(int32_t* edges, int64_t spans, int64_t n, int64_t shift, int32_t* spare) {
-  const auto by = static_cast<int32_t>(shift), size = static_cast<int32_t>(n);
   int64_t stay = 0;  // spans of which something is left in front of the end
-  while (stay < spans && edges[2 * stay] + by < size) ++stay;
+  while (stay < spans && edges[2 * stay] + shift < n) ++stay;
   int64_t made = 0;
-  const auto add = [&](int32_t begin, int32_t end) {
-    spare[2 * made] = begin, spare[2 * made + 1] = end, ++made;
+  const auto add = [&](int64_t begin, int64_t end) {
+    spare[2 * made] = static_cast<int32_t>(begin), spare[2 * made + 1] = static_cast<int32_t>(end);
+    ++made;
   };
-  const bool cut = stay > 0 && edges[2 * stay - 1] + by > size;
-  if (cut) add(0, edges[2 * stay - 1] + by - size);
+  const bool cut = stay > 0 && edges[2 * stay - 1] + shift > n;
+  if (cut) add(0, edges[2 * stay - 1] + shift - n);
   for (int64_t j = stay; j < spans; ++j)
-    add(edges[2 * j] + by - size, edges[2 * j + 1] + by - size);
+    add(edges[2 * j] + shift - n, edges[2 * j + 1] + shift - n);
   for (int64_t j = 0; j < stay; ++j) {
-    const int32_t end = edges[2 * j + 1] + by;
-    add(edges[2 * j] + by, end < size ? end : size);
+    const int64_t end = edges[2 * j + 1] + shift;
+    add(edges[2 * j] + shift, end < n ? end : n);
   }
   __builtin_memcpy(edges, spare, static_cast<uint64_t>(made) * 2 * sizeof(int32_t));
   return made;

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
 import hashlib
-import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,12 +13,13 @@ from torch import Tensor
 
 from tenfold import ops
 from tenfold.ernie_code.tokenizer import sentinels
-from tenfold.ops.corruption import longest_chunk, span_counts
+from tenfold.ops.corruption import corrupted_sizes, longest_chunk, span_counts
 from tenfold.training.checks import integers, one_of
 
 IGNORE = -100
 PADDINGS = ("longest", "max_length")
-_STEP_BITS, _ROW_BITS = 30, 32
+_STEP_BITS, _ROW_BITS = 30, 31
+_TURNED = 1 << _ROW_BITS  # in the stream of a pair's second row
 
 Batch = dict[str, Tensor]
 
@@ -30,11 +31,16 @@ class TruncationWarning(UserWarning):
 def stream_of(step: int, row: int) -> int:
     """The random stream of the row at place ``row`` of step ``step``; rows of a step have consecutive ones.
 
-    Raises ValueError for a step outside [0, 2^30) or a row outside [0, 2^32).
+    Raises ValueError for a step outside [0, 2^30) or a row outside [0, 2^31).
     """
     if not (0 <= step < 1 << _STEP_BITS and 0 <= row < 1 << _ROW_BITS):
-        raise ValueError(f"step must be in [0, 2^30) and row in [0, 2^32), got {step} and {row}")
-    return (step << _ROW_BITS) + row
+        raise ValueError(f"step must be in [0, 2^30) and row in [0, 2^31), got {step} and {row}")
+    return (step << _ROW_BITS + 1) + row
+
+
+def turned_stream(stream: int) -> int:
+    """That of a pair's second row, in the other direction; rows of a step have consecutive ones of these, too."""
+    return stream ^ _TURNED
 
 
 class Collator:
@@ -58,17 +64,13 @@ class Collator:
         self.max_inputs, self.seed, self.epoch = max_inputs, seed, 0
         self.density, self.mean_span, self.final_sentinel = density, mean_span, final_sentinel
         self.roll, self.aligned, self.allow_sentinels = roll, aligned, allow_sentinels
-        # A roll may cut a span in two, which makes both sides one token longer; and where nothing is masked, t5's rule
-        # still has a sentinel for the row.
-        self.length, targets = longest_chunk(
-            max_inputs - int(roll), density, mean_span, final_sentinel
-        )
-        spare = int(roll or (density == 0 and not aligned))
-        self.max_targets = targets + spare if max_targets is None else max_targets
         self.pad_to_multiple_of = pad_to_multiple_of
-        integers(
-            self, {"max_inputs": 2, "max_targets": 1, "seed": 0, "pad_to_multiple_of": 1}, ("pad_to_multiple_of",)
-        )  # fmt: skip
+        optional = ("max_targets", "pad_to_multiple_of")
+        self.max_targets = max_targets
+        integers(self, {"max_inputs": 2, "max_targets": 1, "seed": 0, "pad_to_multiple_of": 1}, optional)  # fmt: skip
+        self.length = self._longest(max_inputs)
+        self.length = self.most_tokens()
+        self.max_targets = self._sizes(self.length)[1] if max_targets is None else max_targets
         one_of("padding", padding, PADDINGS)
         self.padding, self.decoder_input_ids = padding, decoder_input_ids
 
@@ -84,16 +86,31 @@ class Collator:
                 made.append(1 << 62 | int.from_bytes(digest, "little") >> 2)
         return made
 
-    def _width(self, lengths: Tensor, most: int) -> int:
+    def _sizes(self, length: int) -> tuple[int, int]:
+        """Tokens of inputs and targets that a row may need."""
+        return corrupted_sizes(length, self.density, self.mean_span, self.final_sentinel, roll=self.roll,
+                               aligned=self.aligned)  # fmt: skip
+
+    def _longest(self, max_inputs: int) -> int:
+        """The longest row whose inputs fit."""
+        return longest_chunk(max_inputs, self.density, self.mean_span, roll=self.roll)[0]
+
+    def _padded(self, side: Tensor, lengths: Tensor, fill: int) -> Tensor:
+        """A side with the columns that ``padding`` asks for; off the CPU, lengths count as the longest possible."""
         if self.padding == "max_length":
-            return most
+            return side
+        width = side.shape[1]
+        if side.device.type == "cpu":
+            width = int(lengths.max()) if len(lengths) else 0
         multiple = self.pad_to_multiple_of or 1
-        return min(-(-int(lengths.max()) // multiple) * multiple, most)
+        width = -(-width // multiple) * multiple
+        if width > side.shape[1]:
+            return torch.nn.functional.pad(side, (0, width - side.shape[1]), value=fill)
+        return side[:, :width].contiguous()
 
     def _finish(self, inputs: Tensor, in_len: Tensor, labels: Tensor, tgt_len: Tensor) -> Batch:
-        if inputs.device.type == "cpu":
-            inputs = inputs[:, : self._width(in_len, self.max_inputs)].contiguous()
-            labels = labels[:, : self._width(tgt_len, self.max_targets)].contiguous()
+        inputs = self._padded(inputs, in_len, self.pad_id)
+        labels = self._padded(labels, tgt_len, IGNORE)
         at = torch.arange(inputs.shape[1], device=inputs.device)
         batch = {
             "input_ids": inputs,
@@ -117,12 +134,17 @@ class Collator:
         self, tokens: Tensor, lengths: Tensor, streams: Sequence[int], max_inputs: int, max_targets: int
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         """As ``_corrupt``, each row with a stream of its own: one call for each run of consecutive ones."""
-        starts = [i for i, s in enumerate(streams) if i == 0 or s != streams[i - 1] + 1]
+        order = sorted(range(len(streams)), key=streams.__getitem__)
+        ranked = [streams[i] for i in order]
+        tokens, lengths = tokens[order], lengths[order]
+        starts = [i for i, s in enumerate(ranked) if i == 0 or s != ranked[i - 1] + 1]
         parts = [
-            self._corrupt(tokens[a:b], lengths[a:b], streams[a], max_inputs, max_targets)
-            for a, b in zip(starts, [*starts[1:], len(streams)])
+            self._corrupt(tokens[a:b], lengths[a:b], ranked[a], max_inputs, max_targets)
+            for a, b in zip(starts, [*starts[1:], len(ranked)])
         ]
-        return parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts)))  # type: ignore[return-value]
+        back = torch.tensor(order).argsort()
+        inputs, in_len, labels, tgt_len = (torch.cat(part)[back] for part in zip(*parts))
+        return inputs, in_len, labels, tgt_len
 
     def _check_ids(self, rows: Sequence[np.ndarray]) -> None:
         for i, row in enumerate(rows):
@@ -132,13 +154,17 @@ class Collator:
                     f"token ids must be in [0, {self.vocab_size}), the tokenizer's, got {wrong} in row {i}"
                 )
 
+    def _sentinels(self, length: int) -> int:
+        """Sentinels that a row may need: for its spans, or for its runs of kept tokens where those are marked."""
+        spans = span_counts(length, self.density, self.mean_span)[1] if length > 1 else 0
+        marks = spans + int(self.roll) if spans else int(length > 0 and not self.aligned)
+        return marks + int(self.final_sentinel)
+
     def most_tokens(self) -> int:
         """The longest row whose spans do not outnumber the sentinels (2009 at 0.15 and 3 with 100 of them)."""
-        spare = self.num_sentinels - int(self.roll) - int(self.final_sentinel)
-        counts = itertools.takewhile(
-            lambda n: span_counts(n, self.density, self.mean_span)[1] <= spare, range(2, self.length + 1)
-        )  # fmt: skip
-        return max(counts, default=1)
+        return bisect.bisect_right(
+            range(1, self.length + 1), self.num_sentinels, key=self._sentinels
+        )
 
 
 def padded(rows: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:

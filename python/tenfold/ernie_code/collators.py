@@ -26,10 +26,10 @@ from tenfold.ernie_code.batching import (
     TruncationWarning,
     padded,
     stream_of,
+    turned_stream,
 )
 from tenfold.ernie_code.formatting import encode_texts, unformat_code, warn_unformatted
 from tenfold.ernie_code.languages import is_code, prompt
-from tenfold.ops.corruption import corrupted_sizes, longest_chunk, span_counts
 from tenfold.training.checks import one_of
 
 PTLM_MODES = ("full", "span")
@@ -66,11 +66,11 @@ class SpanCorruptionCollator(Collator):
         decoder_input_ids: give them, too (models make them of the labels themselves).
 
     Attributes:
-        length: tokens of the longest row.
+        length: tokens of the longest row, whose inputs fit and whose spans find a sentinel each.
 
     Raises:
-        ValueError: settings out of range; when called: no rows, a row longer than ``length``, one that needs more
-            sentinels than there are, one that holds sentinels. IndexError: ids outside the vocabulary.
+        TypeError, ValueError: settings out of range; when called: no rows, a row longer than ``length``, one that
+            holds sentinels. IndexError: ids outside the vocabulary.
     """
 
     def __call__(self, examples: Sequence[Any]) -> Batch:
@@ -91,31 +91,36 @@ class SpanCorruptionCollator(Collator):
         """A batch of rows that are on a device already, the same as of the call; there without a synchronisation.
 
         Args:
-            tokens: int64 [B, L <= length]. lengths: int [B]. step, row: of the first row; the others follow it.
+            tokens: int32 or int64 [B, L <= length]. lengths: int [B]. step, row: of the first row; the others follow
+                it.
 
         Off the CPU, rows are padded to the longest possible and ids are not checked.
         """
+        if tokens.dtype == torch.int32:
+            tokens = tokens.to(torch.int64)  # batches are int64
         if tokens.shape[-1] > self.length:
             self._check_length(0, tokens.shape[-1])
+        checked = tokens.dtype == torch.int64 and lengths.dtype in (torch.int32, torch.int64)
+        if checked and tokens.device.type == "cpu" and lengths.shape == tokens.shape[:1]:
+            self._check_ids([r[:n].numpy() for r, n in zip(tokens, lengths.tolist())])
         stream = stream_of(step, row)
         return self._finish(
             *self._corrupt(tokens, lengths, stream, self.max_inputs, self.max_targets)
         )
 
     def _check_length(self, number: int, length: int) -> None:
-        if length > self.length:
+        if length <= self.length:
+            return
+        needed = self._sentinels(length)
+        if self._sentinels(self.length + 1) > self.num_sentinels:
             raise ValueError(
-                f"row {number} has {length} tokens; corrupted inputs of at most max_inputs = {self.max_inputs} tokens "
-                f"come from rows of at most {self.length} (tenfold.ernie_code.packing cuts them)"
+                f"row {number} has {length} tokens and needs {needed} sentinels, there are {self.num_sentinels}: "
+                f"rows may have at most {self.length}"
             )
-        if length > 1:
-            needed = span_counts(length, self.density, self.mean_span)[1]
-            needed += int(self.roll) + int(self.final_sentinel)
-            if needed > self.num_sentinels:
-                raise ValueError(
-                    f"row {number} has {length} tokens and needs {needed} sentinels, there are {self.num_sentinels}: "
-                    f"rows may have at most {self.most_tokens()}"
-                )
+        raise ValueError(
+            f"row {number} has {length} tokens; corrupted inputs of at most max_inputs = {self.max_inputs} tokens "
+            f"come from rows of at most {self.length} (tenfold.ernie_code.packing cuts them)"
+        )
 
 
 class PivotTranslationCollator(Collator):
@@ -174,6 +179,8 @@ class PivotTranslationCollator(Collator):
     def _pairs(self, examples: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, Any, Any, int]]:
         """(source language, target language, source, target, stream) of each row."""
         made = []
+        for number, e in enumerate(examples):
+            _check_pair(number, e)
         contents = (repr((e["source"], e["target"])).encode("utf-8", "surrogatepass") for e in examples)  # fmt: skip
         for number, (e, stream) in enumerate(zip(examples, self._streams(examples, contents))):
             lost = [side for side in ("source", "target") if _empty(e[side])]
@@ -187,7 +194,10 @@ class PivotTranslationCollator(Collator):
             turned = self.directions == "backward" or (
                 self.directions == "random" and _coin(self.seed, stream)
             )
-            made += [forward, backward] if self.directions == "both" else [backward if turned else forward]  # fmt: skip
+            if self.directions == "both":
+                made += [forward, (*backward[:4], turned_stream(stream))]
+            else:
+                made.append(backward if turned else forward)
         if not made:
             raise ValueError(f"none of the {len(examples)} pairs has both a source and a target")
         return made
@@ -255,16 +265,16 @@ class PivotTranslationCollator(Collator):
     def _room(self, before: int) -> int:
         """Tokens of source and target that fit behind a prompt of so many, corrupted."""
         if before not in self._rooms:
-            width = self.max_inputs - before - int(self.roll)
-            room = min(longest_chunk(max(width, 2), self.density, self.mean_span)[0], self.most_tokens())  # fmt: skip
-            while room > 1 and self._targets(room) > self.max_targets:
+            room = min(self._longest(self.max_inputs - before), self.length)
+            while room > 0 and self._sizes(room)[1] > self.max_targets:
                 room -= 1
+            if room == 0:
+                raise ValueError(
+                    f"no token of source and target fits: its labels have {self._sizes(1)[1]} tokens; max_targets = "
+                    f"{self.max_targets}"
+                )
             self._rooms[before] = room
         return self._rooms[before]
-
-    def _targets(self, length: int) -> int:
-        sizes = corrupted_sizes(length, self.density, self.mean_span, self.final_sentinel)
-        return sizes[1] + int(self.roll)
 
     def _warn(self, cut: Sequence[Sequence[int]]) -> None:
         sources, targets = (sum(row[side] > 0 for row in cut) for side in (0, 1))
@@ -280,6 +290,17 @@ class PivotTranslationCollator(Collator):
 
 def _empty(text: Any) -> bool:
     return not text.strip() if isinstance(text, str) else len(text) == 0
+
+
+def _check_pair(number: int, example: Mapping[str, Any]) -> None:
+    for name in ("source", "target", "source_language", "target_language"):
+        if name not in example:
+            raise ValueError(f"pair {number} has no {name}; it has {', '.join(map(str, example))}")
+        value = example[name]
+        text = name in ("source", "target")
+        if not isinstance(value, str) and not (text and hasattr(value, "__len__")):
+            wanted = "a text or token ids" if text else "a name"
+            raise TypeError(f"{name} of pair {number} must be {wanted}, got {value!r}")
 
 
 def _coin(seed: int, stream: int) -> bool:

@@ -229,7 +229,11 @@ def packaged(
             pairs[f"{label}-English"] = message_pairs(messages, language, "en")[:limit]
     asked = list(itertools.pairwise(languages) if zero_shot is None else zero_shot)
     if any(b == "python" for _, b in asked):
-        made.pairs["English-Python"] = [*made.pairs.get("English-Python", []), *site_pairs(train, "en")]  # fmt: skip
+        own, sites = made.pairs.get("English-Python", []), site_pairs(train, "en")
+        if limit is not None:  # some of both
+            sites = sites[: max(limit // 2, limit - len(own))]
+            own = own[: limit - len(sites)]
+        made.pairs["English-Python"] = [*own, *sites]
     for a, b in asked:
         found = site_pairs(held, a) if b == "python" else message_pairs(held, a, b)
         made.held_pairs[f"{name_of(a)}-{CODE_NAMES.get(b, name_of(b))}"] = found[:limit]

@@ -11,6 +11,7 @@ final newline or the first line's indentation is lost.
 
 from __future__ import annotations
 
+import ast
 import re
 import warnings
 from collections.abc import Iterable, Sequence
@@ -63,6 +64,19 @@ def warn_unformatted(text: str, name: str = "code", stacklevel: int = 2) -> bool
             stacklevel=stacklevel + 1,
         )
     return found
+
+
+def is_indented_python(text: str) -> bool:
+    """Whether a text with lines that start with spaces is Python: it parses."""
+    if _RAW_INDENT.search(text) is None:
+        return False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of odd escapes in what is parsed
+        try:
+            ast.parse(text)
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            return False
+    return True
 
 
 def whitespace_ids(tokenizer: Any) -> dict[str, int]:

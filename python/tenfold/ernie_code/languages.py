@@ -4,7 +4,7 @@ from __future__ import annotations
 
 # CodeSearchNet's six, and others that people have pairs of.
 CODE_LANGUAGES = frozenset(
-    {"python", "java", "javascript", "go", "php", "ruby", "c", "c++", "cpp", "c#", "c-sharp", "cs", "rust",
+    {"python", "java", "javascript", "go", "php", "ruby", "c", "c++", "cpp", "c#", "c-sharp", "rust",
      "typescript", "kotlin", "scala", "swift", "shell", "bash", "sql", "html", "css", "lua", "perl", "r", "julia",
      "haskell", "code"}
 )  # fmt: skip
@@ -25,8 +25,11 @@ NAMES = {
 
 
 def is_code(language: str) -> bool:
-    """Whether a name (of any capitalisation) is that of a programming language: its text is formatted."""
-    return language.lower() in CODE_LANGUAGES
+    """Whether a name (of any capitalisation) is that of a programming language: its text is formatted.
+
+    Codes of django's catalogues are human languages: ``cs`` is Czech.
+    """
+    return name_of(language).lower() in CODE_LANGUAGES
 
 
 def name_of(language: str) -> str:

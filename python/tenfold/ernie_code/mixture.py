@@ -45,11 +45,16 @@ def grouped_weights(
     Args:
         sizes: rows by corpus. groups: group by corpus. shares: weight by group; they need not sum to 1.
 
-    Raises ValueError for a corpus whose group has no share.
+    Raises ValueError for a corpus whose group has no share; shares that are not numbers >= 0, or all 0.
     """
     lost = [c for c in sizes if groups.get(c) not in shares]
     if lost:
         raise ValueError(f"the group of {lost[0]!r} has no share; shares: {', '.join(shares)}")
+    given = np.array([shares[groups[c]] for c in sizes], dtype=np.float64)
+    if not np.isfinite(given).all() or (given < 0).any() or not given.any():
+        raise ValueError(
+            f"shares must be numbers >= 0, one of a group with corpora positive, got {dict(shares)}"
+        )
     made: dict[str, float] = {}
     for group, share in shares.items():
         names = [c for c in sizes if groups[c] == group]
@@ -117,7 +122,8 @@ class Mixture:
             raise ValueError(f"the corpus {empty[0]!r} has no rows")
         self.weights = dict(zip(sizes, (found / found.sum()).tolist()))
         self._bounds = np.cumsum(found / found.sum())
-        self._bounds[-1] = 1.0
+        # Sums that round to less than 1 leave nothing to corpora of no weight behind the last one that has some.
+        self._bounds[np.flatnonzero(found)[-1] :] = 1.0
         self._blocks: list[np.ndarray] = []  # corpus of each step
         self._before: list[np.ndarray] = [np.zeros(len(found), np.int64)]  # steps of each before it
         self._orders: dict[str, tuple[int, np.ndarray]] = {}

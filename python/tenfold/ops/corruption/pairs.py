@@ -52,9 +52,10 @@ def pair_pack(
 
     Raises:
         ValueError: shapes, devices, ids that do not fit; on the CPU also a prefix that leaves no room for EOS.
-        IndexError: offsets that fall, or leave the tokens; a token below 0. TypeError: dtypes. Elsewhere values are not
-        checked: offsets count as the nearest possible ones, tokens are copied as they are, and both lengths of a row
-        whose prefix does not fit are -1, with nothing but padding in it.
+        IndexError: offsets that fall, or leave the tokens; a token below 0 among those that are kept (what is cut off
+        is not read). TypeError: dtypes. Elsewhere values are not checked: offsets count as the nearest possible ones,
+        tokens are copied as they are, and both lengths of a row whose prefix does not fit are -1, with nothing but
+        padding in it.
 
     Source:
         ERNIE-Code (arXiv 2212.06742), sections 3.4 and 8 of the method's specification.
