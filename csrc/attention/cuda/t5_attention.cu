@@ -83,8 +83,9 @@ std::tuple<Tensor, Tensor> t5_attention_op(Tensor q_in, Tensor k_in, Tensor v_in
 }
 
 template <class T, int kW>
-void launch_t5_backward(const char* op, BackwardArgs& p, const OptTensor& bias_table, const T5Args& a,
-                     const Tensor& dtable, const Room& room, cudaStream_t stream) {
+void launch_t5_backward(const char* op, BackwardArgs& p, const OptTensor& bias_table,
+                        const T5Args& a, const Tensor& dtable, const Room& room,
+                        cudaStream_t stream) {
   for (const int64_t blocks :
        {(p.batch * p.q_heads * p.queries.length + 3) / 4, backward_blocks<T, kW, Grad::q>(p),
         backward_blocks<T, kW, Grad::k>(p), backward_blocks<T, kW, Grad::v>(p)})
