@@ -65,12 +65,16 @@ class Collator:
         self.density, self.mean_span, self.final_sentinel = density, mean_span, final_sentinel
         self.roll, self.aligned, self.allow_sentinels = roll, aligned, allow_sentinels
         self.pad_to_multiple_of = pad_to_multiple_of
-        optional = ("max_targets", "pad_to_multiple_of")
-        self.max_targets = max_targets
-        integers(self, {"max_inputs": 2, "max_targets": 1, "seed": 0, "pad_to_multiple_of": 1}, optional)  # fmt: skip
+        self.max_targets = (
+            1 if max_targets is None else max_targets
+        )  # till the longest row is known
+        integers(
+            self, {"max_inputs": 2, "max_targets": 1, "seed": 0, "pad_to_multiple_of": 1}, ("pad_to_multiple_of",)
+        )  # fmt: skip
         self.length = self._longest(max_inputs)
         self.length = self.most_tokens()
-        self.max_targets = self._sizes(self.length)[1] if max_targets is None else max_targets
+        if max_targets is None:
+            self.max_targets = self._sizes(self.length)[1]
         one_of("padding", padding, PADDINGS)
         self.padding, self.decoder_input_ids = padding, decoder_input_ids
 
