@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """tenfold's benchmark kit; shipped in the wheel as ``tenfold._bench``.
 
 A family's cases live in ``bench_<family>.py``. Run them with ``tenfold bench``, ``python -m bench`` or

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``python -m bench [FAMILY ...]``: as ``tenfold bench``, from a checkout."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Cases of ``dha_attention_backward``: part of the family ``attention``.
 
 ``llama`` is 32 heads of 128: all heads, groups of four, and a DHA layer with a quarter of them (4 key

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Benchmarks of ``dha_decode``: one new token over a cache of decoupled heads.
 
 DHA at 25 % of 32 query heads (8 + 8 heads with arbitrary maps, or 4 key and 12 value heads), GQA 32/8,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Benchmarks of the head operations of ``attention``: one layer's K or V projection, and the tables.
 
 ``llama`` is 32 heads of 128 over a width of 4096, ``smollm2`` 9 of 64 over 576. Bytes count each input

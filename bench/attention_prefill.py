@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Benchmarks of ``dha_attention``: prefill of MHA, GQA and DHA heads.
 
 ``mha`` is 32 heads of 128, ``gqa`` 32 query / 8 key and value heads, ``dha`` the same counts with maps in

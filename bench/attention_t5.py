@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Cases of ``t5_attention``: forward, forward in training, forward with backward, and a step of decoding.
 
 ``mt5-base`` is 12 heads of 64 in 8 sequences, ``mt5-small`` 6 heads. The peer is transformers' own T5 path:

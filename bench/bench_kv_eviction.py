@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Benchmarks of ``kv_eviction``: NACL's scores, selection, cache moves, and ragged decode.
 
 ``llama`` is 32 query / 8 KV heads of 128, ``smollm2`` 9 / 3 of 64. Bytes count each input once and

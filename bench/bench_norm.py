@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Benchmarks of ``norm``: the cases of its groups, one module each."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a benchmark case is: inputs, bytes, FLOPs, providers, and how their agreement is judged.
 
 A case is data and small functions; ``harness.measure`` does everything else. The result of an in-place

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What this machine can do, measured in the same run: the denominators of every share of ceiling.
 
 | name | CPU | GPU |

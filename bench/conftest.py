@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """pytest-benchmark carries the same cases: ``pytest bench/ --benchmark-json=out.json``.
 
 Options: ``--full`` (all cases; default: the quick ones), ``--bench-device cpu|cuda``. Every case's

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Span corruption in NumPy, as collators do it: what the ops are compared with.
 
 ``by_row`` has the structure of the collators of run_t5_mlm and nanoT5: a mask for each row, then all rows at once.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Cases of ``pair_pack`` and ``shift_right``: part of the family ``corruption``.
 
 Translation pairs with a prompt of 8 tokens: sources of 200 tokens and targets of 100 on average, some too long. Bytes:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Cases of the ops on spans (masks, corruption, both, and back): part of the family ``corruption``.
 
 Packed rows of ERNIE-Code's two lengths, 15 % in spans of 3: a micro-batch, and the 256 rows of the method's

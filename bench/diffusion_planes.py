@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Cases of ``conv1d_planes``: part of the family ``diffusion``.
 
 The first convolution of the net: stereo in, 128 channels out, kernel 5, with the 16 planes of the time embedding alone

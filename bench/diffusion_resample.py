@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Cases of ``fir_down2`` and ``fir_up2_cat``: part of the family ``diffusion``.
 
 Levels of the full net: 512 channels, and the widest activation that fits a benchmark. ``eager:dense`` is the reference

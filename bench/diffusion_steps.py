@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Cases of ``vdiff_step``: part of the family ``diffusion``.
 
 A sampler's step over a batch of stereo waveforms: without guidance, with it, and ancestral with noise. Bytes: z and

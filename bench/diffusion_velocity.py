@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Cases of ``vdiff_noise``, ``vdiff_noise_rng`` and ``vdiff_loss``: part of the family ``diffusion``.
 
 Batches of stereo waveforms: eight crops of the full length, and a small one. Bytes: x0 (and noise) read, z and v

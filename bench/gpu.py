@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Proves the CUDA kernels on a GPU: tests, sanitizer, benchmarks; writes the result that the ledger reads.
 
     python bench/gpu.py --ops PATH/_ops.so --out FOLDER                      all steps

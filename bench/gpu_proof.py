@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What proves CUDA kernels: records of steps, their union over several commands, and the verdict.
 
 A step (``tests``, one per sanitizer tool, ``bench``) leaves ``<out>/steps/<name>.json``. Steps and

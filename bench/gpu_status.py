@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """GPU ledger: is each family's CUDA code the code that was last proven on an H200?
 
     python -m bench.gpu_status          kv_eviction verified | stale | never

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Providers of "forward and backward": a loss and its gradients, by autograd.
 
 The harness runs under ``no_grad``, as most ops are called; here grad mode is on, and the inputs that are

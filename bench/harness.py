@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Measures a case: builds providers, checks agreement, then times those that agree, interleaved.
 
     providers -> build (60 s limit) -> agreement (before any timing) -> interleaved samples -> numbers

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Cases of ``markov_onestep_tuples`` and ``outer_dot``: part of the family ``influence``.
 
 Tuples: the published mini-batch of 128, forward and backward, features of 384. ``eager:bags`` sums the rows of a batch

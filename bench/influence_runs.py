@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Cases of ``markov_scan`` and ``markov_onestep``: part of the family ``influence``.
 
 ``ft`` and ``it`` are the published sizes: fine-tuning (R 5, T 96, B 4, M = Q = 200) and instruction tuning (T 288, B 8,

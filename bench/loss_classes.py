@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Cases of ``trace_token_class``, ``lm_weight``, ``first_stop`` and ``segment_mean``: part of the family ``loss``.
 
 Batches of traces, half to all of their width, with eight special tokens each. Ids are read once, 8 bytes a token;

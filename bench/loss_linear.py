@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Cases of ``linear_cross_entropy`` and ``linear_logprob``: part of the family ``loss``.
 
 Hidden states times a head, and from there to the loss and both gradients, or to log-probabilities. Useful

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Cases of ``selective_logprob``: part of the family ``loss``.
 
 The log-probability of one token per row of logits, with and without entropy, and the logits' gradient of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Cases of ``last_token_reward`` and ``pairwise_logsigmoid``: part of the family ``loss``.
 
 Rewards of traces of half to all of the width, by the last token and by the mean, with gradients of the hidden

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Cases of ``sequence_nll``: part of the family ``loss``.
 
 Sums of the negative log-likelihood of whole sequences, of which the first half, the prompt, does not count:

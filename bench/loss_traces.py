@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Cases of building traces and classing their tokens (``trace_token_class``): part of the family ``loss``.
 
 A batch of Themis' pairs as ids and classes [2B, S]. ``kept``: rows were tokenised and classed once, as in training, and

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Cases of ``weighted_linear_ce``: part of the family ``loss``.
 
 One pair of traces: of 512 tokens two fifths have no weight (the prompt and the answer), and cost nothing. The weighted

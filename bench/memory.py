@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What one call allocates at its peak: its results, and all that lives at once in between.
 
 On a GPU torch's allocator says it. On a CPU native code takes memory of its own, so it is the growth of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Cases of ``dare_merge`` and ``ties_merge``: part of the family ``merge``.
 
 Two experts. Eager forms work in float32, in pieces that stay in the second cache; peers are PEFT's functions for

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the cases of ``merge`` share: fine-tuned copies of one tensor, and how results are compared.
 
 Bytes are those of all inputs read once (twice where a first pass decides what the second one does: TIES,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Cases of ``linear_merge``, ``slerp_merge`` and ``delta_gram``: part of the family ``merge``."""
 
 from __future__ import annotations

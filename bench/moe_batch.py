@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The routed batches that the cases of ``moe`` share.
 
 Every expert has its own popularity, so that groups are ragged: of 64 experts some get several times the mean,

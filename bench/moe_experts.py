@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Cases of ``moe_swiglu_mlp``: part of the family ``moe``.
 
 A mixture's expert block, forward, and forward and backward of everything, from one token (where the weights

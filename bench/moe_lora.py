@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Cases of ``moe_lora_swiglu_mlp``: part of the family ``moe``.
 
 Experts that are LoRA pairs on one shared, frozen block. Useful FLOPs: those of the shared block once per token,

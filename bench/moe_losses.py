@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Cases of what routers are trained with: part of the family ``moe``.
 
 Both losses with their gradients. ``load_balance_loss`` takes the counts that routing has made anyway;

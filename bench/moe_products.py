@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Cases of ``grouped_gemm`` and ``grouped_gemm_wgrad``: part of the family ``moe``.
 
 Sorted rows of a batch times their experts' matrices, and the matrices' gradients. A GPU has one form more, of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Cases of the router and of sorted slots: part of the family ``moe``.
 
 ``moe_gate`` alone and, as a router is used, with ``moe_sort`` (``moe_route``); ``moe_gate_linear``, which makes the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``grouped_gemm`` in Triton: a provider beside ours on a GPU, tested on the CPU by Triton's interpreter.
 
 A program computes one tile of the result. The tiles of all groups are numbered one after another; a program

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Cases of ``swiglu`` and ``gated_gelu``, their forms into a given tensor and their gradients: part of ``norm``.
 
 Rows of PixelGPT's feed-forward layer (2,816) while it is trained and while it decodes. Bytes: both inputs read, the

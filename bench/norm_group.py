@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Cases of ``gn1_gelu``, with a residual and without, its form into a given tensor and its gradients: part of ``norm``.
 
 Levels of a waveform U-Net: long rows of 128 channels, shorter ones of 512. Bytes: x (and the residual) read, y written;

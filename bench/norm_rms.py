@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Cases of ``rms_norm``, its form into given tensors and its gradients: part of the family ``norm``.
 
 Rows of a model while it is trained (4,096 tokens) and while it decodes (1 and 64). Bytes: x (and the residual) read,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Benchmarks of ``masked_adamw_`` and ``masked_adamw_8bit_``: one step over lists of tensors.
 
 Sizes: one matrix of 1M to 105M elements, many small tensors, and the layers of SmolLM2-135M whole and with

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Benchmarks of the mask operations of ``optim``: packed masks, selections, norms, copies, row gradients.
 
 Sizes are those of a large matrix (2^24 elements), of one Llama-like layer of width 2048, and of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """docs/performance.md: every op's floor, the share of it that is reached, and who is faster where."""
 
 from __future__ import annotations

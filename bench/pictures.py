@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Two panels of dots as SVG: share of the ceiling, and ratio to the best other provider, a row per op.
 
 Written by hand instead of by a plotting library, whose bytes change with its version: these files are

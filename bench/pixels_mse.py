@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Cases of ``patch_mse``: part of the family ``pixels``.
 
 ``npp``: next patch prediction on strips whose patches all count; ``text``: three quarters of them do; ``mae``: a masked

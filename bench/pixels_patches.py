@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Cases of ``patchify_u8``, ``patchify_batch`` and ``unpatchify``: part of the family ``pixels``.
 
 Strips of rendered text are [B, 16, 16 L, 3] (HWC, as a renderer or decoder gives them) or [B, 3, 16, 16 L]; images

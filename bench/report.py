@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tables and plots from result files; the only way numbers get into README and docs.
 
 python -m bench.report                     page of all committed results

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Result files: ``<out>/<machine>/<family>.json``, one family measured in one run.
 
 A file says what was measured (commit, hashes of sources and binary), where (device, ISA, threads,

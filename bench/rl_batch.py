@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The rollouts that the cases of ``rl`` share: rows of tokens, padded on the right."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Cases of PPO's losses with their gradients: part of the family ``rl``.
 
 Every form gives the loss, its gradient and the statistics that trainers log. Plain torch in two forms:

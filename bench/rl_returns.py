@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Cases of ``macro_pool``, ``macro_gae``, ``gae`` and ``ma_ppo_prepare``: part of the family ``rl``.
 
 Macro actions have five tokens, rows half to all of their width. Peers are the loops of the method's

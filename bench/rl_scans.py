@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Forms of the recursion of GAE, ``A_t = delta_t + c A_{t+1}``, that others can be timed with.
 
 Columns one after the other (as trainers write it), the recursive filter of SciPy, and in plain torch the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Cases of the four ``macro_segment`` ops: part of the family ``rl``.
 
 Rows are padded on the right. A mask costs a byte per token, ``seg`` four.

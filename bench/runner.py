@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs families: cases, ceilings before and after, a table on the terminal, JSON and a page.
 
 ``tenfold bench``, ``python -m bench`` and ``pytest bench/`` all end here.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Hashes of a family's sources: what a result was measured on. Standard library only.
 
 ``measured_hash``: everything under ``csrc/<family>/`` and ``csrc/core/`` (a CPU result's sources).

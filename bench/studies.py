@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Generated tables of the methods' studies, each from its committed result file."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every case of every family under pytest-benchmark."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Timing: cold-cache rotation, interleaved rounds, CPU clock and CUDA graph replay.
 
 Samples of all providers are interleaved, so that a change of clock or a noisy neighbour hits all of

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // tenfold._C: build info and CPU capability, for Python. It touches no tensor and links no torch:
 // the state lives in _ops.so, whose C functions are looked up here (the library is loaded already).
 #include <dlfcn.h>

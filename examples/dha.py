@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Converts SmolLM2-135M (9 query, 3 KV heads) to fewer key and value heads and lets both answer.
 
 python examples/dha.py [--budget 0.25] [--steps 30] [--out FOLDER] [--json FILE]

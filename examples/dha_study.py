@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """DHA against mean-pooled GQA on a model trained here: the study of docs/methods/dha.md.
 
 python examples/dha_study.py [--seeds 1] [--parent-steps 900] [--out bench/results/dha]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Does English carry meaning between languages that were never seen together? Messages in 20 languages, and Python.
 
 python examples/ernie_code.py [--steps 1200] [--out bench/results/ernie_code]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Does a small waveform model do what its prompt says? Trained on rendered scores, asked in phrasings it never saw.
 
 python examples/ernie_music.py [--steps 5000] [--prompts 96] [--out bench/results/ernie_music]

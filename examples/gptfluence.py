@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Records fine-tunings of a small model, learns to simulate them, and asks which examples helped.
 
 python examples/gptfluence.py [--runs 16] [--encoder minilm] [--out FOLDER] [--json FILE]

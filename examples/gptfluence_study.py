@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Does a simulator know what training examples do? Many fine-tunings on real texts, against all baselines.
 
 python examples/gptfluence_study.py [--seeds 0 1] [--out bench/results/gptfluence]

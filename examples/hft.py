@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fine-tunes half of SmolLM2-135M, then all of it, on two tasks: what is learnt, forgotten and paid.
 
 python examples/hft.py [--steps 20] [--tasks german,docstring] [--methods full,hft,lora] [--json FILE]

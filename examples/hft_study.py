@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What continual fine-tuning forgets: full, half and other methods on a model trained here.
 
 python examples/hft_study.py [--seeds 0 1 2] [--only full half LoRA] [--out bench/results/hft]

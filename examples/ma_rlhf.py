@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Trains SmolLM2-135M-Instruct (LoRA) by PPO and by MA-PPO on the same prompts: score, KL, samples.
 
 python examples/ma_rlhf.py [--steps 10] [--methods ppo,ma-ppo] [--reward spelling] [--json FILE]

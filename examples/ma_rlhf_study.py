@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Macro actions against tokens: PPO, PPO with a larger lambda, and MA-PPO on a language model trained here.
 
 python examples/ma_rlhf_study.py [--rewards spelling model] [--seeds 0 1 2] [--out bench/results/ma_rlhf]

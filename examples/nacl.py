@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Asks a question about a long real text with a fifth of the KV cache, and compares with all of it.
 
 python examples/nacl.py [--ratio 0.8] [--length 3000]

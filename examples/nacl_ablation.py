@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which settings of NACL matter, on the packaged model: the study behind the defaults.
 
 python examples/nacl_ablation.py [--length 1024] [--seeds 1] [--depths 10] [--out bench/results/nacl_ablation]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Do pixels carry over to scripts that pre-training never saw? Pixels, tokens, both, and pairs, at equal rows.
 
 python examples/pixelgpt.py [--steps 800] [--seeds 0 1] [--variants pixelgpt textgpt monogpt dualgpt]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What tools and traces buy a reward model: accuracy by tool, ablations, unseen sets, calibration, and PPO.
 
 python examples/themis.py [--model bpe] [--kinds calculator calendar ...] [--unseen search none] [--train 600]

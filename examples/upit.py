@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What upcycling buys: UpIT with 4 and 8 experts against dense continued tuning and vanilla upcycling, at equal data.
 
 python examples/upit.py [--model bytes] [--experts 4 8] [--seeds 0 1 2] [--methods dense vanilla btx upit]

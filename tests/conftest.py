@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fixtures and policies come from the package's own test kit."""
 
 import gc

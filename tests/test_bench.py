@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The benchmark kit: what it times, what it refuses to time, what it records, and the GPU ledger."""
 
 import contextlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the benchmarks say about memory, and their forward-and-backward providers."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command line as users see it: results on stdout, errors as one sentence, JSON alone."""
 
 import copy

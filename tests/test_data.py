@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Real input without a network: documents are real and long, the model is converted once, whole."""
 
 import functools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What README and the examples show runs as it is shown, and what they name exists."""
 
 import re

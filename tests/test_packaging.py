@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The installed package: what it links, exports, weighs, imports and says when it cannot load.
 
 These run against whatever is installed: CI installs the built wheel in a clean environment first.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The generated parts of docs/performance.md: floors, spreads, lost cases, pictures."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a release ships: one version, licences, the source distribution, the ends of the ranges of dependencies."""
 
 import importlib.metadata

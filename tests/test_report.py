@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The report pages: one file with everything inside, text never read as HTML, real pictures."""
 
 import base64

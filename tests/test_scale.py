@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Configurations of examples/accelerate, and what trainers say of those that shard."""
 
 from pathlib import Path

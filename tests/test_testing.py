@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The test kit catches what it exists for: every check is shown an op that is wrong in its way."""
 
 import math

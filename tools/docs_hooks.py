@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Hooks of mkdocs.yml: pages link as they must on GitHub, and the site has what lies outside docs/.
 
 A relative link that leaves docs/ (README.md, CONTRIBUTING.md, an example, a picture of bench/results)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs a build command, shows how far it is, and its log only if it fails.
 
     python tools/progress.py pip install -v .

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # Host frameworks exclude each other's versions of transformers, so each adapter is tested in an
 # environment of its own: .venv-hosts/<host>, pinned by requirements/hosts/<host>.txt and, for wheels
 # whose dependencies would pull in GPU packages, requirements/hosts/no-deps/<host>.txt.

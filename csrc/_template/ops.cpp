@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The pattern to copy: schemas and shared argument checks of a family.
 #include "_template/ops.h"
 

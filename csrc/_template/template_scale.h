@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // template_scale: y = x * scale. A family to copy, built and tested like every other.
 //
 // x: float32, bfloat16 or float16, any shape; scale: finite. float32 arithmetic, one rounding.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Schemas of dha_decode and dha_cache_append_ (the only ones), and their argument checks.
 #include "attention/decode_ops.h"
 

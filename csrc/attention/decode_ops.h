@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the CPU and CUDA registrations of the decode ops share: argument checks (all that can be
 // told from shapes, dtypes and scalars), and the layout of a cache in plain numbers.
 // Checks of *values* in index tensors happen on CPU tensors only.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // dha_attention: softmax attention in which query head h reads key head kmap[h] and value head
 // vmap[h] (DHA, arXiv 2406.06567, section 2). Grouped maps are GQA, identity maps plain attention.
 //

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // dha_cache_append_: new keys (rotated if asked) and values into their slots of a cache.
 //
 //   K[slot[b, s], h] = k[b, h, s] * cos[b, s] + rotate_half(k[b, h, s]) * sin[b, s]   (or k alone)

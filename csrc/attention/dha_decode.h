@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // dha_decode: attention of the newest Sq tokens over a KV cache with separate key and value heads.
 // dha_cache_append_: writes new keys (rotated if asked) and values into their slots.
 //

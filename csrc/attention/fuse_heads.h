@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // fuse_heads, its backward, and collapse_heads (DHA sections 3.1, 3.6): heads of a group mixed per
 // dimension, in weight space. w [H, d, m], omega [N, g, g, d] float32, groups [N, g] a partition.
 //

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // fusion_mse and its backward (DHA section 3.5): how far apart the fused heads of each group are.
 // omega [N, g, g, d] float32 -> mse [N] float32.
 //

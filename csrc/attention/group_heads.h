@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // group_heads (DHA section 3.3): H heads into N groups of equal size, with a small sum of distances
 // between heads of one group. dist [H, H] -> groups [N, g] int32, heads of a group ascending,
 // groups by their first head. Only (dist + dist^T) / 2 off the diagonal counts; float64 throughout.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // head_cka (DHA section 3.0): linear-kernel similarity of every two heads. w [H, d, m] -> [H, H]
 // float32, with X = w[a]^T and Y = w[b]^T, both [m, d]:
 //

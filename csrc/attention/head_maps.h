@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Checks that prefill and decode share: maps from query heads to key or value heads, and the scalar
 // options of logits.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Schemas of the head operations (the only ones) and the argument checks shared by both backends.
 #include "attention/heads_ops.h"
 

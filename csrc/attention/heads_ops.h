@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the CPU and CUDA registrations of the head operations share: argument checks (everything
 // that can be told from shapes, dtypes and scalars). Values of `groups` are checked on the CPU
 // only.

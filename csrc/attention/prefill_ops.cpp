@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Schemas of dha_attention and its backward (the only ones), and their argument checks.
 #include "attention/prefill_ops.h"
 

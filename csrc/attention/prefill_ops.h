@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the CPU and CUDA registrations of dha_attention share: argument checks (all that can be told
 // from shapes, dtypes and scalars), allocation in the caller's memory order, and the kernel's
 // parameters. Values of index tensors are checked on CPU tensors only.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // t5_attention: softmax attention with the relative position bias of T5 (ERNIE-Code, arXiv
 // 2212.06742), which is computed from its table inside and never stored as a matrix.
 //

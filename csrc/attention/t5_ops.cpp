@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Schemas of t5_attention and its backward (the only ones), and their argument checks.
 #include "attention/t5_ops.h"
 

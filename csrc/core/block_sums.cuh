@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Sums and maxima of a block in a fixed order, in all of its threads.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What this binary was built from, as plain C so that Python can ask before (and without) torch.
 
 #define TENFOLD_EXPORT extern "C" __attribute__((visibility("default")))

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Argument checks. A failed check throws std::runtime_error with one plain sentence; beside it the
 // kind of Python exception that tenfold.ops raises is kept in a thread-local (torch.ops can only
 // raise RuntimeError), read by python/tenfold/_load.py through tenfold_last_error_kind().

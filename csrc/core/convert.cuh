@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // 16-bit storage types to float and back: the same bits on host and device (payloads of NaN aside,
 // for float16, which the device converts in one instruction; the inner loops of a decode need
 // that).

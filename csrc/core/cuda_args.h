@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Small helpers of CUDA registrations: index tensors as kernel arguments, grid sizes, memory.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A float32 logarithm that gives the same bits on every CPU ISA and on CUDA: each operation is
 // rounded separately (no fused multiply-add anywhere; the CPU build uses -ffp-contract=off), so
 // that a seed selects the same tokens everywhere. About 1.5 ulp; polynomial of Cephes' logf. The

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // From runtime values to template arguments.
 // Problem: a kernel wants its dtype (or head size) at compile time; the tensor has it at run time.
 // Solution: call a templated lambda once for the case that matches, and name op and value if none

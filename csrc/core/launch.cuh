@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What device code may use besides plain CUDA, so that nvcc and the CPU emulation of
 // tests/cuda_emu read the same kernels: one launch macro, one way to declare shared memory.
 //   TENFOLD_LAUNCH(kernel, grid, block, stream, args...);

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Markers shared by host, device and emulated code. Internal linkage, so that a copy compiled for
 // one CPU ISA can never be linked into code for another.
 #pragma once

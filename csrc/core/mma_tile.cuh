@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Tiles of rows in shared memory and the two products of attention on them, for one warp at a time.
 // A warp owns 16 kM rows in the fragment layout of mma.m16n8k16: acc[m][n][2 half + i] is row
 // 16 m + lane / 4 + 8 half, column 8 n + lane % 4 * 2 + i. 16-bit types use the tensor cores

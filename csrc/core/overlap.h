@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Which memory an op with lists of tensors writes: two of its tensors must not share any of it.
 #pragma once
 

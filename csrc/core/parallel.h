@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The only threading of the CPU kernels: torch's own pool, so torch.set_num_threads is obeyed.
 #pragma once
 

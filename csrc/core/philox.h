@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Philox4x32-10 (Salmon et al., SC 2011), the one source of random numbers: a draw is a pure
 // function of a 128-bit counter (the logical position) and a 64-bit key (the user's seed).
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The k-th largest of many 32-bit keys, digit by digit from the most significant one: kernels count
 // the keys that agree with what is known so far by their next digit, and one block finds in which
 // bin the wanted one lies. Nothing is read back: the state stays in device memory.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Working memory of the device, for launch code that knows no tensors.
 #pragma once
 

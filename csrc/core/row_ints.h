@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // One number for each row, in int32 or int64.
 #pragma once
 

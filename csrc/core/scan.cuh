@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Sums of a block and running sums, in integers: the order does not matter.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Working memory of a CPU kernel: 64-byte aligned bytes that are kept from call to call, up to 4 MB
 // by each thread and larger ones by the process. Fresh pages cost about a microsecond each, in a
 // virtual machine up to a millisecond per megabyte: more than many a kernel itself. Large memory

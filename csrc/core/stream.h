@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The current CUDA stream and error checks, without linking any CUDA library of torch.
 // libtorch_cuda is looked up among the libraries that the process has already loaded, at first use;
 // so one binary imports on CPU-only torch and on every CUDA build of it.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Tensor helpers of the registration layer: allocation and small index tensors.
 #pragma once
 

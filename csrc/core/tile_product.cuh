@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Products of matrices, a block per tile of kRows x kCols, over steps of kDepth: stages in shared
 // memory, the next steps' copies under way while this one is multiplied. Each operand lies in
 // memory either along the depth (a row of the tile holds kDepth) or across it (a row per step of

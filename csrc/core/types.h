@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Storage types and scalar-type tags that kernels see. No torch header: ISA files include this.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Neighbouring elements of a row as floats, in wide loads and stores where the address allows it.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Pairs of a source and a target as rows of an encoder and a decoder (ERNIE-Code section 3.4):
 //
 //   pair_pack     inputs = prefix + source + EOS, targets = target + EOS; what does not fit is cut

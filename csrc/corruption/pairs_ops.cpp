@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Schemas and checks of pair_pack and shift_right.
 #include "corruption/pairs_ops.h"
 

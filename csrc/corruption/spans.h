@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Span corruption (ERNIE-Code sections 3.3 and 6; T5): random spans of a row are taken out, inputs
 // hold a sentinel for each of them, targets the sentinels with what they stand for.
 //

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Schemas and checks of span_mask, span_corrupt, span_corruption and span_restore.
 #include "corruption/spans_ops.h"
 

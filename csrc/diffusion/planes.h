@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What constant input channels add to a convolution with zero padding (ERNIE-Music section 6). With
 // taps T[b, o, k] = sum_i weight[o, i, k] c[b, i] of the planes, K odd, p = K / 2:
 //

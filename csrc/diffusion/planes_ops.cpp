@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Schemas and checks of conv1d_planes and its parts. Its kernel is Python: torch's convolution, and
 // planes_add_ (python/tenfold/ops/diffusion/planes.py).
 #include "diffusion/planes_ops.h"

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Half and double rate by a fixed filter (ERNIE-Music section 3.4), each row of a signal by itself:
 //
 //   down  y[j] = sum_k h[k] x[2 j + k - 3], k = 0 .. 7, three reflected samples at both ends

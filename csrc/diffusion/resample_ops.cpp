@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Schemas and checks of fir_down2 and fir_up2_cat.
 #include "diffusion/resample_ops.h"
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the CPU and CUDA registrations of fir_down2, fir_up2_cat and their gradients share.
 #pragma once
 

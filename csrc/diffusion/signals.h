@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Arguments of the diffusion ops: signals [B, C, L], and numbers for each sample.
 #pragma once
 

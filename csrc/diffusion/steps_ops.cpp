@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Schemas and checks of vdiff_step.
 #include "diffusion/steps_ops.h"
 

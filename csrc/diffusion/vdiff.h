@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Variance preserving diffusion with velocities (ERNIE-Music sections 3.1 and 3.5), the scalar core
 // of both backends. With a = cos(pi t / 2), s = sin(pi t / 2), per sample of n elements:
 //

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Schemas and checks of vdiff_noise, vdiff_noise_rng and vdiff_loss.
 #include "diffusion/velocity_ops.h"
 

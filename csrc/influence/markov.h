@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // markov_scan and markov_onestep (GPTfluence, sections 3.1, 3.4 and 6): a metric y of Q test
 // examples over the T steps of R training runs, as a recurrence of order n whose factors are sums
 // over the batch of a step,

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Schemas and checks of markov_scan and markov_onestep.
 #include "influence/markov_ops.h"
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the CPU and CUDA registrations of the family share: checks. Values of order, lengths and
 // rows are checked on the CPU only; elsewhere what is out of range counts as -1, and lengths are
 // brought into their range.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // outer_dot (GPTfluence, sections 3.7 and 6): inner products of the gradients of a linear layer's
 // weight. With J [T, V] the gradients at its output and X [T, D] its input, that gradient is J^T X,
 // and of two examples

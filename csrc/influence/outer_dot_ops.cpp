@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Schema and checks of outer_dot.
 #include "influence/outer_dot_ops.h"
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // markov_onestep_tuples (GPTfluence, sections 3.3 and 6): one step of one run for one test example,
 // N times, from features instead of factors,
 //

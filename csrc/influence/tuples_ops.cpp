@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Schemas and checks of markov_onestep_tuples.
 #include "influence/tuples_ops.h"
 

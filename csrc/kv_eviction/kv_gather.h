@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // kv_gather / kv_compact_ (NACL section 3.4 step 4): keep the chosen tokens of a KV cache.
 //
 //   k'[b, h, c] = k[b, h, idx[b, h', c]],  v' likewise;  h' = h, or 0 if idx is shared by all heads

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // nacl_select (NACL section 3.4): which tokens of each (sequence, head) stay in the cache.
 //
 // Per row (b, h) over its valid slots [s, s + n) with counts (sink, recent, topk, random):

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Schemas of the kv_eviction family (the only ones) and the argument checks shared by both
 // backends.
 #include "kv_eviction/ops.h"

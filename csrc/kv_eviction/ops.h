@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the CPU and CUDA registrations of the kv_eviction family share: argument checks (everything
 // that can be told from shapes, dtypes and scalars), and the plain structs they produce.
 // Checks of *values* in index tensors happen on CPU tensors only; CUDA kernels clamp instead of

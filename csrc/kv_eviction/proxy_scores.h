@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // proxy_scores (NACL, arXiv 2408.03675, section 3): how much a few proxy queries attend to each
 // key.
 //

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // ragged_decode: attention of the newest Sq tokens over one flat cache of per-(sequence, head)
 // segments.
 //

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // linear_cross_entropy (MA-RLHF section 7, PixelGPT K3): of rows of logits that are never stored,
 //
 //   y[i, v] = hidden[i] . weight[v], with a soft cap c: c tanh(y / c)    [N, V]

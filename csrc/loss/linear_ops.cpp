@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Schemas and checks of linear_cross_entropy, linear_logprob and weighted_linear_ce.
 #include "loss/linear_ops.h"
 

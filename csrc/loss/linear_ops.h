@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the CPU and CUDA registrations of linear_cross_entropy, linear_logprob and
 // weighted_linear_ce share: argument checks. Values of targets are checked on the CPU only.
 #pragma once

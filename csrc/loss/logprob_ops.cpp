@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Schemas and checks of selective_logprob.
 #include "loss/logprob_ops.h"
 

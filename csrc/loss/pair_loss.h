@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // pairwise_logsigmoid (Themis section 4; margin and center: TRL's RewardTrainer), of B pairs:
 //
 //   delta = r+ - r-,  x = delta - margin

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Schemas and checks of last_token_reward and pairwise_logsigmoid.
 #include "loss/reward_ops.h"
 

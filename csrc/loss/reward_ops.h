@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the CPU and CUDA registrations of last_token_reward and pairwise_logsigmoid share: checks.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // segment_mean (Themis sections 4 and 11): out[n, t] = mean of nll[n, s] where seg[n, s] = t, for t
 // in [0, T); 0 where there is none. Unlike in macro_pool (csrc/rl) segments may be missing, come in
 // any order and be more than a row has tokens: the parts of a trace have fixed numbers. A token

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Schemas and checks of segment_mean.
 #include <torch/csrc/stable/library.h>
 

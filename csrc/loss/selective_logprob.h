@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // selective_logprob (MA-RLHF section 7): of every row of logits x = logits / temperature, [N, V],
 //
 //   lse = log sum exp x,  logp = x[id] - lse,  entropy = lse - sum softmax(x) x

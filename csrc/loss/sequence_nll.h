@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // sequence_nll (UpIT section 7): what a model gives whole sequences. Of logits [B, S, V] and labels
 // [B, S], with the normaliser of selective_logprob,
 //

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Schemas and checks of sequence_nll.
 #include <torch/csrc/stable/library.h>
 

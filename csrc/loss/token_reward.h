@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // last_token_reward (Themis sections 4 and 11, PixelGPT's pooled classifier):
 //
 //   pooled[i]  = hidden[i, t] of the last token t with mask[i, t], or the mean over those tokens

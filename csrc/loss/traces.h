@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Traces of a reward model that calls tools (Themis, sections 2, 4 and 11), a row of tokens each:
 //
 //   trace_token_class   what a token is as a target, from the special tokens before it

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Schemas and checks of trace_token_class, lm_weight and first_stop.
 #include "loss/traces_ops.h"
 

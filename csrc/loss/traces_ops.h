@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the CPU and CUDA registrations of trace_token_class, lm_weight and first_stop share: checks.
 // Values of starts, classes and lengths are checked on the CPU only.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Which elements DARE drops (arXiv 2311.03099): a pure function of seed, tensor, expert and
 // position.
 //

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // delta_gram: G[j][k] = sum over elements of (x_j - base)(x_k - base), in float64 throughout.
 //
 // The tensor is cut into parts of kGramPart elements, each part into strips of kGramStrip; a

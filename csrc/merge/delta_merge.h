@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Merges of task vectors d_e = expert_e - base, element by element, in one pass:
 //
 //   dare_merge  keep_e = not dropped (see dare.h)

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Schemas of the merge operations (the only ones) and the argument checks shared by both backends.
 #include "merge/merge_ops.h"
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the CPU and CUDA registrations of the merge operations share: argument checks, and how their
 // arguments become those of a kernel.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The weights of slerp_merge's two ends (Shoemake, SIGGRAPH 1985), from the Gram matrix
 // [[g00, g01], [g01, g11]] of what is interpolated.
 #pragma once

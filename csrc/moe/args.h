@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Argument checks that the ops of the family share. Their specification asks for RuntimeError where
 // tensors do not fit each other or lie on other devices, and for IndexError of a bad index.
 #pragma once

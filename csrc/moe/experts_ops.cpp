@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Schemas and checks of the products of experts and of whole expert blocks.
 #include "moe/experts_ops.h"
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the CPU and CUDA registrations of the expert ops share: argument checks. Values of index,
 // offsets and gather are checked on the CPU only.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // moe_gate and moe_gate_linear (UpIT section 3, S6): which k of n experts a token goes to.
 //
 //   P = softmax(logits),  S = the k largest logits, the lower index first among equals,

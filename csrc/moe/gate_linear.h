@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The router's products of moe_gate_linear: logits = x w^T [T, n] in float32, and in the backward
 // grad_x = g w and grad_w = g^T x from the gradient g of the logits, float32 [T, n].
 //

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Schemas and checks of moe_gate and moe_gate_linear.
 #include "moe/gate_ops.h"
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the CPU and CUDA registrations of moe_gate and moe_gate_linear share: checked calls.
 #pragma once
 

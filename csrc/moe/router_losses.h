@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Losses of a router.
 //
 // load_balance_loss (UpIT section 3, S6) of logits [T, n] over the tokens that count:

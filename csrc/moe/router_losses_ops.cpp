@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Schemas and checks of load_balance_loss and router_seed_loss.
 #include "moe/router_losses_ops.h"
 

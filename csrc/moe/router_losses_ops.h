@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the CPU and CUDA registrations of load_balance_loss and router_seed_loss share: checked
 // calls.
 #pragma once

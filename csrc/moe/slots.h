@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // moe_sort, moe_permute and moe_combine (UpIT section 7). Slot q = t k + j is the j-th choice of
 // token t; S = T k of them.
 //

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Schemas and checks of moe_sort, moe_permute and moe_combine.
 #include "moe/slots_ops.h"
 

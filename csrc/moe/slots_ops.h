@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the CPU and CUDA registrations of moe_sort, moe_permute and moe_combine share: checked
 // calls.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Slots of a routed batch, sorted by expert. Slot t k + j is choice j of token t; index [T, k]
 // names its expert. A stable counting sort: slots of an expert keep their order, those without one
 // of `num_experts` (sentinels of expert parallelism) come last and belong to nobody.

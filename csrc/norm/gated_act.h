@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The kernel of swiglu and gated_gelu, and its gradients: out = f(a) b with f(a) = a p(a),
 //
 //   silu       p = 1 / (1 + e^-a)

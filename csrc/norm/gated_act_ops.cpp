@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Schemas and checks of swiglu and gated_gelu.
 #include "norm/gated_act_ops.h"
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the CPU and CUDA registrations of swiglu and gated_gelu share: checks and outputs.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Group normalisation with one group, exact GELU, residual: of a sample x [C, L], n = C L,
 //
 //   h = (x - m) r, m and 1 / r^2 = v + eps: mean and variance of all n;  u = w_c h + b_c

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Schemas and checks of gn1_gelu.
 #include "norm/gn1_gelu_ops.h"
 

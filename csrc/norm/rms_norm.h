@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // rms_norm and its gradients, over rows h [rows, cols]:
 //
 //   sum = x + residual, rounded to x's dtype; h = sum, or x where there is no residual

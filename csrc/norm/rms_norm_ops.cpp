@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Schemas and checks of rms_norm.
 #include "norm/rms_norm_ops.h"
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Tensors [..., n] as rows of contiguous elements, any stride apart: a half of a [..., 2 n] tensor
 // is read where it lies.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Schemas and checks of the AdamW ops.
 #include "optim/adamw_ops.h"
 

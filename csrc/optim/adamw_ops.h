@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the CPU and CUDA registrations of masked_adamw_ and masked_adamw_8bit_ share: the checks of
 // lists of tensors, and those lists as the kernels see them.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Code books of 8-bit states on the host: from 256 sorted values to what kernels look up.
 #pragma once
 

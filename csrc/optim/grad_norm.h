@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // grad_norm (HFT section 6): L2 norm of all trained elements of a list of gradients, fp32 0-d.
 //
 //   norm = sqrt(sum of g^2) / |grad_scale|

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // linear_wgrad_rows (HFT section 7): the weight gradient of a linear layer of which only some rows
 // train. With T tokens,
 //

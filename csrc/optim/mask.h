@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Masks of the optimiser family: which part of a tensor trains.
 //
 // A mask is a uint8 tensor of packed bits, least significant bit first, unused bits of the last

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #include "optim/mask_args.h"
 
 #include "core/tensor.h"

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Checks of mask arguments, shared by every op that takes them.
 #pragma once
 

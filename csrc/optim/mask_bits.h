@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Packed masks (see mask.h): pack_mask, unpack_mask, mask_popcount, mask_prefix.
 //
 //   pack_mask(mask bool, any shape)  -> uint8 [ceil(n / 8)], bit i = flattened element i, tail 0

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // mask_topk, mask_random: a packed mask with exactly k = floor(fraction * n) set bits.
 //
 //   mask_topk(score, fraction)                    the k largest scores of the flattened tensor

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // masked_adamw_: one AdamW step over a list of tensors, on the trained elements only (mask.h).
 //
 //   p = p * f32(1 - lr wd)                 t: the step after its increment

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // masked_adamw_8bit_: masked_adamw_ (the same rule, masks and scalars) on 8-bit moments.
 //
 // A state is stored in blocks of 256 elements along the flat tensor, the last one shorter: a uint8

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // masked_copy_ (Half-Reset, restoring frozen values): dst[i] = src[i] where the mask's bit is set.
 //
 // Tensors of a list are independent; dst is dense and walked in storage order, src has its strides.

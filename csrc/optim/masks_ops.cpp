@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Schemas of the mask operations (the only ones) and the argument checks shared by both backends.
 #include "optim/masks_ops.h"
 

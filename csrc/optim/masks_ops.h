@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the CPU and CUDA registrations of the mask operations share: argument checks, sizes, and
 // how lists of tensors and masks become arguments of a kernel.
 #pragma once

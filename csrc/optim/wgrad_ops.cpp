@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Schema of linear_wgrad_rows and the argument checks shared by both backends.
 #include "optim/wgrad_ops.h"
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the CPU and CUDA registrations of linear_wgrad_rows share: argument checks. Values of `rows`
 // are checked on the CPU only.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Checks that all ops of the family share: images, patches, masks.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Schemas and checks of patch_mse and its gradient.
 #include "pixels/mse_ops.h"
 

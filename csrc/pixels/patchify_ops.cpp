@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Schemas and checks of patchify_u8, patchify_batch, unpatchify and patch_mask.
 #include "pixels/patchify_ops.h"
 

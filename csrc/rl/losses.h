@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // PPO's losses over macro actions (MA-RLHF sections 3.8 and 3.9): the terms, and their derivatives.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Schemas and checks of PPO's losses.
 #include "rl/losses_ops.h"
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Macro values, rewards and advantages (MA-RLHF sections 3.2, 3.4 to 3.6), a row at a time. Any
 // `seg` is memory-safe: a token whose segment is outside [0, width of its row) counts as masked,
 // and what it holds is never read. Where the tokens of a segment do not follow one another (masked

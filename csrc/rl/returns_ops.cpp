@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Schemas and checks of macro_pool, macro_gae, gae, ma_ppo_prepare and macro_segment_check.
 #include "rl/returns_ops.h"
 

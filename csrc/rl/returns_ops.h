@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the CPU and CUDA registrations of macro_pool, macro_gae, gae, ma_ppo_prepare and
 // macro_segment_check share: checked calls, with their outputs made.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Where the rows of a batch lie: padded as [B, R], or packed one after the other as [N] with
 // offsets (cu_seqlens) [B + 1].
 #pragma once

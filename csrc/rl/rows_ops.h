@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Checks that all ops of the family share: the layout of a batch, and tensors of that layout.
 #pragma once
 

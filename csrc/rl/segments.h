@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Macro actions (MA-RLHF section 3.3): rows of valid tokens cut into segments.
 //
 //   seg[b, j]  = number of the segment of token j, from 0; -1 where mask[b, j] == 0

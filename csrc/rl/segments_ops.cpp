@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Schemas and checks of the segmentation ops.
 #include "rl/segments_ops.h"
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """tenfold: fused CPU and CUDA ops for ten LLM methods, as ``torch.ops.tenfold.*`` and ``tenfold.ops``."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Finds and loads the native library ``_ops.so``; turns a failure into a sentence with a fix.
 
 ``TENFOLD_OPS_PATH`` names another ``_ops.so`` (a build folder's, or one carried to a GPU machine).

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compiles the emulated kernels with g++, ASan and UBSan, once per state of the sources."""
 
 from __future__ import annotations

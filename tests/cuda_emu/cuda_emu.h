@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Test-only emulation of the CUDA execution model on the host, so that g++ runs the same kernels.
 //
 // Blocks run one after another; the threads of a block are fibers, resumed in a seeded random order

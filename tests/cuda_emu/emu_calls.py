@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the scripts that run emulated kernels share: arguments for ctypes, and two schedules."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs the emulated CUDA kernels against the reference; one op per call: ``emulated.py OP``.
 
 Started by test_emulated.py with ASan preloaded. Calls run under two thread schedules, whose

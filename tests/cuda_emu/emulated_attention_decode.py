@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs the emulated CUDA kernels of dha_decode and dha_cache_append_ against the reference:
 ``emulated_attention_decode.py CHECK``.
 

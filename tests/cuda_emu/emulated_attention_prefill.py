@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs dha_attention's emulated CUDA kernels against the reference: ``emulated_attention_prefill.py CHECK``.
 
 Started by test_emulated.py with ASan preloaded. Calls run under two thread schedules,

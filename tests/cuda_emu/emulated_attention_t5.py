@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs t5_attention's emulated CUDA kernels against the CPU's and the reference: ``emulated_attention_t5.py CHECK``.
 
 Started by test_emulated.py with ASan preloaded. Calls run under two thread schedules,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs the tests of ``diffusion`` on its emulated CUDA kernels: ``emulated_diffusion.py all``.
 
 Started by test_emulated.py with ASan preloaded. The emulated kernels stand in for the CPU's, so that the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs the tests of ``merge`` on its emulated CUDA kernels: ``emulated_merge.py CHECK``.
 
 Started by test_emulated.py with ASan preloaded. The emulated kernels stand in for the CPU's, so that the

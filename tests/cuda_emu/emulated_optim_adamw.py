@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs the emulated CUDA kernels of the AdamW ops against the ops on the CPU, bit for bit:
 ``emulated_optim_adamw.py CHECK``.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs the emulated CUDA kernels of the mask operations of ``optim``: ``emulated_optim_masks.py CHECK``.
 
 Started by test_emulated.py with ASan preloaded. Every case runs under two thread schedules, whose

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs the emulated CUDA kernels of ``rl`` through the test bodies of ``tests/ops/test_rl.py``.
 
 ``emulated_rl.py CHECK``, started by test_emulated.py with ASan preloaded. Calls run under two thread

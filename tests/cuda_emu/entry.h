@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What every library of emulated kernels starts with: C entry points for ctypes, and the
 // conversions of their arguments. Include it after the kernels, with TENFOLD_CUDA_EMU defined
 // before them; the launch code is the kernels' own.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // C entry points of the emulated kernels of `loss` for traces and their rewards, for ctypes. The
 // launch code is the kernels' own.
 #define TENFOLD_CUDA_EMU

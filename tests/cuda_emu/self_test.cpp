@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The emulation's own kernels: what must work, and planted faults that it must catch.
 // Usage: self_test NAME [schedule seed]; prints a checksum, or ends with a report.
 #define TENFOLD_CUDA_EMU

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The emulation itself: right kernels give right results, planted faults are caught."""
 
 import subprocess

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every CUDA kernel's portable path, emulated on the CPU under ASan and UBSan, against the reference."""
 
 import functools

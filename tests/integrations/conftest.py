@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The tiny models are shared with the methods' tests."""
 
 import sys

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Batches and definitions that the tests of the macro-action adapters share."""
 
 import torch

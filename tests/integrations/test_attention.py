@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """attn_implementation="tenfold" on stock models: equal to transformers' own attention, whatever the mask.
 
 Judged against ``sdpa`` (``eager`` for soft-capped logits) on tiny random models of several families.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """experts_implementation="tenfold" on stock mixtures: outputs, all gradients and generation equal eager's."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """flash-attn's functions over tenfold's ops, against their definition written out per query and head."""
 
 import math

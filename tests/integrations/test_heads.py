@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Grouped maps: the cached ones, and those that must not be cached."""
 
 import pytest

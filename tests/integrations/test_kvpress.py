@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The kvpress presses against kvpress's own, against NaclPress, and inside kvpress's wrappers."""
 
 import importlib.util

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Macro actions at the level of a host's advantages, and the gates of the four adapters: no host needed."""
 
 import importlib

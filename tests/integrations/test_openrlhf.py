@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Macro actions inside OpenRLHF: its real experience maker, whole, up to the whitening over the rollout.
 
 Two GPU-only packages that OpenRLHF imports cannot be installed here. In their place stand STUBS: empty modules

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What docs/integrations.md shows: blocks run as they stand, in their host where they need one; its table is true."""
 
 import importlib.util

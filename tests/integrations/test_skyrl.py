@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Macro actions inside SkyRL: its real estimator, its trainer's real call, its registry across Ray processes.
 
 SkyRL 0.3 defines pydantic models over ``typing.TypedDict``, which pydantic refuses before Python 3.12. There these

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """integrations.t5: stock T5, T5 v1.1, mT5 and UMT5 equal themselves on our ops, and come back unchanged."""
 
 import copy

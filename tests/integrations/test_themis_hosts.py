@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Themis as the reward inside verl's reward loop, OpenRLHF's executor and TRL's GRPO: their code, a real server."""
 
 import asyncio

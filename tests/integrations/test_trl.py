@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Macro actions inside TRL: real GRPO training with (B, T) advantages, and the advantages of TRL's real PPO.
 
 Nothing is stubbed. TRL has PPO up to 1.12; its tests run in an environment of that version (host_trl_ppo).

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Macro actions inside verl: its real functions, its trainer's real call, its registry, its plug-in variable."""
 
 import importlib.metadata

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command line of a method, called in this process: what the tests of the four of them share."""
 
 import re

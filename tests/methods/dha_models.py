@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tiny random Llamas and token rows for the tests of DHA's conversion."""
 
 import torch

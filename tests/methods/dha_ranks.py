@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One of several gloo ranks converting a tiny model: python dha_ranks.py FOLDER [kill STAGE STEP]."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the tests of ERNIE-Code's data side share: a small tokenizer, one with mT5's ids, and real files."""
 
 import functools

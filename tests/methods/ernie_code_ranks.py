@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One of several gloo ranks: python ernie_code_ranks.py FOLDER."""
 
 import sys

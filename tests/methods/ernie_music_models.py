@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Small U-Nets, rows and pipelines that the tests of ERNIE-Music share."""
 
 import numpy as np

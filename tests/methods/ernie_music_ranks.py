@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One of several gloo ranks: python ernie_music_ranks.py FOLDER [STEP], after which the last rank is killed."""
 
 import sys

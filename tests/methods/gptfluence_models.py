@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A tiny causal LM and rows for the tests of GPTfluence's recorder."""
 
 import torch

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One of several gloo ranks: python gptfluence_ranks.py FOLDER trainer|loop."""
 
 import sys

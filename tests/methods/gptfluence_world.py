@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The live set-up of acceptance checks 9 and 10: a tiny GPT on four bigram tasks, many short runs, exact gradients."""
 
 import copy

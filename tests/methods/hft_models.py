@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The toy of the acceptance checks (Markov chains, a 4-layer Llama), and tiny models and rows."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One of several gloo ranks, or a process that kills itself: python hft_ranks.py FOLDER ddp|fsdp2|... [STAGE STEP]."""
 
 import copy

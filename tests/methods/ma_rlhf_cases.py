@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Random rollouts and the plain formulas that MA-RLHF's tests compare with."""
 
 import torch

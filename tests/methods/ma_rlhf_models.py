@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tiny byte-level policies, rewards and trainers for the tests of MA-RLHF's trainer."""
 
 import torch

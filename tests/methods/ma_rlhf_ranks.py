@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One of several gloo ranks, or a process that kills itself: python ma_rlhf_ranks.py FOLDER KIND,... [STEP]."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A reward model for tests, and one of several gloo ranks training it: python ... FOLDER STOP_AT_STEP."""
 
 import contextlib

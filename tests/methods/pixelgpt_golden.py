@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The committed pictures of rendered strips, and what they are of.
 
     python tests/methods/pixelgpt_golden.py    # draws them anew: look at them before committing

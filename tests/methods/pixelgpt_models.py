@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tiny PixelGPTs, strips by Pillow's default font (as the acceptance checks want them), and batches of both kinds."""
 
 import random

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One of several gloo ranks, or a process that kills itself: python pixelgpt_ranks.py FOLDER [STEP] [finetune]."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Streams, settings and models of quick runs: catalogue lines in two languages, strips of 16 patches."""
 
 import functools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A 2-layer, 4-head, d 128 rotary model trained on key-value recall: the retrieval check's subject.
 
 Left to themselves, two layers need luck and thousands of steps to find the two attention patterns of

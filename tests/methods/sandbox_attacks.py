@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a hostile program may try. Each sets ``done`` to whether it got its way; what is seen instead stands beside it.
 
 Names in capitals are filled in: SECRET a file, FOLDER its folder (anybody may write there), PORT and DATAGRAM of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``tenfold dha``: a checkpoint folder through convert, recover, generate and report; what it refuses."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """DhaConfig: the paper's numbers, presets, and every setting that cannot be."""
 
 import dataclasses

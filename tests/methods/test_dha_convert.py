@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``convert``: all routes through it, exact resumption, two ranks, what it refuses, and check 14."""
 
 import functools

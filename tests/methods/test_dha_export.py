@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """In and out of DHA: lossless from MHA and GQA, token-identical back, and which maps GQA can express."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The fusion operator, its margin and penalty, alignment, grouping with budgets: checks 7-10 of the spec."""
 
 import itertools

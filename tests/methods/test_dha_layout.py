@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """HeadLayout: checks of maps (section 7), sizes, structure, and permutations of query heads (check 6)."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """DhaLlamaForCausalLM: equal to MHA with expanded weights (check 15), round trips, caches, bad input."""
 
 import warnings

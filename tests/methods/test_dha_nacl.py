@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """NACL on a cache of shared heads (spec of DHA, check 14): one set of tokens per component of the maps.
 
 A slot's key and value are shared by different query heads, so sets of single key heads are refused.

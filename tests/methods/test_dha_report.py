@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The report of a conversion: every plot from a real record, and the page that holds them."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A converted model's cache and its decoding time, end to end."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Acceptance checks of ERNIE-Code's training (section 9 of its specification): 13, and its goal as a slow test."""
 
 import pytest

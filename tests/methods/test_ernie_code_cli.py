@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``tenfold ernie-code``: all verbs on a tiny model, what they refuse; pages and tables of a study."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Batches of both objectives: closed forms, inverses, the same rows in any batch, and bad input."""
 
 import pickle

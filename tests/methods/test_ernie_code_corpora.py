@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Packaged corpora: real functions and messages, nothing of the tests in the training data; readers of users' files."""
 
 import ast

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Indentation as tokens and back: the spec's strings, texts with every kind of white space, and real files."""
 
 import random

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Scores against sacrebleu, against formulas written out, and by hand."""
 
 import ast

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Shares of corpora, draws by (seed, step), and every row once per epoch."""
 
 import numpy as np

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The model: sizes, initialisation, an untied head whatever it comes from, checkpoints that others load."""
 
 import math

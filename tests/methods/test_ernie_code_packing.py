@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Documents cut into rows of equal length, in memory and in files."""
 
 import warnings

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rows that the collators take: the longest ones, ids, dtypes, padding, and bad ones."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Vocabularies: the order of ids, sentinels, what is added to others, saving, and tables of other lengths."""
 
 import pytest

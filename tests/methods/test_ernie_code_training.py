@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Training: ranks, micro-batches and a killed run are one run; patience; settings; evaluation and ranking."""
 
 import json

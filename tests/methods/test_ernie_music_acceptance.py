@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The acceptance checks of ERNIE-Music's specification (section 9); those that are about ops alone are in tests/ops."""
 
 import math

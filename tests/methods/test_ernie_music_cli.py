@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``tenfold ernie-music``: all verbs on a tiny model; what they refuse; the demo's sections."""
 
 import json

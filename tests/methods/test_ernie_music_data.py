@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Scores, synthesiser, recipe, readers, crops: from notes to batches."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The U-Net and the text encoders: what is refused, conditions, kernels against plain PyTorch, ERNIE-M."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Scheduler and pipeline: sounds of prompts, their independence, guidance, init audio, inpainting, files, refusals."""
 
 import ernie_music_models as tiny

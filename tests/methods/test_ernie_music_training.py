@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Training: it learns, it goes on exactly, ranks and micro-batches are one batch; judges and evaluation."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Acceptance checks of the specification (section 10; check 3, of the ops, is in tests/ops)."""
 
 import time

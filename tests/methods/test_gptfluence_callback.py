@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Recording in transformers' Trainer: what is in the batches, that training is the same, checkpoints, cost."""
 
 import time

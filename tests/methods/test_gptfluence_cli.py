@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``tenfold gptfluence``: all verbs on a tiny model; what they refuse; recordings that go on."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Scores by gradients against autograd and dattri's definitions; the trajectories that they predict (check 8)."""
 
 import gptfluence_models as tiny

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Recorded runs: what a recorder writes, what it refuses, and the published layout."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Simulators: their options, what they save, what they say of examples, what they refuse."""
 
 import itertools

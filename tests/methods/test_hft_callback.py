@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """transformers' Trainer with HalfFineTuneCallback: optimisers, new draws, checkpoints, refusals."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``tenfold hft``: sft, dpo, continual, plan and report on a tiny checkpoint; what they refuse; tasks."""
 
 import hashlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checks 10, 11 and 12: forgetting on Markov chains, with a 4-layer Llama."""
 
 import functools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Plans in force: frozen means frozen, check 7, the penalty, deltas, Half-Reset."""
 
 import copy

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """sft, dpo and continual: what trains when, exact resumption (check 13), baselines, what they refuse."""
 
 import functools

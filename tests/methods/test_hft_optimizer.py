@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """MaskedAdamW: torch's AdamW where nothing is masked, and what masks, narrow states and switches add."""
 
 import copy

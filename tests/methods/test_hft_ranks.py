@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Two gloo ranks: DDP through accelerate with new draws and a kill, FSDP2's DTensors."""
 
 from pathlib import Path

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Check 6 and what surrounds it: draws, architectures, Plans, and what they refuse."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """MA-RLHF's acceptance checks (section 9 of its specification) on the package; fixture F's numbers.
 
 The ops' own numbers are in test_ma_rlhf_numbers.py, programs in test_ma_rlhf_programs.py, peers' real functions in

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Best-of-n: samples that belong to their place, unbiased curves, the best answer."""
 
 import itertools

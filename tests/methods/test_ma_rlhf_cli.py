@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``tenfold ma-rlhf``: train, rm, eval and report on a tiny checkpoint; what they refuse; pages; names."""
 
 import json

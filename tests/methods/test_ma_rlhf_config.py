@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """MA-RLHF's settings, published recipes and KL controllers."""
 
 import warnings

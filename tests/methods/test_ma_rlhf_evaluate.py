@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Evaluation: intervals, win rates, judges, pass@k, the protocol of the reward-model score."""
 
 import itertools

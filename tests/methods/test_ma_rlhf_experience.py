@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """MA-RLHF's ``prepare``: whitening, no critic, cut-off responses, holes, dropped rows, ranks, and bad input."""
 
 import threading

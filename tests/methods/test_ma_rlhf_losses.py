@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """MA-RLHF's losses of an experience: denominators of shards, dual clipping, empty batches, bad input."""
 
 import itertools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The worked numbers of MA-RLHF's specification (section 9, checks 1 to 13): fixture F."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Macro actions of text: the walk over constituents, sentences, statements, tokens' texts, and parsers."""
 
 import random

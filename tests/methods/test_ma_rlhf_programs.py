@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Programs as answers: the reward's table (check 16). What runs them is tested in test_sandbox_programs.py."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Two gloo ranks give what one process gives, with rows dropped, uneven shares and a kill on the way."""
 
 from pathlib import Path

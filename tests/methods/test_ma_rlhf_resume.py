@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Killed at any step and run again on the folder: the same weights, curves and samples, bit by bit."""
 
 import signal

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reward models: what is read where, round trips, losses against plain formulas, training, resumption, ranks."""
 
 import itertools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rewards: TRL's and OpenRLHF's signatures, reward models, sums of them, and what they refuse."""
 
 import copy

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rollouts: sampling, ends and padding, log-probabilities and values where they belong, prompts."""
 
 import copy

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """MA-RLHF's segmenters: random lengths, perplexity, callbacks, text with its fallback, and bad input."""
 
 import pytest

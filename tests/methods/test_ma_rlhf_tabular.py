@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """MA-RLHF's training sanity (check 18 of its specification): macro actions learn a table faster than tokens."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The packaged prompts and the reward that a program computes."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """MAPPOTrainer: one step against a plain one, what must not matter, every setting, records and reports."""
 
 import copy

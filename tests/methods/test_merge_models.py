@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Merging whole models: recipes, streamed safetensors, interruption, and what is refused."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The acceptance checks of /methods/nacl.md, section 8, with the numbers printed there.
 
 | check | what | where |

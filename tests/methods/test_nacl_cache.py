@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An evicted cache: cropped, reordered, re-rotated, evicted again; and what is refused.
 
 Sections 3.5 to 3.7 of the specification beyond test_nacl_press.py.

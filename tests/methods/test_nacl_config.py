@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """NaclConfig: the integers of the specification's section 3.2, the presets, and the bad input of section 7.
 
 Elsewhere: a wrong ``proxy_span`` at the press, unsupported models, attention and caches

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Presses on other kinds of models, and under all that generate() does.
 
 Sections 3.5 to 3.7 of the specification beyond test_nacl_press.py: sliding-window and hybrid models,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """NACL on the packaged pretrained model: what eviction costs, saves and keeps."""
 
 import pytest

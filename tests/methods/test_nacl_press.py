@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Presses and cache layers on tiny random models: positions, padding, turns, chunks, memory."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Check 12 of the specification: retrieval of a model trained on key-value recall (recall.py).
 
 The prompt is ``k v`` 32 times and the asked key, 65 tokens; a fifth of it, 13 tokens, is kept; the

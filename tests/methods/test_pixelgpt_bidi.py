@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Unicode Bidirectional Algorithm: levels and order of lines that its rules are about."""
 
 import pytest

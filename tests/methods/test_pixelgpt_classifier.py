@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The classifier: which row is pooled, losses, grey strips, a new head on a trained trunk."""
 
 import pixelgpt_models as tiny

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fine-tuning: all modalities, the best weights, early stopping, resumption, scores by language, what is refused."""
 
 import random

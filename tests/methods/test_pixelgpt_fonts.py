@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fonts: fallback, colours, saved processors, the command line, pictures."""
 
 import json

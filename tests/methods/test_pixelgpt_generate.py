@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Generation: patches with a cache against whole forwards, ways to denormalise, text after a strip by ``generate``."""
 
 import pixelgpt_models as tiny

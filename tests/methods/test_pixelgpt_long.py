@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``PixelProcessor``: long texts, offsets, threads, workers, speed."""
 
 import pickle

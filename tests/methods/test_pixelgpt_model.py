@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PixelGPT's models: sizes, Llama's numbers, causality, padding, both losses, round trips, what is refused."""
 
 import pixelgpt_models as tiny

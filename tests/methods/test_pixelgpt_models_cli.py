@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``tenfold pixelgpt pretrain | finetune | reconstruct`` on tiny models; the demo's and the study's parts."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Two gloo ranks make the steps of one process: every stream of DualGPT, and a classifier."""
 
 from pathlib import Path

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``PixelProcessor``: geometry, text of all kinds, long texts, offsets, threads. Spec section 10, check 10."""
 
 import hashlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Metrics against scipy and formulas; readers of GLUE's and XNLI's layouts; published settings; packaged text."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pre-training: the spec's bars on rendered words, mixtures, resumption, micro-batches, held-out losses."""
 
 import os

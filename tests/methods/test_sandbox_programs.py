@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Programs on tests: all forms of tests, what counts as passed, and how programs end."""
 
 import json

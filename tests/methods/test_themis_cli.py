@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``tenfold themis``: data, training, scores, evaluation of three forms, the server, reports; and what they refuse."""
 
 import functools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Batches of pairs: what is where, padding, packing, observation dropout, bad input."""
 
 import dataclasses

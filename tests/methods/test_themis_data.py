@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """TARA's layout read and written, and what is wrong with a line; pairs made by rules."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rows that decode at their own pace: the cache from prompt to score, and that a row is its own affair."""
 
 import pytest

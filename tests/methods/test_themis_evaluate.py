@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Evaluation: accuracy by tool with ties and missing rewards, calibration, RewardBench's forms, choices, best of n."""
 
 import json

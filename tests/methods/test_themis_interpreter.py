@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a round of writing means: at the level of ids, so that no text can pass for a special token."""
 
 import time

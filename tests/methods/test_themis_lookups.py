@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Themis's tools that look things up: tables, search over a corpus, the web client; and the default set."""
 
 import contextlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The tool loop: how traces end, what tools are given, who waits for whom."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Themis's model: heads on one trunk, round trips, padding, and the plain reward model that it is without a trace."""
 
 import copy

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Themis' objective: the numbers of its specification, gradients, padding, parts of batches, ranks."""
 
 import math

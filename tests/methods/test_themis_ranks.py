@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Two gloo ranks: training loses a rank, goes on, and makes the steps of one process, whatever texts a rank has."""
 
 from pathlib import Path

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Themis as a reward: our MA-RLHF trainer's two styles, TRL's extras, and the functions for verl and OpenRLHF."""
 
 import asyncio

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a program cannot do to its host (check 12, the security suite), and that it is told as an observation."""
 
 import contextlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checks 17 and 18: a trace makes a ranking possible that is not without it, and it is the observation that decides."""
 
 import random

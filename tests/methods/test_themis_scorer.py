@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The scorer: batches, deadlines, back-pressure, cancellation, judges that raise, lie or hang; the normalizer."""
 
 import asyncio

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The scorer over the real tool loop and toolbox, with a scripted language model: 1,000 requests, odd tools."""
 
 import asyncio

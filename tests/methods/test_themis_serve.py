@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The endpoint over real sockets: forms of requests, what is refused, tokens, limits, clients that go; the client."""
 
 import asyncio

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pairs made by rules: true traces, no cue but the value, parts that share no question."""
 
 import random

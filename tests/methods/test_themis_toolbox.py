@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The toolbox: tools that fail, hang and lie stall nothing; deadlines, retries, rates, record and replay."""
 
 import itertools

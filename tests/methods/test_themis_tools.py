@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Themis's tools that work things out: calculator, calendar, code (checks 10, 11 and 12 with their numbers)."""
 
 import builtins

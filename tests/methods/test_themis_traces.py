@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Traces as token ids: layout, round trips, classes, truncation, and texts that try to be special tokens."""
 
 import copy

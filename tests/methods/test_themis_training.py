@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Training: settings, exact accumulation, resumption, the best checkpoint, LoRA, what is logged."""
 
 import json

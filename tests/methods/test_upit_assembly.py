@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Assembly (S5), layouts and baselines: what a stock transformers loads, the values in it, errors; kills."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``tenfold upit``: a recipe in one go and stage by stage, evaluation, export, and what is refused."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """S1: dense tuning that leaves checkpoints; resumption, adapters, and which checkpoints become experts."""
 
 import json

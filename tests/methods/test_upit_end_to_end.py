@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Acceptance check 12: a tiny language model on four synthetic domains, UpIT against vanilla upcycling; round trips."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """S2: which experts are merged, how, that it resumes and has the same bits, LoRA experts, what is refused."""
 
 import hashlib

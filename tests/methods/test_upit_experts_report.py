@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Load and affinity of experts: by hand, as plots, as a part of a page."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """LoRA experts (S7): acceptance check 11, both routings, adapters of PEFT, saving, what trains."""
 
 import pytest

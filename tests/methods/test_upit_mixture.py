@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Acceptance checks 1, 2, 4, 5, 6 of the method's specification on whole blocks and models."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A recipe end to end in one folder: what each stage leaves, resumption, gates without training, LoRA experts."""
 
 import json

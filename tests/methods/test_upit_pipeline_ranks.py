@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Two gloo ranks: tuning over DDP, experts side by side, and the numbers of one process."""
 
 from pathlib import Path

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Post-training (S6): the objective by hand, pieces, exact resumption, what trains, saving; dense models and LoRA."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Two gloo ranks: post-training over DDP loses a rank, goes on, and makes the steps of one process."""
 
 from pathlib import Path

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """UpIT's settings and recipes: round trips, mergekit-moe's YAML, and a sentence for everything that is refused."""
 
 import json

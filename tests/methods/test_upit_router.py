@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Router initialisation (S4): acceptance check 10, modes, negatives, errors; what is left of a model afterwards."""
 
 import math

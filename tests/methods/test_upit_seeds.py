@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """S3: a sample of the data, its loss under every expert, and who gets which of it (acceptance check 9)."""
 
 import warnings

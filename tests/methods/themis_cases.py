@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Queries, traces and tokenizers that the tests of Themis' data share."""
 
 import functools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Judges without a model, which tests of the scorer, the endpoint and the rewards share."""
 
 import math

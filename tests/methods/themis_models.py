@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What Themis' tests share: tiny reward models over bytes, a scripted language model, and a box of stub tools."""
 
 import random

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One of several gloo ranks: python themis_ranks.py FOLDER [STEP], after which the last rank is killed."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tiny random models of many kinds, and what a cache must equal: shared by the presses' tests."""
 
 import torch

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Dense models for the tests of UpIT's first half: tiny Llamas, their task vectors, adapters, letters as tokens."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tiny dense models, mixtures made of them, and rows: shared by the tests of mixtures."""
 
 import torch

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One of several gloo ranks: python upit_pipeline_ranks.py FOLDER."""
 
 import sys

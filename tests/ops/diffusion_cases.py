@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the tests of the family ``diffusion`` and of ``gn1_gelu`` share."""
 
 import torch

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the tests of the family ``influence`` share: runs, and the comparison with a definition."""
 
 import torch

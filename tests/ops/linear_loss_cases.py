@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the tests of linear_cross_entropy and linear_logprob share: problems, the three sides, the comparison."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the tests of expert blocks share: problems, plain PyTorch in the tested dtype, the comparison."""
 
 import torch

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the tests of the optimiser ops share: lists of tensors, masks, and torch's AdamW as an oracle."""
 
 import contextlib

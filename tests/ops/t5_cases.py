@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Cases of t5_attention, and how its results are judged."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """dha_cache_append_ against its definition."""
 
 import functools

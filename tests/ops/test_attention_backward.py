@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Gradients of dha_attention against autograd through its definition, judged in float64."""
 
 import functools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """dha_decode against its definition."""
 
 import contextlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """group_heads and allocate_heads: against the definitions, brute force and planted partitions."""
 
 import itertools

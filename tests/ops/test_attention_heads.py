@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Head operations of DHA on tensors: fuse, collapse, fusion loss, similarity, against the definitions."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """dha_attention, forward: against its definition in float64 and against torch's own attention."""
 
 import itertools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """pair_pack and shift_right: definitions, truncation that keeps prefix and EOS, errors."""
 
 import random

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """span_restore: every corrupted row comes back; generated targets; and the errors of all ops on spans."""
 
 import itertools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How long corrupted rows are: counts of T5's rounding, and what a row needs at most."""
 
 import struct

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """span_mask, span_corrupt, span_corruption: acceptance numbers, the published procedure, definitions, distributions."""
 
 import itertools

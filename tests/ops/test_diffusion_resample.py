@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """fir_down2, fir_up2_cat and conv1d_planes: acceptance numbers, values, gradients, layouts, errors."""
 
 import itertools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """vdiff_step: acceptance numbers, every option against the definition, places of results, errors."""
 
 import itertools

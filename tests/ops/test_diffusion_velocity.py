@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """vdiff_noise, vdiff_noise_rng and vdiff_loss: values, noise, gradients, places of results, errors."""
 
 import pytest

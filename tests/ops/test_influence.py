@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """markov_scan and markov_onestep: simulated and recorded runs against their definitions."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """markov_onestep_tuples and outer_dot against their definitions."""
 
 import pytest

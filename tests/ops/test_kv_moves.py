@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """kv_gather, kv_compact_, nacl_evict and ragged_decode against their definitions."""
 
 import functools

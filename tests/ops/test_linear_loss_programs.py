@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """linear_cross_entropy and linear_logprob: layouts, determinism, memory, programs, bad input."""
 
 import functools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The family ``loss`` against its definitions in float64."""
 
 import pytest

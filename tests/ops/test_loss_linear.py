@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """linear_cross_entropy and linear_logprob: how they compute, beside what (test_loss_linear_values.py)."""
 
 import pytest

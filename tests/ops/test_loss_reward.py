@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """last_token_reward and pairwise_logsigmoid: values, gradients, what padding may hold, Themis's printed numbers."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """trace_token_class, lm_weight, first_stop and segment_mean: parts of traces, whatever their padding holds."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """weighted_linear_ce: a face of the kernel of linear_cross_entropy, so mostly what it adds to that."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """DARE, TIES, linear and spherical merging and Gram matrices of task vectors, against their definitions."""
 
 import itertools

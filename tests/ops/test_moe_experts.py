@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """moe_swiglu_mlp, moe_lora_swiglu_mlp, grouped_gemm and its weight gradient against their definitions."""
 
 import functools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``moe_gate`` and ``moe_gate_linear`` against their definitions in float64."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Expert blocks and grouped products: registrations, programs, bad input."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``load_balance_loss`` and ``router_seed_loss`` against their definitions, and the numbers of UpIT's specification."""
 
 import math

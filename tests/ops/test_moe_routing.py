@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The routing ops together, around experts in plain PyTorch: UpIT's acceptance checks 1, 2, 4 and 5."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``moe_sort``, ``moe_permute`` and ``moe_combine`` against their definitions."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Triton provider of grouped_gemm (bench/moe_triton.py), by Triton's interpreter on the CPU."""
 
 import importlib.util

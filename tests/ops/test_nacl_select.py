@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """nacl_select: indices equal to the definition, on every ISA, and the right distribution."""
 
 import functools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """rms_norm: values, gradients, layouts, places of results, and what models expect."""
 
 import itertools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """swiglu and gated_gelu: values, gradients, halves of one tensor, places of results."""
 
 import itertools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """gn1_gelu: values and gradients against torch's, statistics far from 0, layouts, places of results, errors."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """masked_adamw_ against its definition and against torch's fused AdamW."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """masked_adamw_8bit_: blockwise 8-bit states against the definition, and against float32 states."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Bad input of the AdamW ops: the text, the Python type, and that nothing was written."""
 
 import pytest

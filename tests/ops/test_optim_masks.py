@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Packed masks, masked gradient norms and masked copies, against their definitions."""
 
 import math

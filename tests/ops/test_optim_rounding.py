@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The roundings of masked_adamw_: the definition's FMA; stochastic rounding, its bits and statistics."""
 
 import math

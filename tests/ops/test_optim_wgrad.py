@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """linear_wgrad_rows against the row slice of the whole weight gradient."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """patchify_u8, its inverse, masks and batches: layouts, exactness, PixelGPT's acceptance checks 1 to 3."""
 
 import pytest

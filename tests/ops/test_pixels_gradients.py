@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """patch_mse: autograd, forms that write into given memory, bad input, registrations, memory."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """patch_mse: values, gradients, what is masked, weights, PixelGPT's acceptance checks 3 to 5."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """proxy_scores against its definition, judged in float64."""
 
 import functools

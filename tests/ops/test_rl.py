@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The family ``rl`` against its definitions: random ragged batches with holes and poisoned padding."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``sequence_nll`` against its definition in float64."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """t5_attention and its backward: the definition, transformers, both kernels, draws, memory, bad input."""
 
 from __future__ import annotations

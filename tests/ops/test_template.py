@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The template family, tested the way every family is."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Results of the Triton provider of grouped_gemm, for test_moe_triton.py: ``python triton_calls.py FILE``.
 
 A process of its own, since Triton decides when it is imported whether kernels are interpreted.

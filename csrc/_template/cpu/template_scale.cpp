@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CPU registration: tensors -> raw pointers, threads, ISA pick.
 #include "_template/template_scale.h"
 

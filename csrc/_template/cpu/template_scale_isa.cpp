@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #include "_template/template_scale.h"
 #include "core/cpu/vec.h"
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CUDA registration: tensors -> raw pointers, launch.
 #include <torch/csrc/stable/library.h>
 

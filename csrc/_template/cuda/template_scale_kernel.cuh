@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Device code of template_scale: one thread per element, grid-stride.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CPU allocate_heads (DHA section 3.4): the exact knapsack. A component (layer, key or value) takes
 // one of K sizes n_k at a cost; the sum of costs is least under sum n <= budget.
 //

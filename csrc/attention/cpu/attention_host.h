@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the CPU registrations of dha_attention and its backward share: values of maps and of
 // cu_seqlens and groups of heads.
 #pragma once

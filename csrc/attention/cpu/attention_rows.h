@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Row tiles of the CPU attention kernels: which query rows the lanes hold, what they see, and the
 // changes of their logits that are not a product (soft cap, bias, mask). For ISA sources.
 #pragma once

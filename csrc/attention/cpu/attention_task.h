@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // How the CPU kernels of dha_attention cut their work, and their ISA entry points. Query rows of
 // heads that share key and value head form a group; its rows are cut into tiles of lanes, and a
 // task is a run of tiles of one sequence and group, for which keys and values are packed once.

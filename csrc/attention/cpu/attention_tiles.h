@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The first product of the forward by AMX tiles. For ISA sources.
 #pragma once
 

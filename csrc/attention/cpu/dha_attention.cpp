@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CPU registration of dha_attention: tensors -> parameters, tasks over threads.
 #include <torch/csrc/stable/library.h>
 

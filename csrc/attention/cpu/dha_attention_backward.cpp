@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CPU registration of dha_attention_backward: tensors -> parameters, tasks over threads, sums over
 // the heads that share a key or value head.
 //

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Between the registration and the ISA kernel of dha_attention_backward.
 #pragma once
 

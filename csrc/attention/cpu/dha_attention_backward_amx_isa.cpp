@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The backward of bf16 attention by AMX tiles. A tile of scores is 96 queries x 96 keys, made as
 // two halves of 48 queries, which are the lanes:
 //   S^T = K Q^T, dP^T = V dO^T    left: panels of keys; right: lanes of queries

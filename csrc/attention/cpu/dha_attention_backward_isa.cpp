@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CPU kernel of dha_attention_backward: five products per tile, nothing of size Sq x Sk.
 //
 //   P = exp(logit - lse), dP = dO V^T, dS = P * (dP - delta + dlse), delta_i = dO_i . O_i

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Operands of dha_attention_backward in the layouts that its products read. For ISA sources.
 //
 // For a product summed over d the lanes hold keys: k^T and v^T in panels [kBlock /

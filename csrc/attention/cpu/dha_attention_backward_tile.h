@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The products of dha_attention_backward on tiles of at most kBlock queries x kBlock keys, and
 // where their operands lie. For ISA sources.
 #pragma once

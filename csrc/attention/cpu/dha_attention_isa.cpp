@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CPU kernel of dha_attention: flash attention on tiles of query rows.
 //
 // Lanes hold query rows, so logits, weights and sums are stored transposed (core/cpu/panels.h). A

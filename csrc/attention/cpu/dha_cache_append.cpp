@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CPU registration of dha_cache_append_: slots are checked, then rows are written over threads.
 #include "attention/dha_cache_append.h"
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Rotates one key row (rotate-half RoPE): both halves are read before either is written.
 #include "attention/dha_cache_append.h"
 #include "core/cpu/vec.h"

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CPU registration of dha_decode: maps -> components of heads -> parts of the keys over threads ->
 // combination in order.
 #include "attention/dha_decode.h"

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CPU registration of fuse_heads, fuse_heads_backward and collapse_heads: one task per (group,
 // dim).
 #include "attention/fuse_heads.h"

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Row mixing and row products of fuse_heads: outputs of a block of columns stay in registers.
 #include "attention/fuse_heads.h"
 #include "core/cpu/vec.h"

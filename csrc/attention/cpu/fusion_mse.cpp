@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CPU registration of fusion_mse and fusion_mse_backward: one task per row j of a group's omega.
 #include "attention/fusion_mse.h"
 

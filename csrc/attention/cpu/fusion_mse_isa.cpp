@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Deviations of fusion_mse: vectors along the dims, all heads of a row of omega while it is in L1.
 #include "attention/fusion_mse.h"
 #include "core/cpu/vec.h"

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CPU group_heads: plain C++, deterministic for a seed (Philox counters are (draw, run)).
 #include "attention/group_heads.h"
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CPU registration of head_cka: block pairs in order over the threads, runs of one b together.
 #include "attention/head_cka.h"
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Blocks of the Gram matrix of head_cka. A step multiplies kGramDepth columns: block b is packed
 // with its rows as lanes, block a only copied (its values are broadcast), and the products
 // accumulate in a float32 block each. bf16 without centring is multiplied in pairs where there are

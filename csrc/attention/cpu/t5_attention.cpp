@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CPU registration of t5_attention and its backward: the bias by distance, then the kernels of
 // dha_attention.
 #include <torch/csrc/stable/library.h>

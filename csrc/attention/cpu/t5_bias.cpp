@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #include "attention/cpu/t5_bias.h"
 
 #include <algorithm>

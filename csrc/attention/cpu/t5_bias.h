@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The relative bias of a call on the CPU: a float per head and distance i - j of its queries and
 // keys, so that the kernels read biases as they read rows. Linear in the lengths.
 #pragma once

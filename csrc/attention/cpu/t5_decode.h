@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // One query per sequence against a cache of keys: bound by memory, by way of core/cpu/decode.h.
 #pragma once
 

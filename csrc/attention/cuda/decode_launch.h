@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Arguments and launchers of dha_decode and dha_cache_append_ on the device.
 #pragma once
 

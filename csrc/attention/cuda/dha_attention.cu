@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CUDA registration of dha_attention and its backward.
 #include <torch/csrc/stable/library.h>
 

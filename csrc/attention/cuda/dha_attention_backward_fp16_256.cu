@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #include "attention/cuda/dha_attention_backward_kernel.cuh"
 
 namespace tenfold::cuda {

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Device code of the backward of dha_attention: three kernels of one shape. A block owns a tile of
 // rows of one gradient and walks over the other side, so there are no atomics and the order of
 // additions is fixed:

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Device code of the forward of dha_attention: one block per (sequence, query head, tile of rows)
 // walks over the keys that its rows see. Per tile of keys: logits (tensor cores), running maximum
 // and sum of each row, out = out * rescaling + weights x values. The next keys are on their way

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Device code of dha_cache_append_: one warp per (token, key or value head) moves one row, keys
 // with their rotation.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The query heads of a decode block, and where the tokens of its sequence are.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Device code of dha_decode: one block per (sequence, block of query heads, split of the keys); all
 // query heads of the block share what it loads, whatever the two maps say. Per chunk of 128 keys:
 //   keys:    each key head's tiles pass by once; logits of its query heads to shared memory;

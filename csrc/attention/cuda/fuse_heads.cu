@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CUDA registration of fuse_heads, fuse_heads_backward and collapse_heads.
 #include <torch/csrc/stable/library.h>
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Device code of fuse_heads, its backward and collapse_heads. A thread owns 16 bytes of columns (or
 // one) of a dim and forms up to kMixOutputs outputs of its group from one load of every input row;
 // more outputs take more blocks, which find the rows in L2.

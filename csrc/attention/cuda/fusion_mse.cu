@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CUDA registration of fusion_mse and fusion_mse_backward.
 #include <torch/csrc/stable/library.h>
 

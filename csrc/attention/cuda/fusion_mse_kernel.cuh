@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Device code of fusion_mse and its backward: a block per row j of a group's omega, a thread per
 // dim; then one thread per group adds the rows in order.
 #pragma once

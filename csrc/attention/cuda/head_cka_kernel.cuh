@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Device code of head_cka. A block multiplies kCkaTile rows of head a with as many of head b <= a,
 // keeps the products in registers over the whole width, and leaves the sum of their squares; a
 // second kernel adds the tiles of every pair of heads in order and normalises. 16-bit values are

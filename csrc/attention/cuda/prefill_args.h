@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What only the registrations of dha_attention and t5_attention share.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Launchers of dha_attention, instantiated in one source per width so that each compiles quickly.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Which part of a dha_attention problem a block works on, shared by the forward and the backward.
 // Blocks of one dimension: (batch, head, tile of rows) for a dense batch, (head, slot) for a packed
 // one. Query heads are taken in the order of their key heads, so that blocks that run together read

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The two ends of t5_attention's bias: from the table to a float per head and distance within its
 // reach, and from the sums of dS by distance to the gradient of the table.
 #pragma once

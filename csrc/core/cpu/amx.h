@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // AMX tile registers for bf16 products: 8 tiles of 16 rows x 64 bytes, all configured alike.
 //   C[16][16] float += A[16 rows][32 bf16] * B,  B as pairs: B[r][n] = elements 2 r, 2 r + 1 of n.
 // Only for ISA sources of the avx512_amx build.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Products of bf16 operands by AMX tiles, for packed.h and the sources that use it. Left operands
 // are
 //   panels of 16 rows, [words / 16][16 rows][16 words]: tiles one after the other; or

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Products of float32 by AMX. Every float is exactly the sum of three bf16 (8 bits of its
 // significand each): x = h + m + l with |m| <= 2^-8 |x|, |l| <= 2^-16 |x|. Of the nine products of
 // two such sums six are multiplied, the smallest first:

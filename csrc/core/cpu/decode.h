@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Inner kernel of decode attention on CPU, shared by ragged_decode and dha_decode: some query rows
 // against some tokens of a cache whose keys and values may have different head groups.
 //

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Decode attention of one task: see decode.h. Per block of kDecodeKeyBlock tokens: logits (4 keys x
 // up to 4 rows in registers, lanes along D) for every key head, running softmax of every row, then
 // values (rows x vectors in registers, lanes along DV) for every value head.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CPU instruction sets: found once at load, forced by TENFOLD_CPU_CAPABILITY or at run time.
 // Every ISA kernel source is compiled once for each of them (see CMakeLists.txt) into
 // namespace tenfold::<isa>; TENFOLD_ISA_DECLARE declares all copies, TENFOLD_ISA_CALL picks one.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Vector functions made of vec.h: exp2, exp, tanh, sigmoid, the normal distribution, the bit-exact
 // logarithm and Gumbel noise of det_math.h, Philox.
 #pragma once

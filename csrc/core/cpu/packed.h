@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Operands of the large products of moe and loss, packed and multiplied as panels.h does it, or
 // bf16 where there are AMX tiles as amx_panels.h does: panels have more rows then, and the depth of
 // both operands is padded with zeros to whole tiles.

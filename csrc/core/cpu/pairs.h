@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Two vectors of neighbours at a time, for ISA sources. bfloat16 comes as the even and the odd ones
 // of them, which needs no shuffle: for loops that do not mind the order, because all that they join
 // is bfloat16. Others ask for it (kOrdered).

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Products of packed panels, and the packing. For ISA sources.
 //
 // A left operand is packed as tiles [depth][kTileRows], what lies along the lanes, a right operand

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // torch.ops.tenfold._peak(kind, iters): measured ceilings on all threads, for bench/ only.
 // kind: "fma_fp32", "dot_bf16" (GFLOP/s; 0 if the ISA has none), "copy" (GB/s read + written) or
 // "read" (GB/s).

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Ceilings that bench/ measures in the same run as the kernels: what this CPU can do at best.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #include "core/cpu/amx.h"
 #include "core/cpu/peak.h"
 #include "core/cpu/vec.h"

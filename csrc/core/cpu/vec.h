@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // One SIMD vocabulary for all CPU ISAs: VF (float32 lanes), VI (uint32 lanes), VM (lane mask).
 // An ISA kernel source includes this header only, is compiled once per ISA, and puts its code in
 // namespace tenfold::TENFOLD_ISA. Everything here has internal linkage: no weak symbol of one ISA

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // AVX2 + FMA + F16C: 8 lanes. See vec.h for the vocabulary.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // AVX-512 (F, BW, DQ, VL): 16 lanes. See vec.h for the vocabulary.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Baseline CPUs: 4 lanes as plain loops, which the compiler may turn into SSE2. See vec.h.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Which row an error is about, whatever the number of threads: the first bad one.
 #pragma once
 

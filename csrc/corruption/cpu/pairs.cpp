@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CPU registration of pair_pack and shift_right: a row a task.
 #include <torch/csrc/stable/library.h>
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // See corruption/pairs.h.
 #include "corruption/cpu/token_runs.h"
 #include "corruption/pairs.h"

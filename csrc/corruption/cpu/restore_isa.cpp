@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // See corruption/spans.h: inputs and targets back to tokens. Sentinels are found without a branch
 // for each token, what lies between is copied.
 #include "corruption/cpu/token_runs.h"

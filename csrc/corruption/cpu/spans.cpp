@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CPU registration of the ops on spans: a row a task.
 #include <torch/csrc/stable/library.h>
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // See corruption/spans.h. Spans are short, of about 3 and 17 tokens: they are copied in whole
 // vectors, whose excess the next one writes over.
 #include "core/cpu/math.h"

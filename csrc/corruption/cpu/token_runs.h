@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Copying stretches of tokens. For ISA sources.
 #pragma once
 

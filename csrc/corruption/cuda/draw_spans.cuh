@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The mask of a row, drawn by its block as corruption/spans.h defines it. Floyd's algorithm asks of
 // each draw whether its value has been chosen before. It has if an earlier draw has the same value,
 // or if it is the number that an earlier step chose in place of its draw; that step is known from

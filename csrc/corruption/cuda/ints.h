@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Index tensors as kernels see them, and the two dtypes of tokens.
 #pragma once
 

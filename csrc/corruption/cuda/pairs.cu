@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CUDA registration of pair_pack and shift_right. Values are not checked: offsets are brought into
 // the tokens, tokens are copied as they are, a row whose prefix does not fit has lengths of -1.
 #include <torch/csrc/stable/library.h>

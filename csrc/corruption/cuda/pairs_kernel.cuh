@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Device code of pair_pack and shift_right (corruption/pairs.h): a block a row.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Device code of span_restore (corruption/spans.h): a block a row. Of each sentinel the first
 // position on either side is found; a text ends at the next sentinel, which bits lead to.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A row's flags as bits, 32 a word, and how many are set before each word. One block a row.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CUDA registration of the ops on spans. Values are not checked: lengths are brought into the row,
 // tokens are copied as they are, a row that does not fit has lengths of -1.
 #include <torch/csrc/stable/library.h>

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Device code of span_mask, span_corrupt and span_corruption (corruption/spans.h): a block a row.
 // The mask is in shared memory as bits; where a token goes follows from the set bits and the
 // beginnings of spans before it, which are counted by words.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CPU registration of the parts of conv1d_planes.
 #include <torch/csrc/stable/library.h>
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // See diffusion/planes.h.
 #include "core/cpu/pairs.h"
 #include "diffusion/planes.h"

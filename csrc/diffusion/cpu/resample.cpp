@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CPU registration of fir_down2, fir_up2_cat and their gradients: strips of rows are shared out.
 #include <torch/csrc/stable/library.h>
 

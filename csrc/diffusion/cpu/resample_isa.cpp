@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // See diffusion/resample.h. Strips of a row: results as floats in the first cache, then out. Near
 // the ends of a row the definition itself; elsewhere `down` and the gradient of `up` are a sum of
 // eight from even and odd samples, `up` and the gradient of `down` two sums of four.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CPU registration of vdiff_step.
 #include <torch/csrc/stable/library.h>
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // See diffusion/vdiff.h.
 #include "core/cpu/math.h"
 #include "core/cpu/pairs.h"

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CPU registration of vdiff_noise, vdiff_noise_rng and vdiff_loss. Sums of blocks of a fixed size
 // are added in order: results do not depend on threads.
 #include <torch/csrc/stable/library.h>

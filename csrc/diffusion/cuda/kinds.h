@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // From the dtypes of a signal and of its velocity to template arguments.
 #pragma once
 

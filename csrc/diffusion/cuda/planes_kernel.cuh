@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Device code of the parts of conv1d_planes (diffusion/planes.h).
 #pragma once
 

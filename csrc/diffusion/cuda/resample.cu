@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CUDA registration of fir_down2, fir_up2_cat and their gradients.
 #include <torch/csrc/stable/library.h>
 

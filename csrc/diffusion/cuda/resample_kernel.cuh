@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Device code of fir_down2, fir_up2_cat and their gradients (diffusion/resample.h). A thread makes
 // four outputs of a sum of eight, or eight of sums of four, from aligned vectors of neighbours;
 // near the ends of a row, and where rows are not aligned, the definition itself, in double.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CUDA registration of vdiff_step. Values of times and of guidance are not checked.
 #include <torch/csrc/stable/library.h>
 

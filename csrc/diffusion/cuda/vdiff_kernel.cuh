@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Device code of vdiff_noise, vdiff_loss and vdiff_step (diffusion/vdiff.h). A block has a stretch
 // of one sample, a thread a few vectors of 16 bytes; one thread makes the sample's coefficients in
 // double from times that are read on the device. Sums of blocks are added in order by one block per

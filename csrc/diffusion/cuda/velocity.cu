@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CUDA registration of vdiff_noise, vdiff_noise_rng and vdiff_loss. Values of times are not
 // checked.
 #include <torch/csrc/stable/library.h>

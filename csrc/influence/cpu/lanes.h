@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Neighbouring lanes as a few vectors, for ISA sources: of floats, or of doubles, which are for
 // tests and plain loops.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CPU registration of markov_scan and markov_onestep: a task is a block of lanes q, in the forward
 // pass of some of the runs, in the backward of all of them, so that it owns its sums. What a task
 // reads again and again, its lanes of the factors, it packs first where that pays: rows of a wide

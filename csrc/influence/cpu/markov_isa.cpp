@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // See influence/markov.h. A few vectors of lanes go through all steps of a run; what a step needs
 // besides its batch's factors is in registers or was written a step ago.
 #include "influence/cpu/lanes.h"

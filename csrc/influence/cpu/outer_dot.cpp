@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CPU registration of outer_dot: a task is some examples of one side with some of the other.
 #include "influence/outer_dot.h"
 

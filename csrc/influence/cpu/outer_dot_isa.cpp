@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // See influence/outer_dot.h.
 #include "core/cpu/packed.h"
 #include "influence/outer_dot.h"

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Ids and lengths of a call on the CPU, checked once.
 #pragma once
 

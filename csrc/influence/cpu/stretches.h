@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // How the backward pass of runs is cut into stretches of steps, and which of these each training
 // example was in.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CPU registration of markov_onestep_tuples: a task is some tuples, in the backward pass some
 // columns of a plane.
 #include "influence/tuples.h"

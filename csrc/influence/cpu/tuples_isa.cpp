@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // See influence/tuples.h.
 #include "influence/cpu/lanes.h"
 #include "influence/tuples.h"

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CUDA registration of markov_scan and markov_onestep.
 #include <torch/csrc/stable/library.h>
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Device code of markov_scan and markov_onestep (influence/markov.h).
 //
 // One step is a thread per (run, step, test example). A scan would be a thread per (run, test

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Device code of outer_dot (influence/outer_dot.h): a block per some examples of either side, as
 // many as fill a tile, or one and one. Both products of a tile are made one after the other; the
 // first waits in shared memory for the second to be multiplied with it, and warps sum up the pairs.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the kernels of the family share: factors as the numbers that are computed with, batches of
 // ids, and sums of the rows that they choose.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Sums of rows that entries add to rows by their ids, in the order of the entries and without
 // atomics: out[plane, id, :] = sum over entries e of that id of value(e, plane, :).
 //

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CUDA registration of markov_onestep_tuples.
 #include <torch/csrc/stable/library.h>
 

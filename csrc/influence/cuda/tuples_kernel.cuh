@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Device code of markov_onestep_tuples (influence/tuples.h): a warp a tuple; backward, sums by
 // scatter_kernel.cuh over the entries of batches (of H), and over tuples (of G).
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The family's CPU entry points, for composition (nacl_evict) and registration.
 #pragma once
 

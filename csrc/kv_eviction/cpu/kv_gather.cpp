@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CPU kv_gather and kv_compact_: checks of the index values, then one row mover for both.
 #include "kv_eviction/kv_gather.h"
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Row movement and key re-rotation of kv_gather / kv_compact_.
 #include "core/cpu/math.h"
 #include "kv_eviction/kv_gather.h"

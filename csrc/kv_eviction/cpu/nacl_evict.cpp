@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CPU nacl_evict: proxy_scores, nacl_select and kv_gather in one call.
 #include <torch/csrc/stable/library.h>
 

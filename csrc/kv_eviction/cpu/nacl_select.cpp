@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CPU nacl_select: per (sequence, head) the top-k and the draws are marked, then one ordered pass
 // writes what is marked.
 #include "kv_eviction/nacl_select.h"

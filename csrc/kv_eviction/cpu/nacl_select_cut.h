@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The k-th largest of a list of keys, and a guess of it from a sample. For ISA sources.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Noisy keys of nacl_select, exact and bounded from above. For ISA sources.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Vector part of nacl_select. Both choices prune: a sample gives a limit that is most likely below
 // the cut, only candidates that can reach it go on a list, and the cut is found there. The list
 // held every winner if its cut is at or above the limit; if not, the choice is repeated with all.

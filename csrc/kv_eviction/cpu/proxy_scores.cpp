@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CPU registration of proxy_scores: tensors -> parameters, tasks over threads, final reduction.
 #include "kv_eviction/proxy_scores.h"
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Key tiles of proxy_scores multiplied by AMX. The products of the next tile run beside the vector
 // work on this one, a few keys after every few products: the two use different units, but the
 // out-of-order window is too small to overlap them if they are not interleaved.

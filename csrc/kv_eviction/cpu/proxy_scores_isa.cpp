@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CPU kernel of proxy_scores: one GEMM pass, K read in place.
 //
 // Lanes hold proxy rows, not keys: a tile is kTileRows rows x kKeys keys, its logits are built

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Which keys the proxy rows of a tile may see, masks, and column sums. For ISA sources.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Logits of one tile of proxy_scores: kTileRows proxy rows (lanes) x kKeys keys. For ISA sources.
 #pragma once
 

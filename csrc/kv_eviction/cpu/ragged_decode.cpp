@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CPU registration of ragged_decode: segments -> chunks over threads -> combination in order.
 #include "kv_eviction/ragged_decode.h"
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CUDA registration of kv_gather and kv_compact_.
 #include <torch/csrc/stable/library.h>
 

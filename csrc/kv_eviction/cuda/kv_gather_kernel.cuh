@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Device code of kv_gather and kv_compact_. One kernel moves rows, K and V in one launch; a step of
 // a block moves many rows: thread = (row, column), where a column is 16 bytes, one element, or one
 // pair to rotate, and each thread takes kBatch rows a step, all loads before the first store.

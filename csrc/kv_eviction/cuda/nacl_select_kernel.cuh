@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Device code of nacl_select: one block per (sequence, head). Keys (sortable scores, then noisy
 // logits) are written once to a workspace; a radix selection reads them in passes of 8 bits, most
 // significant first. Slots break ties: only if the boundary key is shared, 4 more passes over the

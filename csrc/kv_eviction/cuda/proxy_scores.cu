@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CUDA registration of proxy_scores: tensors -> parameters, workspace, launch.
 #include <torch/csrc/stable/library.h>
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Device code of proxy_scores. 128 threads = 4 warps make a tile of 64 proxy rows x 64 keys:
 // warp w owns rows 16 w .. 16 w + 15, in the fragment layout of mma.m16n8k16 (thread: 2 rows x
 // 8 column pairs). 16-bit types use the tensor cores, float32 the same layout with FMAs.

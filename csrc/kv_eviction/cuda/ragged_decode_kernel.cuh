@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Device code of ragged_decode: one block per (segment, chunk of keys), all query rows of the head
 // share what it loads. Per group of kRows rows: logits (a few lanes per key, 16 bytes each, so that
 // a warp reads several keys at once), softmax weights of the chunk in shared memory, then values (a

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #include "loss/cpu/linear_cross_entropy.h"
 
 #include <algorithm>

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The passes of linear_cross_entropy over chunks of rows and tiles of the vocabulary. No tensor is
 // made here; results do not depend on the number of threads.
 #pragma once

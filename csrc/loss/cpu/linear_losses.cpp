@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CPU registration of linear_cross_entropy and linear_logprob with their gradients.
 #include <torch/csrc/stable/library.h>
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // From calls of the linear losses to rows that count, and from sums of these to tensors.
 #pragma once
 

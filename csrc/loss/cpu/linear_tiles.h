@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // linear_cross_entropy tile by tile, for linear_cross_entropy.cpp. A chunk of rows meets the
 // vocabulary:
 //   1. logits of a tile, transposed: x[v][rows], lanes hold rows; their maximum and sum of a row;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // See linear_tiles.h.
 #include "core/cpu/packed.h"
 #include "core/cpu/pairs.h"

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Rows of logits in chunks over threads: what selective_logprob and sequence_nll are made of.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CPU registration of last_token_reward and pairwise_logsigmoid with their gradients.
 #include <torch/csrc/stable/library.h>
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // See loss/token_reward.h and loss/pair_loss.h.
 #include "core/cpu/math.h"
 #include "core/cpu/vec.h"

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CPU registration of segment_mean and its backward: a row a task.
 #include "loss/segment_mean.h"
 

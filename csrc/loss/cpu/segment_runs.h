@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Loops of segment_mean over the tokens of a row. Numbers of segments are int32, -1 for tokens that
 // are not read. Neighbours mostly have the same one: such runs go a vector at a time.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #include "core/cpu/vec.h"
 #include "loss/cpu/segment_runs.h"
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CPU registration of selective_logprob and its backward.
 #include "loss/selective_logprob.h"
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #include "core/cpu/math.h"
 #include "core/cpu/read_ahead.h"
 #include "loss/selective_logprob.h"

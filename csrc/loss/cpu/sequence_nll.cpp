@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CPU registration of sequence_nll and its backward, of the kernels of selective_logprob.
 #include "loss/sequence_nll.h"
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CPU registration of trace_token_class, lm_weight and first_stop: a row a task.
 #include "loss/traces.h"
 

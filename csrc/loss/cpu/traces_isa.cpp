@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // See loss/traces.h. Special tokens are few: 64 tokens at a time are compared with all of them, and
 // what lies between is filled.
 #include "core/cpu/vec.h"

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CPU registration of weighted_linear_ce: linear_cross_entropy's kernel, with another view of what
 // it gives.
 #include <torch/csrc/stable/library.h>

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The backward pass of linear_cross_entropy: the gradients d of the logits, then grad_weight =
 // d^T hidden and grad_hidden = d weight. d is kept for a chunk of rows and a block of the
 // vocabulary at a time. Sums over the vocabulary are those of fixed segments of it, added in order,

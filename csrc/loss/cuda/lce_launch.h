@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The passes of linear_cross_entropy and linear_logprob on the device. Nothing waits for the host.
 #pragma once
 

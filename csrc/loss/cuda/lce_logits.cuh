@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Tiles of logits of linear_cross_entropy: the rows of hidden that count times the vocabulary.
 #pragma once
 

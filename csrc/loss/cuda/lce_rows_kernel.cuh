@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What linear_cross_entropy does row by row on the device. The rows that count are packed first, in
 // order; how many there are is never known to the host: grids are made for all rows, and blocks
 // beyond `count` leave.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The forward pass of linear_cross_entropy: sums over ranges of the vocabulary of logits that are
 // gone with their tile.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #include "loss/cuda/lce_launch.cuh"
 
 namespace tenfold::cuda {

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CUDA registration of linear_cross_entropy, linear_logprob and weighted_linear_ce with their
 // gradients. A target out of range cannot be reported: it makes the row's loss, and the gradients,
 // NaN.

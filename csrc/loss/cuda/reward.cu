@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CUDA registration of last_token_reward and pairwise_logsigmoid with their gradients. A row
 // without a real token cannot be reported: its reward is NaN.
 #include <torch/csrc/stable/library.h>

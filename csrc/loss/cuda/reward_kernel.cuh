@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Device code of last_token_reward and pairwise_logsigmoid. A block takes a row and a block of
 // columns of it (loss/token_reward.h): their sums over the tokens, and from these its part of every
 // dot product, which are added in order. Tokens are dealt to groups of threads by their distance

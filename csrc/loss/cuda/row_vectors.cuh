@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // 16 bytes of a row of any alignment. Which elements a thread gets does not depend on where the row
 // lies in memory, so neither do sums of them.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Device code of segment_mean (loss/segment_mean.h): a block a row. First the extent of every
 // segment and how many tokens it has, by whole numbers, from the places where a run of equal
 // numbers begins and ends; then a warp a segment adds what lies between its first and its last

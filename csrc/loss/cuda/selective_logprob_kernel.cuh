@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Device code of the rows of selective_logprob and of sequence_nll. Forward: a block holds a chunk
 // of a row in registers, finds its maximum and then its sums relative to it; a warp joins a row's
 // chunks. Chunks and the elements of a thread depend on the vocabulary only: a row gives the same

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CUDA registration of sequence_nll and its backward. Values of labels are not checked: one that is
 // neither ignored nor in the vocabulary has log-probability 0 and no gradient.
 #include <torch/csrc/stable/library.h>

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Device code of sequence_nll, of the rows of selective_logprob: a block adds up the
 // log-probabilities of a sequence, and counts its positions.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CUDA registration of trace_token_class, lm_weight and first_stop. Values are not checked: starts
 // beyond the row leave nothing of it, classes that there are not have weight 0, lengths are brought
 // into the row.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Device code of trace_token_class, lm_weight and first_stop (loss/traces.h): a block a row, but
 // for the second, where it is a part of one. A row's classes come from a running scan of its
 // special tokens: a step of the block has one barrier.

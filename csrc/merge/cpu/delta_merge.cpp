@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CPU registration of dare_merge and ties_merge.
 #include "merge/delta_merge.h"
 

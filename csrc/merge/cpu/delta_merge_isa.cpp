@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #include "merge/cpu/delta_sums.h"
 #include "merge/cpu/drop_draws.h"
 

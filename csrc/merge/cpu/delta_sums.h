@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the kernels that merge task vectors share: magnitudes as keys, and the sums over the
 // experts. For ISA sources.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Draws of dare.h for a block of elements at a time, as bits of vectors of lanes. For ISA sources.
 #pragma once
 

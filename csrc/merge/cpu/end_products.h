@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The products that slerp_merge of 16-bit tensors takes its angle from.
 #pragma once
 

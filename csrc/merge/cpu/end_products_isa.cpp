@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #include "core/cpu/pairs.h"
 #include "merge/cpu/end_products.h"
 

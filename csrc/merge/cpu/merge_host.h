@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the CPU registrations of the merge operations share.
 #pragma once
 

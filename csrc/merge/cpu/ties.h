@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // ties_merge of large tensors in one pass: for each expert, a sample gives two magnitudes between
 // which its k-th largest lies almost surely. What is above both is kept and what is below is not,
 // so the pass already writes the result, but for the elements of which an expert lies in between:

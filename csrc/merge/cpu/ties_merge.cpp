@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The cuts of ties_merge, and the merge by them: see ties.h.
 #include <algorithm>
 #include <atomic>

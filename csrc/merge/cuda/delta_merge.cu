@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CUDA registration of dare_merge and ties_merge.
 #include <torch/csrc/stable/library.h>
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Device code of dare_merge, and of all merges without a cut: a thread has the 16 elements that one
 // Philox call of each expert decides about, reads them from every input and writes them once. The
 // weights may be on the device, where norms have changed them.

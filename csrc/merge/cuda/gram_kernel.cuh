@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Device code of delta_gram, and of slerp_merge's angle: differences, products and sums in float64.
 // A thread holds the sums of a group of pairs of experts in registers, all those of up to 8 experts
 // in one pass; more are cut into groups of 8, and pairs of groups into launches of their own.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CUDA registration of linear_merge, slerp_merge and delta_gram.
 #include <torch/csrc/stable/library.h>
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // How the elements of several models become one, step by step as merge/delta_merge.h writes it: the
 // same bits as on a CPU. Also runs of elements of a thread, and which of them DARE keeps.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Device code of rescale="l1" and "l2" of dare_merge: the weight of each expert times what dropping
 // took from the norm of its task vector, on the device.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Sums of float64 over whole tensors: blocks, as many as the size alone says, each leave a part,
 // and parts are added in a fixed order.
 #pragma once

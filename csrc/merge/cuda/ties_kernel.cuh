@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Device code of ties_merge: a radix selection finds the magnitude of each expert's last element
 // that stays, three passes over the inputs whatever the number of experts, and a fourth one merges.
 // Where more elements have that magnitude than may stay, they stay by index: then tiles count

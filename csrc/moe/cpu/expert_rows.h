@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What follows the products of experts, row by row: activation and its gradient, rounding, and the
 // sum over a token's slots. Sums are rows kMoePitch apart (products.h).
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // See expert_rows.h.
 #include "core/cpu/panels.h"
 #include "moe/cpu/expert_rows.h"

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CPU registration of moe_gate, moe_gate_linear and their backward: tiles of tokens over threads.
 #include "moe/gate.h"
 

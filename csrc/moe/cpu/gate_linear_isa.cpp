@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #include "core/cpu/panels.h"
 #include "moe/gate_linear.h"
 

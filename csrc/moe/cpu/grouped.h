@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Products over groups of rows (the slots of an expert, sorted), tile by tile over the threads. No
 // element of a result depends on how the work is shared out.
 #pragma once

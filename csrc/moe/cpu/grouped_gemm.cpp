@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CPU registration of grouped_gemm and grouped_gemm_wgrad.
 #include <torch/csrc/stable/library.h>
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The expert block whose experts are LoRA pairs on one frozen SwiGLU block. The base products are
 // made once per token, not per slot, since down is linear: with a slot's a = silu(g) u,
 //   g = x W_g^T + low_g B_g^T, low_g = scale x A_g^T;   u likewise

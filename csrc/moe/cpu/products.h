@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Tiles of products with grouped rows (an expert's slots), for grouped.cpp, made of the panels of
 // core/cpu/packed.h. A tile is what one task computes of
 //   sums [rows, cols] = a [rows, depth] * w^T,  w [cols, depth] (by_rows), or * w [depth, cols]

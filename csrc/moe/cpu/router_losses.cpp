@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CPU registration of load_balance_loss and router_seed_loss. Parts are summed in order.
 #include "moe/router_losses.h"
 

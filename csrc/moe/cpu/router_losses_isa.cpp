@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #include "moe/cpu/token_tile.h"
 #include "moe/router_losses.h"
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // From checked tensors to what the products of experts take.
 #pragma once
 

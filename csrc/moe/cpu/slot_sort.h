@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The counting sort of moe_sort, on the CPU: chunks of slots over threads.
 #pragma once
 

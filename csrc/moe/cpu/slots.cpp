@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CPU registration of moe_sort, moe_permute and moe_combine: chunks of slots, and rows, over
 // threads.
 #include "moe/slots.h"

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CPU registration of moe_swiglu_mlp and its gradients. Forward: one product of gate and up with
 // the activation as it ends, one of down whose rows, times their routing weights, are summed token
 // by token. Backward of G = the gradient of the result, at a slot of token t and expert e (y is

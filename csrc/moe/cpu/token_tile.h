@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Logits of kGateTokens tokens, transposed: tile[expert][token], lanes hold tokens. For ISA
 // sources.
 #pragma once

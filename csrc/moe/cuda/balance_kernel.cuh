@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Device code of load_balance_loss: one number per token that counts, from its logits in registers;
 // sums per block in double, and one block that adds those in a fixed order. Counts are used as they
 // are: what they are divided by may be known to the device only.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CUDA registration of grouped_gemm, grouped_gemm_wgrad and moe_swiglu_mlp with its gradients.
 // Values of offsets, gather and index are not read by the host: offsets are cut to the rows there
 // are, a gathered row that does not exist is zeros, and a slot whose index names no expert adds

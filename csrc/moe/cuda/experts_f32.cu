@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #include "moe/cuda/experts_launch.cuh"
 #include "moe/cuda/lora_launch.cuh"
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Launches of experts_launch.h: the grouped products, and the block of whole experts.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Grouped products and expert blocks on the device: what lora_mlp.cpp and swiglu_mlp.cpp of cpu/
 // do, kernel by kernel. Nothing waits for the host. Slots of indices outside [0, experts) belong to
 // nobody.

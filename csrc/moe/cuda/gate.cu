@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CUDA registration of moe_gate, moe_gate_linear and their backward. Values of index are not read.
 #include <torch/csrc/stable/library.h>
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Device code of moe_gate and its backward. The k largest of a row are found one after the other:
 // each lane looks for its best among those behind the last one found, in the order (logit, then
 // lower index), and the lanes of the token agree.

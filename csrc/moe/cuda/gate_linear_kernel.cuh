@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Device code of moe_gate_linear. A block has kRouterGroups groups of kTok tokens; the warps of a
 // group share the depth, lanes lie along it, where both operands are contiguous: sums of kTok
 // tokens times kRouterExperts in each lane, so that a row of the router that has been read serves

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Rows of n logits over lanes: a token has a power of two of neighbouring lanes, each of which
 // holds units of kGateUnit neighbouring logits in registers. Rows of more than 2 units a lane are
 // read again for each look at them, from the first cache. Who adds what depends on n alone.

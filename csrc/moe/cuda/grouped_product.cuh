@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Products of groups of rows (the sorted slots of an expert) with a matrix each, a block per tile.
 // The groups' sizes are known to the device only: grids are made for the most tiles that so many
 // rows can need, a block finds its rows in `offsets`, and blocks beyond the last tile leave. Rows

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Weight gradients of grouped products: dy^T a over the rows of a group. A tile of the result has
 // one owner, which adds up all rows of its group in order; a group without rows gives zeros.
 #pragma once

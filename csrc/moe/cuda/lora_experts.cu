@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CUDA registration of the LoRA form of the expert block.
 #include <torch/csrc/stable/library.h>
 

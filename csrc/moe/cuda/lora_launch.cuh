@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Launches of experts_launch.h: the expert block of LoRA pairs on a shared block. The formulas are
 // those of cpu/lora_experts.h.
 #pragma once

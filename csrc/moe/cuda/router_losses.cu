@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CUDA registration of load_balance_loss and router_seed_loss. How many tokens count is known to
 // the host only where there is no mask; else a kernel counts them.
 #include <torch/csrc/stable/library.h>

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Device code of the two products of moe_gate_linear's backward, which are one: out[r][c] = sum
 // over i of a[r a_row + i a_step] b[i][c], of the router's rows for the gradient of x, of x's for
 // that of the router. a, the gradient of the logits, is small: a block brings kOuterRows rows of it

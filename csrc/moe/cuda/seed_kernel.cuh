@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Device code of router_seed_loss. A block has a layer's next kSeedChunk tokens: its warps multiply
 // rows of h by r, a token each, and then its threads, some columns each, add the rows to the
 // gradient of r, from the caches. Both leave a part per block; parts are added in a fixed order.

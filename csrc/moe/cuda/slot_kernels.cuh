@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Slots and tokens of expert blocks: the token and the weight of every position, sums over a
 // token's slots in their order, and the gradient of routing weights. No atomics: an element has one
 // owner.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CUDA registration of moe_sort, moe_permute and moe_combine. Values of index, order and inverse
 // are not read by the host: what is out of range is left out.
 #include <torch/csrc/stable/library.h>

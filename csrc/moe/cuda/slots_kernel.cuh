@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Device code of moe_permute, moe_combine and their backward. A team of threads, of a size that
 // depends on d alone, has a row, 16 bytes (and 8 elements where it sums) of a thread at a time.
 // Sums go over a token's slots in order; every row has one owner: no atomics on numbers.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Device code of moe_sort. The slots are cut into parts, a warp each, which walks over its slots 32
 // at a time: lanes with one expert find each other by ballots, so slots are counted, and placed, in
 // order and without atomics. Counts by (expert, part) become first positions in one running sum.

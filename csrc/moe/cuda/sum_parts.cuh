@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Sums of parts that blocks have left in float32, in a fixed order: of each column, 8 sums over
 // every eighth part, then those. Also the small kernels that finish a loss.
 #pragma once

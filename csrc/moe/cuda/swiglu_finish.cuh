@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What follows the products of experts: the activation, and its gradient. Positions are rows of
 // sorted slots.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CPU registration of swiglu and gated_gelu: spans of rows are shared out among threads.
 #include <torch/csrc/stable/library.h>
 

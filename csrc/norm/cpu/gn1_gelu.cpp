@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CPU registration of gn1_gelu. Blocks of a fixed size are the unit of all sums, which are joined
 // in their order: results do not depend on threads. Samples that stay in a core's cache are done
 // one by one, so that their second reading is from there.

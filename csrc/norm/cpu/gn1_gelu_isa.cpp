@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // See norm/gn1_gelu.h.
 #include "core/cpu/math.h"
 #include "core/cpu/pairs.h"

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #include "norm/cpu/gn1_gelu_wide.h"
 
 #include <cmath>

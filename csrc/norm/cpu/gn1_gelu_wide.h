@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // gn1_gelu of float64: the definition, in double, for gradient checks.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CPU registration of rms_norm: rows are shared out among threads. For its gradients they are
 // shared out in blocks, each with its own sums for the weight.
 #include <torch/csrc/stable/library.h>

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // See norm/rms_norm.h. kRmsRowsAtOnce rows are summed one after another and share what waits for a
 // sum: adding its lanes, root and division. Then they are scaled, while they are in the caches.
 #include <type_traits>

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Device code of swiglu, gated_gelu and their gradients (norm/gated_act.h): a thread has two
 // vectors of a row. Rows that lie one after another are one.
 #pragma once

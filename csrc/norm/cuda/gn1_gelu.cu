@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CUDA registration of gn1_gelu.
 #include <torch/csrc/stable/library.h>
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Device code of gn1_gelu and its gradients (norm/gn1_gelu.h). Forward: a block makes the moments
 // of kGn1Block neighbours from registers; one block per sample joins them in a fixed order; then
 // vectors of the sample. Backward: sums of a row, or of a piece of it, by a block or a warp; one

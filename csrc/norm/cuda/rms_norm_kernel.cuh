@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Device code of rms_norm and its gradients (norm/rms_norm.h). A warp has a row of up to 1,024
 // elements, a block a longer one; a thread keeps kRmsKept elements of it in registers, and reads
 // what is beyond a second time. Gradients: a block walks over a strip of rows, which it reads twice

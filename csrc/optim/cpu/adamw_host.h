@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the CPU registrations of both AdamW ops share: scalars, steps, and work over all tensors.
 #pragma once
 

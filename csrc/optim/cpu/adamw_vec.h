@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The vector side of the AdamW rule, for ISA sources: its operations, and stochastic rounding.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A list of tensors as one list of chunks of equal length, for parallel_for.
 #pragma once
 

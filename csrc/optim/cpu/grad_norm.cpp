@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CPU registration of grad_norm.
 #include "optim/grad_norm.h"
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The selection of largest.h; mask_topk.h has the method.
 #include "optim/cpu/largest.h"
 

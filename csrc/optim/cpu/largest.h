@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Which are the k largest of many uint32 keys, equal ones by index, the lower first. Keys are made
 // as they are read, a block at a time, mostly once: no memory for all of them is needed.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CPU registration of linear_wgrad_rows: one task per tile of the output.
 #include "optim/linear_wgrad_rows.h"
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Tiles of linear_wgrad_rows. Panels: rows [depth][kPanel], columns [depth][kTileRows]; the product
 // of one of each is a block of sums that stays in registers for a strip of tokens.
 #include "core/cpu/panels.h"

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CPU registration of pack_mask, unpack_mask, mask_popcount and mask_prefix.
 #include "optim/mask_bits.h"
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Walks the trained elements of a range of a tensor under its mask. For ISA sources.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CPU registration of mask_topk and mask_random; see mask_topk.h for the method.
 #include "optim/mask_topk.h"
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #include "core/cpu/math.h"
 #include "optim/mask_topk.h"
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Masks as CPU kernels walk over them: 64 elements at a time, whatever the kind. Internal linkage.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CPU registration of masked_adamw_: checks, steps, one pass over the chunks of all tensors.
 #include "optim/masked_adamw.h"
 

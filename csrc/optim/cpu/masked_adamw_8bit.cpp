@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CPU registration of masked_adamw_8bit_.
 #include "optim/masked_adamw_8bit.h"
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The SIMD kernel of masked_adamw_8bit_: one state block of 256 elements at a time, its moments as
 // float32 in the first-level cache between dequantisation, update and quantisation.
 #include "optim/cpu/adamw_vec.h"

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The SIMD kernel of masked_adamw_. Elements go through one of two loops: `span` updates a run of
 // trained elements, `words` walks over 64 elements at a time with their mask bits, gives whole runs
 // to `span`, skips what is frozen and does the rest lane by lane.

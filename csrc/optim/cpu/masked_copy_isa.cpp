@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #include "optim/cpu/mask_runs.h"
 #include "optim/masked_copy.h"
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the CUDA registrations of both AdamW ops share: device scalars, and tensors by dtype.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the CUDA kernels of both AdamW ops share: the scalar operations of the rule, the table of
 // tensors, and the kernel that advances the steps.
 //

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Device code of grad_norm: a sum of squares per chunk, then one block adds the chunks in a fixed
 // order. Squares of a vector are added in float32, all else in float64: memory is the limit.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Device code of linear_wgrad_rows: a block owns a tile of the output and walks the tokens. The
 // chosen columns of grad_out and the tile's columns of input lie in shared memory as they do in
 // global memory, a token a row; ldmatrix transposes both on the way to mma.sync. 16-bit types only;

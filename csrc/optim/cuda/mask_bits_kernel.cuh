@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Device code of pack_mask, unpack_mask, mask_popcount and mask_prefix.
 #pragma once
 

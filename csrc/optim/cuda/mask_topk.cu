@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CUDA registration of mask_topk and mask_random.
 #include <torch/csrc/stable/library.h>
 

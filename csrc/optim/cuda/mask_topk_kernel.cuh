@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Device code of mask_topk and mask_random: a radix selection over the keys, most significant
 // digits first. Each digit is one pass that counts the keys agreeing so far (a histogram a block in
 // shared memory, added up in integers), and one block that finds the bin of the wanted-th largest.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Device code of masked_adamw_8bit_: a warp takes a state block of 256 elements, a lane 8
 // neighbours. Both code books lie in shared memory, with a coarse table of where in them a
 // magnitude belongs: the search for the nearest code then takes a few steps instead of eight.

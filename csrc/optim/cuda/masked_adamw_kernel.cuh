@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Device code of masked_adamw_: a block takes a chunk of one tensor, a thread 16 bytes of
 // parameters at a time. A thread whose elements are all frozen loads nothing but mask bits.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CUDA registration of masked_copy_.
 #include <torch/csrc/stable/library.h>
 

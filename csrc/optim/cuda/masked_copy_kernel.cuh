@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Device code of masked_copy_: a thread moves 16 bytes, or, where the dtype changes, as many
 // elements. A vector that is chosen in part is written back whole: no other thread touches it.
 #pragma once

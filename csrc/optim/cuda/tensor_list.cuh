@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A list of tensors in the arguments of a kernel: one block per chunk of a tensor, and which
 // elements of 16 bytes train. A launch takes kListed tensors; a longer list is several launches.
 #pragma once

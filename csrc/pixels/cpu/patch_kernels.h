@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the CPU registrations call: patches [begin, end) of a batch, one after the other.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CPU registration of patch_mse and its gradient. Blocks of patches are tasks, whose sums are added
 // in order: results do not depend on threads. The weights' sum comes first, so that the gradient
 // can be made in the same pass.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // See pixels/patches.h: errors of predicted patches, and their derivatives in the same pass. The
 // target is rebuilt in registers from the patch in the first cache. Sums of a patch are lane by
 // lane, in an order that nothing but its size decides.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A patch at a time, in the first cache: its values brought together in their order, sums of them,
 // and what becomes of them. For ISA sources only.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CUDA registration of patch_mse and its gradient. Values of weights and of denom are not checked.
 #include <torch/csrc/stable/library.h>
 

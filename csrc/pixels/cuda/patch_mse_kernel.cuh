@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Device code of patch_mse and its gradient. The weights' sum first, in a few blocks; then a warp a
 // patch, whose target is rebuilt in registers from integer sums; one block adds what the blocks
 // left, in order. No atomics: the same bits every time.

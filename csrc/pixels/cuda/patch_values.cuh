@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The values of a patch in the lanes of a warp, kN neighbours each. Where they come from a u8 image
 // in aligned runs they are one load; else they are looked up one by one. The same values in the
 // same lanes either way.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CUDA registration of patchify_u8, patchify_batch, unpatchify and patch_mask. Values are not
 // checked: floats outside [0, 1] are taken as they are, numbers of patches are brought into [0, L].
 #include <torch/csrc/stable/library.h>

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Device code of patchify, its inverse and masks: a warp a patch.
 #pragma once
 

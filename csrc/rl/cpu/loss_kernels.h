@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // PPO's losses over a row of float32 tokens, for each instruction set: sums, and slopes if they are
 // asked for. Lanes are added in float32 over a block of tokens, blocks in double.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CPU registration of PPO's losses. The sums of rows are added in order: results do not depend on
 // threads.
 #include "rl/losses.h"

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CPU registration of macro_pool (with backward), macro_gae, gae, ma_ppo_prepare and
 // macro_segment_check: a row per task.
 #include "rl/returns.h"

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Loops over one row of a batch, for each instruction set. Everything between the tensors is
 // double, but where float is named.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The valid tokens of a row, one after the other, for the CPU registrations of the family.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CPU registration of the segmentation ops: rows are walked over one by one.
 #include "rl/segments.h"
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Device code of macro_gae and gae: a reverse affine scan A_t = delta_t + (g lam) A_{t+1} by a
 // block per row.
 #pragma once

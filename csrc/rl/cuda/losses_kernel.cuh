@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Device code of PPO's losses: terms and their slopes with sums per block, then one block that adds
 // them in a fixed order and makes the loss, its statistics and the scales of rows. No atomics: the
 // same bits every time. The backward multiplies.

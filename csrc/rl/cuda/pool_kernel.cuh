@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Device code of macro_pool, its backward, and macro_segment_check: a block per row.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Device code of ma_ppo_prepare: rewards, pooling, GAE and broadcast of a row by one block, in one
 // launch. Three sweeps over the row's tokens (where segments begin; segmented sums; broadcast) and
 // one, backwards, over its macro actions. What is between them stays in shared memory; of rows too

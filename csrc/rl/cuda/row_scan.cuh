@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Running sums over a row by one block. A row is read in tiles of kRowThreads, one item per thread,
 // and every scan carries its state from tile to tile. All threads of the block take every step.
 //

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The segments of a row, for one block: where each begins among the valid tokens.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Device code of the segmentation ops: a block per row, which numbers valid tokens and segments by
 // prefix sums. fixed, starts, token_rise and lengths (a search in the prefix sums of the lengths)
 // know from a token and its rank whether it begins a segment; response_prefix compares with a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What commands share: consoles, progress, option parsing, errors as one sentence."""
 
 from __future__ import annotations

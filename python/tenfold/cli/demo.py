@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``tenfold demo``: methods end to end on real input, a table, and ``tenfold-report/index.html``."""
 
 from __future__ import annotations

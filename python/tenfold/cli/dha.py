@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``tenfold dha``: convert a checkpoint, train it further, generate with it, look at what was done."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``tenfold doctor``: versions, hardware, what is missing, and a self-test of every kernel path."""
 
 from __future__ import annotations

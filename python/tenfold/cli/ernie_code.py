@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``tenfold ernie-code``: vocabularies, pre-training, fine-tuning, generation, evaluation."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``tenfold ernie-music``: data from scores, training, sounds from prompts, how well they follow."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``tenfold gptfluence``: record fine-tunings, fit a simulator to them, and ask it what examples do."""
 
 from __future__ import annotations

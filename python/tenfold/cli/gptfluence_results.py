@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How results of ``tenfold gptfluence`` are read, shown and kept."""
 
 from __future__ import annotations

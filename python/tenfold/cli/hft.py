@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``tenfold hft``: fine-tune one half, prefer one half, learn tasks one after the other, look at it."""
 
 from __future__ import annotations

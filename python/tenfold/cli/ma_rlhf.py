@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``tenfold ma-rlhf``: PPO with macro actions, reward models, and how policies score under them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Options of ``tenfold ma-rlhf`` and how they become settings: names are those of the settings' fields."""
 
 from __future__ import annotations

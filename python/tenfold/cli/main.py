@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``tenfold``: one command, a group per method."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``tenfold nacl``: generate with an evicted cache; evaluate eviction rules."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``tenfold pixelgpt``: text as pictures for models that read pixels."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The verbs of ``tenfold pixelgpt`` about models: ``pretrain``, ``finetune``, ``reconstruct``."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``tenfold doctor``'s self-test: ops of every family against their definitions, on one device and dtype."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``tenfold themis``: reward models that call tools: data, training, scores, evaluation, an HTTP endpoint."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Options that verbs of ``tenfold themis`` share."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How results of ``tenfold themis`` are shown and kept: runs, judgements, evaluations of three forms."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``tenfold upit``: a dense model's instruction tuning becomes a mixture of experts; in one go, or stage by stage."""
 
 from __future__ import annotations

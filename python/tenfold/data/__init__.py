@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Real input that needs no network: a pretrained model and long documents.
 
 ``python -m tenfold.data prepare`` does the one-time set-up; ``make demo`` and ``make test``

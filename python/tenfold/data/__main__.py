@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``python -m tenfold.data prepare``: the one-time set-up of models; ``list``: what is here."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The cache folder, and building something in it once: atomic, and locked."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Source code that is on the machine: Python's standard library, and what installed wheels carry in other languages.
 
 Files are read and parsed, never imported or run.

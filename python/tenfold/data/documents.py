@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Long real texts that are on the machine already, in an order that does not change between runs.
 
 Python's own reference topics, documentation strings and sources are on every machine

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Near-duplicates among texts: MinHash finds candidates, the Jaccard similarity of their shingles decides."""
 
 from __future__ import annotations

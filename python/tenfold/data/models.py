@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pretrained causal LMs: SmolLM2-135M-Instruct from a wheel, or any model the user names."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Records of users' files: JSON Lines, JSON, CSV, TSV, and pairs of files whose lines belong together."""
 
 from __future__ import annotations

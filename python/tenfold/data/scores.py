@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Real music as notes: scores in MusicXML, from the wheel ``music21`` or from files.
 
 Only the wheel's corpus is read; its Python code is not imported, and none of its dependencies is needed.

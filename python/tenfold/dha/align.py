@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Function-preserving alignment of heads before they are fused (generalised Procrustes).
 
 Heads share structure only up to a basis: W_q and W_k of a head may be rotated together, and W_v with

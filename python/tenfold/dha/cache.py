@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``DhaStaticCache``: transformers' static cache with its own number of value heads in every layer."""
 
 from __future__ import annotations

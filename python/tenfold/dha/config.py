@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """DHA's conversion settings, checked when they are made (paper sections 3-4; arXiv 2406.06567v2)."""
 
 from __future__ import annotations

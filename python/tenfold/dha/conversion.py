@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``convert``: an MHA or GQA Llama becomes a DHA model (paper section 3; arXiv 2406.06567).
 
 search      every layer one group, operators trained on the LM loss -> distances M

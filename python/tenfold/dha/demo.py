@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """DHA on SmolLM2-135M-Instruct: a quarter of its (already grouped) cache less, in a few minutes.
 
 The model has 9 query and 3 KV heads. At a budget of 25 % of MHA's heads, 45 of its 180 key and value

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Into DHA and out of it: a DHA model from a stock one, and stock models for engines without DHA kernels.
 
 dha = from_mha(llama)                 # maps of MHA or GQA, same function, nothing lost

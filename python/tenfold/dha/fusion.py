@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The fusion operator in training: projections whose heads are learned mixtures of their group's.
 
 A head's fused weight is ``Wt^h[i, :] = sum_j omega[h, j, i] * W^j[i, :]`` over the heads j of its group,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which heads share, and how many each layer gets: groups and budgets (paper sections 3.2-3.3).
 
 A *component* is the key heads or the value heads of one layer; component 2 * layer is keys, 2 * layer

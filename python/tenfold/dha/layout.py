@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which key and value head each query head reads: one pair of maps per layer, and what follows from them.
 
 A layer with H query heads has ``key_heads`` key heads and ``value_heads`` value heads (DHA, arXiv

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Llama with decoupled heads: ``DhaLlamaForCausalLM``, a transformers model like any other.
 
     import tenfold.dha  # registers the model type "dha_llama"

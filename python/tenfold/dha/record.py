@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a conversion found and did: kept with the model, written to the work folder, drawn by ``report``."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Continued pre-training of a converted model, optionally with the parent as its teacher."""
 
 from __future__ import annotations

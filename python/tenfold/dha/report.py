@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A conversion as tables and plots: head budgets, similarity of heads, distances, loss curves."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Decoding time and cache bytes of one model at several head budgets, measured end to end.
 
     python -m tenfold.dha.speed --context 4096 8192 --json decode.json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """DHA's part of the training loop: its optimiser's groups and its learning rates."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """ERNIE-Code: an encoder-decoder for human and programming languages (arXiv 2212.06742)."""
 
 from __future__ import annotations

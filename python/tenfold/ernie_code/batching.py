@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What both collators share: random streams by (seed, step, row), lengths, and the last step of making a batch."""
 
 from __future__ import annotations

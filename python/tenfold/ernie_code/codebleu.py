@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """CodeBLEU (arXiv 2009.10297): 0.25 each of BLEU, keyword-weighted BLEU, syntax match and data-flow match.
 
 The package ``codebleu`` is used where it is installed. Else Python code, and only that, is scored here, by the standard

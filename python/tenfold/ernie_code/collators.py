@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Batches of both objectives: span corruption of one language, and translation by way of English (spec 3.3, 3.4).
 
 Both collators take examples as a DataLoader, transformers' Trainer or accelerate hand them over, and give

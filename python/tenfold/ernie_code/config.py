@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sizes of models: mT5's architecture with a head of its own (section 3.1 of the specification)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Real data that is on the machine: code, documentation and messages in many languages, for both objectives.
 
 Code is the standard library of Python (functions with their docstrings), JavaScript and C++ headers of installed

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """ERNIE-Code on django's messages: a tiny model learns five languages from English pairs, in a minute.
 
 A demo: docs/methods/ernie-code.md has a study.

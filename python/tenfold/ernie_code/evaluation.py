@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Summaries, code, repairs and translations of held-out rows against their references; and ranking of candidates."""
 
 from __future__ import annotations

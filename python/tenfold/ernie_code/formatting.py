@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Code as ERNIE-Code reads it: indentation written as ``<|space|>`` tokens, and back.
 
 A SentencePiece vocabulary squeezes spaces, which is the end of Python. So every run of spaces directly after a newline

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Generation for whole batches: prompts, beam search, decoding of text and code; likelihoods of given targets."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Names of languages as prompts use them, and which of them are code."""
 
 from __future__ import annotations

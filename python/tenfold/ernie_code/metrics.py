@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How generated text and code are scored. All scores are from 0 to 100 and of the whole corpus.
 
 Definitions: section 5 of the method's specification. BLEU and chrF are sacrebleu's, ROUGE-L is rouge-score's;

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which corpus a step is of, and which of its rows: a function of (seed, step) and nothing else (spec 3.5).
 
 Corpora are drawn with ``q_i ~ p_i^alpha``, one per step; each corpus is read in a new random order per epoch, no row

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """ERNIE-Code's model: transformers' ``MT5ForConditionalGeneration`` with an untied head, on tenfold's ops.
 
 transformers 5 ties input table and head of every T5 that is made from a configuration, and leaves them apart only where

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Documents of one language, one after the other, cut into rows of equal length for span corruption (spec 3.3)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pairs of texts for translation, and readers of users' files in the layouts of the field's data sets."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pages and plots: losses by task, scores by pair of languages, rankings, samples."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A whole training step of mT5-small on tenfold's ops against transformers' own, in one run: time and peak of memory.
 
 python -m tenfold.ernie_code.speed [--preset mt5-small] [--batch 4] [--inputs 256] [--targets 64] [--out FILE]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Does English as a pivot carry over to pairs of languages that were never seen together?
 
 Two models of one size, from the same weights, at equal steps: one learns from text of each language alone (SCLM), the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Vocabularies of the layout that ERNIE-Code's models need: pieces, 100 descending sentinels, five whitespace tokens.
 
 Ids of the released vocabulary: pad 0, EOS 1, unknown 2, pieces, ``<extra_id_99>`` at 250000 up to ``<extra_id_0>`` at

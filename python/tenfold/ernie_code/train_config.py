@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Settings of pre-training and fine-tuning, checked when they are made."""
 
 from __future__ import annotations

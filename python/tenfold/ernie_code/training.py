@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pre-training (span corruption and translation by way of English) and fine-tuning, one loop on accelerate.
 
 A step is a number of draws, each of one corpus and so of one task. Draws are a function of (seed, number), their rows

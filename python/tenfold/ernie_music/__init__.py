@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """ERNIE-Music: text-to-waveform diffusion (arXiv 2302.04456)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Waveforms and files: reading, writing WAV and FLAC, other rates, channels, crops.
 
 WAV needs nothing; other formats go through ``soundfile`` where it is installed, resampling through scipy.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The U-Net's parts: time embedding, residual block, conditional self-attention, a level with its resampling."""
 
 from __future__ import annotations

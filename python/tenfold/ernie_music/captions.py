@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Texts about rendered pieces: several phrasings in several languages, and lists of tags."""
 
 from __future__ import annotations

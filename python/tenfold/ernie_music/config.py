@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The U-Net's configuration: depth, widths, where it attends, and how it is conditioned; presets by name."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Audio with texts: rows of CSV and JSON lines, crops at the model's rate, the batches of a run."""
 
 from __future__ import annotations

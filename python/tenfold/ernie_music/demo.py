@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """ERNIE-Music on rendered scores: a small U-Net learns from Bach's melodies, in a minute, what a prompt asks for.
 
 A demo: docs/methods/ernie_music.md has a study.

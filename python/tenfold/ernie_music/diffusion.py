@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The diffusion in continuous time: schedule, times of training, noise of a row, the loss (section 3.1)."""
 
 from __future__ import annotations

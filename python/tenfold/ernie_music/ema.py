@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The exponential moving average of the weights that samples are drawn from."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """ERNIE-M, the encoder of 96 languages: what transformers had up to version 4, as a small module of its own.
 
 Weights are the user's: a folder with ``config.json`` (``model_type`` ernie_m), ``model.safetensors`` or

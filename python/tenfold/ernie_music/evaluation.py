@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How good generated audio is: attributes against prompts, texts found, spectra, and plugged-in scores."""
 
 from __future__ import annotations

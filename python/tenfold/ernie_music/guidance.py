@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Classifier-free guidance of a sampler: when, how much, and both velocities in one call of the model."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Small judges trained on real audio: which attributes a sound has, and which text belongs to it."""
 
 from __future__ import annotations

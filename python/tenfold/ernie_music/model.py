@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The conditional U-Net over waveforms as a transformers class.
 
     unet = ErnieMusicUNet1D(ErnieMusicConfig.from_preset("small"))

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From prompts to waveforms: the pipeline, in diffusers' form.
 
 pipe = ErnieMusicPipeline.from_pretrained(folder)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The model's operations in plain PyTorch: what the kernels are measured against, and what runs without them."""
 
 from __future__ import annotations

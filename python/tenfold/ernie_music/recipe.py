@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The packaged data set: excerpts of real scores, rendered by the synthesiser, with texts about them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pictures and pages: spectrograms, losses, the attribute table, sounds that play in the page."""
 
 from __future__ import annotations

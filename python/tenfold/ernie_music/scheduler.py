@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A scheduler for velocities in continuous time, with the methods of diffusers' schedulers.
 
     scheduler.set_timesteps(50)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Numbers that describe sounds: bands over time, statistics of spectra, the distance of two sets of sounds."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The whole U-Net on the kernels against the same net in plain PyTorch, in one run."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One run from scores to judged sounds: what the demo and the example have in common."""
 
 from __future__ import annotations

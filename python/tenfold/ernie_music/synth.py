@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A small synthesiser: notes to sound by adding partials, for data that needs no samples and no programs."""
 
 from __future__ import annotations

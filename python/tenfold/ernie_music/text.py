@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From prompts to what the U-Net reads: last hidden states of any encoder, and which of them are tokens."""
 
 from __future__ import annotations

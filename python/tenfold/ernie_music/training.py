@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Training on accelerate: velocities, averaged weights, loss by time, demo sounds, exact resumption."""
 
 from __future__ import annotations

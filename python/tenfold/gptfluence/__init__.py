@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """GPTfluence: a simulator of training runs that says what each training example does (arXiv 2404.07840)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Baselines without gradients: constants, means, tables per example (Simfluence), similarities (section 3.7)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Recording inside transformers' Trainer (and its subclasses): one callback."""
 
 from __future__ import annotations

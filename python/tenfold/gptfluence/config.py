@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Settings of recorded runs and of simulators, checked when they are made."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which examples a run sees, in which order: a function of the seed and the run's number alone."""
 
 from __future__ import annotations

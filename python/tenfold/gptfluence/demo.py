@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """GPTfluence on packaged text: a small model is fine-tuned many times, and runs that it never saw are simulated.
 
 A byte-level Llama, trained here, learns answers of four tasks, each time from other examples in another order. A

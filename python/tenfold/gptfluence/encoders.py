@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From texts to features: any transformers encoder, or hashed n-grams where no model is wanted."""
 
 from __future__ import annotations

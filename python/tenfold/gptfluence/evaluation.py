@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How good simulated runs are: errors, the order of the tests at the end, mislabelled examples (section 3.6)."""
 
 from __future__ import annotations

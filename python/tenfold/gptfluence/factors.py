@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From features to the factors of the recurrence: what one training example does to one test example (section 3.1).
 
     A[p, i, q] = < f_p(h_i), g_p(h'_q) >        planes p: 0..n-1 multiplicative (lag 1..n), n additive

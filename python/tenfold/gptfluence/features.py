@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Feature tables: one row per example, found by id, kept outside of a simulator's checkpoint."""
 
 from __future__ import annotations

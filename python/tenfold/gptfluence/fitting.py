@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fitting factors to recorded runs: teacher forced or free running, with early stopping on simulated runs."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Influence by gradients: scores <grad l(z), grad l(z')>, and the trajectories that they predict (section 3.7).
 
 TracIn-CP at step t: ``L_t = L_{t-1} - eta_t mean_or_sum_i <grad l(z_i), grad l(z')>`` at the first stored model at

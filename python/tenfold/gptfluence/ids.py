@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ids of examples, and the rows that they have in a table: never mixed up, never guessed."""
 
 from __future__ import annotations

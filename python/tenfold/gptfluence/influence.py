@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From a simulator to influence: what a training example does to a test example (section 3.8).
 
 Signs: scores are changes of the metric. Where the metric is a loss, a positive ``delta`` or ``counterfactual``

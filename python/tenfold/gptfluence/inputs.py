@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the command line reads and writes: folders of recorded runs with their texts, curricula, first values."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is measured on test examples during a run: losses, BLEU and ROUGE-L of generated text, functions of the user's.
 
 A metric has ``scales`` (name -> unit or range) and is called with (model in eval mode, numbers of tests); it gives

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Recording a run: which examples were in each batch, and what every step did to the tests.
 
 with Recorder("runs/000", tests, [LossMetric(rows)]) as recorder:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Making runs to learn from: one model fine-tuned many times, on other examples in another order each time."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The recurrence over recorded runs: what a fit and a simulation read, on the ops of the ``influence`` family."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reading runs in the published layout (section 2 of the specification).
 
 A folder per run: ``train_samples_id.json``, JSON lines ``{"step", "samples_id"}``; ``all_<metric>_trajectory.out``,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tables, plots and pages of simulated runs."""
 
 from __future__ import annotations

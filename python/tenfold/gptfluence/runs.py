@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Recorded runs: which examples were in each batch, and what became of every test example.
 
 On disk a run is a folder (``Recorder`` writes it):

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The simulator: fitted to recorded runs, it predicts others from their curricula and says what examples do."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs on real texts by a model that is trained here: the material of demo and study, and what is asked of it."""
 
 from __future__ import annotations

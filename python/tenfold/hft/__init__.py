@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """HFT: half fine-tuning (arXiv 2404.18466), and what to compare it with."""
 
 import importlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What half fine-tuning can freeze in a model: its layers, and in each the matrices by category.
 
 A *unit* is what is frozen or trained as one: a weight matrix with its bias, a part of a fused matrix

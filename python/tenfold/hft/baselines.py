@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Baselines behind the same interface: LoRA by PEFT. Full fine-tuning and LISA are draws."""
 
 from __future__ import annotations

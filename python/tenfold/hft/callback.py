@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Half fine-tuning in transformers' Trainer (and TRL's): one callback."""
 
 from __future__ import annotations

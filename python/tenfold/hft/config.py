@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """HFT's settings, checked when they are made (arXiv 2404.18466)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checkpoints of what changed, the way back to the base model, and Half-Reset.
 
 A delta holds the tensors that differ from the base (for tensors that train in part: the changed rows) and

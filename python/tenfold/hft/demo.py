@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """HFT on SmolLM2-135M-Instruct: two tasks one after the other, half against all, in a few minutes.
 
 What is asked: how much of the first task, and of ordinary text, is left after the second; and what a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Putting a Plan in force on a model, and taking it off again."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Scores of continual learning: overall performance and backward transfer (the form of TRACE)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A Plan: which tensors of a model train in a round, and which parts of tensors. It is plain JSON."""
 
 from __future__ import annotations

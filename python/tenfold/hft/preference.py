@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Direct preference optimisation of one half; the reference model shares what is frozen."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a run of half fine-tuning did: written to its folder, drawn by ``report``."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs as tables and plots: scores by task, forgetting by method, loss curves, a step's time."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which half trains: the draws of half fine-tuning, reproducible from (seed, round).
 
 A category with c matrices in each of L layers has F = ceil((1 - ratio) * c * L - 1/2) frozen ones

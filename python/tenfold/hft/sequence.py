@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Continual learning: one task after the other, a new half for each, and what is forgotten."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the three loops (SFT, DPO, continual learning) share: a claimed folder, a trainer, one round."""
 
 from __future__ import annotations

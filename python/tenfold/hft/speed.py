@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where a training step's time and memory go: full fine-tuning against half, in one run.
 
     python -m tenfold.hft.speed --json step.json

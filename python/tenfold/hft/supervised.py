@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Supervised fine-tuning of one half: one round over prompts and answers."""
 
 from __future__ import annotations

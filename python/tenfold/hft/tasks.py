@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tasks for continual learning from what is on the machine: questions and answers, as text.
 
 docstring   the source of a standard-library function -> the first sentence of its documentation

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Half fine-tuning's part of the training loop: what trains when, the optimiser, the penalty."""
 
 from __future__ import annotations

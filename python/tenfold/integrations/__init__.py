@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Adapters to host frameworks: lazy imports, version-gated, nothing patched globally."""
 
 

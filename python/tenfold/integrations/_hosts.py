@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the adapters of host frameworks share: the gate on their versions, and replacements that can be undone."""
 
 from __future__ import annotations

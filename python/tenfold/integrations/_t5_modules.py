@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The modules of T5, mT5 and UMT5 on tenfold's ops, as subclasses of transformers' own.
 
 :func:`tenfold.integrations.t5.patch` gives a module one of these classes in place of its own: parameters, names, hooks

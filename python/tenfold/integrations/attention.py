@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``attn_implementation="tenfold"`` (alias ``"dha"``) for transformers' decoder models.
 
     from tenfold.integrations import attention  # registers it; nothing else is changed

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``experts_implementation="tenfold"``: our expert block in transformers' mixtures (Mixtral, Qwen-MoE, OLMoE ...).
 
     from tenfold.integrations import experts

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """flash-attn's three functions over tenfold's ops, with maps from query heads to key and value heads.
 
     from tenfold.integrations.flash_attn import flash_attn_func  # was: from flash_attn import ...

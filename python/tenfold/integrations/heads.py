@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the attention integrations share: grouped maps ``h // (H / N)``, made once per device."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """NACL, and any other rule of :mod:`tenfold.nacl`, as scorer presses of NVIDIA's kvpress (>= 0.5).
 
     from tenfold.integrations.kvpress import NaclScorerPress

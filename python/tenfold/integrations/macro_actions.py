@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Advantages over macro actions (MA-RLHF) of what a host's PPO has at hand: token rewards, values and mask.
 
 The adapters ``tenfold.integrations.{verl,openrlhf,skyrl,trl}`` all compute through :class:`MacroActions`.

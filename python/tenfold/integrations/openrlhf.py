@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 r"""Macro actions (MA-RLHF) in OpenRLHF's PPO: its GAE replaced by :class:`MacroActions`.
 
     # my_macro.py, on PYTHONPATH of the cluster

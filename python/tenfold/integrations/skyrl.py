@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Macro actions (MA-RLHF) as an advantage estimator of SkyRL, under a name of its own.
 
     # in your entry point, before the trainer is made

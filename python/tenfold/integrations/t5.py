@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """T5, mT5 and UMT5 on tenfold's ops, in one call.
 
     from tenfold.integrations import t5

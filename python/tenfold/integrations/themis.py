@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Themis as the reward of verl, OpenRLHF and TRL, asked over HTTP: ``tenfold themis serve`` judges.
 
     tenfold themis serve my-themis --port 8760                    # once; TENFOLD_THEMIS_TOKEN for other machines

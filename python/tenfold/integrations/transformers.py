@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the presses need to know about transformers models (5.x), in one place.
 
 Tested range: see ``docs/methods/nacl.md``. The attention modules' cache argument is called

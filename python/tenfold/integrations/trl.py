@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Macro actions (MA-RLHF) in TRL's GRPO: advantages [B, T] instead of one number per completion.
 
     from trl import GRPOTrainer

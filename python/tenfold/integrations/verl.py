@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Macro actions (MA-RLHF) in verl's PPO: its GAE replaced by :class:`MacroActions`.
 
     # my_macro.py, on PYTHONPATH

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """MA-RLHF: PPO whose credit assignment is over macro actions (arXiv 2410.02743)."""
 
 import importlib

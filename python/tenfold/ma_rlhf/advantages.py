@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Advantages beyond the fused op: the published code's empty step, no critic, whitening."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Best-of-n: sample n answers per prompt, keep the one that a reward model scores highest.
 
 Answer j to prompt i depends on weights, seed, i and j alone: not on the batch size, and not on n, so that the

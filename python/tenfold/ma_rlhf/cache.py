@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A cache for sampling whose full-attention layers grow in place."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """MA-RLHF's settings, checked when they are made (arXiv 2410.02743)."""
 
 from __future__ import annotations

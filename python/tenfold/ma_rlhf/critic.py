@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The critic, and policy and critic as the one module that is trained.
 
 A value belongs to the state *before* a token: that of response token j is read at position P + j - 1, where

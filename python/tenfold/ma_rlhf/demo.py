@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PPO and MA-PPO on a byte-level model that is trained here first: what macro actions change, in two minutes.
 
 A Llama over bytes (2 layers) learns Python's documentation, then to continue pages that it has not seen so that

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Evaluation (MA-RLHF, spec section 3.11): reward-model scores, win rates, pass@k, and a judge as a callable.
 
 The paper's GPT-4 and human judgements are out of scope: there are no prompts for them here and no client.

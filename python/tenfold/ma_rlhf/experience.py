@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From one rollout to what PPO's update needs: checks, macro actions, KL reward, advantages, whitening."""
 
 from __future__ import annotations

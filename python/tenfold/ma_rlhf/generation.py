@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sampling responses: a decode loop whose draws belong to rows, not to a generator's state.
 
 A token is chosen by inverting its distribution at a uniform number that was drawn for (step, row, position).

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the command line names: prompts in files, rewards and policies by name, settings as text."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The weight of the KL penalty: fixed, or moved towards a target."""
 
 from __future__ import annotations

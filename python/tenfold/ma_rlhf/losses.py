@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PPO's losses of a prepared batch, or of a shard of one: faces of the fused ops for an ``Experience``.
 
 A batch that is split (minibatches accumulated, ranks) passes the counts of the whole, the sum of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The numbers of a step: TRL's names for what PPO trainers log, and those of macro actions.
 
 TRL's (its PPO trainer, ``trl.experimental.ppo``):

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pages of what the commands of MA-RLHF found: runs, reward models and evaluations, together or alone."""
 
 from __future__ import annotations

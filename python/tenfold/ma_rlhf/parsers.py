@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Parsers of English sentences, for macro actions that are constituents.
 
 No parser with its weights is on PyPI by its authors: benepar and stanza fetch theirs when they are first used, and

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where macro actions begin in a text: constituents and sentences.
 
 All of it speaks of ``pieces``: the text of every token, whose concatenation is the response. A piece counts to

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pairs of answers of which one is preferred: read from files, made from packaged texts, as tokens.
 
 Pairs without a network (:func:`packaged_preferences`): a prompt is the first words of a paragraph of the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The reward for programs that pass their tests (MA-RLHF's APPS task, spec section 3.10).
 
     the program does not compile                           -1.0

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Prompts: texts, chats or token ids with columns of their own, in an order that is a function of the step."""
 
 from __future__ import annotations

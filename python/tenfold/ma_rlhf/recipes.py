@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The published hyperparameters (MA-RLHF, README table and run script), one entry per model size and data set.
 
 ``summarize`` is TL;DR, ``hh`` is HH-RLHF, ``webgpt`` is WebGPT comparisons, ``apps`` is APPS; the models are

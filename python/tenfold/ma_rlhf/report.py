@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs of MA-PPO as pages: learning curves, lengths of macro actions, samples, a step's time."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Losses of reward models over pairs of answers (MA-RLHF, spec section 3.11), c chosen and r rejected.
 
 bradley_terry        mean over pairs of -log sigmoid(c - r), scores at the last tokens

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The reward model: a causal LM's trunk, a linear head without bias, the score at the last token.
 
 Stored as transformers' own ``...ForSequenceClassification`` with one label, so that such checkpoints load

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reward models on a page: learning curves, held-out accuracy, best-of-n."""
 
 from __future__ import annotations

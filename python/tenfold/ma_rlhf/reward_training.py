@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Training a reward model on pairs of answers: on accelerate, on any number of ranks, resumed exactly."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What responses are worth: functions in TRL's and OpenRLHF's styles, reward models, weighted sums of them.
 
 TRL's style: ``f(prompts, completions, completion_ids, **columns) -> list[float | None]``, given what its

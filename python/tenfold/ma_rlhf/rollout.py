@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One rollout: responses of the policy, their log-probabilities, values and scores, the same on every rank.
 
 Each rank answers, reads and judges its share of the prompts; then all get everything, which is small

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sample tables: prompts with the responses cut into macro actions, as JSON lines.
 
 A line: ``{"step", "row", "prompt", "segments", "advantages", "score", "kl", "truncated", "dropped"}``. ``kl`` is in

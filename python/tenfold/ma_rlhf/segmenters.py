@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Who cuts responses into macro actions: one callable per termination condition."""
 
 from __future__ import annotations

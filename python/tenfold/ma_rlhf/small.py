@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A byte-level policy small enough for a CPU, and the tokenizer that it needs: for tests and studies."""
 
 from __future__ import annotations

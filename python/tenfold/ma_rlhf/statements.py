@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Macro actions of program text: statements of Python, by the standard library's ``ast``."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The smallest task on which macro actions can be seen to help: a table as the policy, seconds per run.
 
 The policy is a table of logits [positions, tokens], the critic one number per position. A response is one token per

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Real prompts without a network, and a reward for them that a program computes.
 
 Prompts are places in the standard library's documentation that the policy has not been trained on; the

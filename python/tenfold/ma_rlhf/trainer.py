@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PPO with a critic and macro actions: rollout, advantages, update, and going on after a kill.
 
 What a step reads besides accelerate's state (weights, optimiser, KL weight, generators of every rank) is a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PPO's update on one rollout: minibatches over epochs, in micro-batches, on any number of ranks.
 
 Every rank has the whole rollout and takes its share of each minibatch. Losses are divided by the counts of

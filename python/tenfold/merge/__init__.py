@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Merging whole models: recipes with mergekit's field names, on folders of safetensors or state dicts.
 
 ``merge_models(recipe, out)`` streams: what it needs of memory is a few tensors, not models. Its files have the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Models as safetensors on disk, one tensor at a time: reading through the page cache, writing whole shards.
 
 A :class:`Checkpoint` maps its files; a tensor is a view of the file, and :meth:`Checkpoint.release` gives its pages

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The merge of whole models, tensor by tensor, in the order of their names."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Merge recipes: YAML (or a dictionary) with mergekit's field names.
 
     merge_method: dare_ties        # linear, task_arithmetic, ties, dare_linear, dare_ties, slerp

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The models of a merge side by side: do they fit together, and in which dtype are they merged."""
 
 from __future__ import annotations

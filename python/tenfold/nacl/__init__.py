@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """NACL: one-shot KV-cache eviction with proxy tokens and random sampling (arXiv 2408.03675)."""
 
 from tenfold.nacl.baselines import (

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Other eviction rules behind the same interface, on the same ops: for honest comparisons."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Cache layers that stay right after eviction: positions, masks, padding, and memory really freed."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """NACL's settings and the integers that follow from them for a prompt length (paper sections 3-4)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """NACL on real long documents with SmolLM2-135M-Instruct: what was kept, what it cost and saved."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How much an eviction rule costs: retrieval of facts from long texts, and perplexity after them.
 
 Every prompt runs once; each rule evicts that one prefill (``Press.evict_prefilled``). This is exact:

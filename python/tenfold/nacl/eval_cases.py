@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Prompts for the evaluation: facts hidden in real documents, and real documents to continue.
 
 The needle is a sentence with a made-up five-digit code. The question comes last, in the model's chat

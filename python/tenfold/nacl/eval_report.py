@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tables, plots and the page of an evaluation."""
 
 from __future__ import annotations

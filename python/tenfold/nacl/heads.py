@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which heads share a set of kept tokens, and per-head budgets.
 
 With decoupled heads (DHA) a query head reads its keys and its values in different groups, so tokens can

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Presses: context managers that evict the KV cache of a transformers model while it runs.
 
 Inside ``with press(model):`` two hooks sit on every full-attention layer. Before the layer's forward

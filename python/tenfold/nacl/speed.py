@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Time and memory of one prompt under one eviction rule, measured while it runs."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Typed faces of ``torch.ops.tenfold.*``: shapes, dtypes, errors and sources are in the docstrings.
 
 They raise ValueError, IndexError or TypeError where ``torch.ops.tenfold.f`` raises RuntimeError

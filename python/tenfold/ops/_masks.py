@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Masks as the kernels read them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The refusal to differentiate, shared by all inference-only ops."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Faces of the ``kv_eviction`` family: KV-cache eviction (NACL, arXiv 2408.03675) and ragged decode.
 
 All ops are inference only: inputs that require grad under grad mode raise RuntimeError.

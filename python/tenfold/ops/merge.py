@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Merging tensors of models: DARE, TIES, linear, spherical, and the Gram matrix of task vectors.
 
 All take the tensors of one name from several models: same shape, dtype and device, float32, bfloat16 or

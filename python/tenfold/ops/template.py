@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Face of the template family (``csrc/_template``): the pattern to copy."""
 
 from __future__ import annotations

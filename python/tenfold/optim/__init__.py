@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Optimisers and layers over tenfold's kernels, for parameters that train whole, in part or not at all."""
 
 from tenfold.optim.active import check_optimizer, switch_optimizer

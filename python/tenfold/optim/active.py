@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which Plan is in force for which parameter, so that an optimiser can see that it is not its own."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """AdamW that trains parameters whole, in part (masks) or not at all; a drop-in for torch.optim.AdamW.
 
 One kernel call per device and kind of mask does a step for all tensors: loss scale, clipping, weight

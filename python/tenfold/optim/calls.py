@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One kernel call of a step: what belongs together, brought into the form that the kernels take."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A linear layer of which only some rows of the weight train (HFT section 3.4).
 
 The forward and the gradient of the input are the ordinary ones. The weight's gradient is computed for

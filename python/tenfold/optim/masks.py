@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A parameter's mask as the kernels take it, whole or cut for one rank's shard of a DTensor."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """AdamW's states in their forms: dense, compact (only the trained elements), or 8-bit codes."""
 
 from __future__ import annotations

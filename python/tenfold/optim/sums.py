@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The gradient norm over all trained elements, across kinds of masks, devices and shards."""
 
 from __future__ import annotations

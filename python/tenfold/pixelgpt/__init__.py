@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PixelGPT: language models that read rendered text (arXiv 2404.10710)."""
 
 from __future__ import annotations

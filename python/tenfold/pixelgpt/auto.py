@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Makes transformers' ``AutoProcessor`` find a saved ``PixelProcessor``.
 
 ``AutoProcessor`` reads ``processor_class`` from ``processor_config.json`` and looks for a class of that name among

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Regression losses that need no model: what a trained one must be below."""
 
 from __future__ import annotations

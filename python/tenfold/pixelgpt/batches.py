@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What goes into a renderer and what comes out: jobs, batches, and a collator for DataLoaders."""
 
 from __future__ import annotations

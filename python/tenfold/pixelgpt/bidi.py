@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Unicode Bidirectional Algorithm (UAX #9) for one paragraph.
 
 ``embedding_levels`` gives each character its level after rule L1; even levels run left to right, odd ones right

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Properties of characters for the bidirectional algorithm.
 
 Classes are those of Python's ``unicodedata``; the paired brackets, which it does not have, are listed here.

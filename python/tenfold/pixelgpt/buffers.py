@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Memory for large batches that is used again once nobody has it any more.
 
 The C library maps memory of over 32 MB anew for every array, and the first write to each page of it costs more than

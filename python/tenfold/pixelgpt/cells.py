@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Cells: runs of text as columns of pixels, drawn once and kept.
 
 A strip is as high as a patch, so text is a sequence of columns of ``rows`` bytes, and setting a line is joining

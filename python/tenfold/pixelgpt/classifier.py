@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PixelGPT's classifier: a head on the last valid position of a strip, a text, or a pair."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Batches: strips rendered from texts, rows of tokens, and pairs of both, as the models take them."""
 
 from __future__ import annotations

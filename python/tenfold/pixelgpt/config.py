@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The model's configuration: Llama's, and what a model of patches adds to it; sizes by name."""
 
 from __future__ import annotations

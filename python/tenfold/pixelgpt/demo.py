@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PixelGPT on packaged text: pre-training on pixels and on tokens, and a task in scripts that neither saw.
 
 Two small models of the same size: one reads strips of rendered text and regresses the next patch, the other reads

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fine-tuning on a classification or regression task, in pixels, text or pairs, with early stopping."""
 
 from __future__ import annotations

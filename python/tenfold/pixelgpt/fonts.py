@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Font files of a renderer: where they are, their hashes, and which of them draws a character.
 
 A chain of files is the whole answer to "which font": the first file that has every character of a

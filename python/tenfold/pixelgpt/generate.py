@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Patches written by a model: a loop with a KV cache, and the teacher-forced view of what it expects next.
 
 With normalised targets a prediction has neither brightness nor contrast; ``denorm`` says where they come from:

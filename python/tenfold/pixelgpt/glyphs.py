@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Glyphs as pixels: FreeType without hinting, at quarters of a pixel.
 
 FreeType's rasteriser works in integers, so a glyph has the same bytes on every machine with the same version.

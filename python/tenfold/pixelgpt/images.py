@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Strips of patches as tensors: what is a valid one, masks without the end, models for grey ones."""
 
 from __future__ import annotations

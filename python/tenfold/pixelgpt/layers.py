@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The trunk's parts on tenfold's ops, under Llama's names: norms, MLP, decoder layer; and the patch embedding."""
 
 from __future__ import annotations

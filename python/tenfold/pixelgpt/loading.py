@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Models with what reads for them, from the folders that training writes."""
 
 from __future__ import annotations

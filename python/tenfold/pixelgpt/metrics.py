@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The tasks' metrics: accuracy, F1, Matthews and Spearman correlation, in plain numpy."""
 
 from __future__ import annotations

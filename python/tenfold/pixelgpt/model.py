@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PixelGPT's models as transformers classes: the trunk, with a pixel head and a token head.
 
     import tenfold.pixelgpt.model  # registers the model type "pixelgpt"

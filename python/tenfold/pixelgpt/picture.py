@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Strips as pictures for people: folded into rows, enlarged, written as PNG."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``PixelProcessor``: text to strips of patches, as a model takes them."""
 
 from __future__ import annotations

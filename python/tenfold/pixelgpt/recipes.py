@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The published fine-tuning settings by task, variant and modality (section 4 of the method's specification)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What runs did: written to their folders, drawn by ``report``."""
 
 from __future__ import annotations

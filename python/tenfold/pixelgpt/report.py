@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs on a page: loss curves, what the pixels look like, and how classifiers do by script."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A renderer as a file: settings, the hashes of its fonts, and a proof that it draws the same elsewhere.
 
 The proof is the hash of a rendered text in many scripts: it differs where another version of HarfBuzz or

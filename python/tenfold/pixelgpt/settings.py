@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a renderer is set to: size, patches, colours, and what happens where no font has a glyph."""
 
 from __future__ import annotations

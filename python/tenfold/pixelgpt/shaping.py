@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From a piece of text to glyphs in places: clusters, fonts, scripts, HarfBuzz.
 
 A *piece* has no line break and runs in one direction. It is cut into *runs* of one font and one script, and each

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Small models and packaged data that belong together: what the command line, the demo and the study begin with."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Texts rendered per second, against the reference's way of doing it, in one run.
 
     python -m tenfold.pixelgpt.speed --json render.json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One step of pre-training: its rows as micro-batches, their loss over all ranks' targets; and held-out losses."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a model is pre-trained on: streams of text rows, strips and pairs; and which step is of which.
 
 Everything is a function of (seed, stage, step): a run that is resumed reads exactly what it would have.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Strips: text, its separators and its padding on a row of patches (spec: PixelGPT sections 3.1 and 3.2)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pixels against tokens, alone, mixed and paired: the four variants at equal rows per stream, then the same tasks.
 
 Tasks are in scripts of the pre-training and in one that it never saw. For ``examples/pixelgpt.py``.

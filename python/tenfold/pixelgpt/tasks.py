@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Classification tasks: the GLUE and XNLI layouts, own files, and names on the hub; read into one form.
 
 An example is one text or two, and a label: a class, or a number for regression. Files are tab-separated with a header

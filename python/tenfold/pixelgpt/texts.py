@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Multilingual text that is on the machine: documentation in English, and the catalogues of the wheel ``django``.
 
 A document is a list of lines of one language. Which documents are for training, and which are held out, depends on

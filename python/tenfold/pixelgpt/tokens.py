@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A small tokenizer made here, for models that are trained here: byte pairs, with a begin and an end token."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Lines of text as columns of pixels.
 
 Text is cut at its spaces. What stands between two spaces is a word, set once and kept; a line from left to right is

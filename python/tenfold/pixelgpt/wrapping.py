@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Long texts over several strips: at spaces, with an overlap if wanted, and lines packed into full strips."""
 
 from __future__ import annotations

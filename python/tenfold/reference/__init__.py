@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The definitions of all ops in readable PyTorch: the oracle of the tests, and the teaching text.
 
 ``tenfold.reference.f`` has the signature of ``tenfold.ops.f``. Nothing here is meant to be fast.

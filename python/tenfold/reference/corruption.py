@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Span corruption as T5 does it, and pairs of a source and a target (ERNIE-Code, sections 3.3, 3.4 and 6).
 
 A row of tokens has some spans taken out: ``inputs`` hold one sentinel for each of them, ``targets`` the sentinels with

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Diffusion on waveforms (ERNIE-Music, sections 3.1, 3.4, 3.5 and 6): noising, loss and steps of variance preserving
 diffusion with velocities, resampling by a fixed filter, a convolution with constant planes.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Definitions of the ``kv_eviction`` ops (NACL, arXiv 2408.03675): plain PyTorch, obviously right.
 
 Computations run in float64 when the inputs are float64, else in float32. Notation: B batch, Hq query

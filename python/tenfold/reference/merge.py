@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Definitions of the merge ops: DARE, TIES, linear and spherical merging, and the Gram matrix of deltas.
 
 A task vector is ``d_e = expert_e - base``, flattened. Definitions compute in float32 (float64 if the inputs

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """RMSNorm with the residual addition before it, and gated activations."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The precision of the definitions."""
 
 from __future__ import annotations

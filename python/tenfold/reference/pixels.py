@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Images as rows of patches, and the loss on them (PixelGPT, sections 3.2, 3.3 and 3.5)."""
 
 from __future__ import annotations

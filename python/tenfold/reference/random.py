@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Counter-based random numbers: Philox4x32-10 (Salmon et al., SC 2011) and the Gumbel draw made of it.
 
 A draw is a pure function of (seed, logical position), so it does not depend on device, threads,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Definition of the template family's op (``csrc/_template``): the pattern to copy."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Self-contained HTML pages: text, tables, numbers and plots in one file without external assets."""
 
 from tenfold.report.page import Card, Page

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One HTML file, readable on a phone and on a desk: everything inside, nothing fetched."""
 
 from __future__ import annotations

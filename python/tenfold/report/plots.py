@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Plots for the pages: drawn with matplotlib, without its global state, returned as PNG bytes."""
 
 from __future__ import annotations

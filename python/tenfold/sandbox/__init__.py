@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Untrusted Python programs in processes of their own: limits, no network, no files, no way to this process.
 
 :class:`Sandbox` runs one program (``host``; ``jail`` is what runs inside), :func:`run_program` runs one on tests.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Removes what a program left behind, however deep, wide and locked it is."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs untrusted Python programs in processes of their own, with limits, and without network and files.
 
 What it protects from, on Linux: a program that loops, forks, hogs memory, floods its output or the disk,

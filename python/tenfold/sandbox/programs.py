@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Programs as answers: tests in the usual forms, and what a program does on them, in :mod:`tenfold.sandbox`."""
 
 from __future__ import annotations

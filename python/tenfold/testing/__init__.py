@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The test kit: what every op's tests share. Usable in other people's test suites too.
 
 ``check_op`` bundles the standing checks of an op; the pieces are public. The pytest part (device

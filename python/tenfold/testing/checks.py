@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The standing checks of an op: opcheck, compile, determinism, ISAs, errors, untouched inputs."""
 
 from __future__ import annotations

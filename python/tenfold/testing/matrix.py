@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The standard matrix of shapes, dtypes, memory layouts and values."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The pytest part: a device fixture, and a policy under which no skip goes unnoticed.
 
 ``pytest_plugins = ["tenfold.testing.plugin"]`` in the top conftest. Skips must match a line of the file

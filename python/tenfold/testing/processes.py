@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Python processes for tests, forked from one that has already imported what takes seconds.
 
 An interpreter that imports torch and transformers has used three to six seconds before it does anything.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The relative tolerance rule: a kernel may be at most twice as wrong as plain PyTorch.
 
 Both are judged against a float64 reference: ``max|out - ref| <= 2 max|lowp - ref| + floor``, and means

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Themis: a reward model that calls tools, writes down what it found, and then scores (arXiv 2310.01045)."""
 
 import importlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Evaluation in the forms of others: RewardBench (one or more chosen, one or more rejected), multiple choice.
 
     RewardBench      {"prompt", "chosen", "rejected"[, "subset"][, "id"][, "num_correct"]} per line; chosen and rejected

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How far the difference of two rewards can be read as a probability: P(first is preferred) = sigmoid(difference)."""
 
 from __future__ import annotations

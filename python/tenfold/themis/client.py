@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A scorer on another machine or in another process, by ``tenfold themis serve``."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Batches of pairs: rows of preferred traces, then rows of rejected ones.
 
 Rows are tokenised once (:func:`encode_pairs`, in one call of the tokenizer) and kept with the classes of their tokens;

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pairs of judged answers: the layout of the TARA files, read and written.
 
 One JSON object per line:

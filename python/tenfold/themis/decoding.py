@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rows of tokens that grow at their own pace, with their keys and values.
 
 A row's cache begins at column 0 and grows by what is fed to it, one token or many; rows of one batch may be of any

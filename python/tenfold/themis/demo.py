@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Themis on a byte-level model that is trained here: it asks a tool about sums that it cannot do.
 
 Two small Llamas of the same size see the same pairs of answers to products and sums. One learns to write a trace (call,

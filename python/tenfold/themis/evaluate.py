@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How well a judge ranks pairs: accuracy by tool, what its calls did, how its traces end, calibration, best of n.
 
 A tie or a missing reward counts as wrong (spec section 5). Judges are scorers, here or elsewhere, tool loops, reward

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the command line names: models, tools and data of Themis."""
 
 from __future__ import annotations

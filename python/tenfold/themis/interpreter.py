@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a model wrote in one round, and so what comes next (Themis, section 5 step 3)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the tool loop says about an answer."""
 
 from __future__ import annotations

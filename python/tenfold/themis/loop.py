@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The tool loop: a reward model writes, calls tools, reads what they say, and judges."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The tool-augmented reward model: a causal LM that writes the trace, and a value head on the same trunk.
 
 The class of a model is its causal LM's class with a value head ``score`` beside the LM head, so that everything

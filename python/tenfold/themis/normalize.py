@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rewards on a scale that PPO can take: divided by a running deviation, clipped (Themis, spec section 9).
 
 Published examples of the method's rewards range from -25 to +38.8; +-5 is DeepSpeed-Chat's clip.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Themis' objective: pair loss of the rewards plus the weighted next-token loss of the traces.
 
     L = rm_coef * L_RM + alpha * L_LM

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Bodies of scoring requests: their forms, what is refused, and the answers to them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Judgements and evaluations as JSON: what the endpoint sends, logs keep, and reports read."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Evaluations and training runs on a page: accuracy by tool, calibration, calls, ends, traces, learning curves.
 
 Evaluations are those of ``Evaluation.to_json()``, by the name of the judge, so that stored ones can be drawn again.

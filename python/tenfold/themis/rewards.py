@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Themis as a reward: for our MA-RLHF trainer and TRL, for OpenRLHF, for verl; by a scorer here or a server elsewhere.
 
     trainer = MAPPOTrainer(policy, reward=ThemisReward(scorer), prompts=..., ...)          # TRL's style

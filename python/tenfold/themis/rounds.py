@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One run of the tool loop: batched, with one KV cache from prompt to score.
 
 A row is a query's: it writes until ``<start_observation>`` or the end token, is interpreted, gets an observation or

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rewards by request: many callers, one judge, batches, deadlines, and an answer to every request.
 
     callers --submit/score--> queue (bounded, earliest deadline first) --batch--> judge (ToolLoop)

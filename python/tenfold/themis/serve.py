@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A scorer over HTTP: JSON requests, on this machine unless it is told otherwise.
 
     POST /score   {"question", "answer"[, "context"][, "example"][, "deadline"][, "trace": false]} -> the judgement

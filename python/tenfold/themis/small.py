@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reward models small enough for a CPU: a Llama over bytes that knows the special tokens of traces."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One step of Themis training: its pairs as micro-batches, their loss, and what is logged of it.
 
 A step's pairs are a function of the step; their loss is normalised over all of them, however they are split into

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The tool loop fed as it goes: a row's place is given to the next request when it is done, and answers do not wait
 for the other rows of a batch, whose tools may be slow.
 """

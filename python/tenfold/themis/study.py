@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What traces are worth: Themis, with and without parts of its loss, and a plain reward model on the same pairs.
 
 Also as the reward of PPO, on sums whose right answers a program knows. For ``examples/themis.py``.

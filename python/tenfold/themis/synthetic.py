@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pairs made by rules, with observations of the real tools: data without a network.
 
     calculator  word problems in the style of GSM8K: a slip in one calculation, or a final number that does not follow

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Drafts of small functions: a right program, a subtly wrong one, and asserts that tell them apart."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Drafts whose truth is a rule: arithmetic, the calendar, a table of weather."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Drafts from packaged texts: translations, documentation, and text that needs no tool."""
 
 from __future__ import annotations

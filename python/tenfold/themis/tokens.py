@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tokenizers of traces: an encoder whose text never becomes a special token, and a byte-level tokenizer made here."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rows of token ids read again: exactly, and leniently where a model wrote them."""
 
 from __future__ import annotations

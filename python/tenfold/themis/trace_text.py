@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The text between special tokens: labels at line starts, fields that cannot be taken for labels, and reading both."""
 
 from __future__ import annotations

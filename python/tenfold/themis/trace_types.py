@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What traces consist of; :mod:`tenfold.themis.traces` makes token ids of it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Traces as token ids: what is judged, the tool calls, the rationale, and which token is a target of which loss.
 
     ### USER:

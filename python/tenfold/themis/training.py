@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Training reward model and trace writer as one: on accelerate, on any number of ranks, resumed exactly.
 
 Held-out pairs are scored on the way, and the weights that rank most of them right are kept.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fitting a row into a number of tokens: context and observations are cut, never the answer, never the end."""
 
 from __future__ import annotations

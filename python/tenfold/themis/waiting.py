@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Requests on their way through the scorer: a bounded queue, a clock, and exactly one answer to each.
 
 A request is waiting (outside the queue, because it is full), queued, running (a judge has it) or answered. It is

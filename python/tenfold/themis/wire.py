@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """As much of HTTP/1.1 as a JSON endpoint needs, on asyncio's streams; every size and every wait has a limit.
 
 Bodies have a Content-Length; other encodings are refused. Connections stay open unless the client says otherwise.

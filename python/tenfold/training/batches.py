@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Token batches that are a function of (stage, step): a resumed run reads exactly what it would have."""
 
 from __future__ import annotations

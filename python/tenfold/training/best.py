@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The best weights of a run on the way: kept in its work folder, else in memory."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The errors that a user can do something about; without torch, so that the command line loads fast."""
 
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One training loop for all methods: accelerate for devices and ranks, exact resumption, a bar.
 
 A step's batch is a function of (stage, step), and so is the learning rate; everything else that a step

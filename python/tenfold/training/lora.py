@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """LoRA by PEFT, as all methods use it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What fine-tuning recipes have in common: learning rates, steps, decay, rows that count equally."""
 
 from __future__ import annotations

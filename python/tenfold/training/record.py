@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a run did: its numbers, in a JSON file beside its model."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the two trainings share: a claimed work folder, a ready model, what is saved at the end."""
 
 from __future__ import annotations

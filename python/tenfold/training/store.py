@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The work folder of a run: what one that was killed goes on from.
 
     run.json                    settings, model and data that the folder belongs to

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A byte-level Llama small enough to train on a CPU, and what it is trained on: text and recall.
 
 Half of the rows are standard-library documentation, half are recall: pairs of a key and a value, then

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """UpIT: upcycling instruction tuning, from checkpoints of a dense model to a mixture of experts (arXiv 2410.01610)."""
 
 import importlib

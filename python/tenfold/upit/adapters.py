@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """LoRA experts as PEFT stores them: reading, inner products of their updates, and the three ways to merge them.
 
 An adapter's update of a linear layer is ``scale * B @ A`` (A [r, in], B [out, r]). Merging the factors, as is the

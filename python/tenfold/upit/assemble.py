@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Assembly (S5): dense experts and their routing vectors become one stock Mixtral checkpoint, tensor by tensor."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What UpIT is compared with: vanilla upcycling, BTX-style mixing, dense continued tuning."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checkpoints of a dense model on disk: saving them complete or not at all, finding and choosing them, loading one."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """S1: instruction tuning of a dense model that leaves checkpoints on the way, every quarter of an epoch.
 
 A transformers Trainer does the same with ``save_strategy="steps", save_steps=0.125, save_only_model=True`` (a share of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """UpIT's settings: of the dense half (collect, expand, seeds) here, of the mixture's half in ``options``; all in one.
 
 Checked when they are made. Where the paper is silent (arXiv 2410.01610) defaults are those of the method's page.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """UpIT on a byte-level model that is trained here: four experts, two per token, against two others, in two minutes.
 
 A small Llama over bytes learns Python's documentation, then four families of questions and answers. Three checkpoints

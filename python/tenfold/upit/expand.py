@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """S2: more experts than were saved, by a genetic algorithm: the two least similar are merged, again and again.
 
     E_new = base + alpha * drop(E_j - base) / (1 - p) + (1 - alpha) * drop(E_k - base) / (1 - p)

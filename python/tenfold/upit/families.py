@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Training and test rows by family: packaged tasks, JSON-lines files, or the caller's own rows."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Router vectors without training, as mergekit's gate modes define them: from prompts, or random."""
 
 from __future__ import annotations

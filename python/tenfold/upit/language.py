@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The loss of a causal language model, without its logits in memory where the head allows it."""
 
 from __future__ import annotations

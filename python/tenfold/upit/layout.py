@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Names of a stock Mixtral's tensors, in both layouts, and of the dense model's that they come from.
 
 ========  ======================================================  ==========================================

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Loading an assembled mixture as transformers does, with our experts inside."""
 
 from __future__ import annotations

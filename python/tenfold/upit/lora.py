@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """LoRA experts (S7): a shared frozen FFN whose gate, up and down have n pairs ``W + s B_e A_e``, and their routers."""
 
 from __future__ import annotations

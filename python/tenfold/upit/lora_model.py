@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Dense models with LoRA experts: putting them in, from adapters of PEFT if there are any; saving and loading them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a mixture's experts do: the share of slots each has, over all tokens or by family of texts; losses by family."""
 
 from __future__ import annotations

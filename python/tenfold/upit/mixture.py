@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The mixture layers of a model, what their routers said in a forward, and routers that run through our gate."""
 
 from __future__ import annotations

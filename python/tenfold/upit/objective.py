@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The objective of post-training as a module, so that DDP sees one forward: L_lm + c mean over layers of L_load."""
 
 from __future__ import annotations

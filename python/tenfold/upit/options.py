@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Settings of router initialisation (S4), assembly (S5), post-training (S6) and LoRA experts (S7), checked when made.
 
 Where the paper is silent (arXiv 2410.01610) the defaults are those of the method's specification.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """UpIT end to end in one folder: a finished stage is not repeated, an interrupted one goes on where it was.
 
     base/             the dense model that everything starts from

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Post-training (S6): the assembled mixture, or a dense model, on instruction data with a balanced load."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Recipes: YAML (or a dictionary) for ``tenfold upit run``; a recipe of mergekit-moe is one, too.
 
     base_model: smollm2              # a folder, a hub id, or 'smollm2'

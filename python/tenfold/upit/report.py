@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Experts as plots: their load by layer, and which family of texts goes to whom."""
 
 from __future__ import annotations

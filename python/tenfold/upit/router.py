@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Router initialisation (S4): one vector per layer, trained in front of the FFNs of an expert as a dense model."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """S3: which samples seed which expert's router: a random share of the data, each to the expert that likes it best.
 
 "Best" is the lowest mean negative log-likelihood of the response, which orders as the perplexity does and does not

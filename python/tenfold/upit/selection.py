@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which two experts are merged next: similarities from the Gram matrix of their task vectors, and the pair."""
 
 from __future__ import annotations

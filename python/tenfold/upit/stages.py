@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The stages of a run, as functions of it: each returns what it found, as JSON can hold it.
 
 What they need of each other they read in the run's folder, so that any of them can be the first of a process.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """UpIT against what else the same data could have been spent on, from one dense run: for the demo and the study.
 
 All start from the dense model after S1 (or its checkpoints) and take the same post-training steps on the same rows.

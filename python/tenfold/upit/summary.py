@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A run as numbers, a table and a page: losses by family, what was merged, who has which texts."""
 
 from __future__ import annotations

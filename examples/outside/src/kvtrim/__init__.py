@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An attention block whose cache is trimmed after the prompt, on ``torch.ops.tenfold``."""
 
 from __future__ import annotations

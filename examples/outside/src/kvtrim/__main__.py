@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``python -m kvtrim``: the block in eager mode, compiled and exported, with the differences."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Decode ops of decoupled-head attention (DHA, arXiv 2406.06567): attention over a cache, cache writes.
 
 Inference only: inputs that require grad under grad mode raise RuntimeError. Notation: B batch, H query

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Head operations of DHA (arXiv 2406.06567): fuse, compare, group and allocate heads.
 
 Notation: H heads, d head dim, m model width, N groups of g = H / N heads. A head's projection is

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Faces of ``dha_attention``: attention with separate query -> key-head and -> value-head maps.
 
 Notation: B batch, H query heads, HK key heads, HV value heads, D head dim of queries and keys, DV of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Faces of ``t5_attention``: attention with T5's relative position bias computed inside.
 
 Notation: B batch, H heads, D head dim of queries and keys, DV of values, Lq queries, Lk keys.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Faces of the ``corruption`` family, one module per group of ops."""
 
 from tenfold.ops.corruption.pairs import pair_pack, shift_right

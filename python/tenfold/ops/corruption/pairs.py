@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pairs of a source and a target as rows of an encoder and a decoder."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How long rows are after span corruption: of numbers, without a tensor."""
 
 from __future__ import annotations

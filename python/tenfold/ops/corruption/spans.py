@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Span corruption: masks, inputs and targets, and back."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Faces of the ``diffusion`` family, one module per group of ops."""
 
 from tenfold.ops.diffusion.planes import conv1d_planes

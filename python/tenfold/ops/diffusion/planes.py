@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A convolution some of whose input channels are constant over positions: conditions that are the same everywhere."""
 
 from __future__ import annotations

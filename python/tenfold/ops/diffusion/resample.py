@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Half and double rate by a fixed filter of eight taps, each channel by itself."""
 
 from __future__ import annotations

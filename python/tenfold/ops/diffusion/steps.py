@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The step of DDIM and ancestral samplers, with classifier-free guidance."""
 
 from __future__ import annotations

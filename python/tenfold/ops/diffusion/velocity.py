@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Noise and velocity targets of variance preserving diffusion, and the loss on velocities."""
 
 from __future__ import annotations

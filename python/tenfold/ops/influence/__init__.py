@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Faces of the ``influence`` family, one module per group of ops."""
 
 from tenfold.ops.influence.gradients import outer_dot

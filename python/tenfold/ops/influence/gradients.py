@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Products of last-layer gradients, which TracIn and Grad-Dot are made of."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A metric of test examples as a recurrence over the batches of training, simulated or step by step."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Single steps of recorded runs, from features of training and test examples."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Faces of the ``loss`` family, one module per group of ops."""
 
 from tenfold.ops.loss.linear import linear_cross_entropy, linear_logprob

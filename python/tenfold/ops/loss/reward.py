@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rewards of sequences, and the loss of pairs of them."""
 
 from __future__ import annotations

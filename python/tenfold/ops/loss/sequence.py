@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a model gives whole sequences, without a log-softmax of their logits."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tokens of traces of a reward model that calls tools: classes, weights, stops."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The language model's loss with a weight per token: a face of the kernel of ``linear_cross_entropy``."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Faces of the ``moe`` family, one module per group of ops."""
 
 from tenfold.ops.moe.experts import (

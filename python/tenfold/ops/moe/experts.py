@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Expert blocks of a mixture, and the grouped products they are made of."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a router is trained with besides the model's loss. Losses are returned; nothing is kept."""
 
 from __future__ import annotations

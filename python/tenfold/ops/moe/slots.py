@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Slots, one for each of the k choices of every token, sorted by expert and back.
 
 Slot ``t k + j`` is the j-th choice of token t; a position is a place in the list of slots that

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Faces of the ``norm`` family, one module per group of ops."""
 
 from tenfold.ops.norm.gated import gated_gelu, gated_gelu_, swiglu, swiglu_

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Gated activations of feed-forward layers: SwiGLU and gated GELU, on one kernel."""
 
 from __future__ import annotations

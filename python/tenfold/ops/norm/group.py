@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Group normalisation with one group, exact GELU and the residual addition after it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Root-mean-square normalisation of rows, with the residual addition before it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Faces of the ``optim`` family, one module per group of ops."""
 
 from tenfold.ops.optim.adamw import masked_adamw_, masked_adamw_8bit_

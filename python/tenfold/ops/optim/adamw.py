@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """AdamW steps that leave frozen elements alone: ``masked_adamw_`` and its 8-bit form."""
 
 from __future__ import annotations

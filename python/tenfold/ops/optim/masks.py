@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Masks of HFT (ACL 2025.acl-long.626, section 3.4 of the method) and what is done under them.
 
 A mask says which part of a tensor trains: uint8, packed bits, least significant first, unused bits of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Weight gradient of a linear layer of which only some rows train (HFT section 3.4)."""
 
 from __future__ import annotations

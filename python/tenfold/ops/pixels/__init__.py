@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Images as rows of patches, and the loss on them (PixelGPT, PIXEL, ViT-MAE)."""
 
 from tenfold.ops.pixels.mse import (

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The mean squared error of predicted patches, without their targets in memory."""
 
 from __future__ import annotations

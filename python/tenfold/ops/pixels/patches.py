@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Patches of images, back to images, and which of them are there."""
 
 from __future__ import annotations

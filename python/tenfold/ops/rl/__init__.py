@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Faces of the ``rl`` family, one module per group of ops."""
 
 from tenfold.ops.rl.losses import ma_ppo_policy_loss, ma_ppo_value_loss

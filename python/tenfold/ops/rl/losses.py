@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PPO's policy and value losses over macro actions."""
 
 from __future__ import annotations

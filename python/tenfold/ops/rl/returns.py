@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From token rewards and values to advantages of macro actions."""
 
 from __future__ import annotations

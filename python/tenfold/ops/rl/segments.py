@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where macro actions begin: rows of valid tokens cut into segments.
 
 All four take a ``mask`` [B, R] (bool, int8 or uint8; other dtypes: nonzero is valid) and give

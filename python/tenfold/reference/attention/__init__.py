@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Definitions of the ``attention`` family, one module per group of ops."""
 
 from tenfold.reference.attention.decode import dha_cache_append_, dha_decode

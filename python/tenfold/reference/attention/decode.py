@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Definitions of the decode ops of decoupled-head attention (DHA, arXiv 2406.06567, section 6 of the
 method): plain PyTorch, obviously right.
 

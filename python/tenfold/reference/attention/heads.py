@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Definitions of the head operations of DHA (arXiv 2406.06567): plain PyTorch, obviously right.
 
 Computations run in float64 when the inputs are float64, else in float32. Notation: H heads, d head

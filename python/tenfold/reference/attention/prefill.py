@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Definition of ``dha_attention``, one sequence at a time, in plain PyTorch."""
 
 from __future__ import annotations

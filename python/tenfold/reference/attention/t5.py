@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Definition of ``t5_attention`` (ERNIE-Code, arXiv 2212.06742; T5): one explicit softmax in plain PyTorch.
 
 Notation: B batch, H heads, D head dim, Lq queries, Lk keys. Query i stands at ``q_offset + i``, key j at j.

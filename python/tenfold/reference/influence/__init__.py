@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Definitions of the ``influence`` family: simulated training runs and gradient products."""
 
 from tenfold.reference.influence.gradients import outer_dot

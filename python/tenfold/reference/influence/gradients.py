@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Products of last-layer gradients (sections 3.7 and 6)."""
 
 from __future__ import annotations

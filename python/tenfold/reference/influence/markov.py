@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A metric of test examples as an n-th order recurrence over the batches of training (sections 3.1 and 3.4).
 
 Everywhere R runs of T steps, batches of B ids of M training examples (-1: none), Q test examples, order n.

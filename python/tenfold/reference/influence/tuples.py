@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One step of one run for one test example at a time, from features (section 3.3)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Definitions of the family ``loss``."""
 
 from tenfold.reference.loss.linear import linear_cross_entropy, linear_logprob, weighted_linear_ce

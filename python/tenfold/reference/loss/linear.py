@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Losses of a linear layer over a vocabulary: definitions that do hold all logits."""
 
 from __future__ import annotations

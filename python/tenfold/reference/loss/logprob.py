@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Log-probabilities of chosen tokens, from logits."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Token traces of a reward model that calls tools: classes, weights and stops of their tokens."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Definitions of the ``moe`` family, one module per group of ops."""
 
 from tenfold.reference.moe.experts import (

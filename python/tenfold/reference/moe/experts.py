@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Expert blocks and the grouped products they are made of, expert by expert."""
 
 from __future__ import annotations

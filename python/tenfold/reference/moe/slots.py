@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Slots, one for each of the k choices of every token, sorted by expert and back."""
 
 from __future__ import annotations

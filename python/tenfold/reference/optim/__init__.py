@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Definitions of the ``optim`` family, one module per group of ops."""
 
 from tenfold.reference.optim.adamw import dynamic_code, masked_adamw_, masked_adamw_8bit_

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Definitions of masked AdamW, with states in float32, bfloat16 or float16, and in 8 bits.
 
 The arithmetic is that of ``torch.optim.AdamW(fused=True)``: all in float32, scalars in double rounded

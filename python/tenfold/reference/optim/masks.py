@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Definitions of the mask ops: packed bits, their counts, random and top-k masks, and what they select.
 
 A packed mask is uint8, least significant bit first, unused bits of the last byte zero; a set bit means

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Definition of the weight gradient of a linear layer of which only some rows train."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Definitions of the family ``rl``: macro actions, their advantages, and PPO's losses over them."""
 
 from tenfold.reference.rl.losses import ma_ppo_policy_loss, ma_ppo_value_loss

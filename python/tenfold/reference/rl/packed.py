@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Packed batches of the family ``rl``: rows one after the other as [N], row b from ``cu_seqlens[b]`` on.
 
 By definition a packed op is the padded one between :func:`pad_rows` and :func:`pack_rows`.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From token rewards and values to advantages of macro actions (sections 3.2, 3.4 to 3.6)."""
 
 from __future__ import annotations

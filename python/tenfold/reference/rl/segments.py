@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where macro actions begin (section 3.3 of the method): rows of valid tokens cut into segments.
 
 Valid tokens of a row are numbered q = 0, 1, ... across holes of the mask. ``seg`` [B, R] int32 is the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The sandbox's inside: ``python -I -S jail SPEC STATUS RESULT`` (file descriptors), started by ``sandbox``."""
 
 import sys

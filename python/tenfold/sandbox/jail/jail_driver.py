@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs one program on one task and reports what came of it, inside the sandbox's innermost process.
 
 A task is a dict: ``source``, ``mode`` and what the mode needs:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The keeper of a sandbox, and what its descendants do to confine themselves.
 
 Three processes: the keeper (waits, ends everything when time is up, says what happened), a first process of

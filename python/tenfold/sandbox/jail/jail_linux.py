@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Linux's means to confine a process, called without any library: namespaces, Landlock, seccomp, limits.
 
 Runs inside the sandbox's own interpreter (``python -I -S``), never in the trainer; the standard library

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tools that a reward model may call while it judges an answer, and the box that runs them.
 
 with Toolbox(default_tools()) as toolbox:

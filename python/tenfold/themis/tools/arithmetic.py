@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Values of arithmetic expressions that a model wrote: read, never run as code.
 
 Numbers (``1,234.5``, ``.5``, ``1e3``, ``$40``), ``+ - * / // ( )``, ``**`` or ``^`` for powers, ``%`` as percent sign

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a tool is, and what comes of a call.
 
 A tool gets the name and the text that a model wrote, and the example that is judged: a mapping with ``question``,

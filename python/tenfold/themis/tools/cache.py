@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Results of tools, recorded and replayed: a run with a frozen cache gives the same traces on any machine and day.
 
 A file has one JSON object per line: ``tool`` (the action name), ``key`` (a digest of what the result depends on),

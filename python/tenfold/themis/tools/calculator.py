@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``calculator``: is the arithmetic in an answer right, and does its final number follow from it?
 
 The input holds the answer's calculations, ``<<expression=value>>value``, separated by commas. Each is worked out

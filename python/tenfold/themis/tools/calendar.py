@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``Calendar.week_day``, ``Calendar.target_day``, ``Calendar.day_difference``: dates of the Gregorian calendar."""
 
 from __future__ import annotations

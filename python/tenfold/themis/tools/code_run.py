@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``code_run``: runs the program that an answer is, on the tests of its example, in :mod:`tenfold.sandbox`."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The tools that work without a network."""
 
 from __future__ import annotations

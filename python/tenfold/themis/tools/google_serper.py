@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``google_serper``: a web search by serper.dev's HTTP interface. The one tool that needs a network; off by default."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Threads that run one tool's calls and may hang, and a clock that does not wait for them.
 
 A thread cannot be ended from outside. So a worker whose call takes longer than it may is given up: the call is

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Limits of how often a tool is called: a token bucket that gives out turns in advance."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tools that answer from a table: translations and past weather, replayed from files or made in advance."""
 
 from __future__ import annotations

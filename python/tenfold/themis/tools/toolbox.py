@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs tools for many callers at once, so that none of them can stall, crash or flood what calls it.
 
     submit --cache?--> answered

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``wiki_search``: the best passage of a corpus on this machine, by BM25.
 
     score(q, d) = sum over words t of q:  idf(t) * f (k1 + 1) / (f + k1 (1 - b + b |d| / mean |d|))
