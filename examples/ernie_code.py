@@ -53,7 +53,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("tenfold-report/ernie_code-study"))
     chosen = parser.parse_args()
     config = study.StudyConfig(
-        languages=tuple(chosen.languages), vocab_size=chosen.vocab_size, max_chars=chosen.max_chars, code_chars=chosen.code_chars,
+        languages=tuple(chosen.languages), vocab_size=chosen.vocab_size,
+        max_chars=chosen.max_chars, code_chars=chosen.code_chars,
         model={
             "d_model": chosen.width, "d_ff": 5 * chosen.width // 2, "num_layers": chosen.layers, "num_heads": 4,
             "d_kv": chosen.width // 4,
@@ -74,8 +75,16 @@ def main() -> None:
             "torch": torch.__version__, "machine": platform.machine(), "threads": chosen.threads,
             "cpu_seconds": round(time.process_time()),
         }  # fmt: skip
-        text = json.dumps({"about": about} | made.to_json(), indent=1, ensure_ascii=False)
-        (chosen.out / "study.json").write_text(text + "\n")
+        result = {"about": about} | json.loads(json.dumps(made.to_json()))
+        path = chosen.out / "study.json"
+        if chosen.only and path.is_file():  # the other model's part, where it is of the same study
+            before = json.loads(path.read_text())
+            if all(before[k] == result[k] for k in ("config", "training")):
+                both = before["variants"] | result["variants"]
+                result["variants"] = {n: both[n] for n in study.VARIANTS if n in both}
+                result["sizes"] = before["sizes"] | result["sizes"]
+                result["about"]["cpu_seconds"] += before["about"]["cpu_seconds"]
+        path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
 
     with threads(chosen.threads):
         study.run(

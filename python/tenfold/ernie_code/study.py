@@ -39,7 +39,7 @@ from tenfold.training.loop import Progress
 
 Step = Callable[[str], None]
 VARIANTS = {"SCLM": False, "SCLM + PTLM": True}
-# Kinds of rows, and whether training had such pairs. Messages are held out in all languages, those of ``pivot`` are not:
+# Kinds of rows, and whether training had such pairs. Messages are held out in all languages, but those of ``pivot``:
 # each of its two languages was paired with English for them, but never with the other one.
 KINDS = {
     "pivot": "X to Y (never seen), training messages",
