@@ -604,11 +604,13 @@ def ernie_music_block(found: Found) -> str:
 def ernie_code_block(found: Found) -> str:
     """How often the right target is found among others, and scores of beam search, by kind of pair."""
     kinds = {
-        "to-english": "X to English (pairs seen)", "from-english": "English to X (pairs seen)",
-        "zero-shot": "X to Y (never seen together)", "code": "X to Python (never seen together)",
+        "pivot": "X to Y (never seen together), messages seen with English",
+        "to-english": "X to English, held-out messages", "from-english": "English to X, held-out messages",
+        "zero-shot": "X to Y (never seen together), held-out messages",
+        "code": "X to Python (never seen together), held-out messages",
     }  # fmt: skip
     columns = (
-        "held-out messages",
+        "asked for",
         "trained on",
         "right of 16",
         "mean of 1 / rank",
@@ -620,6 +622,8 @@ def ernie_code_block(found: Found) -> str:
     rows = []
     for kind, title in kinds.items():
         for name, variant in found["variants"].items():
+            if kind not in variant["rankings"]:
+                continue
             own, scores = variant["rankings"][kind]["all"], variant["generated"][kind]["scores"]
             rows.append([
                 title, name, f"{100 * own['top1']:.1f} %", _number(own["mrr"], 3), f"{own['rows']:.0f}",

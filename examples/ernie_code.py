@@ -43,19 +43,30 @@ def main() -> None:
     parser.add_argument("--vocab-size", type=int, default=6144)
     parser.add_argument("--ranked", type=int, default=800, help="held-out rows of each kind")
     parser.add_argument("--generated", type=int, default=100, help="of them, that are translated")
+    parser.add_argument("--width", type=int, default=256, help="d_model")
+    parser.add_argument("--layers", type=int, default=2, help="of encoder and decoder")
+    parser.add_argument("--max-chars", type=int, default=100, help="of a message")
+    parser.add_argument("--code-chars", type=int, default=200, help="of a function")
+    parser.add_argument("--only", choices=tuple(study.VARIANTS), help="one of the models")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("bench/results/ernie_code"))
     parser.add_argument("--work", type=Path, default=Path("tenfold-report/ernie_code-study"))
     chosen = parser.parse_args()
     config = study.StudyConfig(
-        languages=tuple(chosen.languages), vocab_size=chosen.vocab_size, ranked=chosen.ranked,
+        languages=tuple(chosen.languages), vocab_size=chosen.vocab_size,
+        max_chars=chosen.max_chars, code_chars=chosen.code_chars,
+        model={
+            "d_model": chosen.width, "d_ff": 5 * chosen.width // 2, "num_layers": chosen.layers, "num_heads": 4,
+            "d_kv": chosen.width // 4,
+        }, ranked=chosen.ranked,
         generated=chosen.generated, seed=chosen.seed,
     )  # fmt: skip
     settings = CodeTrainConfig.from_preset(
-        "small", steps=chosen.steps, batch_size=chosen.batch, rows_per_draw=min(16, chosen.batch),
+        "small", steps=chosen.steps, batch_size=chosen.batch, rows_per_draw=max(1, chosen.batch // 2),
         max_inputs=160, max_targets=160, learning_rate=chosen.learning_rate,
-        mixed_precision=chosen.precision, eval_every=max(1, chosen.steps // 4), seed=chosen.seed,
+        mixed_precision=chosen.precision, eval_every=max(1, chosen.steps // 2),
+        warmup_steps=max(1, chosen.steps // 10), seed=chosen.seed,
         checkpoint_every=100,
     )  # fmt: skip
     chosen.out.mkdir(parents=True, exist_ok=True)
@@ -65,13 +76,21 @@ def main() -> None:
             "torch": torch.__version__, "machine": platform.machine(), "threads": chosen.threads,
             "cpu_seconds": round(time.process_time()),
         }  # fmt: skip
-        text = json.dumps({"about": about} | made.to_json(), indent=1, ensure_ascii=False)
-        (chosen.out / "study.json").write_text(text + "\n")
+        result = {"about": about} | json.loads(json.dumps(made.to_json()))
+        path = chosen.out / "study.json"
+        if chosen.only and path.is_file():  # the other model's part, where it is of the same study
+            before = json.loads(path.read_text())
+            if all(before[k] == result[k] for k in ("config", "training")):
+                both = before["variants"] | result["variants"]
+                result["variants"] = {n: both[n] for n in study.VARIANTS if n in both}
+                result["sizes"] = before["sizes"] | result["sizes"]
+                result["about"]["cpu_seconds"] += before["about"]["cpu_seconds"]
+        path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
 
     with threads(chosen.threads):
         study.run(
             config, settings, out=chosen.work, step=say, tell=max(1, chosen.steps // 40), done=write,
-            variants=tuple(reversed(study.VARIANTS)),
+            variants=(chosen.only,) if chosen.only else tuple(reversed(study.VARIANTS)),
         )  # fmt: skip
     say(f"result: {chosen.out / 'study.json'}")
 

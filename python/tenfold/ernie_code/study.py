@@ -40,8 +40,10 @@ from tenfold.training.loop import Progress
 
 Step = Callable[[str], None]
 VARIANTS = {"SCLM": False, "SCLM + PTLM": True}
-# Kinds of held-out rows, and whether training had such pairs.
+# Kinds of rows, and whether training had such pairs. Messages are held out in all languages, but those of ``pivot``:
+# each of its two languages was paired with English for them, but never with the other one.
 KINDS = {
+    "pivot": "X to Y (never seen), training messages",
     "to-english": "X to English (seen pairs)",
     "from-english": "English to X (seen pairs)",
     "zero-shot": "X to Y (never seen)",
@@ -114,7 +116,9 @@ def _rows(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
     return [dataclasses.asdict(p) for p in pairs]
 
 
-def _held(config: StudyConfig, held: Sequence[Any]) -> dict[str, list[dict[str, Any]]]:
+def _held(
+    config: StudyConfig, held: Sequence[Any], messages: Sequence[Any]
+) -> dict[str, list[dict[str, Any]]]:
     codes, found = config.languages, {kind: [] for kind in KINDS}  # type: ignore[var-annotated]
 
     def add(kind: str, pairs: Sequence[Pair]) -> None:
@@ -130,6 +134,7 @@ def _held(config: StudyConfig, held: Sequence[Any]) -> dict[str, list[dict[str, 
             other = codes[(i + n) % len(codes)]
             add("zero-shot", message_pairs(held, code, other))
             add("zero-shot", message_pairs(held, other, code))
+            add("pivot", message_pairs(messages, code, other))
         add("code", site_pairs(held, code))
     return found
 
@@ -167,7 +172,7 @@ def material(config: StudyConfig, tokenizer: Any = None, seed: int = 0) -> Mater
                 for name, ts in of.items() if ts}  # fmt: skip
 
     return Material(tokenizer, packed(text), {n: PairRows(p) for n, p in pairs.items()},
-                    _held(config, held), packed(held_text))  # fmt: skip
+                    _held(config, held, train_messages), packed(held_text))  # fmt: skip
 
 
 def corpora_of(
