@@ -92,7 +92,7 @@ def demo(
 def bench(
     families: Annotated[
         list[str] | None,
-        typer.Argument(help="families of ops; default: all (attention, kv_eviction)"),
+        typer.Argument(help="families of ops, such as attention or loss; default: all"),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="few samples, no torch.compile")] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
