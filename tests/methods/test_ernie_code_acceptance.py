@@ -61,4 +61,4 @@ def test_check_13_pivot():
     train(model, tokenizer, corpora, settings)
     rows = [_pair(a, b, (names[0], names[2])) for a, _, b in held]
     found = ranking(model, tokenizer, rows, candidates=16)["all"]
-    assert found["top1"] > 3 / 16, found
+    assert found["top1"] > 0.5, found  # chance is 1 / 16

@@ -77,7 +77,7 @@ def add_demo_section(demo: Demo, page: Page) -> None:
     page.text(
         "Two small models: one learns to fill gaps in text of each language and in Python, the other also to translate "
         "to and from English. Held-out messages are then asked for in pairs of languages that neither saw together. "
-        "A minute of training is enough to be above chance, not to translate."
+        "A minute of training shows how it is done; it is not enough to translate, and hardly to be above chance."
     )
     report.add_study(page, demo.study)
     page.heading("A training step on these kernels, and in transformers")
