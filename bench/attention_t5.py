@@ -24,6 +24,7 @@ from .case import (
     Function,
     Inputs,
     NotAvailable,
+    Provider,
     Shape,
     compiled,
     provider,
@@ -129,6 +130,18 @@ def _trained(form: Form) -> Function:
     return call
 
 
+def _pulled_back(name: str, kind: str, form: Form, **extra: Any) -> Provider:
+    """The backward alone, of a forward that has been."""
+
+    def build(i: Inputs) -> Function:
+        with torch.enable_grad():
+            leaves = [x.detach().requires_grad_() for x in (i.q, i.k, i.v, i.table)]
+            out = form(i, *leaves)
+        return lambda now: torch.autograd.grad(out, leaves, now.dout, retain_graph=True)
+
+    return Provider(name, kind, build, **extra)
+
+
 def _defined(i: Inputs) -> Tensor:
     encoder = i.place == 0
     rows = (x.float() for x in (i.q, i.k, i.v))
@@ -180,13 +193,29 @@ def _case(model: str, s: Shape, dtype: torch.dtype, way: str = "forward") -> Cas
     )  # fmt: skip
 
 
+def _backward_case(model: str, s: Shape, dtype: torch.dtype) -> Case:
+    scores = 4 * s["b"] * s["h"] * s["lq"] * s["lk"] * dtype.itemsize
+    return Case(
+        op="t5_attention_backward", variant=model, shape=s, dtype=dtype, inputs=_inputs,
+        bytes=lambda s, n: 3 * _bytes(s, n), flops=lambda s: 5 * _flops(s) // 2, peak=PEAK[dtype],
+        providers=[
+            _pulled_back("tenfold", "tenfold", _ours),
+            _pulled_back("peer:transformers-sdpa", "peer", _sdpa, scratch=scores, agree=_rows_agree),
+            _pulled_back("eager:matmul", "eager", _matmul, scratch=scores, agree=_rows_agree),
+        ],
+        reference=_defined_gradients, tolerance=2 * TOLERANCE[dtype],
+        quick=model == "mt5-small" and s["lk"] == 512,
+    )  # fmt: skip
+
+
 def cases() -> Iterator[Case]:
-    """Encoders of two lengths, forward and trained; one new token against a cache."""
+    """Encoders of two lengths, forward, backward and trained; one new token against a cache."""
     for dtype in DTYPES:
         for model, heads in MODELS.items():
             for length in (512, 1024):
                 shape = {"b": 8, "h": heads, "d": 64, "lq": length, "lk": length}
                 for way in WAYS:
                     yield _case(model, shape, dtype, way)
+                yield _backward_case(model, shape, dtype)
         for length in (512, 1024):
             yield _case("mt5-base", {"b": 8, "h": 12, "d": 64, "lq": 1, "lk": length}, dtype)

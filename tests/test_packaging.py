@@ -423,6 +423,7 @@ class TestMetadata:
             "parse",
             "bench",
             "gptfluence",
+            "ernie-code",
             "dev",
             "all",
         } == (set(meta.get_all("Provides-Extra")))

@@ -134,9 +134,14 @@ class Patched:
         self.remove()
 
 
+def is_patched(model: Any, part: str) -> bool:
+    """Whether a handle of ``part`` is in force."""
+    return _PATCHED + part in getattr(model, "__dict__", {})
+
+
 def refuse_patched(model: Any, part: str) -> None:
     """RuntimeError if ``part`` of the model is patched."""
-    if _PATCHED + part in model.__dict__:
+    if is_patched(model, part):
         raise RuntimeError(
             f"{part} of this {type(model).__name__} is patched already; unpatch(model) first"
         )

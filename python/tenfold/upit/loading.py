@@ -14,9 +14,12 @@ from tenfold.upit.mixture import fuse_routers, mixture_layers
 def set_implementation(model: Any, implementation: str) -> None:
     """Sets the experts implementation of a model that has experts with transformers' interface."""
     from tenfold.integrations import experts
+    from tenfold.integrations._hosts import is_patched
 
     if not experts.experts_of(model):
         return
+    if is_patched(model, "experts"):
+        experts.unpatch(model)
     if implementation == "tenfold":
         experts.replace_moe(model)
     else:
