@@ -88,8 +88,10 @@ def source_files(
     found = {}
     for package, names in places:
         root = _root(package)
-        for path in (p for name in names for p in root.rglob(name)) if root else ():
-            inside = path.relative_to(root)  # type: ignore[arg-type]
+        if root is None:
+            continue
+        for path in (p for name in names for p in root.rglob(name)):
+            inside = path.relative_to(root)
             if _SKIPPED.isdisjoint(inside.parts[:-1]) and _written(path):
                 text = _read(path)
                 if text is not None and 0 < len(text) <= max_chars and _hand_made(text):

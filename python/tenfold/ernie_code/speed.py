@@ -77,7 +77,8 @@ def compare(
 
     def step(name: str, count: bool) -> None:
         for p in model.parameters():
-            p.grad.zero_()  # type: ignore[union-attr]
+            if p.grad is not None:
+                p.grad.zero_()
         with _Peak() as peak:
             start = time.perf_counter()
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):

@@ -119,7 +119,8 @@ def _rows(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
 def _held(
     config: StudyConfig, held: Sequence[Any], messages: Sequence[Any]
 ) -> dict[str, list[dict[str, Any]]]:
-    codes, found = config.languages, {kind: [] for kind in KINDS}  # type: ignore[var-annotated]
+    codes = config.languages
+    found: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
 
     def add(kind: str, pairs: Sequence[Pair]) -> None:
         pairs = _short(pairs, config)
@@ -295,8 +296,10 @@ def run(
                 head_std=config.model["d_model"] ** -0.5,
             )  # fmt: skip
             corpora, weights = corpora_of(data, VARIANTS[name], config)
-            seen = dict(data.held_text) | {"X to English": PairRows([])}
-            seen["X to English"] = _some(data.held["to-english"], 128, config.seed)  # type: ignore[assignment]
+            seen: dict[str, Any] = {
+                **data.held_text,
+                "X to English": _some(data.held["to-english"], 128, config.seed),
+            }
             record = train(model, data.tokenizer, corpora, settings, weights=weights, held_out=seen,
                            out=file, callback=told)  # fmt: skip
         step(f"{name} is trained: {record.curve[-1]['loss']:.3f}")

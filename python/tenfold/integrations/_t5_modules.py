@@ -74,11 +74,12 @@ def _mask_function(right: bool) -> Callable[..., Tensor | None]:
         if plain and attention_mask is None:
             return None
         checked = not right
-        if plain and attention_mask.shape == (batch_size, kv_length):  # type: ignore[union-attr]
+        padding = attention_mask if plain else None
+        if padding is not None and padding.shape == (batch_size, kv_length):
             if checked and torch.compiler.is_compiling():
                 _warn("a mask in a compiled graph cannot be looked at; patch(model, padding='right') "
                       "promises that padding is at the end")  # fmt: skip
-            elif (count := _seen(attention_mask, checked)) is not None:  # type: ignore[arg-type]
+            elif (count := _seen(padding, checked)) is not None:
                 if checked and bool((count == kv_length).all()):
                     return None
                 return count[:, None, None, None]
