@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import importlib
 import json as json_module
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from tenfold.training.allocator import keep_freed_memory
 
 from .case import Case
 from .ceilings import measure_ceilings, merge
@@ -29,7 +30,6 @@ FAMILIES = (
 )  # fmt: skip
 PARTIAL = ".json.partial"  # a run that has not ended, or that was stopped
 _PAGE = 1 << 12
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's mallopt
 
 
 def cases_of(family: str) -> list[Case]:
@@ -66,10 +66,7 @@ def settle(device: torch.device, most: int = 3 << 30) -> None:
         return
     from .harness import free_memory
 
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(_M_MMAP_MAX, 0)
-        libc.mallopt(_M_TRIM_THRESHOLD, -1)
+    keep_freed_memory()
     held = torch.empty(min(most, free_memory(device) // 4), dtype=torch.uint8)
     held[::_PAGE] = 0
     del held

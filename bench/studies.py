@@ -605,6 +605,7 @@ def ernie_code_block(found: Found) -> str:
     """How often the right target is found among others, and scores of beam search, by kind of pair."""
     kinds = {
         "pivot": "X to Y (never seen together), messages seen with English",
+        "pivot-code": "X to Python (never seen together), messages seen with English",
         "to-english": "X to English, held-out messages", "from-english": "English to X, held-out messages",
         "zero-shot": "X to Y (never seen together), held-out messages",
         "code": "X to Python (never seen together), held-out messages",

@@ -129,6 +129,7 @@ def one_seed(chosen, seed: int) -> dict:
         {
             study.NAMES[n]: study.predicted(contestants[n], test)
             for n in ("default", "ridge", "mean")
+            if n in contestants
         },
     )
 

@@ -10,6 +10,7 @@
 #include <optional>
 
 #include "core/cpu/past_caches.h"
+#include "core/cpu/subnormals.h"
 #include "core/dispatch.h"
 #include "core/parallel.h"
 
@@ -25,6 +26,14 @@ constexpr double kLog2e = 1.4426950408889634;
 
 double micros(int64_t flops) {
   return static_cast<double>(flops) / 5e4;  // of a thread; for the size of tasks only
+}
+
+template <class F>
+void in_parallel(int64_t n, double micros_per_item, const F& f) {
+  parallel_for(n, micros_per_item, [&](int64_t begin, int64_t end) {
+    const FlushSubnormals flush;
+    f(begin, end);
+  });
 }
 
 }  // namespace
@@ -100,19 +109,19 @@ LinearLoss::Chunk LinearLoss::pack(int64_t chunk, bool for_weight) const {
                                      for_weight ? lce_lanes_size(p_.dim, words(c.count)) : 0});
   c.lanes = (*c.packed)[0], c.cols = (*c.packed)[1];
   const double column_micros = 1e-3 * kLceLanes;
-  parallel_for(ceil_div(c.count, kLceLanes), column_micros * static_cast<double>(p_.dim),
-               [&](int64_t begin, int64_t end) {
-                 const Floats staged{8 * lce_whole(p_.dim, 16)};
-                 for (int64_t i = begin; i < end; ++i)
-                   TENFOLD_ISA_CALL_AS(isa_, lce_pack_lanes, p_, c, i, staged[0]);
-               });
+  in_parallel(ceil_div(c.count, kLceLanes), column_micros * static_cast<double>(p_.dim),
+              [&](int64_t begin, int64_t end) {
+                const Floats staged{8 * lce_whole(p_.dim, 16)};
+                for (int64_t i = begin; i < end; ++i)
+                  TENFOLD_ISA_CALL_AS(isa_, lce_pack_lanes, p_, c, i, staged[0]);
+              });
   if (!for_weight) return c;
-  parallel_for(ceil_div(p_.dim, kLceLanes), column_micros * static_cast<double>(c.count),
-               [&](int64_t begin, int64_t end) {
-                 const int64_t col = begin * kLceLanes;
-                 TENFOLD_ISA_CALL_AS(isa_, lce_pack_cols, p_, c, col,
-                                     std::min(p_.dim, end * kLceLanes) - col);
-               });
+  in_parallel(ceil_div(p_.dim, kLceLanes), column_micros * static_cast<double>(c.count),
+              [&](int64_t begin, int64_t end) {
+                const int64_t col = begin * kLceLanes;
+                TENFOLD_ISA_CALL_AS(isa_, lce_pack_cols, p_, c, col,
+                                    std::min(p_.dim, end * kLceLanes) - col);
+              });
   return c;
 }
 
@@ -120,7 +129,7 @@ LinearLoss::Chunk LinearLoss::pack(int64_t chunk, bool for_weight) const {
 void LinearLoss::logits(Chunk& c, const Kept& kept, RowSums* sums) const {
   const Floats parts{3 * c.pitch * tiles_};
   float* const keep = kept_logits(kept, c.index);
-  parallel_for(tiles_, micros(2 * kLceTile * c.count * p_.dim), [&](int64_t begin, int64_t end) {
+  in_parallel(tiles_, micros(2 * kLceTile * c.count * p_.dim), [&](int64_t begin, int64_t end) {
     const Floats at{lce_panels_size(packing_.tokens, words(p_.dim), packing_.panel),
                     8 * lce_whole(p_.dim, 16), kLceTile * c.pitch};
     for (int64_t t = begin; t < end; ++t) {
@@ -175,7 +184,7 @@ void LinearLoss::block_gradients(const Chunk& c, const Block& b, const Kept& kep
   const float* const keep = kept_logits(kept, c.index);
   const bool has_exps = kept.exps.data != nullptr && c.index == 0;
   const bool again = keep == nullptr && !has_exps;
-  parallel_for(b.tiles, micros(2 * kLceTile * c.count * p_.dim), [&](int64_t begin, int64_t end) {
+  in_parallel(b.tiles, micros(2 * kLceTile * c.count * p_.dim), [&](int64_t begin, int64_t end) {
     const Floats at{
         again ? lce_panels_size(packing_.tokens, words(p_.dim), packing_.panel) : 0,
         again ? 8 * lce_whole(p_.dim, 16) : 0,
@@ -223,22 +232,22 @@ void LinearLoss::hidden_tiles(const Chunk& c, const Block& b, float* sums, bool 
   const Parts across{p_.dim, kLceLanes, col_parts}, down{c.count, packing_.panel, row_parts};
   const int64_t stride = lce_panel_stride(b.depth, packing_.panel), pitch = hidden_pitch();
   const int64_t tasks = row_parts * col_parts;
-  parallel_for(tasks, micros(2 * c.count * p_.dim * b.tokens / tasks),
-               [&](int64_t begin, int64_t end) {
-                 for (int64_t i = begin; i < end; ++i) {
-                   const int64_t m = down.begin(i / col_parts), col = across.begin(i % col_parts);
-                   TENFOLD_ISA_CALL_AS(isa_, lce_hidden_tile, p_.dtype, down.length(i / col_parts),
-                                       across.length(i % col_parts), words(b.tokens),
-                                       b.by_row + m / packing_.panel * stride, stride, b.weight,
-                                       b.depth, col, sums + m * pitch + col, pitch, add);
-                 }
-               });
+  in_parallel(tasks, micros(2 * c.count * p_.dim * b.tokens / tasks),
+              [&](int64_t begin, int64_t end) {
+                for (int64_t i = begin; i < end; ++i) {
+                  const int64_t m = down.begin(i / col_parts), col = across.begin(i % col_parts);
+                  TENFOLD_ISA_CALL_AS(isa_, lce_hidden_tile, p_.dtype, down.length(i / col_parts),
+                                      across.length(i % col_parts), words(b.tokens),
+                                      b.by_row + m / packing_.panel * stride, stride, b.weight,
+                                      b.depth, col, sums + m * pitch + col, pitch, add);
+                }
+              });
 }
 
 void LinearLoss::store_hidden(int64_t chunk, const float* sums, void* out) const {
   const int64_t size = dtype_size(p_.dtype) * p_.dim, pitch = hidden_pitch();
   const int64_t first = chunk * chunk_rows_, n = std::min(chunk_rows_, count() - first);
-  parallel_for(n, 1e-4 * static_cast<double>(p_.dim), [&](int64_t begin, int64_t end) {
+  in_parallel(n, 1e-4 * static_cast<double>(p_.dim), [&](int64_t begin, int64_t end) {
     for (int64_t m = begin; m < end; ++m)
       TENFOLD_ISA_CALL_AS(isa_, lce_store, sums + m * pitch, p_.dim, p_.dtype,
                           static_cast<char*>(out) + rows_.row[first + m] * size);
@@ -260,8 +269,8 @@ void LinearLoss::clear(const GradientsOut& out) const {
     }
   }
   if (out.weight != nullptr && count() == 0)
-    parallel_for(p_.vocab, 1e-4 * static_cast<double>(size),
-                 [&](int64_t begin, int64_t end) { zero(out.weight, begin, end); });
+    in_parallel(p_.vocab, 1e-4 * static_cast<double>(size),
+                [&](int64_t begin, int64_t end) { zero(out.weight, begin, end); });
 }
 
 // Of what waits in a row of grad_weight.
@@ -319,7 +328,7 @@ void LinearLoss::gradients(int64_t first, int64_t last, const Kept& kept, const 
 // Step 1 of a block, and its weight packed for grad_hidden while it is near.
 void LinearLoss::exps_of_block(Chunk& c, const Block& b, const LceExps& exps, float* of_tiles,
                                bool for_hidden) const {
-  parallel_for(b.tiles, micros(2 * kLceTile * c.count * p_.dim), [&](int64_t begin, int64_t end) {
+  in_parallel(b.tiles, micros(2 * kLceTile * c.count * p_.dim), [&](int64_t begin, int64_t end) {
     const Floats at{lce_panels_size(packing_.tokens, words(p_.dim), packing_.panel),
                     8 * lce_whole(p_.dim, 16), kLceTile * c.pitch};
     for (int64_t t = begin; t < end; ++t) {
@@ -352,7 +361,7 @@ void LinearLoss::add_hidden(const Chunk& c, const Block& b, const LceExps& exps,
     for (int64_t i = 0; i < p_.dim; ++i) sums[m * hidden_pitch() + i] *= factor;
   }
   const int64_t stride = lce_panel_stride(b.depth, packing_.panel);
-  parallel_for(
+  in_parallel(
       b.tiles, 1e-3 * static_cast<double>(kLceTile * c.count), [&](int64_t begin, int64_t end) {
         const Floats factor{c.pitch};
         for (int64_t t = begin; t < end; ++t) {
@@ -401,7 +410,7 @@ void LinearLoss::gradients_by_exps(RowSums* sums, const Slopes& slopes, const Gr
     if (!for_hidden) continue;
     set_slopes(c, sums->lse.data(), slopes);
     std::atomic<bool> strange = false;
-    parallel_for(c.count, 1e-4 * static_cast<double>(p_.dim), [&](int64_t begin, int64_t end) {
+    in_parallel(c.count, 1e-4 * static_cast<double>(p_.dim), [&](int64_t begin, int64_t end) {
       for (int64_t m = begin; m < end; ++m) {
         const double factor = std::exp2(base[m] - c.lse[m] * kLog2e) * c.of_p[m];
         const double of_target = std::exp(double{sums->logp[c.first + m]}) * c.of_p[m] + c.of_id[m];

@@ -40,10 +40,11 @@ from tenfold.training.loop import Progress
 
 Step = Callable[[str], None]
 VARIANTS = {"SCLM": False, "SCLM + PTLM": True}
-# Kinds of rows, and whether training had such pairs. Messages are held out in all languages, but those of ``pivot``:
-# each of its two languages was paired with English for them, but never with the other one.
+# Kinds of rows, and whether training had such pairs. Messages are held out in all languages, but those of ``pivot``
+# and ``pivot-code``: each of their two languages was paired with English for them, but never with the other one.
 KINDS = {
     "pivot": "X to Y (never seen), training messages",
+    "pivot-code": "X to Python (never seen), training messages",
     "to-english": "X to English (seen pairs)",
     "from-english": "English to X (seen pairs)",
     "zero-shot": "X to Y (never seen)",
@@ -136,6 +137,7 @@ def _held(
             add("zero-shot", message_pairs(held, code, other))
             add("zero-shot", message_pairs(held, other, code))
             add("pivot", message_pairs(messages, code, other))
+        add("pivot-code", site_pairs(messages, code))
         add("code", site_pairs(held, code))
     return found
 
@@ -253,7 +255,7 @@ def judge(made: Variant, model: Any, data: Material, config: StudyConfig, step: 
                                       seed=config.seed, pool=rows)  # fmt: skip
         step(f"{KINDS[kind]}: right in {100 * made.rankings[kind]['all']['top1']:.1f} %")
         some = _some(rows, config.generated, config.seed)
-        task = "text-to-code" if kind == "code" else "translate"
+        task = "text-to-code" if kind.endswith("code") else "translate"
         made.generated[kind] = evaluate(
             model, data.tokenizer, some, task, max_length=96, batch_size=20
         )
