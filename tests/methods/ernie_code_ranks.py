@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One of several gloo ranks: python ernie_code_ranks.py FOLDER."""
+"""One of several gloo ranks: python ernie_code_ranks.py FOLDER [STEP], after which the last rank is killed."""
 
 import sys
 from pathlib import Path
 
-import torch.distributed as dist
+import ranks
 from test_ernie_code_training import run
 
 if __name__ == "__main__":
-    run(Path(sys.argv[1]) / "out", steps=3)
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+    run(Path(sys.argv[1]) / "out", callback=ranks.killed_after(*sys.argv[2:]), steps=3)
+    ranks.leave()

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One of several gloo ranks, or a process that kills itself: python hft_ranks.py FOLDER ddp|fsdp2|... [STAGE STEP]."""
+"""One of several gloo ranks: python hft_ranks.py FOLDER ddp|fsdp2|... [STAGE STEP], where the last is killed."""
 
 import copy
 import os
-import signal
 import sys
 
 import hft_models as tiny
 import torch
+from ranks import agree, killed_after, leave
 
 from tenfold import hft
 from tenfold.hft.config import HFTConfig
@@ -19,13 +19,9 @@ def tasks():
             for i in range(3)]  # fmt: skip
 
 
-def ddp(folder, stage=None, step=0):
+def ddp(folder, stage=None, step=None):
     """Continual learning over accelerate: a new DDP wrapper for every draw."""
-
-    def callback(progress):
-        if progress.stage == stage and progress.step == int(step):
-            os.kill(os.getpid(), signal.SIGKILL)
-
+    callback = killed_after(step, stage)
     config = HFTConfig.from_preset(
         "small", steps=4, batch_size=4, learning_rate=1e-2, checkpoint_every=1
     )
@@ -39,18 +35,6 @@ def ddp(folder, stage=None, step=0):
             torch.save(model.state_dict(), os.path.join(folder, "model.pt"))
             record.write(os.path.join(folder, "record.json"))
         leave()
-
-
-def agree(model):
-    total = torch.stack([p.double().sum() for p in model.parameters()])
-    other = [torch.empty_like(total) for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather(other, total)
-    assert all(torch.equal(total, o) for o in other)
-
-
-def leave():
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
 
 
 def plain(model, optimizer, ids, steps=3):

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One of several gloo ranks, or a process that kills itself: python ma_rlhf_ranks.py FOLDER KIND,... [STEP]."""
+"""One of several gloo ranks: python ma_rlhf_ranks.py FOLDER KIND,... [STEP], after which the last is killed."""
 
 import os
-import signal
 import sys
 
 import ma_rlhf_models as small
 import torch
+from ranks import agree, killed_after, leave
 
 KINDS = {
     "own": {"batch_size": 12, "minibatches": 3, "ppo_epochs": 2, "micro_batch_size": 1, "termination": "random",
@@ -26,27 +26,14 @@ def make(kind, **kwargs):
 
 
 def main(folder, kinds, step=None):
-    def callback(progress):
-        if step is not None and progress.step == int(step):
-            os.kill(os.getpid(), signal.SIGKILL)
-
     for kind in kinds.split(","):
-        trainer = make(kind, folder=os.path.join(folder, kind), callback=callback)
+        trainer = make(kind, folder=os.path.join(folder, kind), callback=killed_after(step))
         trainer.train()
         if torch.distributed.is_initialized():
             agree(trainer.module)
         if trainer.accelerator.is_main_process:
             torch.save(small.weights(trainer.module), os.path.join(folder, f"{kind}.pt"))
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
-
-
-def agree(module):
-    total = torch.stack([p.double().sum() for p in module.parameters()])
-    other = [torch.empty_like(total) for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather(other, total)
-    assert all(torch.equal(total, o) for o in other)
+    leave()
 
 
 if __name__ == "__main__":

@@ -1,28 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One of several gloo ranks, or a process that kills itself: python pixelgpt_ranks.py FOLDER [STEP] [finetune]."""
+"""One of several gloo ranks: python pixelgpt_ranks.py FOLDER [STEP] [finetune], after which the last is killed."""
 
 import os
-import signal
 import sys
 
 import pixelgpt_runs as runs
 import torch
+from ranks import agree, killed_after, leave
 
 from tenfold.pixelgpt.pretraining import pretrain
 
 
-def agree(model):
-    total = torch.stack([p.double().sum() for p in model.parameters()])
-    other = [torch.empty_like(total) for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather(other, total)
-    assert all(torch.equal(total, o) for o in other)
-
-
 def main(folder, step="0", what="pretrain"):
-    def callback(progress):
-        if progress.step == int(step):
-            os.kill(os.getpid(), signal.SIGKILL)
-
+    callback = killed_after(step)
     if what == "finetune":
         from test_pixelgpt_finetune import tuned
 
@@ -37,8 +27,7 @@ def main(folder, step="0", what="pretrain"):
         agree(model)
         if torch.distributed.get_rank() == 0:
             record.write(os.path.join(folder, "record.json"))
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -8,12 +8,13 @@ import torch
 import torch.distributed as dist
 
 
-def killed_after(step=None):
-    """A callback that kills the last rank, and no other, after ``step``; None: nobody."""
+def killed_after(step=None, stage=None):
+    """A callback that kills the last rank, or the only process, after ``step`` (of ``stage``); None: nobody."""
 
     def callback(progress):
-        last = dist.get_rank() == dist.get_world_size() - 1
-        if step is not None and progress.step == int(step) and last:
+        last = not dist.is_initialized() or dist.get_rank() == dist.get_world_size() - 1
+        here = stage in (None, progress.stage) and step is not None and progress.step == int(step)
+        if here and last:
             print("killed", flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
 

@@ -2,9 +2,6 @@
 """Training: ranks, micro-batches and a killed run are one run; patience; settings; evaluation and ranking."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +18,7 @@ from tenfold.ernie_code import (
 )
 from tenfold.ernie_code.evaluation import evaluate, ranking, with_distractors
 from tenfold.ernie_code.training import CodeRecord, Draws, held_out_loss, task_of
+from tenfold.testing import processes
 
 HERE = Path(__file__).parent
 WORDS = ["file", "save", "open", "close", "print", "page", "user", "name"]
@@ -43,11 +41,11 @@ def material():
     return tokenizer, {"text": rows, "pairs": pairs}
 
 
-def run(out=None, seed=0, **changes):
+def run(out=None, seed=0, callback=None, **changes):
     tokenizer, corpora = material()
     model = build_model("tiny", vocab_size=len(tokenizer), d_model=32, num_layers=1, seed=1)
     settings = CodeTrainConfig.from_preset("small", **(SMALL | {"seed": seed} | changes))
-    return train(model, tokenizer, corpora, settings, out=out), model
+    return train(model, tokenizer, corpora, settings, out=out, callback=callback), model
 
 
 def losses(record):
@@ -104,13 +102,13 @@ def test_micro_batches_are_one_batch():
         assert losses(record) == pytest.approx(losses(expected), rel=1e-5)
 
 
-def test_two_ranks_train_what_one_trains(tmp_path):
-    env = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone",
-        str(HERE / "ernie_code_ranks.py"), str(tmp_path),
-    ]  # fmt: skip
-    done = subprocess.run(command, cwd=HERE, env=env, capture_output=True, text=True)
+def test_two_ranks_one_of_them_killed_on_the_way_train_what_one_trains(tmp_path):
+    script = HERE / "ernie_code_ranks.py"
+    killed = processes.ranks(script, tmp_path, "2")
+    assert killed.returncode and "killed" in killed.stdout, killed.stderr[-4000:]
+    assert list((tmp_path / "out" / "training").glob("train-2"))
+    assert not (tmp_path / "out" / "train.json").exists()
+    done = processes.ranks(script, tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
     record, model = run(steps=3)
     found = json.loads((tmp_path / "out" / "train.json").read_text())

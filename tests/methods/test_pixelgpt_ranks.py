@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two gloo ranks make the steps of one process: every stream of DualGPT, and a classifier."""
+"""Two gloo ranks, one of them killed on the way, make the steps of one process: all of DualGPT, a classifier."""
 
 from pathlib import Path
 
@@ -28,6 +28,8 @@ def near(a, b):
 
 
 def test_pretraining(tmp_path):
+    killed = processes.ranks(HERE / "pixelgpt_ranks.py", tmp_path, 2, "pretrain")
+    assert killed.returncode and "killed" in killed.stdout, killed.stderr[-4000:]
     ranks(tmp_path, "pretrain")
     model = runs.model()
     want = pretrain(
