@@ -18,9 +18,9 @@ import torch
 from tenfold import hft
 from tenfold.data import smollm2
 from tenfold.hft.demo import text_rows
-from tenfold.hft.tasks import encoder, make_tasks
 from tenfold.optim import MaskedAdamW
 from tenfold.training.batches import lm_loss
+from tenfold.training.tasks import encoder, make_tasks
 
 
 def own_loop(model, rows, steps: int = 3) -> None:

@@ -19,10 +19,10 @@ import torch
 
 from tenfold import hft
 from tenfold.hft.report import methods_plot
-from tenfold.hft.tasks import byte_encoder, make_tasks
 from tenfold.report import PALETTE, figure, png_bytes
 from tenfold.training import tiny
 from tenfold.training.batches import lm_loss
+from tenfold.training.tasks import byte_encoder, make_tasks
 
 LENGTH, END = 192, 0
 TASKS = ("docstring", "german", "licence", "topic")

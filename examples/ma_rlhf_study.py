@@ -21,16 +21,16 @@ from pathlib import Path
 import torch
 
 from tenfold.ma_rlhf.config import MARLHFConfig
-from tenfold.ma_rlhf.preferences import encode_preferences, packaged_preferences
 from tenfold.ma_rlhf.record import PPORecord
 from tenfold.ma_rlhf.report import curve_plot, run_name
-from tenfold.ma_rlhf.reward_config import RewardConfig
-from tenfold.ma_rlhf.reward_model import RewardModel
-from tenfold.ma_rlhf.reward_training import train_reward_model
-from tenfold.ma_rlhf.small import ByteTokenizer, make_policy
 from tenfold.ma_rlhf.tasks import Spelling, text_prompts, vocabulary
 from tenfold.ma_rlhf.trainer import MAPPOTrainer
 from tenfold.report import png_bytes
+from tenfold.rlhf.preferences import encode_preferences, packaged_preferences
+from tenfold.rlhf.reward_config import RewardConfig
+from tenfold.rlhf.reward_model import RewardModel
+from tenfold.rlhf.reward_training import train_reward_model
+from tenfold.rlhf.small import ByteTokenizer, make_policy
 from tenfold.training import tiny
 
 PROMPT, RESPONSE = 32, 48

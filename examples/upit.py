@@ -72,7 +72,7 @@ def prepared(chosen: argparse.Namespace, seed: int) -> tuple[Any, Any, Families]
             torch.save(model.state_dict(), path)
         return model.eval(), None, demo.data_of(train=chosen.train, test=chosen.test, seed=seed)
     from tenfold.data import smollm2
-    from tenfold.hft.tasks import encoder
+    from tenfold.training.tasks import encoder
     from tenfold.upit.families import load_families
     from tenfold.upit.recipe import DataSpec
 

@@ -4,8 +4,8 @@
 import torch
 
 from tenfold.ma_rlhf.config import MARLHFConfig
-from tenfold.ma_rlhf.small import ByteTokenizer, make_policy
 from tenfold.ma_rlhf.trainer import MAPPOTrainer
+from tenfold.rlhf.small import ByteTokenizer, make_policy
 
 ENDS = (3, *range(200, 220))
 TOKENIZER = ByteTokenizer()

@@ -7,10 +7,10 @@ import sys
 
 import torch
 
-from tenfold.ma_rlhf.reward_config import RewardConfig
-from tenfold.ma_rlhf.reward_model import RewardModel
-from tenfold.ma_rlhf.reward_training import train_reward_model
-from tenfold.ma_rlhf.small import make_policy
+from tenfold.rlhf.reward_config import RewardConfig
+from tenfold.rlhf.reward_model import RewardModel
+from tenfold.rlhf.reward_training import train_reward_model
+from tenfold.rlhf.small import make_policy
 
 
 def model(seed=0):

@@ -15,7 +15,7 @@ from cli_calls import fails, succeeds
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from tenfold import hft
-from tenfold.hft import tasks
+from tenfold.training import tasks
 
 ROOT = Path(__file__).resolve().parents[2]
 FEW = ["--steps", "3", "--batch-size", "2", "--sequence-length", "48", "--quiet"]

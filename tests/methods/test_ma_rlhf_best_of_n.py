@@ -8,7 +8,7 @@ import ma_rlhf_reward_ranks as tiny
 import pytest
 import torch
 
-from tenfold.ma_rlhf.best_of import (
+from tenfold.rlhf.best_of import (
     SIZES,
     BestOfN,
     best_of_n,
@@ -18,8 +18,8 @@ from tenfold.ma_rlhf.best_of import (
     rm_scores,
     sample_answers,
 )
-from tenfold.ma_rlhf.preferences import encode_texts
-from tenfold.ma_rlhf.small import EOS, ByteTokenizer, make_policy
+from tenfold.rlhf.preferences import encode_texts
+from tenfold.rlhf.small import EOS, ByteTokenizer, make_policy
 
 TOKENIZER = ByteTokenizer()
 PROMPTS = ["The", "A longer prompt than that", "x", "def f"]
@@ -180,8 +180,8 @@ class TestCurves:
 class TestReport:
     def test_page(self, tmp_path):
         from tenfold.ma_rlhf.reward_report import COLUMNS, add_section, table_rows
-        from tenfold.ma_rlhf.reward_training import RewardRecord
         from tenfold.report import Page
+        from tenfold.rlhf.reward_training import RewardRecord
 
         config = {"rm_loss": "bradley_terry", "seed": 1}
         curve = [{"loss": 0.7, "accuracy": 0.5}, {"loss": 0.5, "accuracy": 0.75}]

@@ -17,14 +17,15 @@ from typer.testing import CliRunner
 
 from tenfold.cli import ma_rlhf as cli
 from tenfold.cli.main import app
-from tenfold.ma_rlhf import inputs, pages, preferences, report, trainer
+from tenfold.ma_rlhf import inputs, pages, report, trainer
 from tenfold.ma_rlhf.config import MARLHFConfig
 from tenfold.ma_rlhf.critic import Critic
 from tenfold.ma_rlhf.record import PPORecord
-from tenfold.ma_rlhf.reward_model import RewardModel
-from tenfold.ma_rlhf.reward_training import RewardRecord
 from tenfold.ma_rlhf.samples import read_samples
-from tenfold.ma_rlhf.small import make_policy
+from tenfold.rlhf import preferences
+from tenfold.rlhf.reward_model import RewardModel
+from tenfold.rlhf.reward_training import RewardRecord
+from tenfold.rlhf.small import make_policy
 from tenfold.testing import processes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -358,7 +359,7 @@ class TestInputs:
             inputs.named_paths(["=x"])
 
     def test_best_of_sizes(self):
-        from tenfold.ma_rlhf.best_of import BestOfN
+        from tenfold.rlhf.best_of import BestOfN
 
         made = pages._sizes(BestOfN(["a"], [[""] * 6], torch.zeros(1, 6)))
         assert made == [1, 2, 4, 6]

@@ -8,8 +8,8 @@ import ma_rlhf_reward_ranks as tiny
 import pytest
 import torch
 
-from tenfold.ma_rlhf.best_of import rm_scores, sample_answers
-from tenfold.ma_rlhf.evaluate import (
+from tenfold.rlhf.best_of import rm_scores, sample_answers
+from tenfold.rlhf.evaluate import (
     Protocol,
     compare_policies,
     judge_pairs,
@@ -20,7 +20,7 @@ from tenfold.ma_rlhf.evaluate import (
     wilson,
     win_rate,
 )
-from tenfold.ma_rlhf.small import ByteTokenizer, make_policy
+from tenfold.rlhf.small import ByteTokenizer, make_policy
 
 TOKENIZER = ByteTokenizer()
 

@@ -4,8 +4,8 @@
 import pytest
 import torch
 
-from tenfold.ma_rlhf.programs import ProgramReward, program_reward
 from tenfold.ma_rlhf.rewards import Answers, Rewards
+from tenfold.rlhf.programs import ProgramReward, program_reward
 from tenfold.sandbox import Limits, ProgramResult, Sandbox, run_program
 
 SANDBOX = Sandbox(Limits(cpu_seconds=1, wall_seconds=5.0, memory_bytes=256 << 20, processes=4))

@@ -9,9 +9,9 @@ import pytest
 import torch
 from ma_rlhf_ranks import make
 
-from tenfold.ma_rlhf.generation import hf_generate
 from tenfold.ma_rlhf.record import PPORecord
 from tenfold.ma_rlhf.samples import SampleFile, read_samples
+from tenfold.rlhf.generation import hf_generate
 from tenfold.testing import processes
 
 HERE = Path(__file__).resolve().parent

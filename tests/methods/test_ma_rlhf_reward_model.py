@@ -15,11 +15,12 @@ import torch
 import transformers
 
 from tenfold.data import Document, long_documents
-from tenfold.ma_rlhf import preferences as prefs
-from tenfold.ma_rlhf import recipes
 from tenfold.ma_rlhf.critic import Critic
-from tenfold.ma_rlhf.reward_config import PRESETS, RewardConfig
-from tenfold.ma_rlhf.reward_losses import (
+from tenfold.ma_rlhf.rewards import Answers, Rewards
+from tenfold.rlhf import preferences as prefs
+from tenfold.rlhf import recipes
+from tenfold.rlhf.reward_config import PRESETS, RewardConfig
+from tenfold.rlhf.reward_losses import (
     RM_LOSSES,
     align_left,
     bradley_terry_loss,
@@ -27,15 +28,14 @@ from tenfold.ma_rlhf.reward_losses import (
     span_mask,
     token_span_loss,
 )
-from tenfold.ma_rlhf.reward_model import RewardModel, last_index
-from tenfold.ma_rlhf.reward_training import (
+from tenfold.rlhf.reward_model import RewardModel, last_index
+from tenfold.rlhf.reward_training import (
     RewardRecord,
     reward_step,
     score_pairs,
     train_reward_model,
 )
-from tenfold.ma_rlhf.rewards import Answers, Rewards
-from tenfold.ma_rlhf.small import ByteTokenizer, make_policy
+from tenfold.rlhf.small import ByteTokenizer, make_policy
 from tenfold.training.errors import TrainingError
 
 HERE = Path(__file__).resolve().parent

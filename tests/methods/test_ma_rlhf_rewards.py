@@ -8,8 +8,8 @@ import ma_rlhf_models as small
 import pytest
 import torch
 
-from tenfold.ma_rlhf.reward_model import RewardModel
 from tenfold.ma_rlhf.rewards import Answers, ModelReward, Rewards
+from tenfold.rlhf.reward_model import RewardModel
 
 TOKENIZER = small.TOKENIZER
 

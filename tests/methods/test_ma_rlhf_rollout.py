@@ -8,11 +8,12 @@ import pytest
 import torch
 from tiny_models import make
 
-from tenfold.ma_rlhf.critic import ActorCritic, Critic, model_inputs, trunk_of, value_head
-from tenfold.ma_rlhf.generation import choose, hf_generate, response_tokens, sampler
+from tenfold.ma_rlhf.critic import ActorCritic, Critic, value_head
 from tenfold.ma_rlhf.prompts import Prompts
-from tenfold.ma_rlhf.reward_model import RewardModel
 from tenfold.ma_rlhf.rollout import seeded
+from tenfold.rlhf.generation import choose, hf_generate, response_tokens, sampler
+from tenfold.rlhf.reward_model import RewardModel
+from tenfold.rlhf.trunks import model_inputs, trunk_of
 
 TOKENIZER = small.TOKENIZER
 

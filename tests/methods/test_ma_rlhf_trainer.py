@@ -10,14 +10,15 @@ import pytest
 import torch
 
 from tenfold.ma_rlhf import MARLHFConfig
-from tenfold.ma_rlhf.critic import Critic, plain_face
+from tenfold.ma_rlhf.critic import Critic
 from tenfold.ma_rlhf.metrics import bin_names
 from tenfold.ma_rlhf.record import PPORecord
 from tenfold.ma_rlhf.report import run_name, smoothed, write_report
-from tenfold.ma_rlhf.reward_model import RewardModel
 from tenfold.ma_rlhf.samples import segment_texts
-from tenfold.ma_rlhf.small import ByteTokenizer, make_policy
 from tenfold.ma_rlhf.update import make_optimizer, rate_factor, shares
+from tenfold.rlhf.reward_model import RewardModel
+from tenfold.rlhf.small import ByteTokenizer, make_policy
+from tenfold.rlhf.trunks import plain_face
 from tenfold.training.errors import TrainingError
 
 # What TRL's PPO trainer logs.

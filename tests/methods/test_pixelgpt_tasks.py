@@ -8,9 +8,9 @@ import pytest
 from scipy import stats
 
 from tenfold.pixelgpt import recipes, tasks, texts
-from tenfold.pixelgpt.metrics import METRICS, accuracy, f1, matthews, spearman
 from tenfold.pixelgpt.tasks import TASKS, Example, detokenized, read_examples
 from tenfold.pixelgpt.tokens import encode_rows, train_tokenizer
+from tenfold.training.metrics import METRICS, accuracy, f1, matthews, spearman
 
 
 def test_metrics():

@@ -12,7 +12,8 @@ import torch
 import transformers
 from torch.nn import functional as F
 
-from tenfold.ma_rlhf.critic import Critic, model_inputs
+from tenfold.ma_rlhf.critic import Critic
+from tenfold.rlhf.trunks import model_inputs
 from tenfold.themis.collate import collate
 from tenfold.themis.config import ThemisConfig
 from tenfold.themis.model import ThemisRewardModel, check_embeddings

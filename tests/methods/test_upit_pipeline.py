@@ -269,7 +269,7 @@ class TestFamilies:
     def test_files(self, tmp_path):
         lines = [json.dumps({"prompt": f"q{i}", "answer": "a" * (i + 1)}) for i in range(12)]
         (tmp_path / "code.jsonl").write_text("\n".join([*lines, ""]))
-        from tenfold.hft.tasks import byte_encoder
+        from tenfold.training.tasks import byte_encoder
 
         spec = DataSpec(("topic",), (("code", str(tmp_path / "code.jsonl")),), train=6, test=4)
         made = load_families(spec, byte_encoder, 32, 0)

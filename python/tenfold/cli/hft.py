@@ -131,9 +131,9 @@ def sft(
 ) -> None:
     """Supervised fine-tuning; several ranks with torchrun; a stopped run goes on where it was."""
     from tenfold.data import load_model
-    from tenfold.hft import tasks
     from tenfold.hft.delta import snapshot
     from tenfold.hft.supervised import sft as run
+    from tenfold.training import tasks
     from tenfold.training.batches import token_rows
 
     config = _config(preset, method=method, strategy=strategy, ratio=ratio, balance=balance,
@@ -195,9 +195,9 @@ def dpo(
 ) -> None:
     """Direct preference optimisation; the reference model shares what is frozen."""
     from tenfold.data import load_model
-    from tenfold.hft import tasks
     from tenfold.hft.delta import snapshot
     from tenfold.hft.preference import dpo as run
+    from tenfold.training import tasks
 
     config = _config(preset, method=method, strategy=strategy, ratio=ratio, balance=balance, beta=beta,
                      reselect=reselect, states=states, state_dtype=state_dtype, steps=steps, epochs=epochs,
@@ -259,11 +259,11 @@ def continual(
     Finished runs are kept in OUT as FILE.json; a stopped study goes on where it was.
     """
     from tenfold.data import load_model
-    from tenfold.hft import tasks as packaged
     from tenfold.hft.config import METHODS
     from tenfold.hft.record import TuneRecord
     from tenfold.hft.report import COLUMNS, table_rows, write_report
     from tenfold.hft.sequence import continual as run
+    from tenfold.training import tasks as packaged
     from tenfold.training.checks import one_of
 
     names, kinds = split(tasks, str, "--tasks"), split(methods, str, "--methods")

@@ -155,7 +155,7 @@ def _finish_run(record: Any, folder: Path, title: str, json: bool) -> None:
 def _reward_model(name: str, dtype: Any, device: str, seed: int) -> tuple[Any, Any]:
     """(reward model to be trained, tokenizer): of a reward model, or a causal LM with a new head."""
     from tenfold.data import load_model
-    from tenfold.ma_rlhf.reward_model import RewardModel
+    from tenfold.rlhf.reward_model import RewardModel
 
     network, tokenizer = load_model(name, dtype, device)
     kinds = network.config.architectures or []
@@ -202,13 +202,13 @@ def rm(
     A stopped run goes on where it was. Options, and --set, have the names of RewardConfig's fields.
     """
     given = dict(locals())
-    from tenfold.ma_rlhf.preferences import (
+    from tenfold.rlhf.preferences import (
         encode_preferences,
         load_preferences,
         packaged_preferences,
     )
-    from tenfold.ma_rlhf.reward_config import RewardConfig
-    from tenfold.ma_rlhf.reward_training import train_reward_model
+    from tenfold.rlhf.reward_config import RewardConfig
+    from tenfold.rlhf.reward_training import train_reward_model
     from tenfold.training.loop import is_main_process
 
     if not 0 <= held_out <= 0.9:
@@ -282,10 +282,10 @@ def evaluate(
     from tenfold.cli.common import progress
     from tenfold.data import load_model
     from tenfold.ma_rlhf import pages
-    from tenfold.ma_rlhf.best_of import best_of_n
-    from tenfold.ma_rlhf.evaluate import Protocol, score_policy, win_rate
     from tenfold.ma_rlhf.inputs import load_reward_model, named_paths
     from tenfold.ma_rlhf.prompts import Prompts
+    from tenfold.rlhf.best_of import best_of_n
+    from tenfold.rlhf.evaluate import Protocol, score_policy, win_rate
 
     if not 0 < top_p <= 1:
         raise ValueError(f"--top-p must be in (0, 1], got {top_p}")

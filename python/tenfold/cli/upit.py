@@ -130,7 +130,7 @@ def evaluate(
     from transformers import AutoTokenizer
 
     from tenfold.data.models import quiet_transformers
-    from tenfold.hft import tasks as packaged
+    from tenfold.training import tasks as packaged
     from tenfold.upit import summary
     from tenfold.upit.families import family_losses, read_pairs
     from tenfold.upit.loading import load

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tenfold.gptfluence.gradients import fit_scale, scaled
 from tenfold.gptfluence.runs import RunSet
-from tenfold.pixelgpt.metrics import spearman
+from tenfold.training.metrics import spearman
 
 
 @dataclass(frozen=True)

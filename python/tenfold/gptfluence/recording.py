@@ -36,7 +36,7 @@ def rows_of_samples(
     samples: Sequence[Mapping[str, str]], tokenizer: Any, length: int
 ) -> dict[str, Tensor]:
     """``input_ids``, ``labels`` (-100 for prompt and padding) and ``attention_mask`` [N, L] of prompts and answers."""
-    from tenfold.hft.tasks import encoder, rows_of_pairs
+    from tenfold.training.tasks import encoder, rows_of_pairs
 
     end = tokenizer.eos_token_id
     pairs = [(s["prompt"], s["answer"]) for s in samples]

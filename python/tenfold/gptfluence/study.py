@@ -74,7 +74,7 @@ def material(
 
     ``skip``: examples that are passed over, so that two materials have none in common; the tests are the same.
     """
-    from tenfold.hft.tasks import byte_encoder, pairs, rows_of_pairs
+    from tenfold.training.tasks import byte_encoder, pairs, rows_of_pairs
 
     samples: list[Any] = []
     tests: list[Any] = []

@@ -19,9 +19,9 @@ from tenfold.hft import report, speed
 from tenfold.hft.config import HFTConfig
 from tenfold.hft.record import TuneRecord
 from tenfold.hft.sequence import continual
-from tenfold.hft.tasks import encoder, make_tasks
 from tenfold.report import Page, png_bytes
 from tenfold.training.batches import lm_loss, token_rows
+from tenfold.training.tasks import encoder, make_tasks
 
 NAMES = ("german", "docstring")
 LENGTH, TEXT_LENGTH = 96, 128

@@ -6,10 +6,10 @@ from typing import Any
 
 # Where each name lives; modules are loaded when a name of theirs is asked for.
 _HOMES = {
-    "best_of": ("BestOfN", "best_of_n", "expected_max", "rm_scores", "sample_answers"),
-    "config": ("MARLHFConfig",),
-    "critic": ("ActorCritic", "Critic"),
-    "evaluate": (
+    "rlhf.best_of": ("BestOfN", "best_of_n", "expected_max", "rm_scores", "sample_answers"),
+    "ma_rlhf.config": ("MARLHFConfig",),
+    "ma_rlhf.critic": ("ActorCritic", "Critic"),
+    "rlhf.evaluate": (
         "Protocol",
         "WinRate",
         "compare_policies",
@@ -18,18 +18,18 @@ _HOMES = {
         "score_policy",
         "win_rate",
     ),
-    "experience": ("Experience", "prepare", "response_mask"),
-    "generation": ("hf_generate", "sampler"),
-    "kl": ("AdaptiveKL", "FixedKL", "kl_controller"),
-    "losses": ("policy_loss", "value_loss"),
-    "preferences": (
+    "ma_rlhf.experience": ("Experience", "prepare", "response_mask"),
+    "rlhf.generation": ("hf_generate", "sampler"),
+    "ma_rlhf.kl": ("AdaptiveKL", "FixedKL", "kl_controller"),
+    "ma_rlhf.losses": ("policy_loss", "value_loss"),
+    "rlhf.preferences": (
         "Preference",
         "encode_preferences",
         "load_preferences",
         "packaged_preferences",
         "save_preferences",
     ),
-    "programs": (
+    "rlhf.programs": (
         "AssertTest",
         "CallTest",
         "ProgramReward",
@@ -37,14 +37,14 @@ _HOMES = {
         "program_reward",
         "run_program",
     ),
-    "record": ("PPORecord",),
-    "report": ("write_report",),
-    "reward_config": ("RewardConfig",),
-    "reward_model": ("RewardModel",),
-    "reward_training": ("RewardRecord", "score_pairs", "train_reward_model"),
-    "rewards": ("ModelReward", "Rewards"),
-    "segmenters": ("Segmenter", "make_segmenter"),
-    "trainer": ("MAPPOTrainer",),
+    "ma_rlhf.record": ("PPORecord",),
+    "ma_rlhf.report": ("write_report",),
+    "rlhf.reward_config": ("RewardConfig",),
+    "rlhf.reward_model": ("RewardModel",),
+    "rlhf.reward_training": ("RewardRecord", "score_pairs", "train_reward_model"),
+    "ma_rlhf.rewards": ("ModelReward", "Rewards"),
+    "ma_rlhf.segmenters": ("Segmenter", "make_segmenter"),
+    "ma_rlhf.trainer": ("MAPPOTrainer",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -54,7 +54,7 @@ __all__ = sorted(_HOME)
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'tenfold.ma_rlhf' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"tenfold.ma_rlhf.{_HOME[name]}"), name)
+    return getattr(importlib.import_module(f"tenfold.{_HOME[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from tenfold.ma_rlhf import recipes
+from tenfold.rlhf import recipes
 from tenfold.training.checks import integers, not_negative, one_of, positive
 
 TERMINATIONS = ("fixed", "random", "ppl", "parsing", "sentence", "statement", "turn", "custom")
@@ -266,7 +266,7 @@ class MARLHFConfig:
         """``"default"``; ``"reference"`` (the published code's choices); ``"small"``; or a published run.
 
         The runs are ``recipes.NAMES``: ``"summarize-2b"`` (TL;DR, Gemma 2B) and so on; their reward
-        model's and SFT's settings are in ``tenfold.ma_rlhf.recipes``.
+        model's and SFT's settings are in ``tenfold.rlhf.recipes``.
         """
         one_of("preset", name, PRESETS)
         fixed: dict[str, dict[str, Any]] = {

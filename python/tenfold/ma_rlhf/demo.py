@@ -20,18 +20,18 @@ from torch import Tensor
 
 from tenfold import ops, reference
 from tenfold.ma_rlhf import report
-from tenfold.ma_rlhf.best_of import sample_answers
 from tenfold.ma_rlhf.config import MARLHFConfig
-from tenfold.ma_rlhf.evaluate import Estimate, mean_estimate
 from tenfold.ma_rlhf.experience import Experience
 from tenfold.ma_rlhf.metrics import macro_lengths
 from tenfold.ma_rlhf.record import PPORecord
 from tenfold.ma_rlhf.samples import segment_texts
 from tenfold.ma_rlhf.segmenters import make_segmenter
-from tenfold.ma_rlhf.small import ByteTokenizer, make_policy
 from tenfold.ma_rlhf.tasks import Spelling, text_prompts, vocabulary
 from tenfold.ma_rlhf.trainer import MAPPOTrainer
 from tenfold.report import PALETTE, Card, Page, figure, png_bytes
+from tenfold.rlhf.best_of import sample_answers
+from tenfold.rlhf.evaluate import Estimate, mean_estimate
+from tenfold.rlhf.small import ByteTokenizer, make_policy
 from tenfold.training import tiny
 from tenfold.training.loop import Progress
 

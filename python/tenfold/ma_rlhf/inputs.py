@@ -46,7 +46,7 @@ def packaged_prompts(held_out: bool = False) -> list[str]:
 
     ``held_out``: of other documents, without what the former have, too.
     """
-    from tenfold.ma_rlhf.preferences import packaged_preferences
+    from tenfold.rlhf.preferences import packaged_preferences
 
     train, held = ({p.prompt: None for p in part} for part in packaged_preferences())
     return [p for p in held if p not in train] if held_out else list(train)
@@ -81,7 +81,7 @@ def load_reward_model(name: str, device: str = "cpu") -> tuple[Any, Any]:
     """
     from transformers import AutoConfig, AutoTokenizer
 
-    from tenfold.ma_rlhf.reward_model import RewardModel
+    from tenfold.rlhf.reward_model import RewardModel
 
     kinds = AutoConfig.from_pretrained(name).architectures or []
     if not any("SequenceClassification" in kind for kind in kinds):
@@ -136,7 +136,7 @@ def named_reward(name: str, tokenizer: Any, columns: Sequence[str], device: str 
 
 
 def _program_reward(columns: Sequence[str]) -> Any:
-    from tenfold.ma_rlhf.programs import ProgramReward
+    from tenfold.rlhf.programs import ProgramReward
 
     if "tests" not in columns:
         raise ValueError(

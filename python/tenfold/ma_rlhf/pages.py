@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from tenfold.ma_rlhf import report, reward_report
-from tenfold.ma_rlhf.best_of import BestOfN
-from tenfold.ma_rlhf.evaluate import PolicyScore, WinRate
 from tenfold.ma_rlhf.record import RECORD_FILE, PPORecord
-from tenfold.ma_rlhf.reward_training import RewardRecord
 from tenfold.report import PALETTE, Card, Page, figure, png_bytes
+from tenfold.rlhf.best_of import BestOfN
+from tenfold.rlhf.evaluate import PolicyScore, WinRate
+from tenfold.rlhf.reward_training import RewardRecord
 
 Record = PPORecord | RewardRecord
 SCORE_COLUMNS = ("policy", "score", "95 % interval", "prompts")

@@ -11,6 +11,7 @@ from typing import Any
 from tenfold.ma_rlhf.metrics import bin_names
 from tenfold.ma_rlhf.record import PPORecord
 from tenfold.report import PALETTE, Card, Page, figure, png_bytes
+from tenfold.report.plots import smoothed
 
 CURVES = (
     ("objective/scores", "score"),
@@ -34,15 +35,6 @@ def run_name(record: PPORecord) -> str:
     fixed = "PPO (n = 1)" if n == 1 else f"MA-PPO, n = {'∞' if n is None else n}"
     name = fixed if kind == "fixed" else f"MA-PPO, {kind}"
     return name if config["lam"] == 0.95 else f"{name}, λ = {config['lam']:g}"
-
-
-def smoothed(values: Sequence[float], window: int) -> list[float]:
-    """Running mean over up to ``window`` values before and at each, without those that are missing."""
-    made = []
-    for i in range(len(values)):
-        part = [v for v in values[max(0, i - window + 1) : i + 1] if not math.isnan(v)]
-        made.append(math.fsum(part) / len(part) if part else math.nan)
-    return made
 
 
 def curve_plot(

@@ -6,9 +6,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tenfold.ma_rlhf.best_of import SIZES, BestOfN, best_of_n_kl
-from tenfold.ma_rlhf.reward_training import RewardRecord
 from tenfold.report import PALETTE, Card, Page, figure, png_bytes
+from tenfold.rlhf.best_of import SIZES, BestOfN, best_of_n_kl
+from tenfold.rlhf.reward_training import RewardRecord
 
 COLUMNS = ("loss", "seed", "steps", "pairs", "accuracy before", "after", "margin", "seconds")
 

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from tenfold.ma_rlhf.config import MARLHFConfig
 from tenfold.ma_rlhf.critic import ActorCritic
-from tenfold.ma_rlhf.generation import Generate, response_tokens
 from tenfold.ma_rlhf.prompts import PromptBatch, Prompts
 from tenfold.ma_rlhf.rewards import Answers, Rewards
+from tenfold.rlhf.generation import Generate, response_tokens
 
 
 def seeded(seed: int, *names: Any) -> torch.Generator:

@@ -19,9 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from tenfold.ma_rlhf.config import MARLHFConfig
-from tenfold.ma_rlhf.critic import ActorCritic, Critic, plain_face, trunk_of, value_head
+from tenfold.ma_rlhf.critic import ActorCritic, Critic
 from tenfold.ma_rlhf.experience import Experience, prepare
-from tenfold.ma_rlhf.generation import Generate, sampler
 from tenfold.ma_rlhf.kl import kl_controller
 from tenfold.ma_rlhf.metrics import Metrics, rollout_metrics
 from tenfold.ma_rlhf.prompts import Prompts
@@ -31,6 +30,8 @@ from tenfold.ma_rlhf.rollout import Roller, Rollout
 from tenfold.ma_rlhf.samples import SampleFile, take_samples
 from tenfold.ma_rlhf.segmenters import Segmenter, make_segmenter
 from tenfold.ma_rlhf.update import Updater, make_optimizer
+from tenfold.rlhf.generation import Generate, sampler
+from tenfold.rlhf.trunks import plain_face, trunk_of, value_head
 from tenfold.training.batches import model_digest
 from tenfold.training.loop import (
     Callback,

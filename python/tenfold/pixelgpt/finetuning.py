@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from tenfold.pixelgpt.collate import Batch, classifier_batch, with_settings
-from tenfold.pixelgpt.metrics import METRICS
 from tenfold.pixelgpt.record import FineTuneRecord, model_summary
 from tenfold.pixelgpt.tasks import Example, TaskSpec
 from tenfold.pixelgpt.train_config import FineTuneConfig
 from tenfold.training.batches import Batches
 from tenfold.training.best import BestWeights
 from tenfold.training.loop import Callback, Metrics, Pieces, kept_random_state
+from tenfold.training.metrics import METRICS
 from tenfold.training.recipe import AdamWTrainer, even_pieces
 from tenfold.training.record import HELD_OUT
 from tenfold.training.session import Session

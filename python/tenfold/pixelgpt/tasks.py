@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tenfold.pixelgpt.metrics import METRICS
 from tenfold.training.checks import one_of
+from tenfold.training.metrics import METRICS
 
 
 @dataclass(frozen=True)

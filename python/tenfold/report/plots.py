@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -78,4 +79,13 @@ def shares_strip(
     axes.set_ylabel(row_label)
     axes.set_title(title, fontsize=10)
     made.colorbar(picture, ax=axes, label=bar_label)
+    return made
+
+
+def smoothed(values: Sequence[float], window: int) -> list[float]:
+    """Running mean over up to ``window`` values before and at each, without those that are missing."""
+    made = []
+    for i in range(len(values)):
+        part = [v for v in values[max(0, i - window + 1) : i + 1] if not math.isnan(v)]
+        made.append(math.fsum(part) / len(part) if part else math.nan)
     return made

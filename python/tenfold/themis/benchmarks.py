@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tenfold.ma_rlhf.evaluate import Estimate, wilson
+from tenfold.rlhf.evaluate import Estimate, wilson
 from tenfold.themis.evaluate import Examples, judge_all
 from tenfold.themis.rewards import question_of
 from tenfold.themis.traces import Query

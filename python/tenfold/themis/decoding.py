@@ -20,7 +20,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from tenfold.integrations import transformers as hf
-from tenfold.ma_rlhf.critic import model_inputs, plain_face, trunk_of
+from tenfold.rlhf.trunks import model_inputs, plain_face, trunk_of
 
 _MASKED = ("sdpa", "eager")  # attention that takes any mask
 _PLAIN = (DynamicLayer, DynamicSlidingWindowLayer)

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from tenfold.ma_rlhf.best_of import BestOfN
-from tenfold.ma_rlhf.evaluate import Estimate, wilson
+from tenfold.rlhf.best_of import BestOfN
+from tenfold.rlhf.evaluate import Estimate, wilson
 from tenfold.themis.calibration import Calibration, calibration
 from tenfold.themis.data import Pair
 from tenfold.themis.judgement import CallRecord, Judgement

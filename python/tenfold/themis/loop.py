@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tenfold.ma_rlhf.critic import plain_face
+from tenfold.rlhf.trunks import plain_face
 from tenfold.themis.judgement import FINISH, CallRecord, Judgement
 from tenfold.themis.model import check_embeddings
 from tenfold.themis.rounds import Run

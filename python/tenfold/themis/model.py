@@ -23,9 +23,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from tenfold.data.models import quiet_transformers
 from tenfold.integrations import transformers as hf
-from tenfold.ma_rlhf.critic import hidden_size, model_inputs, plain_face
-from tenfold.ma_rlhf.reward_model import draw_head, last_index, plain_padding, token_mask
 from tenfold.ops import last_token_reward
+from tenfold.rlhf.reward_model import draw_head, last_index, plain_padding, token_mask
+from tenfold.rlhf.trunks import hidden_size, model_inputs, plain_face
 from tenfold.themis.config import POOLING
 from tenfold.training.checks import one_of
 

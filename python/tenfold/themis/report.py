@@ -161,7 +161,7 @@ def classes_plot(record: Any) -> Any:
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
-    from tenfold.ma_rlhf.report import smoothed
+    from tenfold.report.plots import smoothed
 
     return smoothed(values, max(1, len(values) // 40))
 

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from tenfold.ma_rlhf.programs import completion_text
+from tenfold.rlhf.programs import completion_text
 from tenfold.themis.judgement import FINISH
 from tenfold.themis.normalize import Normalizer
 from tenfold.themis.scorer import Scored

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tenfold.ma_rlhf.critic import plain_face
-from tenfold.ma_rlhf.generation import choose
+from tenfold.rlhf.generation import choose
+from tenfold.rlhf.trunks import plain_face
 from tenfold.themis.decoding import Rows, make_rows
 from tenfold.themis.interpreter import next_move
 from tenfold.themis.judgement import FINISH, CallRecord, Judgement

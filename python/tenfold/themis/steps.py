@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tenfold.ma_rlhf.reward_training import RewardTrainer
+from tenfold.rlhf.reward_training import RewardTrainer
 from tenfold.themis.collate import AnyPair, collate
 from tenfold.themis.config import ThemisConfig
 from tenfold.themis.objective import CLASS_NAMES, Normaliser, ThemisLoss, joint_loss

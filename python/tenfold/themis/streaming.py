@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from tenfold.ma_rlhf.critic import plain_face
+from tenfold.rlhf.trunks import plain_face
 from tenfold.themis.judgement import Judgement
 from tenfold.themis.loop import ToolLoop
 from tenfold.themis.rounds import PATIENCE, Run

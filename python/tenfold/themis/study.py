@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from tenfold.ma_rlhf.best_of import sample_answers
 from tenfold.ma_rlhf.config import MARLHFConfig
-from tenfold.ma_rlhf.small import EOS, ByteTokenizer, make_policy
 from tenfold.ma_rlhf.trainer import MAPPOTrainer
+from tenfold.rlhf.best_of import sample_answers
+from tenfold.rlhf.small import EOS, ByteTokenizer, make_policy
 from tenfold.themis import demo
 from tenfold.themis.config import ThemisConfig
 from tenfold.themis.data import Pair

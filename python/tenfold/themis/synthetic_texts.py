@@ -114,7 +114,7 @@ def search(draw: random.Random) -> Draft:
 @functools.cache
 def _preferences() -> tuple[list[tuple[str, str, str, str]], ...]:
     """(training, test) lists of (prompt, good, bad, what is wrong), of documents that the parts do not share."""
-    from tenfold.ma_rlhf.preferences import packaged_preferences
+    from tenfold.rlhf.preferences import packaged_preferences
 
     long = [d for d in _documents() if len(d.text) >= 2000]
     parts = packaged_preferences(held_out=0.25, seed=0, documents=long)

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from tenfold.ma_rlhf.reward_training import RewardRecord, without_dropout
+from tenfold.rlhf.reward_training import RewardRecord, without_dropout
 from tenfold.themis.collate import AnyPair, EncodedPair, encode_pairs
 from tenfold.themis.config import ThemisConfig
 from tenfold.themis.data import Pair

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tenfold.hft.tasks import byte_encoder, make_tasks
 from tenfold.report import Card, Page, png_bytes
 from tenfold.training import tiny
+from tenfold.training.tasks import byte_encoder, make_tasks
 from tenfold.upit import summary
 from tenfold.upit.families import Families
 from tenfold.upit.study import BASE, METHODS, TUNED, Comparison, compare

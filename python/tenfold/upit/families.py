@@ -64,7 +64,7 @@ def load_families(
     Raises:
         ValueError: an unknown task, a file that is not rows, too few rows.
     """
-    from tenfold.hft import tasks
+    from tenfold.training import tasks
 
     made: dict[str, tuple[Rows, Rows]] = {}
     packaged = tasks.make_tasks(spec.tasks, encode, length, end, pad, train=spec.train, test=spec.test,
@@ -91,7 +91,7 @@ def load_families(
 @torch.inference_mode()
 def family_losses(model: Any, tests: Mapping[str, Rows], batch_size: int = 16) -> dict[str, float]:
     """Mean loss (nats) per answer token of each family, and ``mean`` over families."""
-    from tenfold.hft.sequence import score
+    from tenfold.training.scoring import score
 
     found = {n: -score(model, dict(rows), batch_size)["log_prob"] for n, rows in tests.items()}
     return found | {"mean": sum(found.values()) / len(found)}

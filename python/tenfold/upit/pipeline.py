@@ -134,7 +134,7 @@ class Pipeline:
         if self._data is None:
             assert self.recipe.data is not None
             tokenizer = self.tokenizer
-            from tenfold.hft.tasks import encoder
+            from tenfold.training.tasks import encoder
 
             end = tokenizer.eos_token_id
             self._data = load_families(

@@ -16,6 +16,7 @@ import random
 import re
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,12 +24,21 @@ from torch import Tensor
 
 from tenfold.data import long_documents
 from tenfold.data.translations import translations
-from tenfold.hft.sequence import Task
+from tenfold.training.batches import Data
 
 Pair = tuple[str, str]
 Encode = Callable[[str], list[int]]
 LANGUAGES = {"german": "de", "french": "fr", "spanish": "es"}
 DEFAULT = ("docstring", "german", "licence", "topic")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task: ``train`` as the data of :func:`tenfold.hft.sft`, ``test`` a dict of rows [R, S]."""
+
+    name: str
+    train: Data
+    test: dict[str, Tensor]
 
 
 def _functions(tree: ast.AST) -> Iterator[ast.FunctionDef]:

@@ -6,8 +6,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from tenfold.ma_rlhf import recipes
-from tenfold.ma_rlhf.reward_losses import RM_LOSSES
+from tenfold.rlhf import recipes
+from tenfold.rlhf.reward_losses import RM_LOSSES
 from tenfold.training.checks import integers, not_negative, one_of, positive
 from tenfold.training.recipe import SCHEDULES
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tenfold.integrations import transformers as hf
-from tenfold.ma_rlhf.critic import model_inputs, plain_face
+from tenfold.rlhf.trunks import model_inputs, plain_face
 
 # (policy, prompt ids [B, P], mask [B, P], draws [B, R]) -> response ids [B, <= R].
 Generate = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
@@ -51,7 +51,7 @@ def sampler(
 
     @torch.no_grad()
     def generate(model: nn.Module, ids: Tensor, mask: Tensor, draws: Tensor) -> Tensor:
-        from tenfold.ma_rlhf.cache import roomy_cache
+        from tenfold.rlhf.cache import roomy_cache
 
         (rows, width), limit = ids.shape, draws.shape[1]
         face = plain_face(model)

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tenfold.ma_rlhf.generation import response_tokens, sampler
-from tenfold.ma_rlhf.preferences import encode_texts
+from tenfold.rlhf.generation import response_tokens, sampler
+from tenfold.rlhf.preferences import encode_texts
 from tenfold.training.checks import one_of, positive
 
 SIZES = (1, 4, 8, 16, 32)

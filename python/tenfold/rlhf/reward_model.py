@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tenfold.data.models import quiet_transformers
-from tenfold.ma_rlhf.critic import apply_head, hidden_size, model_inputs, trunk_of
+from tenfold.rlhf.trunks import apply_head, hidden_size, model_inputs, trunk_of
 
 
 def _classifier_class(config: Any) -> type[Any]:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tenfold.ma_rlhf.reward_config import RewardConfig
-from tenfold.ma_rlhf.reward_losses import bradley_terry_loss, pair_metrics, token_span_loss
-from tenfold.ma_rlhf.reward_model import last_index
+from tenfold.rlhf.reward_config import RewardConfig
+from tenfold.rlhf.reward_losses import bradley_terry_loss, pair_metrics, token_span_loss
+from tenfold.rlhf.reward_model import last_index
 from tenfold.training.batches import Batches, Data, model_digest
 from tenfold.training.loop import Callback, kept_random_state, make_accelerator
 from tenfold.training.recipe import AdamWTrainer, steps_of
@@ -138,7 +138,7 @@ def train_reward_model(
     """Trains a reward model on pairs, in place.
 
     Args:
-        model: a :class:`~tenfold.ma_rlhf.reward_model.RewardModel`, or any module with its ``forward``.
+        model: a :class:`~tenfold.rlhf.reward_model.RewardModel`, or any module with its ``forward``.
         data: a dict of [N, S] tensors as ``encode_preferences`` makes them, or a function (stage, step, size)
             -> such rows. held_out: pairs that are scored before and after.
         config: settings, default :class:`RewardConfig`; ``changes`` are fields of it.

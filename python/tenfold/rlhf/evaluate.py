@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tenfold.ma_rlhf.best_of import rm_scores, sample_answers
+from tenfold.rlhf.best_of import rm_scores, sample_answers
 
 Judge = Callable[[str, str, str], str]
 VERDICTS = ("first", "second", "tie")
