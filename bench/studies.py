@@ -646,6 +646,7 @@ def ernie_code_block(found: Found) -> str:
     )
 
 
+@generated("ernie-code-speed-bf16", "ernie_code", "speed-bf16", "measurement")
 @generated("ernie-code-speed", "ernie_code", "speed", "measurement")
 def ernie_code_speed_block(found: Found) -> str:
     """A training step, from ``python -m tenfold.ernie_code.speed``."""
@@ -661,8 +662,9 @@ def ernie_code_speed_block(found: Found) -> str:
         ],
     ]
     how = "bfloat16 autocast" if c["autocast"] else "float32"
+    head = "as mT5 begins with it" if c["fresh_head"] else "with logits of size 1"
     return (
         f"{c['preset']}, {c['batch']} rows of {c['inputs']} and {c['targets']} tokens, {how}, "
-        f"{c['threads']} threads.\n\n"
+        f"{c['threads']} threads; a head {head}.\n\n"
         f"{markdown(columns, rows)}"
     )

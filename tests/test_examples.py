@@ -43,7 +43,7 @@ RUNS = {
     ),
     "ma_rlhf.py": ("--steps 1 --methods ma-ppo --json {out}/ma_rlhf.json", "ma_rlhf.json"),
     "ma_rlhf_study.py": (
-        "--seeds 0 --rewards spelling --methods ma-ppo --steps 1 --parent-steps 2 --reward-steps 2 --out {out} "
+        "--seeds 0 --rewards spelling --methods ma-ppo-5 --steps 1 --parent-steps 2 --reward-steps 2 --out {out} "
         "--cache {out}/work",
         "study.json",
     ),
@@ -66,13 +66,22 @@ RUNS = {
 }  # fmt: skip
 
 
+# More than ten seconds of a core each.
+SLOW = {
+    "dha.py", "dha_study.py", "gptfluence.py", "gptfluence_study.py", "hft.py", "hft_study.py", "ma_rlhf.py",
+    "ma_rlhf_study.py", "nacl_ablation.py", "pixelgpt.py",
+}  # fmt: skip
+
+
 def test_every_example_is_run():
     assert (
         sorted([*RUNS, "nacl.py"]) == EXAMPLES
     )  # that one's answers are looked at in test_docs.py
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in RUNS]
+)
 def test_example(name, tmp_path):
     arguments, result = RUNS[name]
     done = processes.python(

@@ -44,7 +44,7 @@ def ranking_plot(study: Mapping[str, Any]) -> Any:
     axes.axhline(100 / study["config"]["candidates"], color="grey", linewidth=1, linestyle=":")
     axes.set_xticks(
         [j + 0.4 - width / 2 for j in range(len(kinds))],
-        [KINDS[k].replace(" (", "\n(") for k in kinds],
+        [KINDS[k].replace(" (", "\n(").replace(", ", ",\n") for k in kinds],
         fontsize=8,
     )
     axes.set_ylabel("right target found, %")
