@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A reward model for tests, and one of several gloo ranks training it: python ... FOLDER STOP_AT_STEP."""
+"""A reward model for tests, and one of several gloo ranks training it: ... FOLDER [STEP], where the last is killed."""
 
-import contextlib
 import os
 import sys
 
+import ranks
 import torch
 
 from tenfold.rlhf.reward_config import RewardConfig
@@ -35,35 +35,20 @@ def pairs(count=32, length=10, seed=1):
     return rows
 
 
-class Killed(Exception):
-    pass
-
-
-def main(folder, stop):
-    def callback(progress):
-        steps.append(progress.step)
-        if progress.step == stop and len(steps) == stop:
-            raise Killed
-
-    steps = []
+def main(folder, step=None):
     # More pieces than one per rank, of unequal size.
-    options = {"work_dir": folder, "callback": callback, "held_out": pairs(seed=2)}
-    with contextlib.suppress(Killed):
-        train_reward_model(model(), pairs(), config(micro_batch_size=3), **options)
     trained = model()
-    record = train_reward_model(trained, pairs(), config(micro_batch_size=3), **options)
-    assert steps == list(range(1, 7)), steps
-    total = torch.stack([p.double().sum() for p in trained.parameters()])
-    other = [torch.empty_like(total) for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather(other, total)
-    assert all(torch.equal(total, o) for o in other)
+    record = train_reward_model(
+        trained, pairs(), config(micro_batch_size=3), work_dir=folder, callback=ranks.killed_after(step),
+        held_out=pairs(seed=2),
+    )  # fmt: skip
+    ranks.agree(trained)
     if torch.distributed.get_rank() == 0:
         torch.save(trained.state_dict(), os.path.join(folder, "model.pt"))
         record.write(os.path.join(folder, "record.json"))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    ranks.leave()
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(sys.argv[1], int(sys.argv[2]))
+    main(*sys.argv[1:])

@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two gloo ranks share batches and tests, and record one run."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import gptfluence_models as tiny
@@ -12,15 +9,13 @@ import torch
 
 from tenfold.gptfluence import LossMetric, read_run, record_runs
 from tenfold.gptfluence.curricula import make_curricula
+from tenfold.testing import processes
 
 HERE = Path(__file__).resolve().parent
 
 
 def ranks(folder, what):
-    env = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone",
-               str(HERE / "gptfluence_ranks.py"), str(folder), what]  # fmt: skip
-    done = subprocess.run(command, cwd=HERE, env=env, capture_output=True, text=True)
+    done = processes.ranks(HERE / "gptfluence_ranks.py", folder, what)
     assert done.returncode == 0 and (folder / "done").exists(), done.stderr[-4000:]
 
 

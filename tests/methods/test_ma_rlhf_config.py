@@ -6,8 +6,9 @@ import warnings
 import pytest
 
 from tenfold import ma_rlhf
-from tenfold.ma_rlhf import AdaptiveKL, FixedKL, MARLHFConfig, kl_controller, recipes
+from tenfold.ma_rlhf import AdaptiveKL, FixedKL, MARLHFConfig, kl_controller
 from tenfold.ma_rlhf.config import PRESETS
+from tenfold.rlhf import recipes
 
 
 class TestValidation:
