@@ -22,10 +22,8 @@ PYTEST_ARGS ?=
 PY := $(VENV)/bin/python
 SHOW := $(PY) tools/progress.py
 STAMPS := $(VENV)/.stamps
-# Processes of one thread, one more than there are cores, since some wait for others that they start; but not more
-# memory than four need. Tests about threads set how many.
-WORKERS ?= $(shell $(PY) -c 'import os; print(min(4, len(os.sched_getaffinity(0)) + 1))')
-PYTEST = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(PY) -m pytest tests -n $(WORKERS) --dist worksteal
+# A process of one thread per core, but not more memory than four need. Tests about threads set how many.
+PYTEST = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(PY) -m pytest tests -n auto --maxprocesses 4 --dist worksteal
 INSTALLED := $(STAMPS)/$(if $(WHEEL),wheel-$(notdir $(WHEEL)),editable)
 REQUIREMENTS := $(filter-out requirements/docs.txt,$(wildcard requirements/*.txt))
 # Folders count too: their time changes when a source is removed.
