@@ -32,7 +32,7 @@ RUNS = {
     "gptfluence.py": ("--runs 8 --json {out}/gptfluence.json", "gptfluence.json"),
     "gptfluence_study.py": (
         "--seeds 0 --layers 1 --heads 1 --parent-steps 2 --per-task 8 --tests-per-task 2 --runs 8 --test-runs 2 "
-        "--methods default mean --encoders bag --gradient-runs 1 --examples 8 --epochs 1 --sets 2 --out {out} "
+        "--methods default ridge mean --encoders bag --gradient-runs 1 --examples 8 --epochs 1 --sets 2 --out {out} "
         "--work {out}/work",
         "study.json",
     ),
