@@ -45,7 +45,7 @@ def ranking_plot(study: Mapping[str, Any]) -> Any:
     axes.set_xticks(
         [j + 0.4 - width / 2 for j in range(len(kinds))],
         [KINDS[k].replace(" (", "\n(").replace(", ", ",\n") for k in kinds],
-        fontsize=8,
+        fontsize=7,
     )
     axes.set_ylabel("right target found, %")
     axes.legend(frameon=False)

@@ -43,8 +43,8 @@ VARIANTS = {"SCLM": False, "SCLM + PTLM": True}
 # Kinds of rows, and whether training had such pairs. Messages are held out in all languages, but those of ``pivot``
 # and ``pivot-code``: each of their two languages was paired with English for them, but never with the other one.
 KINDS = {
-    "pivot": "X to Y (never seen), training messages",
-    "pivot-code": "X to Python (never seen), training messages",
+    "pivot": "X to Y (never seen), known messages",
+    "pivot-code": "X to Python (never seen), known messages",
     "to-english": "X to English (seen pairs)",
     "from-english": "English to X (seen pairs)",
     "zero-shot": "X to Y (never seen)",
