@@ -7,7 +7,7 @@
 | read | GB/s of one pass over memory that nothing writes to | sum of a large tensor |
 | update | GB/s of ``mul_``, bytes read plus bytes written: nothing is fetched only to be overwritten | the same |
 | fma_fp32 | GFLOP/s of independent fp32 FMAs in registers | torch matmul, TF32 off |
-| dot_bf16 | GFLOP/s of bf16 dot products in registers | torch matmul |
+| dot_bf16 | GFLOP/s of bf16 dot products in registers, of fp32 FMAs where a CPU has none | torch matmul |
 
 On the CPU the native ``torch.ops.tenfold._peak`` measures; a ceiling is the best of several tries,
 before and after the cases. A ceiling below torch's own matmul of that dtype is no ceiling: the run is
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from .timing import _event_seconds, cache_bytes
 Ceilings = dict[str, dict[str, Any]]
 _MATMUL = {"fma_fp32": torch.float32, "dot_bf16": torch.bfloat16}
 _TRY_SECONDS = 0.1
+_LONG_MATMUL = 0.05  # seconds, of a size that is not doubled any more
 
 
 def _best_rate(work: Callable[[], Any], amount: float, device: torch.device, tries: int) -> float:
@@ -45,14 +47,23 @@ def _best_rate(work: Callable[[], Any], amount: float, device: torch.device, tri
 
 
 def torch_matmul(dtype: torch.dtype, device: torch.device, tries: int = 5) -> float:
-    """GFLOP/s of a large square ``torch.matmul`` on random data."""
-    n = {("cuda", torch.bfloat16): 8192, ("cuda", torch.float32): 4096}.get(
-        (device.type, dtype), 2048
+    """GFLOP/s of a large square ``torch.matmul`` on random data.
+
+    Smaller on CPUs that take long: without instructions for bf16 the 2,048 rows of others are minutes a call.
+    """
+    sizes = {("cuda", torch.bfloat16): (8192,), ("cuda", torch.float32): (4096,)}.get(
+        (device.type, dtype), (256, 512, 1024, 2048)
     )
-    a = torch.randn(n, n, device=device).to(dtype)
-    b = torch.randn(n, n, device=device).to(dtype)
-    out = torch.empty_like(a)
-    return _best_rate(lambda: torch.matmul(a, b, out=out), 2.0 * n**3, device, tries)
+    for n in sizes:
+        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+        work = partial(torch.matmul, a, b, out=torch.empty_like(a))
+        operations = 2.0 * n**3
+        if (
+            n == sizes[-1]
+            or operations * 1e-9 / _best_rate(work, operations, device, 2) > _LONG_MATMUL
+        ):
+            break
+    return _best_rate(work, operations, device, tries)
 
 
 def torch_copy(device: torch.device, tries: int = 10) -> float:
@@ -78,7 +89,9 @@ def torch_update(device: torch.device, tries: int = 10) -> float:
 
 
 def native_peak(kind: str, tries: int = 5) -> float | None:
-    """Best of several runs of ``torch.ops.tenfold._peak``; None where the build has no such op."""
+    """Best of several runs of ``torch.ops.tenfold._peak``; None where the build has no such op, 0 where the CPU has
+    no such instructions.
+    """
     op = getattr(torch.ops.tenfold, "_peak", None)
     if op is None:
         return None
@@ -120,7 +133,9 @@ def measure_ceilings(device: torch.device) -> Ceilings:
         for kind, dtype in _MATMUL.items():
             matmul = torch_matmul(dtype, device)
             peak = native_peak(kind) if cpu else None
-            if peak is None:
+            if peak == 0:  # no such instructions: bf16 is widened, and multiplied as fp32
+                found[kind] = dict(found["fma_fp32"], torch_matmul=matmul)
+            elif peak is None:
                 why = "torch matmul" if not cpu else "torch matmul (this build has no _peak op)"
                 found[kind] = _entry(matmul, "GFLOP/s", why, matmul)
             else:

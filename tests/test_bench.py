@@ -454,8 +454,38 @@ class TestCeilings:
         assert CEILINGS["fma_fp32"]["value"] == 100.0  # nothing was changed
 
     def test_native_peaks(self):
-        for kind in ("fma_fp32", "dot_bf16"):
-            assert ceilings_module.native_peak(kind, tries=1) > 0.1
+        assert ceilings_module.native_peak("fma_fp32", tries=1) > 0.1
+        has_bf16 = tenfold.cpu_capability() in ("avx512_bf16", "avx512_amx")
+        assert (ceilings_module.native_peak("dot_bf16", tries=1) > 0.1) == has_bf16
+
+    def test_without_bf16_instructions_the_ceiling_is_that_of_fp32(self, monkeypatch):
+        """A ceiling of 0 would make every run void there."""
+        for name, value in {"torch_copy": 20.0, "torch_read": 10.0, "torch_update": 20.0}.items():
+            monkeypatch.setattr(ceilings_module, name, lambda device, value=value: value)
+        monkeypatch.setattr(ceilings_module, "torch_matmul", lambda dtype, device: 3.0)
+        peaks = {"fma_fp32": 100.0, "dot_bf16": 0.0, "copy": 25.0, "read": 9.0}
+        monkeypatch.setattr(ceilings_module, "native_peak", peaks.get)
+        found = ceilings_module.measure_ceilings(CPU)
+        assert found["dot_bf16"]["value"] == 100.0 and found["dot_bf16"]["torch_matmul"] == 3.0
+        assert (found["copy"]["value"], found["read"]["value"]) == (25.0, 10.0)
+        assert ceilings_module.void_reason(found) == ""
+
+    @pytest.mark.parametrize(
+        ("seconds_of_256", "sizes"), [(0.06, [256]), (0.001, [256, 512, 1024])]
+    )
+    def test_the_matmul_is_no_larger_than_it_is_fast(self, monkeypatch, seconds_of_256, sizes):
+        """Of 2,048 rows it would be 31 s a call in the first case."""
+        now, seen = [0.0], []
+
+        def matmul(a, b, *, out):
+            seen.append(len(a))
+            now[0] += seconds_of_256 * (len(a) / 256) ** 3
+
+        monkeypatch.setattr(torch, "matmul", matmul)
+        monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+        rate = ceilings_module.torch_matmul(torch.bfloat16, CPU, tries=2)
+        assert sorted(set(seen)) == sizes
+        assert rate == pytest.approx(2 * 256**3 / seconds_of_256 * 1e-9)
 
 
 def a_record(family="kv_eviction", **changes):
