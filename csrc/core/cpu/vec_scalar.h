@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Baseline CPUs: 4 lanes as plain loops, which the compiler may turn into SSE2. See vec.h.
+// Baseline CPUs: 4 lanes as the compiler's own vectors (SSE2, NEON or what there is), loops where those have no
+// operation. As loops throughout they took the compiler three times as long. See vec.h.
 #pragma once
 
 #include <cmath>
@@ -13,14 +14,18 @@ namespace {
 
 constexpr int kWidth = 4;
 
+typedef float Floats __attribute__((vector_size(16)));
+typedef uint32_t Words __attribute__((vector_size(16)));
+typedef int32_t Signed __attribute__((vector_size(16)));
+
 struct VF {
-  float v[4];
+  Floats v;
 };
 struct VI {
-  uint32_t v[4];
+  Words v;
 };
 struct VM {
-  bool v[4];
+  Signed v;  // -1 or 0
 };
 
 #define TENFOLD_LANES for (int i = 0; i < 4; ++i)
@@ -76,13 +81,13 @@ inline uint16_t float_to_bf16(float f) {
 }
 
 inline VF set1(float x) {
-  return {{x, x, x, x}};
+  return {Floats{x, x, x, x}};
 }
 inline VI seti(uint32_t x) {
-  return {{x, x, x, x}};
+  return {Words{x, x, x, x}};
 }
 inline VI iota() {
-  return {{0, 1, 2, 3}};
+  return {Words{0, 1, 2, 3}};
 }
 
 inline float element(const float* p) {
@@ -112,7 +117,12 @@ inline VF load_n(const T* p, int n) {
 }
 template <class T>
 inline VF load(const T* p) {
-  return {{element(p), element(p + 1), element(p + 2), element(p + 3)}};
+  return {Floats{element(p), element(p + 1), element(p + 2), element(p + 3)}};
+}
+inline VF load(const float* p) {
+  VF r;
+  memcpy(&r, p, sizeof r);
+  return r;
 }
 template <class T>
 inline void store_n(T* p, VF a, int n) {
@@ -121,6 +131,9 @@ inline void store_n(T* p, VF a, int n) {
 template <class T>
 inline void store(T* p, VF a) {
   TENFOLD_LANES put(p + i, a.v[i]);
+}
+inline void store(float* p, VF a) {
+  memcpy(p, &a, sizeof a);
 }
 // 2 kWidth neighbours as the even and the odd ones of them.
 inline void load_pair(const bf16_t* p, VF* even, VF* odd) {
@@ -140,11 +153,13 @@ inline void store_quick(T* p, VF a) {
   store(p, a);
 }
 inline void stream(float* p, VF a) {
-  TENFOLD_LANES p[i] = a.v[i];
+  store(p, a);
 }
 inline void stream_fence() {}
 inline VI load(const uint32_t* p) {
-  return {{p[0], p[1], p[2], p[3]}};
+  VI r;
+  memcpy(&r, p, sizeof r);
+  return r;
 }
 inline VI load_n(const uint32_t* p, int n) {
   VI r = seti(0);
@@ -152,7 +167,7 @@ inline VI load_n(const uint32_t* p, int n) {
   return r;
 }
 inline VI load_bytes(const uint8_t* p) {
-  return {{p[0], p[1], p[2], p[3]}};
+  return {Words{p[0], p[1], p[2], p[3]}};
 }
 // The lowest byte of every lane.
 inline void store_low_bytes(uint8_t* p, VI a) {
@@ -172,7 +187,7 @@ inline VF lookup256(const float* p, VI i) {
   return gather(p, i);
 }
 inline void store(uint32_t* p, VI a) {
-  TENFOLD_LANES p[i] = a.v[i];
+  memcpy(p, &a, sizeof a);
 }
 inline void store_n(uint32_t* p, VI a, int n) {
   TENFOLD_LANES if (i < n) p[i] = a.v[i];
@@ -180,28 +195,24 @@ inline void store_n(uint32_t* p, VI a, int n) {
 
 #define TENFOLD_BINARY(name, type, expr) \
   inline type name(type a, type b) {     \
-    type r;                              \
-    TENFOLD_LANES r.v[i] = (expr);       \
-    return r;                            \
+    return {expr};                       \
   }
-TENFOLD_BINARY(operator+, VF, a.v[i] + b.v[i])
-TENFOLD_BINARY(operator-, VF, a.v[i] - b.v[i])
-TENFOLD_BINARY(operator*, VF, a.v[i] * b.v[i])
-TENFOLD_BINARY(operator/, VF, a.v[i] / b.v[i])
-TENFOLD_BINARY(vmax, VF, a.v[i] > b.v[i] ? a.v[i] : b.v[i])
-TENFOLD_BINARY(vmin, VF, a.v[i] < b.v[i] ? a.v[i] : b.v[i])
-TENFOLD_BINARY(operator+, VI, a.v[i] + b.v[i])
-TENFOLD_BINARY(operator-, VI, a.v[i] - b.v[i])
-TENFOLD_BINARY(operator^, VI, a.v[i] ^ b.v[i])
-TENFOLD_BINARY(operator&, VI, a.v[i] & b.v[i])
-TENFOLD_BINARY(operator|, VI, a.v[i] | b.v[i])
+TENFOLD_BINARY(operator+, VF, a.v + b.v)
+TENFOLD_BINARY(operator-, VF, a.v - b.v)
+TENFOLD_BINARY(operator*, VF, a.v * b.v)
+TENFOLD_BINARY(operator/, VF, a.v / b.v)
+TENFOLD_BINARY(vmax, VF, a.v > b.v ? a.v : b.v)
+TENFOLD_BINARY(vmin, VF, a.v < b.v ? a.v : b.v)
+TENFOLD_BINARY(operator+, VI, a.v + b.v)
+TENFOLD_BINARY(operator-, VI, a.v - b.v)
+TENFOLD_BINARY(operator^, VI, a.v ^ b.v)
+TENFOLD_BINARY(operator&, VI, a.v & b.v)
+TENFOLD_BINARY(operator|, VI, a.v | b.v)
 #undef TENFOLD_BINARY
 
 // Not fused here: a libm call per lane would cost more than the rounding is worth.
 inline VF fma(VF a, VF b, VF c) {
-  VF r;
-  TENFOLD_LANES r.v[i] = a.v[i] * b.v[i] + c.v[i];
-  return r;
+  return {a.v * b.v + c.v};
 }
 // a * b + c rounded once, as the instruction does it: the exact sum of the (exact) double product
 // and c, rounded to odd in double, keeps what the rounding to float needs.
@@ -234,9 +245,7 @@ inline VF inverse(VF a) {
   return set1(1.0f) / a;
 }
 inline VF rint(VF a) {  // adding 1.5 * 2^23 rounds to nearest even for |a| < 2^22
-  VF r;
-  TENFOLD_LANES r.v[i] = (a.v[i] + 12582912.0f) - 12582912.0f;
-  return r;
+  return {(a.v + 12582912.0f) - 12582912.0f};
 }
 // a * 2^n for integral n in [-126, 127]; below, 0.
 inline VF ldexp(VF a, VF n) {
@@ -253,26 +262,22 @@ inline VF ldexp(VF a, VF n) {
 
 #define TENFOLD_COMPARE(name, type, expr) \
   inline VM name(type a, type b) {        \
-    VM r;                                 \
-    TENFOLD_LANES r.v[i] = (expr);        \
-    return r;                             \
+    return {expr};                        \
   }
-TENFOLD_COMPARE(lt, VF, a.v[i] < b.v[i])
-TENFOLD_COMPARE(gt, VF, a.v[i] > b.v[i])
-TENFOLD_COMPARE(ge, VF, a.v[i] >= b.v[i])
-TENFOLD_COMPARE(eq, VF, a.v[i] == b.v[i])
-TENFOLD_COMPARE(lt, VI, static_cast<int32_t>(a.v[i]) < static_cast<int32_t>(b.v[i]))
-TENFOLD_COMPARE(eq, VI, a.v[i] == b.v[i])
-TENFOLD_COMPARE(above, VI, a.v[i] > b.v[i])  // unsigned
-TENFOLD_COMPARE(both, VM, a.v[i] && b.v[i])
+TENFOLD_COMPARE(lt, VF, a.v < b.v)
+TENFOLD_COMPARE(gt, VF, a.v > b.v)
+TENFOLD_COMPARE(ge, VF, a.v >= b.v)
+TENFOLD_COMPARE(eq, VF, a.v == b.v)
+TENFOLD_COMPARE(lt, VI, (Signed)a.v < (Signed)b.v)
+TENFOLD_COMPARE(eq, VI, a.v == b.v)
+TENFOLD_COMPARE(above, VI, a.v > b.v)  // unsigned
+TENFOLD_COMPARE(both, VM, a.v & b.v)
 #undef TENFOLD_COMPARE
 inline VM unordered(VF a) {
-  VM r;
-  TENFOLD_LANES r.v[i] = a.v[i] != a.v[i];
-  return r;
+  return {a.v != a.v};
 }
 inline bool any(VM m) {
-  return m.v[0] || m.v[1] || m.v[2] || m.v[3];
+  return (m.v[0] | m.v[1] | m.v[2] | m.v[3]) != 0;
 }
 // Writes the lanes of m one after another (up to kWidth words are touched); how many those are.
 inline int store_chosen(uint32_t* p, VM m, VI a) {
@@ -285,7 +290,7 @@ inline int store_chosen(uint32_t* p, VM m, VI a) {
 }
 // Lane i takes bit i.
 inline VM lanes_of(uint32_t word) {
-  return {{(word & 1) != 0, (word & 2) != 0, (word & 4) != 0, (word & 8) != 0}};
+  return {(Signed{1, 2, 4, 8} & static_cast<int32_t>(word)) != 0};
 }
 // The lanes of m one after another; what follows them is undefined. Back: lane by lane from there.
 inline VF compress(VM m, VF a) {
@@ -306,7 +311,7 @@ inline void store_where(T* p, VM m, VF a) {
   TENFOLD_LANES if (m.v[i]) put(p + i, a.v[i]);
 }
 inline VI load_halves(const uint16_t* p) {
-  return {{p[0], p[1], p[2], p[3]}};
+  return {Words{p[0], p[1], p[2], p[3]}};
 }
 // The lower halves, of lanes below 2^16.
 inline void store_halves(uint16_t* p, VI a) {
@@ -317,25 +322,19 @@ inline void store_bytes(uint8_t* p, VM m) {
   TENFOLD_LANES p[i] = m.v[i] ? 1 : 0;
 }
 inline VF select(VM m, VF yes, VF no) {
-  VF r;
-  TENFOLD_LANES r.v[i] = m.v[i] ? yes.v[i] : no.v[i];
-  return r;
+  return {m.v ? yes.v : no.v};
 }
 inline VI select(VM m, VI yes, VI no) {
-  VI r;
-  TENFOLD_LANES r.v[i] = m.v[i] ? yes.v[i] : no.v[i];
-  return r;
+  return {m.v ? yes.v : no.v};
 }
 
 template <int N>
 inline VI shr(VI a) {
-  TENFOLD_LANES a.v[i] >>= N;
-  return a;
+  return {a.v >> N};
 }
 template <int N>
 inline VI shr_signed(VI a) {
-  TENFOLD_LANES a.v[i] = static_cast<uint32_t>(static_cast<int32_t>(a.v[i]) >> N);
-  return a;
+  return {(Words)((Signed)a.v >> N)};
 }
 // 64-bit products of the lanes with one constant: high and low halves.
 inline void mulhilo(VI a, uint32_t m, VI* hi, VI* lo) {
@@ -356,19 +355,13 @@ inline void store_by_four(uint32_t* out, VI w0, VI w1, VI w2, VI w3) {
   }
 }
 inline VI bits(VF a) {
-  VI r;
-  memcpy(&r, &a, sizeof r);
-  return r;
+  return {(Words)a.v};
 }
 inline VF from_bits(VI a) {
-  VF r;
-  memcpy(&r, &a, sizeof r);
-  return r;
+  return {(Floats)a.v};
 }
 inline VF to_float(VI a) {  // signed
-  VF r;
-  TENFOLD_LANES r.v[i] = static_cast<float>(static_cast<int32_t>(a.v[i]));
-  return r;
+  return {__builtin_convertvector((Signed)a.v, Floats)};
 }
 
 inline float hsum(VF a) {
@@ -390,7 +383,7 @@ inline void hsum4(VF a, VF b, VF c, VF d, float* out) {
 // The inverse of lanes_of.
 inline uint32_t bits_of(VM m) {
   uint32_t r = 0;
-  TENFOLD_LANES r |= static_cast<uint32_t>(m.v[i]) << i;
+  TENFOLD_LANES r |= (m.v[i] & 1u) << i;
   return r;
 }
 // Bit i: byte i of 64 is not 0. And back: bytes of 0 and 1.
