@@ -32,14 +32,13 @@ __device__ inline int64_t cka_pair(int64_t a, int64_t b) {  // b <= a
 }
 
 __device__ inline CkaTile cka_tile(const CkaArgs& p) {
-  int64_t at = blockIdx.x;
-  const int64_t b_cut = at % p.cuts;
-  at /= p.cuts;
-  const int64_t a_cut = at % p.cuts, pair = at / p.cuts;
+  const auto cuts = static_cast<uint32_t>(p.cuts);  // no more than there are blocks
+  const uint32_t b_cut = blockIdx.x % cuts, rest = blockIdx.x / cuts, a_cut = rest % cuts;
+  const int64_t pair = rest / cuts;
   auto a = static_cast<int64_t>((sqrt(8.0 * static_cast<double>(pair) + 1.0) - 1.0) / 2.0);
   while (a * (a + 1) / 2 > pair) --a;
   while ((a + 1) * (a + 2) / 2 <= pair) ++a;
-  return {a, pair - a * (a + 1) / 2, a_cut * kCkaTile, b_cut * kCkaTile};
+  return {a, pair - a * (a + 1) / 2, int64_t{a_cut} * kCkaTile, int64_t{b_cut} * kCkaTile};
 }
 
 template <class T>
@@ -77,7 +76,7 @@ __device__ inline void store_block_sum(float value, double* to) {
 
 // float32: a thread owns 4 x 4 products.
 template <class T>
-__global__ void __launch_bounds__(kCkaThreads) cka_fma_kernel(CkaArgs p) {
+__global__ void __launch_bounds__(kCkaThreads, 3) cka_fma_kernel(CkaArgs p) {
   TENFOLD_SHARED(float, left, kCkaDepth* kCkaPitch);
   TENFOLD_SHARED(float, right, kCkaDepth* kCkaPitch);
   const CkaTile t = cka_tile(p);
@@ -112,7 +111,7 @@ __global__ void __launch_bounds__(kCkaThreads) cka_fma_kernel(CkaArgs p) {
 
 // 16-bit: 8 warps, each 16 rows of a and 32 of b, which are the columns of the product.
 template <class T>
-__global__ void __launch_bounds__(kCkaThreads) cka_mma_kernel(CkaArgs p) {
+__global__ void __launch_bounds__(kCkaThreads, 3) cka_mma_kernel(CkaArgs p) {
   TENFOLD_SHARED(T, left, kCkaTile * kCkaMmaPitch);
   TENFOLD_SHARED(T, right, kCkaTile * kCkaMmaPitch);
   const CkaTile t = cka_tile(p);
