@@ -5,6 +5,7 @@ Without a GPU this is the only look at what a GPU would run. Kernels of 16-bit t
 their template arguments.
 """
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -116,6 +117,46 @@ def test_loads_and_stores_are_wide(kernels):
         mine = named(kernels, {name})
         wide = [k for k in mine if k.counts.get("LDG.128") and k.counts.get("STG.128")]
         assert len(wide) * 2 == len(mine), name
+
+
+def without(name):
+    return lambda k: {"counts": {n: c for n, c in k.counts.items() if n != name}}
+
+
+def with_one(name):
+    return lambda k: {"counts": k.counts | {name: 1}}
+
+
+@pytest.mark.parametrize(
+    ("check", "start", "change"),
+    [
+        (test_no_kernel_spills, "gated_act_kernel<bf16_t", lambda k: {"stack": 8}),
+        (test_no_kernel_spills, "kv_move_kernel<float", lambda k: {"stack": 48}),
+        (test_no_kernel_spills, "rms_norm_kernel<float", with_one("STL")),
+        (test_blocks_fit_a_multiprocessor, "gate_kernel<float", lambda k: {"threads": None}),
+        (test_blocks_fit_a_multiprocessor, "cka_mma_kernel", lambda k: {"registers": 257}),
+        (test_blocks_fit_a_multiprocessor, "scatter_kernel", lambda k: {"shared": 49168}),
+        (test_nothing_prints_or_aborts, "gae_kernel", lambda k: {"outside": ("vprintf",)}),
+        (test_tensor_cores_where_values_have_16_bits_and_nowhere_else,
+         "dha_attention_kernel<bf16_t", without("HMMA")),
+        (test_tensor_cores_where_values_have_16_bits_and_nowhere_else,
+         "dha_attention_kernel<float", with_one("HMMA")),
+        (test_tensor_cores_where_values_have_16_bits_and_nowhere_else,
+         "gated_act_kernel<float", with_one("HMMA")),
+        (test_tiles_come_by_cp_async_and_ldmatrix, "lce_sums_kernel<fp16_t", without("LDSM")),
+        (test_tiles_come_by_cp_async_and_ldmatrix, "wgrad_fma_kernel", with_one("LDGSTS")),
+        (test_tiles_come_by_cp_async_and_ldmatrix, "gated_act_kernel<float", with_one("LDGSTS")),
+        (test_loads_and_stores_are_wide, "gated_act_kernel<float", without("STG.128")),
+        (test_loads_and_stores_are_wide, "norms_kernel<bf16_t", without("LDG.128")),
+        (test_loads_and_stores_are_wide, "dha_attention_kernel<float", without("STG.128")),
+    ],
+)  # fmt: skip
+def test_the_checks_see_what_they_should(kernels, check, start, change):
+    """A library in which one kernel is changed does not pass."""
+    at = next(i for i, k in enumerate(kernels) if k.signature.startswith(start))
+    changed = dataclasses.replace(kernels[at], **change(kernels[at]))
+    with pytest.raises((AssertionError, KeyError)):
+        check([*kernels[:at], changed, *kernels[at + 1 :]])
 
 
 def test_counts_are_those_of_nvdisasm(kernels, tmp_path):

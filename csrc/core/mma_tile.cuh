@@ -48,7 +48,7 @@ __device__ inline void load_tile(T* tile, const GlobalRows<T>& from, int lo, int
     const bool there = c < from.dims;
     int r = threadIdx.x / Shape::kVectors;
     int64_t at = r * from.stride + c;
-#pragma unroll 4
+#pragma unroll 1  // nothing waits for a copy, and addresses ahead would take registers
     for (; r < kRows; r += kStep, at += kStep * from.stride) {
       const bool valid = there && r >= lo && r < hi;
       copy16_async(tile + Shape::at(r, c), valid ? from.first + at : from.first, valid);

@@ -76,7 +76,7 @@ __device__ inline void store_block_sum(float value, double* to) {
 
 // float32: a thread owns 4 x 4 products.
 template <class T>
-__global__ void __launch_bounds__(kCkaThreads, 3) cka_fma_kernel(CkaArgs p) {
+__global__ void __launch_bounds__(kCkaThreads) cka_fma_kernel(CkaArgs p) {
   TENFOLD_SHARED(float, left, kCkaDepth* kCkaPitch);
   TENFOLD_SHARED(float, right, kCkaDepth* kCkaPitch);
   const CkaTile t = cka_tile(p);
@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(kCkaThreads, 3) cka_fma_kernel(CkaArgs p) {
 
 // 16-bit: 8 warps, each 16 rows of a and 32 of b, which are the columns of the product.
 template <class T>
-__global__ void __launch_bounds__(kCkaThreads, 3) cka_mma_kernel(CkaArgs p) {
+__global__ void __launch_bounds__(kCkaThreads) cka_mma_kernel(CkaArgs p) {
   TENFOLD_SHARED(T, left, kCkaTile * kCkaMmaPitch);
   TENFOLD_SHARED(T, right, kCkaTile * kCkaMmaPitch);
   const CkaTile t = cka_tile(p);
