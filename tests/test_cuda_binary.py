@@ -24,6 +24,8 @@ REGISTERS, STATIC_SHARED = 65536, 48 * 1024  # of a multiprocessor; of a block
 # Bytes of local memory, exactly. Not spills: the array of the exact reduction of huge angles, a branch of CUDA's sine
 # and cosine in double that no angle of these ops comes near.
 STACK = {"kv_move_kernel": 40, "slerp_weights_kernel": 40}
+# The one that spills, two of 255 registers: dV of t5_attention in float32 at width 256, where 128 hold sums.
+SPILLS = {"dha_attention_backward_kernel<float, 256, (Grad)2, true>(BackwardArgs)": 8}
 # ldmatrix and cp.async feed the tensor cores; the kernels of the second line load their tiles by themselves.
 PIPELINED = {"dha_attention_backward_kernel", "dha_attention_kernel", "dha_decode_kernel",
              "grouped_product_kernel", "grouped_wgrad_kernel", "lce_deltas_kernel",
@@ -73,9 +75,10 @@ def named(kernels, names):
 
 
 def test_no_kernel_spills(kernels):
-    assert {(k.signature, k.stack) for k in kernels if k.stack != STACK.get(k.name, 0)} == set()
-    assert set(STACK) <= {k.name for k in kernels}
-    spilling = {k.signature for k in kernels if k.counts.get("STL") and k.name not in STACK}
+    allowed = {k.signature: SPILLS.get(k.signature, STACK.get(k.name, 0)) for k in kernels}
+    assert {(k.signature, k.stack) for k in kernels if k.stack != allowed[k.signature]} == set()
+    assert set(SPILLS) <= set(allowed) and set(STACK) <= {k.name for k in kernels}
+    spilling = {k.signature for k in kernels if k.counts.get("STL") and not allowed[k.signature]}
     assert spilling == set()
 
 
