@@ -33,6 +33,11 @@ COLUMNS = (
     "vs peer",
     "behind in",
 )
+# Of a CPU's table: what the same case takes at least on a GPU that nothing has been measured on.
+PREDICTED = "floor on an H200 (predicted)"
+# Its datasheet's peaks, of HBM3e and of dense products without sparsity: bytes and FLOP/s.
+H200 = {"memory": 4.8e12, "fma_fp32": 67e12, "dot_bf16": 989e12}
+ON_THE_HOST = frozenset({"group_heads", "allocate_heads"})  # whatever the device of their arguments
 PAGE, PICTURES = Path("docs/performance.md"), Path("docs/images")
 
 
@@ -50,6 +55,28 @@ def _floor_seconds(case: Record) -> float:
     return ours["share"] * ours["p50_s"]
 
 
+def _short(seconds: float) -> str:
+    return time_text(seconds) if seconds >= 5e-7 else "< 1 µs"
+
+
+def predicted_seconds(case: Record) -> float:
+    """What an H200 needs at least for a case, by the peaks of its datasheet."""
+    compute = case["flops"] / H200[case["peak"]] if case["flops"] else 0.0
+    return max(case["bytes"] / H200["memory"], compute)
+
+
+def predicted_text(case: Record) -> str:
+    """``predicted_seconds``, or that a GPU has no part in the op."""
+    return "on the host" if case["op"] in ON_THE_HOST else _short(predicted_seconds(case))
+
+
+def columns_of(record: Record) -> tuple[str, ...]:
+    """``COLUMNS``, on a CPU with what is predicted of a GPU after its floor."""
+    at = COLUMNS.index("its floor") + 1
+    more = (PREDICTED,) if record["device_type"] == "cpu" else ()
+    return (*COLUMNS[:at], *more, *COLUMNS[at:])
+
+
 def _amount(value: float, unit: str) -> str:
     for factor, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= factor:
@@ -64,8 +91,7 @@ def floor_text(case: Record) -> str:
         parts.append(_amount(case["flops"], "FLOP"))
     if case["bound"] == "compute":
         parts.reverse()
-    seconds = _floor_seconds(case)
-    return f"{', '.join(parts)}: {time_text(seconds) if seconds >= 5e-7 else '< 1 µs'}"
+    return f"{', '.join(parts)}: {_short(_floor_seconds(case))}"
 
 
 def _case_text(case: Record) -> str:
@@ -96,13 +122,14 @@ def behind(case: Record) -> bool:
     return best is not None and round(best, 2) < 1
 
 
-def row_of(op: str, cases: Sequence[Record]) -> list[str]:
-    """An op as a row of ``COLUMNS``."""
+def row_of(op: str, cases: Sequence[Record], predict: bool = False) -> list[str]:
+    """An op as a row of ``COLUMNS``; ``predict``: with the floor on an H200."""
     largest = max(cases, key=_floor_seconds)
     ours = ours_of(largest)
     rivals = [c for c in cases if c["ratios"].get("best_other")]
     return [
-        f"`{op}`", _case_text(largest), floor_text(largest), time_text(ours["p50_s"]), _percent(ours["share"]),
+        f"`{op}`", _case_text(largest), floor_text(largest),
+        *([predicted_text(largest)] if predict else []), time_text(ours["p50_s"]), _percent(ours["share"]),
         _range([ours_of(c)["share"] for c in cases]),
         *(_spread(cases, kind) for kind in ("eager", "compile", "peer")),
         f"{sum(map(behind, rivals))} of {len(rivals)}",
@@ -136,14 +163,15 @@ def chosen(records: Sequence[Record], family: str) -> list[Record]:
 
 def _section(record: Record) -> str:
     groups = ops_of(record)
-    rows: Rows = [row_of(op, cases) for op, cases in groups.items()]
+    columns = columns_of(record)
+    rows: Rows = [row_of(op, cases, PREDICTED in columns) for op, cases in groups.items()]
     worse = losses(record)
     total = sum(1 for cases in groups.values() for c in cases if c["ratios"].get("best_other"))
     said = f"Another provider is faster in {len(worse)} of {total} cases:" if worse else (
         f"No other provider is faster in any of {total} cases.")  # fmt: skip
     shown = f"{record['family']}: share of the ceiling, and ratio to the best other provider"
     picture_line = f"![{shown}](images/{_name(record)})"
-    parts = [f"{setting(record)}.", picture_line, markdown(COLUMNS, rows), said]
+    parts = [f"{setting(record)}.", picture_line, markdown(columns, rows), said]
     return "\n\n".join([*parts, "\n".join(worse)] if worse else parts)
 
 

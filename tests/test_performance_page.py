@@ -33,7 +33,7 @@ def record(*cases, **fields):
 CASES = (
     case("one", 1e-3, 0.5, {"eager:a": 2e-3, "eager:b": 3e-3, "peer": 5e-4}),
     case("one", 1e-4, 0.25, {"eager:a": 9e-5, "compile": 4e-4}, "bfloat16"),
-    case("two", 2e-3, 0.8, {}, bound="compute", flops=3e9),
+    case("two", 2e-3, 0.8, {}, bound="compute", flops=3e9, peak="fma_fp32"),
     case("two", 1e-3, 0.1, {"eager": 0.9961e-3}),  # as fast, by what two decimals show
 )
 
@@ -46,6 +46,23 @@ def test_a_row_has_the_largest_case_and_the_spread_of_all():
                    "1.45× (0.90×)", "4.00×", "0.50×", "2 of 2"]  # fmt: skip
     assert two[2:6] == ["3 GFLOP, 2 MB: 1.6 ms", "2 ms", "80 %", "10 % to 80 %"]
     assert two[-1] == "0 of 1"
+
+
+def test_a_row_of_a_cpu_predicts_what_an_h200_needs_at_least():
+    """By the peaks of its datasheet: 4.8 TB/s, 67 TFLOP/s in float32, 989 TFLOP/s in bfloat16, dense."""
+    moved = case("op", 1e-3, 0.5, {}, bytes=48_000_000)
+    assert performance.predicted_seconds(moved) == 10e-6
+    for peak, rate in (("fma_fp32", 67e12), ("dot_bf16", 989e12)):
+        product = case("op", 1e-3, 0.5, {}, flops=rate / 1e3, peak=peak, bytes=48_000_000)
+        assert math.isclose(performance.predicted_seconds(product), 1e-3)
+        small = case("op", 1e-3, 0.5, {}, flops=rate / 1e9, peak=peak, bytes=48_000_000)
+        assert performance.predicted_seconds(small) == 10e-6
+    plain, row = performance.row_of("op", [moved]), performance.row_of("op", [moved], True)
+    assert row == [*plain[:3], "10 µs", *plain[3:]]
+    assert performance.predicted_text(case("group_heads", 1e-3, 0.5, {})) == "on the host"
+    cpu = performance.columns_of(record())
+    assert cpu[3] == performance.PREDICTED and len(cpu) == len(row)
+    assert performance.columns_of(record(device_type="cuda")) == performance.COLUMNS
 
 
 def test_lost_cases_name_the_fastest_the_worst_first():

@@ -40,14 +40,18 @@ template <class T, int kW, int kRows, int kThreads>
 __device__ inline void load_tile(T* tile, const GlobalRows<T>& from, int lo, int hi) {
   using Shape = Tile<T, kW>;
   const int width = round_up(from.dims, 16);
-  if (from.vectors) {
-#pragma unroll 4
-    for (int i = threadIdx.x; i < kRows * Shape::kVectors; i += kThreads) {
-      const int r = i / Shape::kVectors, c = i % Shape::kVectors * Shape::kPer;
-      if (c >= width) continue;
-      const bool valid = r >= lo && r < hi && c < from.dims;
-      copy16_async(tile + Shape::at(r, c), valid ? from.first + r * from.stride + c : from.first,
-                   valid);
+  if (from.vectors) {  // a thread keeps its column
+    constexpr int kStep = kThreads / Shape::kVectors;
+    static_assert(kThreads % Shape::kVectors == 0);
+    const int c = threadIdx.x % Shape::kVectors * Shape::kPer;
+    if (c >= width) return;
+    const bool there = c < from.dims;
+    int r = threadIdx.x / Shape::kVectors;
+    int64_t at = r * from.stride + c;
+#pragma unroll 1  // nothing waits for a copy, and addresses ahead would take registers
+    for (; r < kRows; r += kStep, at += kStep * from.stride) {
+      const bool valid = there && r >= lo && r < hi;
+      copy16_async(tile + Shape::at(r, c), valid ? from.first + at : from.first, valid);
     }
     return;
   }

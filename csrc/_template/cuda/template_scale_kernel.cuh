@@ -9,7 +9,8 @@ namespace tenfold::cuda {
 constexpr int kScaleThreads = 256;
 
 template <class T>
-__global__ void template_scale_kernel(const T* x, T* y, int64_t n, float scale) {
+__global__ void __launch_bounds__(kScaleThreads)
+    template_scale_kernel(const T* x, T* y, int64_t n, float scale) {
   const int64_t step = static_cast<int64_t>(gridDim.x) * kScaleThreads;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kScaleThreads + threadIdx.x; i < n; i += step)
     from_float(to_float(x[i]) * scale, y + i);

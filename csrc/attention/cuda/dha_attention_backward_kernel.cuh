@@ -11,11 +11,12 @@
 // delta_i = dout_i . out_i - dlse_i is made before, by the first kernel.
 #pragma once
 
+#include "attention/cuda/dropout.cuh"
 #include "attention/cuda/prefill_launch.h"
 
 namespace tenfold::cuda {
 
-// A warp owns 16 kM rows; a block fits 99 KB of shared memory.
+// A warp owns 16 kM rows.
 template <class T, int kWidth>
 struct BackwardTile {
   static constexpr bool kHalf = sizeof(T) == 2;
@@ -29,6 +30,12 @@ struct BackwardTile {
   static constexpr int kBytes =
       (2 * kRows + 2 * kStages * kCols) * kW * static_cast<int>(sizeof(T)) +
       kWarps * kScratch * static_cast<int>(sizeof(float));
+  static constexpr int kWindow = kRows + kCols;  // floats of a window, of which each stage has one
+  // What the kernel declares besides, each from a multiple of 16 bytes on: 99 KB are what every
+  // device from sm_80 on has.
+  static constexpr int kQueries = kRows > kStages* kCols ? kRows : kStages * kCols;
+  static constexpr int kDeclared = 2 * 16 + 4 * (2 * kQueries + kStages * kWindow);
+  static_assert(kBytes + kDeclared <= 99 * 1024);
 };
 
 template <class T>
@@ -56,16 +63,15 @@ struct BackwardBlock {
   int64_t b, row0;  // of the block's rows in their sequence
   int rows;         // that exist
   Rows qs, ks;
-  T *own_x, *own_y, *other;        // other: [kStages][2][kCols][kW]
-  float *other_lse, *other_delta;  // [kStages][kCols] (dK, dV)
-  float* scratch;                  // of this warp
-  int* wild;                       // [2]: a tile of the other side has infinities or NaN
-  float* windows;                  // kT5: [2][kRows + kCols] relative biases, see load_window()
+  T *own_x, *own_y, *other;  // other: [kStages][2][kCols][kW]
+  float *lses, *deltas;      // of the queries: [kRows] (dQ), [kStages][kCols] (dK, dV)
+  float* scratch;            // of this warp
+  int* wild;                 // [2]: a tile of the other side has infinities or NaN
+  float* windows;            // kT5: [kStages][kWindow] relative biases, see load_window()
   float (&grad)[C::kM][kW / 8][4];
 
   // What the current query head adds.
   int64_t h, hk, hv;
-  float own_lse[C::kM][2], own_delta[C::kM][2];  // dQ
 
   __device__ GlobalRows<T> q_rows(int64_t i) const {
     return {row_at<T>(p.q, p.q_at, b, h, qs.first + i), p.q_at.row, static_cast<int>(p.head_dim),
@@ -105,10 +111,27 @@ struct BackwardBlock {
     }
   }
 
+  // lse and delta of `count` queries from `first` on, to place `to`.
+  __device__ void load_sums(int64_t first, int to, int count) const {
+    for (int i = threadIdx.x; i < count; i += C::kThreads) {
+      lses[to + i] = lse_of(first + i);
+      deltas[to + i] = first + i < qs.count ? p.delta[lse_at(first + i)] : 0.0f;
+    }
+  }
+
+  // Of the rows of the block from `row` on, in a tile of the other side.
+  __device__ TileRange<C::kCols> partners_in(int64_t first, int row) const {
+    const int64_t place = first_place(p.mask, qs.count, ks.count), at = row0 + row - first;
+    if constexpr (kOwnsQueries)
+      return {at + place - p.mask.left, at + place + p.mask.right + 1, ks.count - first};
+    return {at - place - p.mask.right, at - place + p.mask.left + 1, qs.count - first};
+  }
+
   __device__ void load_own() const {
     if constexpr (kOwnsQueries) {
       load_tile<T, kW, C::kRows, C::kThreads>(own_x, q_rows(row0), 0, rows);
       load_tile<T, kW, C::kRows, C::kThreads>(own_y, dout_rows(row0), 0, rows);
+      load_sums(row0, 0, C::kRows);
     } else {
       load_tile<T, kW, C::kRows, C::kThreads>(own_x, k_rows(row0), 0, rows);
       if constexpr (kGrad == Grad::k)
@@ -120,9 +143,7 @@ struct BackwardBlock {
     return other + (tile % C::kStages * 2 + which) * (C::kCols * kW);
   }
 
-  __device__ float* window(int64_t tile) const {
-    return windows + tile % 2 * (C::kRows + C::kCols);
-  }
+  __device__ float* window(int64_t tile) const { return windows + tile % C::kStages * C::kWindow; }
 
   __device__ void load_other(int64_t tile, const KeyRange& range) const {
     const int64_t first = tile * C::kCols;
@@ -132,7 +153,7 @@ struct BackwardBlock {
       const int64_t corner =
           kOwnsQueries ? first - row0 - (C::kRows - 1) : row0 - first - (C::kCols - 1);
       if (p.relative_lut != nullptr)
-        load_window(p, h, corner - p.mask.place, C::kRows + C::kCols, window(tile));
+        load_window(p, h, corner - p.mask.place, C::kWindow, window(tile));
     }
     if constexpr (kOwnsQueries) {
       load_tile<T, kW, C::kCols, C::kThreads>(other_tile(tile, 0), k_rows(first), lo, hi);
@@ -140,11 +161,7 @@ struct BackwardBlock {
     } else {
       load_tile<T, kW, C::kCols, C::kThreads>(other_tile(tile, 0), q_rows(first), lo, hi);
       load_tile<T, kW, C::kCols, C::kThreads>(other_tile(tile, 1), dout_rows(first), lo, hi);
-      const int64_t stage = tile % C::kStages * C::kCols;
-      for (int i = threadIdx.x; i < C::kCols; i += C::kThreads) {
-        other_lse[stage + i] = lse_of(first + i);
-        other_delta[stage + i] = first + i < qs.count ? p.delta[lse_at(first + i)] : 0.0f;
-      }
+      load_sums(first, static_cast<int>(tile % C::kStages) * C::kCols, C::kCols);
     }
     copy_commit();
   }
@@ -153,16 +170,17 @@ struct BackwardBlock {
   __device__ void make_weights(int64_t tile, const AttentionBias& bias, float (&x)[C::kM][C::kN][4],
                                const float (&y)[C::kM][C::kN][4]) const {
     const int lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * 16 * C::kM;
-    const int64_t first = tile * C::kCols, stage = tile % C::kStages * C::kCols;
+    const int64_t first = tile * C::kCols;
+    const int stage = static_cast<int>(tile % C::kStages) * C::kCols;
     const float scale = p.softcap > 0.0f ? p.scale / p.softcap : p.scale;
+    const TileRange<C::kCols> range = partners_in(first, warp_row + lane / 4);
 #pragma unroll
     for (int m = 0; m < C::kM; ++m)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int64_t row = row0 + warp_row + 16 * m + lane / 4 + 8 * half;
-        const KeyRange range = partners(row);
-        const int lo = in_tile(range.first - first, C::kCols);
-        const int hi = row < row0 + rows ? in_tile(range.last - first, C::kCols) : 0;
+        const int own = warp_row + 16 * m + lane / 4 + 8 * half;
+        const int lo = range.lo(16 * m + 8 * half);
+        const int hi = own < rows ? range.hi(16 * m + 8 * half) : 0;
 #pragma unroll
         for (int n = 0; n < C::kN; ++n)
 #pragma unroll
@@ -179,60 +197,33 @@ struct BackwardBlock {
               logit = p.softcap * t, slope = 1.0f - t * t;
             }
             if (!kT5 && bias.data != nullptr) {
-              const int64_t query = kOwnsQueries ? row : first + col;
-              const int64_t key = kOwnsQueries ? first + col : row;
+              const int64_t query = kOwnsQueries ? row0 + own : first + col;
+              const int64_t key = kOwnsQueries ? first + col : row0 + own;
               const float add = bias_at(bias, query * bias.row + key * bias.key);
               logit = add == bits_to_float(0xFF800000u) ? add : logit + add;
             }
             if constexpr (kT5) {
-              const int own = warp_row + 16 * m + lane / 4 + 8 * half;
               if (p.relative_lut != nullptr)
                 logit += window(
                     tile)[kOwnsQueries ? col - own + C::kRows - 1 : own - col + C::kCols - 1];
             }
-            const float lse = kOwnsQueries ? own_lse[m][half] : other_lse[stage + col];
-            value = Units::exp((logit - lse) * Units::kPerNatural);
+            const int query_at = kOwnsQueries ? own : stage + col;
+            value = Units::exp((logit - lses[query_at]) * Units::kPerNatural);
             if constexpr (kGrad != Grad::v) {
-              const float delta = kOwnsQueries ? own_delta[m][half] : other_delta[stage + col];
               // A weight of 0 ends it: what is behind a mask may be anything.
-              value = value == 0.0f ? 0.0f : value * (y[m][n][2 * half + i] - delta) * slope;
+              value =
+                  value == 0.0f ? 0.0f : value * (y[m][n][2 * half + i] - deltas[query_at]) * slope;
             }
           }
       }
   }
 
-  // Which of the thread's weights of a tile are kept, in the order of drop(). Drawn while there are
-  // no products yet that would need the registers.
+  // Which of the warp's weights of a tile are kept. Drawn while there are no products yet that
+  // would need the registers.
   __device__ uint64_t draw(int64_t tile) const {
-    const int lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * 16 * C::kM;
-    const auto sequence_head = static_cast<uint32_t>(b * p.q_heads + h);
-    uint64_t keep = 0;
-    static_assert(4 * C::kM * C::kN <= 64);
-#pragma unroll 1
-    for (int at = 0; at < 4 * C::kM * C::kN; ++at) {
-      const int i = at % 2, n = at / 2 % C::kN, row = at / 2 / C::kN;
-      const int64_t own = row0 + warp_row + 8 * row + lane / 4;
-      const int64_t other_row = tile * C::kCols + 8 * n + lane % 4 * 2 + i;
-      const bool kept = dropout_keeps(p.dropout, sequence_head, kOwnsQueries ? own : other_row,
-                                      kOwnsQueries ? other_row : own);
-      keep |= static_cast<uint64_t>(kept) << at;
-    }
-    return keep;
-  }
-
-  // What was dropped becomes 0, the rest larger.
-  __device__ void drop(uint64_t keep, float (&x)[C::kM][C::kN][4]) const {
-#pragma unroll
-    for (int m = 0; m < C::kM; ++m)
-#pragma unroll
-      for (int half = 0; half < 2; ++half)
-#pragma unroll
-        for (int n = 0; n < C::kN; ++n)
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            const int at = ((2 * m + half) * C::kN + n) * 2 + i;
-            x[m][n][2 * half + i] *= (keep >> at & 1) != 0 ? p.dropout.scale : 0.0f;
-          }
+    return draw_kept<kOwnsQueries, C::kM, C::kN>(
+        p.dropout, static_cast<uint32_t>(b * p.q_heads + h), row0 + threadIdx.x / 32 * 16 * C::kM,
+        tile * C::kCols);
   }
 
   // Where this warp's sums of relative position 0 lie.
@@ -300,20 +291,10 @@ struct BackwardBlock {
   __device__ void add_head(int64_t head) {
     h = head;
     hk = clamped(p.q_to_k[h], p.k_heads - 1), hv = clamped(p.q_to_v[h], p.v_heads - 1);
-    const int lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * 16 * C::kM;
     if (rows == 0) return;
     const KeyRange range{partners(row0).first, partners(row0 + rows - 1).last};
     if (range.first >= range.last) return;
     const AttentionBias bias = bias_of(p.bias, b, h);
-    if constexpr (kOwnsQueries) {
-#pragma unroll
-      for (int m = 0; m < C::kM; ++m)
-        for (int half = 0; half < 2; ++half) {
-          const int64_t i = row0 + warp_row + 16 * m + lane / 4 + 8 * half;
-          own_lse[m][half] = lse_of(i);
-          own_delta[m][half] = i < qs.count ? p.delta[lse_at(i)] : 0.0f;
-        }
-    }
     __syncthreads();  // the last head's tiles are used up
     const int64_t begin = range.first / C::kCols, end = (range.last + C::kCols - 1) / C::kCols;
     load_own();
@@ -344,11 +325,11 @@ struct BackwardBlock {
       multiply_transposed<T, kW>(own_y, warp_row, other_tile(tile, 1), 0, round_up(value_dims, 16),
                                  y);
     if constexpr (kT5 && kGrad != Grad::v) {
-      if (p.dropout.below != 0) drop(keep, y);
+      if (p.dropout.below != 0) drop_weights(p.dropout, keep, y);
     }
     make_weights(tile, bias, x, y);
     if constexpr (kT5 && kGrad == Grad::v) {
-      if (p.dropout.below != 0) drop(keep, x);
+      if (p.dropout.below != 0) drop_weights(p.dropout, keep, x);
     }
     if constexpr (kT5 && kOwnsQueries) {
       if (p.sums != nullptr) add_distances(tile, x);
@@ -373,10 +354,11 @@ __global__ void __launch_bounds__(BackwardTile<T, kW>::kThreads, 2)
   using C = BackwardTile<T, kW>;
   constexpr bool kOwnsQueries = kGrad == Grad::q;
   TENFOLD_SHARED(int, chosen, 1);
-  TENFOLD_SHARED(float, other_lse, C::kStages* C::kCols);
-  TENFOLD_SHARED(float, other_delta, C::kStages* C::kCols);
+  constexpr int kQueries = kOwnsQueries ? C::kRows : C::kStages * C::kCols;
+  TENFOLD_SHARED(float, lses, kQueries);
+  TENFOLD_SHARED(float, deltas, kQueries);
   TENFOLD_SHARED(int, wild, 2);
-  TENFOLD_SHARED(float, windows, kT5 ? 2 * (C::kRows + C::kCols) : 1);
+  TENFOLD_SHARED(float, windows, kT5 ? C::kStages * C::kWindow : 1);
   TENFOLD_DYNAMIC_SHARED(memory);
   const Work w = find_work(kOwnsQueries ? p.queries : p.keys, p.batch,
                            kOwnsQueries       ? p.q_heads
@@ -405,17 +387,15 @@ __global__ void __launch_bounds__(BackwardTile<T, kW>::kThreads, 2)
                                          tiles,
                                          tiles + C::kRows * kW,
                                          tiles + 2 * C::kRows * kW,
-                                         other_lse,
-                                         other_delta,
+                                         lses,
+                                         deltas,
                                          scratch + warp * C::kScratch,
                                          wild,
                                          windows,
                                          grad,
                                          0,
                                          0,
-                                         0,
-                                         {},
-                                         {}};
+                                         0};
   int64_t head = w.head;
   if constexpr (kOwnsQueries) {
     head = ranked_head(p.q_to_k, p.q_heads, w.head, chosen);

@@ -5,6 +5,7 @@
 // while the weights are made, the values while the logits are. Nothing but out and lse is written.
 #pragma once
 
+#include "attention/cuda/dropout.cuh"
 #include "attention/cuda/prefill_launch.h"
 
 namespace tenfold::cuda {
@@ -62,33 +63,34 @@ __device__ inline void make_logits(const LogitRule& rule, int64_t row0, int64_t 
   const int lane = threadIdx.x % 32;
   const bool edits = rule.edits();
   if (!masked && !edits) return;
+  const int64_t first = row0 + lane / 4;  // of the thread's rows
+  const int64_t at = first + first_place(rule.mask, rule.num_queries, rule.num_keys) - key0;
+  const TileRange<8 * kN> sees_of(at - rule.mask.left, at + rule.mask.right + 1,
+                                  rule.num_keys - key0);
+  const int rows = in_tile(rule.num_queries - first, 16 * kM);
 #pragma unroll
   for (int m = 0; m < kM; ++m)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int64_t row = row0 + 16 * m + lane / 4 + 8 * half;
-      const KeyRange range = tenfold::visible_keys(rule.mask, row, rule.num_queries, rule.num_keys);
-      const bool exists = row < rule.num_queries;
-      const int lo = in_tile(range.first - key0, 8 * kN);
-      const int hi = exists ? in_tile(range.last - key0, 8 * kN) : 0;
+      const int i = 16 * m + 8 * half;
+      const int lo = sees_of.lo(i), hi = i < rows ? sees_of.hi(i) : 0;
 #pragma unroll
       for (int n = 0; n < kN; ++n)
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const int key = 8 * n + lane % 4 * 2 + i;
+        for (int e = 0; e < 2; ++e) {
+          const int key = 8 * n + lane % 4 * 2 + e;
           const bool sees = key >= lo && key < hi;
-          float& x = acc[m][n][2 * half + i];
+          float& x = acc[m][n][2 * half + e];
           if (edits && sees) {
             x *= rule.scale;
             if constexpr (kT5) {
-              if (rule.window != nullptr)
-                x += rule.window[corner + key - (16 * m + lane / 4 + 8 * half)];
+              if (rule.window != nullptr) x += rule.window[corner + key - (lane / 4 + i)];
               continue;
             }
             if (rule.softcap > 0.0f) x = rule.softcap * SoftmaxUnits<T>::tanh(x);
             if (rule.bias.data != nullptr) {
               const float add =
-                  bias_at(rule.bias, row * rule.bias.row + (key0 + key) * rule.bias.key);
+                  bias_at(rule.bias, (first + i) * rule.bias.row + (key0 + key) * rule.bias.key);
               x = add == bits_to_float(0xFF800000u) ? add : x + add;
               if (x != bits_to_float(0xFF800000u)) seen[key] = 1;
             }
@@ -132,33 +134,6 @@ __device__ inline void softmax_step(float factor, RowState<kM>& state, float (&a
         if (8 * n >= dims) break;
         out[m][n][2 * half] *= shrink;
         out[m][n][2 * half + 1] *= shrink;
-      }
-    }
-}
-
-// Dropped weights become 0, the others larger.
-template <int kM, int kN>
-__device__ inline void drop_weights(const AttentionDropout& drop, uint32_t sequence_head,
-                                    int64_t row0, int64_t key0, float (&acc)[kM][kN][4]) {
-  const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int m = 0; m < kM; ++m)
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const auto row = static_cast<uint32_t>(row0 + 16 * m + lane / 4 + 8 * half);
-#pragma unroll 1  // else its rounds hold too many registers
-      for (int n = 0; n < kN; ++n) {
-        const int64_t key = key0 + 8 * n + lane % 4 * 2;
-        const Philox4 four = philox4x32_10(static_cast<uint32_t>(key / 4), row, sequence_head,
-                                           drop.offset, drop.key[0], drop.key[1]);
-        const bool second = key % 4 != 0;
-        const uint32_t low = second ? four.word[2] : four.word[0];
-        const uint32_t high = second ? four.word[3] : four.word[1];
-        const float factors[2] = {low < drop.below ? 0.0f : drop.scale,
-                                  high < drop.below ? 0.0f : drop.scale};
-#pragma unroll
-        for (int k = 0; k < kN; ++k)  // a run-time index would put the weights into memory
-          if (k == n) acc[m][k][2 * half] *= factors[0], acc[m][k][2 * half + 1] *= factors[1];
       }
     }
 }
@@ -223,7 +198,10 @@ struct ForwardSteps {
     make_logits<T, kT5>(rule, row0 + warp_row, key0, masked, seen, C::kRows - 1 - warp_row, acc);
     softmax_step<T>(factor, state, acc, out, value_dims);
     if constexpr (kT5) {
-      if (p.dropout.below != 0) drop_weights(p.dropout, sequence_head, row0 + warp_row, key0, acc);
+      if (p.dropout.below != 0)
+        drop_weights(p.dropout,
+                     draw_kept<true, C::kM, C::kN>(p.dropout, sequence_head, row0 + warp_row, key0),
+                     acc);
     }
     if (rule.bias.data != nullptr) {
       __syncthreads();

@@ -171,7 +171,9 @@ __global__ void __launch_bounds__(kDotThreads) fuse_backward_kernel(FuseBackward
   }
   __syncthreads();
   float sums[kTile * kTile] = {};
+#pragma unroll 1
   for (int64_t column = threadIdx.x; column < a.length / kCount; column += kDotThreads) {
+    asm volatile("" ::: "memory");  // else coef moves into registers, of which there are not enough
     float grad[kTile][kCount];
 #pragma unroll
     for (int h = 0; h < kTile; ++h)

@@ -32,14 +32,13 @@ __device__ inline int64_t cka_pair(int64_t a, int64_t b) {  // b <= a
 }
 
 __device__ inline CkaTile cka_tile(const CkaArgs& p) {
-  int64_t at = blockIdx.x;
-  const int64_t b_cut = at % p.cuts;
-  at /= p.cuts;
-  const int64_t a_cut = at % p.cuts, pair = at / p.cuts;
+  const auto cuts = static_cast<uint32_t>(p.cuts);  // no more than there are blocks
+  const uint32_t b_cut = blockIdx.x % cuts, rest = blockIdx.x / cuts, a_cut = rest % cuts;
+  const int64_t pair = rest / cuts;
   auto a = static_cast<int64_t>((sqrt(8.0 * static_cast<double>(pair) + 1.0) - 1.0) / 2.0);
   while (a * (a + 1) / 2 > pair) --a;
   while ((a + 1) * (a + 2) / 2 <= pair) ++a;
-  return {a, pair - a * (a + 1) / 2, a_cut * kCkaTile, b_cut * kCkaTile};
+  return {a, pair - a * (a + 1) / 2, int64_t{a_cut} * kCkaTile, int64_t{b_cut} * kCkaTile};
 }
 
 template <class T>

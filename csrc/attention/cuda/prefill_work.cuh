@@ -8,7 +8,6 @@
 
 #include "attention/dha_attention.h"
 #include "core/mma_tile.cuh"
-#include "core/philox.h"
 
 namespace tenfold::cuda {
 
@@ -115,6 +114,26 @@ TENFOLD_HD int in_tile(int64_t x, int tile) {
   return x < 0 ? 0 : x > tile ? tile : static_cast<int>(x);
 }
 
+// The columns of a tile that rows see which follow each other: row i those of [lo(i), hi(i)). Made
+// from the range of row 0 relative to the tile, not cut to it, that moves on with the row, and what
+// no row goes beyond. 32 bits: four rows' ranges take fewer registers than one did.
+template <int kTile>
+struct TileRange {
+  int first, last, most;
+
+  __device__ TileRange(int64_t first_of_0, int64_t last_of_0, int64_t end)
+      : first(cut_far(first_of_0)), last(cut_far(last_of_0)), most(in_tile(end, kTile)) {}
+  __device__ int lo(int i) const { return cut(first + i, kTile); }
+  __device__ int hi(int i) const { return cut(last + i, most); }
+
+ private:
+  static constexpr int kFar = 1 << 24;  // no tile has so many rows
+  __device__ static int cut_far(int64_t x) {
+    return x < -kFar ? -kFar : x > kFar ? kFar : static_cast<int>(x);
+  }
+  __device__ static int cut(int x, int most) { return x < 0 ? 0 : x > most ? most : x; }
+};
+
 // The bias of one (batch, query head).
 __device__ inline AttentionBias bias_of(const AttentionBias& all, int64_t b, int64_t h) {
   AttentionBias one = all;
@@ -145,16 +164,6 @@ __device__ inline void load_window(const OnDevice<Params>& p, int64_t head, int6
     const int64_t r = first + i;
     window[i] = lut[r < -p.reach ? 0 : r > p.reach ? 2 * p.reach : r + p.reach];
   }
-}
-
-// Whether weight (sequence_head, row, key) is not dropped.
-__device__ inline bool dropout_keeps(const AttentionDropout& d, uint32_t sequence_head, int64_t row,
-                                     int64_t key) {
-  const Philox4 four = philox4x32_10(static_cast<uint32_t>(key / 4), static_cast<uint32_t>(row),
-                                     sequence_head, d.offset, d.key[0], d.key[1]);
-  const uint32_t low = key % 2 == 0 ? four.word[0] : four.word[1];
-  const uint32_t high = key % 2 == 0 ? four.word[2] : four.word[3];
-  return (key % 4 < 2 ? low : high) >= d.below;
 }
 
 // Whether rows can be read as 16-byte vectors.

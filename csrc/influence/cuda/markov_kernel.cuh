@@ -150,7 +150,7 @@ struct Upstream {
 };
 
 template <class T>
-static __global__ void __launch_bounds__(kLaneThreads)
+static __global__ void __launch_bounds__(kLaneThreads, 4)  // of few threads: registers, not spills
     scan_back_kernel(MarkovArgs<T> a, Stretch<Real<T>> s, int64_t end, Upstream<Real<T>> grad,
                      Real<T>* lam) {
   using R = Real<T>;
@@ -197,7 +197,7 @@ static __global__ void __launch_bounds__(kLaneThreads)
 // Gradients of y at steps [first, T), of which those below 0 are y0, from those of the predictions
 // (in a scan lam). A thread per (run, step, test example).
 template <class T>
-static __global__ void __launch_bounds__(kFlatThreads)
+static __global__ void __launch_bounds__(kFlatThreads, 4)
     past_kernel(MarkovArgs<T> a, Upstream<Real<T>> grad, int64_t first, int64_t count,
                 Real<T>* grad_y, Real<T>* grad_y0) {
   using R = Real<T>;

@@ -285,7 +285,7 @@ __global__ void __launch_bounds__(kProxyThreads, sizeof(T) == 2 ? kProxyBlocks +
 
 constexpr int kCombineThreads = 128;
 
-__global__ void proxy_lse_combine_kernel(ProxyArgs p) {
+__global__ void __launch_bounds__(kCombineThreads) proxy_lse_combine_kernel(ProxyArgs p) {
   const int64_t rows = p.batch * p.q_heads * p.num_proxies;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kCombineThreads + threadIdx.x;
   if (row >= rows) return;

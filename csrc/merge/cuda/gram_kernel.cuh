@@ -144,7 +144,8 @@ void launch_gram(const GramArgs& a, bool fresh, double* gram, cudaStream_t strea
 }
 
 // One thread.
-static __global__ void slerp_weights_kernel(SlerpRule rule, const double* gram, float* weight) {
+static __global__ void __launch_bounds__(32)
+    slerp_weights_kernel(SlerpRule rule, const double* gram, float* weight) {
   const SlerpWeights w = rule.weights(gram[0], gram[1], gram[3]);
   weight[0] = static_cast<float>(w.first);
   weight[1] = static_cast<float>(w.second);

@@ -67,9 +67,9 @@ struct AdamwSteps {
 };
 
 // Before the update: steps advance (unless found_inf), and every tensor gets its scalars.
-static __global__ void adamw_advance_kernel(const __grid_constant__ AdamwSteps steps,
-                                            const AdamwOptions options, const AdamwInputs in,
-                                            AdamwScalars* out) {
+static __global__ void __launch_bounds__(kAdamwThreads)
+    adamw_advance_kernel(const __grid_constant__ AdamwSteps steps, const AdamwOptions options,
+                         const AdamwInputs in, AdamwScalars* out) {
   const int i = static_cast<int>(blockIdx.x) * kAdamwThreads + static_cast<int>(threadIdx.x);
   if (i >= steps.count) return;
   const bool skips = in.found_inf != nullptr && *in.found_inf != 0.0f;

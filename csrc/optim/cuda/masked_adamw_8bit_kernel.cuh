@@ -102,8 +102,7 @@ __device__ inline Pack<uint8_t, kLaneElements> quantise(const DeviceBook& book, 
 template <class P>
 __device__ inline void update_state_block(const Adamw8Tensor& t, const AdamwScalars& s,
                                           const AdamwOptions& o, const DeviceBook& book1,
-                                          const DeviceBook& book2, int64_t i, int n, bool packs,
-                                          bool code_packs) {
+                                          const DeviceBook& book2, int64_t i, int n) {
   const uint32_t bits = n > 0 ? trained_bits(t.mask, i, n) : 0;
   if (__ballot_sync(0xFFFFFFFFu, bits != 0) == 0) return;
   const int64_t block = i / kStateBlock;
@@ -111,7 +110,9 @@ __device__ inline void update_state_block(const Adamw8Tensor& t, const AdamwScal
   auto* const p = static_cast<P*>(t.param) + i;
   auto* const codes1 = static_cast<uint8_t*>(t.exp_avg) + i;
   auto* const codes2 = static_cast<uint8_t*>(t.exp_avg_sq) + i;
-  const bool whole = n == kLaneElements && packs, code_whole = n == kLaneElements && code_packs;
+  // Not kept over the loop, in registers that are few: the pointers are arguments.
+  const bool whole = n == kLaneElements && aligned16(t.param) && aligned16(t.grad);
+  const bool code_whole = n == kLaneElements && aligned16(t.exp_avg) && aligned16(t.exp_avg_sq);
   Pack<P, kLaneElements> param{}, grad{};
   Pack<uint8_t, kLaneElements> q1{}, q2{};
   if (bits != 0) {
@@ -163,15 +164,14 @@ __global__ void __launch_bounds__(kAdamwThreads)
   make_book(code2, &books[1]);
   __syncthreads();
   const int64_t begin = (chunk - table.first_chunk[at]) * kAdamw8Chunk;
-  const int64_t end = begin + kAdamw8Chunk < t.numel ? begin + kAdamw8Chunk : t.numel;
-  const bool packs = aligned16(t.param) && aligned16(t.grad);
-  const bool code_packs = aligned16(t.exp_avg) && aligned16(t.exp_avg_sq);
-  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-  for (int64_t block = begin + warp * kStateBlock; block < end;
-       block += kAdamwThreads / 32 * kStateBlock) {
-    const int64_t i = block + lane * kLaneElements, left = end - i;
-    const int n = static_cast<int>(left < 0 ? 0 : left < kLaneElements ? left : kLaneElements);
-    update_state_block<P>(t, s, o, books[0], books[1], i, n, packs, code_packs);
+  const int length =
+      static_cast<int>(t.numel - begin < kAdamw8Chunk ? t.numel - begin : kAdamw8Chunk);
+  constexpr int kBlock = static_cast<int>(kStateBlock);
+  // A warp's lanes go on together, also those behind the end.
+  for (int from = static_cast<int>(threadIdx.x) * kLaneElements; from / kBlock * kBlock < length;
+       from += kAdamwThreads * kLaneElements) {
+    const int left = length - from, n = left < 0 ? 0 : left < kLaneElements ? left : kLaneElements;
+    update_state_block<P>(t, s, o, books[0], books[1], begin + from, n);
   }
 }
 

@@ -91,9 +91,11 @@ __global__ void __launch_bounds__(kAdamwThreads)
   const bool packs = aligned16(p) && aligned16(g);
   const bool state_packs = !compact && aligned16(m) && aligned16(v) && aligned16(max);
   const int64_t begin = (chunk - table.first_chunk[at]) * kAdamwChunk<P>;
-  const int64_t end = begin + kAdamwChunk<P> < t.numel ? begin + kAdamwChunk<P> : t.numel;
-  for (int64_t i = begin + static_cast<int64_t>(threadIdx.x) * N; i < end; i += kAdamwThreads * N) {
-    const int n = static_cast<int>(end - i < N ? end - i : N);
+  const int length =
+      static_cast<int>(t.numel - begin < kAdamwChunk<P> ? t.numel - begin : kAdamwChunk<P>);
+  for (int from = static_cast<int>(threadIdx.x) * N; from < length; from += kAdamwThreads * N) {
+    const int64_t i = begin + from;
+    const int n = length - from < N ? length - from : N;
     const uint32_t bits = trained_bits(t.mask, i, n);
     if (bits == 0 && !o.param_only) continue;
     const bool whole = n == N && packs, state_whole = n == N && state_packs;
