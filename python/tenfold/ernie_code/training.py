@@ -276,12 +276,13 @@ def train(
             due = step == steps or (step % every == 0 and (config.eval_every or config.patience))
             if unseen is None or not due:
                 return False
-            found = {"step": float(step)} | held_out_loss(model, unseen)
-            metrics |= {HELD_OUT + k: v for k, v in found.items()}
-            if config.patience is None:
-                return False
-            if not best.found or found["loss"] < best.found["loss"]:
-                best.keep(found)
+            with trainer.whole():
+                found = {"step": float(step)} | held_out_loss(model, unseen)
+                metrics |= {HELD_OUT + k: v for k, v in found.items()}
+                if config.patience is None:
+                    return False
+                if not best.found or found["loss"] < best.found["loss"]:
+                    best.keep(found)
             return step - best.found["step"] >= config.patience * every
 
         curve = trainer.run(STAGE, model, steps, config.batch_size, trainer.loss_of, after_step)
