@@ -5,8 +5,10 @@ import sys
 from pathlib import Path
 
 import ranks
-from test_ernie_code_training import run
+from test_ernie_code_training import OPTIMIZERS, run
 
 if __name__ == "__main__":
-    run(Path(sys.argv[1]) / "out", callback=ranks.killed_after(*sys.argv[2:]), steps=3)
+    kill = ranks.killed_after(*sys.argv[2:])
+    for name, changes in OPTIMIZERS.items():
+        run(Path(sys.argv[1]) / name, callback=kill, steps=3, **changes)
     ranks.leave()

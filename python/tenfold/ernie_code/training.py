@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tenfold.ernie_code.adafactor import ShardedAdafactor
 from tenfold.ernie_code.collators import PivotTranslationCollator, SpanCorruptionCollator
 from tenfold.ernie_code.mixture import Mixture, MixtureDataset
 from tenfold.ernie_code.model import check_untied
@@ -26,6 +27,7 @@ from tenfold.training.loop import Callback, Metrics, Pieces, kept_random_state
 from tenfold.training.recipe import AdamWTrainer, decay_groups, scheduled, steps_of
 from tenfold.training.record import HELD_OUT, Record
 from tenfold.training.session import Session
+from tenfold.training.sharding import mesh_of
 
 STAGE = "train"
 RECORD = "train.json"
@@ -167,11 +169,14 @@ class CodeTrainer(AdamWTrainer):
 
         c = self.config
         trained = [p for p in module.parameters() if p.requires_grad]
-        return Adafactor(
-            decay_groups(trained, c.learning_rate, c.weight_decay), lr=c.learning_rate, beta1=None,
-            clip_threshold=c.clip_threshold, decay_rate=c.decay_rate, scale_parameter=c.scale_parameter,
-            relative_step=False, warmup_init=False,
-        )  # fmt: skip
+        groups = decay_groups(trained, c.learning_rate, c.weight_decay)
+        common: dict[str, Any] = {
+            "lr": c.learning_rate, "clip_threshold": c.clip_threshold, "decay_rate": c.decay_rate,
+            "scale_parameter": c.scale_parameter,
+        }  # fmt: skip
+        if mesh_of(self.accelerator) is not None:
+            return ShardedAdafactor(groups, **common)
+        return Adafactor(groups, beta1=None, relative_step=False, warmup_init=False, **common)
 
     def rate(self, step: int, steps: int) -> float:
         """The schedule; warm-up is in steps."""

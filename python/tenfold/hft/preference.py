@@ -115,7 +115,8 @@ def dpo(
                 config.share_reference
                 and config.draws()[0] in ("round", "never")
                 and config.soft_freeze is None
-                and mesh_of(session.accelerator) is None  # in shards, what is frozen is no longer there whole
+                and mesh_of(session.accelerator)
+                is None  # in shards, what is frozen is no longer there whole
             ):
                 plan = _first_plan(session, module)
             reference = make_reference(module, plan).to(session.accelerator.device)

@@ -77,8 +77,8 @@ def make_accelerator(config: Settings, device: torch.device) -> Any:
     if kind in SHARDED:
         # Losses without logits, sampling, evaluation and what is saved read the weights of the bare model.
         raise ValueError(
-            f"accelerate is configured for {kind}, and this trainer shards models by its own FSDP2 only: launch it with "
-            "torchrun, or with one of examples/accelerate, in a process without another Accelerator"
+            f"accelerate is configured for {kind}, and this trainer shards models by its own FSDP2 only: launch it "
+            "with torchrun, or with one of examples/accelerate, in a process without another Accelerator"
         )
     if sharded and accelerator.num_processes > 1:
         sharding.shard_by(accelerator, config.mixed_precision)

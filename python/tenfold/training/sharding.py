@@ -2,10 +2,10 @@
 """FSDP2 for the training loop: weights, gradients and optimiser states in shards, on CPUs (gloo) and GPUs alike.
 
 torch's ``fully_shard`` on each repeated block and on what is left over, asked for by accelerate's own settings
-(``accelerate launch`` with ``fsdp_version: 2``, or ``ACCELERATE_USE_FSDP=true FSDP_VERSION=2 torchrun ...``), but without
-accelerate's wrapper, which is for accelerators only and which losses that read weights outside of a forward cannot use.
-Here a step's whole computation runs inside the outermost forward, and :meth:`Sharded.whole` makes the module for a while,
-or for good, the ordinary one that it was before.
+(``accelerate launch`` with ``fsdp_version: 2``, or ``ACCELERATE_USE_FSDP=true FSDP_VERSION=2 torchrun ...``), but
+without accelerate's wrapper, which is for accelerators only and which losses that read weights outside of a forward
+cannot use. Here a step's whole computation runs inside the outermost forward, and :meth:`Sharded.whole` makes the
+module for a while, or for good, the ordinary one that it was before.
 """
 
 from __future__ import annotations
@@ -56,7 +56,9 @@ def asked() -> bool:
             f"FSDP_AUTO_WRAP_POLICY must be TRANSFORMER_BASED_WRAP or NO_WRAP, got {policy!r}"
         )
     if os.environ.get("FSDP_IGNORED_MODULES"):
-        raise ValueError("FSDP_IGNORED_MODULES is not supported with FSDP2: all weights are sharded")
+        raise ValueError(
+            "FSDP_IGNORED_MODULES is not supported with FSDP2: all weights are sharded"
+        )
     return True
 
 
@@ -75,8 +77,8 @@ def shard_by(accelerator: Any, precision: str) -> None:
     """Remembers that ``accelerator`` shards models over all of its ranks. ValueError for a precision that cannot be."""
     if precision not in ("no", "bf16"):
         raise ValueError(
-            f"mixed_precision must be 'no' or 'bf16' with FSDP2, got {precision!r}: fp16 and fp8 scale gradients by what "
-            "one rank sees"
+            f"mixed_precision must be 'no' or 'bf16' with FSDP2, got {precision!r}: fp16 and fp8 scale gradients by "
+            "what one rank sees"
         )
     from torch.distributed.device_mesh import init_device_mesh
 
@@ -93,6 +95,11 @@ def mesh_of(accelerator: Any) -> Any | None:
 def gathered(tensor: Tensor) -> Tensor:
     """The whole of a sharded tensor, on every rank (all must call); any other tensor as it is."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[operator]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor; any other tensor as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[operator]
 
 
 def blocks_of(module: nn.Module) -> list[nn.Module]:
@@ -174,7 +181,9 @@ class Sharded(nn.Module):
         self._state_hooks = self._hooks(_STATE_HOOKS)
         later = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() in _ON
         common = {"mesh": mesh, "ignored_params": scalars}
-        self.units: list[Any] = [fully_shard(m, reshard_after_forward=False, **common) for m in apart]
+        self.units: list[Any] = [
+            fully_shard(m, reshard_after_forward=False, **common) for m in apart
+        ]
         self.units += [fully_shard(m, reshard_after_forward=later, **common) for m in blocks]
         # Losses read heads and embeddings after the module's own forward: they stay until the backward is over.
         self.units.append(fully_shard(self, reshard_after_forward=False, **common))
@@ -205,13 +214,13 @@ class Sharded(nn.Module):
         from accelerate.utils import convert_outputs_to_fp32
 
         # As accelerate's own preparation of a model.
-        cast = torch.autocast(self.mesh.device_type, getattr(torch, {"bf16": "bfloat16"}[precision]))
+        cast = torch.autocast(
+            self.mesh.device_type, getattr(torch, {"bf16": "bfloat16"}[precision])
+        )
         self.module.forward = convert_outputs_to_fp32(cast(self.module.forward))  # type: ignore[method-assign]
 
     def _hooks(self, names: Iterable[str]) -> dict[tuple[int, str], dict[Any, Any]]:
-        return {
-            (i, n): dict(getattr(m, n)) for i, (m, *_) in enumerate(self._kept) for n in names
-        }
+        return {(i, n): dict(getattr(m, n)) for i, (m, *_) in enumerate(self._kept) for n in names}
 
     # -- a step ----------------------------------------------------------------------------------
 
@@ -344,8 +353,7 @@ class Sharded(nn.Module):
         own = self.module.state_dict()
         for name, value in state["model"].items():
             held = own[name]
-            target = held.to_local() if hasattr(held, "to_local") else held
-            target.copy_(value["local"] if isinstance(value, dict) else value)
+            local(held).copy_(value["local"] if isinstance(value, dict) else value)
         optimizer.load_state_dict(_unpacked(state["optimizer"], self.mesh))
 
 
@@ -376,8 +384,8 @@ def _check(module: nn.Module, blocks: Iterable[nn.Module]) -> None:
         kinds = sorted({str(p.dtype)[6:] for p in parameters if p.requires_grad and p.ndim})
         if len(kinds) > 1:
             raise ValueError(
-                f"FSDP2 needs one dtype of what trains in a block, got {' and '.join(kinds)} in {name}; cast the model, "
-                "or run without FSDP2"
+                f"FSDP2 needs one dtype of what trains in a block, got {' and '.join(kinds)} in {name}; cast the "
+                "model, or run without FSDP2"
             )
 
 
@@ -420,9 +428,7 @@ def whole(model: Any) -> Any:
 
 def computed(model: Any, function: Callable[..., Any], *args: Any) -> Any:
     """``function(model, *args)``; of a sharded model inside of its outermost forward."""
-    return (
-        model(function, *args) if isinstance(model, Sharded) else function(model, *args)
-    )
+    return model(function, *args) if isinstance(model, Sharded) else function(model, *args)
 
 
 def unsynced(accelerator: Any, model: Any) -> Any:
@@ -430,9 +436,7 @@ def unsynced(accelerator: Any, model: Any) -> Any:
 
     Shards are summed over ranks every time: no rank has to hold the gradient of all weights.
     """
-    return (
-        contextlib.nullcontext() if isinstance(model, Sharded) else accelerator.no_sync(model)
-    )
+    return contextlib.nullcontext() if isinstance(model, Sharded) else accelerator.no_sync(model)
 
 
 def most(count: int, device: torch.device) -> int:
