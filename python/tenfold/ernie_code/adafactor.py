@@ -84,8 +84,10 @@ class ShardedAdafactor(torch.optim.Optimizer):
         square = grad.square() + group["eps"][0]
         if not state:
             state["step"] = 0
-            names = {"row": square.shape[0], "col": p.shape[1]} if p.ndim == 2 else {"all": square.shape[0]}  # fmt: skip
-            state.update({n: square.new_zeros(size) for n, size in names.items()})
+            sizes = (
+                {"row": len(square), "col": p.shape[-1]} if p.ndim == 2 else {"all": len(square)}
+            )
+            state.update({name: square.new_zeros(size) for name, size in sizes.items()})
         state["step"] += 1
         state["decay"] = 1 - state["step"] ** group["decay_rate"]
         weights = p.to_local().float().square().sum().reshape(1) / p.numel()
