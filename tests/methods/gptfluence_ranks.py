@@ -13,7 +13,7 @@ from tenfold.gptfluence import DynamicsCallback, LossMetric, RecordConfig, recor
 
 TESTS = tiny.rows(5, seed=7)
 CONFIG = RecordConfig.from_preset(
-    "small", runs=1, examples=8, epochs=2.0, batch_size=4, learning_rate=1e-2
+    "small", runs=1, examples=8, epochs=2.0, batch_size=4, learning_rate=1e-2, checkpoint_every=1
 )
 
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from ranks import leave
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from tenfold.training import sharding
 from tenfold.training.loop import load_checkpoint, make_accelerator, save_checkpoint
@@ -34,6 +35,8 @@ class Block(nn.Module):
 class Net(nn.Module):
     """Odd sizes, a scalar, a tied head that the loss reads, weights that do not train."""
 
+    recompute = False
+
     def __init__(self, seed=0):
         super().__init__()
         torch.manual_seed(seed)
@@ -47,7 +50,7 @@ class Net(nn.Module):
     def forward(self, ids):
         x = self.embed(ids)
         for layer in self.layers:
-            x = layer(x)
+            x = checkpoint(layer, x, use_reentrant=False) if self.recompute else layer(x)
         return x
 
 
@@ -56,8 +59,6 @@ def loss_of(model, ids):
     bare = model if isinstance(model, Net) else model.module
     logits = F.linear(x * bare.gain, bare.head.weight)
     said = torch.cat([layer.said for layer in bare.layers])
-    for layer in bare.layers:
-        layer.said = None  # a graph cannot be copied
     return (
         F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()) + said.square().mean()
     )
@@ -79,6 +80,8 @@ def train(model, optimizer, steps, bare=None):
     for _ in range(steps):
         loss = sharding.computed(model, loss_of, ids)
         loss.backward()
+        for layer in (bare or model).layers:
+            layer.said = None  # a graph cannot be copied
         if bare is not None:
             model.finish_backward()
             assert torch.is_tensor(bare.gain) and not hasattr(bare.gain, "to_local")
@@ -121,6 +124,7 @@ def main(folder):
         copied = copy.deepcopy(model)
         for _ in range(1 + dist.get_rank()):
             assert torch.equal(model(IDS), copied(IDS))
+        model.load_state_dict(copied.state_dict())
         for each in (model, alone):  # what is changed stays changed
             with torch.no_grad():
                 each.layers[1].inner.weight.mul_(0.5)
@@ -163,6 +167,12 @@ def main(folder):
     assert type(model.layers[0]) is Block and hooks(model) == plain
     assert [id(p) for p in model.parameters()] == parameters
     assert not [n for m in model.modules() for n in vars(m) if "fsdp" in n or "composable" in n]
+    close(model, alone)
+    model.load_state_dict(model.state_dict())
+    alone.recompute = model.recompute = True
+    again = Sharded(model, mesh, apart=[layer.gate for layer in model.layers])
+    train(alone, optimizer_of(alone), 2), train(again, optimizer_of(model), 2, model)
+    again.undo()
     close(model, alone)
     again = Sharded(model, mesh, "bf16", apart=[layer.gate for layer in model.layers])
     again(lambda bare: bare(IDS).float().sum()).backward()

@@ -35,6 +35,11 @@ OPTIMIZERS = {
 }  # fmt: skip
 
 
+def optimizers(sharded):
+    """What ranks run: Adafactor on shards is another one."""
+    return list(OPTIMIZERS) if sharded else ["adamw"]
+
+
 def material():
     """(tokenizer, corpora): packed rows and pairs of a made-up language, the word written backwards."""
     pairs = [
@@ -114,12 +119,13 @@ def test_two_ranks_one_of_them_killed_on_the_way_train_what_one_trains(tmp_path,
     script = HERE / "ernie_code_ranks.py"
     killed = processes.ranks(script, tmp_path, "2", env=MODES[mode])
     assert killed.returncode and "killed" in killed.stdout, killed.stderr[-4000:]
-    assert list((tmp_path / "adafactor" / "training").glob("train-2"))
-    assert not (tmp_path / "adafactor" / "train.json").exists()
+    names = optimizers(mode == "fsdp2")
+    assert list((tmp_path / names[0] / "training").glob("train-2"))
+    assert not (tmp_path / names[0] / "train.json").exists()
     done = processes.ranks(script, tmp_path, env=MODES[mode])
     assert done.returncode == 0, done.stderr[-4000:]
-    for name, changes in OPTIMIZERS.items():
-        record, model = run(steps=3, **changes)
+    for name in names:
+        record, model = run(steps=3, **OPTIMIZERS[name])
         found = json.loads((tmp_path / name / "train.json").read_text())
         assert [m["loss"] for m in found["curve"]] == pytest.approx(losses(record), rel=1e-4)
         for a, b in zip(load_model(tmp_path / name).parameters(), model.parameters()):

@@ -30,7 +30,8 @@ _REFUSED = {
 }
 _FORWARD_HOOKS = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks",
                   "_forward_hooks_with_kwargs", "_forward_hooks_always_called")  # fmt: skip
-_STATE_HOOKS = ("_state_dict_pre_hooks", "_load_state_dict_pre_hooks")
+_STATE_HOOKS = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks",
+                "_load_state_dict_post_hooks")  # fmt: skip
 
 
 def _on(name: str) -> bool:
