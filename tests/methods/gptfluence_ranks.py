@@ -1,24 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One of several gloo ranks: python gptfluence_ranks.py FOLDER trainer|loop."""
+"""One of several gloo ranks: python gptfluence_ranks.py FOLDER trainer|loop [STEP], after which the last is killed."""
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import gptfluence_models as tiny
+import ranks
 import torch
-import torch.distributed as dist
 
 from tenfold.gptfluence import DynamicsCallback, LossMetric, RecordConfig, record_runs
 
 TESTS = tiny.rows(5, seed=7)
 CONFIG = RecordConfig.from_preset(
-    "small", runs=1, examples=8, epochs=2.0, batch_size=4, learning_rate=1e-2
+    "small", runs=1, examples=8, epochs=2.0, batch_size=4, learning_rate=1e-2, checkpoint_every=1
 )
 
 
-def loop(folder):
+def loop(folder, step=None):
     """Our own loop: ranks share batches and tests."""
-    record_runs(tiny.tiny(3), tiny.rows(12), TESTS, folder, CONFIG)
+    kill = ranks.killed_after(step)
+    record_runs(
+        tiny.tiny(3), tiny.rows(12), TESTS, folder, CONFIG,
+        watch=lambda run: lambda model, done: kill(SimpleNamespace(stage="run", step=done)),
+    )  # fmt: skip
 
 
 def trainer(folder):
@@ -46,8 +51,6 @@ def trainer(folder):
 
 
 if __name__ == "__main__":
-    globals()[sys.argv[2]](Path(sys.argv[1]))
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+    globals()[sys.argv[2]](Path(sys.argv[1]), *sys.argv[3:])
+    ranks.leave()
     torch.save({}, Path(sys.argv[1]) / "done")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One of several gloo ranks: python hft_ranks.py FOLDER ddp|fsdp2|... [STAGE STEP], where the last is killed."""
+"""One of several gloo ranks: python hft_ranks.py FOLDER continual|fsdp2|... [STAGE STEP], where the last is killed."""
 
 import copy
 import os
@@ -19,8 +19,8 @@ def tasks():
             for i in range(3)]  # fmt: skip
 
 
-def ddp(folder, stage=None, step=None):
-    """Continual learning over accelerate: a new DDP wrapper for every draw."""
+def continual(folder, stage=None, step=None):
+    """Continual learning over accelerate: a new DDP wrapper, or the same shards, for every draw."""
     callback = killed_after(step, stage)
     config = HFTConfig.from_preset(
         "small", steps=4, batch_size=4, learning_rate=1e-2, checkpoint_every=1
@@ -35,6 +35,44 @@ def ddp(folder, stage=None, step=None):
             torch.save(model.state_dict(), os.path.join(folder, "model.pt"))
             record.write(os.path.join(folder, "record.json"))
         leave()
+
+
+# More than one draw, layers that train first in the second one, the gradient of a penalty, both references.
+KINDS = {
+    "soft": {"soft_freeze": 0.5, "micro_batch_size": 1},
+    "lisa": {"method": "lisa", "lisa_layers": 1, "lisa_every": 2},
+    "adamw": {"method": "full", "optimizer": "adamw"},
+    "dpo": {},
+    "dpo-lora": {"method": "lora"},
+}
+
+
+def kind(name):
+    """(model, record) of one of the other loops."""
+    model = tiny.tiny(2)
+    config = HFTConfig.from_preset("small", steps=4, batch_size=4, learning_rate=1e-2, eps=1e-4)
+    config = config.with_changes(**KINDS[name])
+    ids = tiny.rows(16, 16)
+    if name.startswith("dpo"):
+        other = tiny.rows(16, 16, 5)
+        data = {
+            "input_ids": ids,
+            "labels": ids,
+            "rejected_input_ids": other,
+            "rejected_labels": other,
+        }
+        return model, hft.dpo(model, data, config)
+    return model, hft.sft(model, ids, config)
+
+
+def kinds(folder):
+    for name in KINDS:
+        model, record = kind(name)
+        agree(model)
+        losses = [m["loss"] for m in record.curves["round-0"]]
+        if torch.distributed.get_rank() == 0:
+            torch.save((model.state_dict(), losses), os.path.join(folder, f"{name}.pt"))
+    leave()
 
 
 def plain(model, optimizer, ids, steps=3):
@@ -123,4 +161,6 @@ def rewrap(folder):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    {"ddp": ddp, "fsdp2": fsdp2, "rewrap": rewrap}[sys.argv[2]](sys.argv[1], *sys.argv[3:])
+    {"continual": continual, "kinds": kinds, "fsdp2": fsdp2, "rewrap": rewrap}[sys.argv[2]](
+        sys.argv[1], *sys.argv[3:]
+    )

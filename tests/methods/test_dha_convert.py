@@ -8,6 +8,7 @@ from pathlib import Path
 import dha_models as tiny
 import pytest
 import torch
+from ranks import MODES
 from transformers import MistralConfig, MistralForCausalLM
 
 from tenfold.dha.config import ConversionError, DhaConfig
@@ -433,11 +434,11 @@ class TestResume:
         assert sorted(map(tuple, whole.tolist())) == sorted(map(tuple, ROWS.tolist()))
 
 
-@pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    killed = processes.ranks(HERE / "dha_ranks.py", folder, "fusion-1", 4)
-    done = processes.ranks(HERE / "dha_ranks.py", folder)
+@pytest.fixture(scope="module", params=MODES)
+def two_ranks(request, tmp_path_factory):
+    folder, env = tmp_path_factory.mktemp("ranks"), MODES[request.param]
+    killed = processes.ranks(HERE / "dha_ranks.py", folder, "fusion-1", 4, env=env)
+    done = processes.ranks(HERE / "dha_ranks.py", folder, env=env)
     return folder, killed, done
 
 

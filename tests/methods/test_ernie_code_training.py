@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from ranks import MODES
 
 from tenfold.ernie_code import (
     CodeTrainConfig,
@@ -26,6 +27,17 @@ SMALL = {
     "steps": 4, "batch_size": 8, "rows_per_draw": 2, "max_inputs": 48, "max_targets": 24, "warmup_steps": 1,
     "checkpoint_every": 2, "mixed_precision": "no",
 }  # fmt: skip
+
+
+OPTIMIZERS = {
+    "adafactor": {"optimizer": "adafactor", "learning_rate": 1e-3, "scale_parameter": True, "weight_decay": 0.1},
+    "adamw": {"optimizer": "adamw"},
+}  # fmt: skip
+
+
+def optimizers(sharded):
+    """What ranks run: Adafactor on shards is another one."""
+    return list(OPTIMIZERS) if sharded else ["adamw"]
 
 
 def material():
@@ -102,19 +114,22 @@ def test_micro_batches_are_one_batch():
         assert losses(record) == pytest.approx(losses(expected), rel=1e-5)
 
 
-def test_two_ranks_one_of_them_killed_on_the_way_train_what_one_trains(tmp_path):
+@pytest.mark.parametrize("mode", MODES)
+def test_two_ranks_one_of_them_killed_on_the_way_train_what_one_trains(tmp_path, mode):
     script = HERE / "ernie_code_ranks.py"
-    killed = processes.ranks(script, tmp_path, "2")
+    killed = processes.ranks(script, tmp_path, "2", env=MODES[mode])
     assert killed.returncode and "killed" in killed.stdout, killed.stderr[-4000:]
-    assert list((tmp_path / "out" / "training").glob("train-2"))
-    assert not (tmp_path / "out" / "train.json").exists()
-    done = processes.ranks(script, tmp_path)
+    names = optimizers(mode == "fsdp2")
+    assert list((tmp_path / names[0] / "training").glob("train-2"))
+    assert not (tmp_path / names[0] / "train.json").exists()
+    done = processes.ranks(script, tmp_path, env=MODES[mode])
     assert done.returncode == 0, done.stderr[-4000:]
-    record, model = run(steps=3)
-    found = json.loads((tmp_path / "out" / "train.json").read_text())
-    assert [m["loss"] for m in found["curve"]] == pytest.approx(losses(record), rel=1e-4)
-    for a, b in zip(load_model(tmp_path / "out").parameters(), model.parameters()):
-        torch.testing.assert_close(a, b, atol=5e-5, rtol=1e-3)
+    for name in names:
+        record, model = run(steps=3, **OPTIMIZERS[name])
+        found = json.loads((tmp_path / name / "train.json").read_text())
+        assert [m["loss"] for m in found["curve"]] == pytest.approx(losses(record), rel=1e-4)
+        for a, b in zip(load_model(tmp_path / name).parameters(), model.parameters()):
+            torch.testing.assert_close(a, b, atol=5e-5, rtol=1e-3)
 
 
 def test_patience_keeps_the_best_weights():

@@ -8,6 +8,7 @@ import ernie_music_models as tiny
 import numpy as np
 import pytest
 import torch
+from ranks import MODES
 
 from tenfold.ernie_music import ErnieMusicPipeline
 from tenfold.ernie_music.evaluation import evaluate, metric_of, register_metric, train_judges
@@ -88,14 +89,15 @@ def test_micro_batches_are_one_batch():
         torch.testing.assert_close(a, b, atol=5e-5, rtol=1e-3)
 
 
-def test_two_ranks_one_of_them_killed_on_the_way_train_what_one_trains(tmp_path):
+@pytest.mark.parametrize("mode", MODES)
+def test_two_ranks_one_of_them_killed_on_the_way_train_what_one_trains(tmp_path, mode):
     script = HERE / "ernie_music_ranks.py"
-    killed = processes.ranks(script, tmp_path, "2")
+    killed = processes.ranks(script, tmp_path, "2", env=MODES[mode])
     assert killed.returncode and "killed" in killed.stdout, killed.stderr[-4000:]
     assert list((tmp_path / "out" / "training").glob("*-2")) and not list(
         tmp_path.glob("out/*.json")
     )
-    done = processes.ranks(script, tmp_path)
+    done = processes.ranks(script, tmp_path, env=MODES[mode])
     assert done.returncode == 0, done.stderr[-4000:]
     record, _, ema = run(steps=3)
     found = json.loads((tmp_path / "out" / "train.json").read_text())

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import gptfluence_models as tiny
 import gptfluence_ranks as cases
+import pytest
 import torch
+from ranks import MODES
 
 from tenfold.gptfluence import LossMetric, read_run, record_runs
 from tenfold.gptfluence.curricula import make_curricula
@@ -14,14 +16,21 @@ from tenfold.testing import processes
 HERE = Path(__file__).resolve().parent
 
 
-def ranks(folder, what):
-    done = processes.ranks(HERE / "gptfluence_ranks.py", folder, what)
+def ranks(folder, what, mode="ddp", step=None):
+    arguments = (what,) if step is None else (what, step)
+    done = processes.ranks(HERE / "gptfluence_ranks.py", folder, *arguments, env=MODES[mode])
+    if step is not None:
+        assert done.returncode and "killed" in done.stdout, done.stderr[-4000:]
+        return
     assert done.returncode == 0 and (folder / "done").exists(), done.stderr[-4000:]
 
 
-def test_our_loop_records_what_one_process_records(tmp_path):
+@pytest.mark.parametrize("mode", MODES)
+def test_our_loop_is_killed_and_records_what_one_process_records(tmp_path, mode):
     (tmp_path / "two").mkdir()
-    ranks(tmp_path / "two", "loop")
+    ranks(tmp_path / "two", "loop", mode, step=2)
+    assert any((tmp_path / "two" / "000" / "work").glob("run-*"))
+    ranks(tmp_path / "two", "loop", mode)
     record_runs(tiny.tiny(3), tiny.rows(12), cases.TESTS, tmp_path / "one", cases.CONFIG)
     one, two = (read_run(tmp_path / n / "000") for n in ("one", "two"))
     assert torch.equal(one.order, two.order) and one.train_ids == two.train_ids

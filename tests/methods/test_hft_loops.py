@@ -157,7 +157,9 @@ class TestSft:
         assert same(weights(model), weights(whole))
 
     def test_a_process_that_is_killed_while_it_writes(self, tmp_path):
-        done = processes.python(HERE / "hft_ranks.py", tmp_path, "ddp", "round-0", 3, cwd=HERE)
+        done = processes.python(
+            HERE / "hft_ranks.py", tmp_path, "continual", "round-0", 3, cwd=HERE
+        )
         assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
         resumed, whole = tiny.tiny(2), tiny.tiny(2)
         hft.continual(resumed, tasks(), small(steps=4), work_dir=tmp_path)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two gloo ranks give what one process gives, with rows dropped, uneven shares and a kill on the way."""
 
+import functools
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ import ma_rlhf_models as small
 import pytest
 import torch
 from ma_rlhf_ranks import KINDS, make
+from ranks import MODES
 
 from tenfold.ma_rlhf.record import PPORecord
 from tenfold.ma_rlhf.trainer import _check_ranks
@@ -16,25 +18,31 @@ from tenfold.testing import processes
 HERE = Path(__file__).resolve().parent
 
 
-def ranks(folder, *arguments):
-    return processes.ranks(HERE / "ma_rlhf_ranks.py", folder, *arguments)
+def ranks(mode, folder, *arguments):
+    return processes.ranks(HERE / "ma_rlhf_ranks.py", folder, *arguments, env=MODES[mode])
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+@functools.cache
+def trained(kind):
+    """(trainer, record) of one process."""
+    alone = make(kind)
+    return alone, alone.train()
+
+
+@pytest.fixture(scope="module", params=MODES)
+def folder(request, tmp_path_factory):
     """What two ranks made, killed once on the way."""
-    made = tmp_path_factory.mktemp("ranks")
-    killed = ranks(made, "own", "2")
+    made, mode = tmp_path_factory.mktemp("ranks"), request.param
+    killed = ranks(mode, made, "own", "2")
     assert killed.returncode != 0 and (made / "own" / "ppo-2").is_dir(), killed.stderr[-3000:]
-    done = ranks(made, ",".join(KINDS))
+    done = ranks(mode, made, ",".join(KINDS))
     assert done.returncode == 0, done.stderr[-3000:]
     return made
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_agree_with_one_process(folder, kind):
-    alone = make(kind)
-    want = alone.train()
+    alone, want = trained(kind)
     made = torch.load(folder / f"{kind}.pt")
     small.close(made, small.weights(alone.module), atol=2e-5, rtol=1e-3)
     got = PPORecord.read(folder / kind / "record.json")

@@ -10,6 +10,7 @@ import pytest
 import tiny_models
 import torch
 import transformers
+from ranks import MODES
 
 from tenfold.data import Document, long_documents
 from tenfold.ma_rlhf.critic import Critic
@@ -433,12 +434,13 @@ class TestTraining:
         record.write(tmp_path / "record.json")
         assert RewardRecord.read(tmp_path / "record.json") == record
 
-    def test_two_ranks(self, tmp_path):
+    @pytest.mark.parametrize("mode", MODES)
+    def test_two_ranks(self, tmp_path, mode):
         """One of two ranks is killed, and the run goes on; one process with other pieces agrees."""
-        killed = processes.ranks(HERE / "ma_rlhf_reward_ranks.py", tmp_path, "3")
+        killed = processes.ranks(HERE / "ma_rlhf_reward_ranks.py", tmp_path, "3", env=MODES[mode])
         assert killed.returncode and "killed" in killed.stdout, killed.stderr[-3000:]
         assert not (tmp_path / "record.json").exists() and any(tmp_path.glob("*-3"))
-        done = processes.ranks(HERE / "ma_rlhf_reward_ranks.py", tmp_path)
+        done = processes.ranks(HERE / "ma_rlhf_reward_ranks.py", tmp_path, env=MODES[mode])
         assert done.returncode == 0, done.stderr[-3000:]
         model = tiny.model()
         record = train_reward_model(model, tiny.pairs(), tiny.config(), held_out=tiny.pairs(seed=2))

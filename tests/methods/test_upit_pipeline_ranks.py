@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import upit_dense as dense
+from ranks import MODES
 from safetensors.torch import load_file
 from test_upit_pipeline import RECIPE, data
 
@@ -15,8 +16,9 @@ from tenfold.upit.pipeline import Pipeline
 HERE = Path(__file__).resolve().parent
 
 
-def test_a_recipe_on_two_ranks(tmp_path):
-    done = processes.ranks(HERE / "upit_pipeline_ranks.py", tmp_path / "two")
+@pytest.mark.parametrize("mode", MODES)
+def test_a_recipe_on_two_ranks(tmp_path, mode):
+    done = processes.ranks(HERE / "upit_pipeline_ranks.py", tmp_path / "two", env=MODES[mode])
     assert done.returncode == 0, done.stderr[-4000:]
     want = Pipeline(RECIPE, tmp_path / "one", model=dense.llama(), data=data()).run("route")
     one, two = (

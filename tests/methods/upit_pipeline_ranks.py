@@ -5,6 +5,7 @@ import sys
 
 import torch
 import upit_dense as dense
+from ranks import leave
 from test_upit_pipeline import RECIPE, data
 
 from tenfold.upit.pipeline import Pipeline
@@ -14,8 +15,7 @@ def main(folder):
     run = Pipeline(RECIPE, folder, model=dense.llama(), data=data())
     found = run.run()
     assert list(found)[-1] == "report" and [run.mine(i) for i in range(3)].count(True) in (1, 2)
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tenfold import ops, reference
 from tenfold.dha.config import ConversionError
 from tenfold.dha.grouping import maps
+from tenfold.training.sharding import gathered
 
 
 def start_omega(groups: Tensor, source: Tensor) -> Tensor:
@@ -121,11 +122,12 @@ class HeadProjection(nn.Module):
         self.omega = nn.Parameter(start.contiguous())
 
     def full_omega(self) -> Tensor:
-        """omega [N, g, g, d] float32, whatever the coefficients' form."""
+        """omega [N, g, g, d] float32, whatever the coefficients' form; of FSDP2's shards the whole."""
         assert self.omega is not None
+        omega = gathered(self.omega)
         if self.coefficients == "tied":
-            return torch.cat([self.omega, self.omega], -1)
-        return self.omega.expand(*self.omega.shape[:3], self.head_dim).contiguous()
+            return torch.cat([omega, omega], -1)
+        return omega.expand(*omega.shape[:3], self.head_dim).contiguous()
 
     def _blocks(self, tensor: Tensor) -> Tensor:
         """A weight or bias as [Hb, d, m] (m = 1 for a bias)."""

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from tenfold.dha.config import ConversionError, DhaConfig
+from tenfold.dha.fusion import FusionModel, projections
 from tenfold.training.loop import Trainer as Loop
 from tenfold.training.loop import warm_cosine
 
@@ -48,6 +49,10 @@ class Trainer(Loop):
 
     error = ConversionError
     config: DhaConfig
+
+    def apart(self, module: nn.Module) -> list[nn.Module]:
+        """The penalty reads the operators of projections beside what these compute."""
+        return list(projections(module.model)) if isinstance(module, FusionModel) else []
 
     def make_optimizer(self, module: nn.Module) -> torch.optim.Optimizer:
         """AdamW over :func:`parameter_groups`."""

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tenfold.ernie_code.adafactor import ShardedAdafactor
 from tenfold.ernie_code.collators import PivotTranslationCollator, SpanCorruptionCollator
 from tenfold.ernie_code.mixture import Mixture, MixtureDataset
 from tenfold.ernie_code.model import check_untied
@@ -26,6 +27,7 @@ from tenfold.training.loop import Callback, Metrics, Pieces, kept_random_state
 from tenfold.training.recipe import AdamWTrainer, decay_groups, scheduled, steps_of
 from tenfold.training.record import HELD_OUT, Record
 from tenfold.training.session import Session
+from tenfold.training.sharding import mesh_of
 
 STAGE = "train"
 RECORD = "train.json"
@@ -167,11 +169,14 @@ class CodeTrainer(AdamWTrainer):
 
         c = self.config
         trained = [p for p in module.parameters() if p.requires_grad]
-        return Adafactor(
-            decay_groups(trained, c.learning_rate, c.weight_decay), lr=c.learning_rate, beta1=None,
-            clip_threshold=c.clip_threshold, decay_rate=c.decay_rate, scale_parameter=c.scale_parameter,
-            relative_step=False, warmup_init=False,
-        )  # fmt: skip
+        groups = decay_groups(trained, c.learning_rate, c.weight_decay)
+        common: dict[str, Any] = {
+            "lr": c.learning_rate, "clip_threshold": c.clip_threshold, "decay_rate": c.decay_rate,
+            "scale_parameter": c.scale_parameter,
+        }  # fmt: skip
+        if mesh_of(self.accelerator) is not None:
+            return ShardedAdafactor(groups, **common)
+        return Adafactor(groups, beta1=None, relative_step=False, warmup_init=False, **common)
 
     def rate(self, step: int, steps: int) -> float:
         """The schedule; warm-up is in steps."""
@@ -276,12 +281,13 @@ def train(
             due = step == steps or (step % every == 0 and (config.eval_every or config.patience))
             if unseen is None or not due:
                 return False
-            found = {"step": float(step)} | held_out_loss(model, unseen)
-            metrics |= {HELD_OUT + k: v for k, v in found.items()}
-            if config.patience is None:
-                return False
-            if not best.found or found["loss"] < best.found["loss"]:
-                best.keep(found)
+            with trainer.whole():
+                found = {"step": float(step)} | held_out_loss(model, unseen)
+                metrics |= {HELD_OUT + k: v for k, v in found.items()}
+                if config.patience is None:
+                    return False
+                if not best.found or found["loss"] < best.found["loss"]:
+                    best.keep(found)
             return step - best.found["step"] >= config.patience * every
 
         curve = trainer.run(STAGE, model, steps, config.batch_size, trainer.loss_of, after_step)

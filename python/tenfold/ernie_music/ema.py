@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tenfold.training.sharding import gathered
+
 
 class EMA:
     """Averaged copy of a model: ``p <- d p + (1 - d) p_model`` after every step; buffers are copied.
@@ -36,9 +38,9 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model: nn.Module, epoch: int) -> None:
-        """Takes the weights of a step of that epoch in."""
+        """Takes the weights of a step of that epoch in; of FSDP2's shards the whole (all ranks must call)."""
         own = [p for p in self.model.parameters()]
-        new = [p.detach() for p in model.parameters()]
+        new = [gathered(p.detach()) for p in model.parameters()]
         torch._foreach_lerp_(own, new, 1 - self.decay_at(epoch))
         for mine, its in zip(self.model.buffers(), model.buffers()):
             mine.copy_(its)

@@ -112,11 +112,12 @@ def record_run(
 
     def after(module: Any, step: int, metrics: Metrics) -> bool:
         at = curriculum.order[steps[step - 1]]
-        recorder.step(module, [ids[i] for i in at[at >= 0].tolist()])
-        if folder and step % config.checkpoint_every == 0:
-            recorder.flush()
-        if watch:
-            watch(module, step)
+        with trainer.whole():
+            recorder.step(module, [ids[i] for i in at[at >= 0].tolist()])
+            if folder and step % config.checkpoint_every == 0:
+                recorder.flush()
+            if watch:
+                watch(module, step)
         return False
 
     with kept_random_state():

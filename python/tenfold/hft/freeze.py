@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tenfold.hft.plan import Plan
 from tenfold.hft.selection import select
 from tenfold.optim.active import active_plan, set_active
+from tenfold.optim.masks import Mask, local
 
 # model -> names that its owner had frozen before the first Plan; they stay frozen
 _owners: weakref.WeakKeyDictionary[nn.Module, frozenset[str]] = weakref.WeakKeyDictionary()
@@ -145,16 +146,17 @@ class SoftFreeze:
             part = plan.partial.get(name)
             free = None
             if part is not None:
-                from tenfold.optim.masks import Mask
-
-                bits = Mask(part.mask(p), part.kind).elements(p)
-                free = ~bits.view(p.shape)
+                here = local(p)  # of FSDP2's shards this rank's
+                bits = Mask(part.mask(p), part.kind).shard(p).elements(here)
+                free = ~bits.view(here.shape)
             self._held.append((p, p.detach().clone(), free))
 
     def penalty(self) -> Tensor:
-        """The penalty as a loss (0-d), differentiable."""
+        """The penalty as a loss (0-d), differentiable. ValueError for a model in shards."""
         total = torch.zeros(())
         for p, start, free in self._held:
+            if hasattr(p, "to_local"):
+                raise ValueError("penalty() needs whole weights, got shards: use add_gradients()")
             square = (p.float() - start.float()).square()
             total = total.to(square.device) + (square if free is None else square * free).sum()
         return self.weight * total
@@ -164,5 +166,6 @@ class SoftFreeze:
         """Adds the penalty's gradient to what a backward has left; call it once before each step."""
         for p, start, free in self._held:
             pull = 2 * self.weight * (p - start)
-            pull = pull if free is None else pull * free
+            if free is not None:
+                local(pull).mul_(free)
             p.grad = pull if p.grad is None else p.grad.add_(pull)

@@ -19,6 +19,7 @@ from tenfold.hft.training import HalfTrainer
 from tenfold.training.batches import Batches, Data
 from tenfold.training.loop import Callback, Pieces, kept_random_state
 from tenfold.training.recipe import even_pieces
+from tenfold.training.sharding import mesh_of
 
 
 def make_reference(model: nn.Module, plan: Plan | None = None) -> Any:
@@ -114,6 +115,8 @@ def dpo(
                 config.share_reference
                 and config.draws()[0] in ("round", "never")
                 and config.soft_freeze is None
+                and mesh_of(session.accelerator)
+                is None  # in shards, what is frozen is no longer there whole
             ):
                 plan = _first_plan(session, module)
             reference = make_reference(module, plan).to(session.accelerator.device)

@@ -43,6 +43,7 @@ from tenfold.training.loop import (
     save_checkpoint,
 )
 from tenfold.training.lora import with_lora
+from tenfold.training.sharding import Sharded, mesh_of, whole
 from tenfold.training.store import WorkFolder
 
 STAGE = "ppo"
@@ -74,11 +75,13 @@ class MAPPOTrainer:
         callback: told after every step. quiet: no progress bar.
         samples, sample_every: rows of the sample table, and steps between two.
 
-    Several ranks (torchrun) are data-parallel: each holds policy, critic, reference and reward models whole.
+    Several ranks (torchrun) are data-parallel: each holds policy, critic, reference and reward models whole. With FSDP2
+    policy and critic are in shards but while responses are drawn.
 
     Raises:
-        ValueError, TypeError: settings that do not go together, ranks that do not divide the batch, sharded
-            models, a folder of another run. ModuleNotFoundError: accelerate or peft is missing.
+        ValueError, TypeError: settings that do not go together, ranks that do not divide the batch, models
+            sharded otherwise than by FSDP2, a folder of another run. ModuleNotFoundError: accelerate or peft is
+            missing.
     """
 
     def __init__(
@@ -224,10 +227,12 @@ class MAPPOTrainer:
 
     def _run(self, record: PPORecord) -> None:
         accelerator, config = self.accelerator, self.config
-        model, optimizer = accelerator.prepare(self.module, make_optimizer(self.module, config))
+        model, optimizer = self._prepared()
         self.module.eval()
         accelerator.register_for_checkpointing(self.controller)
-        first, record.curve = load_checkpoint(accelerator, self.folder, STAGE, strict=False)
+        first, record.curve = load_checkpoint(
+            accelerator, self.folder, STAGE, model, optimizer, strict=False
+        )
         path = None if self.folder is None else self.folder.path / SAMPLES_FILE
         table = SampleFile(path, accelerator.is_main_process)
         table.resume(first)
@@ -240,20 +245,35 @@ class MAPPOTrainer:
                 every = config.checkpoint_every
                 due = every is not None and (step + 1) % every == 0 and step + 1 < config.steps
                 if self.folder is not None and due:
-                    save_checkpoint(accelerator, self.folder, STAGE, step + 1, record.curve)
+                    save_checkpoint(
+                        accelerator, self.folder, STAGE, step + 1, record.curve, model, optimizer
+                    )
                 advance(metrics)
                 if self.callback is not None:
                     times = {f"time/{k}": v for k, v in seconds.items()}
                     self.callback(Progress(STAGE, step + 1, config.steps, metrics | times))
         record.samples = table.samples
-        accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        if isinstance(model, Sharded):
+            model.undo()
+        else:
+            accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         accelerator.free_memory()
+
+    def _prepared(self) -> tuple[Any, Any]:
+        """(module, optimiser), over accelerate's ranks or in their shards."""
+        accelerator, config, mesh = self.accelerator, self.config, mesh_of(self.accelerator)
+        if mesh is None:
+            made = accelerator.prepare(self.module, make_optimizer(self.module, config))
+            return tuple(made)  # type: ignore[return-value]
+        model = Sharded(self.module, mesh, config.mixed_precision)
+        return model, make_optimizer(self.module, config)
 
     def _step(
         self, updater: Updater, table: SampleFile, step: int
     ) -> tuple[Metrics, dict[str, float]]:
         config = self.config
-        rollout = self.roller(self.module, step)
+        with whole(updater.model):  # responses of a rank may be longer than others'
+            rollout = self.roller(self.module, step)
         start = time.perf_counter()
         beta = self.controller.beta
         exp = self.prepare(rollout, step, beta)

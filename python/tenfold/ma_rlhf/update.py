@@ -22,6 +22,7 @@ from tenfold.ma_rlhf.metrics import Metrics, Sums
 from tenfold.ma_rlhf.rollout import Rollout, seeded
 from tenfold.training.errors import TrainingError
 from tenfold.training.recipe import decay_groups, scheduled
+from tenfold.training.sharding import Sharded, computed, gathered, unsynced
 
 PARTS = ("policy", "critic")
 
@@ -53,17 +54,22 @@ def shares(rows: Tensor, rank: int, ranks: int) -> Tensor:
     return rows[rank::ranks]
 
 
+def _read(model: Any, ids: Tensor, mask: Tensor, prompt: int) -> Output:
+    return model(ids, mask, prompt)
+
+
 class Updater:
     """Takes PPO's steps.
 
     Args:
-        accelerator, model, optimizer: prepared by accelerate; ``model`` wraps the :class:`ActorCritic`.
+        accelerator, model, optimizer: prepared by accelerate, or in shards; ``model`` wraps the :class:`ActorCritic`.
         config: the settings.
     """
 
     def __init__(self, accelerator: Any, config: MARLHFConfig, model: Any, optimizer: Any) -> None:
         self.accelerator, self.config = accelerator, config
         self.model, self.optimizer = model, optimizer
+        self.sharded = isinstance(model, Sharded)
 
     def __call__(self, rollout: Rollout, exp: Experience, step: int) -> Metrics:
         """All epochs and minibatches of a rollout; the metrics of the update, the same on all ranks.
@@ -94,30 +100,36 @@ class Updater:
         counts = exp.rows(rows).counts()
         mine = shares(rows, accelerator.process_index, accelerator.num_processes)
         # A rank without rows runs one anyway, for nothing: the others wait for its gradients.
-        idle = len(mine) == 0
-        pieces = (rows[:1] if idle else mine).split(self.config.micro_batch_size or len(rows))
+        size = self.config.micro_batch_size or len(rows)
+        pieces = [(piece, False) for piece in mine.split(size) if len(piece)]
+        # In shards, forwards are collectives: all ranks make as many as the one with most rows, the first.
+        least = -(-len(shares(rows, 0, accelerator.num_processes)) // size) if self.sharded else 1
+        pieces += [(rows[:1], True)] * (least - len(pieces))
         total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
-        for i, piece in enumerate(pieces, 1):
+        for i, (piece, idle) in enumerate(pieces, 1):
             last = i == len(pieces)
-            with contextlib.nullcontext() if last else accelerator.no_sync(self.model):
+            with contextlib.nullcontext() if last else unsynced(accelerator, self.model):
                 loss = self._forward(rollout, exp.rows(piece), piece, counts, sums, update, idle)
                 # Data parallelism takes the mean over ranks of what is a share of a sum.
                 accelerator.backward(loss * accelerator.num_processes)
             total += loss.detach()
+        if isinstance(self.model, Sharded):
+            self.model.finish_backward()
         value = float(accelerator.reduce(total, "sum"))
         if not math.isfinite(value):
             raise TrainingError(
                 f"the loss became {value} at step {step + 1}; training stopped. Lower the learning rates, or "
                 "look at the rewards"
             )
-        accelerator.unscale_gradients(self.optimizer)
+        if not self.sharded:
+            accelerator.unscale_gradients(self.optimizer)
         for part in PARTS:
             trained = [
                 p for g in self.optimizer.param_groups if g["part"] == part for p in g["params"]
             ]
             if trained:
                 norm = nn.utils.clip_grad_norm_(trained, self.config.max_grad_norm)
-                sums.add(f"{part}/grad_norm", norm)
+                sums.add(f"{part}/grad_norm", gathered(norm))
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -128,7 +140,7 @@ class Updater:
         config = self.config
         at = rows.to(rollout.ids.device)
         with self.accelerator.autocast():
-            out = self.model(rollout.ids[at], rollout.mask[at], rollout.prompt)
+            out = computed(self.model, _read, rollout.ids[at], rollout.mask[at], rollout.prompt)
         loss, found = policy_loss(config, exp, out.logp, **counts)
         terms = {"loss/policy_avg": loss}
         errors: dict[str, Tensor] = {}

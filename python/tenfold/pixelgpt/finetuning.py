@@ -195,10 +195,11 @@ def finetune(
         def after_step(module: nn.Module, step: int, metrics: Metrics) -> bool:
             if not validation or (step % every and step != config.steps):
                 return False
-            found = {"step": float(step)} | scored(validation)
-            metrics |= {HELD_OUT + k: v for k, v in found.items()}
-            if not best.found or found[spec.metric] > best.found[spec.metric]:
-                best.keep(found)
+            with trainer.whole():
+                found = {"step": float(step)} | scored(validation)
+                metrics |= {HELD_OUT + k: v for k, v in found.items()}
+                if not best.found or found[spec.metric] > best.found[spec.metric]:
+                    best.keep(found)
             # From the best step, which a resumed run knows: not from how often it was looked at.
             return bool(config.patience) and step - best.found["step"] >= config.patience * every
 

@@ -101,7 +101,8 @@ def pretrain(
         def after_step(module: nn.Module, step: int, metrics: Metrics) -> bool:
             metrics["stream"] = float(batches.drawn(step - 1)[0])
             if step == config.steps or (every and step % every == 0):
-                metrics |= {HELD_OUT + k: v for k, v in measured(step).items()}
+                with trainer.whole():
+                    metrics |= {HELD_OUT + k: v for k, v in measured(step).items()}
             return False
 
         curve = trainer.run(

@@ -42,10 +42,6 @@ class PretrainLoss(nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
-        self.sides = [
-            [p for n in names for p in model.get_submodule(n).parameters() if p.requires_grad]
-            for names in (OF_TEXT, OF_PIXELS)
-        ]
 
     def forward(self, batch: Batch, over: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """(loss, its parts) of a batch, each divided by ``over`` = (tokens, patches) in the place of its own counts."""
@@ -53,9 +49,11 @@ class PretrainLoss(nn.Module):
             **batch, use_cache=False, return_logits=False, token_count=over[0], patch_count=over[1]
         )
         loss = made.loss
-        for used, side in zip(("input_ids" in batch, "pixel_values" in batch), self.sides):
-            if not used and torch.is_grad_enabled():
-                loss = loss + sum(0.0 * p.sum() for p in side)
+        for used, names in (("input_ids", OF_TEXT), ("pixel_values", OF_PIXELS)):
+            if used not in batch and torch.is_grad_enabled():
+                # Looked up every time: of a sharded model the gathered ones are others.
+                side = (p for n in names for p in self.model.get_submodule(n).parameters())
+                loss = loss + sum(0.0 * p.sum() for p in side if p.requires_grad)
         parts = {_METRICS[n]: made[n].detach() for n in _METRICS if made.get(n) is not None}
         return loss, parts
 

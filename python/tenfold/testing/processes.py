@@ -167,14 +167,19 @@ def python(
         return _server(*loaded).run(argv, [os.environ if env is None else env], cwd)
 
 
-def ranks(script: str | Path, *arguments: Any, count: int = 2) -> subprocess.CompletedProcess:
-    """A script as ``count`` gloo ranks of one thread, started as torchrun starts them, in its folder."""
+def ranks(
+    script: str | Path, *arguments: Any, count: int = 2, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess:
+    """A script as ``count`` gloo ranks of one thread, started as torchrun starts them, in its folder.
+
+    ``env``: what is in their environment beside this process's.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     common = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count),
                            "LOCAL_WORLD_SIZE": str(count), "OMP_NUM_THREADS": "1",
-                           "ACCELERATE_USE_CPU": "true"}  # fmt: skip
+                           "ACCELERATE_USE_CPU": "true"} | dict(env or {})  # fmt: skip
     each = [common | {"RANK": str(r), "LOCAL_RANK": str(r)} for r in range(count)]
     return _server(*LOADED).run([script, *arguments], each, Path(script).parent)
 

@@ -65,13 +65,17 @@ class _Keeper:
         self.epoch = pairs / config.batch_size  # steps, not always whole
         self.every = config.eval_every or max(1, round(self.epoch))
 
-    def after(self, step: int, last: bool) -> Metrics:
-        """What is logged of a step: scores of the weights as they are after it, if they are due."""
+    def after(self, step: int, last: bool, whole: Callable[[], Any]) -> Metrics:
+        """What is logged of a step: scores of the weights as they are after it, if they are due.
+
+        ``whole`` gives a context in which all weights are there.
+        """
         if step % self.every and not last:
             return {}
-        found = {"step": float(step), "epoch": step / self.epoch} | self.score()
-        if not self.kept.found or _rank(found) > _rank(self.kept.found):
-            self.kept.keep(found)
+        with whole():
+            found = {"step": float(step), "epoch": step / self.epoch} | self.score()
+            if not self.kept.found or _rank(found) > _rank(self.kept.found):
+                self.kept.keep(found)
         return {_HELD_OUT + name: value for name, value in found.items()}
 
     def restore(self, record: ThemisRecord) -> None:
@@ -238,7 +242,7 @@ def train_themis(
             def after_step(module: nn.Module, step: int, metrics: Metrics) -> bool:
                 means(metrics)
                 if keeper:
-                    metrics |= keeper.after(step, step == steps)
+                    metrics |= keeper.after(step, step == steps, trainer.whole)
                 return False
 
             record.curve = trainer.run(

@@ -13,7 +13,7 @@ import importlib.util
 import json
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tenfold.training import sharding
 from tenfold.training.batches import Batches
 from tenfold.training.errors import TrainingError
+from tenfold.training.sharding import Sharded
 from tenfold.training.store import WorkFolder
 
 Metrics = dict[str, float]
@@ -57,8 +59,9 @@ Callback = Callable[[Progress], None]
 def make_accelerator(config: Settings, device: torch.device) -> Any:
     """accelerate's view of this process, which trains on ``device`` if it is the only one.
 
-    Several have the device of their rank. ModuleNotFoundError says how to install accelerate; ValueError: a
-    configuration that shards the model.
+    Several have the device of their rank, and shard the model where accelerate's settings ask for FSDP2
+    (:mod:`~tenfold.training.sharding`; a single process has it whole). ModuleNotFoundError says how to install
+    accelerate; ValueError: a configuration that shards the model otherwise.
     """
     if importlib.util.find_spec("accelerate") is None:
         raise ModuleNotFoundError(
@@ -66,15 +69,19 @@ def make_accelerator(config: Settings, device: torch.device) -> Any:
         )
     from accelerate import Accelerator
 
+    sharded = sharding.asked()
     cpu = {"cpu": True} if device.type == "cpu" else {}
-    accelerator = Accelerator(mixed_precision=config.mixed_precision, **cpu)
+    with sharding.unasked():
+        accelerator = Accelerator(mixed_precision=config.mixed_precision, **cpu)
     kind = str(accelerator.distributed_type).rsplit(".", 1)[-1]
     if kind in SHARDED:
         # Losses without logits, sampling, evaluation and what is saved read the weights of the bare model.
         raise ValueError(
-            f"accelerate is configured for {kind}, and this trainer needs the whole model on every rank: launch it "
-            "with torchrun, or with one of examples/accelerate but fsdp2.yaml"
+            f"accelerate is configured for {kind}, and this trainer shards models by its own FSDP2 only: launch it "
+            "with torchrun, or with one of examples/accelerate, in a process without another Accelerator"
         )
+    if sharded and accelerator.num_processes > 1:
+        sharding.shard_by(accelerator, config.mixed_precision)
     if accelerator.num_processes == 1:
         # On its own, accelerate takes the first GPU, or what an earlier call in this process took.
         accelerator.state.device = device
@@ -104,12 +111,18 @@ def warm_cosine(step: int, steps: int, warmup: float, final: float) -> float:
 
 
 def save_checkpoint(
-    accelerator: Any, folder: WorkFolder, stage: str, step: int, curve: list[Metrics]
-) -> None:
-    """Stores accelerate's state and the curve of a stage after so many steps, instead of older ones."""
+    accelerator: Any, folder: WorkFolder, stage: str, step: int, curve: list[Metrics], model: Any = None,
+    optimizer: Any = None,
+) -> None:  # fmt: skip
+    """Stores accelerate's state and the curve of a stage after so many steps, instead of older ones.
+
+    Of a sharded ``model`` its shards and those of the optimiser's states, too.
+    """
     final = folder.path / f"{stage}-{step}"
     temporary = folder.path / f".{final.name}"
     accelerator.save_state(str(temporary), safe_serialization=True)
+    if isinstance(model, Sharded):
+        model.save(temporary, optimizer)
     accelerator.wait_for_everyone()
     if folder.main:
         (temporary / "curve.json").write_text(json.dumps(curve))
@@ -119,16 +132,24 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    accelerator: Any, folder: WorkFolder | None, stage: str, **kwargs: Any
-) -> tuple[int, list[Metrics]]:
+    accelerator: Any, folder: WorkFolder | None, stage: str, model: Any = None, optimizer: Any = None, **kwargs: Any
+) -> tuple[int, list[Metrics]]:  # fmt: skip
     """(steps done, their metrics) of a stage's newest checkpoint, which is loaded; (0, []) without one.
 
-    ``kwargs`` go to ``load_state``.
+    ``kwargs`` go to ``load_state``. ValueError: a checkpoint of a sharded model for one that is not, or the reverse.
     """
     found = folder.checkpoint(stage) if folder else None
     if found is None:
         return 0, []
     step, path = found
+    sharded = any(path.glob("shards-*.pt"))
+    if sharded != isinstance(model, Sharded):
+        how = ("with", "without") if sharded else ("without", "with")
+        raise ValueError(
+            f"{path} was written {how[0]} FSDP2, and this run is {how[1]}: go on as it was begun"
+        )
+    if isinstance(model, Sharded):
+        model.load(path, optimizer)
     accelerator.load_state(str(path), **kwargs)
     return step, json.loads((path / "curve.json").read_text())
 
@@ -194,6 +215,14 @@ class Trainer:
         self.accelerator, self.config, self.batches = accelerator, config, batches
         self.folder, self.callback = folder, callback
         self.quiet = quiet or not accelerator.is_main_process
+        self._model: Any = None
+
+    def whole(self) -> Any:
+        """A context for what follows a step: inside, the module has all of its weights on every rank.
+
+        Without FSDP2 it always has. All ranks must enter.
+        """
+        return sharding.whole(self._model)
 
     def rank_rows(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """This rank's share of a batch. Raises ValueError if the ranks do not divide it."""
@@ -215,15 +244,21 @@ class Trainer:
     ) -> Metrics:
         """Forward and backward of one batch, in pieces of ``micro_batch_size`` rows."""
         pieces = self.pieces(batch, self.config.micro_batch_size)
+        if isinstance(model, Sharded):
+            # A piece that counts nothing keeps a rank with fewer of them in step with the others.
+            missing = sharding.most(len(pieces), self.accelerator.device) - len(pieces)
+            pieces = [*pieces, *[(pieces[0][0], 0.0)] * missing]
         sums: dict[str, Tensor] = {}
         for i, (part, share) in enumerate(pieces, 1):
             last = i == len(pieces)
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+            with contextlib.nullcontext() if last else sharding.unsynced(self.accelerator, model):
                 with self.accelerator.autocast():
-                    loss, metrics = loss_of(model, part, step)
+                    loss, metrics = sharding.computed(model, loss_of, part, step)
                 self.accelerator.backward(loss * share)
             for name, value in ({"loss": loss.detach()} | metrics).items():
                 sums[name] = sums.get(name, 0) + share * value
+        if isinstance(model, Sharded):
+            model.finish_backward()
         names = sorted(sums)
         mean = torch.stack([sums[n].float() for n in names])
         mean = self.accelerator.reduce(mean, "mean")
@@ -246,6 +281,10 @@ class Trainer:
     def clip(self, optimizer: Any) -> None:
         """Clips the gradients, before the optimiser's step."""
 
+    def apart(self, module: nn.Module) -> Iterable[nn.Module]:
+        """Submodules inside of blocks whose outputs a loss uses beside those of the blocks (FSDP2 must know)."""
+        return ()
+
     def enter(self, stage: str, step: int, module: nn.Module) -> None:
         """Called before the optimiser is made: ``step`` is the first that will be taken."""
 
@@ -263,8 +302,31 @@ class Trainer:
         found = self.folder.checkpoint(stage) if self.folder else None
         return found[0] if found else 0
 
+    def _prepare(self, stage: str, module: nn.Module) -> tuple[Any, Any]:
+        accelerator, mesh = self.accelerator, sharding.mesh_of(self.accelerator)
+        start = self._start(stage)
+        if mesh is None:
+            self.enter(stage, start, module)
+            return tuple(accelerator.prepare(module, self.make_optimizer(module)))  # type: ignore[return-value]
+        self._model = Sharded(module, mesh, self.config.mixed_precision, self.apart(module))
+        self.enter(stage, start, module)
+        return self._model, self.make_optimizer(module)
+
+    def _release(self, model: Any) -> None:
+        """The module is the caller's again."""
+        self._model = None
+        if isinstance(model, Sharded):
+            model.undo()
+        else:
+            self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        self.accelerator.free_memory()
+
     def _rewrap(self, stage: str, step: int, model: Any, module: nn.Module, optimizer: Any) -> Any:
         accelerator = self.accelerator
+        if isinstance(model, Sharded):
+            self.change(stage, step, module, optimizer)
+            model.changed()
+            return model, optimizer
         accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         inner = optimizer.optimizer
         del model, optimizer
@@ -290,9 +352,8 @@ class Trainer:
         accelerator, config = self.accelerator, self.config
         self._seed(stage)
         module.to(accelerator.device)
-        self.enter(stage, self._start(stage), module)
-        model, optimizer = accelerator.prepare(module, self.make_optimizer(module))
-        first, curve = load_checkpoint(accelerator, self.folder, stage)
+        model, optimizer = self._prepare(stage, module)
+        first, curve = load_checkpoint(accelerator, self.folder, stage, model, optimizer)
         stopped = bool(curve and curve[-1].get("stopped"))
         model.train()
         with progress_bar(stage, steps, first, not self.quiet) as advance:
@@ -304,6 +365,7 @@ class Trainer:
                 batch = self.rank_rows(self.batches.take(stage, step, batch_size))
                 metrics = self._forward(model, batch, loss_of, step)
                 if not math.isfinite(metrics["loss"]):
+                    self._release(model)  # all ranks are here
                     raise self.error(
                         f"{stage}: the loss became {metrics['loss']} at step {step + 1}; training "
                         "stopped. Lower the learning rates, or look at the data"
@@ -320,12 +382,13 @@ class Trainer:
                     model, optimizer = self._rewrap(stage, step + 1, model, module, optimizer)
                 due = (step + 1) % config.checkpoint_every == 0
                 if self.folder is not None and due and step + 1 < steps:
-                    save_checkpoint(accelerator, self.folder, stage, step + 1, curve)
+                    save_checkpoint(
+                        accelerator, self.folder, stage, step + 1, curve, model, optimizer
+                    )
                 advance(metrics)
                 if self.callback is not None:
                     self.callback(Progress(stage, step + 1, steps, metrics))
-        accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-        accelerator.free_memory()
+        self._release(model)
         return curve
 
 

@@ -148,7 +148,8 @@ def _train(
 
     def after_step(trained: nn.Module, step: int, metrics: Metrics) -> bool:
         if step in points:
-            save(trained, work.path / f"checkpoint-{step}")
+            with trainer.whole():
+                save(trained, work.path / f"checkpoint-{step}")
             trainer.accelerator.wait_for_everyone()
         return False
 

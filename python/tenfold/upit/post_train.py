@@ -85,6 +85,10 @@ class _Trainer(Trainer):
         """The schedule."""
         return scheduled(step, steps, self.config.schedule, self.config.warmup)
 
+    def apart(self, module: nn.Module) -> list[nn.Module]:
+        """The balance reads the routers' logits."""
+        return [layer.router for layer in module.layers]  # type: ignore[union-attr]
+
     def rank_rows(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """This rank's rows; ``share`` makes the mean over ranks that over all tokens."""
         mine = super().rank_rows(batch)
