@@ -42,10 +42,16 @@ def step(op, tensors, ups, **options):
     return [x.detach().cpu() for x in (loss_sum, w_sum, nll, *grads)]
 
 
+def judge(names, sides):
+    """Results of several problems by the tolerance rule, each name's together."""
+    for name, *all_of in zip(names, *(zip(*side) for side in sides)):
+        assert_close_to_ref(*(torch.cat([x.flatten() for x in of]) for of in zip(*all_of)), what=name)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("sum_up", "nll_up"), UPS)
 @pytest.mark.parametrize("shape", [(1, 33, 257), (40, 33, 300), (70, 16, 1031)])
-def test_values_and_gradients(shape, sum_up, nll_up, dtype, device):
+def test_gradients(shape, sum_up, nll_up, dtype, device):
     drawn = torch.randn(shape[0], generator=torch.Generator().manual_seed(3))
     sides = []
     for seed in range(6):
@@ -57,11 +63,23 @@ def test_values_and_gradients(shape, sum_up, nll_up, dtype, device):
             mine = step(ops.weighted_linear_ce, on(device, tensors), ups, **options)
         exact = [x.double() if x.is_floating_point() else x for x in tensors]
         want, simple = step(reference.weighted_linear_ce, exact, ups), step(eager, tensors, ups)
-        simple[:3] = step(reference.weighted_linear_ce, tensors, ups)[:3]
-        sides.append((mine, want, simple))
-    for name, *all_of in zip(NAMES, *(zip(*side) for side in sides)):
-        of_sides = (torch.cat([x.flatten() for x in side]) for side in zip(*all_of))
-        assert_close_to_ref(*of_sides, what=name)
+        sides.append((mine[3:], want[3:], simple[3:]))
+    judge(NAMES[3:], sides)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 33, 257), (40, 33, 300), (70, 16, 1031)])
+def test_values(shape, dtype, device):
+    sides = []
+    for seed in range(max(6, 100 // shape[0])):  # rows enough: each has its own rounding
+        tensors = problem(shape, dtype, seed, weighted=True)
+        tensors[3][::4] *= -1.0
+        with poisoned_memory():
+            mine = ops.weighted_linear_ce(*on(device, tensors), chunk=(0, 1, 33)[seed % 3])
+        exact = [x.double() if x.is_floating_point() else x for x in tensors]
+        want, simple = reference.weighted_linear_ce(*exact), reference.weighted_linear_ce(*tensors)
+        sides.append(([x.cpu() for x in mine], want, simple))
+    judge(NAMES[:3], sides)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2])
