@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tenfold.training.muon import Muon
+
 KEYS, VALUES = 32, 32
 EQUALS = KEYS + VALUES
 VOCAB = KEYS + VALUES + 1
@@ -73,7 +75,7 @@ def train(seed: int, steps: int = 1000, log=None) -> LlamaForCausalLM:
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if all(p is not m for m in matrices)]
     optimizers = [
-        torch.optim.Muon(matrices, lr=0.02, weight_decay=0.01),
+        Muon(matrices, lr=0.02, weight_decay=0.01),
         torch.optim.AdamW(others, lr=5e-3, weight_decay=0.01, betas=(0.9, 0.98)),
     ]
     last, rates = steps, [group["lr"] for o in optimizers for group in o.param_groups]

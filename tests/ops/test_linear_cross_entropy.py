@@ -70,7 +70,9 @@ def test_odd_shapes(draw, device):
     n, h, v, seed = of.randint(0, 70), of.randint(1, 70), of.randint(4, 140), of.randint(0, 99)
     dtype, face, name = of.choice(DTYPES), of.choice(sorted(FACES)), of.choice(sorted(OPTIONS))
     options = OPTIONS[name] if face == "cross_entropy" else {"temperature": 0.5 + seed / 50}
-    samples = max(4, 300 // (n * h), 100 // n) if n else 1  # numbers enough, and rows: each has its own rounding
+    samples = (
+        max(4, 300 // (n * h), 100 // n) if n else 1
+    )  # numbers enough, and rows: each has its own rounding
     compare((n, h, v), dtype, device, face, seed=seed, samples=samples, **options)
 
 

@@ -45,7 +45,9 @@ def step(op, tensors, ups, **options):
 def judge(names, sides):
     """Results of several problems by the tolerance rule, each name's together."""
     for name, *all_of in zip(names, *(zip(*side) for side in sides)):
-        assert_close_to_ref(*(torch.cat([x.flatten() for x in of]) for of in zip(*all_of)), what=name)
+        assert_close_to_ref(
+            *(torch.cat([x.flatten() for x in of]) for of in zip(*all_of)), what=name
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

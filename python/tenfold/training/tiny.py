@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tenfold.data import long_documents
+from tenfold.training.muon import Muon
 
 LENGTH = 128
 PAIRS = 16
@@ -101,7 +102,7 @@ def train(
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if all(p is not m for m in matrices)]
     optimizers = [
-        torch.optim.Muon(matrices, lr=0.02, weight_decay=0.01),
+        Muon(matrices, lr=0.02, weight_decay=0.01),
         torch.optim.AdamW(others, lr=5e-3, weight_decay=0.01, betas=(0.9, 0.95)),
     ]
     rates = [o.param_groups[0]["lr"] for o in optimizers]
