@@ -130,6 +130,9 @@ class ErnieMusicPipeline:
             raise ValueError(f"{folder} has no {INDEX}: it is no folder of an ErnieMusicPipeline")
         with quiet_transformers():
             unet = ErnieMusicUNet1D.from_pretrained(folder / "unet", dtype=torch_dtype or "auto")
+        for parameter in unet.parameters():
+            # In the mapped file weights start at any address, and by that some matmuls choose how they add up.
+            parameter.data = parameter.data.clone()
         return cls(unet, VDiffusionScheduler.from_pretrained(folder / "scheduler"), text_encoder)
 
     def encode(self, prompts: list[str]) -> tuple[Tensor | None, Tensor | None]:
