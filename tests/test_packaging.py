@@ -300,9 +300,10 @@ class TestImport:
             assert torch._C._dispatch_has_kernel_for_dispatch_key(f"tenfold::{name}", "Meta"), name
 
     def test_adds_less_than_a_fifth_of_a_second_to_import_torch(self):
+        # Of the processor, not of the clock: other tests run beside this one. Files are in memory after the first.
         code = (
-            "import torch, time; t = time.perf_counter(); import tenfold;"
-            "print(time.perf_counter() - t)"
+            "import torch, time; t = time.process_time(); import tenfold;"
+            "print(time.process_time() - t)"
         )
         fresh_output(code)  # the first import writes bytecode
         seconds = [float(fresh_output(code)) for _ in range(5)]

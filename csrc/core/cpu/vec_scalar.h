@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Baseline CPUs: 4 lanes as the compiler's own vectors (SSE2, NEON or what there is), loops where those have no
-// operation. As loops throughout they took the compiler three times as long. See vec.h.
+// Baseline CPUs: 4 lanes as the compiler's own vectors (SSE2, NEON or what there is), loops where
+// those have no operation. As loops throughout they took the compiler three times as long. See
+// vec.h.
 #pragma once
 
 #include <cmath>
@@ -199,7 +200,7 @@ inline void store_n(uint32_t* p, VI a, int n) {
   }
 TENFOLD_BINARY(operator+, VF, a.v + b.v)
 TENFOLD_BINARY(operator-, VF, a.v - b.v)
-TENFOLD_BINARY(operator*, VF, a.v * b.v)
+TENFOLD_BINARY(operator*, VF, a.v* b.v)
 TENFOLD_BINARY(operator/, VF, a.v / b.v)
 TENFOLD_BINARY(vmax, VF, a.v > b.v ? a.v : b.v)
 TENFOLD_BINARY(vmin, VF, a.v < b.v ? a.v : b.v)
