@@ -68,9 +68,10 @@ def output(code: str, **env: str) -> str:
 
 
 def fresh_output(code: str) -> str:
-    """Of a new interpreter, which has imported nothing."""
+    """Of a new interpreter, which has imported nothing, and writes bytecode as one does by default."""
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
     return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
     ).stdout.strip()
 
 

@@ -15,18 +15,18 @@ namespace {
 
 constexpr int kWidth = 4;
 
-typedef float Floats __attribute__((vector_size(16)));
-typedef uint32_t Words __attribute__((vector_size(16)));
-typedef int32_t Signed __attribute__((vector_size(16)));
+typedef float Float4 __attribute__((vector_size(16)));
+typedef uint32_t Word4 __attribute__((vector_size(16)));
+typedef int32_t Int4 __attribute__((vector_size(16)));
 
 struct VF {
-  Floats v;
+  Float4 v;
 };
 struct VI {
-  Words v;
+  Word4 v;
 };
 struct VM {
-  Signed v;  // -1 or 0
+  Int4 v;  // -1 or 0
 };
 
 #define TENFOLD_LANES for (int i = 0; i < 4; ++i)
@@ -82,13 +82,13 @@ inline uint16_t float_to_bf16(float f) {
 }
 
 inline VF set1(float x) {
-  return {Floats{x, x, x, x}};
+  return {Float4{x, x, x, x}};
 }
 inline VI seti(uint32_t x) {
-  return {Words{x, x, x, x}};
+  return {Word4{x, x, x, x}};
 }
 inline VI iota() {
-  return {Words{0, 1, 2, 3}};
+  return {Word4{0, 1, 2, 3}};
 }
 
 inline float element(const float* p) {
@@ -118,7 +118,7 @@ inline VF load_n(const T* p, int n) {
 }
 template <class T>
 inline VF load(const T* p) {
-  return {Floats{element(p), element(p + 1), element(p + 2), element(p + 3)}};
+  return {Float4{element(p), element(p + 1), element(p + 2), element(p + 3)}};
 }
 inline VF load(const float* p) {
   VF r;
@@ -168,7 +168,7 @@ inline VI load_n(const uint32_t* p, int n) {
   return r;
 }
 inline VI load_bytes(const uint8_t* p) {
-  return {Words{p[0], p[1], p[2], p[3]}};
+  return {Word4{p[0], p[1], p[2], p[3]}};
 }
 // The lowest byte of every lane.
 inline void store_low_bytes(uint8_t* p, VI a) {
@@ -269,7 +269,7 @@ TENFOLD_COMPARE(lt, VF, a.v < b.v)
 TENFOLD_COMPARE(gt, VF, a.v > b.v)
 TENFOLD_COMPARE(ge, VF, a.v >= b.v)
 TENFOLD_COMPARE(eq, VF, a.v == b.v)
-TENFOLD_COMPARE(lt, VI, (Signed)a.v < (Signed)b.v)
+TENFOLD_COMPARE(lt, VI, (Int4)a.v < (Int4)b.v)
 TENFOLD_COMPARE(eq, VI, a.v == b.v)
 TENFOLD_COMPARE(above, VI, a.v > b.v)  // unsigned
 TENFOLD_COMPARE(both, VM, a.v & b.v)
@@ -291,7 +291,7 @@ inline int store_chosen(uint32_t* p, VM m, VI a) {
 }
 // Lane i takes bit i.
 inline VM lanes_of(uint32_t word) {
-  return {(Signed{1, 2, 4, 8} & static_cast<int32_t>(word)) != 0};
+  return {(Int4{1, 2, 4, 8} & static_cast<int32_t>(word)) != 0};
 }
 // The lanes of m one after another; what follows them is undefined. Back: lane by lane from there.
 inline VF compress(VM m, VF a) {
@@ -312,7 +312,7 @@ inline void store_where(T* p, VM m, VF a) {
   TENFOLD_LANES if (m.v[i]) put(p + i, a.v[i]);
 }
 inline VI load_halves(const uint16_t* p) {
-  return {Words{p[0], p[1], p[2], p[3]}};
+  return {Word4{p[0], p[1], p[2], p[3]}};
 }
 // The lower halves, of lanes below 2^16.
 inline void store_halves(uint16_t* p, VI a) {
@@ -335,7 +335,7 @@ inline VI shr(VI a) {
 }
 template <int N>
 inline VI shr_signed(VI a) {
-  return {(Words)((Signed)a.v >> N)};
+  return {(Word4)((Int4)a.v >> N)};
 }
 // 64-bit products of the lanes with one constant: high and low halves.
 inline void mulhilo(VI a, uint32_t m, VI* hi, VI* lo) {
@@ -356,13 +356,13 @@ inline void store_by_four(uint32_t* out, VI w0, VI w1, VI w2, VI w3) {
   }
 }
 inline VI bits(VF a) {
-  return {(Words)a.v};
+  return {(Word4)a.v};
 }
 inline VF from_bits(VI a) {
-  return {(Floats)a.v};
+  return {(Float4)a.v};
 }
 inline VF to_float(VI a) {  // signed
-  return {__builtin_convertvector((Signed)a.v, Floats)};
+  return {__builtin_convertvector((Int4)a.v, Float4)};
 }
 
 inline float hsum(VF a) {
