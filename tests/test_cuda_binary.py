@@ -24,8 +24,17 @@ REGISTERS, STATIC_SHARED = 65536, 48 * 1024  # of a multiprocessor; of a block
 # Bytes of local memory, exactly. Not spills: the array of the exact reduction of huge angles, a branch of CUDA's sine
 # and cosine in double that no angle of these ops comes near.
 STACK = {"kv_move_kernel": 40, "slerp_weights_kernel": 40}
-# The one that spills, two of 255 registers: dV of t5_attention in float32 at width 256, where 128 hold sums.
-SPILLS = {"dha_attention_backward_kernel<float, 256, (Grad)2, true>(BackwardArgs)": 8}
+# These spill. Attention's hold sums and tiles in all 255 registers that a thread can have; the optimiser's could have
+# more of them, for a block less on a multiprocessor.
+_BACKWARD = "dha_attention_backward_kernel<{}>(BackwardArgs)"
+SPILLS = {
+    _BACKWARD.format("bf16_t, 128, (Grad)0, true"): 8, _BACKWARD.format("fp16_t, 128, (Grad)0, true"): 8,
+    _BACKWARD.format("bf16_t, 64, (Grad)1, true"): 8, _BACKWARD.format("fp16_t, 64, (Grad)1, true"): 8,
+    _BACKWARD.format("float, 256, (Grad)1, false"): 24, _BACKWARD.format("float, 256, (Grad)1, true"): 24,
+    _BACKWARD.format("float, 256, (Grad)2, true"): 8,
+    "masked_adamw_8bit_kernel<float>(AdamwTable<Adamw8Tensor>, AdamwScalars const*, AdamwOptions, float const*,"
+    " float const*)": 16,
+}  # fmt: skip
 # ldmatrix and cp.async feed the tensor cores; the kernels of the second line load their tiles by themselves.
 PIPELINED = {"dha_attention_backward_kernel", "dha_attention_kernel", "dha_decode_kernel",
              "grouped_product_kernel", "grouped_wgrad_kernel", "lce_deltas_kernel",
