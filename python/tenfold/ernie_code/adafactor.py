@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tenfold.optim.closure import evaluated
+
 
 class ShardedAdafactor(torch.optim.Optimizer):
     """Adafactor (Shazeer and Stern) without momentum and relative steps, for DTensors sharded along dimension 0.
@@ -43,10 +45,7 @@ class ShardedAdafactor(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One step; ``closure`` evaluates the model again, with gradients."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluated(closure)
         for group in self.param_groups:
             self._step(group, [p for p in group["params"] if p.grad is not None])
         return loss

@@ -40,6 +40,7 @@ from tenfold.training.loop import (
     load_checkpoint,
     make_accelerator,
     progress_bar,
+    release,
     save_checkpoint,
 )
 from tenfold.training.lora import with_lora
@@ -253,18 +254,14 @@ class MAPPOTrainer:
                     times = {f"time/{k}": v for k, v in seconds.items()}
                     self.callback(Progress(STAGE, step + 1, config.steps, metrics | times))
         record.samples = table.samples
-        if isinstance(model, Sharded):
-            model.undo()
-        else:
-            accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-        accelerator.free_memory()
+        release(accelerator, model)
 
     def _prepared(self) -> tuple[Any, Any]:
         """(module, optimiser), over accelerate's ranks or in their shards."""
         accelerator, config, mesh = self.accelerator, self.config, mesh_of(self.accelerator)
         if mesh is None:
-            made = accelerator.prepare(self.module, make_optimizer(self.module, config))
-            return tuple(made)  # type: ignore[return-value]
+            model, optimizer = accelerator.prepare(self.module, make_optimizer(self.module, config))
+            return model, optimizer
         model = Sharded(self.module, mesh, config.mixed_precision)
         return model, make_optimizer(self.module, config)
 

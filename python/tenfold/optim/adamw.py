@@ -19,6 +19,7 @@ from torch.optim.optimizer import Optimizer
 
 from tenfold.optim.active import MISMATCH, ActivePlan, active_plan, check_states
 from tenfold.optim.calls import Call, Settled, Slot
+from tenfold.optim.closure import evaluated
 from tenfold.optim.masks import Mask, collect_masks, local
 from tenfold.optim.states import DTYPES, MOMENTS, Layout
 from tenfold.optim.sums import global_norm
@@ -266,10 +267,7 @@ class MaskedAdamW(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One step; ``closure`` evaluates the model again, with gradients."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluated(closure)
         self._check_plan()
         scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         calls = self._calls()

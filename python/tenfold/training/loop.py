@@ -154,6 +154,15 @@ def load_checkpoint(
     return step, json.loads((path / "curve.json").read_text())
 
 
+def release(accelerator: Any, model: Any) -> None:
+    """Undoes what was done to a module for training, over ranks or in shards; all ranks must call."""
+    if isinstance(model, Sharded):
+        model.undo()
+    else:
+        accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    accelerator.free_memory()
+
+
 @contextlib.contextmanager
 def progress_bar(
     stage: str, steps: int, done: int, shown: bool
@@ -307,7 +316,8 @@ class Trainer:
         start = self._start(stage)
         if mesh is None:
             self.enter(stage, start, module)
-            return tuple(accelerator.prepare(module, self.make_optimizer(module)))  # type: ignore[return-value]
+            model, optimizer = accelerator.prepare(module, self.make_optimizer(module))
+            return model, optimizer
         self._model = Sharded(module, mesh, self.config.mixed_precision, self.apart(module))
         self.enter(stage, start, module)
         return self._model, self.make_optimizer(module)
@@ -315,11 +325,7 @@ class Trainer:
     def _release(self, model: Any) -> None:
         """The module is the caller's again."""
         self._model = None
-        if isinstance(model, Sharded):
-            model.undo()
-        else:
-            self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-        self.accelerator.free_memory()
+        release(self.accelerator, model)
 
     def _rewrap(self, stage: str, step: int, model: Any, module: nn.Module, optimizer: Any) -> Any:
         accelerator = self.accelerator

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tenfold.optim.closure import evaluated
+
 _QUINTIC = (3.4445, -4.7750, 2.0315)
 
 
@@ -52,10 +54,7 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One step; ``closure`` evaluates the model again, with gradients."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluated(closure)
         for group in self.param_groups:
             momentum = group["momentum"]
             for p in group["params"]:

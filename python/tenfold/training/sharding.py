@@ -95,7 +95,8 @@ def mesh_of(accelerator: Any) -> Any | None:
 
 def gathered(tensor: Tensor) -> Tensor:
     """The whole of a sharded tensor, on every rank (all must call); any other tensor as it is."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[operator]
+    whole = getattr(tensor, "full_tensor", None)
+    return tensor if whole is None else whole()
 
 
 def local(tensor: Tensor) -> Tensor:
