@@ -21,6 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from tenfold.optim.masks import local
+
 _ON = ("1", "true", "yes", "on", "y", "t")
 # Settings of accelerate that would change what is computed or held, and what there is instead.
 _REFUSED = {
@@ -97,11 +99,6 @@ def gathered(tensor: Tensor) -> Tensor:
     """The whole of a sharded tensor, on every rank (all must call); any other tensor as it is."""
     whole = getattr(tensor, "full_tensor", None)
     return tensor if whole is None else whole()
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor; any other tensor as it is."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[operator]
 
 
 def blocks_of(module: nn.Module) -> list[nn.Module]:
