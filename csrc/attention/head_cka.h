@@ -45,7 +45,7 @@ constexpr int64_t gram_scratch() {
   return 2 * rows * kGramPitch + rows * kGramDepth + kGramRun * rows * rows;
 }
 
-TENFOLD_ISA_DECLARE(void gram_run(const GramProblem& p, const GramRun& run))
-TENFOLD_ISA_DECLARE(float row_mean(const void* row, Dtype dtype, int64_t length))
+TENFOLD_ISA_DECLARE_BF16(void gram_run(const GramProblem& p, const GramRun& run))
+TENFOLD_ISA_DECLARE_BF16(float row_mean(const void* row, Dtype dtype, int64_t length))
 
 }  // namespace tenfold

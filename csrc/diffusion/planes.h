@@ -32,8 +32,8 @@ TENFOLD_HD bool planes_whole(int64_t size, int64_t l, int64_t length) {
   return l >= size / 2 && l < length - size / 2;
 }
 
-TENFOLD_ISA_DECLARE(void add_number(Dtype dtype, void* row, int64_t n, float number))
+TENFOLD_ISA_DECLARE_BF16(void add_number(Dtype dtype, void* row, int64_t n, float number))
 // Of a block of neighbours.
-TENFOLD_ISA_DECLARE(double sum_numbers(Dtype dtype, const void* row, int64_t n))
+TENFOLD_ISA_DECLARE_BF16(double sum_numbers(Dtype dtype, const void* row, int64_t n))
 
 }  // namespace tenfold

@@ -87,8 +87,8 @@ struct FirSpan {
   int64_t begin, end;  // outputs
 };
 
-TENFOLD_ISA_DECLARE(void fir_row(const FirSpan& s))
+TENFOLD_ISA_DECLARE_BF16(void fir_row(const FirSpan& s))
 // As it is, bit for bit.
-TENFOLD_ISA_DECLARE(void copy_row(const void* from, void* to, int64_t bytes, bool past_caches))
+TENFOLD_ISA_DECLARE_BF16(void copy_row(const void* from, void* to, int64_t bytes, bool past_caches))
 
 }  // namespace tenfold

@@ -195,9 +195,9 @@ struct StepSpan {
   int64_t n;
 };
 
-TENFOLD_ISA_DECLARE(void vdiff_noise(const NoiseSpan& s))
+TENFOLD_ISA_DECLARE_BF16(void vdiff_noise(const NoiseSpan& s))
 // The sum of squares, which is 0 where a gradient is made.
-TENFOLD_ISA_DECLARE(double vdiff_loss(const LossSpan& s))
-TENFOLD_ISA_DECLARE(void vdiff_step(const StepSpan& s))
+TENFOLD_ISA_DECLARE_BF16(double vdiff_loss(const LossSpan& s))
+TENFOLD_ISA_DECLARE_BF16(void vdiff_step(const StepSpan& s))
 
 }  // namespace tenfold

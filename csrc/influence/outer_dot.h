@@ -52,6 +52,6 @@ constexpr int64_t kDotScores = kDotRows * kDotCols;  // doubles
 constexpr int64_t kDotRoom =
     kDotPanels + kDotLanes + 16 * kDotStrip + 2 * kDotRows * kDotPitch + 2 * kDotScores;
 
-TENFOLD_ISA_DECLARE(void outer_dot_task(const OuterDot& p, const DotTask& task, float* room))
+TENFOLD_ISA_DECLARE_AMX(void outer_dot_task(const OuterDot& p, const DotTask& task, float* room))
 
 }  // namespace tenfold

@@ -52,8 +52,9 @@ struct ProxyScoresTask {
   void* scratch;  // proxy_scores_scratch bytes, 64-byte aligned
 };
 
-TENFOLD_ISA_DECLARE(void proxy_scores_task(const ProxyScoresParams& p, const ProxyScoresTask& t))
-TENFOLD_ISA_DECLARE(int64_t proxy_scores_scratch(const ProxyScoresParams& p))
-TENFOLD_ISA_DECLARE(int64_t proxy_scores_tile_rows())
+TENFOLD_ISA_DECLARE_AMX(void proxy_scores_task(const ProxyScoresParams& p,
+                                               const ProxyScoresTask& t))
+TENFOLD_ISA_DECLARE_AMX(int64_t proxy_scores_scratch(const ProxyScoresParams& p))
+TENFOLD_ISA_DECLARE_AMX(int64_t proxy_scores_tile_rows())
 
 }  // namespace tenfold

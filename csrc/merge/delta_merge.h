@@ -62,20 +62,20 @@ struct WeightedSum {
 };
 
 // Elements [begin, end). ties: for each expert, how many elements equal to its cut are still kept.
-TENFOLD_ISA_DECLARE(void delta_merge(const DeltaMerge& m, int64_t begin, int64_t end,
-                                     int64_t* ties))
-TENFOLD_ISA_DECLARE(void weighted_sum(const WeightedSum& m, int64_t begin, int64_t end))
+TENFOLD_ISA_DECLARE_BF16(void delta_merge(const DeltaMerge& m, int64_t begin, int64_t end,
+                                          int64_t* ties))
+TENFOLD_ISA_DECLARE_BF16(void weighted_sum(const WeightedSum& m, int64_t begin, int64_t end))
 
 // Keys in the order of |expert - base|: its float bits + 1; NaN is largest. `keys` has room for a
 // multiple of the vector width.
-TENFOLD_ISA_DECLARE(void magnitude_keys(const void* base, const void* expert, Dtype dtype,
-                                        int64_t begin, int64_t n, uint32_t* keys))
-TENFOLD_ISA_DECLARE(void magnitude_sample(const void* base, const void* expert, Dtype dtype,
-                                          const int64_t* at, int64_t n, uint32_t* keys))
+TENFOLD_ISA_DECLARE_BF16(void magnitude_keys(const void* base, const void* expert, Dtype dtype,
+                                             int64_t begin, int64_t n, uint32_t* keys))
+TENFOLD_ISA_DECLARE_BF16(void magnitude_sample(const void* base, const void* expert, Dtype dtype,
+                                               const int64_t* at, int64_t n, uint32_t* keys))
 
 // all[e] and kept[e]: sums of |d_e| (or, squared, of d_e^2) over the elements [begin, end) and over
 // those that are not dropped, in float64.
-TENFOLD_ISA_DECLARE(void delta_norms(const DeltaMerge& m, int64_t begin, int64_t end, bool squared,
-                                     double* all, double* kept))
+TENFOLD_ISA_DECLARE_BF16(void delta_norms(const DeltaMerge& m, int64_t begin, int64_t end,
+                                          bool squared, double* all, double* kept))
 
 }  // namespace tenfold

@@ -39,10 +39,10 @@ struct OuterParams {
   int64_t pitch;
 };
 
-TENFOLD_ISA_DECLARE(void router_logits(const RouterParams& p, int64_t begin, int64_t end))
+TENFOLD_ISA_DECLARE_BF16(void router_logits(const RouterParams& p, int64_t begin, int64_t end))
 // Columns [col, col + cols) of b, to the first columns of out.
-TENFOLD_ISA_DECLARE(void router_outer(const OuterParams& p, int64_t col, int64_t cols))
+TENFOLD_ISA_DECLARE_BF16(void router_outer(const OuterParams& p, int64_t col, int64_t cols))
 // Rounds n numbers, or copies them.
-TENFOLD_ISA_DECLARE(void router_round(const float* from, int64_t n, Dtype dtype, void* to))
+TENFOLD_ISA_DECLARE_BF16(void router_round(const float* from, int64_t n, Dtype dtype, void* to))
 
 }  // namespace tenfold

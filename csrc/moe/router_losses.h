@@ -58,19 +58,20 @@ TENFOLD_HD SeedTerm seed_term(double z, double target) {
 }
 
 // Sum of s_t over the tokens of [begin, end) that count; scratch as for gate_rows with k = 0.
-TENFOLD_ISA_DECLARE(double balance_sum(const BalanceParams& p, int64_t begin, int64_t end,
-                                       float* scratch))
+TENFOLD_ISA_DECLARE_BF16(double balance_sum(const BalanceParams& p, int64_t begin, int64_t end,
+                                            float* scratch))
 // out [T, n] = by P_te (n F_e - s_t); zeros for the other tokens.
-TENFOLD_ISA_DECLARE(void balance_grad(const BalanceParams& p, float by, int64_t begin, int64_t end,
-                                      void* out, float* scratch))
+TENFOLD_ISA_DECLARE_BF16(void balance_grad(const BalanceParams& p, float by, int64_t begin,
+                                           int64_t end, void* out, float* scratch))
 // z[i] = <rows[i], r> for up to kSeedGroup rows.
-TENFOLD_ISA_DECLARE(void seed_dots(const void* const* rows, int64_t count, Dtype dtype, int64_t d,
-                                   const float* r, float* z))
+TENFOLD_ISA_DECLARE_BF16(void seed_dots(const void* const* rows, int64_t count, Dtype dtype,
+                                        int64_t d, const float* r, float* z))
 // part += sum of slope[i] rows[i]
-TENFOLD_ISA_DECLARE(void seed_add(const void* const* rows, int64_t count, Dtype dtype, int64_t d,
-                                  const float* slope, float* part))
+TENFOLD_ISA_DECLARE_BF16(void seed_add(const void* const* rows, int64_t count, Dtype dtype,
+                                       int64_t d, const float* slope, float* part))
 // out = by r
-TENFOLD_ISA_DECLARE(void seed_scale(const float* r, float by, int64_t d, Dtype dtype, void* out))
-TENFOLD_ISA_DECLARE(void seed_widen(const void* r, Dtype dtype, int64_t d, float* out))
+TENFOLD_ISA_DECLARE_BF16(void seed_scale(const float* r, float by, int64_t d, Dtype dtype,
+                                         void* out))
+TENFOLD_ISA_DECLARE_BF16(void seed_widen(const void* r, Dtype dtype, int64_t d, float* out))
 
 }  // namespace tenfold

@@ -23,10 +23,10 @@ namespace tenfold {
 constexpr int64_t kSortChunk = 16384;
 
 // out = sum of weight[j] rows[j] (1 each if null), d numbers; zeros of no rows.
-TENFOLD_ISA_DECLARE(void sum_slots(const void* const* rows, const float* weight, int64_t count,
-                                   Dtype dtype, int64_t d, void* out))
+TENFOLD_ISA_DECLARE_BF16(void sum_slots(const void* const* rows, const float* weight, int64_t count,
+                                        Dtype dtype, int64_t d, void* out))
 // grad_y = weight grad_out (unless null); returns <grad_out, y> (0 if y is null).
-TENFOLD_ISA_DECLARE(float slot_grad(const void* grad_out, const void* y, float weight, Dtype dtype,
-                                    int64_t d, void* grad_y))
+TENFOLD_ISA_DECLARE_BF16(float slot_grad(const void* grad_out, const void* y, float weight,
+                                         Dtype dtype, int64_t d, void* grad_y))
 
 }  // namespace tenfold

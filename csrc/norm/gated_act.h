@@ -45,7 +45,7 @@ struct GatedGradSpan {
   int64_t n;
 };
 
-TENFOLD_ISA_DECLARE(void gated_act(const GatedSpan& s))
-TENFOLD_ISA_DECLARE(void gated_act_grad(const GatedGradSpan& s))
+TENFOLD_ISA_DECLARE_BF16(void gated_act(const GatedSpan& s))
+TENFOLD_ISA_DECLARE_BF16(void gated_act_grad(const GatedGradSpan& s))
 
 }  // namespace tenfold

@@ -64,12 +64,12 @@ struct Gn1GradSpan {
   int64_t n;
 };
 
-TENFOLD_ISA_DECLARE(Moments gn1_moments(Dtype dtype, const void* x, int64_t n))
-TENFOLD_ISA_DECLARE(void gn1_gelu(const Gn1Span& s))
-TENFOLD_ISA_DECLARE(Gn1Sums gn1_grad_sums(const Gn1GradSpan& s))
-TENFOLD_ISA_DECLARE(void gn1_gelu_grad(const Gn1GradSpan& s))
+TENFOLD_ISA_DECLARE_BF16(Moments gn1_moments(Dtype dtype, const void* x, int64_t n))
+TENFOLD_ISA_DECLARE_BF16(void gn1_gelu(const Gn1Span& s))
+TENFOLD_ISA_DECLARE_BF16(Gn1Sums gn1_grad_sums(const Gn1GradSpan& s))
+TENFOLD_ISA_DECLARE_BF16(void gn1_gelu_grad(const Gn1GradSpan& s))
 // Parameters as floats, and gradients from them.
-TENFOLD_ISA_DECLARE(void gn1_widen(Dtype dtype, const void* from, int64_t n, float* to))
-TENFOLD_ISA_DECLARE(void gn1_narrow(Dtype dtype, const float* from, int64_t n, void* to))
+TENFOLD_ISA_DECLARE_BF16(void gn1_widen(Dtype dtype, const void* from, int64_t n, float* to))
+TENFOLD_ISA_DECLARE_BF16(void gn1_narrow(Dtype dtype, const float* from, int64_t n, void* to))
 
 }  // namespace tenfold

@@ -53,12 +53,14 @@ constexpr int64_t rms_block_rows(int64_t rows) {
 }
 
 // Rows [begin, end). kept: kRmsRowsAtOnce rows of x's dtype, for past_caches with a residual.
-TENFOLD_ISA_DECLARE(void rms_norm_rows(const RmsRows& r, int64_t begin, int64_t end, void* kept))
+TENFOLD_ISA_DECLARE_BF16(void rms_norm_rows(const RmsRows& r, int64_t begin, int64_t end,
+                                            void* kept))
 // Rows [begin, end), a block; dw: their sums [cols], or null.
-TENFOLD_ISA_DECLARE(void rms_norm_grad_rows(const RmsGradRows& r, int64_t begin, int64_t end,
-                                            float* dw))
+TENFOLD_ISA_DECLARE_BF16(void rms_norm_grad_rows(const RmsGradRows& r, int64_t begin, int64_t end,
+                                                 float* dw))
 // Columns [begin, end) of the sum of `count` rows of `cols` floats.
-TENFOLD_ISA_DECLARE(void rms_norm_add_blocks(const float* blocks, int64_t count, int64_t cols,
-                                             void* dw, Dtype dtype, int64_t begin, int64_t end))
+TENFOLD_ISA_DECLARE_BF16(void rms_norm_add_blocks(const float* blocks, int64_t count, int64_t cols,
+                                                  void* dw, Dtype dtype, int64_t begin,
+                                                  int64_t end))
 
 }  // namespace tenfold

@@ -67,12 +67,12 @@ constexpr int64_t wgrad_sums(int64_t rows, int64_t cols) {
 }
 
 // Tokens of a strip.
-TENFOLD_ISA_DECLARE(int64_t wgrad_strip_tokens(Dtype dtype))
+TENFOLD_ISA_DECLARE_BF16(int64_t wgrad_strip_tokens(Dtype dtype))
 // Packs strip number `strip` of the rows [row, row + rows), or of the columns [col, col + cols).
-TENFOLD_ISA_DECLARE(void wgrad_pack_rows(const WgradProblem& p, int64_t row, int64_t rows,
-                                         int64_t strip, float* panels))
-TENFOLD_ISA_DECLARE(void wgrad_pack_cols(const WgradProblem& p, int64_t col, int64_t cols,
-                                         int64_t strip, float* panels))
-TENFOLD_ISA_DECLARE(void wgrad_tile(const WgradProblem& p, const WgradTile& tile))
+TENFOLD_ISA_DECLARE_BF16(void wgrad_pack_rows(const WgradProblem& p, int64_t row, int64_t rows,
+                                              int64_t strip, float* panels))
+TENFOLD_ISA_DECLARE_BF16(void wgrad_pack_cols(const WgradProblem& p, int64_t col, int64_t cols,
+                                              int64_t strip, float* panels))
+TENFOLD_ISA_DECLARE_BF16(void wgrad_tile(const WgradProblem& p, const WgradTile& tile))
 
 }  // namespace tenfold

@@ -162,7 +162,7 @@ TENFOLD_HD int64_t adamw_state_position(const AdamwTensor& t, int64_t i) {
 
 // The elements [begin, end) of a tensor; begin is a multiple of kAdamwGrain, end too or the numel.
 constexpr int64_t kAdamwGrain = 1024;
-TENFOLD_ISA_DECLARE(void masked_adamw_range(const AdamwTensor& t, const AdamwScalars& s,
-                                            const AdamwOptions& o, int64_t begin, int64_t end))
+TENFOLD_ISA_DECLARE_BF16(void masked_adamw_range(const AdamwTensor& t, const AdamwScalars& s,
+                                                 const AdamwOptions& o, int64_t begin, int64_t end))
 
 }  // namespace tenfold

@@ -47,8 +47,9 @@ struct Adamw8Tensor : AdamwTensor {  // exp_avg, exp_avg_sq: uint8 codes
 };
 
 // The elements [begin, end) of a tensor; begin is a multiple of kAdamwGrain, end too or the numel.
-TENFOLD_ISA_DECLARE(void masked_adamw_8bit_range(const Adamw8Tensor& t, const AdamwScalars& s,
-                                                 const AdamwOptions& o, const CodeBook& book1,
-                                                 const CodeBook& book2, int64_t begin, int64_t end))
+TENFOLD_ISA_DECLARE_BF16(void masked_adamw_8bit_range(const Adamw8Tensor& t, const AdamwScalars& s,
+                                                      const AdamwOptions& o, const CodeBook& book1,
+                                                      const CodeBook& book2, int64_t begin,
+                                                      int64_t end))
 
 }  // namespace tenfold

@@ -43,9 +43,9 @@ struct AttentionTask {
   int64_t sequence, tile_begin, tile_end;
 };
 
-TENFOLD_ISA_DECLARE(int64_t attention_tile_rows(); int64_t attention_most_tiles();
-                    int64_t attention_scratch(const AttentionForward& p);
-                    void attention_forward_task(const AttentionForward& p, const AttentionTask& t,
-                                                void* scratch))
+TENFOLD_ISA_DECLARE_AMX(int64_t attention_tile_rows(); int64_t attention_most_tiles();
+                        int64_t attention_scratch(const AttentionForward& p);
+                        void attention_forward_task(const AttentionForward& p,
+                                                    const AttentionTask& t, void* scratch))
 
 }  // namespace tenfold

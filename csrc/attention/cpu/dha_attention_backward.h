@@ -50,10 +50,10 @@ struct GradientSum {
   Dtype dtype;
 };
 
-TENFOLD_ISA_DECLARE(void attention_backward_task(const AttentionBackward& p,
-                                                 const AttentionBackwardTask& t))
-TENFOLD_ISA_DECLARE(int64_t attention_backward_scratch(const AttentionBackward& p))
-TENFOLD_ISA_DECLARE(void sum_gradient(const GradientSum& s))
+TENFOLD_ISA_DECLARE_BF16(void attention_backward_task(const AttentionBackward& p,
+                                                      const AttentionBackwardTask& t))
+TENFOLD_ISA_DECLARE_BF16(int64_t attention_backward_scratch(const AttentionBackward& p))
+TENFOLD_ISA_DECLARE_BF16(void sum_gradient(const GradientSum& s))
 
 #if defined(TENFOLD_X86)
 namespace avx512_amx {  // bf16 by AMX tiles, where AttentionBackward::by_tiles allows it

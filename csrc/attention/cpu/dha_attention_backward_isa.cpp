@@ -11,6 +11,7 @@
 // sum_gradient adds up over the heads that share them, so no product is computed twice (with one
 // owner for each of dQ, dK and dV it would be eight products, not five).
 // What causal masks and windows hide is left out in units of the register blocks.
+#include "attention/cpu/dha_attention_backward.h"
 #include "attention/cpu/dha_attention_backward_stage.h"
 
 TENFOLD_ISA_BEGIN

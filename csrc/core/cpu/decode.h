@@ -68,7 +68,7 @@ constexpr int64_t decode_partial(int64_t rows, int64_t value_dim) {
   return rows * (2 + decode_pitch(value_dim));
 }
 
-TENFOLD_ISA_DECLARE(void decode_task(const DecodeTask& t))
+TENFOLD_ISA_DECLARE_BF16(void decode_task(const DecodeTask& t))
 
 // Copies a query row of any dtype and stride to float and pads it with zeros.
 void decode_load_query(const void* q, Dtype dtype, int64_t stride, int64_t head_dim, float* to);

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // CPU instruction sets: found once at load, forced by TENFOLD_CPU_CAPABILITY or at run time.
-// Every ISA kernel source is compiled once for each of them (see CMakeLists.txt) into
-// namespace tenfold::<isa>; TENFOLD_ISA_DECLARE declares all copies, TENFOLD_ISA_CALL picks one.
+// Every ISA kernel source is compiled into namespace tenfold::<isa> for each of them up to the one
+// that its header names: TENFOLD_ISA_DECLARE up to avx512, _BF16 and _AMX up to those (which is
+// where CMakeLists.txt reads it). They declare all copies, TENFOLD_ISA_CALL picks one.
 #pragma once
 
 namespace tenfold {
@@ -15,7 +16,19 @@ Isa active_isa();
 
 }  // namespace tenfold
 
+// The highest instruction sets are for 16-bit numbers. What has no code of its own for them is not
+// compiled again: their names of it are those of the level below.
 #if defined(TENFOLD_X86)
+namespace tenfold {
+namespace avx512 {}
+namespace avx512_bf16 {
+using namespace avx512;
+}
+namespace avx512_amx {
+using namespace avx512_bf16;
+}
+}  // namespace tenfold
+
 #define TENFOLD_ISA_DECLARE(...) \
   namespace scalar {             \
   __VA_ARGS__;                   \
@@ -25,12 +38,16 @@ Isa active_isa();
   }                              \
   namespace avx512 {             \
   __VA_ARGS__;                   \
-  }                              \
-  namespace avx512_bf16 {        \
-  __VA_ARGS__;                   \
-  }                              \
-  namespace avx512_amx {         \
-  __VA_ARGS__;                   \
+  }
+#define TENFOLD_ISA_DECLARE_BF16(...) \
+  TENFOLD_ISA_DECLARE(__VA_ARGS__)    \
+  namespace avx512_bf16 {             \
+  __VA_ARGS__;                        \
+  }
+#define TENFOLD_ISA_DECLARE_AMX(...)    \
+  TENFOLD_ISA_DECLARE_BF16(__VA_ARGS__) \
+  namespace avx512_amx {                \
+  __VA_ARGS__;                          \
   }
 #define TENFOLD_ISA_CALL_AS(isa, function, ...)                                    \
   ([&] {                                                                           \
@@ -47,6 +64,8 @@ Isa active_isa();
   namespace scalar {             \
   __VA_ARGS__;                   \
   }
+#define TENFOLD_ISA_DECLARE_BF16 TENFOLD_ISA_DECLARE
+#define TENFOLD_ISA_DECLARE_AMX TENFOLD_ISA_DECLARE
 #define TENFOLD_ISA_CALL_AS(isa, function, ...) ((void)(isa), scalar::function(__VA_ARGS__))
 #endif
 

@@ -76,51 +76,52 @@ struct LcePacking {
   int64_t word, unit, panel, tokens;
   int64_t words(int64_t n) const { return lce_whole((n + word - 1) / word, unit); }
 };
-TENFOLD_ISA_DECLARE(LcePacking lce_packing(Dtype dtype))
+TENFOLD_ISA_DECLARE_AMX(LcePacking lce_packing(Dtype dtype))
 // Tile `tile` of kLceLanes rows of a chunk -> lanes; columns [col, col + n) of all its rows ->
 // cols, col a multiple of kLceLanes.
-TENFOLD_ISA_DECLARE(void lce_pack_lanes(const LceProblem& p, const LceChunk& c, int64_t tile,
-                                        float* staged))
-TENFOLD_ISA_DECLARE(void lce_pack_cols(const LceProblem& p, const LceChunk& c, int64_t col,
-                                       int64_t n))
+TENFOLD_ISA_DECLARE_AMX(void lce_pack_lanes(const LceProblem& p, const LceChunk& c, int64_t tile,
+                                            float* staged))
+TENFOLD_ISA_DECLARE_AMX(void lce_pack_cols(const LceProblem& p, const LceChunk& c, int64_t col,
+                                           int64_t n))
 // Step 1 for tokens [v, v + n): x [n, in whole panels][pitch], and c.chosen. panels: room for n
 // rows of weight.
-TENFOLD_ISA_DECLARE(void lce_logits(const LceProblem& p, const LceChunk& c, int64_t v, int64_t n,
-                                    float* panels, float* staged, float* x))
+TENFOLD_ISA_DECLARE_AMX(void lce_logits(const LceProblem& p, const LceChunk& c, int64_t v,
+                                        int64_t n, float* panels, float* staged, float* x))
 // Of a tile: maximum, sum of exp and of exp times distance from the maximum (if wanted): pitch
 // each. exps: where each exp goes, or null.
-TENFOLD_ISA_DECLARE(void lce_sums(const LceProblem& p, const LceChunk& c, int64_t n, const float* x,
-                                  bool weighted, const LceExps& exps, float* sums))
+TENFOLD_ISA_DECLARE_AMX(void lce_sums(const LceProblem& p, const LceChunk& c, int64_t n,
+                                      const float* x, bool weighted, const LceExps& exps,
+                                      float* sums))
 // Of all `tiles`, 3 pitch apart, in order, into the first ones'.
-TENFOLD_ISA_DECLARE(void lce_join(const LceChunk& c, int64_t tiles, bool weighted, float* sums))
+TENFOLD_ISA_DECLARE_AMX(void lce_join(const LceChunk& c, int64_t tiles, bool weighted, float* sums))
 // x to rows `kept_pitch` apart.
-TENFOLD_ISA_DECLARE(void lce_keep(const LceChunk& c, int64_t n, const float* x, float* kept,
-                                  int64_t kept_pitch))
+TENFOLD_ISA_DECLARE_AMX(void lce_keep(const LceChunk& c, int64_t n, const float* x, float* kept,
+                                      int64_t kept_pitch))
 // Step 2: from x (rows `x_pitch` apart) d of a tile as panels of rows `stride` apart, the depth
 // along the tokens, and of tokens, the depth along the rows. Either may be null.
-TENFOLD_ISA_DECLARE(void lce_deltas(const LceProblem& p, const LceChunk& c, int64_t v, int64_t n,
-                                    const float* x, int64_t x_pitch, float* by_row, int64_t stride,
-                                    float* by_token))
+TENFOLD_ISA_DECLARE_AMX(void lce_deltas(const LceProblem& p, const LceChunk& c, int64_t v,
+                                        int64_t n, const float* x, int64_t x_pitch, float* by_row,
+                                        int64_t stride, float* by_token))
 // Step 2 from exps, where d is a probability times a slope of the row, but for the target:
 // factors of a tile whose maxima are `top` to 2^base, whole numbers not below any maximum / ln 2.
 // Their mantissas do not depend on the base, so that sums do not depend on when it was raised.
-TENFOLD_ISA_DECLARE(void lce_row_factors(const LceChunk& c, const float* top, const float* base,
-                                         float* factor))
+TENFOLD_ISA_DECLARE_AMX(void lce_row_factors(const LceChunk& c, const float* top, const float* base,
+                                             float* factor))
 // exps times factors -> by_row as above; 0 where the target is: what is left of 1 may be small, and
 // is added at the end.
-TENFOLD_ISA_DECLARE(void lce_exps_by_row(Dtype dtype, const LceChunk& c, int64_t first, int64_t n,
-                                         const LceExps& exps, const float* factor, float* by_row,
-                                         int64_t stride))
+TENFOLD_ISA_DECLARE_AMX(void lce_exps_by_row(Dtype dtype, const LceChunk& c, int64_t first,
+                                             int64_t n, const LceExps& exps, const float* factor,
+                                             float* by_row, int64_t stride))
 // d -> by_token as above. factor: room for a float a row; c.chosen holds log-probabilities here.
-TENFOLD_ISA_DECLARE(void lce_exps_by_token(const LceProblem& p, const LceChunk& c, int64_t first,
-                                           int64_t n, const LceExps& exps, const float* top,
-                                           float* factor, float* by_token))
+TENFOLD_ISA_DECLARE_AMX(void lce_exps_by_token(const LceProblem& p, const LceChunk& c,
+                                               int64_t first, int64_t n, const LceExps& exps,
+                                               const float* top, float* factor, float* by_token))
 // sums = factor sums + of_target weight[target]; whether all sums were finite.
-TENFOLD_ISA_DECLARE(bool lce_finish_row(const LceProblem& p, int64_t target, float factor,
-                                        float of_target, float* sums))
+TENFOLD_ISA_DECLARE_AMX(bool lce_finish_row(const LceProblem& p, int64_t target, float factor,
+                                            float of_target, float* sums))
 // Tokens [v, v + n) of weight -> tiles of lanes, `depth` words of tokens each; these from `at` on.
-TENFOLD_ISA_DECLARE(void lce_pack_weight(const LceProblem& p, int64_t v, int64_t n, int64_t at,
-                                         int64_t depth, float* cols))
+TENFOLD_ISA_DECLARE_AMX(void lce_pack_weight(const LceProblem& p, int64_t v, int64_t n, int64_t at,
+                                             int64_t depth, float* cols))
 
 // Rows of grad_weight: added to `before` first (floats, `before_pitch` apart) unless null; then
 // stored as floats or as the dtype.
@@ -135,12 +136,13 @@ struct LceWeightTile {
   int64_t out_pitch;
   bool past;  // past the caches
 };
-TENFOLD_ISA_DECLARE(void lce_weight_tile(const LceChunk& c, Dtype dtype, const LceWeightTile& t))
+TENFOLD_ISA_DECLARE_AMX(void lce_weight_tile(const LceChunk& c, Dtype dtype,
+                                             const LceWeightTile& t))
 // sums [rows][pitch] (+)= panels of d * columns [col, col + cols) of tiles of weight.
-TENFOLD_ISA_DECLARE(void lce_hidden_tile(Dtype dtype, int64_t rows, int64_t cols, int64_t depth,
-                                         const float* by_row, int64_t stride, const float* weight,
-                                         int64_t weight_depth, int64_t col, float* sums,
-                                         int64_t pitch, bool add))
-TENFOLD_ISA_DECLARE(void lce_store(const float* from, int64_t n, Dtype dtype, void* to))
+TENFOLD_ISA_DECLARE_AMX(void lce_hidden_tile(Dtype dtype, int64_t rows, int64_t cols, int64_t depth,
+                                             const float* by_row, int64_t stride,
+                                             const float* weight, int64_t weight_depth, int64_t col,
+                                             float* sums, int64_t pitch, bool add))
+TENFOLD_ISA_DECLARE_AMX(void lce_store(const float* from, int64_t n, Dtype dtype, void* to))
 
 }  // namespace tenfold

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "merge/cpu/delta_sums.h"
 #include "merge/cpu/drop_draws.h"
+#include "merge/delta_merge.h"
 
 TENFOLD_ISA_BEGIN
 namespace {

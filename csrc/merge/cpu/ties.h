@@ -24,7 +24,8 @@ constexpr int64_t kTiesBlock = 4096;  // elements of a call
 // Elements [begin, end) of m, kTiesBlock at most. at[j]: those, from begin on, of which an expert
 // is in between; returns how many. above[e]: how many more are above the limits. merge: out is
 // written, as if none of those in between were kept.
-TENFOLD_ISA_DECLARE(int64_t ties_block(const DeltaMerge& m, const TiesLimits& limits, bool merge,
-                                       int64_t begin, int64_t end, uint16_t* at, int64_t* above))
+TENFOLD_ISA_DECLARE_BF16(int64_t ties_block(const DeltaMerge& m, const TiesLimits& limits,
+                                            bool merge, int64_t begin, int64_t end, uint16_t* at,
+                                            int64_t* above))
 
 }  // namespace tenfold

@@ -33,7 +33,7 @@ struct MoeStore {
   void* out;  // row 0, the tile's first column
   int64_t stride;
 };
-TENFOLD_ISA_DECLARE(void moe_store(const MoeTileRows& t, const MoeStore& s))
+TENFOLD_ISA_DECLARE_BF16(void moe_store(const MoeTileRows& t, const MoeStore& s))
 
 // a = factor silu(g) u of g = gate + base, u = up + base; g and u are stored as well unless null.
 struct MoeSwiglu {
@@ -46,7 +46,7 @@ struct MoeSwiglu {
   void *g, *u;
   int64_t g_stride;
 };
-TENFOLD_ISA_DECLARE(void moe_swiglu(const MoeTileRows& t, const MoeSwiglu& s))
+TENFOLD_ISA_DECLARE_BF16(void moe_swiglu(const MoeTileRows& t, const MoeSwiglu& s))
 
 // From y = the gradient of a before its factor w (sums + base) and g, u:
 //   dot[row] = <y, a>, dg = w y u s (1 + g (1 - s)), du = w y silu(g), wa = w a;  s = sigmoid(g).
@@ -62,7 +62,7 @@ struct MoeSwigluBackward {
   int64_t wa_stride;
   float* dot;
 };
-TENFOLD_ISA_DECLARE(void moe_swiglu_backward(const MoeTileRows& t, const MoeSwigluBackward& s))
+TENFOLD_ISA_DECLARE_BF16(void moe_swiglu_backward(const MoeTileRows& t, const MoeSwigluBackward& s))
 
 // out[t] = base[t] + the sum over j < k of in[at[t k + j]], in this order, of positions below
 // `routed`.
@@ -77,6 +77,6 @@ struct MoeCombine {
   void* out;
   int64_t out_stride;
 };
-TENFOLD_ISA_DECLARE(void moe_combine(const MoeTileRows& t, const MoeCombine& c))
+TENFOLD_ISA_DECLARE_BF16(void moe_combine(const MoeTileRows& t, const MoeCombine& c))
 
 }  // namespace tenfold

@@ -89,7 +89,7 @@ constexpr int64_t moe_product_room(Isa isa, Dtype dtype, int64_t depth) {
   return moe_by_tiles(isa, dtype) && turned > packed ? turned : packed;
 }
 
-TENFOLD_ISA_DECLARE(void moe_product(const MoeProduct& p))
-TENFOLD_ISA_DECLARE(void moe_wgrad(const MoeWgrad& p))
+TENFOLD_ISA_DECLARE_AMX(void moe_product(const MoeProduct& p))
+TENFOLD_ISA_DECLARE_AMX(void moe_wgrad(const MoeWgrad& p))
 
 }  // namespace tenfold

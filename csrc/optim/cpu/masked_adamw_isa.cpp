@@ -6,6 +6,7 @@
 
 #include "optim/cpu/adamw_vec.h"
 #include "optim/cpu/mask_words.h"
+#include "optim/masked_adamw.h"
 
 TENFOLD_ISA_BEGIN
 namespace {

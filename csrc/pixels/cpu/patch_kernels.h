@@ -33,16 +33,17 @@ struct PatchIn {
 };
 
 // work: patch_work(values) bytes, aligned to 64.
-TENFOLD_ISA_DECLARE(void patchify_some(const PatchGrid& grid, const PatchOut* outs, int count,
-                                       int64_t begin, int64_t end, void* work))
+TENFOLD_ISA_DECLARE_BF16(void patchify_some(const PatchGrid& grid, const PatchOut* outs, int count,
+                                            int64_t begin, int64_t end, void* work))
 // Writes into grid.data.
-TENFOLD_ISA_DECLARE(void unpatchify_some(const PatchGrid& grid, const PatchIn& in, int64_t begin,
-                                         int64_t end, void* work))
+TENFOLD_ISA_DECLARE_BF16(void unpatchify_some(const PatchGrid& grid, const PatchIn& in,
+                                              int64_t begin, int64_t end, void* work))
 // Whether no value is outside [0, 1], or NaN.
-TENFOLD_ISA_DECLARE(bool patches_in_unit_range(const PatchGrid& grid, int64_t begin, int64_t end,
-                                               void* work))
+TENFOLD_ISA_DECLARE_BF16(bool patches_in_unit_range(const PatchGrid& grid, int64_t begin,
+                                                    int64_t end, void* work))
 // The weighted sum of the errors; what else PatchMse asks for is written. slope: see error_slope.
-TENFOLD_ISA_DECLARE(double patch_errors(const PatchMse& m, Dtype pred, double slope,
-                                        bool past_caches, int64_t begin, int64_t end, void* work))
+TENFOLD_ISA_DECLARE_BF16(double patch_errors(const PatchMse& m, Dtype pred, double slope,
+                                             bool past_caches, int64_t begin, int64_t end,
+                                             void* work))
 
 }  // namespace tenfold

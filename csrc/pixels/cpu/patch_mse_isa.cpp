@@ -2,6 +2,7 @@
 // See pixels/patches.h: errors of predicted patches, and their derivatives in the same pass. The
 // target is rebuilt in registers from the patch in the first cache. Sums of a patch are lane by
 // lane, in an order that nothing but its size decides.
+#include "pixels/cpu/patch_kernels.h"
 #include "pixels/cpu/patch_rows.h"
 
 TENFOLD_ISA_BEGIN

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // See pixels/patches.h. A patch is gathered into the first cache in the order of its values, which
 // turns every layout, stride and odd size into loops over neighbours.
+#include "pixels/cpu/patch_kernels.h"
 #include "pixels/cpu/patch_rows.h"
 
 TENFOLD_ISA_BEGIN
