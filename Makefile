@@ -37,6 +37,8 @@ INSTALL := install --no-compile
 
 # What is tested is what is installed.
 unexport PYTHONPATH TENFOLD_OPS_PATH
+# pip leaves bytecode to the first import. Where that may not keep it, each process of a test compiles torch again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help demo test test-all test-hosts test-ranges bench docs lint format wheel sdist clean setup data
 .DELETE_ON_ERROR:

@@ -13,7 +13,7 @@ ROOT = HERE.parents[1]
 # Of UBSan's checks those are left out that ASan makes better, and that take a third of the compiler's time.
 FLAGS = ["-std=c++20", "-Og", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined",
          "-fno-sanitize=null,pointer-overflow,object-size,vptr,return,unreachable",
-         "-ffp-contract=off", "-Wno-unknown-pragmas", f"-I{ROOT / 'csrc'}", f"-I{HERE}"]  # fmt: skip
+         "-march=native", "-ffp-contract=off", "-Wno-unknown-pragmas", f"-I{ROOT / 'csrc'}", f"-I{HERE}"]  # fmt: skip
 
 
 def _hash(source: Path) -> str:

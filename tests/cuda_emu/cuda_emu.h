@@ -457,7 +457,7 @@ float emu_to_float(fp16_t x);
 
 // The fragments of mma.m16n8k16: lane l holds rows l/4 and l/4 + 8, columns (l%4)*2 + {0, 1} (+ 8).
 template <class T>
-inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+CUDA_EMU_OWN void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   struct Operands {
     float a[16][16], b[8][16];
   };
@@ -465,25 +465,25 @@ inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (
   const unsigned thread = threadIdx.x;
   const int me = static_cast<int>(thread % 32), row = me / 4, col = me % 4 * 2;
   Operands& now = operands[thread / 32][cuda_emu::machine().fibers[thread].turn++ % 2];
-  const auto value = [](uint32_t bits, int i) {
-    return emu_to_float(T{static_cast<uint16_t>(bits >> (16 * i))});
-  };
   for (int i = 0; i < 2; ++i) {
     for (int half = 0; half < 2; ++half) {
-      now.a[row + 8 * half][col + i] = value(a[half], i);
-      now.a[row + 8 * half][col + 8 + i] = value(a[2 + half], i);
-      now.b[row][col + 8 * half + i] = value(b[half], i);
+      now.a[row + 8 * half][col + i] = emu_to_float(T{static_cast<uint16_t>(a[half] >> (16 * i))});
+      now.a[row + 8 * half][col + 8 + i] =
+          emu_to_float(T{static_cast<uint16_t>(a[2 + half] >> (16 * i))});
+      now.b[row][col + 8 * half + i] = emu_to_float(T{static_cast<uint16_t>(b[half] >> (16 * i))});
     }
   }
   cuda_emu::wait(cuda_emu::State::warp_barrier, 1000001);
-  for (int i = 0; i < 4; ++i) {
-    float sum = d[i];
-    for (int k = 0; k < 16; ++k) sum += now.a[row + i / 2 * 8][k] * now.b[col + i % 2][k];
-    d[i] = sum;
+  const float *x = now.a[row], *lower = now.a[row + 8], *y = now.b[col], *right = now.b[col + 1];
+  float sums[4] = {d[0], d[1], d[2], d[3]};
+  for (int k = 0; k < 16; ++k) {
+    sums[0] += x[k] * y[k], sums[1] += x[k] * right[k];
+    sums[2] += lower[k] * y[k], sums[3] += lower[k] * right[k];
   }
+  for (int i = 0; i < 4; ++i) d[i] = sums[i];
 }
 
-inline void emu_load_matrices(uint32_t (&r)[4], const void* row, bool transposed) {
+CUDA_EMU_OWN void emu_load_matrices(uint32_t (&r)[4], const void* row, bool transposed) {
   static uint16_t matrices[32][2][4][8][8];  // [warp][turn]
   const unsigned thread = threadIdx.x;
   const int lane = static_cast<int>(thread % 32);

@@ -211,7 +211,7 @@ def long_rows():
 
 def check_all():
     small = ("not errors and not registration and not large and not gradcheck and not inductor and not graph and "
-             "not many_elements")  # fmt: skip
+             "not many_elements and not is_the_models")  # fmt: skip
     for file in ("test_norm.py", "test_norm_gates.py", "test_norm_group.py"):
         run_tests(file, "-k", f"cpu and {small}")
     long_rows()

@@ -51,7 +51,9 @@ def server() -> Server:
     env = os.environ | {"LD_PRELOAD": " ".join(p.stdout.strip() for p in preload),
                         "ASAN_OPTIONS": "detect_leaks=0",
                         "OMP_NUM_THREADS": "1"}  # fmt: skip
-    return Server(("pytest", "hypothesis", "tenfold.testing", "tenfold.reference"), env)
+    # torch.testing imports the last to compare tensors.
+    return Server(("pytest", "hypothesis", "tenfold.testing", "tenfold.reference",
+                   "torch.distributed.tensor"), env)  # fmt: skip
 
 
 def run(library: str, checks: str) -> subprocess.CompletedProcess:

@@ -33,12 +33,13 @@ def poisoned_memory() -> Iterator[None]:
     """Fresh uninitialised tensors are NaN (or the largest integer): unwritten outputs show."""
     settings = torch.utils.deterministic
     before = (torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory)
-    torch.use_deterministic_algorithms(True)
+    # torch.use_deterministic_algorithms tells the compiler too: importing that takes a process seconds.
+    torch._C._set_deterministic_algorithms(True)
     settings.fill_uninitialized_memory = True
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before[0])
+        torch._C._set_deterministic_algorithms(before[0])
         settings.fill_uninitialized_memory = before[1]
 
 
