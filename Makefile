@@ -37,6 +37,8 @@ INSTALL := install --no-compile
 
 # What is tested is what is installed.
 unexport PYTHONPATH TENFOLD_OPS_PATH
+# Nor is torch compiled anew by each of the hundreds of processes that tests start: 3 s of every import.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help demo test test-all test-hosts test-ranges bench docs lint format wheel sdist clean setup data
 .DELETE_ON_ERROR:
