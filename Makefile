@@ -37,7 +37,8 @@ INSTALL := install --no-compile
 
 # What is tested is what is installed.
 unexport PYTHONPATH TENFOLD_OPS_PATH
-# pip leaves bytecode to the first import. Where that may not keep it, each process of a test compiles torch again.
+# pip leaves bytecode to the first import. Where that may not keep it, each of the hundreds of processes that tests
+# start compiles torch again: 3 s.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help demo test test-all test-hosts test-ranges bench docs lint format wheel sdist clean setup data

@@ -508,8 +508,14 @@ class TestSkipPolicy:
         pytester.makepyfile(
             test_gone="import pytest\npytest.importorskip('no_such_module_at_all')\n"
         )
-        status, said = skips(self.SKIP, "", "-n", "2")
-        assert status == 1 and "1 passed" in said
+        on_cuda = "@cuda_only\ndef test_on(device):\n    pass\n"
+        on_cuda = f"from tenfold.testing.plugin import cuda_only\n{on_cuda}"
+        status, said = skips(self.SKIP + on_cuda, "", "-n", "2")
+        assert status == 1
+        if torch.cuda.is_available():
+            assert "2 passed" in said
+        else:  # both collect it, neither runs it
+            assert "1 passed" in said and "not run: 1\n" in said
         for name in ("test_it.py::test_skipped", "test_gone.py"):
             assert said.count(f"SKIP NOT ALLOWED {name}") == 1
         assert skips(self.SKIP, "* : *", "-n", "1")[0] == 0
@@ -524,13 +530,22 @@ class TestSkipPolicy:
     def test_device_fixture(self, skips):
         """One body, both devices; ``-m 'not cuda'`` leaves the CPU."""
         source = "def test_on(device):\n    assert device.type in ('cpu', 'cuda')\n"
-        status, said = skips(source, "*cuda* : no CUDA device\n", "-vv")
+        status, said = skips(source, "", "-vv")
         assert status == 0
         assert re.search(r"test_on\[cpu\] PASSED", said)
-        outcome = "PASSED" if torch.cuda.is_available() else "SKIPPED"
-        assert re.search(rf"test_on\[cuda\] {outcome}", said)
+        left_out = "no CUDA device; tests that need one, not run: 1\n"
+        if torch.cuda.is_available():
+            assert re.search(r"test_on\[cuda\] PASSED", said) and left_out not in said
+        else:
+            assert "[cuda]" not in said and "2 passed, 1 deselected" in said and left_out in said
         status, said = skips(source, "", "-m", "not cuda")
-        assert status == 0 and "2 passed, 1 deselected" in said
+        assert status == 0 and "2 passed, 1 deselected" in said and left_out not in said
+
+    def test_the_mark_alone_leaves_nothing_out(self, skips):
+        """A test that is marked, but does not take the fixture's CUDA, decides for itself."""
+        source = "import pytest\n@pytest.mark.cuda\ndef test_marked():\n    pass\n"
+        status, said = skips(source)
+        assert status == 0 and "2 passed" in said and "no CUDA device" not in said
 
 
 class TestProcesses:

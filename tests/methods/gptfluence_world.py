@@ -65,6 +65,7 @@ class World:
     """Examples, tests, and runs of one seed.
 
     unseen: the runs to test on draw from other examples (numbers 96 to 191) than those to learn from.
+    tracked: ``gradients`` can be asked for; without, none are taken at every step of those runs.
     """
 
     def __init__(
@@ -75,8 +76,10 @@ class World:
         train=96,
         tests=32,
         runs=(TRAIN, VALIDATION, TEST),
+        tracked=True,
     ):
         self.seed, self.optimizer, self.unseen, self.runs = seed, optimizer, unseen, runs
+        self.tracked = tracked
         made = torch.Generator().manual_seed(1000 + seed)
         tables = (3 * torch.randn(TASKS, VOCABULARY, VOCABULARY, generator=made)).softmax(-1)
         self.rows = self._rows(tables, 2 * train if unseen else train, made)
@@ -141,7 +144,7 @@ class World:
     def sets(self):
         """(to learn from, to validate on, to test on)."""
         first = sum(self.runs) - self.runs[2]
-        made = [self.run(c, gradients=c.run >= first) for c in self.curricula]
+        made = [self.run(c, gradients=self.tracked and c.run >= first) for c in self.curricula]
         return RunSet.of(made).split(self.runs[1], self.runs[2])
 
     @cached_property

@@ -56,12 +56,12 @@ def loss_on(model, ids):
     return float(model(input_ids=ids, labels=ids, use_cache=False).loss)
 
 
-def train(model, chain, steps, lr, optimizer=None):
+def train(model, chain, steps, lr, optimizer=None, batch=BATCH):
     """Plain AdamW on what needs a gradient; returns the optimiser."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = optimizer or torch.optim.AdamW(trained, lr=lr, weight_decay=0.0, fused=True)
     for _ in range(steps):
-        ids = chain.batch()
+        ids = chain.batch(batch)
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -71,13 +71,13 @@ def train(model, chain, steps, lr, optimizer=None):
 class Forgetting:
     """Pre-trained on chain A; ``tune`` fine-tunes a copy on B and says what that cost."""
 
-    def __init__(self, seed):
-        self.seed = seed
+    def __init__(self, seed, steps=400, batch=BATCH):
+        self.seed, self.batch = seed, batch
         self.a, self.b = Chain(1000 + seed), Chain(2000 + seed)
         self.model = llama(
             seed=seed, tie_word_embeddings=True
         )  # as the numbers of the checks assume
-        train(self.model, self.a, 400, 3e-3)
+        train(self.model, self.a, steps, 3e-3, batch=batch)
         self.held_a, self.held_b = self.a.batch(256), self.b.batch(256)
         self.start = loss_on(self.model, self.held_a)
         self.weights = {n: p.detach().clone() for n, p in self.model.named_parameters()}
@@ -90,7 +90,7 @@ class Forgetting:
                 p.copy_(self.weights[n])
         hft.apply(self.model, **({"seed": self.seed} | selection))
         self.b.generator.manual_seed(77 + self.seed)
-        train(self.model, self.b, steps, 1e-3)
+        train(self.model, self.b, steps, 1e-3, batch=self.batch)
         return loss_on(self.model, self.held_a) - self.start, loss_on(self.model, self.held_b)
 
 

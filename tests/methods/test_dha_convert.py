@@ -467,20 +467,20 @@ class TestRanks:
             conversion.trainer.rank_rows({"input_ids": ROWS[:4]})
 
 
-# (seed, budgets): half of the heads is the easier one.
+# (seed, budgets, steps of the parent): half of the heads is the easier one.
 STUDIES = [
-    (0, (0.25,)), *(pytest.param(s, (0.5, 0.25), marks=pytest.mark.slow) for s in (0, 1, 2)),
+    (0, (0.25,), 60), *(pytest.param(s, (0.5, 0.25), 150, marks=pytest.mark.slow) for s in (0, 1, 2)),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("seed", "budgets"), STUDIES)
-def test_end_to_end(seed, budgets):
+@pytest.mark.parametrize(("seed", "budgets", "steps"), STUDIES)
+def test_end_to_end(seed, budgets, steps):
     """Check 14: 4 layers, 8 heads, d 32, bytes of real text and recall; against mean-pooled GQA."""
     length, pairs = 64, 4
     train, held = lm.split(lm.byte_stream(limit=12))
     data = lm.mixture(train, seed, length, pairs)
     rows = lm.mixture(held, seed + 1, length, pairs)("held", 0, 48)
-    parent = lm.train(lm.make_model(seed), data, 150, batch_size=8)
+    parent = lm.train(lm.make_model(seed), data, steps, batch_size=8)
     found = {}
     for budget in budgets:
         for method in ("dha", "gqa_mean"):
@@ -497,6 +497,6 @@ def test_end_to_end(seed, budgets):
         assert ours.losses["collapsed"] < gqa.losses["collapsed"]
         assert ours.losses["final"] <= gqa.losses["final"]
         if budget == 0.25:
-            # Not accuracy: after 150 steps this parent itself is right in 0.29 of the recalls (seed 0;
-            # any of the 4 values would be 0.25), so that accuracies differ by chance.
+            # Not accuracy: after 60 steps, as after 150, this parent has hardly learnt more than which 4 values
+            # there are (any of them would be right in 0.25), so that accuracies differ by chance.
             assert our_recall["log_prob"] >= gqa_recall["log_prob"]

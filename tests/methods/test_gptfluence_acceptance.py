@@ -272,7 +272,7 @@ def test_live_run_with_adamw():
 @pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_unseen_training_examples(seed):
     """Check 10."""
-    world = World(seed, unseen=True)
+    world = World(seed, unseen=True, tracked=False)
     _, mean = world.plain()
     found = world.simulated(world.simulator())
     assert found.mse <= 0.6 * mean.mse and found.spearman >= 0.8, (found, mean)
