@@ -6,9 +6,11 @@
 //
 // logits [T, n] -> weight float32 [T, k], index int32 [T, k], in falling order. A NaN counts as
 // -inf in the choice and makes the weights of its row NaN; -inf is an expert that is masked.
-// The CPU kernel transposes tiles of kGateTokens tokens, so that lanes hold tokens, and inserts
-// expert after expert into a sorted list of k: nothing of the logits' size is stored, and equal
-// logits keep their order. Logits are read once, weight and index written once.
+// The CPU kernel transposes tiles of kGateTokens tokens, so that lanes hold tokens. k of 3 to 16
+// come from sorting networks of keys, a logit's leading bits with the expert behind them; others,
+// and logits that differ in the bits left out, from inserting expert after expert into a sorted
+// list. Nothing of the logits' size is stored, equal logits keep their order. Logits are read once,
+// weight and index written once.
 #pragma once
 
 #include <cstdint>

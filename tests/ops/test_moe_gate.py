@@ -66,8 +66,42 @@ def test_ties_go_to_the_lower_index(k, device):
         torch.testing.assert_close(weight.cpu(), want[0])
 
 
+@pytest.mark.parametrize("experts", [8, 17, 64, 200, 1024, 1100])
+@pytest.mark.parametrize("k", [3, 4, 6, 8, 12, 16])
+def test_logits_that_differ_in_their_last_bits(k, experts, device):
+    """The CPU's keys have no room for these: rows of floats next to each other, one of them among others or all, of
+    both signs; and floats that were bfloat16, which leave room and have many ties."""
+    k = min(k, experts)
+    g = torch.Generator().manual_seed(100 * k + experts)
+    logits = torch.randn(75, experts, generator=g)
+    near = (torch.full((75, experts), 2.5).view(torch.int32)
+            + torch.randint(0, 3, (75, experts), generator=g, dtype=torch.int32)).view(torch.float32)  # fmt: skip
+    logits[5:20] = near[5:20]
+    logits[20:30] = -near[20:30]
+    logits[30:40] = torch.where(
+        torch.rand(10, experts, generator=g) < 0.2, near[30:40], -near[30:40]
+    )
+    logits[40:60] = logits[40:60].bfloat16().float()
+    logits[60] = -INF
+    logits[60, 0] = near[0, 0]
+    logits[74] = near[74]
+    last = torch.linspace(
+        2.1, -2.0, experts
+    )  # only the last chosen and the first left out are near
+    if k < experts:
+        last[k] = last[k - 1].nextafter(torch.tensor(-INF))
+    apart = torch.stack([last[torch.randperm(experts, generator=g)] for _ in range(32)])
+    for x in (logits, logits[40:56], logits[5:6], logits[73:], apart):
+        want = reference.moe_gate(x, k)
+        for isa in every_isa(device):
+            with isa:
+                weight, index = ops.moe_gate(x.to(device), k)
+            assert torch.equal(index.cpu(), want[1])
+            torch.testing.assert_close(weight.cpu(), want[0])
+
+
 @pytest.mark.parametrize("renormalize", [True, False])
-@pytest.mark.parametrize("k", [2, 9])
+@pytest.mark.parametrize("k", [2, 3, 6, 9])
 def test_special_values(k, renormalize, device):
     rows = torch.zeros(6, 12)
     rows[0, 3] = NAN

@@ -344,6 +344,34 @@ template <int N>
 inline VI shr_signed(VI a) {
   return {_mm256_srai_epi32(a.v, N)};
 }
+template <int N>
+inline VI shl(VI a) {
+  return {_mm256_slli_epi32(a.v, N)};
+}
+inline VI signed_max(VI a, VI b) {
+  return {_mm256_max_epi32(a.v, b.v)};
+}
+inline VI signed_min(VI a, VI b) {
+  return {_mm256_min_epi32(a.v, b.v)};
+}
+inline VI unsigned_min(VI a, VI b) {
+  return {_mm256_min_epu32(a.v, b.v)};
+}
+// Signed integers that compare as floats do; both zeros are 0. Back (to +0).
+inline VI ordered(VF a) {
+  const __m256i x = _mm256_castps_si256(a.v);
+  const __m256 mirrored = _mm256_castsi256_ps(_mm256_sub_epi32(_mm256_set1_epi32(INT32_MIN), x));
+  return {_mm256_castps_si256(_mm256_blendv_ps(a.v, mirrored, a.v))};
+}
+inline VF from_ordered(VI a) {
+  return {_mm256_castsi256_ps(ordered({_mm256_castsi256_ps(a.v)}).v)};
+}
+// out[2 i] = a_i, out[2 i + 1] = b_i
+inline void store_pairs(float* out, VF a, VF b) {
+  const __m256 low = _mm256_unpacklo_ps(a.v, b.v), high = _mm256_unpackhi_ps(a.v, b.v);
+  _mm256_storeu_ps(out, _mm256_permute2f128_ps(low, high, 0x20));
+  _mm256_storeu_ps(out + 8, _mm256_permute2f128_ps(low, high, 0x31));
+}
 // 64-bit products of the lanes with one constant: high and low halves.
 inline void mulhilo(VI a, uint32_t m, VI* hi, VI* lo) {
   const __m256i c = _mm256_set1_epi64x(m);

@@ -320,6 +320,39 @@ template <int N>
 inline VI shr_signed(VI a) {
   return {_mm512_srai_epi32(a.v, N)};
 }
+template <int N>
+inline VI shl(VI a) {
+  return {_mm512_slli_epi32(a.v, N)};
+}
+inline VI signed_max(VI a, VI b) {
+  return {_mm512_max_epi32(a.v, b.v)};
+}
+inline VI signed_min(VI a, VI b) {
+  return {_mm512_min_epi32(a.v, b.v)};
+}
+inline VI unsigned_min(VI a, VI b) {
+  return {_mm512_min_epu32(a.v, b.v)};
+}
+// Signed integers that compare as floats do; both zeros are 0. Back (to +0).
+inline VI ordered(VI x) {
+  const __mmask16 negative = _mm512_movepi32_mask(x.v);
+  return {_mm512_mask_sub_epi32(x.v, negative, _mm512_set1_epi32(INT32_MIN), x.v)};
+}
+inline VI ordered(VF a) {
+  return ordered(VI{_mm512_castps_si512(a.v)});
+}
+inline VF from_ordered(VI a) {
+  return {_mm512_castsi512_ps(ordered(a).v)};
+}
+// out[2 i] = a_i, out[2 i + 1] = b_i
+inline void store_pairs(float* out, VF a, VF b) {
+  const __m512i i = iota().v;  // lane l is of pair l / 2
+  const __m512i first = _mm512_or_si512(
+      _mm512_srli_epi32(i, 1), _mm512_slli_epi32(_mm512_and_si512(i, _mm512_set1_epi32(1)), 4));
+  const __m512i rest = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+  _mm512_storeu_ps(out, _mm512_permutex2var_ps(a.v, first, b.v));
+  _mm512_storeu_ps(out + 16, _mm512_permutex2var_ps(a.v, rest, b.v));
+}
 // 64-bit products of the lanes with one constant: high and low halves.
 inline void mulhilo(VI a, uint32_t m, VI* hi, VI* lo) {
   const __m512i c = _mm512_set1_epi64(m);

@@ -337,6 +337,36 @@ template <int N>
 inline VI shr_signed(VI a) {
   return {(Word4)((Int4)a.v >> N)};
 }
+template <int N>
+inline VI shl(VI a) {
+  return {a.v << N};
+}
+inline VI signed_max(VI a, VI b) {
+  return {(Int4)a.v > (Int4)b.v ? a.v : b.v};
+}
+inline VI signed_min(VI a, VI b) {
+  return {(Int4)a.v < (Int4)b.v ? a.v : b.v};
+}
+inline VI unsigned_min(VI a, VI b) {
+  return {a.v < b.v ? a.v : b.v};
+}
+// Signed integers that compare as floats do; both zeros are 0. Back (to +0).
+inline VI ordered(VI x) {
+  return {(Int4)x.v < 0 ? 0x80000000u - x.v : x.v};
+}
+inline VI ordered(VF a) {
+  return ordered(VI{(Word4)a.v});
+}
+inline VF from_ordered(VI a) {
+  return {(Float4)ordered(a).v};
+}
+// out[2 i] = a_i, out[2 i + 1] = b_i
+inline void store_pairs(float* out, VF a, VF b) {
+  TENFOLD_LANES {
+    memcpy(out + 2 * i, reinterpret_cast<const char*>(&a) + 4 * i, 4);
+    memcpy(out + 2 * i + 1, reinterpret_cast<const char*>(&b) + 4 * i, 4);
+  }
+}
 // 64-bit products of the lanes with one constant: high and low halves.
 inline void mulhilo(VI a, uint32_t m, VI* hi, VI* lo) {
   TENFOLD_LANES {

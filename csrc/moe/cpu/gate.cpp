@@ -15,11 +15,13 @@
 namespace tenfold::cpu {
 namespace {
 
-constexpr double kMicrosPerLogit = 0.0001;     // of the choice, for each of a few k
+constexpr double kMicrosPerLogit = 0.0004, kMicrosPerChoice = 0.0006;
+constexpr double kMicrosPerEntry = 0.0001;     // of the choice of many, per logit and k
 constexpr double kMicrosPerProduct = 0.00003;  // of one thread's multiply-adds
 
 double gate_micros(int64_t experts, int64_t k) {
-  return kMicrosPerLogit * static_cast<double>(experts * (k + 2));
+  if (k > 16) return kMicrosPerEntry * static_cast<double>(experts * (k + 2));
+  return kMicrosPerLogit * static_cast<double>(experts) + kMicrosPerChoice * static_cast<double>(k);
 }
 
 // f(begin, end, scratch) over whole tiles of tokens.

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "moe/cpu/token_tile.h"
+#include "moe/cpu/top_keys.h"
 
 TENFOLD_ISA_BEGIN
 namespace {
@@ -38,9 +38,11 @@ struct Largest {
 };
 
 struct Choice {
-  const float* tile;  // of a group of lanes
+  float* tile;  // of a group of lanes
   int64_t n;
-  VF poison;  // NaN where a logit is
+  int tokens;  // lanes that have one
+  bool fits;   // whether logits are known to leave their last bits to keys
+  VF poison;   // NaN where a logit is
 
   VF next(int64_t e) {
     const VF x = load(tile + e * kGateTokens);
@@ -60,25 +62,55 @@ inline void fill(Choice* c, Largest<K>* list) {
 
 // Weights and experts to [k][kGateTokens].
 template <int K>
-inline void choose(Choice c, int64_t k, bool renormalize, float* weight, uint32_t* index) {
-  Largest<K> list;
-  fill<K, 0>(&c, &list);
-  for (int64_t e = K; e < c.n; ++e)
-    list.template insert<K>(c.next(e), seti(static_cast<uint32_t>(e)));
+inline void weigh(const Choice& c, const Largest<K>& list, int64_t k, bool renormalize,
+                  float* weight, uint32_t* index) {
   VF y[K], sum = set1(0.0f);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int j = K - 1; j >= 0; --j) {  // from the smallest: sums that are small round less
     if (j >= k) continue;
     y[j] = exp(list.value[j] - list.value[0]);
     sum = sum + y[j];
   }
   if (!renormalize) sum = exp_sums(c.tile, 0, c.n, list.value[0], nullptr).sum;
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int j = 0; j < K; ++j) {
     if (j >= k) break;
     store(weight + j * kGateTokens, select(unordered(c.poison), c.poison, y[j] / sum));
     store(index + j * kGateTokens, list.expert[j]);
   }
+}
+
+template <int K>
+inline void choose(Choice c, int64_t k, bool renormalize, float* weight, uint32_t* index) {
+  Largest<K> list;
+  fill<K, 0>(&c, &list);
+  for (int64_t e = K; e < c.n; ++e)
+    list.template insert<K>(c.next(e), seti(static_cast<uint32_t>(e)));
+  weigh(c, list, k, renormalize, weight, index);
+}
+
+// The same by keys. Where logits differ in bits that keys have not room for only, false.
+template <int K>
+inline bool choose_by_keys(Choice* c, int64_t k, bool renormalize, float* weight, uint32_t* index) {
+  TopKeys<K> keys(c->tile, c->n);
+  if (any(unordered(keys.finite))) [[unlikely]] {
+    c->poison = replace_nan(c->tile, c->n);
+    if (any(unordered(c->poison))) keys = TopKeys<K>(c->tile, c->n);
+  }
+  if (!c->fits && any(both(keys.tied(k), lanes_of((1u << c->tokens) - 1)))) {
+    c->fits = fits_keys(c->tile, c->n, keys.low);
+    if (!c->fits) return false;
+  }
+  Largest<K> list;
+  const VI lane = iota();
+#pragma GCC unroll 16
+  for (int j = 0; j < K; ++j) {
+    if (j >= k) break;
+    list.expert[j] = keys.expert(j);
+    list.value[j] = gather(c->tile, shl<4>(list.expert[j]) + lane);
+  }
+  weigh(*c, list, k, renormalize, weight, index);
+  return true;
 }
 
 // The same for any k, with the list in memory: value in `weight`.
@@ -120,13 +152,52 @@ inline void choose_many(Choice c, int64_t k, bool renormalize, float* weight, ui
   }
 }
 
-inline void choose_any(const Choice& c, int64_t k, bool renormalize, float* weight,
-                       uint32_t* index) {
+inline void choose_any(Choice c, int64_t k, bool renormalize, float* weight, uint32_t* index) {
   if (k == 1) return choose<1>(c, k, renormalize, weight, index);
   if (k == 2) return choose<2>(c, k, renormalize, weight, index);
-  if (k <= 4) return choose<4>(c, k, renormalize, weight, index);
-  if (k <= 8) return choose<8>(c, k, renormalize, weight, index);
+  const bool keyed = c.n <= kMostKeyed;
+  if (k <= 4) {
+    if (keyed && choose_by_keys<4>(&c, k, renormalize, weight, index)) return;
+    return choose<4>(c, k, renormalize, weight, index);
+  }
+  if (k <= 8) {
+    if (keyed && choose_by_keys<8>(&c, k, renormalize, weight, index)) return;
+    return choose<8>(c, k, renormalize, weight, index);
+  }
+  if (k <= 16 && keyed && choose_by_keys<16>(&c, k, renormalize, weight, index)) return;
   choose_many(c, k, renormalize, weight, index);
+}
+
+// Rows of k of [k][kGateTokens] words.
+inline void write_rows(const float* from, int64_t rows, int64_t k, float* out) {
+  int64_t t = 0;
+  if (k == 2 && rows == kGateTokens) {
+    for (; t < rows; t += kWidth)
+      store_pairs(out + 2 * t, load(from + t), load(from + kGateTokens + t));
+  } else if (k == 8) {
+    for (; t + 8 <= rows; t += 8) transpose8(from + t, kGateTokens, out + 8 * t, 8);
+  } else if (k == 4 || k == 6) {
+    for (; t + 8 <= rows; t += 8) {
+      float eight[64];
+      transpose8_rows([=](int i) { return from + (i < k ? i : 0) * kGateTokens + t; }, eight, 8);
+      for (int i = 0; i < 8; ++i) {
+        float* const to = out + (t + i) * k;
+        __builtin_memcpy(to, eight + 8 * i, 16);
+        if (k == 6) __builtin_memcpy(to + 4, eight + 8 * i + 4, 8);
+      }
+    }
+  }
+  for (; t < rows; ++t)
+    for (int64_t j = 0; j < k; ++j)
+      __builtin_memcpy(out + t * k + j, from + j * kGateTokens + t, 4);
+}
+
+// The rows that are transposed next, while those before them are looked through.
+template <class T>
+inline void prefetch_rows(const T* x, int64_t stride, int64_t rows, int64_t n) {
+  constexpr auto kLine = static_cast<int64_t>(64 / sizeof(T));
+  for (int64_t t = 0; t < rows; ++t, x += stride)
+    for (int64_t e = 0; e < n; e += kLine) __builtin_prefetch(x + e, 0, 2);
 }
 
 // Parts of the scratch memory of gate_scratch.
@@ -198,18 +269,19 @@ void gate_rows(const GateParams& p, int64_t begin, int64_t end, float* scratch) 
   const GateScratch s(scratch, p.experts, p.k);
   auto* const index = reinterpret_cast<uint32_t*>(s.index);
   for (; begin < end; begin += kGateTokens) {
-    const int64_t rows = end - begin < kGateTokens ? end - begin : kGateTokens;
-    with_rows(p.logits, p.dtype, p.stride, begin,
-              [&](const auto* x) { load_tile(x, p.stride, rows, p.experts, s.staged, s.tile); });
-    for (int64_t g = 0; g < rows; g += kWidth)
-      choose_any({s.tile + g, p.experts, set1(0.0f)}, p.k, p.renormalize, s.weight + g, index + g);
-    float* weight = p.weight + begin * p.k;
-    int32_t* to = p.index + begin * p.k;
-    for (int64_t t = 0; t < rows; ++t)
-      for (int64_t j = 0; j < p.k; ++j) {
-        *weight++ = s.weight[j * kGateTokens + t];
-        *to++ = static_cast<int32_t>(index[j * kGateTokens + t]);
-      }
+    const int64_t left = end - begin, rows = left < kGateTokens ? left : kGateTokens;
+    with_rows(p.logits, p.dtype, p.stride, begin, [&](const auto* x) {
+      load_tile(x, p.stride, rows, p.experts, s.staged, s.tile);
+      const int64_t later = left - rows < kGateTokens ? left - rows : kGateTokens;
+      prefetch_rows(x + rows * p.stride, p.stride, later, p.experts);
+    });
+    for (int64_t g = 0; g < rows; g += kWidth) {
+      const int tokens = static_cast<int>(rows - g < kWidth ? rows - g : kWidth);
+      choose_any({s.tile + g, p.experts, tokens, p.dtype != Dtype::f32, set1(0.0f)}, p.k,
+                 p.renormalize, s.weight + g, index + g);
+    }
+    write_rows(s.weight, rows, p.k, p.weight + begin * p.k);
+    write_rows(s.index, rows, p.k, reinterpret_cast<float*>(p.index) + begin * p.k);
   }
 }
 

@@ -11,12 +11,11 @@ namespace {
 
 constexpr int64_t kBlock = 1024;
 
-// e^x for |x| <= 20: the error of x log2(e) is carried along.
+// e^x for |x| <= 20: what log2(e) has beyond its float is added to the exponent's rest.
 inline VF exp_of(VF x) {
-  const VF log2e = set1(kLog2e), t = x * log2e;
-  const VF lost = fused(x, log2e, set1(0.0f) - t) + x * set1(1.9259629e-8f);
-  const VF y = exp2(t);
-  return fma(y, lost * set1(kLn2), y);
+  const VF log2e = set1(kLog2e), n = rint(x * log2e);
+  const VF rest = fused(x, log2e, set1(0.0f) - n);
+  return exp2_of_parts(n, fma(x, set1(1.9259629e-8f), rest));
 }
 
 inline VF zero() {
@@ -185,6 +184,10 @@ RowSums policy_tokens(const PolicyParams<float>& p, const int32_t* seg, int64_t 
     for (int64_t j = first; j < end; j += kWidth) {
       const int n = static_cast<int>(end - j < kWidth ? end - j : kWidth);
       const VM valid = above(limit, load_ids(seg + j, n));
+      if (!any(valid)) {  // padding, of which nothing else is read
+        if (slope != nullptr) store_some(slope + j, zero(), n);
+        continue;
+      }
       const VF d = chosen(valid, load_some(now + j, n) - load_some(old + j, n));
       const VF a = chosen(valid, load_some(adv + j, n));
       term.step(d, a);
@@ -227,6 +230,10 @@ RowSums value_tokens(const ValueParams<float>& p, int64_t width, int64_t begin) 
     for (int64_t j = first; j < end; j += kWidth) {
       const int n = static_cast<int>(end - j < kWidth ? end - j : kWidth);
       const VM valid = above(load_mask(mask + j, n), seti(0));
+      if (!any(valid)) {  // padding, of which nothing else is read
+        if (slope != nullptr) store_some(slope + j, zero(), n);
+        continue;
+      }
       const VF v = chosen(valid, load_some(now + j, n)), o = chosen(valid, load_some(old + j, n));
       const VF r = chosen(valid, load_some(ret + j, n));
       const VF bounded = vmin(o + clip, vmax(o - clip, v));

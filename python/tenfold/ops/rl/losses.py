@@ -58,7 +58,7 @@ def _(grad, slope, scale, *, cu_seqlens=None):
 
 def _with_slope(name: str) -> type[torch.autograd.Function]:
     """A loss whose forward makes the derivatives of its terms in the same pass, for its backward."""
-    forward_op = getattr(_ops, f"{name}_forward").default
+    forward_op = getattr(_ops, f"{name}_forward").default._op
     backward_op = _ops.ma_ppo_loss_backward.default
 
     class Loss(torch.autograd.Function):
@@ -122,7 +122,7 @@ def ma_ppo_policy_loss(
     Source:
         MA-RLHF (arXiv 2410.02743), objective of MA-PPO.
     """
-    here = seg.device.type == "cpu"  # there the kernel looks at what it reads
+    here = seg.is_cpu  # there the kernel looks at what it reads
     if validate and not here:
         check_segments(seg, None, None, cu_seqlens)
     new = real(logp_new)
