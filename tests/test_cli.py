@@ -729,6 +729,8 @@ class TestBench:
             best = ceilings._best_rate
             patch.setattr(ceilings, "_best_rate", lambda *a: best(*a[:3], 1))
             patch.setattr(ceilings, "_TRY_SECONDS", 0.01)
+            native = ceilings.native_peak
+            patch.setattr(ceilings, "native_peak", lambda kind: native(kind, 1))
             out = succeeds("bench", "kv_eviction", "--quick", "--select", "nacl_select",
                            "--out", folder, "--json")  # fmt: skip
         return folder, json.loads(out)

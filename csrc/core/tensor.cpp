@@ -32,26 +32,12 @@ Tensor new_output(const Tensor& like, std::initializer_list<int64_t> sizes, Scal
 
 Tensor new_output(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes,
                   ScalarType dtype) {
-  // The shims themselves: torch::stable::new_empty looks its op up by name, which takes a
-  // microsecond. On a CPU the one that goes past the dispatcher, in a quarter of one less.
+  // The shim itself: torch::stable::new_empty looks its op up by name, which takes a microsecond.
+  auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle made = nullptr;
-  constexpr int64_t kMostDims = 8;
-  const auto dims = static_cast<int64_t>(sizes.size());
-  if (like.is_cpu() && dims <= kMostDims) {
-    int64_t strides[kMostDims], next = 1;
-    for (int64_t i = dims - 1; i >= 0; --i) {
-      strides[i] = next;
-      next *= std::max<int64_t>(sizes[i], 1);
-    }
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-        dims, sizes.data(), strides,
-        torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
-        aoti_torch_device_type_cpu(), 0, &made));
-  } else {
-    auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), sizes.data(), dims, &code,
-                                                            nullptr, nullptr, 0, nullptr, &made));
-  }
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), sizes.data(),
+                                                          static_cast<int64_t>(sizes.size()), &code,
+                                                          nullptr, nullptr, 0, nullptr, &made));
   Tensor out(made);
   if (out.is_cpu()) advise_huge_pages(out.data_ptr(), out.numel() * element_size(dtype));
   return out;
