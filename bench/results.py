@@ -22,6 +22,8 @@ from typing import Any
 
 import torch
 
+import tenfold
+
 from . import sources
 from .ceilings import Ceilings, void_reason
 from .harness import Options, Result
@@ -57,15 +59,18 @@ LIMITS = ("TENFOLD_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")
 def machine_name(device: torch.device) -> str:
     """Folder of this machine's results: ``h200``, ``h100``, or the CPU's model and cores.
 
-    A forced ``TENFOLD_CPU_CAPABILITY`` is part of the name.
+    A forced ``TENFOLD_CPU_CAPABILITY`` is part of the name, and so is that of a CPU without bf16 instructions:
+    virtual machines call several generations of a CPU alike.
     """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         found = re.search(r"\b([A-Z]{1,3}\d{2,4})\b", name)
         return found.group(1).lower() if found else _slug(name)
     model = re.sub(r"\((R|TM)\)|\bCPU\b|@.*|\b\d+-Core\b|Processor", " ", cpu_model())
-    forced = _slug(os.environ.get(LIMITS[0], ""))
-    return f"{_slug(model)}-{num_cores()}c" + (f"-{forced}" if forced else "")
+    forced = os.environ.get(LIMITS[0])
+    isa = forced or tenfold.cpu_capability()
+    told = forced or isa in ("scalar", "avx2", "avx512")
+    return f"{_slug(model)}-{num_cores()}c" + (f"-{_slug(isa)}" if told else "")
 
 
 def _git(root: Path, *arguments: str) -> str | None:

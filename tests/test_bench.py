@@ -525,8 +525,12 @@ class TestResults:
         monkeypatch.setenv("TENFOLD_CPU_CAPABILITY", "avx512_bf16")
         forced = results.machine_name(CPU)
         monkeypatch.delenv("TENFOLD_CPU_CAPABILITY")
+        monkeypatch.setattr(tenfold, "cpu_capability", lambda: "avx512_amx")
         name = results.machine_name(CPU)
         assert forced == f"{name}-avx512-bf16"
+        with monkeypatch.context() as lesser:
+            lesser.setattr(tenfold, "cpu_capability", lambda: "avx2")
+            assert results.machine_name(CPU) == f"{name}-avx2"
         assert re.fullmatch(rf"[a-z0-9]+(-[a-z0-9]+)*-{results.num_cores()}c", name)
         for model, expected in {
             "Intel(R) Xeon(R) Platinum 8480C CPU @ 2.00GHz": "intel-xeon-platinum-8480c",
