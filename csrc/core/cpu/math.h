@@ -12,16 +12,20 @@ namespace {
 
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
-// 2^(n + r) for whole n in [-151, 128) and r in [-1/2, 1/2].
-inline VF exp2_of_parts(VF n, VF r) {
+// 2^r for r in [-1/2, 1/2].
+inline VF exp2_of_rest(VF r) {
   VF p = set1(1.5353362e-4f);
   p = fma(p, r, set1(1.3398874e-3f));
   p = fma(p, r, set1(9.6184373e-3f));
   p = fma(p, r, set1(5.5503324e-2f));
   p = fma(p, r, set1(2.4022648e-1f));
   p = fma(p, r, set1(6.9314720e-1f));
-  p = fma(p, r, set1(1.0f));
-  return ldexp(p, n);
+  return fma(p, r, set1(1.0f));
+}
+
+// 2^(n + r) for whole n in [-151, 128) and r in [-1/2, 1/2].
+inline VF exp2_of_parts(VF n, VF r) {
+  return ldexp(exp2_of_rest(r), n);
 }
 
 // 2^x for x < 128, about 1 ulp; -inf and everything below -150 give 0; NaN stays NaN.

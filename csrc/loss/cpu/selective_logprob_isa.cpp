@@ -31,23 +31,30 @@ float max_of(const T* p, int64_t n, float scale) {
   return scaled_max(vmax(top[0], top[1]), scale);
 }
 
-constexpr int kSums = 4;  // at a time: short chains of additions, for exactness
+constexpr int kSums = 4;            // at a time: short chains of additions, for exactness
+constexpr double kNothing = 1e-30;  // weights of logits that are far below the shift, or -inf
+constexpr double kNaturalOfBinary = 0.6931471805599453, kBinaryOfNatural = 1.4426950408889634;
 
 struct BlockSums {
-  float max, sum, weighted;  // the true maximum; sums relative to the shift
+  float max;             // the true maximum
+  double sum, weighted;  // relative to the shift
 };
 
+// The exponent to base 2 is split by adding a number after which no bits are left for a fraction;
+// its whole part goes into the bits of the power of the rest. What is below the floor, -inf too,
+// weighs 2^-125.
 template <bool kScaled, class T>
 BlockSums block_sums(const T* p, int64_t n, float by, float shift) {
-  const VF scale = set1(by), from = set1(shift), floor = set1(kExpFloor), zero = set1(0.0f);
+  const VF scale = set1(by), from = set1(shift), log2e = set1(kLog2e), floor = set1(-125.0f);
+  const VF whole = set1(12582912.0f);  // 1.5 * 2^23
   VF top[kSums], sum[kSums], weighted[kSums];
-  for (int k = 0; k < kSums; ++k) top[k] = set1(kLowest), sum[k] = weighted[k] = zero;
+  for (int k = 0; k < kSums; ++k) top[k] = set1(kLowest), sum[k] = weighted[k] = set1(0.0f);
   const auto add = [&](int k, VF x) {
     top[k] = vmax(top[k], x);
-    // At the floor the exponential is 0, so its product is 0 too where x is -inf.
-    const VF d = vmax(floor, (kScaled ? x * scale : x) - from), e = exp_above_floor(d);
+    const VF t = vmax(floor, ((kScaled ? x * scale : x) - from) * log2e), moved = t + whole;
+    const VF e = from_bits(bits(exp2_of_rest(t - (moved - whole))) + shl<23>(bits(moved)));
     sum[k] = sum[k] + e;
-    weighted[k] = fma(d, e, weighted[k]);
+    weighted[k] = fma(t, e, weighted[k]);
   };
   int64_t i = 0;
   for (; i + kSums * kWidth <= n; i += kSums * kWidth) {
@@ -60,7 +67,14 @@ BlockSums block_sums(const T* p, int64_t n, float by, float shift) {
       top[k] = vmax(top[k], top[k + step]), sum[k] = sum[k] + sum[k + step];
       weighted[k] = weighted[k] + weighted[k + step];
     }
-  return {scaled_max(top[0], by), hsum(sum[0]), hsum(weighted[0])};
+  BlockSums all{scaled_max(top[0], by), hsum(sum[0]), hsum(weighted[0]) * kNaturalOfBinary};
+  if (std::fabs(all.weighted) < kNothing) all.weighted = 0.0;
+  // A NaN may have lost its bits in the power, but not in the product.
+  if (all.weighted != all.weighted) all.sum = all.weighted;
+  // log2 e is rounded to a float: exponents are too large by this share of themselves.
+  constexpr double kShare = kLog2e / kBinaryOfNatural - 1.0;
+  all.sum -= kShare * all.weighted;
+  return all;
 }
 
 // One pass, as the maximum of earlier blocks is nearly always near enough: only a block that
@@ -79,7 +93,7 @@ LogitSums sums_of(const T* p, int64_t n, float scale) {
       shift = block.max;
       block = block_sums<kScaled>(p + begin, some, scale, shift);
     }
-    if (block.sum == 0.0f) continue;  // all of them far below, or -inf
+    if (block.sum < kNothing) continue;
     const LogitSums part{shift, block.sum, block.weighted};
     if (first || part.max > all.max) {
       all = join(all, part);
