@@ -22,8 +22,6 @@ from typing import Any
 
 import torch
 
-import tenfold
-
 from . import sources
 from .ceilings import Ceilings, void_reason
 from .harness import Options, Result
@@ -67,6 +65,8 @@ def machine_name(device: torch.device) -> str:
         found = re.search(r"\b([A-Z]{1,3}\d{2,4})\b", name)
         return found.group(1).lower() if found else _slug(name)
     model = re.sub(r"\((R|TM)\)|\bCPU\b|@.*|\b\d+-Core\b|Processor", " ", cpu_model())
+    import tenfold  # not above: who reads results needs no kernels
+
     forced = os.environ.get(LIMITS[0])
     isa = forced or tenfold.cpu_capability()
     told = forced or isa in ("scalar", "avx2", "avx512")
