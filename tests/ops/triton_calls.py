@@ -11,7 +11,7 @@ import torch
 from moe_expert_cases import GROUPS, groups, triton_layouts
 
 from bench.moe_triton import grouped_gemm
-from tenfold.testing import DTYPES
+from tenfold.testing import DTYPES, poisoned_memory
 
 BLOCKS = ((16, 64, 64), (32, 128, 128))
 
@@ -29,6 +29,5 @@ def problems():
 
 if __name__ == "__main__":
     # Rows that are left out would be garbage sometimes; so they are NaN.
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    torch.save({name: grouped_gemm(*call) for name, call in problems()}, sys.argv[1])
+    with poisoned_memory():
+        torch.save({name: grouped_gemm(*call) for name, call in problems()}, sys.argv[1])
