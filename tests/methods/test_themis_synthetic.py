@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pairs made by rules: true traces, no cue but the value, parts that share no question."""
 
+import functools
 import random
 import re
 import sys
@@ -27,8 +28,15 @@ from tenfold.themis.traces import NO_TOOL, Trace, TraceFormat
 
 COUNT = {"code": 2, "none": 6, "search": 10}
 CALLS = {"multi": 2, "none": 0}
-TOOLS = {name: tool for tool in synthetic_tools() for name in tool.names}
+
+
 kinds = pytest.mark.parametrize("kind", KINDS)
+
+
+@functools.cache
+def tools():
+    """By name; not made at import, since reading the texts that are searched takes seconds."""
+    return {name: tool for tool in synthetic_tools() for name in tool.names}
 
 
 def make(kind, count=None, seed=0, **options):
@@ -68,7 +76,9 @@ def test_pairs(kind, tmp_path):
             for step in trace.steps if kind != "code" or pair is pairs[0] else ():
                 # Traces are true: the tools say so again.
                 example = pair.example(side.answer)
-                assert TOOLS[step.tool].call(step.tool, step.arguments, example) == step.observation
+                assert (
+                    tools()[step.tool].call(step.tool, step.arguments, example) == step.observation
+                )
     write_tara(pairs, tmp_path / "x.jsonl")
     assert read_tara(tmp_path / "x.jsonl") == pairs
 
