@@ -11,8 +11,7 @@
 // *second* is returned); rint, ldexp; lt, gt, ge, eq, above, unordered masks; lanes_of, both, any,
 // select, store_chosen, store_where, compress, expand; hsum, hmax, hsum4; bits_of, bits_of_bytes,
 // store_bits_as_bytes for packed masks; VI arithmetic for Philox and float bits, store_by_four;
-// ordered, from_ordered, signed_max, signed_min, unsigned_min for keys that sort as floats do;
-// store_pairs.
+// ordered, signed_max, signed_min, unsigned_min for keys that sort as floats do; store_pairs.
 #pragma once
 
 #include "core/types.h"

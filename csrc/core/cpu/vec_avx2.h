@@ -357,14 +357,11 @@ inline VI signed_min(VI a, VI b) {
 inline VI unsigned_min(VI a, VI b) {
   return {_mm256_min_epu32(a.v, b.v)};
 }
-// Signed integers that compare as floats do; both zeros are 0. Back (to +0).
+// Signed integers that compare as floats do; both zeros are 0.
 inline VI ordered(VF a) {
   const __m256i x = _mm256_castps_si256(a.v);
   const __m256 mirrored = _mm256_castsi256_ps(_mm256_sub_epi32(_mm256_set1_epi32(INT32_MIN), x));
   return {_mm256_castps_si256(_mm256_blendv_ps(a.v, mirrored, a.v))};
-}
-inline VF from_ordered(VI a) {
-  return {_mm256_castsi256_ps(ordered({_mm256_castsi256_ps(a.v)}).v)};
 }
 // out[2 i] = a_i, out[2 i + 1] = b_i
 inline void store_pairs(float* out, VF a, VF b) {

@@ -333,16 +333,13 @@ inline VI signed_min(VI a, VI b) {
 inline VI unsigned_min(VI a, VI b) {
   return {_mm512_min_epu32(a.v, b.v)};
 }
-// Signed integers that compare as floats do; both zeros are 0. Back (to +0).
+// Signed integers that compare as floats do; both zeros are 0.
 inline VI ordered(VI x) {
   const __mmask16 negative = _mm512_movepi32_mask(x.v);
   return {_mm512_mask_sub_epi32(x.v, negative, _mm512_set1_epi32(INT32_MIN), x.v)};
 }
 inline VI ordered(VF a) {
   return ordered(VI{_mm512_castps_si512(a.v)});
-}
-inline VF from_ordered(VI a) {
-  return {_mm512_castsi512_ps(ordered(a).v)};
 }
 // out[2 i] = a_i, out[2 i + 1] = b_i
 inline void store_pairs(float* out, VF a, VF b) {

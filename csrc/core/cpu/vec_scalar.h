@@ -350,15 +350,12 @@ inline VI signed_min(VI a, VI b) {
 inline VI unsigned_min(VI a, VI b) {
   return {a.v < b.v ? a.v : b.v};
 }
-// Signed integers that compare as floats do; both zeros are 0. Back (to +0).
+// Signed integers that compare as floats do; both zeros are 0.
 inline VI ordered(VI x) {
   return {(Int4)x.v < 0 ? 0x80000000u - x.v : x.v};
 }
 inline VI ordered(VF a) {
   return ordered(VI{(Word4)a.v});
-}
-inline VF from_ordered(VI a) {
-  return {(Float4)ordered(a).v};
 }
 // out[2 i] = a_i, out[2 i + 1] = b_i
 inline void store_pairs(float* out, VF a, VF b) {

@@ -155,7 +155,7 @@ inline void choose_many(Choice c, int64_t k, bool renormalize, float* weight, ui
 inline void choose_any(Choice c, int64_t k, bool renormalize, float* weight, uint32_t* index) {
   if (k == 1) return choose<1>(c, k, renormalize, weight, index);
   if (k == 2) return choose<2>(c, k, renormalize, weight, index);
-  const bool keyed = c.n <= kMostKeyed;
+  const bool keyed = c.n <= most_keyed(k);
   if (k <= 4) {
     if (keyed && choose_by_keys<4>(&c, k, renormalize, weight, index)) return;
     return choose<4>(c, k, renormalize, weight, index);
