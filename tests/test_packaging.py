@@ -137,6 +137,22 @@ def isa_objects(folder: Path) -> list[Path]:
     ]  # fmt: skip
 
 
+def test_kernels_with_code_for_bf16_are_compiled_for_it():
+    """A plain TENFOLD_ISA_DECLARE in its header would leave one at AVX-512: right, but slower."""
+    of_bf16 = re.compile(r"\b(put_two|store_quick|store_pair|store_where|TENFOLD_ISA_BF16)\b")
+    declared = re.compile(r"\bTENFOLD_ISA_DECLARE_(BF16|AMX)\b|\bTENFOLD_ISA_AMX\b")
+    checked = 0
+    for path in sorted((ROOT / "csrc").rglob("*_isa.cpp")):
+        source = path.read_text()
+        if of_bf16.search(source) is None:
+            continue
+        headers = re.findall(r'^#include "(.+)"', source, re.MULTILINE)
+        texts = [source, *((ROOT / "csrc" / name).read_text() for name in headers)]
+        assert any(map(declared.search, texts)), path
+        checked += 1
+    assert checked > 15
+
+
 def test_isa_objects_define_no_weak_symbol(tmp_path):
     """The linker keeps one copy of a weak symbol: the AVX-512 one could serve every CPU."""
     objects = isa_objects(ROOT / "build")
