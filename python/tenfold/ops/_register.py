@@ -122,7 +122,9 @@ def differentiable_by(
     first = tensors == (0,)
 
     def wanted(args: tuple[Any, ...]) -> bool:
-        return torch.is_grad_enabled() and any(_requires_grad(args[i]) for i in tensors)
+        if first:
+            return _is_grad_enabled() and _requires_grad(args[0])
+        return _is_grad_enabled() and any(_requires_grad(args[i]) for i in tensors)
 
     def apply(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if first:
@@ -141,11 +143,7 @@ def differentiable_by(
     def face(*args: Any, **kwargs: Any) -> Any:
         if is_compiling():  # first: Dynamo cannot trace the question after the next
             return op(*args, **kwargs)
-        if first:
-            x = args[0]
-            if _is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad:
-                return function.apply(x, args[1:], kwargs)
-        elif wanted(args):
+        if wanted(args):
             return apply(args, kwargs)
         if torch.is_inference_mode_enabled():
             return op(*args, **kwargs)

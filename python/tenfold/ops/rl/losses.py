@@ -58,7 +58,7 @@ def _(grad, slope, scale, *, cu_seqlens=None):
 
 def _with_slope(name: str) -> type[torch.autograd.Function]:
     """A loss whose forward makes the derivatives of its terms in the same pass, for its backward."""
-    forward_op = getattr(_ops, f"{name}_forward").default._op
+    forward_op = getattr(_ops, f"{name}_forward").default
     backward_op = _ops.ma_ppo_loss_backward.default
 
     class Loss(torch.autograd.Function):
