@@ -199,29 +199,32 @@ template <class T, int kW, int kM, int kN>
 __device__ inline void accumulate_seen(const float (&weights)[kM][kN][4], const T* b, int dims,
                                        float (&acc)[kM][kW / 8][4]) {
   const int lane = threadIdx.x % 32, col = lane % 4 * 2;
-#pragma unroll
-  for (int k = 0; k < 2 * kN; ++k)
 #pragma unroll 1
-    for (int from = 0; from < 4; ++from) {  // the lane of the row's four that has the weights
-      float x[2 * kM];
+  for (int k = 0; k < 8 * kN; ++k) {
+    const int from = k % 8 / 2;  // the lane of the row's four that has the weights
+    float x[2 * kM] = {};
+#pragma unroll
+    for (int n = 0; n < kN; ++n)  // chosen, not indexed: the weights are registers
 #pragma unroll
       for (int r = 0; r < 2 * kM; ++r)
-        x[r] =
-            __shfl_sync(0xFFFFFFFFu, weights[r / 2][k / 2][r % 2 * 2 + k % 2], lane / 4 * 4 + from);
+        if (n == k / 8)
+          x[r] = k % 2 ? weights[r / 2][n][r % 2 * 2 + 1] : weights[r / 2][n][r % 2 * 2];
 #pragma unroll
-      for (int n = 0; n < kW / 8; ++n) {
-        if (8 * n >= dims) break;
-        const T* y = b + Tile<T, kW>::at(k / 2 * 8 + from * 2 + k % 2, 8 * n + col);
-        const float left = to_float(y[0]), right = to_float(y[1]);
+    for (int r = 0; r < 2 * kM; ++r) x[r] = __shfl_sync(0xFFFFFFFFu, x[r], lane / 4 * 4 + from);
 #pragma unroll
-        for (int r = 0; r < 2 * kM; ++r) {
-          if (x[r] == 0.0f) continue;
-          float* const sums = acc[r / 2][n] + r % 2 * 2;
-          sums[0] = fmaf(x[r], left, sums[0]);
-          sums[1] = fmaf(x[r], right, sums[1]);
-        }
+    for (int n = 0; n < kW / 8; ++n) {
+      if (8 * n >= dims) break;
+      const T* y = b + Tile<T, kW>::at(k, 8 * n + col);
+      const float left = to_float(y[0]), right = to_float(y[1]);
+#pragma unroll
+      for (int r = 0; r < 2 * kM; ++r) {
+        if (x[r] == 0.0f) continue;
+        float* const sums = acc[r / 2][n] + r % 2 * 2;
+        sums[0] = fmaf(x[r], left, sums[0]);
+        sums[1] = fmaf(x[r], right, sums[1]);
       }
     }
+  }
 }
 
 // Whether 16 bytes hold an infinity or a NaN.

@@ -44,6 +44,27 @@ using ProductTile = std::conditional_t<sizeof(T) == 2, ProductShape<T, 128, 256,
 template <class T>
 using FewRowsTile = ProductShape<T, 32, 128, 2, 2, 4>;
 
+// use(row of the tile, its sums [n][i]) for the thread's rows, in a loop: what follows a product is
+// long, and written out for each row it would be tens of thousands of instructions that a block
+// fetches to run them once. A row's sums are moved to where the loop finds them: registers have no
+// index.
+template <class P, class Use>
+__device__ inline void for_rows(const typename P::Sums& sums, const Use& use) {
+#pragma unroll 1
+  for (int row = 0; row < 2 * P::kM; ++row) {
+    float x[P::kN][2] = {};
+#pragma unroll
+    for (int r = 0; r < 2 * P::kM; ++r) {
+      if (r != row) continue;
+#pragma unroll
+      for (int n = 0; n < P::kN; ++n)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) x[n][i] = sums[r / 2][n][r % 2 * 2 + i];
+    }
+    use(P::first_row() + 8 * row, x);
+  }
+}
+
 // An operand's rows in memory.
 enum class Lies { along, across };
 

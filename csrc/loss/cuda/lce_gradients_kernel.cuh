@@ -45,39 +45,35 @@ __global__ void __launch_bounds__(ProductTile<T>::kThreads, 1) lce_deltas_kernel
   const int rows = static_cast<int>(count - r0 < P::kRows ? count - r0 : P::kRows);
   const auto use = [&](int64_t v, typename P::Sums& x) {
     const int inside = columns_inside<T>(a.m, v);
-    const int64_t row0 = r0 + P::first_row(), col0 = v - a.block.v + P::first_col();
-    const LceRow* const slopes = a.rows.slopes + a.block.first + row0;
+    const int64_t col0 = v - a.block.v + P::first_col();
+    const LceRow* const slopes = a.rows.slopes + a.block.first + r0;
+    for_rows<P>(x, [&](int r, const float (&products)[P::kN][2]) {
+      if (r >= rows) return;
+      const LceRow s = slopes[r];
+      const int chosen = chosen_column<T>(s.target, v);
+      const int64_t to = (r0 + r) * a.block.pitch + col0;
 #pragma unroll
-    for (int m = 0; m < P::kM; ++m)
+      for (int n = 0; n < P::kN; ++n) {
+        float d[2];
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int r = 16 * m + 8 * half;
-        if (P::first_row() + r >= rows) continue;
-        const LceRow s = slopes[r];
-        const int chosen = chosen_column<T>(s.target, v);
-        const int64_t to = (row0 + r) * a.block.pitch + col0;
-#pragma unroll
-        for (int n = 0; n < P::kN; ++n) {
-          float d[2];
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            const float product = x[m][n][2 * half + i];
-            const float logit = kCapped ? capped(product, a.m.softcap) : product;
-            // log p; lse - entropy would lose what the logits' size takes from a float.
-            const float log_p = logit * a.m.scale - s.lse, e = fast_exp2(log_p * kLog2E);
-            const float away = -s.entropy - log_p;  // infinite where p is 0
-            const float slope = fmaf(s.of_entropy, away > -kLowestFloat ? 0.0f : away, s.of_p);
-            const float y = fmaf(e, slope, chosen == 8 * n + i ? s.of_id : 0.0f);
-            d[i] = kCapped ? y * cap_slope(product, a.m.softcap) : y;
-          }
-          d[0] = 8 * n < inside ? d[0] : 0.0f, d[1] = 8 * n + 1 < inside ? d[1] : 0.0f;
-          store_two(static_cast<T*>(a.block.d) + to + 8 * n, d[0], d[1]);
-          if constexpr (std::is_same_v<T, fp16_t>)
-            if (a.block.d_weight != nullptr)
-              store_two(static_cast<T*>(a.block.d_weight) + to + 8 * n, d[0] * s.to_weight,
-                        d[1] * s.to_weight);
+        for (int i = 0; i < 2; ++i) {
+          const float product = products[n][i];
+          const float logit = kCapped ? capped(product, a.m.softcap) : product;
+          // log p; lse - entropy would lose what the logits' size takes from a float.
+          const float log_p = logit * a.m.scale - s.lse, e = fast_exp2(log_p * kLog2E);
+          const float away = -s.entropy - log_p;  // infinite where p is 0
+          const float slope = fmaf(s.of_entropy, away > -kLowestFloat ? 0.0f : away, s.of_p);
+          const float y = fmaf(e, slope, chosen == 8 * n + i ? s.of_id : 0.0f);
+          d[i] = kCapped ? y * cap_slope(product, a.m.softcap) : y;
         }
+        d[0] = 8 * n < inside ? d[0] : 0.0f, d[1] = 8 * n + 1 < inside ? d[1] : 0.0f;
+        store_two(static_cast<T*>(a.block.d) + to + 8 * n, d[0], d[1]);
+        if constexpr (std::is_same_v<T, fp16_t>)
+          if (a.block.d_weight != nullptr)
+            store_two(static_cast<T*>(a.block.d_weight) + to + 8 * n, d[0] * s.to_weight,
+                      d[1] * s.to_weight);
       }
+    });
   };
   for_logits<T>(a.m, row, a.block.v + tile * P::kCols, 1, memory, use);
 }
@@ -124,35 +120,32 @@ __global__ void __launch_bounds__(ProductTile<T>::kThreads, 1) lce_weight_kernel
   };
   const float factor = a.last ? 1.0f / a.rows.state->grad_scale : 1.0f;
   const auto finish = [&](int, typename P::Sums& sums) {
+    for_rows<P>(sums, [&](int row, const float (&products)[P::kN][2]) {
+      const int64_t r = token + row;
+      if (r >= a.block.tokens) return;
 #pragma unroll
-    for (int m = 0; m < P::kM; ++m)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int64_t r = token + P::first_row() + 16 * m + 8 * half;
-        if (r >= a.block.tokens) continue;
-#pragma unroll
-        for (int n = 0; n < P::kN; ++n) {
-          const int64_t c = col + P::first_col() + 8 * n, at = r * dim + c;
-          float x[2] = {sums[m][n][2 * half], sums[m][n][2 * half + 1]};
-          const bool both = c + 1 < dim;
-          if (c >= dim) break;
-          if (a.before != nullptr) {
-            x[0] += a.before[at];
-            if (both) x[1] += a.before[at + 1];
-          }
-          x[0] *= factor, x[1] *= factor;
-          const auto store = [&](auto* to) {
-            if (dim % 2 == 0) return store_two(to, x[0], x[1]);
-            from_float(x[0], to);
-            if (both) from_float(x[1], to + 1);
-          };
-          if (a.last) {
-            store(static_cast<T*>(a.out) + at);
-          } else {
-            store(static_cast<float*>(a.out) + at);
-          }
+      for (int n = 0; n < P::kN; ++n) {
+        const int64_t c = col + P::first_col() + 8 * n, at = r * dim + c;
+        float x[2] = {products[n][0], products[n][1]};
+        const bool both = c + 1 < dim;
+        if (c >= dim) break;
+        if (a.before != nullptr) {
+          x[0] += a.before[at];
+          if (both) x[1] += a.before[at + 1];
+        }
+        x[0] *= factor, x[1] *= factor;
+        const auto store = [&](auto* to) {
+          if (dim % 2 == 0) return store_two(to, x[0], x[1]);
+          from_float(x[0], to);
+          if (both) from_float(x[1], to + 1);
+        };
+        if (a.last) {
+          store(static_cast<T*>(a.out) + at);
+        } else {
+          store(static_cast<float*>(a.out) + at);
         }
       }
+    });
   };
   run_product<P, Lies::across, Lies::across>(memory, 1, depth_steps<T>(count), load, finish);
 }
@@ -200,22 +193,18 @@ __global__ void __launch_bounds__(ProductTile<T>::kThreads, 1) lce_hidden_kernel
   float* const out =
       a.splits == 1 ? a.sums + a.block.first * dim : a.parts + split * a.block.rows * dim;
   const auto finish = [&](int, typename P::Sums& sums) {
+    for_rows<P>(sums, [&](int row, const float (&products)[P::kN][2]) {
+      const int64_t r = r0 + row;
+      if (r >= count) return;
+      float* const to = out + r * dim;
 #pragma unroll
-    for (int m = 0; m < P::kM; ++m)
+      for (int n = 0; n < P::kN; ++n)
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int64_t r = r0 + P::first_row() + 16 * m + 8 * half;
-        if (r >= count) continue;
-        float* const to = out + r * dim;
-#pragma unroll
-        for (int n = 0; n < P::kN; ++n)
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            const int64_t c = col + P::first_col() + 8 * n + i;
-            const float x = sums[m][n][2 * half + i];
-            if (c < dim) to[c] = add ? to[c] + x : x;
-          }
-      }
+        for (int i = 0; i < 2; ++i) {
+          const int64_t c = col + P::first_col() + 8 * n + i;
+          if (c < dim) to[c] = add ? to[c] + products[n][i] : products[n][i];
+        }
+    });
   };
   run_product<P, Lies::along, Lies::across>(memory, 1, depth_steps<T>(tokens), load, finish);
 }

@@ -191,27 +191,23 @@ struct StoreRows {
   template <class P>
   __device__ void store(const RowTile& rows, int64_t col, int64_t cols,
                         const typename P::Sums& sums) const {
+    for_rows<P>(sums, [&](int r, const float (&products)[P::kN][2]) {
+      if (r >= rows.rows) return;
+      const int64_t position = rows.first + r;
+      const float by = factor != nullptr ? scale * factor[position] : scale;
 #pragma unroll
-    for (int m = 0; m < P::kM; ++m)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int r = P::first_row() + 16 * m + 8 * half;
-        if (r >= rows.rows) continue;
-        const int64_t position = rows.first + r;
-        const float by = factor != nullptr ? scale * factor[position] : scale;
-#pragma unroll
-        for (int n = 0; n < P::kN; ++n) {
-          const int64_t c = col + P::first_col() + 8 * n, at = position * stride + c;
-          if (c >= cols) break;
-          const float x[2] = {sums[m][n][2 * half] * by, sums[m][n][2 * half + 1] * by};
-          const bool both = c + 1 < cols;
-          if (wide) {
-            put_two(static_cast<float*>(out) + at, x, both, twos);
-          } else {
-            put_two(static_cast<T*>(out) + at, x, both, twos);
-          }
+      for (int n = 0; n < P::kN; ++n) {
+        const int64_t c = col + P::first_col() + 8 * n, at = position * stride + c;
+        if (c >= cols) break;
+        const float x[2] = {products[n][0] * by, products[n][1] * by};
+        const bool both = c + 1 < cols;
+        if (wide) {
+          put_two(static_cast<float*>(out) + at, x, both, twos);
+        } else {
+          put_two(static_cast<T*>(out) + at, x, both, twos);
         }
       }
+    });
   }
 };
 

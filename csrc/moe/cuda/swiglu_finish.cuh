@@ -59,34 +59,30 @@ struct StoreSwiglu {
   __device__ void store(const RowTile& rows, int64_t col, int64_t cols,
                         const typename P::Sums& sums) const {
     const int64_t col0 = col + P::warp_col() / 2 + P::first_col() % 8;
+    for_rows<P>(sums, [&](int r, const float (&products)[P::kN][2]) {
+      if (r >= rows.rows) return;
+      const int64_t position = rows.first + r;
+      const float* const token = base.row(position);
+      const float by = factor != nullptr ? factor[position] : 1.0f;
 #pragma unroll
-    for (int m = 0; m < P::kM; ++m)
+      for (int n = 0; n < P::kN; n += 2) {
+        const int64_t c = col0 + 4 * n;
+        if (c >= cols) break;
+        const bool both = c + 1 < cols;
+        float g[2], u[2], y[2];
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int r = P::first_row() + 16 * m + 8 * half;
-        if (r >= rows.rows) continue;
-        const int64_t position = rows.first + r;
-        const float* const token = base.row(position);
-        const float by = factor != nullptr ? factor[position] : 1.0f;
-#pragma unroll
-        for (int n = 0; n < P::kN; n += 2) {
-          const int64_t c = col0 + 4 * n;
-          if (c >= cols) break;
-          const bool both = c + 1 < cols;
-          float g[2], u[2], y[2];
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            g[i] = sums[m][n][2 * half + i], u[i] = sums[m][n + 1][2 * half + i];
-            if (token != nullptr && (i == 0 || both))
-              g[i] += token[c + i], u[i] += token[base_up + c + i];
-            y[i] = g[i] * sigmoid<T>(g[i]) * u[i] * by;
-          }
-          put_two(a + position * ffn + c, y, both, twos);
-          if (hidden == nullptr) continue;
-          put_two(hidden + position * 2 * ffn + c, g, both, twos);
-          put_two(hidden + position * 2 * ffn + ffn + c, u, both, twos);
+        for (int i = 0; i < 2; ++i) {
+          g[i] = products[n][i], u[i] = products[n + 1][i];
+          if (token != nullptr && (i == 0 || both))
+            g[i] += token[c + i], u[i] += token[base_up + c + i];
+          y[i] = g[i] * sigmoid<T>(g[i]) * u[i] * by;
         }
+        put_two(a + position * ffn + c, y, both, twos);
+        if (hidden == nullptr) continue;
+        put_two(hidden + position * 2 * ffn + c, g, both, twos);
+        put_two(hidden + position * 2 * ffn + ffn + c, u, both, twos);
       }
+    });
   }
 };
 
@@ -111,23 +107,19 @@ struct StoreSwigluBackward {
                         const typename P::Sums& sums) const {
     static_assert(8 * P::kN == kDotCols);
     const int64_t group = col + P::warp_col(), col0 = col + P::first_col();
-#pragma unroll
-    for (int m = 0; m < P::kM; ++m)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int r = P::first_row() + 16 * m + 8 * half;
-        const int64_t position = rows.first + r;
-        float dot = r < rows.rows ? columns<P>(position, m, half, col0, cols, sums) : 0.0f;
-        dot += __shfl_xor_sync(0xFFFFFFFFu, dot, 1);  // four lanes have a row
-        dot += __shfl_xor_sync(0xFFFFFFFFu, dot, 2);
-        if (r < rows.rows && group < cols && threadIdx.x % 4 == 0)
-          dots[group / kDotCols * dot_rows + position] = dot;
-      }
+    for_rows<P>(sums, [&](int r, const float (&products)[P::kN][2]) {
+      const int64_t position = rows.first + r;
+      float dot = r < rows.rows ? columns<P>(position, col0, cols, products) : 0.0f;
+      dot += __shfl_xor_sync(0xFFFFFFFFu, dot, 1);  // four lanes have a row
+      dot += __shfl_xor_sync(0xFFFFFFFFu, dot, 2);
+      if (r < rows.rows && group < cols && threadIdx.x % 4 == 0)
+        dots[group / kDotCols * dot_rows + position] = dot;
+    });
   }
 
   template <class P>
-  __device__ __forceinline__ float columns(int64_t position, int m, int half, int64_t col0,
-                                           int64_t cols, const typename P::Sums& sums) const {
+  __device__ __forceinline__ float columns(int64_t position, int64_t col0, int64_t cols,
+                                           const float (&products)[P::kN][2]) const {
     const float* const token = base.row(position);
     const float w = factor[position];
     float dot = 0.0f;
@@ -141,7 +133,7 @@ struct StoreSwigluBackward {
       get_two(hidden + at + ffn, u, two, twos);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        float y = sums[m][n][2 * half + i];
+        float y = products[n][i];
         const bool inside = i == 0 || two;
         if (token != nullptr && inside) y += token[c + i];
         const float s = sigmoid<T>(g[i]), silu = g[i] * s;
