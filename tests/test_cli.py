@@ -122,7 +122,7 @@ class TestHelp:
             (): ("doctor", "demo", "bench", "nacl", "--version"),
             ("doctor",): ("--json",),
             ("nacl",): ("generate", "eval"),
-            ("demo",): ("--out", "--json", "--quiet"),
+            ("demo",): ("--seed", "--jobs", "--out", "--json", "--quiet"),
             ("bench",): ("--quick", "--device", "--select", "--out", "--json", "--quiet"),
             ("nacl", "generate"): (
                 "--prompt",

@@ -78,13 +78,24 @@ def demo(
         ),
     ] = None,
     out: Annotated[Path, typer.Option(help="folder of the report")] = Path("tenfold-report"),
+    seed: Annotated[int, typer.Option(help="of all that is random")] = 0,
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            help="methods at a time, each in a process with its share of the cores; default: one for "
+            "each core, at most 4"
+        ),
+    ] = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Run methods end to end on real input: a table, and a report page with plots."""
+    """Run methods end to end on real input: a table, and a report page with plots.
+
+    A method that fails is shown as failed, the others still run, and the status is 1.
+    """
     from tenfold.cli.demo import run
 
-    raise typer.Exit(run(methods or [], out, json, quiet))
+    raise typer.Exit(run(methods or [], out, seed, jobs, json, quiet))
 
 
 @app.command()

@@ -82,6 +82,16 @@ class Page:
         self._sections.append((anchor, title))
         self._parts.append(f'<h2 id="{anchor}">{_escape(title)}</h2>')
 
+    def add(self, other: Page) -> None:
+        """Appends another page's sections and what is in them; its title is left behind."""
+        for part in other._parts:
+            for anchor, title in other._sections:
+                if part.startswith(f'<h2 id="{anchor}">'):
+                    self.section(title)
+                    break
+            else:
+                self._parts.append(part)
+
     def heading(self, title: str) -> None:
         """A heading inside a section."""
         self._parts.append(f"<h3>{_escape(title)}</h3>")
