@@ -42,9 +42,9 @@ def made():
 
 def test_a_run(made):
     found, told = made
-    assert len(told) == 2 + 3 + 2 + 4
+    assert len(told) == 2 + 3 + 2 + 3
     assert (
-        sum(demo.SETTINGS[f"{s}_steps"] for s in ("search", "fusion", "recovery")) + 4 == demo.STEPS
+        sum(demo.SETTINGS[f"{s}_steps"] for s in ("search", "fusion", "recovery")) + 3 == demo.STEPS
     )
     kept = sum(found.record.key_heads) + sum(found.record.value_heads)
     assert [r["heads"] for r in found.rows] == [
@@ -54,6 +54,8 @@ def test_a_run(made):
     ] and 6 < kept <= found.record.budget_heads
     assert found.rows[0]["model"] == "parent (GQA 9:3)" and found.model == "LlamaForCausalLM"
     assert found.config["seed"] == 3 and len(found.record.curves["fusion-1"]) == 3
+    losses = found.record.losses
+    assert [r["loss"] for r in found.rows[:2]] == [losses["parent"], losses["final"]]
     check_protocol(demo, found)
 
 
@@ -91,11 +93,7 @@ def test_line_tables_and_page():
     assert line.ran == "Some-Model, 5 steps on Python's docs"
     assert line.result == "135 of 180 key and value heads; loss 3.25 before, 3.50 after"
     assert line.speed == FAST
-    assert (
-        "2,048 tokens in the cache, 30 layers" in text
-        and "an_op 12.3× a loop" in text
-        and "3.0e-07" in text
-    )
+    assert "all 30 layers, 2,048 tokens" in text and "12.3×" in text and "3.0e-07" in text
     page = rendered(demo, found)
     assert (
         "Key and value heads kept in every layer." in page and "12.3×" in page and "3.0e-07" in page

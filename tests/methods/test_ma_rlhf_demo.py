@@ -17,7 +17,14 @@ def made(tmp_path_factory):
     said = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TENFOLD_HOME", str(tmp_path_factory.mktemp("home")))
-        few = {"PARENT_STEPS": 10, "LAYERS": 1, "HEADS": 1, "ASKED": 4, "RESPONSE": 12}
+        few = {
+            "PARENT_STEPS": 10,
+            "LAYERS": 1,
+            "HEADS": 1,
+            "ASKED": 4,
+            "RESPONSE": 12,
+            "PUBLISHED": (8, 16),
+        }
         for name, value in few.items():
             patch.setattr(demo, name, value)
         patch.setattr(
@@ -66,7 +73,7 @@ def test_line_tables_and_page(made):
         object.__setattr__(found.scores[i], "value", value)
     found.speed[0] |= {"loop": 0.02, "op": 0.0001}
     line, text = check_protocol(demo, found)
-    assert line.result == "spelling score 0.25 before, 0.62 with MA-PPO, n = 5, 0.50 with PPO"
+    assert line.result == "spelling score 0.25 before, 0.62 after MA-PPO, 0.50 after PPO"
     assert line.speed.ratio == pytest.approx(200) and line.speed.op == "ma_ppo_prepare"
     assert "0.625" in text and "200×" in text and "20 ms" in text
     page = rendered(demo, found)

@@ -61,14 +61,8 @@ def test_the_parent_is_trained_once(tmp_path, monkeypatch):
 
 
 def test_steps():
-    """Those of the parent that are told, tuning before and after, 4 routers, and the experts' times."""
-    from tenfold.upit.config import UpITConfig
-    from tenfold.upit.router import equal_steps
-
-    router = UpITConfig.make(**{k: v for k, v in demo.RECIPE.items() if k != "base_model"}).router
-    routers = 4 * equal_steps([25.5] * 4, router)
-    tuning = demo.EPOCH * (demo.RECIPE["collect"]["epochs"] + 3 * demo.RECIPE["post"]["epochs"])
-    assert demo.PARENT_STEPS // demo.TELL + tuning + routers + 1 == demo.STEPS
+    """8 of the parent that are told, 2 + 3 epochs of 32, 4 routers of 7, and the experts' times."""
+    assert demo.STEPS == 8 + 5 * 32 + 4 * 7 + 1
 
 
 def test_line_tables_and_page():
@@ -87,7 +81,12 @@ def test_line_tables_and_page():
     assert line.ran == "a model, 4 experts, 4 families"
     assert line.result == "loss 1.125; dense tuned on 1.250, vanilla upcycling 1.200"
     assert line.speed == FAST
-    assert "4 layers, 2,048 tokens" in text and "4.0e-07" in text and "1.125" in text
+    assert (
+        "all 4 layers, 2,048 tokens" in text
+        and "12.3×" in text
+        and "4.0e-07" in text
+        and "1.125" in text
+    )
     page = rendered(demo, found)
     assert "12.3×" in page and "4.0e-07" in page and "UpIT&#x27;s experts" in page
     other = copy.deepcopy(found)

@@ -23,6 +23,7 @@ from tenfold.hft.sequence import continual
 from tenfold.report import Card, Headline, Page, Speedup, TextTable, png_bytes
 from tenfold.training.batches import lm_loss, token_rows
 from tenfold.training.tasks import encoder, make_tasks
+from tenfold.training.threads import threads_text
 
 NAMES = ("german", "docstring")
 LENGTH, TEXT_LENGTH, TEST = 96, 128, 8
@@ -32,10 +33,8 @@ METHODS = ("full", "hft")
 TIMED = ("full, torch AdamW", "half, torch AdamW", "half")
 STEPS = len(METHODS) * (len(NAMES) * SETTINGS["steps"] + 1) + 1
 OPTIMIZER_COLUMNS = (
-    "optimiser's step, half of the model",
-    "speed-up",
-    "largest difference of a weight",
-)
+    "optimiser's step, half of the model", "op", "against", "speed-up", "largest difference of a weight",
+)  # fmt: skip
 COLUMNS = ("method", "trained", *(f"{n} after it" for n in NAMES), "german at the end", "forgotten",
            "text loss before", "after")  # fmt: skip
 
@@ -106,7 +105,7 @@ def run_demo(
         step(method)
     found = speed.measure(start, 2, LENGTH, steps=3, seed=seed, methods=TIMED)
     step("step times")
-    setting = (f"{name}, {str(start.dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads; "
+    setting = (f"{name}, {str(start.dtype).removeprefix('torch.')}, {threads_text()}; "
                f"{SETTINGS['steps']} steps of {SETTINGS['batch_size']} x {LENGTH} tokens per task.")  # fmt: skip
     return Demo(records, text, found, name, setting)
 
@@ -133,8 +132,10 @@ def speedup_of(found: Demo) -> Speedup:
 
 def optimizer_rows(found: Demo) -> list[list[str]]:
     """Rows for ``OPTIMIZER_COLUMNS``."""
-    ours, torchs = found.timed("half"), found.timed("half" + speed.TORCH)
-    return [[f"{1e3 * ours['optimizer']:.1f} against {1e3 * torchs['optimizer']:.1f} ms", str(speedup_of(found)),
+    ours, made = found.timed("half"), speedup_of(found)
+    torchs = found.timed("half" + speed.TORCH)
+    times = f"ours {1e3 * ours['optimizer']:.1f} ms, torch's {1e3 * torchs['optimizer']:.1f} ms"
+    return [[times, made.op, made.against, f"{made.ratio:.3g}×",
              f"{ours['gap']:.1e} after a step of {speed.RATE:g}"]]  # fmt: skip
 
 

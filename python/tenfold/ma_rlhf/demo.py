@@ -36,11 +36,12 @@ from tenfold.rlhf.small import ByteTokenizer, make_policy
 from tenfold.training import tiny
 from tenfold.training.loop import Progress
 from tenfold.training.parents import trained
+from tenfold.training.threads import threads_text
 
-PARENT_STEPS, TELL, LAYERS, HEADS, PROMPT, RESPONSE, ASKED = 200, 10, 2, 4, 64, 48, 128
-MACRO = (1, 5)
+PARENT_STEPS, TELL, LAYERS, HEADS, PROMPT, RESPONSE, ASKED = 150, 10, 2, 4, 64, 48, 128
+MACRO, PUBLISHED = (1, 5), (256, 512)
 SETTINGS: dict[str, Any] = {
-    "steps": 30, "batch_size": 32, "minibatches": 2, "ppo_epochs": 1, "learning_rate": 5e-4,
+    "steps": 26, "batch_size": 32, "minibatches": 2, "ppo_epochs": 1, "learning_rate": 5e-4,
     "critic_learning_rate": 1e-3, "schedule": "constant", "warmup": 0.0, "weight_decay": 0.0, "beta": 0.01,
     "temperature": 1.0, "top_k": 0, "max_prompt": PROMPT, "max_response": RESPONSE,
     "checkpoint_every": None,
@@ -185,12 +186,12 @@ def measure(exp: Experience, config: MARLHFConfig) -> list[dict[str, Any]]:
     """The op against its definition, on a rollout and on one of the published size."""
     own = (exp.logp_old, exp.logp_ref, exp.value_old, exp.score, exp.seg, exp.nseg)
     made = torch.Generator().manual_seed(0)
-    old, ref, value = (torch.randn(256, 512, generator=made) for _ in range(3))
-    seg, nseg = ops.macro_segment_fixed(torch.ones(256, 512, dtype=torch.bool), config.n)
-    large = (old, ref, value, torch.randn(256, generator=made), seg, nseg)
+    old, ref, value = (torch.randn(*PUBLISHED, generator=made) for _ in range(3))
+    seg, nseg = ops.macro_segment_fixed(torch.ones(PUBLISHED, dtype=torch.bool), config.n)
+    large = (old, ref, value, torch.randn(PUBLISHED[0], generator=made), seg, nseg)
     size = " x ".join(map(str, exp.seg.shape))
     return [_times(f"the next one of this run, {size}", own, config.beta, 7),
-            _times("the published size, 256 x 512", large, config.beta, 3)]  # fmt: skip
+            _times(f"the published size, {PUBLISHED[0]} x {PUBLISHED[1]}", large, config.beta, 1)]  # fmt: skip
 
 
 def run_demo(step: Callable[[str], None] = lambda text: None, seed: int = 0) -> Demo:
@@ -233,7 +234,7 @@ def run_demo(step: Callable[[str], None] = lambda text: None, seed: int = 0) -> 
     setting = (f"A {name}, "
                f"{PARENT_STEPS} steps on Python's documentation (loss {loss:.2f} nats per byte), then "
                f"{SETTINGS['steps']} rollouts of {SETTINGS['batch_size']} responses of up to {RESPONSE} bytes; "
-               f"float32, {torch.get_num_threads()} threads, one seed.")  # fmt: skip
+               f"float32, {threads_text()}, one seed.")  # fmt: skip
     scores, answers = map(list, zip(*found))
     return Demo(
         records,
@@ -301,8 +302,7 @@ def headline(found: Demo) -> Headline:
     config, runs = found.records[-1].config, len(found.records)
     return Headline(
         f"{found.model}, {runs} × {len(found.records[-1].curve)} rollouts of {config['batch_size']}",
-        f"spelling score {before:.2f} before, {macro:.2f} with {report.run_name(found.records[-1])}, "
-        f"{ppo:.2f} with {report.run_name(found.records[0])}",
+        f"spelling score {before:.2f} before, {macro:.2f} after MA-PPO, {ppo:.2f} after PPO",
         speedup_of(found),
     )
 

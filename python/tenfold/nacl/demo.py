@@ -31,9 +31,10 @@ from tenfold.report import (
     shares_strip,
     speedup,
 )
+from tenfold.training.threads import threads_text
 
 LENGTHS, SHORT = (4096, 1536), 1024
-KEPT = 0.2
+KEPT, NEW_TOKENS = 0.2, 8
 DEPTHS = (0.1, 0.37, 0.63, 0.9)
 METHODS = ("full", "nacl", "snapkv", "tova", "h2o", "streaming_llm")
 PRESSES: dict[str, type[Press]] = {
@@ -121,7 +122,7 @@ def tell(model: Any, tokenizer: Any, case: Case, seed: int = 0) -> tuple[Story, 
             {} if make is FullPress else {"compression_ratio": round(1 - KEPT, 6)}
         )
         press = make(**change, seed=seed)
-        speeds[name] = measure_prefilled(model, press, prefill, seconds, new_tokens=12)
+        speeds[name] = measure_prefilled(model, press, prefill, seconds, NEW_TOKENS)
         said = tokenizer.decode(speeds[name].tokens, skip_special_tokens=True)
         answers[name] = said.strip().splitlines()[0] if said.strip() else ""
         if name == "NACL":
@@ -213,7 +214,7 @@ def run_demo(
     cells = run(network, tokenizer, cases, specs, progress=lambda c: step(f"depth {c.depth:.1f}"))
     setting = (
         f"{name}, {str(network.dtype).removeprefix('torch.')}, {device.type}, "
-        f"{torch.get_num_threads()} threads; NACL keeps {100 * KEPT:g} % of the KV cache."
+        f"{threads_text()}; NACL keeps {100 * KEPT:g} % of the KV cache."
     )
     return Demo(stories, cells, timed, name, setting, summary(cells))
 
@@ -222,7 +223,9 @@ STEPS = len(LENGTHS) + len(DEPTHS)
 SPEED_COLUMNS = (
     "rule", "tokens", "prefill s", "evict ms", "ms/token", "cache MB", "RSS MB", "answer",
 )  # fmt: skip
-EVICTION_COLUMNS = ("a layer's eviction", "speed-up", "same tokens kept", "largest difference")
+EVICTION_COLUMNS = (
+    "a layer's eviction", "op", "against", "speed-up", "same tokens kept", "largest difference",
+)  # fmt: skip
 
 
 def speed_rows(story: Story) -> list[list[str]]:
@@ -237,7 +240,8 @@ def speed_rows(story: Story) -> list[list[str]]:
 
 def eviction_rows(found: Eviction) -> list[list[str]]:
     """Rows for ``EVICTION_COLUMNS``."""
-    return [[f"{found.kept} of {found.tokens} tokens", str(found.speed), f"{100 * found.same:.2f} %",
+    return [[f"keeping {found.kept} of {found.tokens:,} tokens", found.speed.op, found.speed.against,
+             f"{found.speed.ratio:.3g}×", f"{100 * found.same:.2f} %",
              f"{found.gap:.1e}"]]  # fmt: skip
 
 

@@ -24,6 +24,7 @@ from tenfold.report import Card, Headline, Page, Speedup, TextTable, png_bytes, 
 from tenfold.training import tiny
 from tenfold.training.parents import trained
 from tenfold.training.tasks import byte_encoder, make_tasks
+from tenfold.training.threads import threads_text
 from tenfold.upit import summary
 from tenfold.upit.families import Families
 from tenfold.upit.study import BASE, METHODS, TUNED, Comparison, compare
@@ -211,12 +212,18 @@ def run_demo(step: Callable[[str], None] = lambda text: None, seed: int = 0) -> 
     setting = (f"A {name}, {LAYERS} layers: {PARENT_STEPS} steps on Python's documentation, then {len(NAMES)} "
                f"families of {TRAIN} rows: {RECIPE['collect']['epochs']:g} epochs of dense tuning, and "
                f"{RECIPE['post']['epochs']:g} more of each method; {BATCH} rows of up to {LENGTH} bytes per step, "
-               f"float32, {torch.get_num_threads()} threads, one seed.")  # fmt: skip
+               f"float32, {threads_text()}, one seed.")  # fmt: skip
     return Demo(found, experts, name, setting)
 
 
 COLUMNS = tuple(summary.loss_columns(NAMES))
-EXPERTS_COLUMNS = ("experts, forward and backward", "speed-up", "largest difference")
+EXPERTS_COLUMNS = (
+    "experts, forward and backward",
+    "op",
+    "against",
+    "speed-up",
+    "largest difference",
+)
 
 
 def table_rows(demo: Demo) -> list[list[str]]:
@@ -227,7 +234,13 @@ def table_rows(demo: Demo) -> list[list[str]]:
 def experts_rows(found: Experts) -> list[list[str]]:
     """Rows for ``EXPERTS_COLUMNS``."""
     return [
-        [f"{found.layers} layers, {found.tokens:,} tokens", str(found.speed), f"{found.gap:.1e}"]
+        [
+            f"all {found.layers} layers, {found.tokens:,} tokens",
+            found.speed.op,
+            found.speed.against,
+            f"{found.speed.ratio:.3g}×",
+            f"{found.gap:.1e}",
+        ]
     ]
 
 
