@@ -22,7 +22,7 @@ from tenfold._bench import ceilings, results, runner
 from tenfold.cli.doctor import facts
 from tenfold.cli.main import app
 from tenfold.data import long_documents
-from tenfold.nacl.demo import METHODS
+from tenfold.nacl.demo import LENGTHS, METHODS
 from tenfold.nacl.press import Prefill
 
 COMMANDS = [
@@ -805,11 +805,12 @@ class TestDemo:
         found = json.loads(succeeds("demo", "nacl", "--out", tmp_path, "--json"))
         assert found["report"] == str(tmp_path / "index.html")
         nacl = found["nacl"]
-        for document in nacl["documents"]:
+        assert len(nacl["documents"]) == len(LENGTHS)
+        for length, document in zip(LENGTHS, nacl["documents"]):
             rules = document["rules"]
             assert set(rules) == {"full cache", "NACL", "StreamingLLM"}
-            assert rules["NACL"]["kept_tokens"] == int(0.2 * 4096)
-            assert rules["full cache"]["kept_tokens"] == 4096
+            assert rules["NACL"]["kept_tokens"] == int(0.2 * length)
+            assert rules["full cache"]["kept_tokens"] == length
             for rule in ("full cache", "NACL"):
                 assert document["expected"] in rules[rule]["answer"]
             assert rules["NACL"]["cache_bytes"] < 0.21 * rules["full cache"]["cache_bytes"]

@@ -141,6 +141,20 @@ def smollm2(dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[An
     return _from_folder(str(prepare_smollm2()), dtype, device)
 
 
+def given_or_smollm2(model: tuple[Any, Any] | None) -> tuple[str, Any, Any]:
+    """(name, model, tokenizer) of a (model, tokenizer), or of SmolLM2-135M-Instruct where none is given.
+
+    Raises TypeError for anything but a pair, and as :func:`smollm2` does.
+    """
+    if model is None:
+        return "SmolLM2-135M-Instruct", *smollm2()
+    if not isinstance(model, tuple) or len(model) != 2:
+        raise TypeError(
+            f"model must be a tuple (model, tokenizer) or None, got {type(model).__name__}"
+        )
+    return type(model[0]).__name__, *model
+
+
 def load_model(
     name: str = DEFAULT_MODEL, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> tuple[Any, Any]:

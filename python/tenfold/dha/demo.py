@@ -9,45 +9,69 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
+from tenfold import ops
 from tenfold.data import long_documents
+from tenfold.data.models import given_or_smollm2
 from tenfold.dha.config import DhaConfig
 from tenfold.dha.record import ConversionRecord
 from tenfold.dha.report import add_section
-from tenfold.report import Page
+from tenfold.report import Card, Headline, Page, Speedup, TextTable, speedup
 from tenfold.training.batches import lm_loss, token_rows
 from tenfold.training.loop import Progress
+from tenfold.training.threads import threads_text
 
-LENGTH = 128
+LENGTH = 96
 SETTINGS: dict[str, Any] = {
-    "budget": 0.25, "gqa": "group", "init": "aligned", "search_steps": 6, "fusion_steps": 30, "recovery_steps": 10,
-    "sequence_length": LENGTH, "batch_size": 2, "recovery_batch_size": 2, "omega_lr": 0.12,
+    "budget": 0.25, "gqa": "group", "init": "aligned", "search_steps": 4, "fusion_steps": 18, "recovery_steps": 5,
+    "sequence_length": LENGTH, "batch_size": 1, "recovery_batch_size": 1, "omega_lr": 0.2,
     "margin_end": 0.6,
     # So few steps leave a little to average away; a real conversion goes on to 1e-3.
     "collapse_mse": 0.1,
 }  # fmt: skip
 PROMPT = "What is the capital of France?"
-STEPS = 6 + 30 + 10 + 3
+HELD = 4  # rows that losses are measured on
+CONTEXT = 1024  # tokens in the cache whose reading is timed
+STEPS = sum(SETTINGS[f"{stage}_steps"] for stage in ("search", "fusion", "recovery")) + 3
 COLUMNS = ("model", "heads", "cache bytes/token", "loss", "ms/token", "answer")
+DECODE_COLUMNS = ("a new token's attention", "op", "against", "speed-up", "largest difference")
+
+
+@dataclass
+class Decoding:
+    """Attention of one new token in all layers of the converted model, over the cache of a real text.
+
+    ``gap``: largest difference of the two ways' results.
+    """
+
+    speed: Speedup
+    context: int
+    layers: int
+    gap: float
 
 
 @dataclass
 class Demo:
-    """What the demo found: one row per model, and the conversion."""
+    """What the demo found: one row per model (parent, DHA, mean-pooled), the conversion, and times."""
 
     rows: list[dict[str, Any]]
     record: ConversionRecord
+    decoding: Decoding
+    model: str = ""
     setting: str = ""
     config: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Numbers only."""
         return {"setting": self.setting, "models": self.rows, "losses": self.record.losses,
-                "key_heads": self.record.key_heads, "value_heads": self.record.value_heads}  # fmt: skip
+                "key_heads": self.record.key_heads, "value_heads": self.record.value_heads,
+                "decoding": asdict(self.decoding)}  # fmt: skip
 
 
 @torch.no_grad()
@@ -91,18 +115,62 @@ def real_rows(tokenizer: Any, length: int = LENGTH) -> tuple[Any, Any]:
     return token_rows(tokenizer, texts[:32], length), token_rows(tokenizer, texts[32:], length)[:16]
 
 
-def _row(name: str, model: Any, tokenizer: Any, held: Any, heads: int) -> dict[str, Any]:
+def _row(name: str, model: Any, tokenizer: Any, heads: int, loss: float) -> dict[str, Any]:
     turn = [{"role": "user", "content": PROMPT}]
     prompt = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
     found = measure_generation(model, tokenizer, prompt, 24)
-    return {"model": name, "heads": heads, "loss": lm_loss(model, held)} | found
+    return {"model": name, "heads": heads, "loss": loss} | found
 
 
-def run_demo(model: Any, tokenizer: Any, step: Callable[[str], None] = lambda text: None) -> Demo:
-    """Converts, and converts once more by averaging; ``step`` is told after each piece."""
+def measure_decoding(model: Any, ids: Tensor) -> Decoding:
+    """Times ``ops.dha_decode`` against transformers' way: heads expanded to the queries', and SDPA.
+
+    Args:
+        model: converted. ids: [1, L], the text in the cache; its last token is the new one.
+    """
+    from tenfold.integrations import transformers as hf
+    from tenfold.nacl.press import Prefill
+
+    prefill = Prefill.run(model, ids, proxies=1)
+    lens = torch.tensor([ids.shape[1]], dtype=torch.int32, device=ids.device)
+    layers = [
+        (prefill.queries[m.layer_idx], prefill.cache.layers[m.layer_idx], m.key_map, m.value_map)
+        for m in hf.attention_layers(model)
+    ]
+
+    def ours() -> list[Tensor]:
+        return [ops.dha_decode(q, c.keys, c.values, k, v, lens)[0] for q, c, k, v in layers]
+
+    def plain() -> list[Tensor]:
+        return [
+            F.scaled_dot_product_attention(q, c.keys[:, k], c.values[:, v]) for q, c, k, v in layers
+        ]
+
+    gap = max(float((a - b).abs().max()) for a, b in zip(ours(), plain()))
+    speed = speedup("dha_decode", "heads expanded and SDPA", ours, plain, rounds=25)
+    return Decoding(speed, ids.shape[1], len(layers), gap)
+
+
+def run_demo(
+    step: Callable[[str], None] = lambda text: None,
+    seed: int = 0,
+    model: tuple[Any, Any] | None = None,
+) -> Demo:
+    """Converts, and converts once more by averaging.
+
+    Args:
+        step: told after each piece.
+        seed: of the conversion: the order of its data, and the search for groups.
+        model: (model, tokenizer); default SmolLM2-135M-Instruct.
+
+    Raises:
+        TypeError: ``model`` is not a pair. MissingData: no model here. ConversionError: the heads did not fuse.
+    """
     from tenfold.dha.conversion import convert
 
+    name, parent, tokenizer = given_or_smollm2(model)
     train, held = real_rows(tokenizer)
+    held = held[:HELD]
 
     def heads(made: Any) -> int:
         return sum(made.config.key_heads) + sum(made.config.value_heads)
@@ -110,24 +178,31 @@ def run_demo(model: Any, tokenizer: Any, step: Callable[[str], None] = lambda te
     def told(progress: Progress) -> None:
         step(f"{progress.stage}: loss {progress.metrics.get('lm', progress.metrics['loss']):.2f}")
 
-    before = 2 * model.config.num_hidden_layers * model.config.num_key_value_heads
-    rows = [_row("parent (GQA 9:3)", model, tokenizer, held, before)]
-    step("parent")
-    config = DhaConfig.from_preset("small", **SETTINGS)
-    ours = convert(model, data=train, config=config, eval_rows=held, callback=told)
-    rows.append(_row("DHA", ours, tokenizer, held, heads(ours)))
-    step("DHA")
-    pooled = convert(model, config=config, method="cka_mean", sizes=(1,), recovery_steps=0)
-    rows.append(
-        _row("mean-pooled to 1 head (MQA), untrained", pooled, tokenizer, held, heads(pooled))
+    layers, queries, kv = (
+        getattr(parent.config, f"num_{n}")
+        for n in ("hidden_layers", "attention_heads", "key_value_heads")
     )
+    config = DhaConfig.from_preset("small", **SETTINGS, seed=seed)
+    ours = convert(parent, data=train, config=config, eval_rows=held, callback=told)
+    losses = ours.conversion.losses
+    rows = [
+        _row(f"parent (GQA {queries}:{kv})", parent, tokenizer, 2 * layers * kv, losses["parent"]),
+        _row("DHA", ours, tokenizer, heads(ours), losses["final"]),
+    ]
+    step("answers of parent and DHA")
+    pooled = convert(parent, config=config, method="cka_mean", sizes=(1,), recovery_steps=0)
+    name_of_pooled = "mean-pooled to 1 head (MQA), untrained"
+    rows.append(_row(name_of_pooled, pooled, tokenizer, heads(pooled), lm_loss(pooled, held)))
     step("mean pooling")
+    text = torch.as_tensor(train).flatten()[:CONTEXT][None]
+    decoding = measure_decoding(ours, text.to(next(ours.parameters()).device))
+    step("reading the cache")
     setting = (
-        f"SmolLM2-135M-Instruct, float32, {torch.get_num_threads()} threads; "
+        f"{name}, {str(parent.dtype).removeprefix('torch.')}, {threads_text()}; "
         f"{config.search_steps} + {config.fusion_steps} + {config.recovery_steps} steps of "
         f"{config.batch_size} x {LENGTH} tokens."
     )
-    return Demo(rows, ours.conversion, setting, config.to_json())
+    return Demo(rows, ours.conversion, decoding, name, setting, config.to_json())
 
 
 def table_rows(demo: Demo) -> list[list[str]]:
@@ -139,9 +214,49 @@ def table_rows(demo: Demo) -> list[list[str]]:
     ]  # fmt: skip
 
 
+def decode_rows(found: Decoding) -> list[list[str]]:
+    """Rows for ``DECODE_COLUMNS``."""
+    return [[f"all {found.layers} layers, {found.context:,} tokens", found.speed.op, found.speed.against,
+             f"{found.speed.ratio:.3g}×",
+             f"{found.gap:.1e}"]]  # fmt: skip
+
+
+def headline(found: Demo) -> Headline:
+    """DHA's line in the demo's table."""
+    parent, ours = found.rows[:2]
+    steps = sum(map(len, found.record.curves.values()))
+    return Headline(
+        f"{found.model}, {steps} steps on Python's docs",
+        f"{ours['heads']} of {parent['heads']} key and value heads; loss {parent['loss']:.2f} before, "
+        f"{ours['loss']:.2f} after",
+        found.decoding.speed,
+    )
+
+
+def tables(found: Demo) -> list[TextTable]:
+    """What the demo shows on a terminal."""
+    share = 100 * found.record.config["budget"]
+    title = f"{found.model} at {share:g} % of MHA's key and value heads"
+    return [
+        TextTable(title, COLUMNS, table_rows(found)),
+        TextTable("Reading the cache", DECODE_COLUMNS, decode_rows(found.decoding)),
+    ]
+
+
 def add_demo_section(demo: Demo, page: Page) -> None:
     """DHA's part of the report page."""
     add_section(demo.record, page, "DHA: fewer key and value heads")
+    speed = demo.decoding.speed
+    page.heading("Reading the cache")
+    page.cards(
+        [Card(f"{speed.ratio:.3g}×", "faster attention of a new token", f"than {speed.against}")]
+    )
+    page.table(DECODE_COLUMNS, decode_rows(demo.decoding))
+    page.text(
+        "ops.dha_decode reads the shared heads where they are; transformers' other implementations get a copy of "
+        "keys and values for every query head. The cache is that of documentation; the last token is the new one.",
+        soft=True,
+    )
     page.heading("Before and after")
     page.text(
         "The loss is that of text that no stage has seen. A demo of a few dozen steps, not a study: "

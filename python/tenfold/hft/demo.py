@@ -15,20 +15,26 @@ from typing import Any
 import torch
 
 from tenfold.data import long_documents
+from tenfold.data.models import given_or_smollm2
 from tenfold.hft import report, speed
 from tenfold.hft.config import HFTConfig
 from tenfold.hft.record import TuneRecord
 from tenfold.hft.sequence import continual
-from tenfold.report import Page, png_bytes
+from tenfold.report import Card, Headline, Page, Speedup, TextTable, png_bytes
 from tenfold.training.batches import lm_loss, token_rows
 from tenfold.training.tasks import encoder, make_tasks
+from tenfold.training.threads import threads_text
 
 NAMES = ("german", "docstring")
-LENGTH, TEXT_LENGTH = 96, 128
+LENGTH, TEXT_LENGTH, TEST = 96, 128, 8
 SETTINGS: dict[str, Any] = {"steps": 10, "batch_size": 2, "learning_rate": 1e-4, "schedule": "constant",
                             "warmup": 0.1}  # fmt: skip
 METHODS = ("full", "hft")
+TIMED = ("full, torch AdamW", "half, torch AdamW", "half")
 STEPS = len(METHODS) * (len(NAMES) * SETTINGS["steps"] + 1) + 1
+OPTIMIZER_COLUMNS = (
+    "optimiser's step, half of the model", "op", "against", "speed-up", "largest difference of a weight",
+)  # fmt: skip
 COLUMNS = ("method", "trained", *(f"{n} after it" for n in NAMES), "german at the end", "forgotten",
            "text loss before", "after")  # fmt: skip
 
@@ -40,7 +46,17 @@ class Demo:
     records: list[TuneRecord]
     text: list[dict[str, float]]
     speed: list[dict[str, Any]]
+    model: str = ""
     setting: str = ""
+
+    def timed(self, method: str) -> dict[str, Any]:
+        """The row of ``speed`` for a method of ``tenfold.hft.speed``."""
+        return next(r for r in self.speed if r["method"] == method)
+
+    def forgotten(self, at: int) -> float:
+        """By how many nats per answer token the first task's loss grew while the second was learnt (run ``at``)."""
+        scores = self.records[at].scores["log_prob"]
+        return scores[0][0] - scores[-1][0]
 
     def to_json(self) -> dict[str, Any]:
         """Numbers only."""
@@ -55,15 +71,29 @@ def text_rows(tokenizer: Any, count: int = 8) -> torch.Tensor:
     return token_rows(tokenizer, texts, TEXT_LENGTH)[:: max(1, 64 // count)][:count]
 
 
-def run_demo(model: Any, tokenizer: Any, step: Callable[[str], None] = lambda text: None) -> Demo:
-    """Runs the methods; ``step`` is told after each piece."""
+def run_demo(
+    step: Callable[[str], None] = lambda text: None,
+    seed: int = 0,
+    model: tuple[Any, Any] | None = None,
+) -> Demo:
+    """Runs the methods.
+
+    Args:
+        step: told after each piece.
+        seed: of the halves, the rows trained on and their order.
+        model: (model, tokenizer); default SmolLM2-135M-Instruct.
+
+    Raises:
+        TypeError: ``model`` is not a pair. MissingData: no model here.
+    """
+    name, start, tokenizer = given_or_smollm2(model)
     end = tokenizer.eos_token_id
-    tasks = make_tasks(NAMES, encoder(tokenizer), LENGTH, end, end, train=32, test=8)
+    tasks = make_tasks(NAMES, encoder(tokenizer), LENGTH, end, end, train=32, test=TEST, seed=seed)
     held = text_rows(tokenizer)
     records, text = [], []
     for method in METHODS:
-        own = copy.deepcopy(model)
-        config = HFTConfig.from_preset("small", method=method, **SETTINGS)
+        own = copy.deepcopy(start)
+        config = HFTConfig.from_preset("small", method=method, **SETTINGS, seed=seed)
         before = lm_loss(own, held)
         record = continual(
             own, tasks, config,
@@ -73,24 +103,61 @@ def run_demo(model: Any, tokenizer: Any, step: Callable[[str], None] = lambda te
         records.append(record)
         del own
         step(method)
-    found = speed.measure(model, 2, LENGTH, steps=3)
+    found = speed.measure(start, 2, LENGTH, steps=3, seed=seed, methods=TIMED)
     step("step times")
-    setting = (f"SmolLM2-135M-Instruct, float32, {torch.get_num_threads()} threads; {SETTINGS['steps']} steps of "
-               f"{SETTINGS['batch_size']} x {LENGTH} tokens per task.")  # fmt: skip
-    return Demo(records, text, found, setting)
+    setting = (f"{name}, {str(start.dtype).removeprefix('torch.')}, {threads_text()}; "
+               f"{SETTINGS['steps']} steps of {SETTINGS['batch_size']} x {LENGTH} tokens per task.")  # fmt: skip
+    return Demo(records, text, found, name, setting)
 
 
 def table_rows(demo: Demo) -> list[list[str]]:
     """The rows of the table, for ``COLUMNS``: losses in nats per answer token."""
     rows = []
-    for record, text in zip(demo.records, demo.text):
+    for at, (record, text) in enumerate(zip(demo.records, demo.text)):
         scores = record.scores["log_prob"]
         rows.append([
             report.method_of(record), f"{100 * report.trained_share(record):.1f} %",
             *(f"{-scores[i][i]:.3f}" for i in range(len(NAMES))), f"{-scores[-1][0]:.3f}",
-            f"{scores[0][0] - scores[-1][0]:+.3f}", f"{text['before']:.3f}", f"{text['after']:.3f}",
+            f"{demo.forgotten(at):+.3f}", f"{text['before']:.3f}", f"{text['after']:.3f}",
         ])  # fmt: skip
     return rows
+
+
+def speedup_of(found: Demo) -> Speedup:
+    """The optimiser's step with clipping, half of the model: MaskedAdamW against torch's fused AdamW."""
+    ours, torchs = found.timed("half"), found.timed("half" + speed.TORCH)
+    ratio = torchs["optimizer"] / ours["optimizer"]
+    return Speedup("MaskedAdamW", "torch's fused AdamW with clipping", ratio)
+
+
+def optimizer_rows(found: Demo) -> list[list[str]]:
+    """Rows for ``OPTIMIZER_COLUMNS``."""
+    ours, made = found.timed("half"), speedup_of(found)
+    torchs = found.timed("half" + speed.TORCH)
+    times = f"ours {1e3 * ours['optimizer']:.1f} ms, torch's {1e3 * torchs['optimizer']:.1f} ms"
+    return [[times, made.op, made.against, f"{made.ratio:.3g}×",
+             f"{ours['gap']:.1e} after a step of {speed.RATE:g}"]]  # fmt: skip
+
+
+def headline(found: Demo) -> Headline:
+    """HFT's line in the demo's table."""
+    steps = sum(map(len, found.records[0].curves.values()))
+    at = METHODS.index("hft")
+    return Headline(
+        f"{found.model}, German, then docstrings, {steps} steps",
+        f"forgets {found.forgotten(at):.2f} nats of German, full fine-tuning "
+        f"{found.forgotten(METHODS.index('full')):.2f}",
+        speedup_of(found),
+    )
+
+
+def tables(found: Demo) -> list[TextTable]:
+    """What the demo shows on a terminal."""
+    return [
+        TextTable(f"{found.model}: German, then docstrings", COLUMNS, table_rows(found)),
+        TextTable("A training step", speed.COLUMNS, speed.table_rows(found.speed)),
+        TextTable("Its last part", OPTIMIZER_COLUMNS, optimizer_rows(found)),
+    ]
 
 
 def add_demo_section(demo: Demo, page: Page) -> None:
@@ -101,7 +168,13 @@ def add_demo_section(demo: Demo, page: Page) -> None:
     page.text(demo.setting, soft=True)
     page.table(COLUMNS, table_rows(demo), [1])
     page.heading("A training step")
+    half = speedup_of(demo)
+    page.cards([
+        Card(f"{demo.timed('half')['speedup']:.2f}×", "faster training step", "half, than all with torch's AdamW"),
+        Card(f"{half.ratio:.3g}×", "faster optimiser's step", f"than {half.against}"),
+    ])  # fmt: skip
     page.table(speed.COLUMNS, speed.table_rows(demo.speed))
+    page.table(OPTIMIZER_COLUMNS, optimizer_rows(demo))
     page.image(
         png_bytes(report.speed_plot(demo.speed)), "Where a step's time goes; methods take turns."
     )

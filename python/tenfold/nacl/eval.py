@@ -11,10 +11,9 @@ generation is known to produce it and is not run again.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ from tenfold.nacl.eval_cases import (
     retrieval_case,
     retrieval_cases,
 )
-from tenfold.nacl.press import NaclPress, Prefill, Press
+from tenfold.nacl.press import NaclPress, Prefill, Press, continuing
 
 __all__ = [
     "DEPTHS",
@@ -94,15 +93,6 @@ def _forward(model: Any, ids: Tensor, cache: Any, start: int) -> Tensor:
     positions = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
     out = hf.forward(model, ids, cache, position_ids=positions)
     return out.logits[0].float()
-
-
-@contextlib.contextmanager
-def continuing(press: Press, model: Any) -> Iterator[None]:
-    """The press's context, keeping the statistics of the eviction that was just made."""
-    stats, kept = press.stats, press.kept
-    with press(model):
-        press.stats, press.kept = stats, kept
-        yield
 
 
 @torch.no_grad()

@@ -52,19 +52,37 @@ class Prefill:
     """A prompt's full cache and the post-RoPE queries of every layer, to be evicted by any press."""
 
     cache: Any
-    queries: dict[int, Tensor]  # layer -> [B, Hq, L, D]
+    queries: dict[int, Tensor]  # layer -> [B, Hq, L, D], or of the last tokens only
     logits: Tensor  # [B, V] of the last prompt token
     mask: Tensor | None = None
 
     @classmethod
     @torch.no_grad()
-    def run(cls, model: nn.Module, input_ids: Tensor, mask: Tensor | None = None) -> Prefill:
-        """Runs a prompt once."""
+    def run(
+        cls,
+        model: nn.Module,
+        input_ids: Tensor,
+        mask: Tensor | None = None,
+        proxies: int | None = None,
+    ) -> Prefill:
+        """Runs a prompt once.
+
+        Args:
+            input_ids: [B, L]. mask: [B, L], 1 where a token is.
+            proxies: keep the queries of so many of the last tokens only (default: of all): enough for rules
+                without padding whose proxies are fewer, and it spares memory and time.
+
+        Raises:
+            ValueError: ``proxies`` below 1.
+        """
+        if proxies is not None and proxies < 1:
+            raise ValueError(f"proxies must be >= 1 or None (all tokens), got {proxies}")
         found: dict[int, Tensor] = {}
 
         def keep(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
             hidden = hf.hidden_states(args, kwargs)
-            found[module.layer_idx] = hf.queries(module, hidden, kwargs, hidden.shape[1])
+            last = min(proxies or hidden.shape[1], hidden.shape[1])
+            found[module.layer_idx] = hf.queries(module, hidden[:, -last:], kwargs, last)
 
         layers = hf.attention_layers(model)
         hooks = [m.register_forward_hook(keep, with_kwargs=True) for m in layers]
@@ -290,6 +308,12 @@ class Press:
         if plan is None:
             return None
         all_of_them = rows.padded or self.config.proxy_span is not None
+        want = layer.seen if all_of_them else plan.num_proxies
+        if queries.shape[2] < want:
+            raise ValueError(
+                f"this rule looks at the queries of the last {want} tokens, but the prefill kept those of "
+                f"{queries.shape[2]}: run it with proxies={want} or more, or without"
+            )
         return queries if all_of_them else queries[:, :, -plan.num_proxies :]
 
     # -- queries ---------------------------------------------------------------------------------
@@ -452,6 +476,15 @@ class Press:
     def cache_bytes(self) -> int:
         """Bytes of the cache in use (inside the context)."""
         return cache_bytes(self._cache)
+
+
+@contextlib.contextmanager
+def continuing(press: Press, model: nn.Module) -> Iterator[None]:
+    """The press's context, keeping the statistics of the eviction that was just made."""
+    stats, kept = press.stats, press.kept
+    with press(model):
+        press.stats, press.kept = stats, kept
+        yield
 
 
 class NaclPress(Press):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tenfold.integrations import transformers as hf
 from tenfold.nacl.cache import cache_bytes
-from tenfold.nacl.press import Press
+from tenfold.nacl.press import Prefill, Press, continuing
 
 
 def resident_bytes(device: torch.device | None = None) -> int:
@@ -90,6 +90,43 @@ def measure_generation(
             steps.append(time.perf_counter() - start)
     return Speed(
         prompt_tokens=input_ids.shape[1], kept_tokens=kept, prefill_s=prefill,
+        evict_s=press.stats.evict_seconds, decode_ms=1e3 * statistics.median(steps or [0.0]),
+        cache_bytes=held, resident_bytes=resident, tokens=tokens,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def measure_prefilled(
+    model: Any, press: Press, prefill: Prefill, prefill_s: float, new_tokens: int = 32
+) -> Speed:
+    """As :func:`measure_generation`, from a prompt [1, L] that was run once for many rules.
+
+    Exact: attention has seen the whole prompt before a rule evicts, so no rule changes the prefill.
+
+    Args:
+        prefill: of the prompt, with the queries that the rule looks at.
+        prefill_s: seconds that it took; the rule's own eviction is added.
+    """
+    length, device = prefill.cache.get_seq_length(), prefill.logits.device
+    before = resident_bytes(device)
+    cache = press.evict_prefilled(model, prefill)
+    if not press.kept:  # nothing evicted: a copy, so that what holding it takes can be measured
+        for layer in cache.layers:
+            layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
+    _wait(device)
+    held, resident = cache_bytes(cache), resident_bytes(device) - before
+    kept = next(iter(press.kept.values())).shape[-1] if press.kept else length
+    tokens, steps = [int(prefill.logits[0].argmax())], []
+    with continuing(press, model):
+        while len(tokens) < new_tokens:
+            start = time.perf_counter()
+            new = torch.tensor([tokens[-1:]], device=device)
+            at = torch.tensor([[length + len(tokens) - 1]], device=device)
+            logits = hf.forward(model, new, cache, position_ids=at).logits
+            tokens.append(int(logits[0, -1].argmax()))
+            steps.append(time.perf_counter() - start)
+    return Speed(
+        prompt_tokens=length, kept_tokens=kept, prefill_s=prefill_s + press.stats.evict_seconds,
         evict_s=press.stats.evict_seconds, decode_ms=1e3 * statistics.median(steps or [0.0]),
         cache_bytes=held, resident_bytes=resident, tokens=tokens,
     )  # fmt: skip

@@ -22,3 +22,9 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def threads_text() -> str:
+    """How many threads torch has, in words."""
+    count = torch.get_num_threads()
+    return f"{count} thread" if count == 1 else f"{count} threads"
