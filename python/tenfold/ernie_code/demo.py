@@ -22,7 +22,7 @@ from tenfold.ernie_code.train_config import CodeTrainConfig
 from tenfold.report import Card, Headline, Page, Speedup, TextTable
 from tenfold.training.threads import threads
 
-TRAIN_STEPS, TELL = 280, 20
+TRAIN_STEPS, TELL = 200, 20
 STEPS = 2 * (TRAIN_STEPS // TELL) + 4 + 4 * len(study.KINDS)
 CONFIG = study.StudyConfig(
     languages=("de", "fr", "es", "it", "nl"), vocab_size=2048, max_chars=48, code_chars=90, text_tokens=32,
