@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GPTfluence's demo on runs that are made up: its line, its tables, its page, what its speed-up compares, its parent."""
+"""GPTfluence's demo on runs that are made up: its line, tables and page, what its speed-up compares, its parent."""
 
 import dataclasses
 
