@@ -46,7 +46,7 @@ EPOCHS = 500  # of the fit
 STEPS = 3 + RUNS + 1 + len(METHODS) + SETS
 COLUMNS = report.COLUMNS
 SPEED_COLUMNS = ("simulated", "op", "against", "times as fast", "largest difference")
-PAIR_COLUMNS = ("what it does to the loss of this test", "task", "example")
+PAIR_COLUMNS = ("effect", "task", "example")
 
 
 @dataclass
@@ -194,7 +194,9 @@ def tables(found: Demo) -> list[TextTable]:
     """What the terminal shows."""
     return [
         TextTable("Fine-tunings that were not learnt from", COLUMNS, table_rows(found)),
-        TextTable("What examples do to one test", PAIR_COLUMNS, pair_rows(found), prose=True),
+        TextTable(
+            "What examples do to the loss of one test", PAIR_COLUMNS, pair_rows(found), prose=True
+        ),
         TextTable("A simulation of all runs", SPEED_COLUMNS, speed_rows(found)),
     ]
 
@@ -237,6 +239,9 @@ def add_demo_section(demo: Demo, page: Page) -> None:
     page.heading("Which examples help, which harm")
     page.text(f"Test: {demo.asked}")
     page.table(PAIR_COLUMNS, pair_rows(demo))
-    page.text("Negative: one more such example in a batch lowers the loss of this test.", soft=True)
+    page.text(
+        "The effect of one more such example in a batch on the loss of this test; negative: it lowers it.",
+        soft=True,
+    )
     page.heading("A simulation on these kernels, and in plain PyTorch")
     page.table(SPEED_COLUMNS, speed_rows(demo))

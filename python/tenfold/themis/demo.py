@@ -64,7 +64,7 @@ SPEED_COLUMNS = (
     "95 % within s",
 )
 KERNEL_COLUMNS = (
-    "loss of the traces, and its gradients",
+    "op",
     "against",
     "times as fast",
     "largest difference",
@@ -331,6 +331,7 @@ def add_demo_section(demo: Demo, page: Page) -> None:
         soft=True,
     )
     page.heading("The traces' loss on these kernels, and in plain PyTorch")
+    page.text("With its gradients, on a training batch and the trained model's states.", soft=True)
     page.table(KERNEL_COLUMNS, kernel_rows(demo))
     report.add_training(page, demo.records, "Training", inside=True)
     judged = {n: demo.found[n] for n in NAMES[:2]}
