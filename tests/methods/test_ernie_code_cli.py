@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``tenfold ernie-code``: all verbs on a tiny model, what they refuse; pages and tables of a study."""
 
+import html
 import json
 from pathlib import Path
 
@@ -94,7 +95,8 @@ def test_study_and_demo_pages(tmp_path):
     settings = CodeTrainConfig.from_preset(
         "small", steps=2, batch_size=4, rows_per_draw=2, max_inputs=192, max_targets=192
     )
-    made = study.run(config, settings, out=tmp_path)
+    data = study.material(config)
+    made = study.run(config, settings, out=tmp_path, data=data)
     found = json.loads(json.dumps(made.to_json(1)))
     again = study.run(config, settings, out=tmp_path)
     assert again.to_json(1)["variants"]["SCLM"]["rankings"] == found["variants"]["SCLM"]["rankings"]
@@ -105,7 +107,20 @@ def test_study_and_demo_pages(tmp_path):
     times = speed.compare(study.model_config("tiny", vocab_size=300, dropout_rate=0.0), 2, 12, 8, 1)
     assert times["loss"]["stock"] == pytest.approx(times["loss"]["tenfold"], rel=1e-4)
     page = Page("test")
-    demo.add_demo_section(demo.Demo(made, times), page)
+    own = demo.timed(made, data, repeats=1)
+    assert own["loss"]["stock"] == pytest.approx(own["loss"]["tenfold"], rel=1e-4)
+    result = demo.Demo(made, own)
+    demo.add_demo_section(result, page)
     text = page.write(tmp_path / "index.html").read_text()
     assert "X to Y (never seen)" in text and text.count("<img") == 2
-    assert len(demo.speed_rows(demo.Demo(made, times))) == 2
+    shown = made.variants[demo.PAIRS].generated["zero-shot"].rows
+    assert "beam search" not in text and all(html.escape(r["source"]) in text for r in shown)
+    ranked, samples, step = demo.tables(result)
+    assert ranked.rows == rows and ranked.title == "Which of 4 is the translation?"
+    assert len(samples.rows) == 2 and [r[0] for r in step.rows] == ["time", "loss"]
+    line = demo.headline(result)
+    with_pairs, without = demo.held_out(result)
+    assert line.result == f"to English {with_pairs:.2f} nats a token; {without:.2f} without pairs"
+    assert "3 languages" in line.ran and line.speed.ratio == own["seconds"]["ratio"]
+    made.variants["SCLM"].record.validation[-1][demo.HELD] = 12.345
+    assert demo.headline(result).result.endswith("12.35 without pairs")

@@ -14,12 +14,16 @@ from cli_calls import fails, succeeds, tenfold_
 from test_ma_rlhf_cli import save_tokenizer
 
 from tenfold.ma_rlhf.inputs import named_reward
+from tenfold.report import Page
 from tenfold.themis import demo, inputs, serve, small
 from tenfold.themis.client import RemoteScorer
+from tenfold.themis.config import ThemisConfig
 from tenfold.themis.data import read_tara, write_tara
+from tenfold.themis.loop import ToolLoop
 from tenfold.themis.rewards import ThemisReward
 from tenfold.themis.synthetic import synthetic_pairs
-from tenfold.themis.traces import Query
+from tenfold.themis.tools import Toolbox
+from tenfold.themis.traces import Query, TraceFormat
 from tenfold.themis.training import ThemisRecord
 
 FEW = ["--steps", "2", "--batch-size", "4", "--quiet"]
@@ -257,23 +261,60 @@ class TestServe:
 
 
 class TestDemo:
-    def test_page_and_tables(self, tmp_path, monkeypatch):
-        for name, value in {
-            "TRAIN": 8,
-            "TEST": 2,
-            "SETTINGS": demo.SETTINGS | {"steps": 10, "batch_size": 2},
-        }.items():
-            monkeypatch.setattr(demo, name, value)
-        monkeypatch.setattr(demo, "STEPS", 7)
-        said = succeeds("demo", "themis", "--out", tmp_path, "--quiet")
-        assert "Themis, the tool lies" in said and "Scores, all at once" in said
-        page = (tmp_path / "index.html").read_text()
-        assert "Themis: a reward model that asks a tool" in page and "Calibration" in page
+    @pytest.fixture(scope="class")
+    def found(self):
+        """Of ten steps."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(demo, "TRAIN", 8)
+            patch.setattr(demo, "TEST", 2)
+            patch.setattr(demo, "SETTINGS", demo.SETTINGS | {"steps": 10, "batch_size": 2})
+            said = []
+            made = demo.run_demo(said.append, seed=2)
+            assert len(said) == 2 * 10 // demo.TELL + len(demo.NAMES) + 2
+        return made
+
+    def test_page_and_tables(self, found):
+        judges, traces, scores, kernel = demo.tables(found)
+        assert [r[0] for r in judges.rows] == list(demo.NAMES)
+        assert traces.prose and len(traces.rows) == 2 and scores.rows[0][0] == "4"
+        assert kernel.rows[0][2] == f"{found.kernel.ratio:.2f}"
+        assert all(len(r) == len(t.columns) for t in demo.tables(found) for r in t.rows)
+        page = Page("t")
+        demo.add_demo_section(found, page)
+        text = page.render()
+        assert "Themis: a reward model that asks a tool" in text and "Calibration" in text
+        assert text.count("<h2") == 1 and "Traces of" not in text and kernel.rows[0][3] in text
+
+    def test_headline_is_what_was_found(self, found, monkeypatch):
+        shares = zip(demo.NAMES, (0.5, 0.98, 0.25, 0.03))
+        monkeypatch.setattr(
+            found, "found", {n: {"accuracy": {"all": {"value": v}}} for n, v in shares}
+        )
+        line = demo.headline(found)
+        assert line.result == "98 % ranked right with the tool; 50 % without, 3 % if it lies"
+        assert "8 pairs" in line.ran and line.speed is found.kernel
+
+    def test_speed_up_is_of_equal_results(self, found, monkeypatch):
+        assert found.kernel.ratio > 0 and 0 < found.apart < 1e-4
+        model, tokenizer = small.small_model(layers=1, heads=1)
+        loop = ToolLoop(model, TraceFormat(tokenizer, max_length=256, escape=True), Toolbox([]))
+        config = ThemisConfig.from_preset("small", batch_size=2, max_length=256)
+        assert demo.weighted_loss(loop, demo.problems(2, 0), config)[1] < 1e-4
+        cross_entropy = demo.F.cross_entropy
+        monkeypatch.setattr(
+            demo.F, "cross_entropy", lambda *args, **options: 2 * cross_entropy(*args, **options)
+        )
+        assert demo.weighted_loss(loop, demo.problems(2, 0), config)[1] > 0.4
+
+    def test_seeds(self):
+        first = {p.question for p in demo.problems(50, 0)}
+        assert first == {p.question for p in demo.problems(50, 0)}
+        assert first != {p.question for p in demo.problems(50, 2)}
 
     @pytest.mark.slow
-    def test_what_it_claims(self, tmp_path):
+    def test_what_it_claims(self):
         """Right with the tool, at chance without or if it fails, wrong if it lies; everything answered."""
-        found = json.loads(succeeds("demo", "themis", "--out", tmp_path, "--json"))["themis"]
+        found = demo.run_demo().to_json()
         values = {n: e["accuracy"]["all"]["value"] for n, e in found["evaluations"].items()}
         plain, right, fails, lies = values.values()
         assert right >= 0.95 and plain <= 0.65 and fails <= 0.65 and lies <= 0.05

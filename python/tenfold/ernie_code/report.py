@@ -112,15 +112,16 @@ def add_evaluation(page: Page, evaluation: Evaluation, title: str = "Held-out ro
     page.table(SAMPLE_COLUMNS, sample_rows(evaluation.rows))
 
 
-def add_study(page: Page, study: Study) -> None:
-    """A study's part of a page."""
+def add_study(page: Page, study: Study, generated: Sequence[str] | None = None) -> None:
+    """A study's part of a page; ``generated``: variants whose translations are shown, default all."""
     found = study.to_json(max(1, (study.settings.steps or 100) // 60))
     page.text(setting_of(found), soft=True)
     page.table(RANKING_COLUMNS, ranking_rows(found))
     page.image(png_bytes(ranking_plot(found)), "The line is chance.")
     curves = {name: v["curve"] for name, v in found["variants"].items()}
     page.image(png_bytes(loss_plot(curves)), "Loss of the training batches, by task.")
-    for name, variant in study.variants.items():
+    for name in study.variants if generated is None else generated:
+        variant = study.variants[name]
         for kind, evaluation in variant.generated.items():
             add_evaluation(page, evaluation, f"{KINDS[kind]}: beam search of {name}")
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tenfold.ernie_code.config import PRESETS, model_config
 from tenfold.ernie_code.model import build_model
@@ -68,15 +69,24 @@ def compare(
 
     Returns ``{"seconds": {"stock", "tenfold", "ratio"}, "bytes": {...}, "loss": {...}}``.
     """
-    model = build_model(config, seed=seed, kernels="stock", head_std=head_std).train()
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p)
+    model = build_model(config, seed=seed, kernels="stock", head_std=head_std)
     made = torch.Generator().manual_seed(seed)
     size = model.shared.num_embeddings
     ids = torch.randint(3, size, (batch_size, inputs), generator=made)
     labels = torch.randint(3, size, (batch_size, targets), generator=made)
     mask = torch.ones_like(ids)
     mask[-1, inputs // 2 :] = 0
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    return compare_steps(model, batch, repeats, autocast, keep_memory)
+
+
+def compare_steps(
+    model: Any, batch: dict[str, Tensor], repeats: int = 3, autocast: bool = False, keep_memory: bool = False
+) -> dict[str, Any]:  # fmt: skip
+    """:func:`compare` on a stock T5's own weights (gradients are overwritten) and a batch with labels."""
+    model.train()
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
     times: dict[str, list[float]] = {"stock": [], "tenfold": []}
     taken: dict[str, list[int]] = {"stock": [], "tenfold": []}
     losses: dict[str, float] = {}
@@ -88,9 +98,7 @@ def compare(
         with _Peak() as peak:
             start = time.perf_counter()
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                loss = model(
-                    input_ids=ids, attention_mask=mask, labels=labels, use_cache=False
-                ).loss
+                loss = model(**batch, use_cache=False).loss
             loss.backward()
             seconds = time.perf_counter() - start
         losses[name] = float(loss.detach())

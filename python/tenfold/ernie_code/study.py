@@ -192,11 +192,12 @@ def corpora_of(
 
 @dataclass
 class Variant:
-    """One model of the study: its training, rankings by kind and pair of languages, generations by kind."""
+    """One model of the study: its training, rankings by kind and pair of languages, generations by kind; itself."""
 
     record: CodeRecord
     rankings: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     generated: dict[str, Evaluation] = field(default_factory=dict)
+    model: Any = None
 
 
 @dataclass
@@ -305,7 +306,7 @@ def run(
             record = train(model, data.tokenizer, corpora, settings, weights=weights, held_out=seen,
                            out=file, callback=told)  # fmt: skip
         step(f"{name} is trained: {record.curve[-1]['loss']:.3f}")
-        study.variants[name] = Variant(record)
+        study.variants[name] = Variant(record, model=model)
         judge(study.variants[name], model, data, config, step)
         done(study)
     return study

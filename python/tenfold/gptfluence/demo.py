@@ -19,12 +19,14 @@ import torch
 from torch import Tensor
 
 from tenfold.data.sentences import sentence_model_path
-from tenfold.gptfluence import report, study
-from tenfold.gptfluence.config import RecordConfig
+from tenfold.gptfluence import report, speed, study
+from tenfold.gptfluence.config import RecordConfig, SimulatorConfig
 from tenfold.gptfluence.curricula import make_curricula
 from tenfold.gptfluence.encoders import BAG, PACKAGED, encoder_of
 from tenfold.gptfluence.runs import RunSet
-from tenfold.report import Page, png_bytes
+from tenfold.report import Headline, Page, Speedup, TextTable, png_bytes
+from tenfold.training import tiny
+from tenfold.training.parents import trained
 from tenfold.training.threads import threads
 
 PER_TASK, TESTS, RUNS, VALIDATION, TEST = 20, 6, 15, 2, 3
@@ -38,18 +40,18 @@ RECORD: dict[str, Any] = {
     "length": LENGTH,
     "learning_rate": 2e-3,
     "checkpoint_every": 100_000,
-    "seed": 0,
 }
 METHODS = ("default", "ridge", "similarity", "mean", "constant")
 EPOCHS = 500  # of the fit
-STEPS = 2 + RUNS + 1 + len(METHODS) + SETS
+STEPS = 3 + RUNS + 1 + len(METHODS) + SETS
 COLUMNS = report.COLUMNS
-PAIR_COLUMNS = ("what it does to the loss of this test", "task", "example")
+SPEED_COLUMNS = ("simulated", "op", "against", "times as fast", "largest difference")
+PAIR_COLUMNS = ("effect", "task", "example")
 
 
 @dataclass
 class Demo:
-    """What the demo found."""
+    """What the demo found; ``speed``: of the simulation of all runs, ``apart``: from that in PyTorch, in nats."""
 
     found: dict[str, Any] = field(default_factory=dict)
     predicted: dict[str, Tensor] = field(default_factory=dict)
@@ -58,6 +60,10 @@ class Demo:
     asked: str = ""
     setting: str = ""
     runs: RunSet | None = None
+    parameters: int = 0
+    recorded: int = 0
+    speed: Speedup | None = None
+    apart: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         """Numbers only."""
@@ -68,17 +74,29 @@ class Demo:
         }
 
 
-def run_demo(step: Callable[[str], None] = lambda text: None) -> Demo:
-    """Runs it, on one thread; ``step`` is told after each piece."""
+def run_demo(step: Callable[[str], None] = lambda text: None, seed: int = 0) -> Demo:
+    """Runs it, on one thread; ``step`` is told after each piece.
+
+    ``seed``: of the curricula, the simulator's weights and what is left out; the fine-tuned model is always the same.
+    """
     with threads(1), tempfile.TemporaryDirectory() as folder:
-        return _run(Path(folder), step)
+        return _run(Path(folder), step, seed)
 
 
-def _run(folder: Path, step: Callable[[str], None]) -> Demo:
+def parent() -> Any:
+    """The byte-level model that is fine-tuned: trained once."""
+    model = tiny.make_model(0, LAYERS, HEADS, 32)
+    settings = {"layers": LAYERS, "heads": HEADS, "steps": PARENT_STEPS}
+    return trained(
+        "gptfluence", settings, model, lambda m: {"loss": study.train_parent(m, PARENT_STEPS)}
+    )[0]
+
+
+def _run(folder: Path, step: Callable[[str], None], seed: int) -> Demo:
     made = study.material(PER_TASK, TESTS, length=LENGTH)
-    model = study.parent_model(LAYERS, HEADS, PARENT_STEPS)
+    model = parent()
     step("a model to fine-tune")
-    config = RecordConfig.from_preset("small", **RECORD)
+    config = RecordConfig.from_preset("small", **RECORD, seed=seed)
     runs = study.record(
         made,
         model,
@@ -93,8 +111,10 @@ def _run(folder: Path, step: Callable[[str], None]) -> Demo:
     encoder = PACKAGED if sentence_model_path() else BAG
     features = study.text_features(made, encoder_of(encoder))
     step("features of the texts")
-    demo = Demo(runs=test)
-    contestants = study.contestants(features, METHODS, epochs=EPOCHS)
+    demo = Demo(runs=test, recorded=len(runs))
+    demo.parameters = sum(p.numel() for p in model.parameters())
+    start = SimulatorConfig.from_preset("default").seed
+    contestants = study.contestants(features, METHODS, epochs=EPOCHS, seed=start + seed)
     for name, one in contestants.items():
         one.fit(train, held)
         demo.predicted[name] = study.predicted(one, test)
@@ -104,14 +124,16 @@ def _run(folder: Path, step: Callable[[str], None]) -> Demo:
     )
     step("gradients")
     simulator = contestants["default"]
+    demo.speed, demo.apart = speed.simulation(simulator, runs)
+    step(str(demo.speed))
     curriculum = make_curricula(config, made.groups)[-1]
-    sets = study.removals(curriculum, made.groups, SETS, 10)
+    sets = study.removals(curriculum, made.groups, SETS, 10, seed)
     demo.removed = study.counterfactuals(
         simulator, made, model, config, curriculum, sets, folder / "removed", step
     )
     _influences(demo, simulator, made)
     demo.setting = (
-        f"A byte-level Llama of {sum(p.numel() for p in model.parameters()) / 1e3:.0f}k parameters, "
+        f"A byte-level Llama of {demo.parameters / 1e3:.0f}k parameters, "
         f"{PARENT_STEPS} steps "
         f"of documentation; {RUNS} "
         f"fine-tunings of {RECORD['examples']} of {len(made.samples)} examples ({', '.join(study.TASKS)}), "
@@ -149,6 +171,36 @@ def pair_rows(demo: Demo) -> list[list[str]]:
     ]
 
 
+def speed_rows(demo: Demo) -> list[list[str]]:
+    """Rows for ``SPEED_COLUMNS``."""
+    assert demo.speed is not None
+    s = demo.speed
+    return [[f"{demo.recorded} runs", s.op, s.against, f"{s.ratio:.1f}", f"{demo.apart:.1e}"]]
+
+
+def headline(found: Demo) -> Headline:
+    """Its line of the table of all methods."""
+    assert found.speed is not None
+    ours, mean = (found.found[n]["mse"] for n in ("default", "mean"))
+    effects = found.removed["agreement"]["pearson"]
+    return Headline(
+        f"{found.parameters / 1e3:.0f}k byte Llama, fine-tuned {found.recorded} times",
+        f"unseen runs: MSE {ours:.3f}, mean run {mean:.3f}; left-out examples r {effects:.2f}",
+        found.speed,
+    )
+
+
+def tables(found: Demo) -> list[TextTable]:
+    """What the terminal shows."""
+    return [
+        TextTable("Fine-tunings that were not learnt from", COLUMNS, table_rows(found)),
+        TextTable(
+            "What examples do to the loss of one test", PAIR_COLUMNS, pair_rows(found), prose=True
+        ),
+        TextTable("A simulation of all runs", SPEED_COLUMNS, speed_rows(found)),
+    ]
+
+
 def add_demo_section(demo: Demo, page: Page) -> None:
     """GPTfluence's part of the report page."""
     assert demo.runs is not None
@@ -160,13 +212,13 @@ def add_demo_section(demo: Demo, page: Page) -> None:
         demo.found,
         title="GPTfluence: training runs, simulated",
         names=study.NAMES,
+        lead=(
+            "A fine-tuning is simulated from the list of its batches and the losses before it, without a model: "
+            "each example moves each test's loss by factors that come from the texts' features. The simulator has "
+            "learnt these from other runs.",
+            demo.setting,
+        ),
     )
-    page.text(
-        "A fine-tuning is simulated from the list of its batches and the losses before it, without a model: "
-        "each example moves each test's "
-        "loss by factors that come from the texts' features. The simulator has learnt these from other runs."
-    )
-    page.text(demo.setting, soft=True)
     page.heading("Without these examples")
     page.text(
         f"From one run's curriculum {len(demo.removed['curves'])} sets of examples are left out: "
@@ -187,4 +239,9 @@ def add_demo_section(demo: Demo, page: Page) -> None:
     page.heading("Which examples help, which harm")
     page.text(f"Test: {demo.asked}")
     page.table(PAIR_COLUMNS, pair_rows(demo))
-    page.text("Negative: one more such example in a batch lowers the loss of this test.", soft=True)
+    page.text(
+        "The effect of one more such example in a batch on the loss of this test; negative: it lowers it.",
+        soft=True,
+    )
+    page.heading("A simulation on these kernels, and in plain PyTorch")
+    page.table(SPEED_COLUMNS, speed_rows(demo))

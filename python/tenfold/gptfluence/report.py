@@ -212,15 +212,17 @@ def fit_plot(record: Mapping[str, Any]) -> Any:
 
 def add_section(
     page: Page, runs: RunSet, predicted: Mapping[str, Tensor], found: Mapping[str, Mapping[str, Any]], *, title: str,
-    names: Mapping[str, str] | None = None, shown: int = 2,
+    names: Mapping[str, str] | None = None, shown: int = 2, lead: Sequence[str] = (),
 ) -> list[tuple[str, bytes]]:  # fmt: skip
     """The part of a page about simulated runs; returns the plots as (name, PNG bytes).
 
     Args:
         predicted: by name, [R, S, Q]; curves are drawn of at most three of them. found: evaluations. shown: runs
-            whose curves are drawn.
+            whose curves are drawn. lead: paragraphs before the numbers; the last one says what was run.
     """
     page.section(title)
+    for place, text in enumerate(lead):
+        page.text(text, soft=place == len(lead) - 1)
     drawn: list[tuple[str, bytes]] = []
 
     def plot(made: Any, name: str, caption: str, width: int | None = None) -> None:

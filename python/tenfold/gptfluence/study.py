@@ -111,17 +111,23 @@ def parent_model(
     if file is not None and file.exists():
         model.load_state_dict(torch.load(file))
         return model.eval()
-    stream = tiny.byte_stream()
+    train_parent(model, steps, seed)
+    if file is not None:
+        torch.save(model.state_dict(), file)
+    return model
+
+
+def train_parent(model: Any, steps: int, seed: int = 0) -> float:
+    """Trains a byte-level model on documentation, in place; the last step's loss."""
+    stream, losses = tiny.byte_stream(), [0.0]
 
     def rows(stage: str, step: int, size: int) -> Tensor:
         return tiny.text_rows(
             stream, size, torch.Generator().manual_seed(seed * 1_000_003 + step), LENGTH
         )
 
-    tiny.train(model, rows, steps)
-    if file is not None:
-        torch.save(model.state_dict(), file)
-    return model
+    tiny.train(model, rows, steps, callback=lambda step, loss: losses.append(loss))
+    return losses[-1]
 
 
 class StoredScores:

@@ -15,14 +15,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tenfold.report import Card, Page
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tenfold import ops
+from tenfold.report import Card, Headline, Page, Speedup, TextTable, speedup
 from tenfold.themis import report
 from tenfold.themis.config import ThemisConfig
 from tenfold.themis.data import Candidate, Pair
 from tenfold.themis.evaluate import Evaluation, PlainJudge, evaluate
 from tenfold.themis.loop import ToolLoop
+from tenfold.themis.objective import target_weights
 from tenfold.themis.scorer import Scorer
 from tenfold.themis.small import small_model
+from tenfold.themis.steps import collated
 from tenfold.themis.tools import Tool, Toolbox
 from tenfold.themis.tools.arithmetic import evaluate as reckon
 from tenfold.themis.traces import Query, Step, Trace, TraceFormat
@@ -31,7 +38,7 @@ from tenfold.training.loop import Progress
 from tenfold.training.threads import threads
 
 LAYERS, HEADS, TRAIN, TEST, LENGTH, TELL = 2, 4, 512, 96, 256, 10
-SETTINGS: dict[str, Any] = {"steps": 120, "batch_size": 8, "learning_rate": 3e-3, "warmup": 0.1, "seed": 0,
+SETTINGS: dict[str, Any] = {"steps": 120, "batch_size": 8, "learning_rate": 3e-3, "warmup": 0.1,
                             "max_length": LENGTH, "checkpoint_every": 1000}  # fmt: skip
 PLAIN: dict[str, Any] = {
     "alpha": 0.0,
@@ -41,7 +48,7 @@ PLAIN: dict[str, Any] = {
     "require_trace": False,
 }
 NAMES = ("plain reward model", "Themis", "Themis, the tool fails", "Themis, the tool lies")
-STEPS = 2 * SETTINGS["steps"] // TELL + len(NAMES) + 1
+STEPS = 2 * SETTINGS["steps"] // TELL + len(NAMES) + 2
 COLUMNS = (
     "judge",
     "pairs ranked right, %",
@@ -55,6 +62,12 @@ SPEED_COLUMNS = (
     "per second",
     "median s to an answer",
     "95 % within s",
+)
+KERNEL_COLUMNS = (
+    "op",
+    "against",
+    "times as fast",
+    "largest difference",
 )
 TRACE_COLUMNS = ("answer", "reward", "what was written")
 
@@ -117,13 +130,18 @@ def problems(count: int, seed: int, but: Sequence[Pair] = ()) -> list[Pair]:
 
 @dataclass
 class Demo:
-    """What the demo found: runs and evaluations by name, both traces of one pair, times of a scorer."""
+    """What the demo found: runs and evaluations by name, both traces of one pair, times of a scorer and of a kernel.
+
+    ``apart``: the largest difference between the kernel's gradients and PyTorch's, as a share of the largest one.
+    """
 
     records: dict[str, ThemisRecord] = field(default_factory=dict)
     found: dict[str, Any] = field(default_factory=dict)
     speed: dict[str, float] = field(default_factory=dict)
     traces: list[tuple[str, float, str]] = field(default_factory=list)
     setting: str = ""
+    kernel: Speedup | None = None
+    apart: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         """Numbers only."""
@@ -151,16 +169,42 @@ def _speed(loop: ToolLoop, pairs: Sequence[Pair]) -> dict[str, float]:
             "within": stats["seconds_95"], "answered": sum(f.finish == "rationale" for f in found)}  # fmt: skip
 
 
-def run_demo(step: Callable[[str], None] = lambda text: None) -> Demo:
-    """Runs everything, on one thread; ``step`` is told after each piece."""
+def weighted_loss(
+    loop: ToolLoop, pairs: Sequence[Pair], config: ThemisConfig
+) -> tuple[Speedup, float]:
+    """(the traces' weighted loss with its gradients on a training batch against PyTorch's, how far these are apart).
+
+    Hidden states are the trained model's. The difference is a share of the largest gradient.
+    """
+    batch = collated(pairs[: config.batch_size], loop.format, config, "cpu")
+    with torch.no_grad():
+        x, head, _ = loop.model.operands(loop.model.hidden(batch["ids"], batch["mask"]))
+    x, head = (t.detach().clone().requires_grad_() for t in (x.flatten(0, 1), head))
+    targets, by = (t.flatten().roll(-1) for t in (batch["ids"], target_weights(batch)))
+
+    def grads(loss: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(loss, (x, head))
+
+    def ours() -> tuple[Tensor, ...]:
+        return grads(ops.weighted_linear_ce(x, head, targets, by)[0])
+
+    def theirs() -> tuple[Tensor, ...]:
+        return grads((F.cross_entropy(F.linear(x, head), targets, reduction="none") * by).sum())
+
+    apart = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(ours(), theirs()))
+    return speedup("weighted_linear_ce", "F.linear + F.cross_entropy", ours, theirs), apart
+
+
+def run_demo(step: Callable[[str], None] = lambda text: None, seed: int = 0) -> Demo:
+    """Runs everything, on one thread; ``step`` is told after each piece. ``seed``: of sums, weights and orders."""
     with threads(1):
-        return _run(step)
+        return _run(step, seed)
 
 
-def _run(step: Callable[[str], None]) -> Demo:
+def _run(step: Callable[[str], None], seed: int) -> Demo:
     demo = Demo()
-    test = problems(TEST, 1)
-    pairs = problems(TRAIN, 0, but=test)
+    test = problems(TEST, 2 * seed + 1)
+    pairs = problems(TRAIN, 2 * seed, but=test)
 
     def evaluated(name: str, judge: Any) -> Evaluation:
         made = evaluate(judge, test, name=name)
@@ -169,10 +213,10 @@ def _run(step: Callable[[str], None]) -> Demo:
         return made
 
     for name in NAMES[:2]:
-        model, tokenizer = small_model(layers=LAYERS, heads=HEADS)
+        model, tokenizer = small_model(seed=seed, layers=LAYERS, heads=HEADS)
         format = TraceFormat(tokenizer, max_length=LENGTH, escape=True)
         config = ThemisConfig.from_preset(
-            "small", **(SETTINGS | (PLAIN if name == NAMES[0] else {}))
+            "small", seed=seed, **(SETTINGS | (PLAIN if name == NAMES[0] else {}))
         )
 
         def told(p: Progress, name: str = name) -> None:
@@ -194,6 +238,8 @@ def _run(step: Callable[[str], None]) -> Demo:
                 ]
                 demo.speed = _speed(loop, test)
                 step("all requests at once")
+                demo.kernel, demo.apart = weighted_loss(loop, pairs, config)
+                step(str(demo.kernel))
     size = sum(p.numel() for p in model.parameters()) / 1e6
     demo.setting = (
         f"A Llama over bytes with {size:.1f}M parameters, random at first; {SETTINGS['steps']} steps of "
@@ -227,6 +273,36 @@ def trace_rows(demo: Demo) -> list[list[str]]:
     ]
 
 
+def kernel_rows(demo: Demo) -> list[list[str]]:
+    """Rows for ``KERNEL_COLUMNS``."""
+    assert demo.kernel is not None
+    return [[demo.kernel.op, demo.kernel.against, f"{demo.kernel.ratio:.2f}", f"{demo.apart:.1e}"]]
+
+
+def headline(found: Demo) -> Headline:
+    """Its line of the table of all methods."""
+    assert found.kernel is not None
+    plain, tool, _, lies = (
+        f"{100 * found.found[n]['accuracy']['all']['value']:.0f} %" for n in NAMES
+    )
+    record = found.records[NAMES[1]]
+    return Headline(
+        f"{record.parameters / 1e6:.1f}M byte Llama, {record.pairs} pairs of answers to sums",
+        f"{tool} ranked right with the tool; {plain} without, {lies} if it lies",
+        found.kernel,
+    )
+
+
+def tables(found: Demo) -> list[TextTable]:
+    """What the terminal shows."""
+    return [
+        TextTable("Is an answer to a sum right?", COLUMNS, table_rows(found)),
+        TextTable("What it writes about two answers", TRACE_COLUMNS, trace_rows(found), prose=True),
+        TextTable("Scores, all at once", SPEED_COLUMNS, speed_rows(found)),
+        TextTable("Its loss on a training batch", KERNEL_COLUMNS, kernel_rows(found)),
+    ]
+
+
 def add_demo_section(demo: Demo, page: Page) -> None:
     """Themis's part of the report page."""
     page.section("Themis: a reward model that asks a tool")
@@ -254,7 +330,9 @@ def add_demo_section(demo: Demo, page: Page) -> None:
         "Through the scorer: places in the batch are given to the next request as they come free.",
         soft=True,
     )
-    report.add_training(page, demo.records, "Themis: training")
-    report.add_evaluations(
-        page, {n: demo.found[n] for n in NAMES[:2]}, "Themis: evaluation", samples=0
-    )
+    page.heading("The traces' loss on these kernels, and in plain PyTorch")
+    page.text("With its gradients, on a training batch and the trained model's states.", soft=True)
+    page.table(KERNEL_COLUMNS, kernel_rows(demo))
+    report.add_training(page, demo.records, "Training", inside=True)
+    judged = {n: demo.found[n] for n in NAMES[:2]}
+    report.add_evaluations(page, judged, "Evaluation", samples=0, inside=True)

@@ -167,9 +167,13 @@ def _smooth(values: Sequence[float]) -> list[float]:
 
 
 def add_evaluations(
-    page: Page, found: Evaluations, title: str = "Evaluation", samples: int = 6
+    page: Page,
+    found: Evaluations,
+    title: str = "Evaluation",
+    samples: int = 6,
+    inside: bool = False,
 ) -> Drawn:
-    """The evaluations' part of a page; returns the figures as (name, PNG bytes)."""
+    """The evaluations' part of a page, or of a section (``inside``); returns the figures as (name, PNG bytes)."""
     drawn: Drawn = []
 
     def plot(made: Any, name: str, caption: str, width: int | None = None) -> None:
@@ -177,7 +181,7 @@ def add_evaluations(
         page.image(png, caption, width)
         drawn.append((name, png))
 
-    page.section(title)
+    (page.heading if inside else page.section)(title)
     page.cards([
         Card(f"{100 * e['accuracy']['all']['value']:.1f} %", name,
              f"{e['accuracy']['all']['low'] * 100:.1f} to {e['accuracy']['all']['high'] * 100:.1f} %")
@@ -212,7 +216,7 @@ def add_evaluations(
 
 def _add_samples(page: Page, found: Evaluations, most: int) -> None:
     judge = next((n for n, e in found.items() if e["calls"]), None)
-    if judge is None:
+    if judge is None or not most:
         return
     page.heading(f"Traces of {judge}")
     for s in found[judge]["samples"][:most]:
@@ -222,10 +226,12 @@ def _add_samples(page: Page, found: Evaluations, most: int) -> None:
         page.preformatted(s["text"])
 
 
-def add_training(page: Page, records: Mapping[str, Any], title: str = "Training") -> Drawn:
-    """The runs' part of a page, by name (``ThemisRecord``); returns the figures."""
+def add_training(
+    page: Page, records: Mapping[str, Any], title: str = "Training", inside: bool = False
+) -> Drawn:
+    """The runs' part of a page, or of a section (``inside``), by name (``ThemisRecord``); returns the figures."""
     drawn: Drawn = []
-    page.section(title)
+    (page.heading if inside else page.section)(title)
     rows = []
     for name, r in records.items():
         after = r.after or {}
