@@ -29,7 +29,7 @@ from tenfold.upit import summary
 from tenfold.upit.families import Families
 from tenfold.upit.study import BASE, METHODS, TUNED, Comparison, compare
 
-LENGTH, END, TRAIN, TEST = 128, 0, 160, 24
+LENGTH, END, TRAIN, TEST = 128, 0, 160, 32
 NAMES = ("docstring", "german", "licence", "topic")
 PARENT_STEPS, TELL, LAYERS, HEADS = 80, 10, 4, 4
 DEPTH = 3  # layers of the demo itself; ``LAYERS`` are those of a study
