@@ -38,10 +38,11 @@ def test_line_tables_and_page(made):
     found = copy.deepcopy(made[0])
     for record, forgot in zip(found.records, (0.5, 0.125)):
         record.scores["log_prob"] = [[-2.0, -3.0], [-2.0 - forgot, -1.0]]
+    found.text = [{"before": 2.25, "after": 2.75}, {"before": 2.25, "after": 2.5}]
     found.timed("half")["optimizer"], found.timed("half")["gap"] = 0.010, 1.5e-7
     found.timed("half, torch AdamW")["optimizer"] = 0.025
     line, text = check_protocol(demo, found)
-    assert line.result == "forgets 0.12 nats of German, full fine-tuning 0.50"
+    assert line.result == "loss of other text 2.25 before, 2.50 after half, 2.75 after full tuning"
     assert line.speed.ratio == 2.5 and line.speed.op == "MaskedAdamW"
     assert (
         "+0.125" in text
@@ -49,7 +50,11 @@ def test_line_tables_and_page(made):
         and "2.5×" in text
         and "1.5e-07" in text
     )
+    for record, seconds in zip(found.records, (3.0, 2.4)):
+        record.seconds = {"round-0": seconds, "round-1": seconds}
     page = rendered(demo, found)
+    assert "+0.25" in page and "2.25 before, 2.75 after both tasks" in page
+    assert "1.25×" in page and "half: 1.20 s, all: 1.50 s" in page
     assert "2.5×" in page and "1.5e-07" in page and "What was forgotten" in page
 
 

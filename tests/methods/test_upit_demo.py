@@ -48,7 +48,7 @@ def test_other_experts_show(mixture, monkeypatch):
 
 def test_the_parent_is_trained_once(tmp_path, monkeypatch):
     monkeypatch.setenv("TENFOLD_HOME", str(tmp_path))
-    for name, value in {"PARENT_STEPS": 10, "LAYERS": 1, "HEADS": 1}.items():
+    for name, value in {"PARENT_STEPS": 10, "DEPTH": 1, "HEADS": 1}.items():
         monkeypatch.setattr(demo, name, value)
     told = []
     first = demo._cached_parent(told.append)
@@ -61,8 +61,8 @@ def test_the_parent_is_trained_once(tmp_path, monkeypatch):
 
 
 def test_steps():
-    """8 of the parent that are told, 2 + 3 epochs of 32, 4 routers of 7, and the experts' times."""
-    assert demo.STEPS == 8 + 5 * 32 + 4 * 7 + 1
+    """8 of the parent that are told, 2 + 3 epochs of 40, 4 routers of 8, and the experts' times."""
+    assert demo.STEPS == 8 + 5 * 40 + 4 * 8 + 1
 
 
 def test_line_tables_and_page():

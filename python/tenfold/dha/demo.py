@@ -29,15 +29,16 @@ from tenfold.training.threads import threads_text
 
 LENGTH = 96
 SETTINGS: dict[str, Any] = {
-    "budget": 0.25, "gqa": "group", "init": "aligned", "search_steps": 4, "fusion_steps": 18, "recovery_steps": 5,
-    "sequence_length": LENGTH, "batch_size": 1, "recovery_batch_size": 1, "omega_lr": 0.2,
-    "margin_end": 0.6,
+    "budget": 0.25, "gqa": "group", "init": "aligned", "search_steps": 3, "fusion_steps": 16, "recovery_steps": 6,
+    "sequence_length": LENGTH, "batch_size": 1, "recovery_batch_size": 1, "omega_lr": 0.1,
+    "learning_rate": 1e-4,  # a batch is a hundred tokens
+    "margin_base": 0.5, "margin_end": 0.4,  # there is no time to wait before fusing
     # So few steps leave a little to average away; a real conversion goes on to 1e-3.
     "collapse_mse": 0.1,
 }  # fmt: skip
 PROMPT = "What is the capital of France?"
 HELD = 4  # rows that losses are measured on
-CONTEXT = 1024  # tokens in the cache whose reading is timed
+CONTEXT = 768  # tokens in the cache whose reading is timed
 STEPS = sum(SETTINGS[f"{stage}_steps"] for stage in ("search", "fusion", "recovery")) + 3
 COLUMNS = ("model", "heads", "cache bytes/token", "loss", "ms/token", "answer")
 DECODE_COLUMNS = ("a new token's attention", "op", "against", "speed-up", "largest difference")

@@ -29,9 +29,10 @@ from tenfold.upit import summary
 from tenfold.upit.families import Families
 from tenfold.upit.study import BASE, METHODS, TUNED, Comparison, compare
 
-LENGTH, END, TRAIN, TEST = 128, 0, 128, 32
+LENGTH, END, TRAIN, TEST = 128, 0, 160, 32
 NAMES = ("docstring", "german", "licence", "topic")
 PARENT_STEPS, TELL, LAYERS, HEADS = 80, 10, 4, 4
+DEPTH = 3  # layers of the demo itself; ``LAYERS`` are those of a study
 COMPARED = ("dense", "vanilla", "upit")
 RECIPE: dict[str, Any] = {
     "base_model": "bytes", "preset": "small", "num_experts": 4, "experts_per_token": 2,
@@ -78,13 +79,13 @@ def _cached_parent(step: Callable[[str], None]) -> Any:
             if at % TELL == 0:
                 step(f"learning text: loss {loss:.2f}")
 
-        model.load_state_dict(parent(PARENT_STEPS, LAYERS, HEADS, told=told).state_dict())
+        model.load_state_dict(parent(PARENT_STEPS, DEPTH, HEADS, told=told).state_dict())
         return {"loss": statistics.fmean(losses[-TELL:])}
 
     text = bytes(tiny.byte_stream().tolist())
-    settings = {"steps": PARENT_STEPS, "layers": LAYERS, "heads": HEADS, "batch": BATCH, "length": LENGTH,
+    settings = {"steps": PARENT_STEPS, "layers": DEPTH, "heads": HEADS, "batch": BATCH, "length": LENGTH,
                 "text": hashlib.sha256(text).hexdigest()}  # fmt: skip
-    return trained("upit", settings, tiny.make_model(0, LAYERS, HEADS), train)[0]
+    return trained("upit", settings, tiny.make_model(0, DEPTH, HEADS), train)[0]
 
 
 @dataclass
@@ -187,7 +188,7 @@ def measure_experts(folder: str | Path, rows: dict[str, Tensor]) -> Experts:
 
     gap = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(ours(), plain()))
     chosen = stock.get_experts_implementation()[""]
-    speed = speedup("moe_swiglu_mlp", f"transformers' experts ({chosen})", ours, plain)
+    speed = speedup("moe_swiglu_mlp", f"transformers' experts ({chosen})", ours, plain, rounds=15)
     return Experts(speed, calls[0][1][0].shape[0], len(calls), gap)
 
 
@@ -209,7 +210,7 @@ def run_demo(step: Callable[[str], None] = lambda text: None, seed: int = 0) -> 
         step("experts timed")
     size = sum(p.numel() for p in model.parameters()) / 1e6
     name = f"byte-level Llama ({size:.1f}M parameters)"
-    setting = (f"A {name}, {LAYERS} layers: {PARENT_STEPS} steps on Python's documentation, then {len(NAMES)} "
+    setting = (f"A {name}, {DEPTH} layers: {PARENT_STEPS} steps on Python's documentation, then {len(NAMES)} "
                f"families of {TRAIN} rows: {RECIPE['collect']['epochs']:g} epochs of dense tuning, and "
                f"{RECIPE['post']['epochs']:g} more of each method; {BATCH} rows of up to {LENGTH} bytes per step, "
                f"float32, {threads_text()}, one seed.")  # fmt: skip
