@@ -202,7 +202,8 @@ def run(
     outcomes = runner.run()
     total = time.monotonic() - start
     together = f"{runner.jobs} at a time, " if len(chosen) > 1 else ""
-    setting = f"{together}{runner.threads} threads each; seed {seed}; {total:.0f} s."
+    threads = "one thread" if runner.threads == 1 else f"{runner.threads} threads"
+    setting = f"{together}{threads} each; seed {seed}; {total:.0f} s."
     path = page_of(outcomes, setting).write(folder / "index.html")
     if json:
         write_json({"report": str(path), "seed": seed, "seconds": round(total, 1)}
