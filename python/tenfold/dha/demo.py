@@ -123,6 +123,7 @@ def _row(name: str, model: Any, tokenizer: Any, heads: int, loss: float) -> dict
     return {"model": name, "heads": heads, "loss": loss} | found
 
 
+@torch.no_grad()
 def measure_decoding(model: Any, ids: Tensor) -> Decoding:
     """Times ``ops.dha_decode`` against transformers' way: heads expanded to the queries', and SDPA.
 
@@ -130,14 +131,23 @@ def measure_decoding(model: Any, ids: Tensor) -> Decoding:
         model: converted. ids: [1, L], the text in the cache; its last token is the new one.
     """
     from tenfold.integrations import transformers as hf
-    from tenfold.nacl.press import Prefill
 
-    prefill = Prefill.run(model, ids, proxies=1)
+    queries: dict[int, Tensor] = {}
+
+    def keep(module: Any, args: tuple, kwargs: dict, output: Any) -> None:
+        hidden = hf.hidden_states(args, kwargs)[:, -1:]
+        queries[module.layer_idx] = hf.queries(module, hidden, kwargs, 1)
+
+    modules = hf.attention_layers(model)
+    hooks = [m.register_forward_hook(keep, with_kwargs=True) for m in modules]
+    try:
+        out = model(ids, use_cache=True, logits_to_keep=1)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    cache = out.past_key_values.layers
     lens = torch.tensor([ids.shape[1]], dtype=torch.int32, device=ids.device)
-    layers = [
-        (prefill.queries[m.layer_idx], prefill.cache.layers[m.layer_idx], m.key_map, m.value_map)
-        for m in hf.attention_layers(model)
-    ]
+    layers = [(queries[m.layer_idx], cache[m.layer_idx], m.key_map, m.value_map) for m in modules]
 
     def ours() -> list[Tensor]:
         return [ops.dha_decode(q, c.keys, c.values, k, v, lens)[0] for q, c, k, v in layers]
