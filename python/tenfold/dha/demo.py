@@ -249,7 +249,7 @@ def tables(found: Demo) -> list[TextTable]:
     share = 100 * found.record.config["budget"]
     title = f"{found.model} at {share:g} % of MHA's key and value heads"
     return [
-        TextTable(title, COLUMNS, table_rows(found)),
+        TextTable(title, COLUMNS, table_rows(found), prose=True),
         TextTable("Reading the cache", DECODE_COLUMNS, decode_rows(found.decoding)),
     ]
 
