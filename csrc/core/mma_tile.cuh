@@ -202,15 +202,22 @@ __device__ inline void accumulate_seen(const float (&weights)[kM][kN][4], const 
 #pragma unroll 1
   for (int k = 0; k < 8 * kN; ++k) {
     const int from = k % 8 / 2;  // the lane of the row's four that has the weights
-    float x[2 * kM] = {};
+    // Chosen by masks: the weights are registers, and what looks like an index would move them to
+    // local memory.
+    uint32_t bits[2 * kM] = {};
 #pragma unroll
-    for (int n = 0; n < kN; ++n)  // chosen, not indexed: the weights are registers
+    for (int n = 0; n < kN; ++n)
 #pragma unroll
-      for (int r = 0; r < 2 * kM; ++r)
-        if (n == k / 8)
-          x[r] = k % 2 ? weights[r / 2][n][r % 2 * 2 + 1] : weights[r / 2][n][r % 2 * 2];
+      for (int i = 0; i < 2; ++i) {
+        const uint32_t here = 0u - static_cast<uint32_t>(k == 8 * n + k % 8 && i == k % 2);
 #pragma unroll
-    for (int r = 0; r < 2 * kM; ++r) x[r] = __shfl_sync(0xFFFFFFFFu, x[r], lane / 4 * 4 + from);
+        for (int r = 0; r < 2 * kM; ++r)
+          bits[r] |= here & float_to_bits(weights[r / 2][n][r % 2 * 2 + i]);
+      }
+    float x[2 * kM];
+#pragma unroll
+    for (int r = 0; r < 2 * kM; ++r)
+      x[r] = bits_to_float(__shfl_sync(0xFFFFFFFFu, bits[r], lane / 4 * 4 + from));
 #pragma unroll
     for (int n = 0; n < kW / 8; ++n) {
       if (8 * n >= dims) break;
