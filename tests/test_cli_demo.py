@@ -15,7 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tenfold.cli import demo
-from tenfold.cli.demo_method import perform
+from tenfold.cli.demo_method import peak_bytes, perform
 from tenfold.cli.main import app
 
 GOOD = """
@@ -110,6 +110,18 @@ def test_progress_without_a_terminal(mixed):
     )
 
 
+def test_peak_memory_is_the_processs_own():
+    """Not that of a large one that started it."""
+    import torch
+
+    large = torch.ones(1 << 28)  # 1 GB
+    told = subprocess.run(
+        [sys.executable, "-c", "from tenfold.cli.demo_method import peak_bytes; print(peak_bytes())"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert 50e6 < int(told.stdout) < 1e9 < peak_bytes() and large.numel()
+
+
 def outcome(name):
     """What its process would pickle, and the progress it would tell."""
     told = []
@@ -151,6 +163,8 @@ def test_an_interrupt_ends_the_processes(methods, tmp_path, monkeypatch):
     """Ctrl-C while a method runs: no process is left, and the page of an earlier run stays."""
     monkeypatch.chdir(tmp_path)
     program = (
+        "import signal\n"  # a job in the background of a shell starts without
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from tenfold.cli import demo\n"
         "demo.METHODS = {'slow': 'made_up_slow'}\n"
         "from tenfold.cli.main import app\n"
