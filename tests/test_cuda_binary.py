@@ -27,11 +27,11 @@ STACK = {"kv_move_kernel": 40, "slerp_weights_kernel": 40}
 # These spill. Attention's hold sums and tiles in all 255 registers that a thread can have; the optimiser's could have
 # more of them, for a block less on a multiprocessor.
 _BACKWARD = "dha_attention_backward_kernel<{}>(BackwardArgs)"
+_FORWARD = "dha_attention_kernel<{}>(OnDevice<AttentionForward>)"
 SPILLS = {
     _BACKWARD.format("bf16_t, 128, (Grad)0, true"): 8, _BACKWARD.format("fp16_t, 128, (Grad)0, true"): 8,
-    _BACKWARD.format("bf16_t, 64, (Grad)1, true"): 8, _BACKWARD.format("fp16_t, 64, (Grad)1, true"): 8,
-    _BACKWARD.format("float, 256, (Grad)1, false"): 24, _BACKWARD.format("float, 256, (Grad)1, true"): 24,
-    _BACKWARD.format("float, 256, (Grad)2, true"): 8,
+    _BACKWARD.format("bf16_t, 128, (Grad)1, true"): 16, _BACKWARD.format("fp16_t, 128, (Grad)1, true"): 16,
+    _FORWARD.format("bf16_t, 128, false"): 8, _FORWARD.format("fp16_t, 128, false"): 8,
     "masked_adamw_8bit_kernel<float>(AdamwTable<Adamw8Tensor>, AdamwScalars const*, AdamwOptions, float const*,"
     " float const*)": 16,
 }  # fmt: skip
