@@ -227,9 +227,8 @@ def table_rows(demo: Demo) -> list[list[str]]:
 
 def decode_rows(found: Decoding) -> list[list[str]]:
     """Rows for ``DECODE_COLUMNS``."""
-    return [[f"all {found.layers} layers, {found.context:,} tokens", found.speed.op, found.speed.against,
-             f"{found.speed.ratio:.3g}×",
-             f"{found.gap:.1e}"]]  # fmt: skip
+    what = f"all {found.layers} layers, {found.context:,} tokens"
+    return [[what, *found.speed.cells, f"{found.gap:.1e}"]]
 
 
 def headline(found: Demo) -> Headline:
@@ -259,9 +258,7 @@ def add_demo_section(demo: Demo, page: Page) -> None:
     add_section(demo.record, page, "DHA: fewer key and value heads")
     speed = demo.decoding.speed
     page.heading("Reading the cache")
-    page.cards(
-        [Card(f"{speed.ratio:.3g}×", "faster attention of a new token", f"than {speed.against}")]
-    )
+    page.cards([Card(speed.times, "faster attention of a new token", f"than {speed.against}")])
     page.table(DECODE_COLUMNS, decode_rows(demo.decoding))
     page.text(
         "ops.dha_decode reads the shared heads where they are; transformers' other implementations get a copy of "

@@ -240,9 +240,8 @@ def speed_rows(story: Story) -> list[list[str]]:
 
 def eviction_rows(found: Eviction) -> list[list[str]]:
     """Rows for ``EVICTION_COLUMNS``."""
-    return [[f"keeping {found.kept} of {found.tokens:,} tokens", found.speed.op, found.speed.against,
-             f"{found.speed.ratio:.3g}×", f"{100 * found.same:.2f} %",
-             f"{found.gap:.1e}"]]  # fmt: skip
+    what = f"keeping {found.kept} of {found.tokens:,} tokens"
+    return [[what, *found.speed.cells, f"{100 * found.same:.2f} %", f"{found.gap:.1e}"]]
 
 
 def headline(found: Demo) -> Headline:
@@ -321,7 +320,7 @@ def add_demo_section(demo: Demo, page: Page) -> None:
              f"{ours.decode_ms:.1f} instead of {full.decode_ms:.1f} ms per token"),
         Card(f"{demo.right('NACL')} of {len(demo.stories)}", "documents answered right with NACL",
              f"full cache: {demo.right('full cache')}"),
-        Card(f"{speed.ratio:.3g}×", "faster eviction of a layer", f"than {speed.against}"),
+        Card(speed.times, "faster eviction of a layer", f"than {speed.against}"),
     ])  # fmt: skip
     for story in demo.stories:
         case = story.case

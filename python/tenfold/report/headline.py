@@ -28,8 +28,18 @@ class Speedup:
     against: str
     ratio: float
 
+    @property
+    def times(self) -> str:
+        """The ratio, as it is shown."""
+        return f"{self.ratio:.3g}×"
+
+    @property
+    def cells(self) -> list[str]:
+        """For a row of a table: what, against what, how many times as fast."""
+        return [self.op, self.against, self.times]
+
     def __str__(self) -> str:
-        return f"{self.op} {self.ratio:.3g}× {self.against}"
+        return f"{self.op} {self.times} {self.against}"
 
 
 @dataclass(frozen=True)

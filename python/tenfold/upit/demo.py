@@ -234,15 +234,8 @@ def table_rows(demo: Demo) -> list[list[str]]:
 
 def experts_rows(found: Experts) -> list[list[str]]:
     """Rows for ``EXPERTS_COLUMNS``."""
-    return [
-        [
-            f"all {found.layers} layers, {found.tokens:,} tokens",
-            found.speed.op,
-            found.speed.against,
-            f"{found.speed.ratio:.3g}×",
-            f"{found.gap:.1e}",
-        ]
-    ]
+    what = f"all {found.layers} layers, {found.tokens:,} tokens"
+    return [[what, *found.speed.cells, f"{found.gap:.1e}"]]
 
 
 def headline(found: Demo) -> Headline:
@@ -277,7 +270,7 @@ def add_demo_section(demo: Demo, page: Page) -> None:
     speed = demo.experts.speed
     page.cards([
         *(Card(f"{found.losses[t]['mean']:.3f}", t, "loss, mean of the families") for t in titles),
-        Card(f"{speed.ratio:.3g}×", "faster experts", f"than {speed.against}"),
+        Card(speed.times, "faster experts", f"than {speed.against}"),
     ])  # fmt: skip
     page.text(
         f"Losses are nats per answer byte of rows that nothing was trained on. {BASE}: before instruction tuning; "
