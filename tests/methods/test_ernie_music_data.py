@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scores, synthesiser, recipe, readers, crops: from notes to batches."""
 
+import dataclasses
 import json
 import wave
 import zipfile
@@ -129,6 +130,15 @@ def test_texts():
 RECIPE = RecipeConfig(
     clips=6, test_clips=2, seconds=1.0, sample_rate=4000, composers=("bach",), scores=8
 )
+
+
+def test_recipe_of_too_few_scores():
+    few = RecipeConfig(
+        clips=1, test_clips=1, seconds=1.0, sample_rate=4000, composers=("bach",), scores=2
+    )
+    with pytest.raises(ValueError, match="of 2 scores none is left to test with; allow more"):
+        make_rows(few)
+    assert make_rows(dataclasses.replace(few, test_clips=0))["test"] == []
 
 
 def test_recipe(tmp_path):

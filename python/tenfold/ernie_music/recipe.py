@@ -169,6 +169,10 @@ def make_rows(
     made: dict[str, list[Any]] = {}
     for number, (name, count) in enumerate((("train", config.clips), ("test", config.test_clips))):
         made[name] = []
+        if count and not parts[name]:
+            raise ValueError(
+                f"of {len(scores)} scores none is left to {name} with; allow more scores, or name more composers"
+            )
         for attempt in range(20 * count):
             if len(made[name]) == count:
                 break
