@@ -80,12 +80,12 @@ format: $(STAMPS)/venv ## rewrite the sources as `make lint` wants them
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/clang-format -i $(NATIVE)
 
-wheel: $(STAMPS)/venv ## a wheel in dist/, with CUDA kernels where nvcc is found
+wheel: $(STAMPS)/build-tools ## a wheel in dist/, with CUDA kernels where nvcc is found
 	rm -rf dist
 	$(SHOW) $(PY) -m pip wheel -v --no-build-isolation --no-deps -w dist .
 	@ls -l dist
 
-sdist: $(STAMPS)/venv ## a source distribution in dist/, and a wheel built from nothing else
+sdist: $(STAMPS)/build-tools ## a source distribution in dist/, and a wheel built from nothing else
 	rm -rf dist
 	$(PY) -c "from scikit_build_core.build import build_sdist; build_sdist('dist')"
 	$(SHOW) $(PY) -m pip wheel -v --no-build-isolation --no-deps -w dist dist/*.tar.gz
@@ -99,7 +99,8 @@ data: $(INSTALLED)
 clean: ## remove the environments and everything built
 	rm -rf .venv .venv-wheel .venv-lowest .venv-hosts build dist tenfold-report
 
-$(STAMPS)/venv: $(REQUIREMENTS)
+# What a build needs, so that it can start before the rest is installed.
+$(STAMPS)/build-tools: requirements/build.txt
 	@test -n "$(PYTHON)" || { echo "tenfold needs Python >= 3.11 with venv, and none is on PATH." \
 	  "Install one (Debian: apt-get install python3-venv) or name it: make PYTHON=/path/to/python3" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "tenfold needs" \
@@ -108,9 +109,12 @@ $(STAMPS)/venv: $(REQUIREMENTS)
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q --upgrade pip==26.3
 	$(SHOW) $(PY) -m pip $(INSTALL) $(TORCH) -r requirements/build.txt
+	@mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/venv: $(STAMPS)/build-tools $(REQUIREMENTS)
 	$(SHOW) $(PY) -m pip $(INSTALL) $(TORCH) -r $(RUN) -r requirements/dev.txt
 	$(SHOW) $(PY) -m pip $(INSTALL) --no-deps -r requirements/no-deps.txt
-	@mkdir -p $(STAMPS) && touch $@
+	@touch $@
 
 $(STAMPS)/docs: requirements/docs.txt $(STAMPS)/venv
 	$(PY) -m pip $(INSTALL) -q -r requirements/docs.txt

@@ -47,7 +47,7 @@ __device__ inline void block_cuts(const SpanStream& s, uint32_t part, int64_t to
     block_fill(m.steps, gaps, 0);
     block_fill(m.gaps, words, 0u);
     __syncthreads();
-    for (int64_t block = threadIdx.x; 4 * block < k; block += kRowThreads) {
+    for (int64_t block = threadIdx.x; 4 * block < k; block += kSpanThreads) {
       const Philox4 w = span_words(s, static_cast<uint32_t>(block), part);
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
@@ -60,13 +60,13 @@ __device__ inline void block_cuts(const SpanStream& s, uint32_t part, int64_t to
       }
     }
     __syncthreads();
-    for (int64_t i = threadIdx.x; i < k; i += kRowThreads) {
+    for (int64_t i = threadIdx.x; i < k; i += kSpanThreads) {
       const bool before = drawn_before(m.draws, m.steps, k, first, i);
       set_bit(m.gaps, before ? first + i : m.draws[i]);
     }
     __syncthreads();
     block_ranks(words, m.ranks, sums, [&](int64_t w) { return int64_t{__popc(m.gaps[w])}; });
-    for (int64_t w = threadIdx.x; w < words; w += kRowThreads) {
+    for (int64_t w = threadIdx.x; w < words; w += kSpanThreads) {
       int64_t rank = m.ranks[w];
       for (uint32_t bits = m.gaps[w]; bits != 0; bits &= bits - 1)
         cuts[rank++] = static_cast<int32_t>(32 * w + lowest_bit(bits) + 1);
@@ -85,7 +85,7 @@ __device__ inline void block_draw(const SpanRule& rule, const SpanStream& s, boo
   block_cuts(s, kNoiseGaps, c.noise, c.spans, m, sums, m.noise_cuts);
   block_cuts(s, kKeptGaps, n - c.noise, c.spans, m, sums, m.kept_cuts);
   const int64_t shift = roll ? draw_roll(s, n) : 0;
-  for (int64_t j = threadIdx.x; j < c.spans; j += kRowThreads) {
+  for (int64_t j = threadIdx.x; j < c.spans; j += kSpanThreads) {
     const int64_t kept = m.kept_cuts[j];
     for (int64_t i = j > 0 ? m.noise_cuts[j - 1] : 0; i < m.noise_cuts[j]; ++i) {
       const int64_t at = kept + i + shift;

@@ -40,7 +40,7 @@ struct Side {
   }
   __device__ int64_t sentinel(int64_t i) const { return tokens[i] - lowest; }
   __device__ void note() {
-    for (int64_t i = threadIdx.x; i < n; i += kRowThreads)
+    for (int64_t i = threadIdx.x; i < n; i += kSpanThreads)
       if (marks(i)) atomicMax(&first[sentinel(i)], static_cast<int32_t>(most - i));
   }
   // -1: nowhere.
@@ -61,9 +61,9 @@ __device__ inline int64_t next_bit(const uint32_t* words, int64_t i, int64_t n) 
 }
 
 template <class T>
-static __global__ void __launch_bounds__(kRowThreads) span_restore_kernel(RestoreArgs a) {
+static __global__ void __launch_bounds__(kSpanThreads) span_restore_kernel(RestoreArgs a) {
   TENFOLD_DYNAMIC_SHARED(shared);
-  TENFOLD_SHARED(int64_t, sums, kRowThreads / 32);
+  TENFOLD_SHARED(int64_t, sums, kSpanThreads / 32);
   const int64_t row = blockIdx.x;
   int32_t* const memory = row_memory(a.memory, a.ints, shared);
   Side<T> in(static_cast<const T*>(a.inputs) + row * a.in_stride,
@@ -78,7 +78,7 @@ static __global__ void __launch_bounds__(kRowThreads) span_restore_kernel(Restor
   block_flags(bits, tgt.n, [&](int64_t i) { return tgt.marks(i); });
   auto* const out = static_cast<T*>(a.tokens) + row * a.width;
   int64_t made = 0;
-  for (int64_t first = 0; first < in.n; first += kRowThreads) {
+  for (int64_t first = 0; first < in.n; first += kSpanThreads) {
     const int64_t i = first + threadIdx.x;
     int64_t count = 0, from = -1;
     if (i < in.n && !in.marks(i)) {
@@ -88,7 +88,7 @@ static __global__ void __launch_bounds__(kRowThreads) span_restore_kernel(Restor
       if (at >= 0) from = at + 1, count = next_bit(bits, from, tgt.n) - from;
     }
     int64_t total;
-    const int64_t to = made + block_before<kRowThreads>(count, sums, &total);
+    const int64_t to = made + block_before<kSpanThreads>(count, sums, &total);
     made += total;
     if (from < 0 && count > 0) out[to] = in.tokens[i];
     for (int64_t j = 0; from >= 0 && j < count; ++j) out[to + j] = tgt.tokens[from + j];
@@ -102,7 +102,7 @@ template <class T>
 void launch_span_restore(RestoreArgs a, const Room& room, cudaStream_t stream) {
   if (a.rows == 0) return;
   const int64_t bytes = place_rows(a, 2 * a.num_sentinels + bit_words(a.tgt_width), room);
-  TENFOLD_LAUNCH_SHARED(span_restore_kernel<T>, static_cast<unsigned>(a.rows), kRowThreads, bytes,
+  TENFOLD_LAUNCH_SHARED(span_restore_kernel<T>, static_cast<unsigned>(a.rows), kSpanThreads, bytes,
                         kRowShared, stream, a);
 }
 

@@ -7,7 +7,7 @@
 
 namespace tenfold::cuda {
 
-constexpr int kRowThreads = 256;
+constexpr int kSpanThreads = 256;
 
 TENFOLD_HD int64_t bit_words(int64_t n) {
   return (n + 31) / 32;
@@ -29,13 +29,13 @@ __device__ inline bool bit_at(const uint32_t* words, int64_t i) {
 
 template <class T>
 __device__ inline void block_fill(T* to, int64_t n, T value) {
-  for (int64_t i = threadIdx.x; i < n; i += kRowThreads) to[i] = value;
+  for (int64_t i = threadIdx.x; i < n; i += kSpanThreads) to[i] = value;
 }
 
 // words[i / 32] of flag(i), i < n. Begins without, ends with a barrier.
 template <class F>
 __device__ inline void block_flags(uint32_t* words, int64_t n, const F& flag) {
-  for (int64_t first = 0; first < n; first += kRowThreads) {
+  for (int64_t first = 0; first < n; first += kSpanThreads) {
     const int64_t i = first + threadIdx.x;
     const uint32_t word = __ballot_sync(0xFFFFFFFFu, i < n && flag(i));
     if (threadIdx.x % 32 == 0 && i < n) words[i / 32] = word;
@@ -44,15 +44,15 @@ __device__ inline void block_flags(uint32_t* words, int64_t n, const F& flag) {
 }
 
 // before[w] = sum of count(v) over the words v < w of `words`; returns the sum of all. `sums`:
-// kRowThreads / 32 shared numbers. Ends with a barrier.
+// kSpanThreads / 32 shared numbers. Ends with a barrier.
 template <class F>
 __device__ inline int64_t block_ranks(int64_t words, int32_t* before, int64_t* sums,
                                       const F& count) {
   int64_t carry = 0;
-  for (int64_t first = 0; first < words; first += kRowThreads) {
+  for (int64_t first = 0; first < words; first += kSpanThreads) {
     const int64_t w = first + threadIdx.x;
     int64_t total;
-    const int64_t mine = block_before<kRowThreads>(w < words ? count(w) : 0, sums, &total);
+    const int64_t mine = block_before<kSpanThreads>(w < words ? count(w) : 0, sums, &total);
     if (w < words) before[w] = static_cast<int32_t>(carry + mine);
     carry += total;
   }

@@ -49,16 +49,16 @@ __device__ inline int32_t* row_memory(int32_t* global, int64_t ints, char* share
   return global != nullptr ? global + blockIdx.x * ints : reinterpret_cast<int32_t*>(shared);
 }
 
-static __global__ void __launch_bounds__(kRowThreads) span_mask_kernel(MaskArgs a) {
+static __global__ void __launch_bounds__(kSpanThreads) span_mask_kernel(MaskArgs a) {
   TENFOLD_DYNAMIC_SHARED(shared);
-  TENFOLD_SHARED(int64_t, sums, kRowThreads / 32);
+  TENFOLD_SHARED(int64_t, sums, kSpanThreads / 32);
   const int64_t row = blockIdx.x, n = row_length(a.lengths, row, a.width);
   auto* const memory = row_memory(a.memory, a.ints, shared);
   auto* const bits = reinterpret_cast<uint32_t*>(memory);
   const DrawMemory m(memory + bit_words(a.width), a.width);
   const SpanStream stream = span_stream(a.draw.seed, a.draw.offset + static_cast<uint64_t>(row));
   block_draw(a.draw.rule, stream, a.draw.roll, n, m, sums, bits);
-  for (int64_t i = threadIdx.x; i < a.width; i += kRowThreads)
+  for (int64_t i = threadIdx.x; i < a.width; i += kSpanThreads)
     a.mask[row * a.width + i] = i < n && bit_at(bits, i) ? 1 : 0;
 }
 
@@ -79,7 +79,7 @@ template <class T>
 __device__ inline void write_row(const CorruptArgs& a, const RowSpans& r, int64_t n,
                                  const T* tokens, T* inputs, T* targets) {
   const int64_t top = a.ids.first_sentinel;
-  for (int64_t i = threadIdx.x; i < n; i += kRowThreads) {
+  for (int64_t i = threadIdx.x; i < n; i += kSpanThreads) {
     const int64_t w = i / 32;
     const uint32_t one = 1u << (i % 32), below = one - 1u, begins = RowSpans::begins(r.bits, w);
     const bool masked = (r.bits[w] & one) != 0, begin = (begins & one) != 0;
@@ -106,9 +106,9 @@ __device__ inline void write_row(const CorruptArgs& a, const RowSpans& r, int64_
 }
 
 template <class T>
-static __global__ void __launch_bounds__(kRowThreads) span_corrupt_kernel(CorruptArgs a) {
+static __global__ void __launch_bounds__(kSpanThreads) span_corrupt_kernel(CorruptArgs a) {
   TENFOLD_DYNAMIC_SHARED(shared);
-  TENFOLD_SHARED(int64_t, sums, kRowThreads / 32);
+  TENFOLD_SHARED(int64_t, sums, kSpanThreads / 32);
   const int64_t row = blockIdx.x, n = row_length(a.lengths, row, a.width), words = bit_words(n);
   auto* const memory = row_memory(a.memory, a.ints, shared);
   auto* const bits = reinterpret_cast<uint32_t*>(memory);
@@ -170,7 +170,7 @@ int64_t place_rows(Args& a, int64_t ints, const Room& room) {
 inline void launch_span_mask(MaskArgs a, const Room& room, cudaStream_t stream) {
   if (a.rows == 0 || a.width == 0) return;
   const int64_t bytes = place_rows(a, bit_words(a.width) + draw_memory_ints(a.width), room);
-  TENFOLD_LAUNCH_SHARED(span_mask_kernel, static_cast<unsigned>(a.rows), kRowThreads, bytes,
+  TENFOLD_LAUNCH_SHARED(span_mask_kernel, static_cast<unsigned>(a.rows), kSpanThreads, bytes,
                         kRowShared, stream, a);
 }
 
@@ -179,7 +179,7 @@ void launch_span_corrupt(CorruptArgs a, const Room& room, cudaStream_t stream) {
   if (a.rows == 0) return;
   const int64_t drawn = a.mask != nullptr ? 0 : draw_memory_ints(a.width);
   const int64_t bytes = place_rows(a, 3 * bit_words(a.width) + drawn, room);
-  TENFOLD_LAUNCH_SHARED(span_corrupt_kernel<T>, static_cast<unsigned>(a.rows), kRowThreads, bytes,
+  TENFOLD_LAUNCH_SHARED(span_corrupt_kernel<T>, static_cast<unsigned>(a.rows), kSpanThreads, bytes,
                         kRowShared, stream, a);
 }
 

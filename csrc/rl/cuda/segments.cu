@@ -10,7 +10,7 @@
 namespace tenfold::cuda {
 namespace {
 
-std::tuple<Tensor, Tensor> run(const Tensor& mask, const SegmentArgs& a) {
+std::tuple<Tensor, Tensor> run_segments(const Tensor& mask, const SegmentArgs& a) {
   const Launch launch(mask);
   const SegmentCall call = check_segments(mask, a);
   check_grid(a.op, call.p.rows.count);
@@ -24,7 +24,7 @@ std::tuple<Tensor, Tensor> run(const Tensor& mask, const SegmentArgs& a) {
 }  // namespace tenfold::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(tenfold, CUDA, m) {
-  using Ops = tenfold::SegmentOps<&tenfold::cuda::run>;
+  using Ops = tenfold::SegmentOps<&tenfold::cuda::run_segments>;
   m.impl("macro_segment_fixed", TORCH_BOX(&Ops::fixed));
   m.impl("macro_segment_lengths", TORCH_BOX(&Ops::lengths));
   m.impl("macro_segment_ppl", TORCH_BOX(&Ops::ppl));
