@@ -39,11 +39,12 @@ def main() -> None:
         "--distill", type=float, default=0.5, help="share of the parent in recovery"
     )
     parser.add_argument("--force", action="store_true", help="collapse heads that have not fused")
+    parser.add_argument("--keep-layers", type=int, help="the model's first layers alone, for a quick try")
     parser.add_argument("--out", type=Path, help="where the converted model is saved")
     parser.add_argument("--json", type=Path, help="where the result is written")
     chosen = parser.parse_args()
 
-    model, tokenizer = smollm2()
+    model, tokenizer = smollm2(layers=chosen.keep_layers)
     rows, held = real_rows(tokenizer)
     settings = SETTINGS | {
         "budget": chosen.budget, "search_steps": chosen.search, "fusion_steps": chosen.steps,

@@ -133,6 +133,7 @@ def main() -> None:
     parser.add_argument("--search-steps", type=int, default=40)
     parser.add_argument("--fusion-steps", type=int, default=160)
     parser.add_argument("--recovery-steps", type=int, default=100)
+    parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--out", type=Path, default=Path("bench/results/dha"))
     parser.add_argument("--cache", type=Path, default=Path("tenfold-report/dha-study"))
     chosen = parser.parse_args()
@@ -153,7 +154,7 @@ def main() -> None:
             done["parents"].append({"seed": seed} | judged(parent, seed, *held))
         print(done["parents"][-1], flush=True)
         for budget in (0.25, 0.5):
-            for name in VARIANTS:
+            for name in chosen.only:
                 key = (name, budget, seed)
                 had = {(c["variant"], c["budget"], c["seed"]) for c in done["cells"]}
                 if key in had or (budget != 0.25 and name in ONLY_AT_25):

@@ -45,20 +45,21 @@ def main() -> None:
     parser.add_argument("--methods", default="full,hft")
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--keep-layers", type=int, help="the model's first layers alone, for a quick try")
     parser.add_argument("--out", type=Path, help="where the report is written")
     parser.add_argument("--json", type=Path, help="where the result is written")
     chosen = parser.parse_args()
 
     runs = []
     for method in chosen.methods.split(","):
-        model, tokenizer = smollm2()
+        model, tokenizer = smollm2(layers=chosen.keep_layers)
         end = tokenizer.eos_token_id
         tasks = make_tasks(chosen.tasks.split(","), encoder(tokenizer), 96, end, end, train=128, test=32,
                            seed=chosen.seed)  # fmt: skip
         text = text_rows(tokenizer)
         if not runs:
             own_loop(model, tasks[0].train)
-            model, _ = smollm2()
+            model, _ = smollm2(layers=chosen.keep_layers)
         before = lm_loss(model, text)
         record = hft.continual(
             model, tasks, method=method, steps=chosen.steps, batch_size=4,

@@ -71,6 +71,7 @@ def main() -> None:
     parser.add_argument("--reward", default="spelling")
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--keep-layers", type=int, help="the model's first layers alone, for a quick try")
     parser.add_argument("--out", type=Path, help="where the report is written")
     parser.add_argument("--json", type=Path, help="where the result is written")
     chosen = parser.parse_args()
@@ -78,7 +79,7 @@ def main() -> None:
     if unknown := set(methods) - set(METHODS):
         parser.error(f"--methods takes {', '.join(METHODS)}; got {', '.join(sorted(unknown))}")
 
-    model, tokenizer = smollm2()
+    model, tokenizer = smollm2(layers=chosen.keep_layers)
     prompts = packaged_prompts()
     reward = named_reward(chosen.reward, tokenizer, ["prompt"])
     if chosen.reward == "spelling":
@@ -86,7 +87,7 @@ def main() -> None:
         own_loop(model, tokenizer, prompts[0], reward)
     records = []
     for name in methods:
-        model, _ = smollm2()
+        model, _ = smollm2(layers=chosen.keep_layers)
         config = ma_rlhf.MARLHFConfig.from_preset(
             "small", **METHODS[name], steps=chosen.steps, batch_size=8, max_response=24, beta=0.01,
             learning_rate=chosen.learning_rate, critic_learning_rate=1e-4, lora_rank=16, ppo_epochs=1,

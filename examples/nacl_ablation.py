@@ -39,12 +39,14 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=1024, help="prompt tokens")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--depths", type=int, default=10)
+    parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--keep-layers", type=int, help="the model's first layers alone, for a quick try")
     parser.add_argument("--out", type=Path, default=Path("bench/results/nacl_ablation"))
     chosen = parser.parse_args()
-    model, tokenizer = smollm2()
+    model, tokenizer = smollm2(layers=chosen.keep_layers)
     specs = [
-        study.nacl_spec(name, budget, NaclConfig(), **changes)
-        for name, changes in VARIANTS.items()
+        study.nacl_spec(name, budget, NaclConfig(), **VARIANTS[name])
+        for name in chosen.only
         for budget in (0.2, 0.5)
     ] + study.method_specs(["full", "nacl@paper_20"], [0.2, 0.5])
     places = [(i + 0.5) / chosen.depths for i in range(chosen.depths)]

@@ -25,7 +25,7 @@ from tenfold.data import (
     smollm2,
 )
 from tenfold.data.__main__ import main
-from tenfold.data.cache import build_once, locked
+from tenfold.data.cache import build_once, locked, remembered
 from tenfold.testing import processes
 
 
@@ -130,6 +130,59 @@ class TestCacheDir:
         for name, value in env.items():
             monkeypatch.setenv(name, value)
         assert str(cache_dir()) == expected
+
+
+class TestRemembered:
+    """What was found in files is kept until one of them changes."""
+
+    @pytest.fixture
+    def at(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("TENFOLD_HOME", str(tmp_path / "home"))
+        file = tmp_path / "a.py"
+        file.write_text("one")
+        calls = []
+
+        def find(version=1):
+            def found():
+                calls.append(version)
+                return {"text": file.read_text(), "odd": "\ud800 \u00e4", "pairs": [["a", "b"]]}
+
+            return remembered("texts", [file], found, version), len(calls)
+
+        return find, file, tmp_path / "home" / "found"
+
+    def test_once_and_again_where_a_file_or_the_finder_changes(self, at):
+        find, file, folder = at
+        first, calls = find()
+        assert calls == 1 and first["odd"] == "\ud800 \u00e4"
+        assert find() == (first, 1)
+        file.write_text("another")
+        assert find()[0]["text"] == "another" and find()[1] == 2
+        assert find(version=2)[1] == 3
+        assert all(p.suffix == ".json" for p in folder.iterdir())
+
+    def test_a_cache_that_cannot_be_used_is_none(self, at):
+        find, _, folder = at
+        first, _ = find()
+        (kept,) = folder.iterdir()
+        kept.write_text('{"text": ')
+        assert find() == (first, 2) and find() == (first, 2)
+        kept.unlink()
+        folder.rmdir()
+        folder.write_text("a file, not a folder")
+        assert find() == (first, 3) and find() == (first, 4)
+
+    def test_documents_and_pairs_are_the_same_with_it(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("TENFOLD_HOME", str(tmp_path))
+        files = list(documents.library_files())[:12]
+        monkeypatch.setattr(documents, "library_files", lambda: iter(files))
+        documents._documentation.cache_clear()
+        found = []
+        for _ in range(2):
+            found.append(long_documents(("docs",), min_chars=0))
+            documents._documentation.cache_clear()
+        assert found[0] == found[1] and len(found[0]) > 6
+        assert len(list((tmp_path / "found").iterdir())) == 1
 
 
 class TestBuildOnce:
@@ -291,6 +344,15 @@ class TestModel:
     def test_prepare_prints_the_folder(self, capsys):
         assert main(["prepare", "--offline"]) == 0
         assert str(models.converted_path()) in capsys.readouterr().out
+
+    def test_its_first_layers_alone(self):
+        small, whole = smollm2(layers=2)[0], smollm2()[0]
+        held = small.state_dict()
+        assert small.config.num_hidden_layers == 2 and len(small.model.layers) == 2
+        assert all(torch.equal(held[n], x) for n, x in whole.state_dict().items() if n in held)
+        for layers in (0, 31):
+            with pytest.raises(ValueError, match=f"layers must be 1 to 30 or None .all., got {layers}"):
+                smollm2(layers=layers)
 
     def test_the_model_is_smollm2(self):
         model, tokenizer = smollm2()

@@ -13,10 +13,10 @@ EXAMPLES = sorted(p.name for p in (ROOT / "examples").glob("*.py"))
 
 # Arguments; {out} is a new folder. What must be in it afterwards.
 RUNS = {
-    "dha.py": ("--search 1 --steps 1 --recovery 1 --force --json {out}/dha.json", "dha.json"),
+    "dha.py": ("--search 1 --steps 1 --recovery 1 --keep-layers 2 --force --json {out}/dha.json", "dha.json"),
     "dha_study.py": (
-        "--seeds 1 --parent-steps 2 --search-steps 2 --fusion-steps 2 --recovery-steps 2 --out {out} "
-        "--cache {out}/work",
+        "--seeds 1 --parent-steps 2 --search-steps 2 --fusion-steps 2 --recovery-steps 2 --only DHA --out "
+        "{out} --cache {out}/work",
         "study.json",
     ),
     "ernie_code.py": (
@@ -29,27 +29,27 @@ RUNS = {
         "--guidance 1 --inference-steps 2 --sounds 1 --out {out} --work {out}/work",
         "study.json",
     ),
-    "gptfluence.py": ("--runs 8 --json {out}/gptfluence.json", "gptfluence.json"),
+    "gptfluence.py": ("--runs 6 --encoder bag --json {out}/gptfluence.json", "gptfluence.json"),
     "gptfluence_study.py": (
         "--seeds 0 --layers 1 --heads 1 --parent-steps 2 --per-task 8 --tests-per-task 2 --runs 8 --test-runs 2 "
         "--methods default ridge mean --encoders bag --gradient-runs 1 --examples 8 --epochs 1 --sets 2 --out {out} "
         "--work {out}/work",
         "study.json",
     ),
-    "hft.py": ("--steps 1 --tasks german --methods hft --json {out}/hft.json", "hft.json"),
+    "hft.py": ("--steps 1 --tasks german --methods hft --keep-layers 2 --json {out}/hft.json", "hft.json"),
     "hft_study.py": (
         "--seeds 0 --parent-steps 2 --steps 1 --only half --out {out} --cache {out}/work",
         "study.json",
     ),
-    "ma_rlhf.py": ("--steps 1 --methods ma-ppo --json {out}/ma_rlhf.json", "ma_rlhf.json"),
+    "ma_rlhf.py": ("--steps 1 --methods ma-ppo --keep-layers 2 --json {out}/ma_rlhf.json", "ma_rlhf.json"),
     "ma_rlhf_study.py": (
         "--seeds 0 --rewards spelling --methods ma-ppo-5 --steps 1 --parent-steps 2 --reward-steps 2 --out {out} "
         "--cache {out}/work",
         "study.json",
     ),
-    "nacl_ablation.py": ("--length 256 --depths 1 --out {out}", "cells.jsonl"),
+    "nacl_ablation.py": ("--length 256 --depths 1 --keep-layers 2 --only default --out {out}", "cells.jsonl"),
     "pixelgpt.py": (
-        "--steps 2 --tune-steps 2 --seeds 0 --variants pixelgpt textgpt --tasks language --layers 1 --width 64 "
+        "--steps 2 --tune-steps 2 --pixel-tune-steps 2 --seeds 0 --variants pixelgpt textgpt --tasks language --layers 1 --width 64 "
         "--length 16 --tune-length 16 --batch 2 --per-language 4 --train 4 --test 2 --out {out} --work {out}/work",
         "study.json",
     ),

@@ -33,11 +33,17 @@ struct GramProblem {
   const float* mean;  // [H][dims] to subtract, or null
 };
 
+// Rows of a block.
+constexpr int64_t rows_of(const GramProblem& p, int64_t block) {
+  const int64_t left = p.dims - block % p.blocks * kGramRows;
+  return left < kGramRows ? left : kGramRows;
+}
+
 struct GramRun {
   int64_t a, num_a;  // blocks a, a + 1, ...; at most kGramRun
   int64_t b;
   double* squares;  // [num_a] out: sum of squares of the products of all their rows
-  float* scratch;   // gram_scratch() floats, 64-byte aligned
+  float* scratch;   // gram_scratch() or gram_tiles_scratch() floats, 64-byte aligned
 };
 
 constexpr int64_t gram_scratch() {
@@ -47,5 +53,20 @@ constexpr int64_t gram_scratch() {
 
 TENFOLD_ISA_DECLARE_BF16(void gram_run(const GramProblem& p, const GramRun& run))
 TENFOLD_ISA_DECLARE_BF16(float row_mean(const void* row, Dtype dtype, int64_t length))
+
+#if defined(TENFOLD_X86)
+namespace avx512_amx {
+// Blocks are packed first, each on its own: a copy of w. All sizes are floats.
+int64_t gram_tiles_packed(const GramProblem& p, int64_t heads);
+void gram_tiles_pack(const GramProblem& p, int64_t block, float* packed);
+int64_t gram_tiles_scratch();
+void gram_tiles_run(const GramProblem& p, const float* packed, const GramRun& run);
+}  // namespace avx512_amx
+#endif
+
+// bf16 without centring, by AMX tiles.
+inline bool gram_by_tiles(Isa isa, const GramProblem& p) {
+  return isa == Isa::avx512_amx && p.dtype == Dtype::bf16 && p.mean == nullptr;
+}
 
 }  // namespace tenfold

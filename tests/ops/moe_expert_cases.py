@@ -62,6 +62,8 @@ GROUPS = [  # R, K, N, lengths of groups
     (0, 5, 3, [0, 0]), (5, 7, 0, [2, 3]), (5, 0, 4, [5]), (1, 1, 1, [1]), (30, 33, 17, [3, 0, 20, 7]),
     (70, 300, 401, [1, 40, 0, 29]), (300, 65, 50, [290, 3]), (40, 640, 70, [10, 0, 0, 12]),
 ]  # fmt: skip
+# Of them for Triton's slow interpreter, with fewer blocks: one more than full, in each direction.
+TRITON_GROUPS = [*GROUPS[:5], (70, 140, 150, [1, 40, 0, 29]), (75, 65, 50, [66, 3]), (40, 260, 70, [10, 0, 0, 12])]
 
 
 def groups(rows, depth, cols, lengths, dtype, gathered):

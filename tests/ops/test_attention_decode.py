@@ -96,9 +96,11 @@ def test_maps(name, sq, dtype, device):
                                   (1, 1), (7, 33), (17, 255)])  # fmt: skip
 def test_head_dims(dims, dtype, device):
     hk, hv, kmap, vmap = maps("unequal groups")
-    q = fill((32, 6, 2, dims[0]), dtype)  # rows enough: each has its own rounding
-    k, v = caches(32, hk, hv, 150, *dims, dtype)
-    lens = torch.full((32,), 150)
+    # Rows enough: each has its own rounding, and logits of one product are as good as their luck.
+    n = 32 if dims[0] > 1 else 128
+    q = fill((n, 6, 2, dims[0]), dtype)
+    k, v = caches(n, hk, hv, 150, *dims, dtype)
+    lens = torch.full((n,), 150)
     compare(run(device, q, k, v, kmap, vmap, lens), q, k, v, kmap, vmap, lens)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from moe_expert_cases import GROUPS, groups, triton_layouts
+from moe_expert_cases import TRITON_GROUPS, groups, triton_layouts
 
 from tenfold import reference
 from tenfold.testing import DTYPES, assert_close_to_ref
@@ -33,10 +33,10 @@ def results(tmp_path_factory):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("gathered", [False, True])
-@pytest.mark.parametrize("case", range(len(GROUPS)))
+@pytest.mark.parametrize("case", range(len(TRITON_GROUPS)))
 def test_matches_the_definition(results, case, gathered, dtype):
     """Rows past the last group are 0."""
-    a, w, offsets, gather = groups(*GROUPS[case], dtype, gathered)
+    a, w, offsets, gather = groups(*TRITON_GROUPS[case], dtype, gathered)
     exact = reference.grouped_gemm(a.double(), w.double(), offsets, True, gather)
     for trans_w in triton_layouts(dtype, gathered):
         got = results[case, dtype, gathered, trans_w]

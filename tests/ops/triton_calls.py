@@ -8,7 +8,7 @@ import itertools
 import sys
 
 import torch
-from moe_expert_cases import GROUPS, groups, triton_layouts
+from moe_expert_cases import TRITON_GROUPS, groups, triton_layouts
 
 from bench.moe_triton import grouped_gemm
 from tenfold.testing import DTYPES, poisoned_memory
@@ -18,9 +18,9 @@ BLOCKS = ((16, 64, 64), (32, 128, 128))
 
 def problems():
     """(name, arguments) of every call."""
-    choices = itertools.product(range(len(GROUPS)), DTYPES, (False, True))
+    choices = itertools.product(range(len(TRITON_GROUPS)), DTYPES, (False, True))
     for at, (case, dtype, gathered) in enumerate(choices):
-        a, w, offsets, gather = groups(*GROUPS[case], dtype, gathered)
+        a, w, offsets, gather = groups(*TRITON_GROUPS[case], dtype, gathered)
         for trans_w in triton_layouts(dtype, gathered):
             m = w if trans_w else w.transpose(1, 2).contiguous()
             call = a, m, offsets, trans_w, gather, BLOCKS[at % len(BLOCKS)]

@@ -11,6 +11,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <atomic>
 #include <memory>
 #include <numeric>
 #include <utility>
@@ -331,6 +332,32 @@ void run_attention_backward(Isa isa, const AttentionBackward& p, const Tensor& d
 
 namespace {
 
+#if defined(TENFOLD_X86)
+// Nothing is infinite or NaN in bf16 tensors [.., H, .., D] of contiguous rows: a pass over them,
+// which is little beside products of each row with each other.
+bool all_finite(std::initializer_list<Tensor> tensors) {
+  std::atomic<bool> finite{true};
+  for (const Tensor& x : tensors) {
+    const RowLayout at = row_layout(x);
+    const bool dense = x.dim() == 4;
+    const int64_t heads = x.sizes()[1], dim = x.sizes().back();
+    const int64_t rows = dense ? x.sizes()[2] : x.sizes()[0];
+    const int64_t count = dense ? x.sizes()[0] * heads : heads;
+    const auto* const data = static_cast<const bf16_t*>(x.data_ptr());
+    parallel_for(count, static_cast<double>(rows * dim) * 2e-4, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end && finite; ++i) {
+        const bf16_t* row = data + i / heads * at.batch + i % heads * at.head;
+        bool good = true;
+        for (int64_t r = 0; r < rows; ++r, row += at.row)
+          good = good && avx512_amx::all_finite(row, dim);
+        if (!good) finite = false;
+      }
+    });
+  }
+  return finite;
+}
+#endif
+
 std::tuple<Tensor, Tensor, Tensor> dha_attention_backward(
     Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor kmap, Tensor vmap,
     std::optional<double> scale, bool causal, int64_t window_left, OptTensor cu_seqlens_q,
@@ -352,7 +379,12 @@ std::tuple<Tensor, Tensor, Tensor> dha_attention_backward(
   const Tensor dv = new_like_rows(v, p.value_dim);
   set_gradients(rows[3], rows[4], dq, dk, dv, &p);
   p.lse = data_as<float>(lse_rows), p.dlse = dlse ? data_as<float>(dlse_rows) : nullptr;
-  run_attention_backward(active_isa(), p, dk, dv, nullptr);
+  const Isa isa = active_isa();
+#if defined(TENFOLD_X86)
+  p.by_tiles = isa == Isa::avx512_amx && p.dtype == Dtype::bf16 && p.softcap == 0.0f &&
+               p.bias.kind == BiasKind::none && all_finite({rows[0], rows[1], rows[2], rows[4]});
+#endif
+  run_attention_backward(isa, p, dk, dv, nullptr);
   return {dq, dk, dv};
 }
 

@@ -59,6 +59,7 @@ TENFOLD_ISA_DECLARE_BF16(void sum_gradient(const GradientSum& s))
 namespace avx512_amx {  // bf16 by AMX tiles, where AttentionBackward::by_tiles allows it
 int64_t attention_backward_tiles_scratch(const AttentionBackward& p);
 void attention_backward_tiles_task(const AttentionBackward& p, const AttentionBackwardTask& t);
+bool all_finite(const bf16_t* row, int64_t n);
 }  // namespace avx512_amx
 #endif
 

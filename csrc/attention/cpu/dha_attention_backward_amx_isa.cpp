@@ -314,5 +314,16 @@ void attention_backward_tiles_task(const AttentionBackward& p, const AttentionBa
   AmxTask(p, t).run();
 }
 
+bool all_finite(const bf16_t* row, int64_t n) {
+  const __m512i exponent = _mm512_set1_epi16(0x7F80);
+  __mmask32 found = 0;
+  for (int64_t i = 0; i < n; i += 32) {
+    const __mmask32 here = n - i < 32 ? (__mmask32{1} << (n - i)) - 1 : ~__mmask32{0};
+    const __m512i bits = _mm512_maskz_loadu_epi16(here, row + i);
+    found |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(bits, exponent), exponent);
+  }
+  return found == 0;
+}
+
 TENFOLD_ISA_END
 #endif

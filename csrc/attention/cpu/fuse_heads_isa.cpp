@@ -7,11 +7,18 @@ TENFOLD_ISA_BEGIN
 namespace {
 
 // Outputs formed at once (more take several passes over a strip), and accumulators that fit.
-constexpr int kMaxOutputs = 8, kStripOutputs = 6;
+// Without wide vectors nothing goes past the caches.
 #if defined(TENFOLD_ISA_AVX512)
 constexpr int kAccumulators = 24, kDotRows = 4, kDotColumns = 4, kDirectHeads = 4;
 #else
 constexpr int kAccumulators = 12, kDotRows = 2, kDotColumns = 4, kDirectHeads = 2;
+#endif
+#if defined(TENFOLD_ISA_AVX512) || defined(TENFOLD_ISA_AVX2)
+constexpr int kMaxOutputs = 8, kStripOutputs = 6;
+constexpr bool kStreams = true;
+#else
+constexpr int kMaxOutputs = 4, kStripOutputs = 4;
+constexpr bool kStreams = false;
 #endif
 
 constexpr int vectors_of(int outputs) {
@@ -108,22 +115,22 @@ void mix_block(const MixRows& p, const In& from, const Out& to, int64_t first, i
   if (x < length) mix_tile<Out, In, kOut, 1, true>(p, from, to, first, x, lanes(length - x));
 }
 
+// The same of n outputs, at most kMost.
+template <class Out, class In, int kMost = kMaxOutputs>
+inline void mix_some(const MixRows& p, const In& from, const Out& to, int64_t first, int64_t n,
+                     int64_t length) {
+  if constexpr (kMost > 1)
+    if (n < kMost) return mix_some<Out, In, kMost - 1>(p, from, to, first, n, length);
+  mix_block<Out, In, kMost>(p, from, to, first, length);
+}
+
 template <class Out, class In>
 void mix_blocks(const MixRows& p, const In& from, const Out& to, int64_t length) {
   const int64_t most = p.num_out <= kMaxOutputs ? kMaxOutputs : kStripOutputs;
   const int64_t blocks = (p.num_out + most - 1) / most;
   for (int64_t b = 0, o = 0; b < blocks; ++b) {
     const int64_t n = (p.num_out - o) / (blocks - b);  // blocks of nearly equal size
-    switch (n) {
-      case 1: mix_block<Out, In, 1>(p, from, to, o, length); break;
-      case 2: mix_block<Out, In, 2>(p, from, to, o, length); break;
-      case 3: mix_block<Out, In, 3>(p, from, to, o, length); break;
-      case 4: mix_block<Out, In, 4>(p, from, to, o, length); break;
-      case 5: mix_block<Out, In, 5>(p, from, to, o, length); break;
-      case 6: mix_block<Out, In, 6>(p, from, to, o, length); break;
-      case 7: mix_block<Out, In, 7>(p, from, to, o, length); break;
-      default: mix_block<Out, In, 8>(p, from, to, o, length); break;
-    }
+    mix_some(p, from, to, o, n, length);
     o += n;
   }
 }
@@ -321,17 +328,17 @@ void backward(const FuseBackwardRows& p) {
 
 void mix_rows(const MixRows& p) {
   switch (p.dtype) {
-    case Dtype::f32: return p.stream ? mix<float, true>(p) : mix<float, false>(p);
-    case Dtype::bf16: return p.stream ? mix<bf16_t, true>(p) : mix<bf16_t, false>(p);
-    case Dtype::f16: return p.stream ? mix<fp16_t, true>(p) : mix<fp16_t, false>(p);
+    case Dtype::f32: return p.stream ? mix<float, kStreams>(p) : mix<float, false>(p);
+    case Dtype::bf16: return p.stream ? mix<bf16_t, kStreams>(p) : mix<bf16_t, false>(p);
+    case Dtype::f16: return p.stream ? mix<fp16_t, kStreams>(p) : mix<fp16_t, false>(p);
   }
 }
 
 void fuse_backward_rows(const FuseBackwardRows& p) {
   switch (p.dtype) {
-    case Dtype::f32: return p.stream ? backward<float, true>(p) : backward<float, false>(p);
-    case Dtype::bf16: return p.stream ? backward<bf16_t, true>(p) : backward<bf16_t, false>(p);
-    case Dtype::f16: return p.stream ? backward<fp16_t, true>(p) : backward<fp16_t, false>(p);
+    case Dtype::f32: return p.stream ? backward<float, kStreams>(p) : backward<float, false>(p);
+    case Dtype::bf16: return p.stream ? backward<bf16_t, kStreams>(p) : backward<bf16_t, false>(p);
+    case Dtype::f16: return p.stream ? backward<fp16_t, kStreams>(p) : backward<fp16_t, false>(p);
   }
 }
 

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <memory>
 #include <vector>
 
 #include "attention/heads_ops.h"
@@ -39,19 +40,56 @@ int64_t column_of(int64_t pair) {
   return b;
 }
 
+// How block pairs are multiplied, with what must be done before.
+class Gram {
+ public:
+  Gram(const GramProblem& p, [[maybe_unused]] int64_t blocks) : p_(p) {
+#if defined(TENFOLD_X86)
+    if (!by_tiles()) return;
+    packed_ = std::make_unique<Scratch>(avx512_amx::gram_tiles_packed(p, blocks / p.blocks) * 4);
+    auto* const to = static_cast<float*>(packed_->data());
+    const double micros = static_cast<double>(rows_of(p, 0) * p.length) * 1e-4;
+    parallel_for(blocks, micros, [&](int64_t begin, int64_t end) {
+      for (int64_t block = begin; block < end; ++block) avx512_amx::gram_tiles_pack(p, block, to);
+    });
+#endif
+  }
+  bool by_tiles() const { return gram_by_tiles(isa_, p_); }
+  int64_t scratch() const {
+#if defined(TENFOLD_X86)
+    if (by_tiles()) return avx512_amx::gram_tiles_scratch();
+#endif
+    return gram_scratch();
+  }
+  void run(const GramRun& r) const {
+#if defined(TENFOLD_X86)
+    if (by_tiles())
+      return avx512_amx::gram_tiles_run(p_, static_cast<const float*>(packed_->data()), r);
+#endif
+    TENFOLD_ISA_CALL_AS(isa_, gram_run, p_, r);
+  }
+
+ private:
+  const Isa isa_ = active_isa();
+  const GramProblem& p_;
+  std::unique_ptr<Scratch> packed_;
+};
+
 // Sums of squares of all block pairs. A pair's value does not depend on its company in a run.
 std::vector<double> gram_squares(const GramProblem& p, int64_t blocks) {
   const int64_t pairs = blocks * (blocks + 1) / 2;
   std::vector<double> squares(pairs);
   const int64_t rows = std::min(p.dims, kGramRows);
-  const double micros = static_cast<double>(rows * rows) * static_cast<double>(p.length) * 2e-5;
+  const Gram gram(p, blocks);
+  const double micros = static_cast<double>(rows * rows) * static_cast<double>(p.length) *
+                        (gram.by_tiles() ? 1e-6 : 2e-5);
   parallel_for(pairs, micros, [&](int64_t begin, int64_t end) {
-    const Scratch scratch(gram_scratch() * 4);
+    const Scratch scratch(gram.scratch() * 4);
     for (int64_t pair = begin; pair < end;) {
       const int64_t b = column_of(pair), a = pair - b * (b + 1) / 2;
       const int64_t num_a = std::min({kGramRun, b + 1 - a, end - pair});
       const GramRun run{a, num_a, b, squares.data() + pair, static_cast<float*>(scratch.data())};
-      TENFOLD_ISA_CALL(gram_run, p, run);
+      gram.run(run);
       pair += num_a;
     }
   });

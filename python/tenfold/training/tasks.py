@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 
 from tenfold.data import long_documents
+from tenfold.data.cache import remembered
+from tenfold.data.documents import library_files
 from tenfold.data.translations import translations
 from tenfold.training.batches import Data
 
@@ -48,6 +50,11 @@ def _functions(tree: ast.AST) -> Iterator[ast.FunctionDef]:
 
 
 def _docstrings() -> Iterator[Pair]:
+    """Parsing the sources takes seconds."""
+    yield from remembered("docstrings", library_files(), lambda: list(_found_docstrings()))
+
+
+def _found_docstrings() -> Iterator[Pair]:
     for document in long_documents(("source",), min_chars=0):
         for node in _functions(ast.parse(document.text)):
             text = ast.get_docstring(node)
