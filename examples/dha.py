@@ -39,7 +39,9 @@ def main() -> None:
         "--distill", type=float, default=0.5, help="share of the parent in recovery"
     )
     parser.add_argument("--force", action="store_true", help="collapse heads that have not fused")
-    parser.add_argument("--keep-layers", type=int, help="the model's first layers alone, for a quick try")
+    parser.add_argument(
+        "--keep-layers", type=int, help="the model's first layers alone, for a quick try"
+    )
     parser.add_argument("--out", type=Path, help="where the converted model is saved")
     parser.add_argument("--json", type=Path, help="where the result is written")
     chosen = parser.parse_args()

@@ -61,7 +61,7 @@ def parent_of(seed: int, steps: int, data, folder: Path):
 
 def judged(model, seed: int, text, recall) -> dict:
     return {"text_loss": lm_loss(model, text), "recall_loss": lm_loss(model, recall)} | {
-        f"recall_{k}": v for k, v in tiny.recall_score(model, seed, 256, PAIRS).items()
+        f"recall_{k}": v for k, v in tiny.recall_score(model, seed, 4 * len(recall), PAIRS).items()
     }
 
 
@@ -133,6 +133,7 @@ def main() -> None:
     parser.add_argument("--search-steps", type=int, default=40)
     parser.add_argument("--fusion-steps", type=int, default=160)
     parser.add_argument("--recovery-steps", type=int, default=100)
+    parser.add_argument("--held", type=int, default=64, help="held-out rows of text, and of recall")
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--out", type=Path, default=Path("bench/results/dha"))
     parser.add_argument("--cache", type=Path, default=Path("tenfold-report/dha-study"))
@@ -147,8 +148,8 @@ def main() -> None:
     for seed in range(chosen.seeds):
         data = tiny.mixture(train, seed, LENGTH, PAIRS)
         generator = torch.Generator().manual_seed(seed + 1000)
-        held = (tiny.text_rows(held_stream, 64, generator, LENGTH),
-                tiny.recall_rows(64, generator, PAIRS, LENGTH // (2 * PAIRS)))  # fmt: skip
+        held = (tiny.text_rows(held_stream, chosen.held, generator, LENGTH),
+                tiny.recall_rows(chosen.held, generator, PAIRS, LENGTH // (2 * PAIRS)))  # fmt: skip
         parent = parent_of(seed, chosen.parent_steps, data, chosen.cache)
         if all(p["seed"] != seed for p in done["parents"]):
             done["parents"].append({"seed": seed} | judged(parent, seed, *held))

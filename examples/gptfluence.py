@@ -79,6 +79,9 @@ def main() -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--runs", type=int, default=16)
     parser.add_argument(
+        "--parent-steps", type=int, default=100, help="of the model's first training"
+    )
+    parser.add_argument(
         "--encoder", default="minilm", help="minilm, bag, or a folder of an AutoModel"
     )
     parser.add_argument("--seed", type=int, default=0)
@@ -93,7 +96,7 @@ def main() -> None:
     )  # fmt: skip
     with threads(1), tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        model = study.parent_model(2, 2, 100, chosen.seed)
+        model = study.parent_model(2, 2, chosen.parent_steps, chosen.seed)
         own_loop(
             model, material, gptfluence.make_curricula(config, material.groups)[0], folder / "own"
         )

@@ -70,6 +70,11 @@ def encoders(chosen) -> dict:
     }
 
 
+def fit_settings(chosen, seed: int) -> dict:
+    """What all simulators share."""
+    return {"seed": seed} | ({} if chosen.fit_epochs is None else {"epochs": chosen.fit_epochs})
+
+
 def one_seed(chosen, seed: int) -> dict:
     """All questions of one seed."""
     work = chosen.work / f"{chosen.layers}x{chosen.heads * 32}-{seed}"
@@ -103,13 +108,13 @@ def one_seed(chosen, seed: int) -> dict:
     train, held, test = runs.split(2, chosen.test_runs)
     result: dict = {"seed": seed, "steps": runs.order.shape[1] - 1, "methods": {}, "encoders": {}}
 
-    features = {}
+    features, settings = {}, fit_settings(chosen, seed)
     for name, encoder in encoders(chosen).items():
         features[name] = study.text_features(material, encoder)
         made = study.contestants(
             features[name],
             chosen.methods if name == chosen.encoders[0] else ("default", "similarity"),
-            seed=seed,
+            **settings,
         )
         fitted(made, train, held)
         result["encoders"][name] = study.judged(made, test)
@@ -136,7 +141,7 @@ def one_seed(chosen, seed: int) -> dict:
     result["intervals"] = {}
     for every in (4, 8):
         for rule in ("block", "pairs"):
-            one = Simulator(*features[chosen.encoders[0]], sparse=rule, seed=seed)
+            one = Simulator(*features[chosen.encoders[0]], sparse=rule, **settings)
             few, last = sparse(train, every), sparse(test, every)
             one.fit(few, sparse(held, every))
             result["intervals"][f"{every}, {rule}"] = evaluate(
@@ -156,12 +161,16 @@ def unseen(chosen, seed, material, model, config, parts, work) -> dict:
     runs = study.record(other, model, settings, work / "unseen", step=told)
     encoder = encoders(chosen)[chosen.encoders[0]]
     ours, theirs = study.text_features(material, encoder), study.text_features(other, encoder)
-    made = fitted(study.contestants(ours, ("default", "mean", "constant"), seed=seed), train, held)
+    made = fitted(
+        study.contestants(ours, ("default", "mean", "constant"), **fit_settings(chosen, seed)),
+        train,
+        held,
+    )
     made["default"] = made["default"].with_features(train=theirs[0])
     found = {"examples": study.judged(made, runs)}
     half = range(0, len(material.tests), 2)
     rest = [i for i in range(len(material.tests)) if i not in half]
-    some = Simulator(ours[0], ours[1].take(half), seed=seed)
+    some = Simulator(ours[0], ours[1].take(half), **fit_settings(chosen, seed))
     some.fit(train.tests(half), held.tests(half))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -247,6 +256,7 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=80, help="of a run")
     parser.add_argument("--epochs", type=float, default=3.0)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--fit-epochs", type=int, help="of a simulator (default: its preset's)")
     parser.add_argument("--sets", type=int, default=12, help="sets of examples that are left out")
     parser.add_argument(
         "--encoders",

@@ -45,7 +45,9 @@ def main() -> None:
     parser.add_argument("--methods", default="full,hft")
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--keep-layers", type=int, help="the model's first layers alone, for a quick try")
+    parser.add_argument(
+        "--keep-layers", type=int, help="the model's first layers alone, for a quick try"
+    )
     parser.add_argument("--out", type=Path, help="where the report is written")
     parser.add_argument("--json", type=Path, help="where the result is written")
     chosen = parser.parse_args()

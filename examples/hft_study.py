@@ -60,15 +60,17 @@ def parent_of(seed: int, steps: int, stream, folder: Path):
     return model
 
 
-def cell(parent, name: str, seed: int, steps: int, held) -> dict:
+def cell(parent, name: str, seed: int, chosen: argparse.Namespace, held) -> dict:
     """One variant on a copy of the parent."""
     import copy
 
     model = copy.deepcopy(parent)
-    tasks = make_tasks(TASKS, byte_encoder, LENGTH, END, END, train=512, test=96, seed=seed)
+    tasks = make_tasks(
+        TASKS, byte_encoder, LENGTH, END, END, train=512, test=chosen.test, seed=seed
+    )
     config = hft.HFTConfig.from_preset(
         "small",
-        steps=steps,
+        steps=chosen.steps,
         batch_size=8,
         learning_rate=1e-3,
         warmup=0.05,
@@ -123,6 +125,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--parent-steps", type=int, default=400)
     parser.add_argument("--steps", type=int, default=60, help="per task")
+    parser.add_argument("--test", type=int, default=96, help="questions per task")
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--out", type=Path, default=Path("bench/results/hft"))
     parser.add_argument("--cache", type=Path, default=Path("tenfold-report/hft-study"))
@@ -130,7 +133,8 @@ def main() -> None:
     for folder in (chosen.out, chosen.cache):
         folder.mkdir(parents=True, exist_ok=True)
     stream, held_stream = tiny.split(tiny.byte_stream())
-    setting = {"tasks": list(TASKS), "steps": chosen.steps, "parent_steps": chosen.parent_steps}
+    setting = {"tasks": list(TASKS), "steps": chosen.steps, "parent_steps": chosen.parent_steps,
+               "test": chosen.test}  # fmt: skip
     for seed in chosen.seeds:
         held = tiny.text_rows(held_stream, 64, torch.Generator().manual_seed(seed + 1000), LENGTH)
         parent = None
@@ -139,7 +143,7 @@ def main() -> None:
             if path.exists() and json.loads(path.read_text())["setting"] == setting:
                 continue
             parent = parent or parent_of(seed, chosen.parent_steps, stream, chosen.cache)
-            found = cell(parent, name, seed, chosen.steps, held)
+            found = cell(parent, name, seed, chosen, held)
             # Losses of single steps would be most of the file.
             found["curves"] = {
                 k: [{"loss": round(m["loss"], 4)} for m in c] for k, c in found["curves"].items()

@@ -40,7 +40,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--depths", type=int, default=10)
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
-    parser.add_argument("--keep-layers", type=int, help="the model's first layers alone, for a quick try")
+    parser.add_argument(
+        "--keep-layers", type=int, help="the model's first layers alone, for a quick try"
+    )
     parser.add_argument("--out", type=Path, default=Path("bench/results/nacl_ablation"))
     chosen = parser.parse_args()
     model, tokenizer = smollm2(layers=chosen.keep_layers)

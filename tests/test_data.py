@@ -351,7 +351,9 @@ class TestModel:
         assert small.config.num_hidden_layers == 2 and len(small.model.layers) == 2
         assert all(torch.equal(held[n], x) for n, x in whole.state_dict().items() if n in held)
         for layers in (0, 31):
-            with pytest.raises(ValueError, match=f"layers must be 1 to 30 or None .all., got {layers}"):
+            with pytest.raises(
+                ValueError, match=f"layers must be 1 to 30 or None .all., got {layers}"
+            ):
                 smollm2(layers=layers)
 
     def test_the_model_is_smollm2(self):

@@ -283,7 +283,7 @@ def check_long():
 
 def check_wrong():
     """Any segments and offsets are memory-safe; segment_check finds what the reference finds."""
-    for trial in range(12):
+    for trial in range(6):
         b, r = 3, (5, 40, 600)[trial % 3]
         seg = torch.randint(-3, 4 if trial % 2 else 2 * r, (b, r))
         if trial % 5 == 0:

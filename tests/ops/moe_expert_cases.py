@@ -63,7 +63,12 @@ GROUPS = [  # R, K, N, lengths of groups
     (70, 300, 401, [1, 40, 0, 29]), (300, 65, 50, [290, 3]), (40, 640, 70, [10, 0, 0, 12]),
 ]  # fmt: skip
 # Of them for Triton's slow interpreter, with fewer blocks: one more than full, in each direction.
-TRITON_GROUPS = [*GROUPS[:5], (70, 140, 150, [1, 40, 0, 29]), (75, 65, 50, [66, 3]), (40, 260, 70, [10, 0, 0, 12])]
+TRITON_GROUPS = [
+    *GROUPS[:5],
+    (70, 140, 150, [1, 40, 0, 29]),
+    (75, 65, 50, [66, 3]),
+    (40, 260, 70, [10, 0, 0, 12]),
+]
 
 
 def groups(rows, depth, cols, lengths, dtype, gathered):

@@ -464,7 +464,8 @@ def test_standing_checks(dtype, device):
     torch.library.opcheck(forward, (*leaves, *heads), {"softcap": 2.0})
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+# examples/outside, a test of packaging, goes through inductor: its compiler takes most of a minute.
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_training_step_compiles_whole(backend):
     torch.manual_seed(0)
     x, weight = torch.randn(2, 33, 64), torch.randn(64, 4 * 16 + 2 * 16 + 2 * 24) / 8

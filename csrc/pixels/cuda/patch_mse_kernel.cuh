@@ -10,7 +10,7 @@ namespace tenfold::cuda {
 
 constexpr int kErrorsEach = 4;  // patches of a warp, one after the other
 constexpr int kErrorsBlock = kPatchWarps * kErrorsEach;
-constexpr int kWeightBlocks = 64;  // whose sums every block that makes gradients adds up again
+constexpr int kWeightBlocks = 64;  // at most, whose sums every block with gradients adds up again
 
 struct MseArgs {
   PatchMse m;
@@ -20,7 +20,9 @@ struct MseArgs {
   float *loss, *denom_out;  // null: not asked for
   // Working memory: kWeightBlocks, and mse_blocks numbers.
   double *of_weights, *of_errors;
-  bool vectors, wide;  // set by the launch
+  // Set by the launch.
+  int weight_blocks;
+  bool vectors, wide;
 };
 
 inline int64_t mse_blocks(const PatchMse& m) {
@@ -44,7 +46,7 @@ static __global__ void __launch_bounds__(kPatchThreads) weight_sums_kernel(MseAr
   const int64_t count = a.m.grid.images * a.m.grid.length();
   double sum = 0.0;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kPatchThreads + threadIdx.x; i < count;
-       i += kWeightBlocks * kPatchThreads)
+       i += static_cast<int64_t>(a.weight_blocks) * kPatchThreads)
     if (static_cast<uint32_t>(i) % length >= a.m.shift) sum += a.m.weights[i];
   const double total = total_of_warps(sum, sums);
   if (threadIdx.x == 0) a.of_weights[blockIdx.x] = total;
@@ -54,7 +56,7 @@ static __global__ void __launch_bounds__(kPatchThreads) weight_sums_kernel(MseAr
 __device__ inline double denom_of(const MseArgs& a) {
   if (a.denom != nullptr) return *a.denom;
   double sum = 0.0;
-  for (int i = static_cast<int>(threadIdx.x % 32); i < kWeightBlocks; i += 32)
+  for (int i = static_cast<int>(threadIdx.x % 32); i < a.weight_blocks; i += 32)
     sum += a.of_weights[i];
   return static_cast<float>(warp_sum(sum));
 }
@@ -172,8 +174,11 @@ void launch_mse(MseArgs a, cudaStream_t stream) {
   const int64_t n = a.m.grid.values(), blocks = mse_blocks(a.m);
   a.vectors = in_vectors<kPerVector<T>>(a.m.grid, a.m.grid.box);
   a.wide = wide_patches<T>(a.m.pred, n) && wide_patches<T>(a.m.grad, n);
-  if (a.denom == nullptr)
-    TENFOLD_LAUNCH(weight_sums_kernel, kWeightBlocks, kPatchThreads, stream, a);
+  const int64_t of_weights =
+      (a.m.grid.images * a.m.grid.length() + kPatchThreads - 1) / kPatchThreads;
+  a.weight_blocks = static_cast<int>(of_weights < kWeightBlocks ? of_weights : kWeightBlocks);
+  if (a.denom == nullptr && a.weight_blocks > 0)
+    TENFOLD_LAUNCH(weight_sums_kernel, a.weight_blocks, kPatchThreads, stream, a);
   if (blocks > 0) {
     const auto grid = static_cast<unsigned>(blocks);
     const bool held = a.wide && n <= 32 * kHeldValues;

@@ -93,7 +93,9 @@ def _documentation_of(path: Path) -> str:
 def _documentation() -> dict[str, str]:
     """By module. Parsing all of them takes seconds."""
     files = list(library_files())
-    return remembered("documentation", files, lambda: {_module_name(f): _documentation_of(f) for f in files})
+    return remembered(
+        "documentation", files, lambda: {_module_name(f): _documentation_of(f) for f in files}
+    )
 
 
 def _docs() -> Iterator[Document]:

@@ -117,9 +117,7 @@ def prepare_smollm2() -> Path:
     )
 
 
-def _from_folder(
-    path: str, dtype: torch.dtype, device: str, **changes: Any
-) -> tuple[Any, Any]:
+def _from_folder(path: str, dtype: torch.dtype, device: str, **changes: Any) -> tuple[Any, Any]:
     """``changes``: fields of the configuration."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
