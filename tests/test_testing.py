@@ -105,7 +105,8 @@ class TestCheckOp:
         with pytest.raises((AssertionError, OpCheckError)):
             check_op(op, (x23(),))
 
-    @pytest.mark.parametrize("op", [wrong_shape, wrong_dtype, wrong_strides, modifies])
+    # Not wrong_strides: torch 2.10 does not see them; check_strides_equal_fake does.
+    @pytest.mark.parametrize("op", [wrong_shape, wrong_dtype, modifies])
     def test_opcheck(self, op):
         check_opcheck(good, (x23(),))
         with pytest.raises(OpCheckError):
@@ -582,7 +583,10 @@ class TestProcesses:
             "dist.destroy_process_group()\n"
         )
         done = processes.ranks(script, count=3)
-        assert (done.returncode, done.stdout) == (0, "6\n6\n6\n"), done.stderr
+        said = [
+            line for line in done.stdout.splitlines() if not line.startswith("[Gloo]")
+        ]  # older torch
+        assert (done.returncode, said) == (0, ["6"] * 3), done.stderr
         script.write_text(
             "import os, sys, time\nif os.environ['RANK'] == '1': sys.exit(3)\ntime.sleep(300)"
         )

@@ -21,12 +21,19 @@ constexpr double fusion_mse_scale(int64_t g, int64_t d) {
   return g < 2 || d < 1 ? 0.0 : 2.0 / (static_cast<double>(g - 1) * static_cast<double>(g * d));
 }
 
-// Sum of squared deviations of row j of one group: omega + j * d, heads `head_stride` apart.
-TENFOLD_ISA_DECLARE(float fusion_deviation(const float* row, int64_t head_stride, int64_t heads,
-                                           int64_t dims))
-// out = factor * deviation, the same rows.
-TENFOLD_ISA_DECLARE(void fusion_deviation_backward(const float* row, float* out,
-                                                   int64_t head_stride, int64_t heads, int64_t dims,
-                                                   float factor))
+// `count` neighbours among the g * d of a group, of all heads, which lie `head_stride` apart: a
+// page of each, since heads lie a power of two apart, which few sets of the first cache hold.
+constexpr int64_t kFusionChunk = 1024;
+
+struct FusionChunk {
+  const float* from;
+  int64_t head_stride, heads, count;
+};
+
+// Sum of squared deviations.
+TENFOLD_ISA_DECLARE(float fusion_deviation(const FusionChunk& c))
+// out = factor * deviation, laid out as `from`; past the caches where all of it is aligned.
+TENFOLD_ISA_DECLARE(void fusion_deviation_backward(const FusionChunk& c, float factor, float* out,
+                                                   bool past))
 
 }  // namespace tenfold

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from tenfold.integrations import t5
+from tenfold.integrations._t5_modules import CACHE
 
 VOCAB = 131
 KINDS = {
@@ -102,8 +103,8 @@ def test_cached_decoding_equals_the_full_forward(kind):
     full = ours(**call, decoder_input_ids=tokens, use_cache=False).logits
     cache, rows = None, []
     for part in (tokens[:, :3], tokens[:, 3:4], tokens[:, 4:]):
-        made = ours(**call, decoder_input_ids=part, cache=cache, use_cache=True)
-        cache = made.cache
+        made = ours(**call, decoder_input_ids=part, use_cache=True, **{CACHE: cache})
+        cache = getattr(made, CACHE)
         rows.append(made.logits)
     torch.testing.assert_close(torch.cat(rows, 1), full, atol=1e-5, rtol=1e-5)
 

@@ -1,46 +1,73 @@
 // SPDX-License-Identifier: Apache-2.0
-// Deviations of fusion_mse: vectors along the dims, all heads of a row of omega while it is in L1.
+// Deviations of fusion_mse: the mean over heads first, a head after the other in order of memory,
+// then the same heads again, from the second cache.
 #include "attention/fusion_mse.h"
 #include "core/cpu/vec.h"
 
 TENFOLD_ISA_BEGIN
 namespace {
 
-inline VF mean_of(const float* at, int64_t stride, int64_t heads, int n, VF factor) {
-  VF sum = set1(0.0f);
-  for (int64_t h = 0; h < heads; ++h) sum = sum + load_n(at + h * stride, n);
-  return sum * factor;
-}
-
 inline int lanes(int64_t left) {
   return static_cast<int>(left < kWidth ? left : kWidth);
 }
 
-}  // namespace
-
-float fusion_deviation(const float* row, int64_t head_stride, int64_t heads, int64_t dims) {
-  const VF factor = set1(1.0f / static_cast<float>(heads));
-  VF sum = set1(0.0f);
-  for (int64_t i = 0; i < dims; i += kWidth) {
-    const int n = lanes(dims - i);
-    const VF mean = mean_of(row + i, head_stride, heads, n, factor);
-    for (int64_t h = 0; h < heads; ++h) {
-      const VF apart = load_n(row + i + h * head_stride, n) - mean;
-      sum = fma(apart, apart, sum);  // lanes past n: 0 - 0
-    }
-  }
-  return hsum(sum);
+// f(i, number of lanes) for the vectors of a chunk.
+template <class F>
+[[gnu::always_inline]] inline void for_vectors(int64_t count, const F& f) {
+  int64_t i = 0;
+  for (; i + kWidth <= count; i += kWidth) f(i, kWidth);
+  if (i < count) f(i, lanes(count - i));
 }
 
-void fusion_deviation_backward(const float* row, float* out, int64_t head_stride, int64_t heads,
-                               int64_t dims, float factor) {
-  const VF share = set1(1.0f / static_cast<float>(heads)), by = set1(factor);
-  for (int64_t i = 0; i < dims; i += kWidth) {
-    const int n = lanes(dims - i);
-    const VF mean = mean_of(row + i, head_stride, heads, n, share);
-    for (int64_t h = 0; h < heads; ++h)
-      store_n(out + i + h * head_stride, (load_n(row + i + h * head_stride, n) - mean) * by, n);
+inline VF get(const float* from, int n) {
+  return n == kWidth ? load(from) : load_n(from, n);
+}
+
+struct Mean {
+  alignas(64) float of[kFusionChunk];
+
+  explicit Mean(const FusionChunk& c) {
+    for_vectors(c.count, [&](int64_t i, int n) { store(of + i, get(c.from + i, n)); });
+    for (int64_t h = 1; h < c.heads; ++h) {
+      const float* const row = c.from + h * c.head_stride;
+      for_vectors(c.count,
+                  [&](int64_t i, int n) { store(of + i, load(of + i) + get(row + i, n)); });
+    }
+    const VF share = set1(1.0f / static_cast<float>(c.heads));
+    for (int64_t i = 0; i < c.count; i += kWidth) store(of + i, load(of + i) * share);
   }
+};
+static_assert(kFusionChunk % kWidth == 0);
+
+}  // namespace
+
+float fusion_deviation(const FusionChunk& c) {
+  const Mean mean(c);
+  VF sums[2] = {set1(0.0f), set1(0.0f)};
+  for (int64_t h = 0; h < c.heads; ++h) {
+    const float* const row = c.from + h * c.head_stride;
+    for_vectors(c.count, [&](int64_t i, int n) {  // lanes past n: 0 - 0
+      const VF apart = get(row + i, n) - load(mean.of + i);
+      VF& sum = sums[i / kWidth % 2];
+      sum = fma(apart, apart, sum);
+    });
+  }
+  return hsum(sums[0] + sums[1]);
+}
+
+void fusion_deviation_backward(const FusionChunk& c, float factor, float* out, bool past) {
+  const Mean mean(c);
+  const VF by = set1(factor);
+  for (int64_t h = 0; h < c.heads; ++h) {
+    const float* const row = c.from + h * c.head_stride;
+    float* const to = out + h * c.head_stride;
+    for_vectors(c.count, [&](int64_t i, int n) {
+      const VF made = (get(row + i, n) - load(mean.of + i)) * by;
+      if (n < kWidth) return store_n(to + i, made, n);
+      past ? stream(to + i, made) : store(to + i, made);
+    });
+  }
+  if (past) stream_fence();
 }
 
 TENFOLD_ISA_END

@@ -13,6 +13,7 @@ The bias. Layer 0 hands its table [32, H] to the layers above it in the place of
 
 from __future__ import annotations
 
+import inspect
 import sys
 import warnings
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, T5ForConditionalGeneration
 from transformers.cache_utils import EncoderDecoderCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import (
@@ -37,6 +38,12 @@ from tenfold import ops
 # Names of the attention implementation: the second is promised that padding is at the end.
 NAME, RIGHT = "tenfold_t5", "tenfold_t5_right"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# What transformers calls the cache: before 5.24 and since.
+CACHE = next(
+    name
+    for name in ("cache", "past_key_values")
+    if name in inspect.signature(T5ForConditionalGeneration.forward).parameters
+)
 GELUS = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}
 
 
@@ -199,10 +206,11 @@ class Attention:
         cache: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        cache = kwargs.pop(CACHE, cache)
         if not _runs(self, hidden_states, mask, position_bias, kwargs):
             return super().forward(  # type: ignore[misc]
                 hidden_states, mask=mask, key_value_states=key_value_states,
-                position_bias=position_bias, cache=cache, **kwargs,
+                position_bias=position_bias, **{CACHE: cache}, **kwargs,
             )  # fmt: skip
         if position_bias is None and self.has_relative_attention_bias:
             # A copy: FSDP takes the parameter of layer 0 away before the layers above are run.
@@ -222,10 +230,11 @@ class PerLayerAttention:
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        cache = kwargs.pop(CACHE, cache)
         if not _runs(self, hidden_states, attention_mask, None, kwargs):
             return super().forward(  # type: ignore[misc]
-                hidden_states, encoder_hidden_states=encoder_hidden_states, cache=cache,
-                attention_mask=attention_mask, **kwargs,
+                hidden_states, encoder_hidden_states=encoder_hidden_states,
+                attention_mask=attention_mask, **{CACHE: cache}, **kwargs,
             )  # fmt: skip
         table = self.relative_attention_bias.weight if self.has_relative_attention_bias else None
         return attend(
@@ -288,13 +297,14 @@ class ConditionalGeneration:
     ) -> Any:
         head = self.lm_head
         plain = type(head) is nn.Linear and head.bias is None and head.weight.dtype in DTYPES
+        held = {CACHE: kwargs.pop(CACHE, cache)}
         if labels is None or not plain:
             return super().forward(  # type: ignore[misc]
                 input_ids=input_ids, attention_mask=attention_mask,
                 decoder_input_ids=decoder_input_ids, decoder_attention_mask=decoder_attention_mask,
-                encoder_outputs=encoder_outputs, cache=cache, inputs_embeds=inputs_embeds,
+                encoder_outputs=encoder_outputs, inputs_embeds=inputs_embeds,
                 decoder_inputs_embeds=decoder_inputs_embeds, labels=labels, use_cache=use_cache,
-                **kwargs,
+                **held, **kwargs,
             )  # fmt: skip
         if encoder_outputs is None:
             encoder_outputs = self.encoder(input_ids=input_ids, attention_mask=attention_mask,
@@ -305,19 +315,21 @@ class ConditionalGeneration:
             decoder_input_ids = self._shift_right(labels)
         decoded = self.decoder(
             input_ids=decoder_input_ids, attention_mask=decoder_attention_mask,
-            inputs_embeds=decoder_inputs_embeds, cache=cache,
+            inputs_embeds=decoder_inputs_embeds, **held,
             encoder_hidden_states=encoder_outputs[0], encoder_attention_mask=attention_mask,
             use_cache=use_cache, **kwargs,
         )  # fmt: skip
         hidden = decoded[0]
-        if getattr(self.config, "scale_decoder_outputs", False):
+        # UMT5 of transformers before 5.24 has no such field, and scales.
+        before = self.config.model_type == "umt5"
+        if getattr(self.config, "scale_decoder_outputs", before):
             hidden = hidden * self.model_dim**-0.5
         loss = _loss(hidden, head.weight, labels.to(hidden.device), num_items_in_batch)
         wanted = self.tenfold_logits == "always" or (
             self.tenfold_logits == "auto" and not self.training
         )
         return Seq2SeqLMOutput(
-            loss=loss, logits=head(hidden) if wanted else None, cache=decoded.cache,
+            loss=loss, logits=head(hidden) if wanted else None, **{CACHE: getattr(decoded, CACHE)},
             decoder_hidden_states=decoded.hidden_states, decoder_attentions=decoded.attentions,
             cross_attentions=decoded.cross_attentions,
             encoder_last_hidden_state=encoder_outputs[0],

@@ -45,8 +45,23 @@ _MIXINS = {
     "ForConditionalGeneration": modules.ConditionalGeneration,
 }
 _SIGNATURES = {
-    "t5": ("self", "hidden_states", "mask", "key_value_states", "position_bias", "cache", "kwargs"),
-    "umt5": ("self", "hidden_states", "encoder_hidden_states", "cache", "attention_mask", "kwargs"),
+    "t5": (
+        "self",
+        "hidden_states",
+        "mask",
+        "key_value_states",
+        "position_bias",
+        modules.CACHE,
+        "kwargs",
+    ),
+    "umt5": (
+        "self",
+        "hidden_states",
+        "encoder_hidden_states",
+        modules.CACHE,
+        "attention_mask",
+        "kwargs",
+    ),
 }
 
 
