@@ -232,11 +232,6 @@ class TestReport:
         row = "| MA-PPO, n = 5 | 3 | 10 | 0.200 | 0.700 | 7.00 | 4.8 | 5.0 |"
         assert found.splitlines()[-1] == row and "reward: judge; 2 threads" in found
 
-    def test_ledger(self, tree):
-        assert report.ledger(tree) == (
-            "CUDA kernels: `alpha`: never run on an H200; `beta`: never run on an H200."
-        )
-
     def test_needs_a_checkout(self, monkeypatch, capsys):
         monkeypatch.setattr(sources, "repository_root", lambda: None)
         assert report.main([]) == 2 and "checkout" in capsys.readouterr().err

@@ -235,6 +235,11 @@ class TestLedger:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content))
 
+    def test_in_a_sentence(self, tree):
+        assert report.ledger(tree) == (
+            "CUDA kernels: `alpha`: never run on an H200; `beta`: never run on an H200."
+        )
+
     def test_states(self, tree):
         assert gpu_status.status(tree, "alpha") == "never"
         self.write(tree, schema=1)  # measured, but not proven

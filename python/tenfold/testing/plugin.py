@@ -63,9 +63,10 @@ class _SkipPolicy:
     ) -> None:
         """Leaves out what needs a CUDA device where there is none: thousands, not worth a skip each.
 
-        Last, so that only what ``-m`` and ``-k`` have chosen is counted.
+        Last, so that only what ``-m`` and ``-k`` have chosen is counted. Where tests are only collected (as to see
+        what a machine with a GPU would run), all stay.
         """
-        if torch.cuda.is_available():
+        if torch.cuda.is_available() or config.option.collectonly:
             return
         needs = [item for item in items if _on_cuda(item)]
         if needs:
