@@ -326,7 +326,10 @@ class TestTiming:
 
     def test_sample_count(self):
         limits = Limits(seconds=1.0, min_samples=5, max_samples=60, slow_call=1.0)
-        made = lambda seconds: SimpleNamespace(estimate=seconds, calls=1)  # noqa: E731
+
+        def made(seconds):
+            return SimpleNamespace(estimate=seconds, calls=1)
+
         assert sample_count(made(0.1), limits) == 10
         assert sample_count(made(1e-4), limits) == 60
         assert sample_count(made(0.9), limits) == 5

@@ -93,8 +93,9 @@ def test_generation_is_the_same(kind):
         assert torch.equal(ours.generate(**batch, max_new_tokens=8, **how), expected), how
 
 
+@pytest.mark.parametrize("name", [CACHE, "past_key_values"])
 @pytest.mark.parametrize("kind", ["t5", "umt5"])
-def test_cached_decoding_equals_the_full_forward(kind):
+def test_cached_decoding_equals_the_full_forward(kind, name):
     _, ours = both(kind)
     batch = inputs()
     tokens = torch.cat([torch.zeros(3, 1, dtype=torch.int64), batch["labels"].clamp_min(0)], 1)
@@ -103,7 +104,7 @@ def test_cached_decoding_equals_the_full_forward(kind):
     full = ours(**call, decoder_input_ids=tokens, use_cache=False).logits
     cache, rows = None, []
     for part in (tokens[:, :3], tokens[:, 3:4], tokens[:, 4:]):
-        made = ours(**call, decoder_input_ids=part, use_cache=True, **{CACHE: cache})
+        made = ours(**call, decoder_input_ids=part, use_cache=True, **{name: cache})
         cache = getattr(made, CACHE)
         rows.append(made.logits)
     torch.testing.assert_close(torch.cat(rows, 1), full, atol=1e-5, rtol=1e-5)

@@ -80,8 +80,7 @@ struct Block {
 };
 
 inline Block block_of(const GramProblem& p, int64_t index) {
-  const int64_t first = index % p.blocks * kGramRows;
-  return {index / p.blocks, first, p.dims - first < kGramRows ? p.dims - first : kGramRows};
+  return {index / p.blocks, index % p.blocks * kGramRows, rows_of(p, index)};
 }
 
 // Columns [x, x + n) of a block into a strip, as float32 less the mean, or as they are (pairs);
@@ -155,7 +154,7 @@ void run_blocks(const GramProblem& p, const GramRun& run) {
     }
   }
   for (int64_t i = 0; i < run.num_a; ++i)
-    run.squares[i] = square_sum(sums + i * kRows * kRows, block_of(p, run.a + i).rows, b.rows);
+    run.squares[i] = square_sum(sums + i * kRows * kRows, rows_of(p, run.a + i), b.rows);
 }
 
 template <class T>

@@ -38,7 +38,7 @@ from tenfold import ops
 # Names of the attention implementation: the second is promised that padding is at the end.
 NAME, RIGHT = "tenfold_t5", "tenfold_t5_right"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# What transformers calls the cache: before 5.24 and since.
+# What transformers calls the cache: since 5.24, and before. Callers may use either name.
 CACHE = next(
     name
     for name in ("cache", "past_key_values")
@@ -206,7 +206,7 @@ class Attention:
         cache: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        cache = kwargs.pop(CACHE, cache)
+        cache = kwargs.pop("past_key_values", cache)
         if not _runs(self, hidden_states, mask, position_bias, kwargs):
             return super().forward(  # type: ignore[misc]
                 hidden_states, mask=mask, key_value_states=key_value_states,
@@ -230,7 +230,7 @@ class PerLayerAttention:
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        cache = kwargs.pop(CACHE, cache)
+        cache = kwargs.pop("past_key_values", cache)
         if not _runs(self, hidden_states, attention_mask, None, kwargs):
             return super().forward(  # type: ignore[misc]
                 hidden_states, encoder_hidden_states=encoder_hidden_states,
@@ -297,7 +297,7 @@ class ConditionalGeneration:
     ) -> Any:
         head = self.lm_head
         plain = type(head) is nn.Linear and head.bias is None and head.weight.dtype in DTYPES
-        held = {CACHE: kwargs.pop(CACHE, cache)}
+        held = {CACHE: kwargs.pop("past_key_values", cache)}
         if labels is None or not plain:
             return super().forward(  # type: ignore[misc]
                 input_ids=input_ids, attention_mask=attention_mask,
@@ -320,7 +320,7 @@ class ConditionalGeneration:
             use_cache=use_cache, **kwargs,
         )  # fmt: skip
         hidden = decoded[0]
-        # UMT5 of transformers before 5.24 has no such field, and scales.
+        # UMT5 of transformers 5.20 has no such field, and scales.
         before = self.config.model_type == "umt5"
         if getattr(self.config, "scale_decoder_outputs", before):
             hidden = hidden * self.model_dim**-0.5
